@@ -1,0 +1,46 @@
+"""What can go wrong, as a small tree that programs can catch.
+
+    TernarizeError
+    ├── UsageError        an option or argument has a value that cannot be used
+    ├── CheckpointError   the source cannot be read or cannot be converted
+    │   └── WeightError   a weight is NaN or infinite
+    ├── SelectionError    no rule says what to do with a tensor, or a pattern matches none
+    ├── FormatError       a packed file breaks a rule of its format
+    │   └── DigestError   its bytes are not the ones that were written
+    └── OutputError       the result cannot be put where it was asked for
+
+Every message is one line: `where: what is, with its value; what is expected. What to do.`
+The class names are stable; the wording is not.
+"""
+
+
+class TernarizeError(Exception):
+    """Base of all errors that a user or a file can cause."""
+
+
+class UsageError(TernarizeError):
+    """An option or argument has a value that cannot be used."""
+
+
+class CheckpointError(TernarizeError):
+    """The source checkpoint cannot be read or cannot be converted."""
+
+
+class WeightError(CheckpointError):
+    """A weight of the source is NaN or infinite."""
+
+
+class SelectionError(TernarizeError):
+    """No rule says what to do with a tensor, or a pattern matches no tensor."""
+
+
+class FormatError(TernarizeError):
+    """A packed file breaks a rule of its format."""
+
+
+class DigestError(FormatError):
+    """The bytes of a packed file are not the bytes that were written."""
+
+
+class OutputError(TernarizeError):
+    """The result cannot be put where it was asked for."""

@@ -1,0 +1,126 @@
+"""What the methods share: sums that do not depend on the machine, and the way in and out.
+
+A packed file must depend on the source and the recipe alone, so a sum must give the same bits on
+every CPU, device, thread count and library version. `fixed_sum` therefore fixes the order of its
+additions: blocks of 128, in each block halves are added to halves (64, 32, ... 1), then the same
+over the block sums. Elementwise additions in float64 are the same everywhere (IEEE 754), and the
+order suits both SIMD and torch.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ternarize.codecs import THREADS
+from ternarize.errors import WeightError
+from ternarize.native import lib
+from ternarize.tensor import Ternary, check_group_size, group_count, group_length, split_groups
+
+KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_BLOCK = 128
+
+# magnitudes (groups, length) float64, and per group the number of weights -> scales, mask
+Rule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def fixed_sum(values: Tensor) -> Tensor:
+    """Sum over the last dimension in float64, always in the same order (module docstring)."""
+    values = values.to(torch.float64)
+    while True:
+        size = values.shape[-1]
+        values = torch.nn.functional.pad(values, (0, -size % _BLOCK if size else _BLOCK))
+        values = values.unflatten(-1, (-1, _BLOCK))
+        half = _BLOCK // 2
+        while half:
+            values = values[..., :half] + values[..., half : 2 * half]
+            half //= 2
+        values = values.squeeze(-1)
+        if values.shape[-1] == 1:
+            return values.squeeze(-1)
+
+
+def group_sum(values: Tensor) -> Tensor:
+    """Sum of each group: (..., length) -> (...), or (matrices, rows, cols) -> (matrices,).
+
+    The two levels of a whole matrix are part of the definition: rows first, then the row sums.
+    """
+    return fixed_sum(fixed_sum(values)) if values.dim() == 3 else fixed_sum(values)
+
+
+def ternarize_groups(name: str, rule: Rule, weight: Tensor, group_size: int) -> Ternary:
+    """Apply a method's rule to every group of `weight`: natively where it can be, else in torch.
+
+    name    the method's function in the native module
+    rule    its definition in torch: magnitudes of groups and their sizes -> scale, mask
+    weight  (rows, cols) or (experts, rows, cols), float16, bfloat16, float32 or float64
+
+    Raises WeightError on NaN or infinity, with the number of such weights and the first index.
+    """
+    check_group_size(group_size)
+    if lib is not None and weight.device.type == "cpu" and weight.dtype in KINDS:
+        result, answers = run_native(getattr(lib, name), weight, group_size)
+        if any(answer >= 0 for answer in answers):
+            raise _not_finite(weight)
+        return result
+    finite = weight.isfinite()
+    if not bool(finite.all()):
+        raise _not_finite(weight)
+    magnitude = weight.abs().to(torch.float64)
+    if group_size == 0:
+        rows, cols = weight.shape[-2:]
+        groups = magnitude.reshape(-1, rows, cols)
+        size = torch.full((groups.shape[0],), rows * cols, device=weight.device)
+        scales, mask = rule(groups, size)
+        mask = mask.reshape(weight.shape)
+        scales = scales.reshape(*weight.shape[:-2], 1, 1)
+    else:
+        cols = weight.shape[-1]
+        groups = split_groups(magnitude, group_size)
+        flat = groups.reshape(-1, groups.shape[-1])
+        scales, mask = rule(flat, _sizes(weight, group_size))
+        scales = scales.reshape(groups.shape[:-1])
+        mask = mask.reshape(*weight.shape[:-1], -1)[..., :cols]
+    # sign() of -0.0 and of masked weights is 0 either way
+    return Ternary((weight.sign() * mask).to(torch.int8), scales, group_size)
+
+
+def _sizes(weight: Tensor, group_size: int) -> Tensor:
+    """Number of weights of each group (the last one of a row may be shorter), flattened."""
+    cols = weight.shape[-1]
+    length, count = group_length(cols, group_size), group_count(cols, group_size)
+    sizes = torch.full((count,), length, device=weight.device)
+    if count:
+        sizes[-1] = cols - (count - 1) * length
+    return sizes.expand(*weight.shape[:-1], count).reshape(-1)
+
+
+def run_native(
+    function: Callable[..., int], weight: Tensor, group_size: int
+) -> tuple[Ternary, list[int]]:
+    """Call a native method on each matrix of `weight`; returns its answers beside the result."""
+    rows, cols = weight.shape[-2:]
+    grid = (1, 1) if group_size == 0 else (rows, group_count(cols, group_size))
+    trits = torch.empty(weight.shape, dtype=torch.int8)
+    scales = torch.zeros((*weight.shape[:-2], *grid), dtype=torch.float64)
+    bits = weight.contiguous()
+    if bits.dtype != torch.float32:
+        bits = bits.view(torch.uint16)
+    if weight.numel() == 0:
+        return Ternary(trits, scales, group_size), []
+    matrices = zip(
+        bits.view(-1, rows, cols), trits.view(-1, rows, cols), scales.view(-1, *grid), strict=True
+    )
+    kind = KINDS[weight.dtype]
+    answers = [function(w, kind, group_size, t, s, THREADS) for w, t, s in matrices]
+    return Ternary(trits, scales, group_size), answers
+
+
+def _not_finite(weight: Tensor) -> WeightError:
+    bad = ~weight.isfinite()
+    first = bad.nonzero()[0].tolist()
+    what = "NaN" if bool(weight[tuple(first)].isnan()) else "infinite"
+    return WeightError(
+        f"{int(bad.sum())} of {weight.numel()} weights are NaN or infinite, first ({what}) at "
+        f"{first}; a checkpoint must be finite. Repair the source."
+    )
