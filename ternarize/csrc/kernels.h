@@ -83,7 +83,8 @@ struct Kernels {
   // are the signs and scales that magnitude, or 0. False ends early, with outputs unspecified.
   bool (*levels)(Kind, const Layout&, int64_t first, int64_t last, const void* weights,
                  int8_t* trits, double* scales);
-  // The same where the magnitude is given, and the first magnitude that is not 0 (or 0).
+  // The same where the magnitude is given; and the first magnitude that is not 0: 0 if all are, -1
+  // if it is not finite.
   bool (*levels_of)(Kind, const Layout&, int64_t first, int64_t last, const void* weights,
                     double magnitude, int8_t* trits);
   double (*first_magnitude)(Kind, const Layout&, const void* weights);

@@ -1,0 +1,424 @@
+"""Independent decoder of packed ternary checkpoints, written to be read beside the specifications.
+
+    python formats/reference.py FILE_OR_DIRECTORY...
+
+prints one line per tensor (name, kind, logical shape, group size, sparsity, SHA-256 of the decoded
+trits as int8 in row-major order, or of the bytes of a kept tensor, and `ok`), and exits with 1 if a
+file breaks a rule. Needs Python 3.10 and numpy, nothing of the package whose files it checks.
+
+The file is laid out as container.md and base3.md are: JSON, the safetensors header, the records,
+the trits, the scales, the directory. Each refusal starts with the name of the rule it enforces; the
+same name is in the specification and on a file in vectors/invalid. Every length that a file claims
+is compared with the bytes that are there before memory is taken for it.
+"""
+
+import hashlib
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_HEADER = 100_000_000
+MAX_BYTES = 2**63 - 1  # a tensor's size fits a signed 64-bit integer
+MAX_WEIGHTS = 2**60  # so does its size in float64
+DTYPE_SIZES = {
+    **dict.fromkeys(["BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"], 1),
+    **dict.fromkeys(["U16", "I16", "F16", "BF16"], 2),
+    **dict.fromkeys(["U32", "I32", "F32"], 4),
+    **dict.fromkeys(["U64", "I64", "F64", "C64"], 8),
+}
+TRITS_OF_BYTE = np.array(
+    [[code // 3**i % 3 - 1 for i in range(5)] for code in range(243)], dtype=np.int8
+)
+
+
+class Invalid(Exception):
+    """A file breaks a rule of the format; the first word is the rule's name."""
+
+
+def require(holds: bool, rule: str, detail: str) -> None:
+    """Raise Invalid(`rule detail`) unless the rule holds."""
+    if not holds:
+        raise Invalid(f"{rule} {detail}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a safetensors header; start and end count from the first byte of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor stored as it was: raw little-endian bytes, row-major."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Ternary:
+    """trits (..., rows, cols) int8; scales (..., rows or 1, groups) float32, read without rounding."""
+
+    trits: NDArray[np.int8]
+    scales: NDArray[np.float32]
+    scale_dtype: str
+    group_size: int
+    transposed: bool
+
+    def dequantize(self) -> NDArray[np.float32]:
+        """weight = scale * trit, (..., rows, cols) float32: exact, for a trit is -1, 0 or +1."""
+        cols = self.trits.shape[-1]
+        if self.trits.size == 0:
+            return np.zeros(self.trits.shape, np.float32)
+        scale_of_col = np.repeat(self.scales, group_length(cols, self.group_size), axis=-1)
+        return (scale_of_col[..., :cols] * self.trits).astype(np.float32)
+
+
+# JSON
+
+
+def parse_object(data: bytes, rule: str, where: str) -> dict[str, Any]:
+    """Read one JSON object in UTF-8, with no key twice, no NaN or Infinity, no half surrogate."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        require(len(found) == len(pairs), "duplicate-key", f"{where}: a key occurs twice")
+        return found
+
+    def constant(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        text = data.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # fails on a half surrogate
+    except (ValueError, RecursionError) as error:
+        raise Invalid(f"{rule} {where}: {error}") from None
+    require(isinstance(value, dict), rule, f"{where}: not a JSON object")
+    return dict(value)
+
+
+def is_size(value: object) -> bool:
+    """True for an integer >= 0; JSON's true and 1.0 are not integers."""
+    return type(value) is int and value >= 0
+
+
+# The safetensors header
+
+
+def read_header(file: BinaryIO, file_size: int) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Return the tensors in the order of their data, and the `__metadata__` strings."""
+    require(file_size >= 8, "header-too-short", f"{file_size} bytes; a file has at least 8")
+    length = int.from_bytes(file.read(8), "little")
+    limit = min(MAX_HEADER, file_size - 8)
+    require(length <= limit, "header-length", f"{length} bytes; at most {limit} can be here")
+    raw = file.read(length)
+    framed = raw.startswith(b"{") and raw.rstrip(b" ").endswith(b"}")
+    require(framed, "header-not-json", "header is not `{`, members, `}` and then spaces only")
+    header = parse_object(raw, "header-not-json", "header")
+
+    metadata = header.pop("__metadata__", {})
+    texts = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
+    require(texts, "metadata-not-strings", "`__metadata__` is not an object of strings")
+
+    first = 8 + length
+    entries = {name: read_entry(name, fields, first) for name, fields in header.items()}
+    ordered = sorted(entries.items(), key=lambda item: (item[1].start, item[1].end))
+    position = first
+    for name, entry in ordered:
+        at = f"{name}: data start at {entry.start - first}, expected {position - first}"
+        require(entry.start >= position, "offsets-overlap", at)
+        require(entry.start <= position, "offsets-hole", at)
+        position = entry.end
+    end = f"the data end at {position - first}, the file at {file_size - first}"
+    require(position <= file_size, "data-truncated", end)
+    require(position >= file_size, "trailing-bytes", end)
+    return dict(ordered), metadata
+
+
+def read_entry(name: str, fields: Any, first: int) -> Entry:
+    """Check one member of the header; `first` is where the data section starts."""
+    require(isinstance(fields, dict), "entry-bad", f"{name}: not an object")
+    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    for key, value in (("shape", shape), ("data_offsets", offsets)):
+        good = isinstance(value, list) and all(is_size(number) for number in value)
+        require(good, "entry-bad", f"{name}: {key} is not a list of integers >= 0")
+    require(len(offsets) == 2, "entry-bad", f"{name}: data_offsets has {len(offsets)} numbers")
+    require(isinstance(dtype, str), "entry-bad", f"{name}: dtype is not a string")
+    require(dtype in DTYPE_SIZES, "dtype-unknown", f"{name}: dtype {dtype}")
+    size = DTYPE_SIZES[dtype]
+    fits = math.prod(max(number, 1) for number in shape) * size <= MAX_BYTES
+    require(fits, "product-wrap", f"{name}: shape {shape} does not fit 63 bits")
+    begin, end = offsets
+    require(begin <= end, "offsets-reversed", f"{name}: from {begin} to {end}")
+    expected = math.prod(shape) * size
+    same = end - begin == expected
+    require(same, "size-mismatch", f"{name}: {end - begin} bytes; {dtype} {shape} has {expected}")
+    return Entry(dtype, tuple(shape), first + begin, first + end)
+
+
+# The records
+
+
+def read_records(metadata: dict[str, str]) -> dict[str, Any]:
+    """Return the records by tensor name, unchecked, after the version and the features."""
+    require("ternarize" in metadata, "metadata-missing", "no `ternarize` in `__metadata__`")
+    text = metadata["ternarize"].encode("utf-8")
+    document = parse_object(text, "metadata-not-json", "metadata")
+    version = document.get("format_version")
+    known = type(version) is int and version == 1
+    require(known, "version-unknown", f"format_version is {version!r}; this reader knows 1")
+    features = document.get("features")
+    listed = isinstance(features, list) and all(isinstance(name, str) for name in features)
+    require(listed, "metadata-incomplete", "`features` is not a list of strings")
+    require(features == [], "feature-unknown", f"needs {features}; version 1 defines none")
+    records = document.get("tensors")
+    require(isinstance(records, dict), "metadata-incomplete", "`tensors` is not an object")
+    return dict(document["tensors"])
+
+
+def check_record(name: str, record: Any) -> bool:
+    """Check the record of a tensor that is in the file; True if the tensor is ternary."""
+    require(isinstance(record, dict), "record-bad", f"{name}: the record is not an object")
+    digest = record.get("sha256")
+    good = isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) is not None
+    require(good, "record-sha256-bad", f"{name}: sha256 is {digest!r}; 64 digits 0-9a-f expected")
+    if not record.keys() & {"shape", "group_size", "codec", "transposed"}:
+        return False
+    codec = record.get("codec")
+    require(codec == "base3", "record-unknown-codec", f"{name}: codec is {codec!r}")
+    shape = record.get("shape")
+    good = isinstance(shape, list) and len(shape) in (2, 3) and all(is_size(n) for n in shape)
+    good = good and shape[-1] >= 1 and math.prod(max(n, 1) for n in shape) <= MAX_WEIGHTS
+    require(good, "record-shape-bad", f"{name}: shape is {shape!r}")
+    group_size = record.get("group_size")
+    good = type(group_size) is int and group_size >= -1
+    require(good, "record-group-size-bad", f"{name}: group_size is {group_size!r}")
+    transposed = record.get("transposed", True)  # written only when true
+    require(transposed is True, "record-transposed-bad", f"{name}: transposed is {transposed!r}")
+    return True
+
+
+# Trits and scales
+
+
+def group_length(cols: int, group_size: int) -> int:
+    """Weights along cols that share a scale: all of them for group_size -1 and 0."""
+    return cols if group_size <= 0 else min(group_size, cols)
+
+
+def packed_width(cols: int, group_size: int) -> int:
+    """Bytes of a row: each group takes ceil(its length / 5)."""
+    length = group_length(cols, group_size)
+    return cols // length * -(-length // 5) + -(-(cols % length) // 5)
+
+
+def unpack(packed: NDArray[np.uint8], cols: int, group_size: int, name: str) -> NDArray[np.int8]:
+    """(..., width) bytes -> (..., cols) trits."""
+    bad = np.argwhere(packed > 242)[:1].tolist()
+    require(not bad, "code-invalid", f"{name}: byte {bad} is above 242")
+    length = group_length(cols, group_size)
+    groups = cols // length
+    split = groups * -(-length // 5)
+    rows = packed.shape[:-1]
+    parts = []
+    # all whole groups at once, then the shorter last one
+    for codes, count, part in (
+        (packed[..., :split], groups, length),
+        (packed[..., split:], 1, cols % length),
+    ):
+        if part:
+            digits = TRITS_OF_BYTE[codes].reshape(*rows, count, -1)
+            padding = bool(digits[..., part:].any())
+            require(not padding, "padding-nonzero", f"{name}: padding is not zero trits")
+            parts.append(digits[..., :part].reshape(*rows, count * part))
+    return np.concatenate(parts, axis=-1)
+
+
+def float32(data: bytes, dtype: str) -> NDArray[np.float32]:
+    """Widen stored scales; BF16 is the upper half of a float32."""
+    if dtype == "BF16":
+        return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(data, "<f2" if dtype == "F16" else "<f4").astype(np.float32)
+
+
+def check_scales(
+    scales: NDArray[np.float32], trits: NDArray[np.int8], group_size: int, name: str
+) -> None:
+    """A scale is finite and >= +0, and 0 exactly when every trit of its group is 0."""
+    used = np.zeros(scales.shape, dtype=bool)  # stays so in a matrix without weights
+    if trits.size:
+        starts = np.arange(0, trits.shape[-1], group_length(trits.shape[-1], group_size))
+        used = np.logical_or.reduceat(trits != 0, starts, axis=-1)
+        if group_size == 0:
+            used = used.any(axis=-2, keepdims=True)
+    for rule, broken in (
+        ("scale-nan", np.isnan(scales)),
+        ("scale-inf", np.isinf(scales)),
+        ("scale-negative", scales < 0),
+        ("scale-negative-zero", np.signbit(scales)),
+        ("scale-zero-with-trits", used & (scales == 0)),
+        ("scale-nonzero-without-trits", ~used & (scales != 0)),
+    ):
+        bad = np.argwhere(broken)[:1].tolist()
+        require(not bad, rule, f"{name}_scale: at {bad}")
+
+
+def decode_ternary(
+    name: str, record: dict[str, Any], packed: Entry, scale: Entry, codes: bytes, scales: bytes
+) -> Ternary:
+    """Decode one packed tensor and its scale companion."""
+    *matrix, rows, cols = record["shape"]
+    group_size = record["group_size"]
+    width = packed_width(cols, group_size)
+    groups = -(-cols // group_length(cols, group_size))
+    require(packed.dtype == "U8", "packed-not-u8", f"{name}: dtype is {packed.dtype}")
+    lead = [*matrix, rows]
+    same = list(packed.shape[:-1]) == lead
+    require(same, "rows-mismatch", f"{name}: stored as {packed.shape}, expected {[*lead, width]}")
+    same = packed.shape[-1] == width
+    require(same, "packed-width-wrong", f"{name}: {packed.shape[-1]} bytes a row, not {width}")
+    float_type = scale.dtype in ("F16", "BF16", "F32")
+    require(float_type, "scale-dtype-wrong", f"{name}_scale: dtype is {scale.dtype}")
+    expected = (*matrix, 1, 1) if group_size == 0 else (*matrix, rows, groups)
+    same = scale.shape == expected
+    require(same, "scale-shape-wrong", f"{name}_scale: shape is {scale.shape}, not {expected}")
+    near = scale.start == packed.end
+    require(near, "scale-not-adjacent", f"{name}_scale: not directly after {name} in the data")
+
+    shape = (*matrix, rows, cols)
+    trits = np.zeros(shape, np.int8)
+    if trits.size:
+        table = np.frombuffer(codes, np.uint8).reshape(packed.shape)
+        trits = unpack(table, cols, group_size, name).reshape(shape)
+    values = float32(scales, scale.dtype).reshape(expected)
+    check_scales(values, trits, group_size, name)
+    digest = hashlib.sha256(codes + scales).hexdigest()
+    require(digest == record["sha256"], "digest-mismatch", f"{name}: SHA-256 is {digest}")
+    return Ternary(trits, values, scale.dtype, group_size, "transposed" in record)
+
+
+# Files and directories
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, Ternary | Kept]]:
+    """Decode one file tensor by tensor, in the order of the data."""
+    with path.open("rb") as file:
+        entries, metadata = read_header(file, path.stat().st_size)
+        records = read_records(metadata)  # may name tensors of other shards: not looked at
+        present = {name: records[name] for name in entries if name in records}
+        ternary = {name for name, record in present.items() if check_record(name, record)}
+        for name in ternary:
+            require(f"{name}_scale" in entries, "scale-missing", f"{name}: no {name}_scale")
+            twice = f"{name}_scale" in present
+            require(not twice, "scale-with-record", f"{name}_scale: a scale has no record")
+        scales = {f"{name}_scale" for name in ternary}
+        for name in entries:
+            described = name in present or name in scales
+            require(described, "tensor-without-record", f"{name}: no record in the metadata")
+
+        def read(name: str) -> bytes:
+            file.seek(entries[name].start)
+            return file.read(entries[name].end - entries[name].start)
+
+        for name, record in present.items():
+            entry = entries[name]
+            if name in ternary:
+                other = f"{name}_scale"
+                stored = (entry, entries[other], read(name), read(other))
+                yield name, decode_ternary(name, record, *stored)
+            else:
+                data = read(name)
+                digest = hashlib.sha256(data).hexdigest()
+                same = digest == record["sha256"]
+                require(same, "digest-mismatch", f"{name}: SHA-256 is {digest}")
+                yield name, Kept(entry.dtype, entry.shape, data)
+
+
+def decode_file(path: str | Path) -> dict[str, Ternary | Kept]:
+    """Decode and verify one .safetensors file.  Raises Invalid, OSError."""
+    return dict(read_tensors(Path(path)))
+
+
+def files_of(path: Path) -> list[Path]:
+    """The .safetensors files of a checkpoint directory, with its index checked against them."""
+    if not path.is_dir():
+        return [path]
+    index = path / "model.safetensors.index.json"
+    weight_map: dict[str, Any] = {}
+    files = [path / "model.safetensors"]
+    if not files[0].exists():
+        require(index.exists(), "no-model", f"{path}: no model.safetensors and no index")
+        document = parse_object(index.read_bytes(), "index-not-json", index.name)
+        weight_map = document.get("weight_map", None)
+        require(isinstance(weight_map, dict), "index-not-json", "`weight_map` is not an object")
+        for name, file in weight_map.items():
+            plain = isinstance(file, str) and re.fullmatch(r"[^/\\:\0]+", file) is not None
+            plain = plain and file not in (".", "..")
+            require(plain, "index-path-bad", f"{name}: {file!r} is not a plain file name")
+            there = (path / file).is_file()
+            require(there, "index-file-missing", f"{name}: there is no file {file}")
+        files = [path / file for file in sorted(set(weight_map.values()))]
+
+    recorded: dict[str, str] = {}
+    present: set[str] = set()
+    for part in files:
+        with part.open("rb") as stream:
+            entries, metadata = read_header(stream, part.stat().st_size)
+        recorded.update(dict.fromkeys(read_records(metadata), part.name))
+        present |= entries.keys()
+        listed = {name for name, file in weight_map.items() if file == part.name}
+        wrong = sorted(listed ^ entries.keys()) if weight_map else []
+        require(not wrong, "index-disagrees", f"{part.name}: with the index over {wrong[:3]}")
+    for name, file in recorded.items():
+        require(name in present, "record-without-tensor", f"{file}: {name} is in no file")
+    return files
+
+
+def describe(name: str, tensor: Ternary | Kept) -> str:
+    """One line: name, kind, logical shape, group size, sparsity, SHA-256, ok."""
+    if isinstance(tensor, Kept):
+        digest = hashlib.sha256(tensor.data).hexdigest()
+        return f"{name} kept {list(tensor.shape)} - - {digest} ok"
+    trits = tensor.trits
+    sparsity = 1 - np.count_nonzero(trits) / trits.size if trits.size else 0.0
+    digest = hashlib.sha256(np.ascontiguousarray(trits).data).hexdigest()
+    shape = list(trits.shape)
+    return f"{name} ternary {shape} {tensor.group_size} {sparsity:.4f} {digest} ok"
+
+
+def main(arguments: list[str]) -> int:
+    """Check every file and directory named; 0 if all are valid, 1 if not, 2 without arguments."""
+    if not arguments:
+        print("usage: python formats/reference.py FILE_OR_DIRECTORY...", file=sys.stderr)
+        return 2
+    failed = False
+    for argument in arguments:
+        where = argument
+        try:
+            for path in files_of(Path(argument)):
+                where = str(path)
+                for name, tensor in read_tensors(path):
+                    # names come from the file: control characters must not reach the terminal
+                    print(describe(json.dumps(name)[1:-1], tensor))
+        except (Invalid, OSError) as error:
+            print(json.dumps(f"{where}: {error}")[1:-1], file=sys.stderr)
+            failed = True
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

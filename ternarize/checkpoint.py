@@ -1,0 +1,387 @@
+"""Hugging Face checkpoints on disk: headers first, then one piece of a tensor at a time.
+
+Nothing here holds a model. `read_header` parses the head of a safetensors file strictly and reads
+no data; `open_checkpoint` finds the files of a directory and lists their tensors; `Checkpoint.read`
+fetches rows of one tensor. Data is read, not mapped: a file that shrinks under a mapping kills the
+process, and mapped pages count as memory. (pytorch_model.bin, read through torch's weights_only
+loading, is the exception: torch maps it.)
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ternarize.errors import CheckpointError, FormatError, UsageError
+
+# dtype names of safetensors
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+SAFETENSORS = "model.safetensors"
+PICKLE = "pytorch_model.bin"
+INDEX = ".index.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a safetensors file: `start` bytes behind the file's `data_start`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """The parsed head of a safetensors file; `entries` in the order of their data."""
+
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+    data_start: int
+
+
+def read_header(path: Path) -> Header:
+    """Parse and check the header of a safetensors file, without reading its data.
+
+    Every rule of formats/container.md about the file's frame is checked: a length that fits, a
+    JSON object without repeated keys, known dtypes, sizes that agree with shapes, and data that
+    covers the rest of the file without gap or overlap.
+
+    Raises FormatError, naming the file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise _broken(path, f"{size} bytes", "a safetensors file has at least 8")
+        length = int.from_bytes(prefix, "little")
+        if not 2 <= length <= min(MAX_HEADER, size - 8):
+            raise _broken(
+                path,
+                f"the header's length is {length} in a file of {size} bytes",
+                f"expected 2 to {min(MAX_HEADER, size - 8)}",
+            )
+        raw = file.read(length)
+    try:
+        table = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, f"the header is not valid JSON ({error})", "") from None
+    if not isinstance(table, dict):
+        raise _broken(path, f"the header is a {type(table).__name__}", "expected an object")
+    metadata = table.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _broken(path, "__metadata__ is not a table of strings", "")
+    entries = {name: _entry(path, name, value) for name, value in table.items()}
+    entries = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)))
+    end = 0
+    for name, entry in entries.items():
+        if entry.start != end:
+            raise _broken(
+                path, f"{name} starts at byte {entry.start} of the data", f"expected {end}"
+            )
+        end += entry.nbytes
+    if 8 + length + end != size:
+        raise _broken(path, f"{size} bytes", f"the header promises {8 + length + end}")
+    return Header(entries, metadata, 8 + length)
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """object_pairs_hook for json: a repeated key is an error, because parsers differ on it."""
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"repeated key {next(n for n in names if names.count(n) > 1)!r}")
+    return table
+
+
+def _entry(path: Path, name: str, value: Any) -> Entry:
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise _broken(path, f"the entry of {name} is {str(value)[:80]}", "expected dtype, shape, "
+                      "data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise _broken(path, f"{name} has dtype {dtype!r}", f"expected one of {', '.join(DTYPES)}")
+    if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
+        raise _broken(path, f"{name} has shape {shape} and data_offsets {offsets}",
+                      "expected non-negative integers")
+    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+    if offsets[1] - offsets[0] != nbytes:
+        raise _broken(path, f"{name} has {offsets[1] - offsets[0]} bytes",
+                      f"expected {nbytes} for {dtype} {shape}")
+    return Entry(dtype, tuple(shape), offsets[0], nbytes)
+
+
+def _is_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+
+
+def _broken(path: Path, what: str, expected: str) -> FormatError:
+    expected = f"; {expected}" if expected else ""
+    return FormatError(f"{path.name}: {what}{expected}. The file is damaged: fetch it again.")
+
+
+def read_bytes(path: Path, start: int, nbytes: int) -> Tensor:
+    """`nbytes` bytes of a file from offset `start`, as uint8; FormatError if the file ends."""
+    buffer = torch.empty(nbytes, dtype=torch.uint8)
+    view = memoryview(buffer.numpy())
+    done = 0
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while done < nbytes:
+            count = file.readinto(view[done:])
+            if not count:
+                raise _broken(path, f"it ends at byte {start + done}",
+                              f"data was expected up to {start + nbytes}")
+            done += count
+    return buffer
+
+
+def byte_view(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor in row-major order, uint8."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor of a checkpoint, known by its header: `start` is absolute in `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    start: int = 0
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * DTYPES[self.dtype].itemsize
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint's tensors in the order of its files and of their data.
+
+    Without weights (a directory with a config.json alone, for a plan) `tensors` is empty.
+    """
+
+    directory: Path
+    config: dict[str, Any] | None
+    files: list[str]
+    tensors: dict[str, TensorInfo]
+    _pickles: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Elements [start, stop) of a tensor, flattened in row-major order, on the CPU."""
+        info = self.tensors[name]
+        stop = info.numel if stop is None else stop
+        if info.file in self._pickles:
+            return self._pickles[info.file][name].reshape(-1)[start:stop]
+        dtype = DTYPES[info.dtype]
+        offset, nbytes = info.start + start * dtype.itemsize, (stop - start) * dtype.itemsize
+        return read_bytes(self.directory / info.file, offset, nbytes).view(dtype)
+
+
+def open_checkpoint(directory: Path, *, need_weights: bool = True) -> Checkpoint:
+    """List the tensors of a checkpoint directory from its index and headers.
+
+    Takes safetensors, single or sharded, and else pytorch_model.bin (weights_only: no pickled
+    code is run). Raises CheckpointError when there is nothing to read, FormatError when a file
+    or the index is broken.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{directory}: no such directory; expected a Hugging Face checkpoint. "
+            "Check the path or the Hub id."
+        )
+    config = read_json(directory / "config.json")
+    for main in (SAFETENSORS, PICKLE):
+        if (directory / (main + INDEX)).is_file():
+            return _open_sharded(directory, config, main + INDEX)
+        if (directory / main).is_file():
+            return _open_files(directory, config, [main])
+    if need_weights:
+        found = sorted(p.name for p in directory.iterdir() if p.suffix in _WEIGHT_SUFFIXES)
+        raise CheckpointError(
+            f"{directory}: no weights; expected {SAFETENSORS}, {SAFETENSORS}{INDEX}, {PICKLE} or "
+            f"{PICKLE}{INDEX}" + (f", found {', '.join(found[:5])}" if found else "") + ". "
+            "Save the model with save_pretrained."
+        )
+    return Checkpoint(directory, config, [], {})
+
+
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None where there is no such file; FormatError if it is not an object."""
+    if not path.is_file():
+        return None
+    try:
+        table = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path.name}: not valid JSON ({error}). Repair the file.") from None
+    if not isinstance(table, dict):
+        raise FormatError(
+            f"{path.name}: holds a {type(table).__name__}; expected a JSON object. Repair the file."
+        )
+    return table
+
+
+def _open_sharded(directory: Path, config: dict[str, Any] | None, index: str) -> Checkpoint:
+    weight_map = (read_json(directory / index) or {}).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise FormatError(
+            f"{index}: no weight_map; expected a table of tensor name: file. Fetch it again."
+        )
+    files = sorted(set(weight_map.values()))
+    for file in files:
+        if Path(file).name != file or file in ("", ".", ".."):
+            raise FormatError(
+                f"{index}: names the file {file!r}; expected a name in the same directory. "
+                "Do not trust this checkpoint."
+            )
+        if not (directory / file).is_file():
+            raise CheckpointError(f"{index}: {file} is missing beside it. Fetch it again.")
+    checkpoint = _open_files(directory, config, files)
+    for name, file in weight_map.items():
+        found = checkpoint.tensors.get(name)
+        if found is None or found.file != file:
+            where = "no file has it" if found is None else f"it is in {found.file}"
+            raise FormatError(
+                f"{index}: says that {name} is in {file}, but {where}. Fetch the checkpoint again."
+            )
+    for name, info in checkpoint.tensors.items():
+        if name not in weight_map:
+            raise FormatError(
+                f"{index}: does not list {name}, which {info.file} holds. "
+                "Fetch the checkpoint again."
+            )
+    return checkpoint
+
+
+def _open_files(directory: Path, config: dict[str, Any] | None, files: list[str]) -> Checkpoint:
+    checkpoint = Checkpoint(directory, config, files, {})
+    for file in files:
+        for info in _list_tensors(checkpoint, file):
+            if info.name in checkpoint.tensors:
+                raise FormatError(
+                    f"{file}: {info.name} is also in {checkpoint.tensors[info.name].file}; "
+                    "expected each tensor once. Fetch the checkpoint again."
+                )
+            checkpoint.tensors[info.name] = info
+    return checkpoint
+
+
+def _list_tensors(checkpoint: Checkpoint, file: str) -> Iterator[TensorInfo]:
+    path = checkpoint.directory / file
+    if path.suffix == ".safetensors":
+        header = read_header(path)
+        for name, entry in header.entries.items():
+            start = header.data_start + entry.start
+            yield TensorInfo(name, entry.dtype, entry.shape, file, start)
+        return
+    for name, tensor in checkpoint._pickles.setdefault(file, _load_pickle(path)).items():
+        yield TensorInfo(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), file)
+
+
+def _load_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a torch file, by weights_only loading; mapped where torch can."""
+    try:
+        try:
+            table = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):  # files from before torch 1.6 cannot be mapped
+                raise
+            table = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds, with pages of advice
+        first = re.sub(r"\s+", " ", str(error))[:160]
+        raise FormatError(
+            f"{path.name}: torch cannot load it as weights only ({type(error).__name__}: {first}). "
+            "Convert the source to safetensors with software that you trust."
+        ) from None
+    bad = [k for k, v in table.items() if not isinstance(v, Tensor) or v.dtype not in DTYPE_NAMES]
+    if bad:
+        raise FormatError(
+            f"{path.name}: {bad[0]} is no tensor of a known dtype; expected a table of tensors. "
+            "Save the model's state_dict alone."
+        )
+    return dict(table)
+
+
+def locate(model: str | Path, revision: str | None = None, *, config_only: bool = False) -> Path:
+    """The directory of a checkpoint: a path as it is, a Hub id (user/name[@revision]) fetched.
+
+    Only weights, JSON and tokenizer files are fetched, and safetensors rather than pickles.
+    Raises CheckpointError when neither is there.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(
+            f"{model}: is a file; expected a checkpoint directory or a Hub id. "
+            "Name the directory that holds it."
+        )
+    repo, _, at = str(model).partition("@")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo) or repo.startswith((".", "~")):
+        raise CheckpointError(
+            f"{model}: no such directory; expected a checkpoint directory or a Hub id "
+            "(user/name). Check the path."
+        )
+    if revision and at:
+        raise UsageError(f"{model}: names a revision, and so does --revision {revision}. Name one.")
+    return _fetch(repo, revision or at or None, config_only)
+
+
+_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md", "LICENSE*"]
+
+
+def _fetch(repo: str, revision: str | None, config_only: bool) -> Path:
+    import huggingface_hub  # slow to import, and needed for Hub ids only
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    def fetch(patterns: list[str]) -> Path:
+        found = huggingface_hub.snapshot_download(
+            repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
+        )
+        return Path(found)
+
+    try:
+        directory = fetch(_SMALL_FILES if config_only else [*_SMALL_FILES, "*.safetensors"])
+        if not config_only and not any(directory.glob("*.safetensors")):
+            directory = fetch([*_SMALL_FILES, "pytorch_model*.bin"])
+        return directory
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        first = re.sub(r"\s+", " ", str(error))[:200]
+        raise CheckpointError(
+            f"{repo}: no such directory, and the Hub did not give it "
+            f"({type(error).__name__}: {first}). Check the name, the network and your token."
+        ) from None

@@ -1,0 +1,195 @@
+// The Python module ternarize._native: checks every shape and dtype, then calls the core without the
+// interpreter's lock. ternarize/_native.pyi documents the functions.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+
+#include <cstdlib>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "core.h"
+
+namespace nb = nanobind;
+using namespace ternarize;
+
+namespace {
+
+template <class... Options>
+using Dense = nb::ndarray<nb::device::cpu, nb::c_contig, nb::ndim<2>, Options...>;
+template <class T>
+using In = Dense<const T>;
+template <class T>
+using Out = Dense<T>;
+
+[[noreturn]] void fail(const std::string& what) { throw nb::value_error(what.c_str()); }
+
+std::string shape_text(int64_t rows, int64_t cols) {
+  return "[" + std::to_string(rows) + ", " + std::to_string(cols) + "]";
+}
+
+template <class Array>
+void expect(const char* name, const Array& array, int64_t rows, int64_t cols) {
+  const auto has_rows = static_cast<int64_t>(array.shape(0));
+  const auto has_cols = static_cast<int64_t>(array.shape(1));
+  if (has_rows != rows || has_cols != cols)
+    fail(std::string(name) + ": shape is " + shape_text(has_rows, has_cols) + "; expected " +
+         shape_text(rows, cols) + ".");
+}
+
+Kind kind_of(const std::string& name) {
+  if (name == "F32") return Kind::F32;
+  if (name == "BF16") return Kind::BF16;
+  if (name == "F16") return Kind::F16;
+  fail("kind is '" + name + "'; expected 'F32', 'BF16' or 'F16'.");
+}
+
+// A kind's own dtype, or for the 16-bit ones integers that hold its bits.
+template <class Array>
+void expect_kind(const char* name, const Array& array, Kind kind) {
+  const nb::dlpack::dtype has = array.dtype();
+  const auto is = [&](nb::dlpack::dtype_code code) { return has.code == static_cast<uint8_t>(code); };
+  const bool fits =
+      has.lanes == 1 &&
+      (kind == Kind::F32
+           ? has.bits == 32 && is(nb::dlpack::dtype_code::Float)
+           : has.bits == 16 &&
+                 (is(nb::dlpack::dtype_code::UInt) || is(nb::dlpack::dtype_code::Int) ||
+                  is(kind == Kind::BF16 ? nb::dlpack::dtype_code::Bfloat
+                                        : nb::dlpack::dtype_code::Float)));
+  if (!fits) fail(std::string(name) + ": dtype does not hold the kind that was given.");
+}
+
+Layout checked_layout(int64_t rows, int64_t cols, int64_t group_size) {
+  if (group_size < -1)
+    fail("group_size is " + std::to_string(group_size) + "; expected -1, 0 or more.");
+  if (cols < 0 || cols > std::numeric_limits<int64_t>::max() / 2)
+    fail("cols is " + std::to_string(cols) + "; expected 0 or more.");
+  return layout_of(rows, cols, group_size);
+}
+
+template <class Array>
+Layout layout_of_matrix(const Array& array, int64_t group_size) {
+  return checked_layout(static_cast<int64_t>(array.shape(0)), static_cast<int64_t>(array.shape(1)),
+                        group_size);
+}
+
+int64_t bind_pack(In<int8_t> trits, int64_t group_size, Out<uint8_t> out, int threads) {
+  const Layout x = layout_of_matrix(trits, group_size);
+  expect("out", out, x.rows, x.width);
+  nb::gil_scoped_release unlocked;
+  return pack(x, trits.data(), out.data(), threads);
+}
+
+int64_t bind_unpack(In<uint8_t> packed, int64_t cols, int64_t group_size, Out<int8_t> out,
+                    int threads) {
+  const Layout x = checked_layout(static_cast<int64_t>(packed.shape(0)), cols, group_size);
+  expect("packed", packed, x.rows, x.width);
+  expect("out", out, x.rows, x.cols);
+  nb::gil_scoped_release unlocked;
+  return unpack(x, packed.data(), out.data(), threads);
+}
+
+int64_t bind_check(In<uint8_t> packed, int64_t cols, int64_t group_size, Out<uint8_t> nonzero,
+                   int threads) {
+  const Layout x = checked_layout(static_cast<int64_t>(packed.shape(0)), cols, group_size);
+  expect("packed", packed, x.rows, x.width);
+  expect("nonzero", nonzero, x.rows, x.groups);
+  nb::gil_scoped_release unlocked;
+  return check(x, packed.data(), nonzero.data(), threads);
+}
+
+void bind_dequantize(In<uint8_t> packed, In<float> scales, int64_t cols, int64_t group_size,
+                     Dense<> out, const std::string& kind_name, int threads) {
+  const Kind kind = kind_of(kind_name);
+  const Layout x = checked_layout(static_cast<int64_t>(packed.shape(0)), cols, group_size);
+  const auto scale_rows = static_cast<int64_t>(scales.shape(0));
+  expect("packed", packed, x.rows, x.width);
+  expect("scales", scales, scale_rows, x.groups);
+  if (x.rows != 0 && (scale_rows == 0 || x.rows % scale_rows != 0))
+    fail("scales: " + std::to_string(scale_rows) + " rows do not divide the " +
+         std::to_string(x.rows) + " rows of the matrix.");
+  expect("out", out, x.rows, x.cols);
+  expect_kind("out", out, kind);
+  nb::gil_scoped_release unlocked;
+  dequantize(x, packed.data(), scales.data(), scale_rows, kind, out.data(), threads);
+}
+
+template <Method method>
+int64_t bind_ternarize(Dense<nb::ro> weights, const std::string& kind_name, int64_t group_size,
+                       Out<int8_t> trits, Out<double> scales, int threads) {
+  const Kind kind = kind_of(kind_name);
+  const Layout x = layout_of_matrix(weights, group_size);
+  expect_kind("weights", weights, kind);
+  expect("trits", trits, x.rows, x.cols);
+  if (group_size != 0) {
+    expect("scales", scales, x.rows, x.groups);
+    nb::gil_scoped_release unlocked;
+    return ternarize::ternarize(method, kind, x, weights.data(), trits.data(), scales.data(),
+                                threads);
+  }
+  expect("scales", scales, 1, 1);
+  std::vector<Total> totals(static_cast<size_t>(x.rows));
+  nb::gil_scoped_release unlocked;
+  return ternarize_tensor(method, kind, x, weights.data(), trits.data(), scales.data(),
+                          totals.data(), threads);
+}
+
+int64_t bind_levels(Dense<nb::ro> weights, const std::string& kind_name, int64_t group_size,
+                    Out<int8_t> trits, Out<double> scales, int threads) {
+  const Kind kind = kind_of(kind_name);
+  const Layout x = layout_of_matrix(weights, group_size);
+  expect_kind("weights", weights, kind);
+  expect("trits", trits, x.rows, x.cols);
+  if (group_size != 0)
+    expect("scales", scales, x.rows, x.groups);
+  else
+    expect("scales", scales, 1, 1);
+  nb::gil_scoped_release unlocked;
+  return group_size != 0
+             ? levels(kind, x, weights.data(), trits.data(), scales.data(), threads)
+             : levels_tensor(kind, x, weights.data(), trits.data(), scales.data(), threads);
+}
+
+std::string bind_cpu() { return kernels().name; }
+
+nb::list bind_cpus() {
+  nb::list names;
+  for (const Kernels* const* one = variants(); *one; ++one) names.append((*one)->name);
+  return names;
+}
+
+void bind_use_cpu(const std::string& name) {
+  if (!use(name.c_str()))
+    fail("TERNARIZE_CPU is '" + name + "', which this CPU or this build does not have; expected " +
+         nb::cast<std::string>(nb::str(", ").attr("join")(bind_cpus())) + ".");
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  if (const char* name = std::getenv("TERNARIZE_CPU")) bind_use_cpu(name);
+  // noconvert: a converted output would be a copy that nobody reads.
+  m.def("pack", bind_pack, nb::arg("trits").noconvert(), nb::arg("group_size"),
+        nb::arg("out").noconvert(), nb::arg("threads"));
+  m.def("unpack", bind_unpack, nb::arg("packed").noconvert(), nb::arg("cols"),
+        nb::arg("group_size"), nb::arg("out").noconvert(), nb::arg("threads"));
+  m.def("check", bind_check, nb::arg("packed").noconvert(), nb::arg("cols"), nb::arg("group_size"),
+        nb::arg("nonzero").noconvert(), nb::arg("threads"));
+  m.def("dequantize", bind_dequantize, nb::arg("packed").noconvert(),
+        nb::arg("scales").noconvert(), nb::arg("cols"), nb::arg("group_size"),
+        nb::arg("out").noconvert(), nb::arg("kind"), nb::arg("threads"));
+  const auto method = [&m](const char* name, auto function) {
+    m.def(name, function, nb::arg("weights").noconvert(), nb::arg("kind"), nb::arg("group_size"),
+          nb::arg("trits").noconvert(), nb::arg("scales").noconvert(), nb::arg("threads"));
+  };
+  method("absmean", bind_ternarize<Method::Absmean>);
+  method("twn", bind_ternarize<Method::Twn>);
+  method("itf", bind_ternarize<Method::Itf>);
+  method("levels", bind_levels);
+  m.def("cpu", bind_cpu);
+  m.def("cpus", bind_cpus);
+  m.def("use_cpu", bind_use_cpu, nb::arg("name"));
+}

@@ -1,0 +1,213 @@
+// Threads and the choice of the instruction set; no arithmetic on weights but the means of tensors
+// with one scale.
+
+#include "core.h"
+
+#include <atomic>
+#include <cstring>
+#include <system_error>
+#include <thread>
+
+namespace ternarize {
+namespace {
+
+// A thread should have enough to do to be worth its start (tens of microseconds).
+constexpr int64_t kWeightsPerThread = 1 << 18;
+constexpr int kMostThreads = 256;
+
+// Calls work(part, first, last) for consecutive parts of the rows, each on its own thread, and
+// returns the number of parts. Which rows a part has never changes a result.
+template <class Work>
+int parallel_for(const Layout& x, int threads, Work work) {
+  int64_t parts = x.rows * x.cols / kWeightsPerThread + 1;
+  if (parts > threads) parts = threads;
+  if (parts > x.rows) parts = x.rows;
+  if (parts > kMostThreads) parts = kMostThreads;
+  if (parts < 1) parts = 1;
+  std::thread started[kMostThreads];
+  const auto run = [&](int64_t part) {
+    work(static_cast<int>(part), x.rows * part / parts, x.rows * (part + 1) / parts);
+  };
+  for (int64_t part = 1; part < parts; ++part) {
+    try {
+      started[part] = std::thread(run, part);
+    } catch (const std::system_error&) {  // no more threads to be had: this one does it
+      run(part);
+    }
+  }
+  run(0);
+  for (int64_t part = 1; part < parts; ++part)
+    if (started[part].joinable()) started[part].join();
+  return static_cast<int>(parts);
+}
+
+// The lowest index of those that work(first, last) finds. Each part stops at its own first one, and
+// the parts are in order.
+template <class Work>
+int64_t first_of(const Layout& x, int threads, Work work) {
+  int64_t found[kMostThreads];
+  const int parts = parallel_for(x, threads, [&](int part, int64_t first, int64_t last) {
+    found[part] = work(first, last);
+  });
+  for (int part = 0; part < parts; ++part)
+    if (found[part] != kNone) return found[part];
+  return kNone;
+}
+
+// True if work(first, last) is true for all parts.
+template <class Work>
+bool all_of(const Layout& x, int threads, Work work) {
+  return first_of(x, threads, [&](int64_t first, int64_t last) {
+           return work(first, last) ? kNone : first;
+         }) == kNone;
+}
+
+const Kernels* best() {
+  const Kernels* const* last = variants();
+  while (last[1]) ++last;
+  return *last;
+}
+
+std::atomic<const Kernels*>& chosen() {
+  static std::atomic<const Kernels*> kernels{best()};
+  return kernels;
+}
+
+// Sum and count of all |w| above a threshold; the rows' sums are summed in the fixed order too.
+Total tensor_total(Kind kind, const Layout& x, const void* weights, double threshold,
+                   Total* totals, int threads) {
+  parallel_for(x, threads, [&](int, int64_t first, int64_t last) {
+    kernels().row_totals(kind, x, first, last, weights, threshold, totals);
+  });
+  int64_t count = 0;
+  for (int64_t row = 0; row < x.rows; ++row) count += totals[row].count;
+  constexpr int64_t kStride = sizeof(Total) / sizeof(double);
+  return {x.rows ? kernels().fixed_sum(&totals->sum, x.rows, kStride) : 0.0, count};
+}
+
+double mean(Total t) { return t.count ? t.sum / static_cast<double>(t.count) : 0.0; }
+
+}  // namespace
+
+Layout layout_of(int64_t rows, int64_t cols, int64_t group_size) {
+  const int64_t group = group_size > 0 && group_size < cols ? group_size : cols;
+  const int64_t groups = group ? (cols + group - 1) / group : 0;
+  const int64_t whole = group ? cols / group : 0, rest = cols - whole * group;
+  return {rows, cols, group, groups, whole * ((group + 4) / 5) + (rest + 4) / 5};
+}
+
+const Kernels* const* variants() {
+  static const Kernels* const* const found = [] {
+    static const Kernels* list[4] = {&kPortable};
+#ifdef TERNARIZE_X86_VARIANTS
+    int n = 1;
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2")) {
+      list[n++] = &kAvx2;
+      if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+          __builtin_cpu_supports("avx512vbmi"))
+        list[n++] = &kAvx512;
+    }
+#endif
+    return list;
+  }();
+  return found;
+}
+
+const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed); }
+
+bool use(const char* name) {
+  for (const Kernels* const* one = variants(); *one; ++one)
+    if (std::strcmp((*one)->name, name) == 0) {
+      chosen().store(*one);
+      return true;
+    }
+  return false;
+}
+
+int64_t pack(const Layout& x, const int8_t* trits, uint8_t* packed, int threads) {
+  return first_of(x, threads, [&](int64_t first, int64_t last) {
+    return kernels().pack(x, first, last, trits, packed);
+  });
+}
+
+int64_t unpack(const Layout& x, const uint8_t* packed, int8_t* trits, int threads) {
+  return first_of(x, threads, [&](int64_t first, int64_t last) {
+    return kernels().unpack(x, first, last, packed, trits);
+  });
+}
+
+int64_t check(const Layout& x, const uint8_t* packed, uint8_t* nonzero, int threads) {
+  return first_of(x, threads, [&](int64_t first, int64_t last) {
+    return kernels().check(x, first, last, packed, nonzero);
+  });
+}
+
+void dequantize(const Layout& x, const uint8_t* packed, const float* scales, int64_t scale_rows,
+                Kind kind, void* out, int threads) {
+  if (x.rows == 0) return;
+  parallel_for(x, threads, [&](int, int64_t first, int64_t last) {
+    kernels().dequantize(x, first, last, packed, scales, x.rows / scale_rows, kind, out);
+  });
+}
+
+int64_t ternarize(Method method, Kind kind, const Layout& x, const void* weights, int8_t* trits,
+                  double* scales, int threads) {
+  return first_of(x, threads, [&](int64_t first, int64_t last) {
+    return kernels().ternarize(method, kind, x, first, last, weights, trits, scales);
+  });
+}
+
+bool levels(Kind kind, const Layout& x, const void* weights, int8_t* trits, double* scales,
+            int threads) {
+  // An ordinary tensor ends here, before any thread is started.
+  const int64_t few = x.rows < 1 ? x.rows : 1;
+  return kernels().levels(kind, x, 0, few, weights, trits, scales) &&
+         all_of(x, threads, [&](int64_t first, int64_t last) {
+           return kernels().levels(kind, x, first, last, weights, trits, scales);
+         });
+}
+
+// The steps of method_scale in kernels.inc, each a pass over the tensor.
+int64_t ternarize_tensor(Method method, Kind kind, const Layout& x, const void* weights,
+                         int8_t* trits, double* scale, Total* totals, int threads) {
+  const int64_t bad = first_of(x, threads, [&](int64_t first, int64_t last) {
+    return kernels().first_not_finite(kind, x, first, last, weights);
+  });
+  if (bad != kNone) return bad;
+  const auto above = [&](double threshold) {
+    return tensor_total(kind, x, weights, threshold, totals, threads);
+  };
+  *scale = mean(above(-1.0));
+  double threshold = *scale / 2;
+  if (method != Method::Absmean) {
+    threshold = 0.7 * *scale;
+    Total now = above(threshold);
+    for (int i = 0; method == Method::Itf && i < 100; ++i) {
+      const Total then = above(mean(now) / 2);
+      if (then.count == now.count) break;
+      threshold = mean(now) / 2;
+      now = then;
+    }
+    *scale = mean(now);
+  }
+  parallel_for(x, threads, [&](int, int64_t first, int64_t last) {
+    kernels().cut(kind, x, first, last, weights, threshold, trits);
+  });
+  return kNone;
+}
+
+bool levels_tensor(Kind kind, const Layout& x, const void* weights, int8_t* trits, double* scale,
+                   int threads) {
+  const double magnitude = kernels().first_magnitude(kind, x, weights);
+  if (magnitude < 0) return false;
+  *scale = magnitude;
+  const int64_t few = x.rows < 1 ? x.rows : 1;
+  return kernels().levels_of(kind, x, 0, few, weights, magnitude, trits) &&
+         all_of(x, threads, [&](int64_t first, int64_t last) {
+           return kernels().levels_of(kind, x, first, last, weights, magnitude, trits);
+         });
+}
+
+}  // namespace ternarize

@@ -1,0 +1,36 @@
+// The compiled core behind its binding: the functions of kernels.h over whole matrices, on threads.
+// Sizes, alignment and kinds are the caller's promise; see kernels.h for the rest of the contract.
+#pragma once
+
+#include "kernels.h"
+
+namespace ternarize {
+
+// The layout of a matrix. group_size N > 0: N consecutive weights of a row share a scale; -1: the
+// row; 0: the matrix, which is packed like -1.
+Layout layout_of(int64_t rows, int64_t cols, int64_t group_size);
+
+// The instruction sets of this build that this CPU can run, best last; ends with a null pointer.
+const Kernels* const* variants();
+// The one in use.
+const Kernels& kernels();
+// Uses the named one from now on; false if there is none.
+bool use(const char* name);
+
+// Each returns what its namesake in kernels.h does, for all rows.
+int64_t pack(const Layout&, const int8_t* trits, uint8_t* packed, int threads);
+int64_t unpack(const Layout&, const uint8_t* packed, int8_t* trits, int threads);
+int64_t check(const Layout&, const uint8_t* packed, uint8_t* nonzero, int threads);
+void dequantize(const Layout&, const uint8_t* packed, const float* scales, int64_t scale_rows,
+                Kind, void* out, int threads);
+int64_t ternarize(Method, Kind, const Layout&, const void* weights, int8_t* trits, double* scales,
+                  int threads);
+bool levels(Kind, const Layout&, const void* weights, int8_t* trits, double* scales, int threads);
+
+// One scale for the matrix. `totals` is scratch for one Total per row.
+int64_t ternarize_tensor(Method, Kind, const Layout&, const void* weights, int8_t* trits,
+                         double* scale, Total* totals, int threads);
+bool levels_tensor(Kind, const Layout&, const void* weights, int8_t* trits, double* scale,
+                   int threads);
+
+}  // namespace ternarize
