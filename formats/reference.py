@@ -49,6 +49,12 @@ def require(holds: bool, rule: str, detail: str) -> None:
         raise Invalid(f"{rule} {detail}")
 
 
+def refuse_any(broken: NDArray[np.bool_], rule: str, detail: str) -> None:
+    """Raise Invalid with the place of the first true element."""
+    if broken.any():
+        raise Invalid(f"{rule} {detail}, first at {np.argwhere(broken)[0].tolist()}")
+
+
 @dataclass(frozen=True)
 class Entry:
     """One tensor of a safetensors header; start and end count from the first byte of the file."""
@@ -70,7 +76,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Ternary:
-    """trits (..., rows, cols) int8; scales (..., rows or 1, groups) float32, read without rounding."""
+    """trits (..., rows, cols) int8; scales (..., rows or 1, groups), widened without rounding."""
 
     trits: NDArray[np.int8]
     scales: NDArray[np.float32]
@@ -228,8 +234,7 @@ def packed_width(cols: int, group_size: int) -> int:
 
 def unpack(packed: NDArray[np.uint8], cols: int, group_size: int, name: str) -> NDArray[np.int8]:
     """(..., width) bytes -> (..., cols) trits."""
-    bad = np.argwhere(packed > 242)[:1].tolist()
-    require(not bad, "code-invalid", f"{name}: byte {bad} is above 242")
+    refuse_any(packed > 242, "code-invalid", f"{name}: a byte is above 242")
     length = group_length(cols, group_size)
     groups = cols // length
     split = groups * -(-length // 5)
@@ -242,8 +247,8 @@ def unpack(packed: NDArray[np.uint8], cols: int, group_size: int, name: str) -> 
     ):
         if part:
             digits = TRITS_OF_BYTE[codes].reshape(*rows, count, -1)
-            padding = bool(digits[..., part:].any())
-            require(not padding, "padding-nonzero", f"{name}: padding is not zero trits")
+            padding = digits[..., part:] != 0
+            refuse_any(padding, "padding-nonzero", f"{name}: padding is not zero trits")
             parts.append(digits[..., :part].reshape(*rows, count * part))
     return np.concatenate(parts, axis=-1)
 
@@ -259,12 +264,12 @@ def check_scales(
     scales: NDArray[np.float32], trits: NDArray[np.int8], group_size: int, name: str
 ) -> None:
     """A scale is finite and >= +0, and 0 exactly when every trit of its group is 0."""
-    used = np.zeros(scales.shape, dtype=bool)  # stays so in a matrix without weights
+    used: NDArray[np.bool_] = np.zeros(scales.shape, dtype=np.bool_)  # so if there is no weight
     if trits.size:
         starts = np.arange(0, trits.shape[-1], group_length(trits.shape[-1], group_size))
         used = np.logical_or.reduceat(trits != 0, starts, axis=-1)
         if group_size == 0:
-            used = used.any(axis=-2, keepdims=True)
+            used = np.logical_or.reduce(used, axis=-2, keepdims=True)
     for rule, broken in (
         ("scale-nan", np.isnan(scales)),
         ("scale-inf", np.isinf(scales)),
@@ -273,8 +278,7 @@ def check_scales(
         ("scale-zero-with-trits", used & (scales == 0)),
         ("scale-nonzero-without-trits", ~used & (scales != 0)),
     ):
-        bad = np.argwhere(broken)[:1].tolist()
-        require(not bad, rule, f"{name}_scale: at {bad}")
+        refuse_any(broken, rule, f"{name}_scale: a scale breaks the rule")
 
 
 def decode_ternary(
@@ -362,9 +366,10 @@ def files_of(path: Path) -> list[Path]:
     files = [path / "model.safetensors"]
     if not files[0].exists():
         require(index.exists(), "no-model", f"{path}: no model.safetensors and no index")
-        document = parse_object(index.read_bytes(), "index-not-json", index.name)
-        weight_map = document.get("weight_map", None)
-        require(isinstance(weight_map, dict), "index-not-json", "`weight_map` is not an object")
+        found = parse_object(index.read_bytes(), "index-bad", index.name).get("weight_map")
+        mapped = isinstance(found, dict) and len(found) > 0
+        require(mapped, "index-bad", f"{index.name}: `weight_map` is not an object with members")
+        weight_map = dict(found or {})
         for name, file in weight_map.items():
             plain = isinstance(file, str) and re.fullmatch(r"[^/\\:\0]+", file) is not None
             plain = plain and file not in (".", "..")

@@ -1,0 +1,850 @@
+"""Write the conformance vectors of the formats: the only way in which they change.
+
+    python formats/make_vectors.py [--output FOLDER] [--force]
+
+The encoder below is the plainest possible reading of base3.md and container.md: lists, `divmod` and
+`struct`, one weight at a time. It shares no code with reference.py or with the package, so that
+the three can be compared. Trits come from hand-made lists or from a fixed congruential sequence,
+scales are exact in the type that stores them, and nothing depends on the machine.
+
+A vector is a promise to everyone who has stored a file. The script therefore replaces one by other
+bytes only with --force, and never removes one: it names those that it does not make and stops.
+
+    vectors/base3.json                     rows of trits and their packed bytes
+    vectors/valid/CASE.safetensors         with CASE.json: what a decoder must find in it
+    vectors/valid-directories/CASE/        with CASE.json
+    vectors/invalid/RULE[-VARIANT].safetensors    breaks this one rule and no other
+    vectors/invalid-directories/RULE[-VARIANT]/
+"""
+
+import argparse
+import copy
+import hashlib
+import itertools
+import json
+import math
+import struct
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Row = list[int]
+Files = dict[str, bytes]
+
+HERE = Path(__file__).resolve().parent
+SIGNS = {"+": 1, "0": 0, "-": -1}
+SHOWN_TRITS = 64  # a matrix up to this size is written out in its .json, a larger one is hashed
+
+
+# Trits
+
+
+def trits_of(text: str) -> Row:
+    """Read trits written as + 0 -, spaces ignored."""
+    return [SIGNS[sign] for sign in text if sign != " "]
+
+
+def sequence(count: int, seed: int) -> Row:
+    """Return `count` trits of a 64-bit linear congruential generator, high bits used."""
+    state, found = seed, []
+    for _ in range(count):
+        state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
+        found.append((state >> 33) % 3 - 1)
+    return found
+
+
+def matrix(rows: int, cols: int, seed: int) -> list[Row]:
+    """Return rows of trits from `sequence`."""
+    flat = sequence(rows * cols, seed)
+    return [flat[row * cols : (row + 1) * cols] for row in range(rows)]
+
+
+def groups_of(row: Row, group_size: int) -> list[Row]:
+    """Cut a row at multiples of the group size; -1 and 0 leave it whole."""
+    length = len(row) if group_size <= 0 else group_size
+    return [row[start : start + length] for start in range(0, len(row), length)]
+
+
+# Bytes
+
+
+def pack_group(group: Row) -> bytes:
+    """Five digits a byte, digit = trit + 1, first least significant, padded with zero trits."""
+    padded = group + [0] * (-len(group) % 5)
+    packed = bytearray()
+    for start in range(0, len(padded), 5):
+        packed.append(sum((padded[start + i] + 1) * 3**i for i in range(5)))
+    return bytes(packed)
+
+
+def pack_row(row: Row, group_size: int) -> bytes:
+    """Pack the groups of a row one after the other, each to whole bytes."""
+    return b"".join(pack_group(group) for group in groups_of(row, group_size))
+
+
+def store_float(value: float, dtype: str) -> bytes:
+    """Store a number that the type holds exactly (NaN apart)."""
+    if dtype == "F16":
+        data = struct.pack("<e", value)
+        back = struct.unpack("<e", data)[0]
+    else:
+        data = struct.pack("<f", value)
+        back = struct.unpack("<f", data)[0]
+        if dtype == "BF16":
+            assert data[:2] == b"\0\0", f"{value} is not exact in BF16"
+            data = data[2:]
+    assert back == value or math.isnan(value), f"{value} is not exact in {dtype}"
+    return data
+
+
+def float_bits(value: float) -> str:
+    """Return the float32 bit pattern in hexadecimal, sign bit first: 1.0 = 3f800000."""
+    return struct.pack(">f", value).hex()
+
+
+def sha256(*parts: bytes) -> str:
+    """Return the digest of the parts laid end to end, 64 hexadecimal digits."""
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def compact(value: Any) -> str:
+    """Return JSON without spaces, keys in the order in which they were put."""
+    return json.dumps(value, separators=(",", ":"))
+
+
+# Tensors and files
+
+
+@dataclass
+class Stored:
+    """One entry of the safetensors file: a tensor with a record, or a scale (record None)."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    data: bytes
+    record: dict[str, Any] | None = None
+
+
+@dataclass
+class Case:
+    """The tensors of a file in the order of their data, and what a decoder finds in them."""
+
+    stored: list[Stored] = field(default_factory=list)
+    expected: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, *others: "Case") -> "Case":
+        """Append the tensors of the others."""
+        for other in others:
+            self.stored += other.stored
+            self.expected |= other.expected
+        return self
+
+
+def some_scale(index: int) -> float:
+    """Return a positive number that F16, BF16 and F32 all hold: n/64 for n up to 127."""
+    return (index * 29 % 127 + 1) / 64
+
+
+def scales_for(experts: list[list[Row]], group_size: int) -> list[list[Row]]:
+    """Say which groups have a scale: per expert, row and group 1 or 0 (no trit but zero)."""
+    flags = [
+        [[int(any(group)) for group in groups_of(row, group_size)] for row in rows]
+        for rows in experts
+    ]
+    if group_size == 0:
+        flags = [[[int(any(flag for row in rows for flag in row))]] for rows in flags]
+    return flags
+
+
+def ternary(
+    name: str,
+    trits: list[Row] | list[list[Row]],
+    group_size: int,
+    *,
+    cols: int | None = None,
+    dtype: str = "F16",
+    scales: list[float] | None = None,
+    transposed: bool = False,
+    change_packed: Callable[[bytearray], None] | None = None,
+) -> Case:
+    """Make a packed tensor and its scale companion.
+
+    trits          rows of a matrix, or experts of rows; `cols` where there is no row to count
+    scales         row-major; by default `some_scale` where a group has trits, else 0
+    change_packed  spoils the packed bytes in place before the digest is taken
+    """
+    fused = bool(trits) and bool(trits[0]) and isinstance(trits[0][0], list)
+    experts: Any = trits if fused else [trits]
+    width = len(experts[0][0]) if cols is None else cols
+    rows = [row for expert in experts for row in expert]
+    length = width if group_size <= 0 else min(group_size, width)
+    row_bytes = sum(-(-min(length, width - at) // 5) for at in range(0, width, length))
+    groups = len(range(0, width, length))
+    lead = [len(experts), len(experts[0])] if fused else [len(rows)]
+    if group_size == 0:
+        scale_shape = [len(experts), 1, 1] if fused else [1, 1]
+    else:
+        scale_shape = [*lead, groups]
+
+    flags = [flag for expert in scales_for(experts, group_size) for row in expert for flag in row]
+    if scales is None:
+        scales = [some_scale(index) if flag else 0.0 for index, flag in enumerate(flags)]
+    packed = bytearray(b"".join(pack_row(row, group_size) for row in rows))
+    assert len(packed) == len(rows) * row_bytes
+    assert len(scales) == math.prod(scale_shape)
+    if change_packed:
+        change_packed(packed)
+    scale_bytes = b"".join(store_float(value, dtype) for value in scales)
+
+    shape = [*lead, width]
+    record: dict[str, Any] = {"shape": shape, "group_size": group_size, "codec": "base3"}
+    if transposed:
+        record["transposed"] = True
+    record["sha256"] = sha256(bytes(packed), scale_bytes)
+
+    weights = bytearray()
+    for number, row in enumerate(rows):
+        for col, trit in enumerate(row):
+            if group_size == 0:
+                scale = scales[number // lead[-1]]
+            else:
+                scale = scales[number * groups + col // length]
+            weights += struct.pack("<f", trit * scale if trit else 0.0)
+    found: dict[str, Any] = {
+        "kind": "ternary",
+        "shape": shape,
+        "group_size": group_size,
+        "transposed": transposed,
+        "trits": trits,
+        "trits_sha256": sha256(bytes(trit % 256 for row in rows for trit in row)),
+        "scale_dtype": dtype,
+        "scale_shape": scale_shape,
+        "scales": [float_bits(value) for value in scales],
+        "dequantized_sha256": sha256(bytes(weights)),
+    }
+    if math.prod(shape) > SHOWN_TRITS:
+        del found["trits"]
+    tensors = [
+        Stored(name, "U8", [*lead, row_bytes], bytes(packed), record),
+        Stored(f"{name}_scale", dtype, scale_shape, scale_bytes),
+    ]
+    return Case(tensors, {name: found})
+
+
+def kept(name: str, dtype: str, shape: list[int], data: bytes) -> Case:
+    """Make a tensor that is stored as it was."""
+    record = {"sha256": sha256(data)}
+    found = {"kind": "kept", "dtype": dtype, "shape": shape, "data": data.hex()}
+    return Case([Stored(name, dtype, shape, data, record)], {name: found})
+
+
+class Draft:
+    """The parts of a file before they are put together, so that a rule can be broken in one."""
+
+    def __init__(self, case: Case) -> None:
+        self.entries: dict[str, Any] = {}
+        self.records: dict[str, Any] = {}
+        self.data = bytearray()
+        for tensor in case.stored:
+            begin = len(self.data)
+            self.data += tensor.data
+            self.entries[tensor.name] = {
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "data_offsets": [begin, len(self.data)],
+            }
+            if tensor.record is not None:
+                self.records[tensor.name] = copy.deepcopy(tensor.record)
+        self.document: dict[str, Any] = {
+            "format_version": 1,
+            "features": [],
+            "tensors": self.records,
+        }
+
+    def header(self) -> str:
+        """The JSON header, metadata first, then the tensors."""
+        metadata = {"format": "pt", "ternarize": compact(self.document)}
+        return compact({"__metadata__": metadata, **self.entries})
+
+    def file(self, header: str | bytes | None = None) -> bytes:
+        """The file, with another header if one is given."""
+        text = self.header() if header is None else header
+        raw = text.encode("utf-8") if isinstance(text, str) else text
+        return struct.pack("<Q", len(raw)) + raw + bytes(self.data)
+
+
+# Valid
+
+
+def codec_vectors() -> bytes:
+    """Rows of trits beside their packed bytes, for the codec alone."""
+    every_code = [trit for digits in itertools.product((-1, 0, 1), repeat=5) for trit in digits]
+    cases = [
+        ("the worked example", 6, [trits_of("+0-++0")]),
+        ("one trit each, padded", 1, [trits_of("-0+0-+")]),
+        ("one short group: tails of 1 to 4 trits", -1, [[-1]]),
+        ("", -1, [[1, -1]]),
+        ("", -1, [[0, 1, -1]]),
+        ("", -1, [[-1, 0, 1, 1]]),
+        ("whole bytes, no padding", 5, [trits_of("+++++-----00000"), trits_of("0-+0-+0-+0-+0-+")]),
+        ("groups of 7 with a last group of 3", 7, matrix(2, 17, 1)),
+        ("group longer than the row", 128, matrix(2, 9, 2)),
+        ("one group per row", -1, matrix(3, 11, 3)),
+        ("one scale per tensor packs as one group per row", 0, matrix(3, 11, 3)),
+        ("groups of 128 with a last group of 44", 128, matrix(1, 300, 4)),
+        ("groups of 64, 13 bytes each", 64, matrix(2, 128, 5)),
+        ("every byte value", -1, [every_code]),
+    ]
+    lines = []
+    for note, group_size, rows in cases:
+        packed = [pack_row(row, group_size).hex() for row in rows]
+        entry = {"cols": len(rows[0]), "group_size": group_size, "trits": rows, "packed": packed}
+        lines.append(compact({"note": note, **entry} if note else entry))
+    return ("[\n" + ",\n".join(lines) + "\n]\n").encode("utf-8")
+
+
+def kept_tensors() -> Case:
+    """Tensors in the usual types, a scalar, an empty one, names that only look like scales."""
+    half = b"".join(store_float(value, "F16") for value in (1.0, -2.5, 65504.0))
+    brain = b"".join(store_float(value, "BF16") for value in (1.0, -2.5, 2.0**100))
+    single = struct.pack("<3f", 1.0, -0.0, 3.1415927410125732)
+    return Case().add(
+        kept("norm.weight", "F32", [3], single),
+        kept("embed.weight", "F16", [1, 3], half),
+        kept("head.weight", "BF16", [3, 1], brain),
+        kept("steps", "I64", [], struct.pack("<q", -7)),
+        kept("empty", "F32", [0, 4], b""),
+        kept("logit_scale", "F32", [], struct.pack("<f", 2.65625)),
+        kept("bits.weight", "U8", [2], b"\xff\x00"),
+        kept("bits.weight_scale", "F16", [1], store_float(-1.0, "F16")),
+    )
+
+
+def base() -> Case:
+    """Two rows of two groups, the last group without trits, and a kept tensor: spoiled below."""
+    return Case().add(
+        ternary("w.weight", [trits_of("+0-++0 -0+0-+"), trits_of("0+--0+ 000000")], 6),
+        kept("norm.weight", "F32", [2], struct.pack("<2f", 1.0, 0.5)),
+    )
+
+
+def valid_cases() -> dict[str, Case]:
+    """Every file that a decoder must accept, in the usual layout."""
+    three = [matrix(3, 7, seed) for seed in (20, 21, 22)]
+    cases = {
+        "worked-example": ternary("w.weight", [trits_of("+0-++0")], -1, scales=[0.5]),
+        "groups-128-tail": ternary("w.weight", matrix(2, 300, 10), 128),
+        "group-size-5": ternary("w.weight", matrix(3, 15, 11), 5),
+        "group-size-7-tail": ternary("w.weight", matrix(3, 17, 12), 7),
+        "group-size-1": ternary("w.weight", matrix(2, 6, 13), 1),
+        "group-size-above-cols": ternary("w.weight", matrix(2, 9, 14), 128),
+        "row": ternary("w.weight", matrix(3, 11, 15), -1),
+        "tensor": ternary("w.weight", matrix(3, 11, 16), 0),
+        "experts-group": ternary("experts.gate_up_proj", three, 5),
+        "experts-row": ternary("experts.gate_up_proj", three, -1),
+        "experts-tensor": ternary("experts.gate_up_proj", [*three[:2], [[0] * 7] * 3], 0),
+        "transposed": ternary("c_attn.weight", matrix(4, 6, 23), 6, transposed=True),
+        "scales-f16": ternary(
+            "w.weight", [trits_of("+-0")] * 4, -1, scales=[2.0**-24, 2.0**-14, 1.0, 65504.0]
+        ),
+        "scales-bf16": ternary(
+            "w.weight",
+            [trits_of("+-0")] * 4,
+            -1,
+            dtype="BF16",
+            scales=[2.0**-133, 2.0**-100, 1.0078125, 255 * 2.0**120],
+        ),
+        "scales-f32": ternary(
+            "w.weight",
+            [trits_of("+-0")] * 4,
+            -1,
+            dtype="F32",
+            scales=[2.0**-149, 1 + 2.0**-23, 65536.0, (2 - 2.0**-23) * 2.0**127],
+        ),
+        "all-zero-group": ternary("w.weight", [trits_of("00000 +0000 00000")] * 2, 5),
+        "all-zero-tensor": ternary("w.weight", [[0] * 6] * 2, 0),
+        "zero-rows": Case().add(
+            ternary("group.weight", [], 4, cols=6), ternary("tensor.weight", [], 0, cols=6)
+        ),
+        "odd-offsets": Case().add(
+            # the scale of a matrix with an odd number of bytes starts at an odd offset
+            ternary("w.weight", matrix(3, 4, 24), -1),
+            kept("norm.weight", "F32", [1], struct.pack("<f", 1.0)),
+            ternary("v.weight", matrix(1, 14, 25), 5, dtype="F32"),
+        ),
+        "kept": kept_tensors(),
+        "no-tensors": Case(),
+        "mixed": base(),
+    }
+    return cases
+
+
+def expected_json(case: Case) -> bytes:
+    """What a decoder must find: one member per line of the tensor."""
+    lines = []
+    for name, found in case.expected.items():
+        members = ",\n".join(f"   {json.dumps(key)}: {compact(v)}" for key, v in found.items())
+        lines.append(f"  {json.dumps(name)}: {{\n{members}\n  }}")
+    body = ",\n".join(lines)
+    return f'{{\n "tensors": {{\n{body}\n }}\n}}\n'.encode()
+
+
+def valid_files() -> Files:
+    """Every valid file with its .json."""
+    cases = valid_cases()
+    files = {name: Draft(case).file() for name, case in cases.items()}
+
+    draft = Draft(base())
+    draft.records["other.weight"] = {
+        "shape": [8, 6],
+        "group_size": 3,
+        "codec": "base3",
+        "sha256": "0" * 64,
+    }
+    draft.records["other.bias"] = {"sha256": "0" * 64}
+    files["records-of-other-shards"] = draft.file()
+
+    draft = Draft(base())
+    files["header-padded"] = draft.file(draft.header() + " " * 7)
+
+    draft = Draft(base())
+    draft.entries = dict(reversed(draft.entries.items()))
+    files["header-unordered"] = draft.file()
+
+    draft = Draft(base())
+    draft.entries["w.weight"]["note"] = "ignored"
+    draft.records["w.weight"]["note"] = {"threshold": 0.5}
+    draft.document["note"] = ["ignored"]
+    files["unknown-members"] = draft.file()
+
+    found: Files = {}
+    for name, data in files.items():
+        found[f"valid/{name}.safetensors"] = data
+        found[f"valid/{name}.json"] = expected_json(cases.get(name, base()))
+    return found
+
+
+# Invalid
+
+
+def invalid_structure() -> Files:
+    """Files whose safetensors header or data section is broken."""
+    files: Files = {}
+    good = Draft(base())
+    whole, header = good.file(), good.header()
+    files["header-too-short-empty"] = b""
+    files["header-too-short"] = whole[:7]
+    files["header-length-past-end"] = struct.pack("<Q", len(whole) - 7) + whole[8:]
+    files["header-length-above-limit"] = struct.pack("<Q", 100_000_001) + whole[8:]
+    files["header-length-huge"] = struct.pack("<Q", 2**64 - 1) + whole[8:]
+    files["header-not-json-empty"] = struct.pack("<Q", 0)
+    files["header-not-json-syntax"] = good.file(header[:-1] + ",}")
+    files["header-not-json-list"] = good.file("[]")
+    files["header-not-json-utf8"] = good.file(header.encode().replace(b"norm.", b"norm\xff", 1))
+    files["header-not-json-surrogate"] = good.file(header.replace(',"norm.', ',"\\ud800.', 1))
+    files["header-not-json-nan"] = good.file(header[:-1] + ',"x":NaN}')
+    files["header-not-json-start"] = good.file(" " + header)
+    files["header-not-json-padding"] = good.file(header + "\n")
+
+    entry = compact(good.entries["norm.weight"])
+    again = f',"norm.weight":{entry}}}'
+    files["duplicate-key-tensor"] = good.file(header[:-1] + again)
+    files["duplicate-key-escaped"] = good.file(header[:-1] + again.replace("norm", "n\\u006frm"))
+    files["duplicate-key-entry"] = good.file(header.replace('"dtype":', '"dtype":"U8","dtype":', 1))
+    twice = '\\"format_version\\":1,'
+    files["duplicate-key-metadata"] = good.file(header.replace(twice, twice * 2, 1))
+    twice = '\\"group_size\\":6,'
+    files["duplicate-key-record"] = good.file(header.replace(twice, twice * 2, 1))
+
+    def entry_change(rule: str, key: str, value: Any, name: str = "norm.weight") -> None:
+        draft = Draft(base())
+        draft.entries[name][key] = value
+        files[rule] = draft.file()
+
+    begin, end = good.entries["norm.weight"]["data_offsets"]
+    entry_change("entry-bad-shape-negative", "shape", [-1, -2])
+    entry_change("entry-bad-shape-float", "shape", [2.0])
+    entry_change("entry-bad-shape-bool", "shape", [2, True])
+    entry_change("entry-bad-offsets-float", "data_offsets", [float(begin), float(end)])
+    entry_change("entry-bad-offsets-three", "data_offsets", [begin, end, end])
+    entry_change("entry-bad-dtype", "dtype", ["F32"])
+    draft = Draft(base())
+    del draft.entries["norm.weight"]["shape"]
+    files["entry-bad-missing"] = draft.file()
+    draft.entries["norm.weight"] = [2]
+    files["entry-bad-list"] = draft.file()
+
+    entry_change("dtype-unknown", "dtype", "Q4")
+    entry_change("size-mismatch", "shape", [3])
+    entry_change("size-mismatch-dtype", "dtype", "F16")
+    wrapping = [4194305, 4194305, 211106198978564]  # 4 modulo 2^64: 4 bytes of U8
+    draft = Draft(base().add(kept("x", "U8", [4], b"wrap")))
+    draft.entries["x"]["shape"] = wrapping
+    files["product-wrap"] = draft.file()
+    draft = Draft(base().add(kept("x", "U8", [0], b"")))
+    draft.entries["x"]["shape"] = [2**40, 2**40, 0]
+    files["product-wrap-zero"] = draft.file()
+
+    entry_change("offsets-reversed", "data_offsets", [end, begin])
+    draft = Draft(base())
+    draft.entries["norm.weight"]["data_offsets"] = [begin - 4, end - 4]
+    del draft.data[-4:]
+    files["offsets-overlap"] = draft.file()
+    draft = Draft(base().add(kept("x", "U8", [8], bytes(8))))
+    draft.entries["x"]["data_offsets"] = [begin, end]  # two names for the same bytes
+    del draft.data[-8:]
+    files["offsets-overlap-same"] = draft.file()
+
+    for variant, at in (("start", 0), ("middle", begin)):
+        draft = Draft(base())
+        draft.data[at:at] = b"hole"
+        for tensor in draft.entries.values():
+            if tensor["data_offsets"][0] >= at:
+                tensor["data_offsets"] = [offset + 4 for offset in tensor["data_offsets"]]
+        files[f"offsets-hole-{variant}"] = draft.file()
+    files["trailing-bytes"] = whole + b"\0"
+    files["data-truncated"] = whole[:-1]
+    files["data-truncated-all"] = whole[: -len(good.data)]
+    return files
+
+
+def invalid_records() -> Files:
+    """Files whose metadata is broken."""
+    files: Files = {}
+    draft = Draft(base())
+    files["metadata-missing"] = draft.file(compact(draft.entries))
+    only = {"__metadata__": {"format": "pt"}, **draft.entries}
+    files["metadata-missing-ternarize"] = draft.file(compact(only))
+    files["metadata-not-strings"] = draft.file(
+        compact({"__metadata__": {"format": "pt", "ternarize": draft.document}, **draft.entries})
+    )
+    files["metadata-not-strings-list"] = draft.file(compact({"__metadata__": [], **draft.entries}))
+    for variant, text in (("", "{"), ("-list", "[]"), ("-nan", '{"format_version":NaN}')):
+        metadata = {"format": "pt", "ternarize": text}
+        header = compact({"__metadata__": metadata, **draft.entries})
+        files[f"metadata-not-json{variant}"] = draft.file(header)
+
+    def document_change(rule: str, key: str, value: Any) -> None:
+        draft = Draft(base())
+        draft.document[key] = value
+        if value is None:
+            del draft.document[key]
+        files[rule] = draft.file()
+
+    document_change("version-unknown-2", "format_version", 2)
+    document_change("version-unknown-0", "format_version", 0)
+    document_change("version-unknown-string", "format_version", "1")
+    document_change("version-unknown-true", "format_version", True)
+    document_change("version-unknown-float", "format_version", 1.0)
+    document_change("version-unknown-missing", "format_version", None)
+    document_change("feature-unknown", "features", ["a-feature-of-a-later-version"])
+    document_change("metadata-incomplete-features", "features", None)
+    document_change("metadata-incomplete-features-string", "features", "")
+    document_change("metadata-incomplete-tensors", "tensors", None)
+    document_change("metadata-incomplete-tensors-list", "tensors", [])
+
+    def record_change(rule: str, key: str, value: Any, name: str = "w.weight") -> None:
+        draft = Draft(base())
+        draft.records[name][key] = value
+        if value is None:
+            del draft.records[name][key]
+        files[rule] = draft.file()
+
+    draft = Draft(base())
+    del draft.records["norm.weight"]
+    files["tensor-without-record"] = draft.file()
+    draft = Draft(base())
+    del draft.records["w.weight"]
+    del draft.entries["w.weight"]
+    packed = 8  # bytes of w.weight, the first tensor
+    del draft.data[:packed]
+    for tensor in draft.entries.values():
+        tensor["data_offsets"] = [offset - packed for offset in tensor["data_offsets"]]
+    files["tensor-without-record-scale"] = draft.file()
+    draft = Draft(base())
+    draft.records["norm.weight"] = draft.records["norm.weight"]["sha256"]
+    files["record-bad"] = draft.file()
+
+    record_change("record-unknown-codec", "codec", "base4")
+    record_change("record-unknown-codec-missing", "codec", None)
+    record_change("record-unknown-codec-kept", "group_size", 128, "norm.weight")
+    record_change("record-shape-bad-missing", "shape", None)
+    record_change("record-shape-bad-rank", "shape", [24])
+    record_change("record-shape-bad-rank-4", "shape", [1, 1, 2, 12])
+    record_change("record-shape-bad-negative", "shape", [-2, -12])
+    record_change("record-shape-bad-float", "shape", [2.0, 12])
+    record_change("record-shape-bad-bool", "shape", [True, 24])
+    record_change("record-shape-bad-string", "shape", "212")
+    for variant, cols in (("huge", 2**61), ("zero-cols", 0)):  # no rows, so no bytes either
+        draft = Draft(ternary("w.weight", [], 5, cols=10))
+        draft.records["w.weight"]["shape"] = [0, cols]
+        draft.entries["w.weight"]["shape"] = [0, -(-cols // 5)]
+        draft.entries["w.weight_scale"]["shape"] = [0, -(-cols // 5)]
+        files[f"record-shape-bad-{variant}"] = draft.file()
+    record_change("record-group-size-bad-missing", "group_size", None)
+    record_change("record-group-size-bad-negative", "group_size", -2)
+    record_change("record-group-size-bad-bool", "group_size", True)
+    record_change("record-group-size-bad-float", "group_size", 6.0)
+    record_change("record-group-size-bad-string", "group_size", "6")
+    record_change("record-transposed-bad-number", "transposed", 1)
+    record_change("record-transposed-bad-false", "transposed", False)
+    record_change("record-sha256-bad-missing", "sha256", None)
+    record_change("record-sha256-bad-kept", "sha256", None, "norm.weight")
+    digest = Draft(base()).records["w.weight"]["sha256"]
+    record_change("record-sha256-bad-short", "sha256", digest[:-1])
+    record_change("record-sha256-bad-uppercase", "sha256", digest.upper())
+    return files
+
+
+def replaced(case: Case, name: str, **changes: Any) -> Case:
+    """Change a stored tensor and take the digest of its matrix again."""
+    for tensor in case.stored:
+        if tensor.name == name:
+            for key, value in changes.items():
+                setattr(tensor, key, value)
+    data = {tensor.name: tensor.data for tensor in case.stored}
+    for tensor in case.stored:
+        if tensor.record and f"{tensor.name}_scale" in data:
+            tensor.record["sha256"] = sha256(tensor.data, data[f"{tensor.name}_scale"])
+    return case
+
+
+def invalid_tensors() -> Files:
+    """Files whose packed or scale tensors are broken; the digests are those of the broken bytes."""
+    files: Files = {}
+
+    def change(rule: str, name: str, **changes: Any) -> None:
+        files[rule] = Draft(replaced(base(), name, **changes)).file()
+
+    change("packed-not-u8", "w.weight", dtype="I8")
+    change("packed-width-wrong-wide", "w.weight", shape=[2, 5], data=bytes([121] * 10))
+    change("packed-width-wrong-narrow", "w.weight", shape=[2, 3], data=bytes([121] * 6))
+    change("rows-mismatch", "w.weight", shape=[3, 4], data=bytes([121] * 12))
+    change("rows-mismatch-rank", "w.weight", shape=[8])
+    change("rows-mismatch-experts", "w.weight", shape=[1, 2, 4])
+
+    case = base()
+    case.stored = [tensor for tensor in case.stored if tensor.name != "w.weight_scale"]
+    files["scale-missing"] = Draft(case).file()
+    case = base()
+    scale = case.stored[1]
+    scale.record = {"sha256": sha256(scale.data)}
+    files["scale-with-record"] = Draft(case).file()
+    case = base()
+    case.stored.append(case.stored.pop(1))
+    files["scale-not-adjacent"] = Draft(case).file()
+    case = base()
+    case.stored.insert(0, case.stored.pop(1))
+    files["scale-not-adjacent-before"] = Draft(case).file()
+    # sorted by type and name, as general serializers do: both scales behind both matrices
+    case = base().add(ternary("v.weight", matrix(2, 6, 30), 6))
+    case.stored = [case.stored[at] for at in (2, 4, 1, 3, 0)]
+    files["scale-not-adjacent-sorted"] = Draft(case).file()
+
+    change("scale-shape-wrong-flat", "w.weight_scale", shape=[4])
+    change("scale-shape-wrong-swapped", "w.weight_scale", shape=[4, 1])
+    ones = b"".join(store_float(1.0, "F16") for _ in range(6))
+    change("scale-shape-wrong-groups", "w.weight_scale", shape=[2, 3], data=ones)
+    case = ternary("w.weight", [trits_of("+0-")], 0)
+    files["scale-shape-wrong-tensor"] = Draft(replaced(case, "w.weight_scale", shape=[1])).file()
+    case = ternary("w.weight", [[trits_of("+0-")], [trits_of("-0-")]], 0)
+    files["scale-shape-wrong-experts"] = Draft(
+        replaced(case, "w.weight_scale", shape=[2, 1])
+    ).file()
+
+    floats = struct.pack("<4d", 1, 1, 1, 0)
+    change("scale-dtype-wrong-f64", "w.weight_scale", dtype="F64", data=floats)
+    change("scale-dtype-wrong-i16", "w.weight_scale", dtype="I16")
+    change("scale-dtype-wrong-u8", "w.weight_scale", dtype="U8", data=bytes([1, 1, 1, 0]))
+
+    row = [trits_of("+0-++0")]
+    for dtype in ("F16", "BF16", "F32"):
+        for rule, value in (("scale-nan", math.nan), ("scale-inf", math.inf)):
+            draft = Draft(ternary("w.weight", row, -1, dtype=dtype, scales=[value]))
+            files[f"{rule}-{dtype.lower()}"] = draft.file()
+        draft = Draft(ternary("w.weight", row, -1, dtype=dtype, scales=[-1.0]))
+        files[f"scale-negative-{dtype.lower()}"] = draft.file()
+        draft = Draft(ternary("w.weight", [[0] * 6], -1, dtype=dtype, scales=[-0.0]))
+        files[f"scale-negative-zero-{dtype.lower()}"] = draft.file()
+    case = ternary("w.weight", row, -1, scales=[-math.inf])
+    files["scale-inf-negative"] = Draft(case).file()
+
+    rows = [trits_of("+0-++0 000000"), trits_of("000000 0000-0")]
+    for rule, group_size, scales in (
+        ("scale-zero-with-trits-first", 6, [0.0, 0.0, 0.0, 1.0]),
+        ("scale-zero-with-trits-last", 6, [1.0, 0.0, 0.0, 0.0]),
+        ("scale-zero-with-trits-row", -1, [1.0, 0.0]),
+        ("scale-zero-with-trits-tensor", 0, [0.0]),
+        ("scale-nonzero-without-trits", 6, [1.0, 0.0, 1.0, 1.0]),
+    ):
+        files[rule] = Draft(ternary("w.weight", rows, group_size, scales=scales)).file()
+    case = ternary("w.weight", [[0] * 6] * 2, 0, scales=[1.0])
+    files["scale-nonzero-without-trits-tensor"] = Draft(case).file()
+    case = ternary("w.weight", [], 0, cols=6, scales=[1.0])
+    files["scale-nonzero-without-trits-zero-rows"] = Draft(case).file()
+
+    def spoil(at: int, value: int) -> Callable[[bytearray], None]:
+        def change_packed(packed: bytearray) -> None:
+            packed[at] = value
+
+        return change_packed
+
+    tens = matrix(2, 20, 31)  # groups of 10: whole bytes, so that only the code is wrong
+    for variant, at, value in (
+        ("first", 0, 243),
+        ("middle", 5, 250),
+        ("last", 7, 255),
+        ("244", 3, 244),
+    ):
+        case = ternary("w.weight", tens, 10, change_packed=spoil(at, value))
+        files[f"code-invalid-{variant}"] = Draft(case).file()
+
+    # A group of 5 + n trits: the last digit of the byte of the tail is 2 where 1 is due; for n = 1
+    # also the first padding digit, 0 where 1 is due, and a group that is not the last of its row.
+    for tail in (1, 2, 3, 4):
+        group = trits_of("+0-+-") + trits_of("-+0+")[:tail]
+        code = pack_group(group)[1]
+        case = ternary("w.weight", [group], -1, change_packed=spoil(1, code + 81))
+        files[f"padding-nonzero-tail-{tail}"] = Draft(case).file()
+    group = trits_of("+0-+- -")
+    code = pack_group(group)[1]
+    case = ternary("w.weight", [group], -1, change_packed=spoil(1, code - 3))
+    files["padding-nonzero-low-digit"] = Draft(case).file()
+    case = ternary("w.weight", [group + group], 6, change_packed=spoil(1, code + 81))
+    files["padding-nonzero-inner-group"] = Draft(case).file()
+    case = ternary("w.weight", [[0] * 6], -1, change_packed=spoil(1, 121 + 81))
+    files["padding-nonzero-all-zero-group"] = Draft(case).file()
+
+    # One bit: the bytes stay valid in every other respect.
+    for variant, name, at in (
+        ("packed", "w.weight", 0),
+        ("scale", "w.weight_scale", 0),
+        ("kept", "norm.weight", 0),
+    ):
+        draft = Draft(base())
+        begin = draft.entries[name]["data_offsets"][0]
+        draft.data[begin + at] ^= 1
+        files[f"digest-mismatch-{variant}"] = draft.file()
+    return files
+
+
+# Directories
+
+
+def index_of(weight_map: dict[str, Any]) -> bytes:
+    """An index file: which file holds which tensor."""
+    document = {"metadata": {}, "weight_map": weight_map}
+    return (json.dumps(document, indent=1) + "\n").encode("utf-8")
+
+
+def directories() -> Files:
+    """Checkpoint directories, valid and not."""
+    files: Files = {}
+    settings = {
+        "quant_method": "ternarize",
+        "format_version": 1,
+        "group_size": 6,
+        "method": "absmean",
+        "activations": "none",
+    }
+    config = (json.dumps({"quantization_config": settings}, indent=1) + "\n").encode("utf-8")
+    index_name = "model.safetensors.index.json"
+
+    first = base()
+    second = Case().add(
+        ternary("v.weight", matrix(2, 6, 40), 6), kept("bias", "F16", [1], b"\x00\x3c")
+    )
+    records = {**Draft(first).records, **Draft(second).records}
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    shards: Files = {}
+    weight_map: dict[str, Any] = {}
+    for name, case in zip(names, (first, second), strict=True):
+        draft = Draft(case)
+        draft.document["tensors"] = records  # one metadata for all shards
+        shards[name] = draft.file()
+        weight_map |= dict.fromkeys(draft.entries, name)
+
+    def put(folder: str, content: Files) -> None:
+        files.update({f"{folder}/{name}": data for name, data in content.items()})
+
+    put(
+        "valid-directories/single",
+        {"config.json": config, "model.safetensors": Draft(first).file()},
+    )
+    files["valid-directories/single.json"] = expected_json(first)
+    put("valid-directories/sharded", {"config.json": config, index_name: index_of(weight_map)})
+    put("valid-directories/sharded", shards)
+    files["valid-directories/sharded.json"] = expected_json(Case().add(first, second))
+
+    def put_invalid(rule: str, index: bytes, content: Files = shards) -> None:
+        put(f"invalid-directories/{rule}", {index_name: index, **content})
+
+    put("invalid-directories/no-model", {"config.json": config})
+    put_invalid("index-bad-syntax", index_of(weight_map)[:-3])
+    put_invalid("index-bad-list", b"[]\n")
+    put_invalid("index-bad-weight-map", index_of({}))
+    text = compact({"weight_map": weight_map})[:-2]
+    put_invalid("duplicate-key-index", f'{text},"bias":"{names[1]}"}}}}\n'.encode())
+    for variant, target in (
+        ("parent", f"../../valid-directories/sharded/{names[1]}"),
+        ("backslash", f"..\\sharded\\{names[1]}"),
+        ("absolute", f"/{names[1]}"),
+        ("folder", f"./{names[1]}"),
+        ("dots", ".."),
+        ("number", 2),
+    ):
+        moved = {name: target if file == names[1] else file for name, file in weight_map.items()}
+        put_invalid(f"index-path-bad-{variant}", index_of(moved), {names[0]: shards[names[0]]})
+    only = {names[0]: shards[names[0]]}
+    put_invalid("index-file-missing", index_of(weight_map), only)
+    extra = {**weight_map, "absent.weight": names[1]}
+    put_invalid("index-disagrees-absent", index_of(extra))
+    less = {name: file for name, file in weight_map.items() if name != "bias"}
+    put_invalid("index-disagrees-unlisted", index_of(less))
+    swapped = {**weight_map, "bias": names[0]}
+    put_invalid("index-disagrees-swapped", index_of(swapped))
+    less = {name: file for name, file in weight_map.items() if file == names[0]}
+    put_invalid("record-without-tensor-sharded", index_of(less), only)
+    put("invalid-directories/record-without-tensor-single", {"model.safetensors": shards[names[0]]})
+    return files
+
+
+def build() -> Files:
+    """Return every vector: path below vectors/ -> bytes."""
+    invalid = invalid_structure() | invalid_records() | invalid_tensors()
+    files = {"base3.json": codec_vectors(), **valid_files()}
+    files |= {f"invalid/{rule}.safetensors": data for rule, data in invalid.items()}
+    return files | directories()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the vectors; 1 if one exists with other bytes, or a file is not one of them."""
+    parser = argparse.ArgumentParser(description="Write the conformance vectors of the formats.")
+    parser.add_argument("--output", type=Path, default=HERE / "vectors", help="folder to write to")
+    parser.add_argument("--force", action="store_true", help="replace existing vectors")
+    options = parser.parse_args(arguments)
+    output: Path = options.output
+    files = build()
+    there = {p.relative_to(output).as_posix(): p for p in output.rglob("*") if p.is_file()}
+    changed = [n for n, path in there.items() if n in files and path.read_bytes() != files[n]]
+    stale = sorted(there.keys() - files.keys())
+    for name in stale:
+        print(f"{name}: not made by this script; remove it by hand", file=sys.stderr)
+    for name in sorted(changed):
+        print(f"{name}: exists with other bytes; --force replaces it", file=sys.stderr)
+    if stale or (changed and not options.force):
+        print("Nothing was written: files that people have stored rely on these.", file=sys.stderr)
+        return 1
+    for name, data in files.items():
+        path = output / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    print(f"{len(files)} files, {sum(map(len, files.values()))} bytes in {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
