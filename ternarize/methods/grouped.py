@@ -12,7 +12,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ternarize.codecs import THREADS
 from ternarize.errors import WeightError
 from ternarize.native import lib
 from ternarize.tensor import Ternary, check_group_size, group_count, group_length, split_groups
@@ -112,8 +111,19 @@ def run_native(
         bits.view(-1, rows, cols), trits.view(-1, rows, cols), scales.view(-1, *grid), strict=True
     )
     kind = KINDS[weight.dtype]
-    answers = [function(w, kind, group_size, t, s, THREADS) for w, t, s in matrices]
+    # one thread: a conversion works on several tensors at once
+    answers = [function(w, kind, group_size, t, s, 1) for w, t, s in matrices]
     return Ternary(trits, scales, group_size), answers
+
+
+def squared_error(weight: Tensor, ternary: Ternary) -> tuple[float, float]:
+    """(sum (w - scale trit)^2, sum w^2) in float64, added in the same order on every machine."""
+    exact = weight.to(torch.float64)
+    difference = exact - ternary.dequantize(torch.float64)
+    return (
+        float(fixed_sum((difference * difference).flatten())),
+        float(fixed_sum((exact * exact).flatten())),
+    )
 
 
 def _not_finite(weight: Tensor) -> WeightError:

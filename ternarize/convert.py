@@ -1,0 +1,669 @@
+"""The conversion: checkpoint in, packed checkpoint out, a piece of a tensor at a time.
+
+    headers -> select -> plan (every byte of the output is laid out) -> for each tensor:
+    read a piece, ternarize, pack, write it at its place -> record -> verify -> rename
+
+The layout is known before the first weight is read, so tensors can be worked on in any order and
+by any number of threads with the same bytes as result, the plan's sizes are exact, and the disk is
+asked for its space at the start. Work happens in OUTPUT.partial, beside a journal of the tensors
+that are done; a second run of the same command checks those against their digests and goes on.
+The final name appears by one rename, when everything has been verified.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, replace
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from ternarize import container
+from ternarize.checkpoint import (
+    DTYPE_NAMES,
+    DTYPES,
+    INDEX,
+    SAFETENSORS,
+    Checkpoint,
+    Entry,
+    TensorInfo,
+    byte_view,
+    read_bytes,
+)
+from ternarize.codecs import THREADS, pack
+from ternarize.container import FORMAT_VERSION, SCALE_SUFFIX, Record
+from ternarize.errors import CheckpointError, FormatError, OutputError, UsageError, WeightError
+from ternarize.methods import METHODS, levels
+from ternarize.methods.grouped import squared_error
+from ternarize.plan import PIECE, RECORD, Plan, Recipe, Shard, TensorPlan, header_bytes, plan
+from ternarize.tensor import Ternary
+from ternarize.version import __version__
+
+JOURNAL = "journal.jsonl"
+
+# called with (bytes of the source done, bytes in all, tensor just finished)
+Progress = Callable[[int, int, str], None]
+# where a piece of an entry goes: (entry, byte offset in it, bytes); None only computes
+Write = Callable[[str, int, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one tensor; everything the journal must hold to go on after a break."""
+
+    name: str
+    sha256: str
+    source_sha256: str
+    scale_dtype: str = ""
+    group_size: int = 0
+    lossless: bool = False
+    nonzero: int = 0
+    squared_error: float = 0.0
+    energy: float = 0.0
+
+
+class Relayout(Exception):
+    """A tensor needs more room than planned: wider scales, or smaller groups to be lossless."""
+
+    def __init__(self, name: str, group_size: int, scale_dtype: str) -> None:
+        super().__init__(name)
+        self.change = {"name": name, "group_size": group_size, "scale_dtype": scale_dtype}
+
+
+def convert_tensor(
+    source: Checkpoint, tensor: TensorPlan, recipe: Recipe, write: Write, device: str = "cpu"
+) -> Result:
+    """Read one tensor of the source piece by piece, and write what it becomes.
+
+    device  where weights are ternarized; the result does not depend on it
+
+    Raises WeightError naming the file, the tensor and the first bad index.
+    """
+    try:
+        if not tensor.ternary:
+            return _keep(source, tensor, write)
+        return _ternarize(source, tensor, recipe, write, device)
+    except WeightError:
+        raise _not_finite(source, tensor.info) from None
+
+
+def _keep(source: Checkpoint, tensor: TensorPlan, write: Write) -> Result:
+    read_sha, stored_sha = hashlib.sha256(), hashlib.sha256()
+    dtype, done = DTYPES[tensor.dtype], 0
+    for start, stop in tensor.pieces():
+        piece = source.read(tensor.name, start, stop)
+        data = byte_view(piece)
+        _check_finite(piece)
+        read_sha.update(memoryview(data.numpy()))
+        if piece.dtype != dtype:
+            data = byte_view(_cast(piece, dtype, tensor))
+            stored_sha.update(memoryview(data.numpy()))
+        write(tensor.name, done, data)
+        done += data.numel()
+    cast = tensor.dtype != tensor.info.dtype
+    return Result(tensor.name, (stored_sha if cast else read_sha).hexdigest(), read_sha.hexdigest())
+
+
+def _cast(piece: Tensor, dtype: torch.dtype, tensor: TensorPlan) -> Tensor:
+    data = piece.to(dtype)
+    if not bool(data.isfinite().all()):
+        raise UsageError(
+            f"{tensor.name}: {float(piece.abs().max())} does not fit {tensor.dtype}; expected a "
+            "dtype that holds every kept weight. Use --dtype bfloat16 or float32."
+        )
+    return data
+
+
+def _ternarize(
+    source: Checkpoint, tensor: TensorPlan, recipe: Recipe, write: Write, device: str
+) -> Result:
+    lossless = _is_ternary(source, tensor)
+    method = METHODS[recipe.method]
+    read_sha, sha = hashlib.sha256(), hashlib.sha256()
+    all_scales, done, nonzero, error, energy = [], 0, 0, 0.0, 0.0
+    for start, stop in tensor.pieces():
+        raw = source.read(tensor.name, start, stop)
+        read_sha.update(memoryview(byte_view(raw).numpy()))
+        weight = _logical(raw.to(device), tensor)
+        result = levels(weight, tensor.group_size) if lossless else None
+        result = _representable(result or method(weight, tensor.group_size))
+        packed = pack(result.trits, result.group_size, threads=1).cpu()
+        sha.update(memoryview(packed.numpy()))
+        write(tensor.name, done, packed)
+        done += packed.numel()
+        all_scales.append(result.scales.reshape(-1).cpu())
+        nonzero += int(result.trits.count_nonzero())
+        wrong, square = squared_error(weight, result)
+        error, energy = error + wrong, energy + square
+    _, shape = tensor.record("").stored_shapes()
+    flat = torch.cat(all_scales) if all_scales else torch.empty(0, dtype=torch.float64)
+    scales = container.store_scales(flat.reshape(shape), exact=lossless)
+    scale_dtype = DTYPE_NAMES[scales.dtype]
+    if scales.dtype.itemsize != DTYPES[tensor.scale_dtype].itemsize:
+        raise Relayout(tensor.name, tensor.group_size, scale_dtype)
+    sha.update(memoryview(byte_view(scales).numpy()))
+    write(tensor.name + SCALE_SUFFIX, 0, byte_view(scales))
+    return Result(
+        tensor.name, sha.hexdigest(), read_sha.hexdigest(), scale_dtype, tensor.group_size,
+        lossless, nonzero, error, energy,
+    )
+
+
+def _is_ternary(source: Checkpoint, tensor: TensorPlan) -> bool:
+    """Whether the source was trained ternary: it is then packed without loss.
+
+    An ordinary weight is told from its first row. If only smaller groups than asked for make it
+    exact (several matrices with a scale each, fused), the layout changes to those.
+    """
+    cols = tensor.shape[-1]
+    if not tensor.choice.transposed and cols:
+        first_row = source.read(tensor.name, 0, min(cols, tensor.info.numel)).reshape(-1, cols)
+        if levels(first_row, 128 if tensor.group_size <= 0 else tensor.group_size) is None:
+            return False
+    finer = {0: (0, -1, 128), -1: (-1, 128)}.get(tensor.group_size, (tensor.group_size,))
+    for group_size in finer:
+        trial = replace(tensor, group_size=group_size)
+        exact = all(
+            levels(_logical(source.read(tensor.name, start, stop), trial), group_size) is not None
+            for start, stop in trial.pieces()
+        )
+        if exact and group_size != tensor.group_size:
+            raise Relayout(tensor.name, group_size, tensor.scale_dtype)
+        if exact:
+            return True
+    return False
+
+
+def _representable(ternary: Ternary) -> Ternary:
+    """Zero the trits of groups whose scale is too small for float32, the widest stored dtype."""
+    lost = (ternary.scales.to(torch.float32) == 0) & (ternary.scales != 0)
+    if not bool(lost.any()):
+        return ternary
+    scales = ternary.scales.masked_fill(lost, 0)
+    trits = Ternary(ternary.trits, scales, ternary.group_size).dequantize(torch.float64).sign()
+    return Ternary(trits.to(torch.int8), scales, ternary.group_size)
+
+
+def _logical(raw: Tensor, tensor: TensorPlan) -> Tensor:
+    """Flat elements as read -> (rows, cols), the input dimension last."""
+    rows, cols = tensor.shape[-2:]
+    if tensor.choice.transposed:
+        return raw.reshape(cols, rows).t().contiguous()
+    return raw.reshape(-1, cols)
+
+
+# exponent bits of the 16- and 32-bit floats: all set means NaN or infinity
+_EXPONENT = {
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.bfloat16: (torch.int16, 0x7F80),
+}
+
+
+def _check_finite(piece: Tensor) -> None:
+    """Raise WeightError if a floating-point piece has NaN or infinity."""
+    if piece.dtype in _EXPONENT and piece.numel():
+        integer, mask = _EXPONENT[piece.dtype]
+        # largest magnitude as an integer: floats of one sign are ordered like their bits
+        finite = int((piece.view(integer) & torch.iinfo(integer).max).max()) < mask
+    else:
+        finite = not piece.dtype.is_floating_point or bool(piece.float().isfinite().all())
+    if not finite:
+        raise WeightError("not finite")
+
+
+def _not_finite(source: Checkpoint, info: TensorInfo) -> WeightError:
+    """The whole story about a tensor that is not finite, for which it is read once more."""
+    count, first, kind = 0, -1, ""
+    for start in range(0, info.numel, PIECE):
+        piece = source.read(info.name, start, min(start + PIECE, info.numel)).float()
+        bad = ~piece.isfinite()
+        if first < 0 and bool(bad.any()):
+            at = int(bad.nonzero()[0])
+            first, kind = start + at, "NaN" if bool(piece[at].isnan()) else "infinite"
+        count += int(bad.sum())
+    index = [int(i) for i in torch.unravel_index(torch.tensor(first), info.shape)]
+    return WeightError(
+        f"{info.file}: {info.name}: {count} of {info.numel} weights are NaN or infinite, first "
+        f"{kind} at {index}; a checkpoint must be finite. Repair the source."
+    )
+
+
+# --- the whole checkpoint --------------------------------------------------------------------
+
+
+def convert(
+    model: str | Path,
+    output: str | Path,
+    recipe: Recipe = Recipe(),  # noqa: B008
+    *,
+    threads: int = THREADS,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Convert a checkpoint into a packed one, and return its record (what ternarize.json holds).
+
+    model     directory, or Hub id user/name[@revision]
+    output    directory that must not exist yet; its parents are made
+    threads   tensors worked on at once; the result does not depend on it
+    device    where weights are ternarized, "cpu" (native code) or e.g. "cuda"; likewise
+    progress  called after each tensor
+
+    Raises TernarizeError and its children. After an error in the source nothing is left; after an
+    interruption OUTPUT.partial is, and the same call goes on from there.
+    """
+    output = Path(output).expanduser()
+    device = _device(device)
+    work = plan(model, recipe)
+    _check_output(work, output)
+    partial = output.with_name(output.name + ".partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(partial.with_name(partial.name + ".lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise OutputError(
+            f"{partial}: another conversion is writing here; expected to be alone. Wait for it."
+        ) from None
+    try:
+        _check_output(work, output)  # again: another conversion may just have ended
+        return _run(work, output, partial, threads, device, progress)
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def _run(
+    work: Plan,
+    output: Path,
+    partial: Path,
+    threads: int,
+    device: str,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Convert into `partial` and rename it to `output`."""
+    try:
+        partial.mkdir(exist_ok=True)
+        record = _Conversion(work, partial, threads, device, progress).run()
+        (partial / JOURNAL).unlink()
+        _sync(partial)
+        partial.rename(output)
+        _sync(output.parent)
+    except (CheckpointError, FormatError, UsageError):
+        shutil.rmtree(partial)  # there is nothing to go on with
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"{partial}: cannot be written ({error.strerror or error}); what is done is kept. "
+            "Make room or permission, then run the same command again."
+        ) from error
+    return record
+
+
+def _device(name: str | None) -> str:
+    """A device that is there; raises UsageError."""
+    try:
+        torch.empty(0, device=name or "cpu")
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"device: {name!r} cannot be used here ({str(error).splitlines()[0]}); expected one "
+            "such as cpu or cuda."
+        ) from None
+    return name or "cpu"
+
+
+def _check_output(work: Plan, output: Path) -> None:
+    source, target = work.source.directory.resolve(), output.resolve()
+    if target == source or source in target.parents:
+        raise OutputError(
+            f"{output}: is the source {work.source.directory} or inside it; expected another "
+            "place. The source is never changed."
+        )
+    if output.exists() or output.is_symlink():
+        raise OutputError(
+            f"{output}: exists already; expected a new directory. Remove it or name another."
+        )
+    parent = next(p for p in target.parents if p.exists())
+    partial = output.with_name(output.name + ".partial")
+    have = shutil.disk_usage(parent).free
+    if partial.is_dir():
+        have += sum(f.stat().st_size for f in partial.iterdir() if f.is_file())
+    small = sum((work.source.directory / f).stat().st_size for f in work.copied)
+    need = work.packed_bytes() + small + (1 << 20)
+    if have < need:
+        raise OutputError(
+            f"{parent}: {have / 1e9:.3f} GB free; the result needs {need / 1e9:.3f} GB. Make room."
+        )
+
+
+class _Conversion:
+    """The state of one run: the shards as laid out, what is done, and the journal of it."""
+
+    def __init__(
+        self, work: Plan, partial: Path, threads: int, device: str, progress: Progress | None
+    ) -> None:
+        self.work, self.partial = work, partial
+        self.threads, self.device = max(1, threads), device
+        self.progress = progress
+        self.shards = list(work.shards)
+        self.results: dict[str, Result] = {}
+        self.total = sum(t.info.nbytes for t in work.tensors)
+        self.done = 0
+        self.stamps = _stamps(work.source)
+
+    def run(self) -> dict[str, Any]:
+        self._resume()
+        with (
+            (self.partial / JOURNAL).open("a", encoding="utf-8") as self.journal,
+            ThreadPoolExecutor(self.threads) as pool,
+        ):
+            try:
+                sealing = []
+                for index in range(len(self.shards)):
+                    self._convert_shard(index, pool)
+                    sealing.append(pool.submit(self._seal, self.shards[index]))
+                for future in sealing:
+                    future.result()
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        record = self._write_small_files()
+        if _stamps(self.work.source) != self.stamps:
+            raise CheckpointError(
+                f"{self.work.source.directory}: its files changed during the conversion; expected "
+                "a source at rest. Convert it again."
+            )
+        for shard in self.shards:
+            container.check_file(self.partial / shard.file, self.threads)
+        return record
+
+    # journal: one line of identity, then a line for each tensor that is done and for each change
+    # of layout. A line counts only if the bytes in the shard have the digest that it says.
+
+    def _resume(self) -> None:
+        path = self.partial / JOURNAL
+        identity = {
+            "ternarize": __version__,
+            "recipe": asdict(self.work.recipe),
+            "source": self.stamps,
+        }
+        lines = []
+        if path.is_file():
+            for line in path.read_bytes().split(b"\n")[:-1]:
+                try:
+                    lines.append(json.loads(line))
+                except ValueError:  # cut off in the middle of writing: nothing after it counts
+                    break
+        if lines and lines[0] != json.loads(json.dumps(identity)):
+            raise OutputError(
+                f"{self.partial}: holds an unfinished conversion with other options or of another "
+                "source; expected none. Finish it with its own command, or remove it."
+            )
+        for line in lines[1:]:
+            if "scale_dtype" in line and "sha256" not in line:
+                self._change_layout(line)
+            else:
+                self.results[line["name"]] = Result(**line)
+        kept = [line for line in lines[1:] if "sha256" not in line]
+        if not lines:
+            shutil.rmtree(self.partial)
+            self.partial.mkdir()
+        for shard in self.shards:
+            self._drop_unwritten(shard)
+        done = [asdict(result) for result in self.results.values()]
+        text = "".join(json.dumps(line) + "\n" for line in [identity, *kept, *done])
+        temporary = path.with_suffix(".new")
+        temporary.write_text(text, "utf-8")
+        temporary.replace(path)
+
+    def _drop_unwritten(self, shard: Shard) -> None:
+        """Forget results whose bytes did not reach the disk."""
+        path, layout, base = self.partial / shard.file, shard.layout(), shard.data_start()
+        complete = path.is_file() and path.stat().st_size == shard.nbytes()
+        for tensor in shard.tensors:
+            result = self.results.get(tensor.name)
+            if result is None:
+                continue
+            if complete:
+                sha = hashlib.sha256()
+                for name, _, _ in tensor.stored():
+                    entry = layout[name]
+                    for at in range(0, entry.nbytes, PIECE):
+                        size = min(PIECE, entry.nbytes - at)
+                        piece = read_bytes(path, base + entry.start + at, size)
+                        sha.update(memoryview(piece.numpy()))
+            if not complete or sha.hexdigest() != result.sha256:
+                del self.results[tensor.name]
+
+    def _note(self, line: Mapping[str, Any]) -> None:
+        self.journal.write(json.dumps(line) + "\n")
+        self.journal.flush()
+
+    def _change_layout(self, change: Mapping[str, Any]) -> None:
+        for index, shard in enumerate(self.shards):
+            if any(t.name == change["name"] for t in shard.tensors):
+                tensors = tuple(
+                    replace(t, group_size=change["group_size"], scale_dtype=change["scale_dtype"])
+                    if t.name == change["name"]
+                    else t
+                    for t in shard.tensors
+                )
+                self.shards[index] = replace(shard, tensors=tensors)
+                for tensor in tensors:
+                    self.results.pop(tensor.name, None)
+
+    def _convert_shard(self, index: int, pool: ThreadPoolExecutor) -> None:
+        """Convert the tensors of a shard that are not done; again if one changes the layout."""
+        while True:
+            shard = self.shards[index]
+            path, size = self.partial / shard.file, shard.nbytes()
+            todo = [t for t in shard.tensors if not t.tied_to and t.name not in self.results]
+            self.done = self._bytes_done()
+            _reserve(path, size)
+            layout, base = shard.layout(), shard.data_start()
+            futures = {pool.submit(self._one, path, layout, base, t): t for t in todo}
+            change = self._collect(futures)
+            if change is None:
+                return
+            self._change_layout(change.change)
+            self._note(change.change)
+
+    def _one(
+        self, path: Path, layout: Mapping[str, Entry], base: int, tensor: TensorPlan
+    ) -> Result:
+        with path.open("r+b", buffering=0) as file:
+
+            def write(name: str, offset: int, data: Tensor) -> None:
+                file.seek(base + layout[name].start + offset)
+                _write_all(file, data)
+
+            return convert_tensor(
+                self.work.source, tensor, self.work.recipe, write, self.device
+            )
+
+    def _collect(self, futures: dict[Future[Result], TensorPlan]) -> Relayout | None:
+        change = None
+        pending = set(futures)
+        while pending:
+            finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+            for future in sorted(finished, key=lambda f: futures[f].name):
+                try:
+                    result = future.result()
+                except Relayout as found:
+                    # the first in the order of the shard, so that runs do not differ
+                    change = change or found
+                    for other in pending:
+                        other.cancel()
+                    pending = {f for f in pending if not f.cancelled()}
+                    continue
+                except BaseException:
+                    for other in pending:
+                        other.cancel()
+                    raise
+                self.results[result.name] = result
+                self._note(asdict(result))
+                self.done += futures[future].info.nbytes
+                if self.progress:
+                    self.progress(self.done, self.total, result.name)
+        return change
+
+    def _bytes_done(self) -> int:
+        return sum(
+            t.info.nbytes for s in self.shards for t in s.tensors
+            if t.tied_to or t.name in self.results
+        )
+
+    def _records(self, shard: Shard) -> dict[str, Record]:
+        return {
+            t.name: t.record(self.results[t.name].sha256) for t in shard.tensors if not t.tied_to
+        }
+
+    def _seal(self, shard: Shard) -> None:
+        """Write the header of a shard whose data is complete, and bring the file to the disk."""
+        tensors = tuple(
+            replace(t, scale_dtype=self.results[t.name].scale_dtype or t.scale_dtype)
+            if not t.tied_to
+            else t
+            for t in shard.tensors
+        )
+        header = header_bytes(replace(shard, tensors=tensors).layout(), self._records(shard))
+        length = shard.data_start() - 8
+        assert len(header) <= length
+        with (self.partial / shard.file).open("r+b") as file:
+            file.write(length.to_bytes(8, "little") + header.ljust(length))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _write_small_files(self) -> dict[str, Any]:
+        directory = self.work.source.directory
+        for name in self.work.copied:
+            target = self.partial / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(directory / name, target)
+        if len(self.shards) > 1:
+            self._write_json(SAFETENSORS + INDEX, self._index())
+        if self.work.source.config is not None:
+            self._write_json("config.json", self._config(self.work.source.config))
+        record = make_record(self.work, self.shards, self.results)
+        self._write_json(RECORD, record)
+        return record
+
+    def _index(self) -> dict[str, Any]:
+        weight_map = {
+            name: shard.file for shard in self.shards for name in sorted(shard.layout())
+        }
+        layouts = [shard.layout().values() for shard in self.shards]
+        return {
+            "metadata": {
+                "total_parameters": self.work.coverage()["ternary"] + self.work.coverage()["kept"],
+                "total_size": sum(entry.nbytes for layout in layouts for entry in layout),
+            },
+            "weight_map": weight_map,
+        }
+
+    def _config(self, source: Mapping[str, Any]) -> dict[str, Any]:
+        config = dict(source)
+        recipe = self.work.recipe
+        if recipe.dtype:
+            config["dtype" if "torch_dtype" not in config else "torch_dtype"] = recipe.dtype
+        config["quantization_config"] = {
+            "quant_method": container.KEY,
+            "format_version": FORMAT_VERSION,
+            "method": recipe.method,
+            "group_size": recipe.group_size,
+            "activations": recipe.activations,
+        }
+        return config
+
+    def _write_json(self, name: str, table: Mapping[str, Any]) -> None:
+        text = json.dumps(table, indent=2, ensure_ascii=False) + "\n"
+        (self.partial / name).write_text(text, "utf-8")
+
+
+def make_record(
+    work: Plan, shards: Sequence[Shard], results: Mapping[str, Result]
+) -> dict[str, Any]:
+    """The record of a conversion: what was done to what, tensor by tensor, and what came out."""
+    tensors: dict[str, dict[str, Any]] = {}
+    source_sha = hashlib.sha256()
+    for shard in shards:
+        for t in shard.tensors:
+            row: dict[str, Any] = {
+                "becomes": "tied" if t.tied_to else "ternary" if t.ternary else "kept",
+                "reason": f"tied to {t.tied_to}" if t.tied_to else t.choice.reason,
+                "source_dtype": t.info.dtype,
+                "source_shape": list(t.info.shape),
+            }
+            if not t.tied_to:
+                result = results[t.name]
+                row["source_sha256"] = result.source_sha256
+                row["stored_bytes"] = sum(
+                    math.prod(shape) * DTYPES[dtype].itemsize for _, dtype, shape in t.stored()
+                )
+                if t.ternary:
+                    size = max(1, t.info.numel)
+                    row["method"] = "lossless" if result.lossless else work.recipe.method
+                    row["group_size"] = result.group_size
+                    row["bpw"] = round(row["stored_bytes"] * 8 / size, 4)
+                    row["sparsity"] = round(1 - result.nonzero / size, 6)
+                    row["relative_error"] = round(
+                        result.squared_error / result.energy if result.energy else 0.0, 6
+                    )
+            tensors[t.name] = row
+    for name in sorted(results):
+        source_sha.update(f"{name} {results[name].source_sha256}\n".encode())
+    return {
+        "format_version": FORMAT_VERSION,
+        "tool": {"name": "ternarize", "version": __version__},
+        "source": {
+            "sha256": source_sha.hexdigest(),
+            "parameters": sum(i.numel for i in work.source.tensors.values()),
+            "bytes": sum(i.nbytes for i in work.source.tensors.values()),
+        },
+        "recipe": asdict(work.recipe),
+        "coverage": work.coverage(),
+        "tensors": tensors,
+    }
+
+
+def _stamps(source: Checkpoint) -> list[list[Any]]:
+    """What tells whether a source file has changed since it was looked at."""
+    names = [*source.files, *(["config.json"] if source.config is not None else [])]
+    stats = [(name, (source.directory / name).stat()) for name in names]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Make the file exactly `size` bytes long, with room on the disk where that can be asked."""
+    with path.open("ab") as file:
+        file.truncate(size)
+        if hasattr(os, "posix_fallocate") and size:
+            os.posix_fallocate(file.fileno(), 0, size)
+
+
+def _write_all(file: FileIO, data: Tensor) -> None:
+    view, done = memoryview(data.numpy()), 0
+    while done < len(view):
+        done += file.write(view[done:])
+
+
+def _sync(directory: Path) -> None:
+    """Bring a directory's small files and its list of names to the disk."""
+    for path in directory.iterdir():
+        if path.is_file() and path.suffix != ".safetensors":
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+    if os.name == "posix":
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

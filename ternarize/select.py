@@ -1,0 +1,830 @@
+"""Which tensors of a checkpoint become ternary, and why the others do not.
+
+The decision needs names, shapes and config.json, never a weight. It comes from a skeleton: the
+model's own class in transformers, built on the meta device, where a model of 700 billion parameters
+takes a second and no memory. A name on disk is led to its parameter by the renamings that
+transformers applies when it loads the checkpoint, so the decision is about the module that will run,
+not about what its name looks like, and a model released tomorrow needs no entry in a table here.
+
+Ternary by default: the weights of linear layers and of experts inside the repeated blocks (below an
+`nn.ModuleList` of modules that have children). Kept by default, with the reason in `Choice.reason`:
+
+    embedding, norm, bias, convolution, buffer
+    router                             small, and one wrong choice costs a whole expert
+    output head                        the last layer; its error reaches the logits undamped
+    outside the repeated blocks        poolers, classifiers, projections: few weights, much harm
+    encoder of another modality        vision and audio towers of a model that has a text model
+    weight read directly by <Class>    code that takes `self.x.weight` would find packed bytes there
+    kept in float32 by <Class>         transformers would cast the packed bytes
+    tied to <name>                     both names must stay one float parameter
+    part of nn.MultiheadAttention      torch reads its weights directly
+    stored through <operation>         a conversion at load that rows of packed bytes cannot follow
+    not a linear layer, empty, ignored by <Class>, not part of the architecture
+
+`--keep` and `--include` change what is decided by judgement (heads, routers, other modalities, outside
+the blocks), not what cannot run. A large weight that no rule explains is an error: silently left out,
+it would make a model look converted that is not.
+
+Without a skeleton (no config.json, an architecture that transformers does not have; code from the
+checkpoint is never run) rules on names and shapes decide; `why_no_skeleton` says so for the plan.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
+
+from ternarize.errors import SelectionError
+
+LARGE = 2**20  # elements; an unexplained weight of this size stops the conversion
+
+LINEAR = "linear in a repeated block"
+EXPERTS = "experts in a repeated block"
+BY_NAME = "linear by name and shape (no skeleton)"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What happens to one tensor of the source.
+
+    name        on disk
+    shape       on disk
+    ternary     True: to be ternarized; False: kept as it is
+    reason      one line, the same words for the same rule, so that a plan can count them
+    transposed  the last two dimensions on disk are [in, out] (Conv1D, some experts), not [out, in]
+    module      path of the module that holds it, "" where there is none
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    ternary: bool
+    reason: str
+    transposed: bool
+    module: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor on disk goes in the model.
+
+    parameters  names in `model.state_dict()`; several where a fused tensor is split; none if unknown
+    renamed     the name that transformers looks for
+    operations  what it does to the tensor on the way (`ConversionOps`)
+    """
+
+    parameters: tuple[str, ...]
+    renamed: str
+    operations: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """A rule's word on one tensor, before --keep and --include."""
+
+    ternary: bool
+    reason: str
+    possible: bool = False  # --include may make it ternary
+    transposed: bool = False
+    module: str = ""
+    parameters: tuple[str, ...] = ()
+    error: str = ""  # stops the conversion unless the tensor is kept by --keep
+
+
+# ------------------------------------------------------------------------------------ the interface
+
+
+def select(
+    shapes: Mapping[str, tuple[int, ...]],
+    config: dict[str, Any] | None,
+    *,
+    keep: Sequence[str] = (),
+    include: Sequence[str] = (),
+) -> list[Choice]:
+    """Decide for every tensor of a checkpoint whether it becomes ternary.
+
+    shapes   tensor name on disk -> shape on disk
+    config   content of config.json, None where there is none
+    keep     globs (fnmatch, case-sensitive) on names: kept
+    include  globs on names: ternary although kept by default, where it can run so. Names that a glob
+             matches and that cannot be ternary stay kept, as long as it matches one that can
+
+    Returns one Choice per tensor, in the order of `shapes`.
+    Raises SelectionError where no rule says what to do with a large weight or which way round it
+    lies, where its shape is not the architecture's, where a glob matches nothing, or only what
+    cannot be ternary, or splits tensors that are fused into one parameter.
+    """
+    kept_by = _matches("--keep", keep, shapes)
+    included_by = _matches("--include", include, shapes)
+    for name in shapes:
+        if name in kept_by and name in included_by:
+            raise SelectionError(
+                f"{name}: both --keep {kept_by[name]!r} and --include {included_by[name]!r} match; "
+                f"one of them can. Narrow one."
+            )
+    skeleton = _skeleton(config)
+    if isinstance(skeleton, str):
+        verdicts = _by_names(shapes)
+    else:
+        verdicts = _by_skeleton(shapes, skeleton)
+    _check_include(include, included_by, verdicts)
+
+    unexplained: list[str] = []
+    choices = []
+    for name, shape in shapes.items():
+        verdict = verdicts[name]
+        ternary, reason = verdict.ternary, verdict.reason
+        if name in kept_by:
+            if ternary or verdict.error:
+                ternary, reason = False, f"--keep {kept_by[name]}"
+        elif name in included_by and not ternary and verdict.possible:
+            ternary, reason = True, f"--include {included_by[name]}"
+        if verdict.error and name not in kept_by:
+            unexplained.append(f"{name}: {verdict.error}")
+        choices.append(Choice(name, shape, ternary, reason, verdict.transposed, verdict.module))
+    if unexplained:
+        more = f" ({len(unexplained) - 1} more such tensors.)" if len(unexplained) > 1 else ""
+        raise SelectionError(unexplained[0] + more)
+    _check_fused(choices, verdicts)
+    return choices
+
+
+def why_no_skeleton(config: dict[str, Any] | None) -> str | None:
+    """Why the rules on names and shapes decide for this config.json; None if the skeleton does."""
+    skeleton = _skeleton(config)
+    return skeleton if isinstance(skeleton, str) else None
+
+
+def skeleton_shapes(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The tensors that a checkpoint of this config.json has: name on disk -> (dtype, shape).
+
+    dtype is a safetensors name ("BF16"): the config's own for floating point. Tied names, which are
+    not stored, are left out. Raises SelectionError where there is no skeleton.
+    """
+    skeleton = _skeleton_or_error(config)
+    unsaved = set(skeleton.model._keys_to_ignore_on_save or ()) | set(skeleton.tied)
+    stored = {name: t for name, t in skeleton.parameters.items() if name not in unsaved}
+    on_disk = revert_weight_conversion(skeleton.model, stored)
+    dtype = _config_dtype(config)
+    return {
+        name: (_DTYPES[dtype if tensor.is_floating_point() else tensor.dtype], tuple(tensor.shape))
+        for name, tensor in on_disk.items()
+    }
+
+
+def tied(config: dict[str, Any]) -> dict[str, str]:
+    """Names that a checkpoint of this config.json does not store -> the stored name they share.
+
+    Raises SelectionError where there is no skeleton.
+    """
+    skeleton = _skeleton_or_error(config)
+    return {
+        _disk_name(skeleton, target): _disk_name(skeleton, source)
+        for target, source in skeleton.tied.items()
+    }
+
+
+def locate(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Place]:
+    """Lead every tensor name on disk to the parameters of `model` that it fills.
+
+    The renamings of transformers for this model, applied as its loader does: in its order (some
+    depend on what came before), and with the base model's prefix added or taken away.
+    """
+    parameters = model.state_dict()
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    prefix = model.base_model_prefix
+
+    places = {}
+    for name in sorted(names, key=dot_natural_key):
+        renamed, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
+        if renamed not in parameters and name in parameters:
+            renamed, pattern = rename_source_key(name, [], [], prefix, parameters)
+        if renamed not in parameters:
+            places[name] = Place((), renamed, ())
+        elif pattern is None:
+            places[name] = Place((renamed,), renamed, ())
+        else:
+            first, *others = by_pattern[pattern].target_patterns
+            found = [renamed, *(renamed.replace(first, other) for other in others)]
+            targets = tuple(dict.fromkeys(t for t in found if t in parameters))
+            places[name] = Place(targets, renamed, tuple(by_pattern[pattern].operations))
+    return places
+
+
+# ------------------------------------------------------------------------------ --keep and --include
+
+
+def _matches(option: str, patterns: Sequence[str], names: Iterable[str]) -> dict[str, str]:
+    """Name -> the first pattern that matches it; every pattern must match something."""
+    found: dict[str, str] = {}
+    for pattern in patterns:
+        hits = [name for name in names if fnmatchcase(name, pattern)]
+        if not hits:
+            raise SelectionError(
+                f"{option} {pattern!r}: matches no tensor of the checkpoint; a glob on tensor names "
+                f"(with .weight) is expected. {_closest(pattern, names)}"
+            )
+        for name in hits:
+            found.setdefault(name, pattern)
+    return found
+
+
+def _closest(pattern: str, names: Iterable[str]) -> str:
+    # One name of each shape of name: a large model has thousands that differ in numbers alone.
+    distinct = {re.sub(r"\d+", "0", name): name for name in reversed(list(names))}
+    matches = difflib.get_close_matches(re.sub(r"\d+", "0", pattern), distinct, n=3, cutoff=0.3)
+    if not matches:
+        return "The plan (--dry-run) lists the names."
+    return "The closest are " + ", ".join(distinct[match] for match in matches) + "."
+
+
+def _check_include(
+    patterns: Sequence[str], included_by: Mapping[str, str], verdicts: Mapping[str, _Verdict]
+) -> None:
+    """A pattern that can change nothing because of what it matches is an error, with the reason."""
+    for pattern in patterns:
+        names = [name for name in included_by if fnmatchcase(name, pattern)]
+        if any(verdicts[name].ternary or verdicts[name].possible for name in names):
+            continue
+        reason = verdicts[names[0]].error or verdicts[names[0]].reason
+        raise SelectionError(
+            f"{names[0]}: --include {pattern!r} asks for a ternary tensor, but it cannot be one: "
+            f"{reason}. Leave it out."
+        )
+
+
+def _check_fused(choices: Iterable[Choice], verdicts: Mapping[str, _Verdict]) -> None:
+    """Tensors that load into one parameter are all ternary or all kept."""
+    by_parameter: dict[str, Choice] = {}
+    for choice in choices:
+        for parameter in verdicts[choice.name].parameters:
+            other = by_parameter.setdefault(parameter, choice)
+            if other.ternary != choice.ternary:
+                kept, ternary = (choice, other) if other.ternary else (other, choice)
+                raise SelectionError(
+                    f"{kept.name}: kept ({kept.reason}), but {ternary.name} is ternary "
+                    f"({ternary.reason}), and both load into {parameter}, which is one or the "
+                    f"other. Widen the glob to all of them."
+                )
+
+
+# ----------------------------------------------------------------------------------- the skeleton
+
+
+class _Skeleton:
+    """A model on the meta device and what the rules ask about it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.name = type(model).__name__
+        self.parameters: dict[str, Tensor] = model.state_dict()
+        self.modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+        self.buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+        self.tied: dict[str, str] = dict(model.all_tied_weights_keys)
+        self.inside = _inside_blocks(self.modules)
+
+    @cached_property
+    def sharing(self) -> dict[str, str]:
+        """Parameter that shares its storage -> the other one's name, in both directions."""
+        return {source: target for target, source in self.tied.items()} | self.tied
+
+    @cached_property
+    def heads(self) -> set[str]:
+        """Paths of the output head."""
+        try:
+            head = self.model.get_output_embeddings()
+        except (NotImplementedError, AttributeError):
+            head = None
+        return {path for path, module in self.modules.items() if head is not None and module is head}
+
+    @cached_property
+    def foreign(self) -> set[str]:
+        """Paths of the modules that belong to the encoder of another modality."""
+        others = _other_modalities(self.model.config, self.model)
+        found: set[str] = set()
+        for path, module in self.modules.items():  # parents come before their children
+            parent = path.rpartition(".")[0]
+            if (path and parent in found) or type(getattr(module, "config", None)) in others:
+                found.add(path)
+        return found
+
+    @cached_property
+    def raw(self) -> dict[str, str]:
+        """Path of a module whose weight is read by other code -> the class that reads it."""
+        found: dict[str, str] = {}
+        for path, module in self.modules.items():
+            prefix = re.escape(path + ".") if path else ""
+            for pattern in _raw_reads(type(module)):
+                expression = re.compile(prefix + pattern)
+                for other in self.modules:
+                    if expression.fullmatch(other):
+                        found.setdefault(other, type(module).__name__)
+        return found
+
+    @cached_property
+    def float32(self) -> re.Pattern[str] | None:
+        """Parameters that transformers loads in float32 whatever dtype is asked for."""
+        names = {*(self.model._keep_in_fp32_modules or ())}
+        names |= {*(self.model._keep_in_fp32_modules_strict or ())}
+        return re.compile("|".join(name.replace("*", ".*") for name in names)) if names else None
+
+    @cached_property
+    def ignored(self) -> re.Pattern[str] | None:
+        """Names on disk that the architecture leaves unread, on its own word."""
+        patterns = self.model._keys_to_ignore_on_load_unexpected or ()
+        return re.compile("|".join(f"(?:{p})" for p in sorted(patterns))) if patterns else None
+
+
+def _skeleton_or_error(config: dict[str, Any]) -> _Skeleton:
+    skeleton = _skeleton(config)
+    if isinstance(skeleton, str):
+        raise SelectionError(f"config.json: {skeleton}; an architecture of transformers is expected.")
+    return skeleton
+
+
+def _skeleton(config: dict[str, Any] | None) -> _Skeleton | str:
+    """The skeleton, or in words why there is none."""
+    if config is None:
+        return "there is no config.json"
+    return _build(json.dumps(config, sort_keys=True))
+
+
+@lru_cache(maxsize=2)
+def _build(config_json: str) -> _Skeleton | str:
+    config: dict[str, Any] = json.loads(config_json)
+    # The skeleton is the plain floating-point model, on the plainest attention.
+    for key in ("quantization_config", "attn_implementation", "_attn_implementation"):
+        config.pop(key, None)
+    release = f"transformers {transformers.__version__}"
+    model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        return f"model_type {model_type!r} is unknown to {release}"
+    architectures = config.get("architectures") or []
+    if not architectures:
+        return "config.json names no architecture"
+    architecture = getattr(transformers, architectures[0], None)
+    if not (inspect.isclass(architecture) and issubclass(architecture, PreTrainedModel)):
+        return f"{release} has no model class {architectures[0]}"
+    try:
+        with torch.device("meta"), no_init_weights():
+            model: PreTrainedModel = architecture(CONFIG_MAPPING[model_type].from_dict(config))
+    except ImportError as error:
+        return f"{architectures[0]} needs a package that is not installed ({_first_line(error)})"
+    except Exception as error:  # whatever the class makes of a config that it cannot use
+        raise SelectionError(
+            f"config.json: {architectures[0]} of {release} cannot be built from it: "
+            f"{type(error).__name__}: {_first_line(error)}. Repair it, or use another transformers."
+        ) from error
+    return _Skeleton(model.eval())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+_HEAD_LIST = re.compile(r"(^|_)(heads?|embed\w*|classifiers?|predictors?)$")
+
+
+def _inside_blocks(modules: Mapping[str, nn.Module]) -> set[str]:
+    """Paths of the modules in repeated blocks: below a list whose elements have children.
+
+    A list of heads (`bbox_embed`, `lm_heads`) repeats outputs, not blocks.
+    """
+    inside: set[str] = set()
+    for path, module in modules.items():
+        parent = path.rpartition(".")[0]
+        block = (
+            isinstance(modules[parent], nn.ModuleList)
+            and not _HEAD_LIST.search(parent.rpartition(".")[2])
+            and next(module.children(), None) is not None
+        )
+        if path and (parent in inside or block):
+            inside.add(path)
+    return inside
+
+
+_TEXT_CONFIGS = ("text_config", "text_encoder", "decoder", "generator")
+
+
+def _other_modalities(config: PretrainedConfig, model: nn.Module) -> set[type]:
+    """Classes of the configurations of the encoders of other modalities.
+
+    They are the sub-configurations beside the text one. A model without a text configuration (ViT,
+    Whisper, a detector with a backbone) has one modality, its own.
+    """
+    parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", {})}
+    text = {type(parts[name]) for name in _TEXT_CONFIGS if parts.get(name) is not None}
+    try:
+        found = config.get_text_config()
+    except ValueError:  # several, all of them among the names above
+        found = config
+    if found is not config:
+        text.add(type(found))
+    if not text:
+        return set()
+    others: set[type] = set()
+    for name, part in parts.items():
+        if not isinstance(part, PretrainedConfig) or type(part) in text:
+            continue
+        if deeper := _other_modalities(part, model):
+            others |= deeper
+        elif not (name == "encoder" and _reads_text(part, model)):
+            others.add(type(part))
+    return others - text - {type(config)}
+
+
+def _reads_text(config: PretrainedConfig, model: nn.Module) -> bool:
+    """Whether the sub-model of this configuration takes token ids (a text encoder-decoder)."""
+    return any(
+        isinstance(m, PreTrainedModel)
+        and type(m.config) is type(config)
+        and m.main_input_name == "input_ids"
+        for m in model.modules()
+    )
+
+
+_WEIGHT_READ = re.compile(r"\b([A-Za-z_]\w*)((?:\.[A-Za-z_]\w*|\[[^\]\n]*\])*)\.weight\b(?!\.device)")
+_SETUP = re.compile(r"__init__|reset_parameters|_?init_\w+|_?resize_\w+|_?tie_\w+|set_\w+|_post_init")
+
+
+@lru_cache(maxsize=None)
+def _raw_reads(cls: type) -> tuple[str, ...]:
+    """Modules whose `.weight` the code of a class reads: expressions on paths below it.
+
+    `self.wo.weight` is the path `wo`, `self.layers[i].out.weight` is `layers.<n>.out`; of another
+    variable (`block.output.weight`) only the end of the path is known. The device alone may be read.
+    Code that runs at construction does not count, nor does torch's own.
+    """
+    patterns: dict[str, None] = {}
+    for ancestor in cls.__mro__:
+        package = ancestor.__module__
+        if package.startswith("transformers.") and not package.startswith("transformers.models."):
+            continue
+        if package.split(".")[0] in ("builtins", "torch", "typing"):
+            continue
+        for name, member in vars(ancestor).items():
+            if not _SETUP.fullmatch(name):
+                for root, path in _WEIGHT_READ.findall(_source(member)):
+                    steps = re.sub(r"\[[^\]]*\]", ".[]", path).split(".")[1:]
+                    below = r"\.".join(r"\w+" if step == "[]" else step for step in steps)
+                    if root != "self":
+                        patterns[r"(?:.+\.)?" + (below or root)] = None
+                    elif below:
+                        patterns[below] = None
+    return tuple(patterns)
+
+
+def _source(member: object) -> str:
+    """The source of a method without its comments; "" for anything else."""
+    member = member.fget if isinstance(member, property) else member
+    member = member.__func__ if isinstance(member, (staticmethod, classmethod)) else member
+    if not inspect.isfunction(member):
+        return ""
+    try:
+        return re.sub(r"#.*", "", inspect.getsource(inspect.unwrap(member)))
+    except (OSError, TypeError):  # no source at hand: generated code
+        return ""
+
+
+def _disk_name(skeleton: _Skeleton, parameter: str) -> str:
+    if parameter not in skeleton.parameters:
+        return parameter
+    one = {parameter: skeleton.parameters[parameter]}
+    try:
+        return next(iter(revert_weight_conversion(skeleton.model, one)))
+    except (ValueError, RuntimeError):  # part of a fused tensor, which has no name of its own
+        return parameter
+
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+}
+
+
+def _config_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """The floating-point dtype that config.json states, for the model or for its text model."""
+    for part in (config, config.get("text_config") or {}):
+        for key in ("dtype", "torch_dtype"):
+            dtype = getattr(torch, str(part.get(key)).removeprefix("torch."), None)
+            if isinstance(dtype, torch.dtype):
+                return dtype
+    return torch.float32
+
+
+# --------------------------------------------------------------------------- rules with a skeleton
+
+
+def _by_skeleton(
+    shapes: Mapping[str, tuple[int, ...]], skeleton: _Skeleton
+) -> dict[str, _Verdict]:
+    judged: dict[str, _Verdict] = {}  # of parameters: many tensors can share one
+    verdicts = {}
+    for name, place in locate(skeleton.model, shapes).items():
+        shape = shapes[name]
+        if not place.parameters:
+            verdicts[name] = _unexpected(name, place.renamed, shape, skeleton)
+            continue
+        for parameter in place.parameters:
+            if parameter not in judged:
+                judged[parameter] = _judge(parameter, skeleton)
+        parts = [judged[parameter] for parameter in place.parameters]
+        # Split into several parameters: as ternary as the least of them.
+        verdict = min(parts, key=lambda part: (part.ternary, part.possible))
+        verdict = replace(verdict, parameters=place.parameters)
+        if (verdict.ternary or verdict.possible) and not verdict.error:
+            verdict = _as_stored(name, shape, place, verdict, skeleton)
+        verdicts[name] = verdict
+    return verdicts
+
+
+def _judge(parameter: str, skeleton: _Skeleton) -> _Verdict:
+    """The verdict on a parameter of the skeleton, stored as it is."""
+    path, _, leaf = parameter.rpartition(".")
+    module = skeleton.modules[path]
+    kind = type(module).__name__
+    dims = skeleton.parameters[parameter].ndim
+
+    def kept(reason: str) -> _Verdict:
+        return _Verdict(False, reason, module=path)
+
+    if parameter in skeleton.buffers:
+        return kept("buffer")
+    if "norm" in kind.lower():
+        return kept("norm")
+    if isinstance(module, nn.Embedding):
+        return kept("embedding")
+    if leaf.endswith("bias"):
+        return kept("bias")
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return kept("convolution")
+    parent = skeleton.modules[path.rpartition(".")[0]]
+    if isinstance(module, nn.MultiheadAttention) or isinstance(parent, nn.MultiheadAttention):
+        return kept("part of nn.MultiheadAttention")
+
+    linear = leaf == "weight" and (isinstance(module, Conv1D) or _is_linear(type(module)))
+    experts = dims == 3 and "expert" in f"{path}.{kind}".lower()
+    if not linear and not experts:
+        if re.search(r"router|topk|gate$", f"{path} {kind}".lower()):
+            return kept("router")
+        if "embed" in kind.lower() or "embed" in leaf.lower():
+            return kept("embedding")
+        return kept("not a linear layer")
+    if parameter in skeleton.sharing:
+        other = skeleton.sharing[parameter]
+        return kept("output head, tied" if path in skeleton.heads else f"tied to {other}")
+    if path in skeleton.raw:
+        return kept(f"weight read directly by {skeleton.raw[path]}")
+    if skeleton.float32 is not None and skeleton.float32.search(parameter):
+        return kept(f"kept in float32 by {skeleton.name}")
+
+    transposed = isinstance(module, Conv1D)
+    if experts:
+        orientation = _experts_transposed(module, leaf, skeleton)
+        if orientation is None:
+            unknown = (
+                f"{kind} does not show whether it is [experts, out, in] or [experts, in, out]; one "
+                f"must be known. Use --keep to leave it in floating point."
+            )
+            return _Verdict(False, "unknown orientation", module=path, error=unknown)
+        transposed = orientation
+    verdict = _Verdict(False, "", possible=True, transposed=transposed, module=path)
+    if path in skeleton.heads:
+        return replace(verdict, reason="output head")
+    if path in skeleton.foreign:
+        return replace(verdict, reason="encoder of another modality")
+    if path not in skeleton.inside:
+        return replace(verdict, reason="outside the repeated blocks")
+    if linear and _is_router(path, skeleton.parameters[parameter], skeleton):
+        return replace(verdict, reason="router")
+    return replace(verdict, ternary=True, reason=EXPERTS if experts else LINEAR)
+
+
+def _is_router(path: str, weight: Tensor, skeleton: _Skeleton) -> bool:
+    """A linear layer that is named as a gate and has an output per expert, or one in all."""
+    if not re.search(r"(^|\.|_)(router|gate)(\.|$)", path):
+        return False
+    configs = (skeleton.model.config, skeleton.model.config.get_text_config(decoder=True))
+    counts = {
+        value
+        for config in configs
+        for key, value in config.to_dict().items()
+        if "expert" in key and isinstance(value, int)
+    }
+    return weight.shape[0] in counts | {1}
+
+
+@lru_cache(maxsize=None)
+def _is_linear(cls: type[nn.Module]) -> bool:
+    """Whether a class computes x W^T + b with its weight and nothing else.
+
+    nn.Linear, and subclasses that only write it differently (Falcon's): tried on small numbers, for
+    its source does not tell. A router that is a subclass returns something else.
+    """
+    if cls is nn.Linear:
+        return True
+    if not issubclass(cls, nn.Linear):
+        return False
+    probe = cls.__new__(cls)
+    with torch.device("cpu"):
+        nn.Linear.__init__(probe, 4, 3, dtype=torch.float64)
+        x = torch.arange(8, dtype=torch.float64).reshape(1, 2, 4) - 3
+    try:
+        with torch.no_grad():
+            y = probe(x)
+            return torch.allclose(y, nn.functional.linear(x, probe.weight, probe.bias))
+    except Exception:  # it needs more than a weight and a bias, or returns no tensor
+        return False
+
+
+def _experts_transposed(module: nn.Module, leaf: str, skeleton: _Skeleton) -> bool | None:
+    """Whether a parameter of experts is [experts, in, out]; None if nothing tells.
+
+    The module's own word first (`is_transposed`), then how its code multiplies, then the sizes.
+    """
+    stated = getattr(module, "is_transposed", None)
+    if isinstance(stated, bool):
+        return stated
+    source = "\n".join(_source(m) for cls in type(module).__mro__ for m in vars(cls).values())
+    use = rf"[^\n=]*?\bself\.{leaf}\b(?:\[[^\]]*\])?"
+    straight = re.search(rf"\blinear\({use}(?!\w|\.)", source) is not None
+    products = re.findall(rf"(?:@|\bb?mm\(|\bmatmul\(){use}(\.(?:mT|T|t\(|transpose))?", source)
+    answers = {False} if straight else set()
+    answers |= {not turned for turned in products}
+    if len(answers) == 1:
+        return answers.pop()
+    hidden = getattr(skeleton.model.config.get_text_config(decoder=True), "hidden_size", None)
+    rows, cols = getattr(module, leaf).shape[-2:]
+    if (rows == hidden) == (cols == hidden):
+        return None
+    to_hidden = re.search(r"down|output|w2|wo|fc2", leaf) is not None
+    return bool((rows == hidden) != to_hidden)
+
+
+# Operations of transformers that move whole rows, so that rows of packed bytes can follow them.
+_ROW_OPERATIONS = {"Chunk", "Concatenate", "Interleave", "PermuteForRope", "Split"}
+
+
+def _as_stored(
+    name: str, shape: tuple[int, ...], place: Place, verdict: _Verdict, skeleton: _Skeleton
+) -> _Verdict:
+    """The verdict on a tensor, given how it is stored: its orientation, its operations, its shape."""
+    expected = tuple(skeleton.parameters[place.parameters[0]].shape)
+    dims = len(shape)
+    for operation in place.operations:
+        kind = type(operation).__name__
+        if kind == "MergeModulelist" and operation.dim == 0:
+            dims += 1
+        elif kind == "Transpose" and operation.check_dims:
+            # Turned at load only if the shapes differ; the packed shape will be the module's.
+            if shape != expected:
+                verdict = replace(verdict, transposed=not verdict.transposed)
+                expected = (*expected[:-2], expected[-1], expected[-2])
+        elif kind not in _ROW_OPERATIONS or verdict.transposed or dims < 2:
+            return replace(verdict, ternary=False, possible=False, reason=f"stored through {kind}")
+        elif getattr(operation, "dim", 0) % dims == dims - 1:
+            reason = f"stored through {kind} of columns"
+            return replace(verdict, ternary=False, possible=False, reason=reason)
+    if math.prod(shape) == 0:
+        return replace(verdict, ternary=False, possible=False, reason="empty")
+    wanted = expected if dims == len(shape) and not _merges(place) else (*shape[:-1], expected[-1])
+    if shape != wanted:
+        error = (
+            f"its shape is {list(shape)}; {skeleton.name} with this config.json has "
+            f"{list(wanted)}. Repair config.json, or use --keep."
+        )
+        return replace(verdict, ternary=False, possible=False, error=error)
+    return verdict
+
+
+def _merges(place: Place) -> bool:
+    """Whether the tensor is a part of its parameter, or several parameters are parts of it."""
+    return any(type(op).__name__ in ("Concatenate", "Chunk", "Split") for op in place.operations)
+
+
+# Buffers of old checkpoints that today's models compute: masks, positions, frequencies.
+_OLD_BUFFER = re.compile(r"\.(bias|masked_bias|causal_mask|mask|inv_freq|position_ids|\w*_index)$")
+
+
+def _unexpected(
+    name: str, renamed: str, shape: tuple[int, ...], skeleton: _Skeleton
+) -> _Verdict:
+    """The verdict on a tensor that has no place in the skeleton."""
+    for pattern in [skeleton.ignored] if skeleton.ignored is not None else []:
+        if pattern.search(renamed) or pattern.search(name):
+            return _Verdict(False, f"ignored by {skeleton.name}")
+    if renamed in skeleton.buffers or _OLD_BUFFER.search(f".{name}"):
+        return _Verdict(False, "buffer")
+    if len(shape) < 2 or math.prod(shape) < LARGE:
+        return _Verdict(False, "not part of the architecture")
+    error = (
+        f"a weight of shape {list(shape)} that is not part of {skeleton.name}; every large weight "
+        f"must have a place. Repair config.json (architectures), or use --keep to copy it as it is."
+    )
+    return _Verdict(False, "not part of the architecture", error=error)
+
+
+# ------------------------------------------------------------------------- rules without a skeleton
+
+_KEPT_NAMES = (
+    ("embedding", r"embed|(^|_)wte$|(^|_)wpe$|^tok_|position"),
+    ("norm", r"norm|^ln(_|$)"),
+    ("router", r"router|^gate$|_gate$|^wg$"),
+    ("output head", r"(^|_)heads?(_|$)|^output$|^classifier|classifier$|^score$"),
+    ("outside the repeated blocks", r"pooler"),
+    ("convolution", r"conv"),
+)
+_OTHER_MODALITY = re.compile(r"(^|[._])(vision|visual|audio|image|speech|video)")
+_EITHER_WAY = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
+
+
+def _by_names(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, _Verdict]:
+    verdicts = {name: _judge_name(name, shape) for name, shape in shapes.items()}
+    chosen = [name for name, verdict in verdicts.items() if verdict.ternary]
+    if not all(_OTHER_MODALITY.search(name) for name in chosen):
+        for name in filter(_OTHER_MODALITY.search, chosen):
+            reason = "encoder of another modality"
+            verdicts[name] = replace(verdicts[name], ternary=False, reason=reason)
+    # GPT-2 stores these as [in, out], others with the same names as [out, in]. The length of the
+    # bias is `out`, which tells it of one that is not square, and so of all.
+    either = [name for name in verdicts if _EITHER_WAY.search(name) and verdicts[name].possible]
+    votes = {vote for name in either for vote in _bias_votes(name, shapes)}
+    for name in either:
+        if len(votes) == 1:
+            verdicts[name] = replace(verdicts[name], transposed=next(iter(votes)))
+        else:
+            error = (
+                "without a skeleton nothing shows whether it is [out, in] or [in, out]; one must be "
+                "known. Use --keep, or a config.json of an architecture that transformers has."
+            )
+            verdicts[name] = replace(verdicts[name], ternary=False, possible=False, error=error)
+    return verdicts
+
+
+def _bias_votes(name: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[bool]:
+    rows, cols = shapes[name]
+    bias = shapes.get(name.removesuffix("weight") + "bias")
+    if rows != cols and bias in ((rows,), (cols,)):
+        yield bias == (cols,)
+
+
+def _judge_name(name: str, shape: tuple[int, ...]) -> _Verdict:
+    """The verdict on a tensor of which only name and shape are known."""
+    *path, leaf = name.split(".")
+    if leaf.endswith("bias"):
+        return _Verdict(False, "bias")
+    for reason, pattern in _KEPT_NAMES:
+        if any(re.search(pattern, part.lower()) for part in (*path, leaf)):
+            possible = reason in ("router", "output head") and leaf == "weight" and len(shape) == 2
+            return _Verdict(False, reason, possible=possible)
+    if len(shape) < 2:
+        return _Verdict(False, "not a matrix (no skeleton)")
+    if math.prod(shape) == 0:
+        return _Verdict(False, "empty")
+    if len(shape) == 2 and leaf == "weight":
+        if any(part.isdecimal() for part in path):
+            return _Verdict(True, BY_NAME, possible=True)
+        return _Verdict(False, "outside the repeated blocks", possible=True)
+    reason = "not a linear layer by name and shape (no skeleton)"
+    if math.prod(shape) < LARGE or _OLD_BUFFER.search(f".{name}"):
+        return _Verdict(False, reason)
+    error = (
+        f"without a skeleton nothing shows what a weight of shape {list(shape)} is; a matrix named "
+        f".weight is expected. Use --keep to copy it as it is."
+    )
+    return _Verdict(False, reason, error=error)

@@ -1,0 +1,171 @@
+"""Proof that a packed checkpoint is whole, and that it is what its source gives.
+
+Without the source: every file's structure, codes, padding, scales and digests, and that the files
+agree with each other. With the source: every tensor is converted again, by the recipe on record,
+and its digest compared. Nothing is written.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ternarize import container
+from ternarize.checkpoint import (
+    Checkpoint,
+    locate,
+    open_checkpoint,
+    read_header,
+    read_json,
+)
+from ternarize.codecs import THREADS
+from ternarize.container import SCALE_SUFFIX, Record
+from ternarize.convert import Progress, Relayout, convert_tensor
+from ternarize.errors import DigestError, FormatError
+from ternarize.plan import RECORD, Recipe, TensorPlan, plan
+
+__all__ = ["open_packed", "verify"]
+
+
+def open_packed(model: str | Path) -> tuple[Checkpoint, dict[str, Record]]:
+    """Open a packed checkpoint and read its records, checking headers but no data.
+
+    Raises CheckpointError where there is none, FormatError where it breaks a rule of the format.
+    """
+    packed = open_checkpoint(locate(model))
+    config = (packed.config or {}).get("quantization_config")
+    if not isinstance(config, dict) or config.get("quant_method") != container.KEY:
+        raise FormatError(
+            f"{model}: config.json does not say quant_method {container.KEY}; expected a packed "
+            "checkpoint. Pack the model with `ternarize convert`."
+        )
+    container.check_version("config.json", config.get("format_version"), [])
+    records: dict[str, Record] = {}
+    for file in packed.files:
+        path = packed.directory / file
+        if path.suffix != ".safetensors":
+            raise FormatError(f"{file}: a packed checkpoint is in safetensors. Fetch it again.")
+        found = container.records_of(read_header(path), path)
+        for name, record in found.items():
+            if records.setdefault(name, record) != record:
+                raise FormatError(
+                    f"{file}: its record of {name} differs from another file's; expected files of "
+                    "one conversion. Fetch the checkpoint again."
+                )
+    for name in records:
+        if name not in packed.tensors:
+            raise FormatError(
+                f"{packed.directory}: {name} has a record but is in none of the files "
+                f"({', '.join(packed.files[:3])}). Fetch the checkpoint again."
+            )
+    return packed, records
+
+
+def verify(
+    model: str | Path,
+    source: str | Path | None = None,
+    *,
+    threads: int = THREADS,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Check a packed checkpoint in full; with `source`, re-derive it and compare.
+
+    model     packed directory or Hub id
+    source    the checkpoint that it was made from; needs the record (ternarize.json)
+    progress  called after each file, and with `source` after each tensor
+
+    Returns counts of what was checked. Raises FormatError or DigestError on the first fault,
+    CheckpointError if the source cannot be read.
+    """
+    packed, records = open_packed(model)
+    total = sum(info.nbytes for info in packed.tensors.values())
+    done = 0
+    for file in packed.files:
+        container.check_file(packed.directory / file, threads)
+        done += sum(info.nbytes for info in packed.tensors.values() if info.file == file)
+        if progress:
+            progress(done, total, file)
+    _check_record(packed, records)
+    ternary = [name for name, record in records.items() if record.shape is not None]
+    result = {
+        "files": len(packed.files),
+        "bytes": total,
+        "ternary": len(ternary),
+        "kept": len(records) - len(ternary),
+        "source_compared": source is not None,
+    }
+    if source is not None:
+        _compare(packed, records, source, progress)
+    return result
+
+
+def _check_record(packed: Checkpoint, records: dict[str, Record]) -> None:
+    """ternarize.json, where there is one, must speak of the tensors that are there."""
+    record = read_json(packed.directory / RECORD)
+    if record is None:
+        return
+    container.check_version(RECORD, record.get("format_version"), [])
+    rows = record.get("tensors")
+    if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
+        raise FormatError(f"{RECORD}: has no table of tensors. Fetch it again, or remove it.")
+    said = {name: row.get("becomes") for name, row in rows.items() if row.get("becomes") != "tied"}
+    found = {n: "kept" if r.shape is None else "ternary" for n, r in records.items()}
+    for name in sorted(said.keys() | found.keys()):
+        if said.get(name) != found.get(name):
+            raise FormatError(
+                f"{RECORD}: {name} is {said.get(name, 'missing')} there and "
+                f"{found.get(name, 'missing')} in the files. Fetch the checkpoint again."
+            )
+
+
+def _compare(
+    packed: Checkpoint, records: dict[str, Record], source: str | Path, progress: Progress | None
+) -> None:
+    record = read_json(packed.directory / RECORD)
+    if record is None:
+        raise FormatError(
+            f"{packed.directory}: has no {RECORD}; expected the record of its conversion, without "
+            "which it cannot be repeated. Verify without --source."
+        )
+    options = dict(record["recipe"])
+    recipe = Recipe(**{**options, "keep": tuple(options["keep"]),
+                       "include": tuple(options["include"])})
+    work = plan(source, recipe)
+    expected = {t.name: t for t in work.tensors if not t.tied_to}
+    if expected.keys() != records.keys():
+        name = sorted(expected.keys() ^ records.keys())[0]
+        where = "the source" if name in expected else "the packed checkpoint"
+        raise FormatError(
+            f"{packed.directory}: {name} is in {where} alone; expected the same tensors. "
+            f"Check that {source} is the source."
+        )
+    total = sum(t.info.nbytes for t in work.tensors)
+    done = 0
+    for name, tensor in expected.items():
+        again = _derive(packed, records[name], work.source, tensor, recipe)
+        if again != records[name].sha256:
+            raise DigestError(
+                f"{packed.tensors[name].file}: {name}: is not what {source} gives by the recipe on "
+                "record. Check that it is the source, and that both are unchanged."
+            )
+        done += tensor.info.nbytes
+        if progress:
+            progress(done, total, name)
+
+
+def _derive(
+    packed: Checkpoint, record: Record, source: Checkpoint, tensor: TensorPlan, recipe: Recipe
+) -> str:
+    """The digest that the source's tensor has when it is converted in the recorded layout."""
+    if tensor.ternary and record.shape is not None:
+        scale = packed.tensors[tensor.name + SCALE_SUFFIX].dtype
+        tensor = replace(tensor, group_size=record.group_size, scale_dtype=scale)
+    try:
+        return convert_tensor(source, tensor, recipe, _discard).sha256
+    except Relayout:
+        return "another layout"
+
+
+def _discard(name: str, offset: int, data: Tensor) -> None:
+    """A sink: the digest is all that is wanted."""
