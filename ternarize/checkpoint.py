@@ -9,7 +9,9 @@ loading, is the exception: torch maps it.)
 
 import json
 import math
+import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +41,8 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
+if hasattr(torch, "float8_e8m0fnu"):  # torch >= 2.7
+    DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 SAFETENSORS = "model.safetensors"
@@ -88,11 +92,12 @@ def read_header(path: Path) -> Header:
             )
         raw = file.read(length)
     try:
-        table = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
+        text = raw.decode("utf-8")
+        table = strict_json(text)
     except (ValueError, RecursionError) as error:
         raise _broken(path, f"the header is not valid JSON ({error})", "") from None
-    if not isinstance(table, dict):
-        raise _broken(path, f"the header is a {type(table).__name__}", "expected an object")
+    if not text.startswith("{") or not text.rstrip(" ").endswith("}"):
+        raise _broken(path, "the header is not one JSON object", "expected { ... } and spaces")
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _broken(path, "__metadata__ is not a table of strings", "")
@@ -110,25 +115,42 @@ def read_header(path: Path) -> Header:
     return Header(entries, metadata, 8 + length)
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """object_pairs_hook for json: a repeated key is an error, because parsers differ on it."""
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"repeated key {next(n for n in names if names.count(n) > 1)!r}")
-    return table
+def strict_json(text: str) -> Any:
+    """Parse JSON, refusing what parsers disagree on: repeated keys, NaN, half surrogate pairs.
+
+    Raises ValueError or RecursionError.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+            raise ValueError(f"repeated key {name!r}")
+        return table
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    if "\\u" in text:  # only an escape can be half a surrogate pair: UnicodeEncodeError, a ValueError
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
 
 
 def _entry(path: Path, name: str, value: Any) -> Entry:
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise _broken(path, f"the entry of {name} is {str(value)[:80]}", "expected dtype, shape, "
-                      "data_offsets")
-    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    value = value if isinstance(value, dict) else {}
+    dtype, shape, offsets = (value.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise _broken(path, f"{name} has dtype {dtype!r}", f"expected one of {', '.join(DTYPES)}")
     if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
         raise _broken(path, f"{name} has shape {shape} and data_offsets {offsets}",
                       "expected non-negative integers")
+    size = DTYPES[dtype].itemsize
+    for n in shape:
+        size *= max(1, n)
+        if size >= 2**63:  # at once: the product of a million numbers would take hours
+            raise _broken(path, f"{name} has shape {str(shape):.80}",
+                          "expected a size below 2^63 bytes")
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != nbytes:
         raise _broken(path, f"{name} has {offsets[1] - offsets[0]} bytes",
@@ -196,6 +218,7 @@ class Checkpoint:
     config: dict[str, Any] | None
     files: list[str]
     tensors: dict[str, TensorInfo]
+    metadata: dict[str, dict[str, str]] = field(default_factory=dict)  # of each safetensors file
     _pickles: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
@@ -223,10 +246,10 @@ def open_checkpoint(directory: Path, *, need_weights: bool = True) -> Checkpoint
         )
     config = read_json(directory / "config.json")
     for main in (SAFETENSORS, PICKLE):
+        if (directory / main).is_file():  # the whole model: an index beside it is not read
+            return open_files(directory, [main], config)
         if (directory / (main + INDEX)).is_file():
             return _open_sharded(directory, config, main + INDEX)
-        if (directory / main).is_file():
-            return _open_files(directory, config, [main])
     if need_weights:
         found = sorted(p.name for p in directory.iterdir() if p.suffix in _WEIGHT_SUFFIXES)
         raise CheckpointError(
@@ -240,12 +263,16 @@ def open_checkpoint(directory: Path, *, need_weights: bool = True) -> Checkpoint
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None where there is no such file; FormatError if it is not an object."""
+def read_json(path: Path, *, strict: bool = False) -> dict[str, Any] | None:
+    """A JSON object, or None where there is no such file; FormatError if it is not an object.
+
+    strict  False for config.json, which is read as transformers reads it: some have Infinity
+    """
     if not path.is_file():
         return None
     try:
-        table = json.loads(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
+        table = strict_json(text) if strict else json.loads(text)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path.name}: not valid JSON ({error}). Repair the file.") from None
     if not isinstance(table, dict):
@@ -256,21 +283,21 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _open_sharded(directory: Path, config: dict[str, Any] | None, index: str) -> Checkpoint:
-    weight_map = (read_json(directory / index) or {}).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+    weight_map = (read_json(directory / index, strict=True) or {}).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(
             f"{index}: no weight_map; expected a table of tensor name: file. Fetch it again."
         )
-    files = sorted(set(weight_map.values()))
+    files = sorted(set(map(str, weight_map.values())))
     for file in files:
-        if Path(file).name != file or file in ("", ".", ".."):
+        if file not in weight_map.values() or re.search(r"[/\\:]", file) or file in ("", ".", ".."):
             raise FormatError(
                 f"{index}: names the file {file!r}; expected a name in the same directory. "
                 "Do not trust this checkpoint."
             )
-        if not (directory / file).is_file():
-            raise CheckpointError(f"{index}: {file} is missing beside it. Fetch it again.")
-    checkpoint = _open_files(directory, config, files)
+        if not os.path.isfile(directory / file):  # unlike Path's, never raises on a strange name
+            raise CheckpointError(f"{index}: {file!r} is missing beside it. Fetch it again.")
+    checkpoint = open_files(directory, files, config)
     for name, file in weight_map.items():
         found = checkpoint.tensors.get(name)
         if found is None or found.file != file:
@@ -287,7 +314,10 @@ def _open_sharded(directory: Path, config: dict[str, Any] | None, index: str) ->
     return checkpoint
 
 
-def _open_files(directory: Path, config: dict[str, Any] | None, files: list[str]) -> Checkpoint:
+def open_files(
+    directory: Path, files: list[str], config: dict[str, Any] | None = None
+) -> Checkpoint:
+    """List the tensors of the named files of a directory; FormatError if one is in two files."""
     checkpoint = Checkpoint(directory, config, files, {})
     for file in files:
         for info in _list_tensors(checkpoint, file):
@@ -304,6 +334,7 @@ def _list_tensors(checkpoint: Checkpoint, file: str) -> Iterator[TensorInfo]:
     path = checkpoint.directory / file
     if path.suffix == ".safetensors":
         header = read_header(path)
+        checkpoint.metadata[file] = header.metadata
         for name, entry in header.entries.items():
             start = header.data_start + entry.start
             yield TensorInfo(name, entry.dtype, entry.shape, file, start)
@@ -327,13 +358,19 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
             f"{path.name}: torch cannot load it as weights only ({type(error).__name__}: {first}). "
             "Convert the source to safetensors with software that you trust."
         ) from None
-    bad = [k for k, v in table.items() if not isinstance(v, Tensor) or v.dtype not in DTYPE_NAMES]
-    if bad:
+    if not isinstance(table, dict):
         raise FormatError(
-            f"{path.name}: {bad[0]} is no tensor of a known dtype; expected a table of tensors. "
+            f"{path.name}: holds a {type(table).__name__}; expected a table of tensors. "
             "Save the model's state_dict alone."
         )
-    return dict(table)
+    for name, value in table.items():
+        dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+        if not isinstance(name, str) or not dense or value.dtype not in DTYPE_NAMES:
+            raise FormatError(
+                f"{path.name}: {name!r} is no dense tensor of a known dtype; expected a table of "
+                "tensors. Save the model's state_dict alone."
+            )
+    return {name: value.detach() for name, value in table.items()}
 
 
 def locate(model: str | Path, revision: str | None = None, *, config_only: bool = False) -> Path:
@@ -342,10 +379,10 @@ def locate(model: str | Path, revision: str | None = None, *, config_only: bool 
     Only weights, JSON and tokenizer files are fetched, and safetensors rather than pickles.
     Raises CheckpointError when neither is there.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(model))  # these three, unlike Path's, never raise
+    if os.path.isdir(path):
         return path
-    if path.exists():
+    if os.path.exists(path):
         raise CheckpointError(
             f"{model}: is a file; expected a checkpoint directory or a Hub id. "
             "Name the directory that holds it."

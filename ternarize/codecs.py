@@ -49,9 +49,10 @@ def pack(trits: Tensor, group_size: int, threads: int = THREADS) -> Tensor:
     cols, width = trits.shape[-1], packed_width(trits.shape[-1], group_size)
     if lib is not None and trits.device.type == "cpu":
         out = torch.empty((*trits.shape[:-1], width), dtype=torch.uint8)
-        lib.pack(
-            trits.reshape(-1, cols).contiguous(), group_size, out.view(-1, width), threads
-        ) if out.numel() else None
+        if out.numel():
+            flat = trits.reshape(-1, cols).contiguous()
+            bad = lib.pack(flat, group_size, out.view(-1, width), threads)
+            assert bad < 0, f"element {bad} is no trit"
         return out
     groups = split_groups(trits, group_size)
     groups = torch.nn.functional.pad(groups, (0, -groups.shape[-1] % DIGITS))
@@ -93,13 +94,14 @@ def used_groups(packed: Tensor, cols: int, group_size: int, threads: int = THREA
     """
     width = _check_width(packed, cols, group_size)
     if lib is not None and packed.device.type == "cpu":
-        flat = packed.reshape(-1, width).contiguous()
-        used = torch.zeros((flat.shape[0], group_count(cols, group_size)), dtype=torch.uint8)
-        if flat.numel():
-            bad = lib.check(flat, cols, group_size, used, threads)
+        groups = group_count(cols, group_size)
+        used = torch.zeros((*packed.shape[:-1], groups), dtype=torch.uint8)
+        if packed.numel():
+            flat = packed.reshape(-1, width).contiguous()
+            bad = lib.check(flat, cols, group_size, used.view(-1, groups), threads)
             if bad >= 0:
                 raise _bad_byte(flat, bad)
-        return used.view(*packed.shape[:-1], -1).bool()
+        return used.bool()
     return split_groups(unpack(packed, cols, group_size), group_size).ne(0).any(-1)
 
 

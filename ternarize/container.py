@@ -7,32 +7,24 @@ format version, the features a reader must know, and a record for each tensor: l
 size, codec, and a SHA-256 of the stored bytes, so that a file proves its own decode.
 
 formats/container.md is the definition; here are its shipped writer and reader. Whatever comes from
-a file is checked before it is used: `records_of` checks what the header says, `check_file` the
-bytes behind it.
+a file is checked before it is used: `records_of` checks what the headers say, `check` the bytes
+behind them.
 """
 
 import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ternarize.checkpoint import (
-    DTYPES,
-    Header,
-    byte_view,
-    read_bytes,
-    read_header,
-    unique_keys,
-)
+from ternarize.checkpoint import Checkpoint, TensorInfo, byte_view, read_bytes, strict_json
 from ternarize.codecs import THREADS, pack, packed_width, unpack, used_groups
 from ternarize.errors import DigestError, FormatError
 from ternarize.tensor import Ternary, group_count
@@ -45,6 +37,7 @@ SCALE_SUFFIX = "_scale"
 SCALE_DTYPES = ("F16", "BF16", "F32")  # tried in this order
 CHUNK = 1 << 20  # bytes read and hashed at a time: stays in a core's cache
 
+_TERNARY_MEMBERS = {"shape", "group_size", "codec", "transposed"}
 _F16_NORMAL = (2.0**-14, 65504.0)  # below, float16 loses digits; above, it is infinite
 
 
@@ -85,7 +78,8 @@ def store_scales(scales: Tensor, *, exact: bool = False) -> Tensor:
     float16 if it holds all of them as normal numbers (or 0), else float32. With `exact`, the first
     of float16, bfloat16, float32 that holds every scale without rounding.
     """
-    half = torch.from_numpy(scales.cpu().numpy().astype(np.float16))  # torch rounds twice here
+    with np.errstate(over="ignore"):  # an infinite one is not chosen
+        half = torch.from_numpy(scales.cpu().numpy().astype(np.float16))  # torch rounds twice here
     candidates = (half, scales.to(torch.bfloat16), scales.to(torch.float32))
     if exact:
         return next((c for c in candidates if torch.equal(c.to(torch.float64), scales.cpu())),
@@ -131,40 +125,55 @@ def dump_metadata(records: Mapping[str, Record]) -> dict[str, str]:
 # --- reading ---------------------------------------------------------------------------------
 
 
-def records_of(header: Header, path: Path) -> dict[str, Record]:
-    """The records in a file's metadata, checked against each other and against its header.
+def records_of(checkpoint: Checkpoint, *, whole: bool = True) -> dict[str, Record]:
+    """The records in a packed checkpoint's metadata, checked against each other and the headers.
 
-    Records of tensors that are not in the file (they are in another shard) are returned too.
-    Raises FormatError: no metadata, a version or feature that is not known, a record that is
-    malformed, a tensor without a record, or one whose dtype or shape disagrees with it.
+    whole  False for one shard read by itself: the tensors of other shards are missing
+
+    Raises FormatError: a file without metadata, a version or feature that is not known, a record
+    that is malformed or without its tensor, a tensor without a record, or one whose dtype or shape
+    disagrees with it.
     """
-    where = path.name
-    if KEY not in header.metadata:
+    records: dict[str, Record] = {}
+    scales = set()
+    for file in checkpoint.files:
+        for name, value in _table(file, checkpoint.metadata.get(file, {})).items():
+            info = checkpoint.tensors.get(name)
+            if info is None and whole:
+                raise _damaged(file, f"{name} has a record, but no file has the tensor")
+            if info is None and _is_ternary(value):
+                scales.add(name + SCALE_SUFFIX)  # they may be here, away from their tensor
+            if info is not None and info.file == file:  # a copy in another file does not count
+                records[name] = _record(f"{file}: {name}", value)
+    for name, record in records.items():
+        if record.shape is not None:
+            _check_stored(name, record, checkpoint.tensors)
+            scales.add(name + SCALE_SUFFIX)
+    for name, info in checkpoint.tensors.items():
+        if (name in scales) == (name in records):
+            what = "is a scale and has a record" if name in scales else "has no record"
+            raise _damaged(info.file, f"{name} {what}; expected one record for each tensor")
+    return records
+
+
+def _table(file: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The table of records of one file, as parsed; version and features checked."""
+    if KEY not in metadata:
         raise FormatError(
-            f"{where}: no {KEY!r} in its metadata; expected a packed checkpoint. "
+            f"{file}: no {KEY!r} in its metadata; expected a packed checkpoint. "
             "Pack the model with `ternarize convert`."
         )
     try:
-        table = json.loads(header.metadata[KEY], object_pairs_hook=unique_keys)
+        table = strict_json(metadata[KEY])
     except (ValueError, RecursionError) as error:
-        raise _damaged(where, f"its ternarize metadata is not valid JSON ({error})") from None
+        raise _damaged(file, f"its ternarize metadata is not valid JSON ({error})") from None
     if not isinstance(table, dict):
-        raise _damaged(where, "its ternarize metadata is not an object")
-    check_version(where, table.get("format_version"), table.get("features"))
+        raise _damaged(file, "its ternarize metadata is not an object")
+    check_version(file, table.get("format_version"), table.get("features"))
     tensors = table.get("tensors")
     if not isinstance(tensors, dict):
-        raise _damaged(where, "its ternarize metadata has no table of tensors")
-    records = {name: _record(f"{where}: {name}", value) for name, value in tensors.items()}
-    scales = set()
-    for name, record in records.items():
-        if name in header.entries and record.shape is not None:
-            _check_stored(where, name, record, header)
-            scales.add(name + SCALE_SUFFIX)
-    for name in header.entries:
-        if (name in scales) == (name in records):
-            what = "is a scale and has a record" if name in scales else "has no record"
-            raise _damaged(where, f"{name} {what}; expected one record for each tensor")
-    return records
+        raise _damaged(file, "its ternarize metadata has no table of tensors")
+    return tensors
 
 
 def check_version(where: str, version: Any, features: Any) -> None:
@@ -198,54 +207,61 @@ def decode(packed: Tensor, scales: Tensor, record: Record) -> Ternary:
     return Ternary(trits, scales.to(torch.float64), record.group_size)
 
 
-def check_file(path: Path, threads: int = THREADS) -> dict[str, Record]:
-    """Verify one packed file: header, records, every code, padding, scale and digest.
+def check(
+    checkpoint: Checkpoint,
+    records: Mapping[str, Record],
+    *,
+    threads: int = THREADS,
+    done: Callable[[str], None] | None = None,
+) -> None:
+    """Verify the data of a packed checkpoint: every code, padding, scale and digest.
 
-    Tensors are read, hashed and checked in parallel, a piece at a time. Returns the records.
-    Raises FormatError or its child DigestError, naming the tensor.
+    records  from `records_of`
+    done     called with the name of each tensor that has been checked
+
+    Tensors are read, hashed and checked in parallel, a piece at a time. Raises FormatError or its
+    child DigestError, naming the file and the tensor.
     """
-    header = read_header(path)
-    records = records_of(header, path)
-    names = [name for name in records if name in header.entries]
     with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(lambda name: _check_tensor(path, header, name, records[name]), names):
-            pass
-    return records
+        try:
+            for name in pool.map(lambda n: _check_tensor(checkpoint, n, records[n]), records):
+                if done:
+                    done(name)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
-def _check_tensor(path: Path, header: Header, name: str, record: Record) -> None:
+def _check_tensor(checkpoint: Checkpoint, name: str, record: Record) -> str:
     sha = hashlib.sha256()
-    entry = header.entries[name]
-    start = header.data_start + entry.start
+    info = checkpoint.tensors[name]
+    path = checkpoint.directory / info.file
     used = []
     try:
-        for offset, size in _pieces(entry.nbytes, record.shape and entry.shape[-1]):
-            piece = read_bytes(path, start + offset, size)
+        for offset, size in _pieces(info.nbytes, record.shape and info.shape[-1]):
+            piece = read_bytes(path, info.start + offset, size)
             sha.update(memoryview(piece.numpy()))
             if record.shape is not None:
-                rows = piece.view(-1, entry.shape[-1])
+                rows = piece.view(-1, info.shape[-1])
                 used.append(used_groups(rows, record.shape[-1], record.group_size, threads=1))
         if record.shape is not None:
-            stored = header.entries[name + SCALE_SUFFIX]
-            raw = read_bytes(path, header.data_start + stored.start, stored.nbytes)
-            sha.update(memoryview(raw.numpy()))
-            scales = raw.view(DTYPES[stored.dtype]).reshape(stored.shape)
-            groups = group_count(record.shape[-1], record.group_size)
+            scales = checkpoint.read(name + SCALE_SUFFIX)
+            sha.update(memoryview(byte_view(scales).numpy()))
+            groups = (*record.shape[:-1], group_count(record.shape[-1], record.group_size))
             _check_scales(
-                scales,
-                torch.cat(used).view(*record.shape[:-1], groups) if used
-                else torch.zeros((*record.shape[:-1], groups), dtype=torch.bool),
+                scales.reshape(checkpoint.tensors[name + SCALE_SUFFIX].shape),
+                torch.cat(used).view(groups) if used else torch.zeros(groups, dtype=torch.bool),
                 record.group_size,
             )
     except FormatError as error:
-        # a flipped bit may also make an invalid code: the digest says the same, more clearly
-        raise type(error)(f"{path.name}: {name}: {error}") from None
+        raise type(error)(f"{info.file}: {name}: {error}") from None
     if sha.hexdigest() != record.sha256:
         raise DigestError(
-            f"{path.name}: {name}: its SHA-256 is {sha.hexdigest()[:12]}..., the record says "
+            f"{info.file}: {name}: its SHA-256 is {sha.hexdigest()[:12]}..., the record says "
             f"{record.sha256[:12]}...; the bytes have changed since they were written. "
             "Fetch the file again."
         )
+    return name
 
 
 def _pieces(nbytes: int, row: int | None) -> Iterable[tuple[int, int]]:
@@ -274,23 +290,28 @@ def _check_scales(scales: Tensor, used: Tensor, group_size: int) -> None:
             )
 
 
-def _check_stored(where: str, name: str, record: Record, header: Header) -> None:
-    packed, scale = header.entries[name], header.entries.get(name + SCALE_SUFFIX)
+def _check_stored(name: str, record: Record, tensors: Mapping[str, TensorInfo]) -> None:
+    packed, scale = tensors[name], tensors.get(name + SCALE_SUFFIX)
     packed_shape, scale_shape = record.stored_shapes()
     if packed.dtype != "U8" or packed.shape != packed_shape:
         raise _damaged(
-            where,
+            packed.file,
             f"{name} is {packed.dtype} {list(packed.shape)}; its record asks for "
             f"U8 {list(packed_shape)}",
         )
     if scale is None:
-        raise _damaged(where, f"{name} has no {name}{SCALE_SUFFIX} beside it")
+        raise _damaged(packed.file, f"{name} has no {name}{SCALE_SUFFIX} beside it")
     if scale.dtype not in SCALE_DTYPES or scale.shape != scale_shape:
         raise _damaged(
-            where,
+            scale.file,
             f"{name}{SCALE_SUFFIX} is {scale.dtype} {list(scale.shape)}; expected "
             f"{', '.join(SCALE_DTYPES)} {list(scale_shape)}",
         )
+
+
+def _is_ternary(value: Any) -> bool:
+    """Whether a record is that of a ternary tensor, well-formed or not."""
+    return isinstance(value, dict) and not _TERNARY_MEMBERS.isdisjoint(value)
 
 
 def _record(where: str, value: Any) -> Record:
@@ -299,22 +320,29 @@ def _record(where: str, value: Any) -> Record:
     sha256 = value.get("sha256")
     if not isinstance(sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", sha256):
         raise _damaged(where, f"its sha256 is {sha256!r:.80}; expected 64 hex digits")
-    if "shape" not in value:
+    if not _is_ternary(value):
         return Record(sha256)
-    shape, group_size = value["shape"], value.get("group_size")
+    shape, group_size = value.get("shape"), value.get("group_size")
     codec, transposed = value.get("codec"), value.get("transposed", False)
-    dims = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
-    if not dims or len(shape) not in (2, 3) or math.prod(shape) >= 2**63:
+    if not _is_matrix(shape):
         raise _damaged(where, f"its shape is {shape!r:.80}; expected two or three sizes")
-    if type(group_size) is not int or group_size < -1:
-        raise _damaged(where, f"its group_size is {group_size!r}; expected -1, 0 or more")
+    if type(group_size) is not int or not -1 <= group_size < 2**63:
+        raise _damaged(where, f"its group_size is {group_size!r:.80}; expected -1, 0 or more")
     if codec != CODEC:
         raise FormatError(
             f"{where}: codec {codec!r}; this reader knows {CODEC!r}. Install a newer ternarize."
         )
-    if type(transposed) is not bool:
-        raise _damaged(where, f"its transposed is {transposed!r}; expected true or false")
+    if "transposed" in value and transposed is not True:
+        raise _damaged(where, f"its transposed is {transposed!r}; expected true, or nothing")
     return Record(sha256, tuple(shape), group_size, codec, transposed)
+
+
+def _is_matrix(shape: Any) -> bool:
+    """Whether a record's shape is [rows, cols] or [experts, rows, cols], with cols >= 1."""
+    if not isinstance(shape, list) or len(shape) not in (2, 3):
+        return False
+    sizes = all(type(n) is int and n >= 0 for n in shape)
+    return sizes and shape[-1] >= 1 and math.prod(max(1, n) for n in shape) <= 2**60
 
 
 def _damaged(where: str, what: str) -> FormatError:

@@ -36,6 +36,7 @@ from ternarize.checkpoint import (
     Entry,
     TensorInfo,
     byte_view,
+    open_files,
     read_bytes,
 )
 from ternarize.codecs import THREADS, pack
@@ -381,8 +382,8 @@ class _Conversion:
                 f"{self.work.source.directory}: its files changed during the conversion; expected "
                 "a source at rest. Convert it again."
             )
-        for shard in self.shards:
-            container.check_file(self.partial / shard.file, self.threads)
+        packed = open_files(self.partial, [shard.file for shard in self.shards])
+        container.check(packed, container.records_of(packed), threads=self.threads)
         return record
 
     # journal: one line of identity, then a line for each tensor that is done and for each change

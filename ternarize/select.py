@@ -1,10 +1,10 @@
 """Which tensors of a checkpoint become ternary, and why the others do not.
 
 The decision needs names, shapes and config.json, never a weight. It comes from a skeleton: the
-model's own class in transformers, built on the meta device, where a model of 700 billion parameters
-takes a second and no memory. A name on disk is led to its parameter by the renamings that
-transformers applies when it loads the checkpoint, so the decision is about the module that will run,
-not about what its name looks like, and a model released tomorrow needs no entry in a table here.
+model's own class in transformers, built on the meta device, where 700 billion parameters take a
+second and no memory. A name on disk is led to its parameter by the renamings that
+transformers applies when it loads the checkpoint, so the decision is about the module that will
+run, not about what its name looks like, and a model released tomorrow needs no entry in a table.
 
 Ternary by default: the weights of linear layers and of experts inside the repeated blocks (below an
 `nn.ModuleList` of modules that have children). Kept by default, with the reason in `Choice.reason`:
@@ -21,9 +21,9 @@ Ternary by default: the weights of linear layers and of experts inside the repea
     stored through <operation>         a conversion at load that rows of packed bytes cannot follow
     not a linear layer, empty, ignored by <Class>, not part of the architecture
 
-`--keep` and `--include` change what is decided by judgement (heads, routers, other modalities, outside
-the blocks), not what cannot run. A large weight that no rule explains is an error: silently left out,
-it would make a model look converted that is not.
+`--keep` and `--include` change what is a matter of judgement (heads, routers, other modalities,
+outside the blocks), not what cannot run. A large weight that no rule explains is an error: left out
+in silence, it would make a model look converted that is not.
 
 Without a skeleton (no config.json, an architecture that transformers does not have; code from the
 checkpoint is never run) rules on names and shapes decide; `why_no_skeleton` says so for the plan.
@@ -36,11 +36,10 @@ import inspect
 import json
 import math
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -91,7 +90,7 @@ class Choice:
 class Place:
     """Where a tensor on disk goes in the model.
 
-    parameters  names in `model.state_dict()`; several where a fused tensor is split; none if unknown
+    parameters  names in `model.state_dict()`: several where a tensor is split, none if unknown
     renamed     the name that transformers looks for
     operations  what it does to the tensor on the way (`ConversionOps`)
     """
@@ -129,8 +128,8 @@ def select(
     shapes   tensor name on disk -> shape on disk
     config   content of config.json, None where there is none
     keep     globs (fnmatch, case-sensitive) on names: kept
-    include  globs on names: ternary although kept by default, where it can run so. Names that a glob
-             matches and that cannot be ternary stay kept, as long as it matches one that can
+    include  globs on names: ternary although kept by default, where that can run. What a glob
+             matches and cannot be ternary stays kept, as long as the glob matches one that can
 
     Returns one Choice per tensor, in the order of `shapes`.
     Raises SelectionError where no rule says what to do with a large weight or which way round it
@@ -237,7 +236,7 @@ def locate(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Place]:
     return places
 
 
-# ------------------------------------------------------------------------------ --keep and --include
+# ----------------------------------------------------------------------------- --keep and --include
 
 
 def _matches(option: str, patterns: Sequence[str], names: Iterable[str]) -> dict[str, str]:
@@ -247,8 +246,8 @@ def _matches(option: str, patterns: Sequence[str], names: Iterable[str]) -> dict
         hits = [name for name in names if fnmatchcase(name, pattern)]
         if not hits:
             raise SelectionError(
-                f"{option} {pattern!r}: matches no tensor of the checkpoint; a glob on tensor names "
-                f"(with .weight) is expected. {_closest(pattern, names)}"
+                f"{option} {pattern!r}: matches no tensor of the checkpoint; a glob on tensor "
+                f"names (with .weight) is expected. {_closest(pattern, names)}"
             )
         for name in hits:
             found.setdefault(name, pattern)
@@ -318,15 +317,18 @@ class _Skeleton:
     def heads(self) -> set[str]:
         """Paths of the output head."""
         try:
-            head = self.model.get_output_embeddings()
+            head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         except (NotImplementedError, AttributeError):
-            head = None
-        return {path for path, module in self.modules.items() if head is not None and module is head}
+            return set()
+        return {path for path, m in self.modules.items() if head is not None and m is head}
 
     @cached_property
     def foreign(self) -> set[str]:
         """Paths of the modules that belong to the encoder of another modality."""
-        others = _other_modalities(self.model.config, self.model)
+        text, others = _modalities(self.model.config, self.model)
+        present = {type(getattr(module, "config", None)) for module in self.modules.values()}
+        if not text & present:  # CLIP's image classifier, say, has the text part in its config only
+            return set()
         found: set[str] = set()
         for path, module in self.modules.items():  # parents come before their children
             parent = path.rpartition(".")[0]
@@ -335,16 +337,28 @@ class _Skeleton:
         return found
 
     @cached_property
+    def expert_counts(self) -> set[int]:
+        """Every number in the configuration that counts experts."""
+        configs = (self.model.config, _text_config(self.model.config))
+        return {
+            value
+            for config in configs
+            for key, value in config.to_dict().items()
+            if "expert" in key and type(value) is int
+        }
+
+    @cached_property
     def raw(self) -> dict[str, str]:
         """Path of a module whose weight is read by other code -> the class that reads it."""
         found: dict[str, str] = {}
         for path, module in self.modules.items():
             prefix = re.escape(path + ".") if path else ""
-            for pattern in _raw_reads(type(module)):
+            cls: type = type(module)
+            for pattern in _raw_reads(cls):
                 expression = re.compile(prefix + pattern)
                 for other in self.modules:
                     if expression.fullmatch(other):
-                        found.setdefault(other, type(module).__name__)
+                        found.setdefault(other, cls.__name__)
         return found
 
     @cached_property
@@ -364,7 +378,9 @@ class _Skeleton:
 def _skeleton_or_error(config: dict[str, Any]) -> _Skeleton:
     skeleton = _skeleton(config)
     if isinstance(skeleton, str):
-        raise SelectionError(f"config.json: {skeleton}; an architecture of transformers is expected.")
+        raise SelectionError(
+            f"config.json: {skeleton}; an architecture that transformers has is expected. Name it."
+        )
     return skeleton
 
 
@@ -382,30 +398,30 @@ def _build(config_json: str) -> _Skeleton | str:
     for key in ("quantization_config", "attn_implementation", "_attn_implementation"):
         config.pop(key, None)
     release = f"transformers {transformers.__version__}"
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         return f"model_type {model_type!r} is unknown to {release}"
-    architectures = config.get("architectures") or []
-    if not architectures:
+    architecture = next(iter(config.get("architectures") or []), None)
+    if not isinstance(architecture, str):
         return "config.json names no architecture"
-    architecture = getattr(transformers, architectures[0], None)
-    if not (inspect.isclass(architecture) and issubclass(architecture, PreTrainedModel)):
-        return f"{release} has no model class {architectures[0]}"
     try:
+        model_class = getattr(transformers, architecture, None)
+        if not (inspect.isclass(model_class) and issubclass(model_class, PreTrainedModel)):
+            return f"{release} has no model class {architecture}"
         with torch.device("meta"), no_init_weights():
-            model: PreTrainedModel = architecture(CONFIG_MAPPING[model_type].from_dict(config))
+            model = model_class(CONFIG_MAPPING[model_type].from_dict(config))
     except ImportError as error:
-        return f"{architectures[0]} needs a package that is not installed ({_first_line(error)})"
+        return f"{architecture} needs a package that is not installed ({_first_line(error)})"
     except Exception as error:  # whatever the class makes of a config that it cannot use
         raise SelectionError(
-            f"config.json: {architectures[0]} of {release} cannot be built from it: "
+            f"config.json: {architecture} of {release} cannot be built from it: "
             f"{type(error).__name__}: {_first_line(error)}. Repair it, or use another transformers."
         ) from error
-    return _Skeleton(model.eval())
+    return _Skeleton(model)
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
+    return (str(error).strip().splitlines() or [""])[0].rstrip(".")
 
 
 _HEAD_LIST = re.compile(r"(^|_)(heads?|embed\w*|classifiers?|predictors?)$")
@@ -432,31 +448,36 @@ def _inside_blocks(modules: Mapping[str, nn.Module]) -> set[str]:
 _TEXT_CONFIGS = ("text_config", "text_encoder", "decoder", "generator")
 
 
-def _other_modalities(config: PretrainedConfig, model: nn.Module) -> set[type]:
-    """Classes of the configurations of the encoders of other modalities.
+def _modalities(config: PretrainedConfig, model: nn.Module) -> tuple[set[type], set[type]]:
+    """Classes of configurations: of the text models, of the encoders of other modalities.
 
-    They are the sub-configurations beside the text one. A model without a text configuration (ViT,
-    Whisper, a detector with a backbone) has one modality, its own.
+    The others are the sub-configurations beside the text one. A model without a text configuration
+    (ViT, Whisper, a detector with a backbone) has one modality, its own.
     """
     parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", {})}
     text = {type(parts[name]) for name in _TEXT_CONFIGS if parts.get(name) is not None}
-    try:
-        found = config.get_text_config()
-    except ValueError:  # several, all of them among the names above
-        found = config
-    if found is not config:
+    if (found := _text_config(config)) is not config:
         text.add(type(found))
-    if not text:
-        return set()
     others: set[type] = set()
-    for name, part in parts.items():
+    for name, part in parts.items() if text else ():
         if not isinstance(part, PretrainedConfig) or type(part) in text:
             continue
-        if deeper := _other_modalities(part, model):
-            others |= deeper
-        elif not (name == "encoder" and _reads_text(part, model)):
+        deeper_text, deeper_others = _modalities(part, model)
+        if deeper_text:
+            text, others = text | deeper_text, others | deeper_others
+        elif name.startswith("encoder") and _reads_text(part, model):
+            text.add(type(part))
+        else:
             others.add(type(part))
-    return others - text - {type(config)}
+    return text, others - text - {type(config)}
+
+
+def _text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration of the text model in a composite one, else the configuration itself."""
+    try:
+        return config.get_text_config(decoder=True)
+    except ValueError:  # several: none is the one
+        return config
 
 
 def _reads_text(config: PretrainedConfig, model: nn.Module) -> bool:
@@ -469,16 +490,16 @@ def _reads_text(config: PretrainedConfig, model: nn.Module) -> bool:
     )
 
 
-_WEIGHT_READ = re.compile(r"\b([A-Za-z_]\w*)((?:\.[A-Za-z_]\w*|\[[^\]\n]*\])*)\.weight\b(?!\.device)")
-_SETUP = re.compile(r"__init__|reset_parameters|_?init_\w+|_?resize_\w+|_?tie_\w+|set_\w+|_post_init")
+_WEIGHT_READ = re.compile(r"\b(\w+)((?:\.[A-Za-z_]\w*|\[[^\]\n]*\])*)\.weight\b(?!\.device)")
+_SETUP = re.compile(r"__init__|reset_parameters|_?(init|resize|tie|set)_\w+")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _raw_reads(cls: type) -> tuple[str, ...]:
     """Modules whose `.weight` the code of a class reads: expressions on paths below it.
 
     `self.wo.weight` is the path `wo`, `self.layers[i].out.weight` is `layers.<n>.out`; of another
-    variable (`block.output.weight`) only the end of the path is known. The device alone may be read.
+    variable (`block.output.weight`) only the end of the path is known. Its device may be read.
     Code that runs at construction does not count, nor does torch's own.
     """
     patterns: dict[str, None] = {}
@@ -507,7 +528,8 @@ def _source(member: object) -> str:
     if not inspect.isfunction(member):
         return ""
     try:
-        return re.sub(r"#.*", "", inspect.getsource(inspect.unwrap(member)))
+        source: str = inspect.getsource(inspect.unwrap(member))
+        return re.sub(r"#.*", "", source)
     except (OSError, TypeError):  # no source at hand: generated code
         return ""
 
@@ -517,7 +539,8 @@ def _disk_name(skeleton: _Skeleton, parameter: str) -> str:
         return parameter
     one = {parameter: skeleton.parameters[parameter]}
     try:
-        return next(iter(revert_weight_conversion(skeleton.model, one)))
+        name: str = next(iter(revert_weight_conversion(skeleton.model, one)))
+        return name
     except (ValueError, RuntimeError):  # part of a fused tensor, which has no name of its own
         return parameter
 
@@ -550,9 +573,7 @@ def _config_dtype(config: Mapping[str, Any]) -> torch.dtype:
 # --------------------------------------------------------------------------- rules with a skeleton
 
 
-def _by_skeleton(
-    shapes: Mapping[str, tuple[int, ...]], skeleton: _Skeleton
-) -> dict[str, _Verdict]:
+def _by_skeleton(shapes: Mapping[str, tuple[int, ...]], skeleton: _Skeleton) -> dict[str, _Verdict]:
     judged: dict[str, _Verdict] = {}  # of parameters: many tensors can share one
     verdicts = {}
     for name, place in locate(skeleton.model, shapes).items():
@@ -577,7 +598,8 @@ def _judge(parameter: str, skeleton: _Skeleton) -> _Verdict:
     """The verdict on a parameter of the skeleton, stored as it is."""
     path, _, leaf = parameter.rpartition(".")
     module = skeleton.modules[path]
-    kind = type(module).__name__
+    cls: type = type(module)
+    kind = cls.__name__
     dims = skeleton.parameters[parameter].ndim
 
     def kept(reason: str) -> _Verdict:
@@ -585,10 +607,10 @@ def _judge(parameter: str, skeleton: _Skeleton) -> _Verdict:
 
     if parameter in skeleton.buffers:
         return kept("buffer")
-    if "norm" in kind.lower():
-        return kept("norm")
     if isinstance(module, nn.Embedding):
         return kept("embedding")
+    if "norm" in kind.lower():
+        return kept("norm")
     if leaf.endswith("bias"):
         return kept("bias")
     if isinstance(module, nn.modules.conv._ConvNd):
@@ -597,9 +619,11 @@ def _judge(parameter: str, skeleton: _Skeleton) -> _Verdict:
     if isinstance(module, nn.MultiheadAttention) or isinstance(parent, nn.MultiheadAttention):
         return kept("part of nn.MultiheadAttention")
 
-    linear = leaf == "weight" and (isinstance(module, Conv1D) or _is_linear(type(module)))
+    linear = leaf == "weight" and (isinstance(module, Conv1D) or _is_linear(cls))
     experts = dims == 3 and "expert" in f"{path}.{kind}".lower()
     if not linear and not experts:
+        if path in skeleton.heads:
+            return kept("output head")
         if re.search(r"router|topk|gate$", f"{path} {kind}".lower()):
             return kept("router")
         if "embed" in kind.lower() or "embed" in leaf.lower():
@@ -613,9 +637,21 @@ def _judge(parameter: str, skeleton: _Skeleton) -> _Verdict:
     if skeleton.float32 is not None and skeleton.float32.search(parameter):
         return kept(f"kept in float32 by {skeleton.name}")
 
+    # What follows can run as ternary; the reasons against it are judgement.
+    against = ""
+    if path in skeleton.heads:
+        against = "output head"
+    elif path in skeleton.foreign:
+        against = "encoder of another modality"
+    elif path not in skeleton.inside:
+        against = "outside the repeated blocks"
+    elif linear and _is_router(path, skeleton.parameters[parameter], skeleton):
+        against = "router"
     transposed = isinstance(module, Conv1D)
     if experts:
         orientation = _experts_transposed(module, leaf, skeleton)
+        if orientation is None and against:
+            return kept(against)
         if orientation is None:
             unknown = (
                 f"{kind} does not show whether it is [experts, out, in] or [experts, in, out]; one "
@@ -623,34 +659,19 @@ def _judge(parameter: str, skeleton: _Skeleton) -> _Verdict:
             )
             return _Verdict(False, "unknown orientation", module=path, error=unknown)
         transposed = orientation
-    verdict = _Verdict(False, "", possible=True, transposed=transposed, module=path)
-    if path in skeleton.heads:
-        return replace(verdict, reason="output head")
-    if path in skeleton.foreign:
-        return replace(verdict, reason="encoder of another modality")
-    if path not in skeleton.inside:
-        return replace(verdict, reason="outside the repeated blocks")
-    if linear and _is_router(path, skeleton.parameters[parameter], skeleton):
-        return replace(verdict, reason="router")
-    return replace(verdict, ternary=True, reason=EXPERTS if experts else LINEAR)
+    reason = against or (EXPERTS if experts else LINEAR)
+    return _Verdict(not against, reason, True, transposed, path)
 
 
 def _is_router(path: str, weight: Tensor, skeleton: _Skeleton) -> bool:
     """A linear layer that is named as a gate and has an output per expert, or one in all."""
     if not re.search(r"(^|\.|_)(router|gate)(\.|$)", path):
         return False
-    configs = (skeleton.model.config, skeleton.model.config.get_text_config(decoder=True))
-    counts = {
-        value
-        for config in configs
-        for key, value in config.to_dict().items()
-        if "expert" in key and isinstance(value, int)
-    }
-    return weight.shape[0] in counts | {1}
+    return weight.shape[0] in skeleton.expert_counts | {1}
 
 
-@lru_cache(maxsize=None)
-def _is_linear(cls: type[nn.Module]) -> bool:
+@cache
+def _is_linear(cls: type) -> bool:
     """Whether a class computes x W^T + b with its weight and nothing else.
 
     nn.Linear, and subclasses that only write it differently (Falcon's): tried on small numbers, for
@@ -680,20 +701,27 @@ def _experts_transposed(module: nn.Module, leaf: str, skeleton: _Skeleton) -> bo
     stated = getattr(module, "is_transposed", None)
     if isinstance(stated, bool):
         return stated
-    source = "\n".join(_source(m) for cls in type(module).__mro__ for m in vars(cls).values())
-    use = rf"[^\n=]*?\bself\.{leaf}\b(?:\[[^\]]*\])?"
-    straight = re.search(rf"\blinear\({use}(?!\w|\.)", source) is not None
-    products = re.findall(rf"(?:@|\bb?mm\(|\bmatmul\(){use}(\.(?:mT|T|t\(|transpose))?", source)
-    answers = {False} if straight else set()
-    answers |= {not turned for turned in products}
-    if len(answers) == 1:
-        return answers.pop()
-    hidden = getattr(skeleton.model.config.get_text_config(decoder=True), "hidden_size", None)
+    cls: type = type(module)
+    multiplied = _products(cls, leaf)
+    if multiplied is not None:
+        return multiplied
+    hidden = getattr(_text_config(skeleton.model.config), "hidden_size", None)
     rows, cols = getattr(module, leaf).shape[-2:]
     if (rows == hidden) == (cols == hidden):
         return None
     to_hidden = re.search(r"down|output|w2|wo|fc2", leaf) is not None
     return bool((rows == hidden) != to_hidden)
+
+
+@cache
+def _products(cls: type, leaf: str) -> bool | None:
+    """Whether the code of a class multiplies by `self.<leaf>` as [in, out]; None if unclear."""
+    source = "\n".join(_source(member) for c in cls.__mro__ for member in vars(c).values())
+    use = rf"[^\n=]*?\bself\.{leaf}\b(?:\[[^\]]*\])?"
+    answers = {False} if re.search(rf"\blinear\({use}(?!\w|\.)", source) else set()
+    turned = re.findall(rf"(?:@|\bb?mm\(|\bmatmul\(){use}(\.(?:mT|T|t\(|transpose))?", source)
+    answers |= {not turn for turn in turned}
+    return answers.pop() if len(answers) == 1 else None
 
 
 # Operations of transformers that move whole rows, so that rows of packed bytes can follow them.
@@ -703,7 +731,7 @@ _ROW_OPERATIONS = {"Chunk", "Concatenate", "Interleave", "PermuteForRope", "Spli
 def _as_stored(
     name: str, shape: tuple[int, ...], place: Place, verdict: _Verdict, skeleton: _Skeleton
 ) -> _Verdict:
-    """The verdict on a tensor, given how it is stored: its orientation, its operations, its shape."""
+    """The verdict on a tensor, given how it is stored: operations, orientation, shape."""
     expected = tuple(skeleton.parameters[place.parameters[0]].shape)
     dims = len(shape)
     for operation in place.operations:
@@ -741,13 +769,10 @@ def _merges(place: Place) -> bool:
 _OLD_BUFFER = re.compile(r"\.(bias|masked_bias|causal_mask|mask|inv_freq|position_ids|\w*_index)$")
 
 
-def _unexpected(
-    name: str, renamed: str, shape: tuple[int, ...], skeleton: _Skeleton
-) -> _Verdict:
+def _unexpected(name: str, renamed: str, shape: tuple[int, ...], skeleton: _Skeleton) -> _Verdict:
     """The verdict on a tensor that has no place in the skeleton."""
-    for pattern in [skeleton.ignored] if skeleton.ignored is not None else []:
-        if pattern.search(renamed) or pattern.search(name):
-            return _Verdict(False, f"ignored by {skeleton.name}")
+    if skeleton.ignored and (skeleton.ignored.search(renamed) or skeleton.ignored.search(name)):
+        return _Verdict(False, f"ignored by {skeleton.name}")
     if renamed in skeleton.buffers or _OLD_BUFFER.search(f".{name}"):
         return _Verdict(False, "buffer")
     if len(shape) < 2 or math.prod(shape) < LARGE:
@@ -765,7 +790,7 @@ _KEPT_NAMES = (
     ("embedding", r"embed|(^|_)wte$|(^|_)wpe$|^tok_|position"),
     ("norm", r"norm|^ln(_|$)"),
     ("router", r"router|^gate$|_gate$|^wg$"),
-    ("output head", r"(^|_)heads?(_|$)|^output$|^classifier|classifier$|^score$"),
+    ("output head", r"(^|_)heads?(_|$)|^classifier|classifier$|^score$"),
     ("outside the repeated blocks", r"pooler"),
     ("convolution", r"conv"),
 )
@@ -789,8 +814,8 @@ def _by_names(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, _Verdict]:
             verdicts[name] = replace(verdicts[name], transposed=next(iter(votes)))
         else:
             error = (
-                "without a skeleton nothing shows whether it is [out, in] or [in, out]; one must be "
-                "known. Use --keep, or a config.json of an architecture that transformers has."
+                "without a skeleton nothing shows whether it is [out, in] or [in, out]; one must "
+                "be known. Use --keep, or a config.json of an architecture that transformers has."
             )
             verdicts[name] = replace(verdicts[name], ternary=False, possible=False, error=error)
     return verdicts

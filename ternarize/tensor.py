@@ -69,7 +69,11 @@ class Ternary:
         return 1.0 - float(self.trits.count_nonzero()) / max(1, self.trits.numel())
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """scale * trit as a dense matrix of `dtype` (computed in float64, rounded once)."""
+        """scale * trit as a dense matrix of `dtype`, computed in float64.
+
+        float32 is rounded to once; a 16-bit dtype as torch does it, through float32, which makes no
+        difference for scales as they are stored.
+        """
         cols = self.trits.shape[-1]
         groups = split_groups(self.trits, self.group_size).to(torch.float64)
         return (groups * self.scales.unsqueeze(-1)).flatten(-2)[..., :cols].to(dtype)

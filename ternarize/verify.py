@@ -16,7 +16,6 @@ from ternarize.checkpoint import (
     Checkpoint,
     locate,
     open_checkpoint,
-    read_header,
     read_json,
 )
 from ternarize.codecs import THREADS
@@ -41,24 +40,10 @@ def open_packed(model: str | Path) -> tuple[Checkpoint, dict[str, Record]]:
             "checkpoint. Pack the model with `ternarize convert`."
         )
     container.check_version("config.json", config.get("format_version"), [])
-    records: dict[str, Record] = {}
     for file in packed.files:
-        path = packed.directory / file
-        if path.suffix != ".safetensors":
+        if not file.endswith(".safetensors"):
             raise FormatError(f"{file}: a packed checkpoint is in safetensors. Fetch it again.")
-        found = container.records_of(read_header(path), path)
-        for name, record in found.items():
-            if records.setdefault(name, record) != record:
-                raise FormatError(
-                    f"{file}: its record of {name} differs from another file's; expected files of "
-                    "one conversion. Fetch the checkpoint again."
-                )
-    for name in records:
-        if name not in packed.tensors:
-            raise FormatError(
-                f"{packed.directory}: {name} has a record but is in none of the files "
-                f"({', '.join(packed.files[:3])}). Fetch the checkpoint again."
-            )
+    records = container.records_of(packed)
     return packed, records
 
 
@@ -73,7 +58,7 @@ def verify(
 
     model     packed directory or Hub id
     source    the checkpoint that it was made from; needs the record (ternarize.json)
-    progress  called after each file, and with `source` after each tensor
+    progress  called after each tensor
 
     Returns counts of what was checked. Raises FormatError or DigestError on the first fault,
     CheckpointError if the source cannot be read.
@@ -81,11 +66,14 @@ def verify(
     packed, records = open_packed(model)
     total = sum(info.nbytes for info in packed.tensors.values())
     done = 0
-    for file in packed.files:
-        container.check_file(packed.directory / file, threads)
-        done += sum(info.nbytes for info in packed.tensors.values() if info.file == file)
+
+    def checked(name: str) -> None:
+        nonlocal done
+        done += packed.tensors[name].nbytes
         if progress:
-            progress(done, total, file)
+            progress(done, total, name)
+
+    container.check(packed, records, threads=threads, done=checked)
     _check_record(packed, records)
     ternary = [name for name, record in records.items() if record.shape is not None]
     result = {

@@ -91,9 +91,7 @@ struct Kernels {
 };
 
 extern const Kernels kPortable;
-#ifdef TERNARIZE_X86_VARIANTS
-extern const Kernels kAvx2;
+extern const Kernels kAvx2;    // x86-64 builds only, as the next
 extern const Kernels kAvx512;
-#endif
 
 }  // namespace ternarize

@@ -1,0 +1,92 @@
+"""The compiled core: the loops over weights and packed bytes, on CPU.
+
+Arrays are torch CPU tensors or numpy arrays, dense and two-dimensional; outputs are allocated by
+the caller and written in place. Wrong shapes raise ValueError, wrong dtypes or strides TypeError
+(weights and dequantized outputs of a wrong dtype: ValueError). Weights of kind BF16 and F16 have
+that dtype or are their bits as 16-bit integers.
+
+`group_size`, the layout of packed rows (`width` bytes each) and the number of `groups` are those of
+formats/base3.md. `threads` and the CPU never change a result. The interpreter's lock is released.
+"""
+
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from torch import Tensor
+
+Array: TypeAlias = Tensor | np.ndarray[Any, Any]
+Kind: TypeAlias = Literal["F32", "BF16", "F16"]
+
+def pack(trits: Array, group_size: int, out: Array, threads: int) -> int:
+    """Pack trits (rows, cols) int8 into out (rows, width) uint8.
+
+    Returns -1, or the flat index of the first value that is not -1, 0 or +1.
+    """
+
+def unpack(packed: Array, cols: int, group_size: int, out: Array, threads: int) -> int:
+    """Unpack packed (rows, width) uint8 into trits out (rows, cols) int8.
+
+    Returns -1, or the flat index of the first byte that is not a code (243..255) or whose padding
+    is not zero trits; the trits are unspecified then.
+    """
+
+def check(packed: Array, cols: int, group_size: int, nonzero: Array, threads: int) -> int:
+    """Test packed (rows, width) uint8 as `unpack` does, at the speed of memory.
+
+    Sets nonzero (rows, groups) uint8 to 1 where a trit of the group is not 0, else 0. Returns what
+    `unpack` returns; `nonzero` is unspecified unless that is -1.
+    """
+
+def dequantize(
+    packed: Array, scales: Array, cols: int, group_size: int, out: Array, kind: Kind, threads: int
+) -> None:
+    """Set out (rows, cols) to trit * scale, in float32, rounded to nearest even to `kind`.
+
+    packed  (rows, width) uint8, not checked; bytes that are not codes give some trits
+    scales  (scale_rows, groups) float32; scale_rows divides rows, and each serves
+            rows / scale_rows consecutive rows
+    out     float32, or bfloat16 / float16 (or their bits)
+    """
+
+def absmean(
+    weights: Array, kind: Kind, group_size: int, trits: Array, scales: Array, threads: int
+) -> int:
+    """Ternarize weights (rows, cols) as ternarize.methods.absmean does, with the same bits.
+
+    trits   (rows, cols) int8, written
+    scales  (rows, groups) float64, written; (1, 1) for group_size 0
+
+    Returns -1, or the flat index of the first weight that is NaN or infinite; the outputs are
+    unspecified then.
+    """
+
+def twn(
+    weights: Array, kind: Kind, group_size: int, trits: Array, scales: Array, threads: int
+) -> int:
+    """Ternarize as ternarize.methods.twn does; arguments and result as in `absmean`."""
+
+def itf(
+    weights: Array, kind: Kind, group_size: int, trits: Array, scales: Array, threads: int
+) -> int:
+    """Ternarize as ternarize.methods.itf does; arguments and result as in `absmean`."""
+
+def levels(
+    weights: Array, kind: Kind, group_size: int, trits: Array, scales: Array, threads: int
+) -> int:
+    """Represent weights without loss, if all nonzero |w| of each group are equal.
+
+    Arguments as in `absmean`. Returns 1, or 0 (early, outputs unspecified) if they are not, or if
+    a weight is not finite. -0.0 counts as 0.
+    """
+
+def cpu() -> str:
+    """The instruction set in use: 'portable', 'avx2' or 'avx512'."""
+
+def cpus() -> list[str]:
+    """Those that this build and this CPU have; the last is the default.
+
+    The environment variable TERNARIZE_CPU chooses another at import.
+    """
+
+def use_cpu(name: str) -> None:
+    """Use the named instruction set from now on, for tests and benchmarks; ValueError if absent."""

@@ -1,0 +1,552 @@
+"""How much of a model is left after conversion, measured on a text.
+
+Language models. The text is split into documents at lines `<|doc|>`; each begins with the
+tokenizer's bos token (eos where there is none); all are joined and cut into windows of `seq_len`
+tokens without overlap, and what is left over at the end is not used. Positions 2..n of a window
+count, each predicted from the tokens before it in its window. For the next-token distributions
+P of the source and Q of the packed model, and the true token t:
+
+    perplexity        exp(mean of -ln Q(t))
+    KL divergence     mean of sum_v P(v) ln(P(v) / Q(v)), nats per token
+    top-1 agreement   share of positions where P and Q have the same most likely token
+
+Perplexity says how well the text is predicted, the other two how far the packed model is from its
+source, which a lucky text cannot hide. Both models see the same windows side by side, a batch at
+a time, so that memory holds the logits of one batch, and differences are paired.
+
+Encoders. Each line of the text is embedded: the last hidden states, averaged over the attention
+mask. Reported is the cosine between the embeddings of source and packed model.
+
+Tokens of a window depend on each other, so standard errors are those of a mean over windows (or
+lines), not over tokens; that of the perplexity follows by the delta method, exp(m) se(m). They
+say how far another text of the same kind may lie, not how far another kind of text may.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ternarize.checkpoint import locate, read_json
+from ternarize.errors import CheckpointError, UsageError
+from ternarize.load import load
+
+SEPARATOR = "<|doc|>"
+CAUSAL, ENCODER = "causal language model", "encoder"
+SUPPORTED = "causal language models and text encoders can be evaluated"
+# Logits of a batch are the largest thing in memory beside the weights: float32, one per word of
+# the vocabulary and position.
+LOGITS_BYTES = 256 << 20
+MAX_BATCH = 16
+
+Model = Any  # transformers' annotations do not describe its own models' methods
+# called with (windows or lines done, in all, what is known so far)
+Progress = Callable[[int, int, str], None]
+
+
+def evaluate(
+    packed: str | Path,
+    *,
+    source: str | Path | None = None,
+    text: str | Path,
+    seq_len: int = 256,
+    max_tokens: int | None = None,
+    batch_size: int | None = None,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    activations: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure a packed checkpoint on a text, against its source where that is given.
+
+    packed       directory or Hub id; an ordinary checkpoint can be measured too
+    source       the checkpoint that `packed` was made from; encoders need it
+    text         UTF-8 file: documents separated by lines `<|doc|>`; for encoders a text per line
+    seq_len      tokens of a window; of an encoder's line at most
+    max_tokens   use no more than the first tokens of the text
+    batch_size   windows or lines at a time; None: what keeps the logits in 256 MB
+    device       "cpu", "cuda", "auto", ...; None: cpu
+    dtype        to compute in; None: float32 on CPU, elsewhere as in the checkpoint
+    activations  of the packed model, "none" or "int8"; None: as in the checkpoint
+    progress     called after each batch
+
+    Returns plain data: "kind", what was read ("tokens", "windows" or "lines", ...), and measures,
+    each {"value", "standard_error"} (None for a single window):
+
+        causal language models   perplexity; with a source also source_perplexity,
+                                 perplexity_ratio, kl_divergence (nats per token), top1_agreement
+        encoders                 cosine, with "minimum" and the "minimum_line" where it occurs
+
+    Raises UsageError when the text is too short or an option cannot be used, CheckpointError when
+    a model cannot be loaded or evaluated.
+    """
+    for name, value, least in (
+        ("sequence length", seq_len, 2), ("max tokens", max_tokens, 1), ("batch size", batch_size, 1)
+    ):
+        if value is not None and value < least:
+            raise UsageError(f"{name}: {value}; expected at least {least}. Use a larger number.")
+    dtype, device = _dtype(dtype, device), _device(device)
+    checkpoints = [_Checkpoint.at(path) for path in (packed, source) if path is not None]
+    ours = checkpoints[0]
+    if len({checkpoint.kind for checkpoint in checkpoints}) > 1:
+        theirs = checkpoints[1]
+        raise UsageError(
+            f"{theirs.directory}: is a {theirs.kind} ({theirs.model_class.__name__}) and "
+            f"{ours.directory} a {ours.kind} ({ours.model_class.__name__}); expected the model "
+            "and its source. Name the source that was converted."
+        )
+    if ours.kind == ENCODER and source is None:
+        raise UsageError(
+            f"{ours.directory}: is an encoder ({ours.model_class.__name__}), which is measured by "
+            "the distance to its source; expected a source. Name it with --source."
+        )
+    _check_vocabularies(checkpoints)
+    tokenizer = _shared_tokenizer(checkpoints)
+    documents = read_documents(text)
+    result: dict[str, Any] = {
+        "kind": ours.kind,
+        "model": str(packed),
+        "source": None if source is None else str(source),
+        "text": str(text),
+        "seq_len": seq_len,
+    }
+    if ours.kind == CAUSAL:
+        _check_length(checkpoints, seq_len)
+        windows = cut_windows(documents, tokenizer, seq_len, max_tokens, where=str(text))
+        _check_ids(windows, ours, str(text))
+        if batch_size is None:
+            vocabulary = max(_vocabulary(checkpoint) or 1 for checkpoint in checkpoints)
+            batch_size = LOGITS_BYTES // (4 * seq_len * vocabulary)
+            batch_size = min(max(1, batch_size), MAX_BATCH)
+        models = [ours.load(device, dtype, activations)]
+        models += [checkpoint.load(device, dtype, None) for checkpoint in checkpoints[1:]]
+        measures = compare_windows(models, windows, batch_size, progress)
+        result |= {"tokens": windows.numel(), "windows": len(windows)}
+    else:
+        lines = [line for document in documents for line in document.splitlines() if line.strip()]
+        length = min(seq_len, *(_longest(checkpoint, tokenizer) for checkpoint in checkpoints))
+        ids = _encode_lines(lines, tokenizer, length, max_tokens, where=str(text))
+        models = [ours.load(device, dtype, activations)]
+        models += [checkpoint.load(device, dtype, None) for checkpoint in checkpoints[1:]]
+        measures = _compare_lines(models, ids, tokenizer, batch_size or MAX_BATCH, progress)
+        at = measures["cosine"].pop("at")
+        measures["cosine"]["minimum_line"] = lines[at]
+        result |= {"seq_len": length, "tokens": sum(map(len, ids)), "lines": len(ids)}
+    where = models[0].device
+    return result | {"dtype": str(models[0].dtype)[6:], "device": str(where)} | measures
+
+
+# --- language models ----------------------------------------------------------------------------
+
+
+def read_documents(path: str | Path) -> list[str]:
+    """The documents of a text file: what stands between lines `<|doc|>`, without empty ones.
+
+    The line break before a separator belongs to it. Raises UsageError when the file cannot be read
+    as UTF-8.
+    """
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{path}: byte {error.start} is not UTF-8; expected a text file. Convert it to UTF-8."
+        ) from None
+    except OSError as error:
+        raise UsageError(
+            f"{path}: cannot be read ({error.strerror or error}); expected a text file. "
+            "Check the path."
+        ) from None
+    documents: list[list[str]] = [[]]
+    for line in text.split("\n"):
+        if line == SEPARATOR:
+            documents.append([])
+        else:
+            documents[-1].append(line)
+    return [joined for lines in documents if (joined := "\n".join(lines)).strip()]
+
+
+def cut_windows(
+    documents: Sequence[str],
+    tokenizer: Any,
+    seq_len: int,
+    max_tokens: int | None = None,
+    *,
+    where: str = "text",
+) -> Tensor:
+    """Tokenize documents and cut them into (windows, seq_len) token ids, int64.
+
+    Raises UsageError when there are too few tokens for one window.
+    """
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    ids: list[int] = []
+    for document in documents:
+        ids += [] if begin is None else [begin]
+        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        if max_tokens is not None and len(ids) >= max_tokens:
+            break
+    ids = ids[:max_tokens]
+    count = len(ids) // seq_len
+    if not count:
+        raise UsageError(
+            f"{where}: {len(ids)} tokens are used; expected at least one window of {seq_len}. "
+            "Give a longer text or more tokens, or use shorter windows (--seq-len)."
+        )
+    return torch.tensor(ids[: count * seq_len], dtype=torch.int64).view(count, seq_len)
+
+
+def compare_windows(
+    models: Sequence[Model],
+    windows: Tensor,
+    batch_size: int = MAX_BATCH,
+    progress: Progress | None = None,
+) -> dict[str, dict[str, float | None]]:
+    """Measures of one model, or of a model and its source, on the same windows.
+
+    models   (packed,) or (packed, source); causal language models, on any device
+    windows  (windows, seq_len) int64 token ids
+
+    Returns the measures of `evaluate`. Raises CheckpointError when logits are not finite.
+    """
+    per_window: list[list[float]] = []
+    for start in range(0, len(windows), batch_size):
+        batch = windows[start : start + batch_size]
+        logits = [_logits(model, batch) for model in models]
+        for index, window in enumerate(batch):
+            per_window.append(_compare_window([each[index] for each in logits], window))
+        if progress is not None:
+            so_far = torch.tensor([row[0] for row in per_window], dtype=torch.float64).mean()
+            progress(len(per_window), len(windows), f"perplexity {_exp(float(so_far)):.2f}")
+        del logits  # before the next batch's are made
+    columns = torch.tensor(per_window, dtype=torch.float64).T
+    if columns.isnan().any():
+        window = int(columns.isnan().any(0).nonzero()[0])
+        raise CheckpointError(
+            f"{type(models[0]).__name__}: the logits of window {window} are NaN in "
+            f"{str(models[0].dtype)[6:]}; expected finite ones. Compute in another dtype "
+            "(--dtype float32), or verify the checkpoint."
+        )
+    measures = {"perplexity": _exponential(columns[0])}
+    if len(models) > 1:
+        measures["source_perplexity"] = _exponential(columns[1])
+        measures["perplexity_ratio"] = _exponential(columns[0] - columns[1])
+        measures["kl_divergence"] = _mean(columns[2])
+        measures["top1_agreement"] = _mean(columns[3])
+    return measures
+
+
+@torch.inference_mode()
+def _logits(model: Model, batch: Tensor) -> Tensor:
+    """Logits of all positions but the last, (batch, seq_len - 1, vocabulary)."""
+    logits: Tensor = model(input_ids=batch.to(model.device), use_cache=False).logits
+    return logits[:, :-1]
+
+
+@torch.inference_mode()
+def _compare_window(logits: Sequence[Tensor], window: Tensor) -> list[float]:
+    """Means over the positions of one window: -ln Q(t) and, with a source, -ln P(t), KL, top-1."""
+    first = [each.to(logits[0].device, torch.float32).log_softmax(-1) for each in logits]
+    target = window[1:, None].to(first[0].device)
+    values = [-each.gather(-1, target) for each in first]
+    if len(first) > 1:
+        q, p = first
+        # a word that the source excludes (logit -inf) adds 0 ln 0 = 0
+        values.append(torch.where(p == -math.inf, 0.0, p.exp() * (p - q)).sum(-1))
+        values.append((p.argmax(-1) == q.argmax(-1)).float())
+    return [float(each.cpu().double().mean()) for each in values]
+
+
+def _mean(values: Tensor) -> dict[str, float | None]:
+    """Mean of independent values (n,) float64, and its standard error s / sqrt(n)."""
+    error = None if len(values) < 2 else float(values.std(correction=1)) / math.sqrt(len(values))
+    return {"value": float(values.mean()), "standard_error": error}
+
+
+def _exponential(values: Tensor) -> dict[str, float | None]:
+    """exp(mean), and its standard error exp(mean) se(mean) by the delta method."""
+    mean = _mean(values)
+    value, error = _exp(mean["value"] or 0.0), mean["standard_error"]
+    return {"value": value, "standard_error": None if error is None else value * error}
+
+
+def _exp(value: float) -> float:
+    """exp that is infinite where math.exp overflows: a collapsed model can be that bad."""
+    return math.exp(value) if value < 709 else math.inf
+
+
+# --- encoders -----------------------------------------------------------------------------------
+
+
+def embed(
+    model: Model, tokenizer: Any, lines: Sequence[str], *, seq_len: int = 256, batch_size: int = 32
+) -> Tensor:
+    """Embed texts: mean of the last hidden states over the attention mask, of length 1.
+
+    lines    any texts, cut to `seq_len` tokens (or what the model can take)
+
+    Returns (lines, hidden) float32 on CPU.
+
+    Sentence-BERT, section 3, strategy MEAN: https://arxiv.org/abs/1908.10084
+    """
+    length = min(seq_len, _limit(model.config), tokenizer.model_max_length)
+    ids = [_encode(line, tokenizer, length) for line in lines]
+    parts = [
+        _embed(model, ids[start : start + batch_size], tokenizer)
+        for start in range(0, len(ids), batch_size)
+    ]
+    return torch.cat(parts) if parts else torch.empty(0, model.config.hidden_size)
+
+
+@torch.inference_mode()
+def _embed(model: Model, ids: Sequence[list[int]], tokenizer: Any) -> Tensor:
+    longest = max(1, *map(len, ids))
+    padding = tokenizer.pad_token_id or 0  # masked, so any id will do
+    padded = torch.tensor([row + [padding] * (longest - len(row)) for row in ids])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])
+    output = model(input_ids=padded.to(model.device), attention_mask=mask.to(model.device))
+    hidden = output.last_hidden_state.float().cpu()
+    weight = mask[..., None].float()
+    mean = (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
+    return torch.nn.functional.normalize(mean, dim=-1)
+
+
+def _compare_lines(
+    models: Sequence[Model],
+    ids: Sequence[list[int]],
+    tokenizer: Any,
+    batch_size: int,
+    progress: Progress | None,
+) -> dict[str, dict[str, Any]]:
+    """Cosine of the embeddings by two models of the same lines; "at" is where it is smallest."""
+    parts: list[Tensor] = []
+    for start in range(0, len(ids), batch_size):
+        batch = ids[start : start + batch_size]
+        ours, theirs = (_embed(model, batch, tokenizer).double() for model in models)
+        # 1 - |a - b|^2 / 2: exactly 1 for equal embeddings, where a . b carries a rounding
+        parts.append(1 - (ours - theirs).square().sum(-1) / 2)
+        if progress is not None:
+            done = start + len(batch)
+            progress(done, len(ids), f"cosine {float(torch.cat(parts).mean()):.4f}")
+    cosines = torch.cat(parts)
+    if cosines.isnan().any():
+        raise CheckpointError(
+            f"{type(models[0]).__name__}: embedding {int(cosines.isnan().nonzero()[0])} is NaN; "
+            "expected finite ones. Compute in another dtype (--dtype float32), or verify the "
+            "checkpoint."
+        )
+    at = int(cosines.argmin())
+    return {"cosine": {**_mean(cosines), "minimum": float(cosines[at]), "at": at}}
+
+
+def _encode(line: str, tokenizer: Any, length: int) -> list[int]:
+    ids: list[int] = tokenizer(line, truncation=True, max_length=length)["input_ids"]
+    return ids
+
+
+def _encode_lines(
+    lines: Sequence[str], tokenizer: Any, length: int, max_tokens: int | None, *, where: str
+) -> list[list[int]]:
+    """Token ids of the first lines, up to `max_tokens` in all; raises UsageError when none."""
+    rows: list[list[int]] = []
+    total = 0
+    for line in lines:
+        row = _encode(line, tokenizer, length)
+        total += len(row)
+        if max_tokens is not None and total > max_tokens:
+            break
+        rows.append(row)
+    if not rows:
+        raise UsageError(
+            f"{where}: no line to embed within "
+            f"{'its end' if max_tokens is None else f'{max_tokens} tokens'} ({len(lines)} lines "
+            "with text); expected at least one. Give a longer text or more tokens."
+        )
+    return rows
+
+
+# --- checkpoints --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A checkpoint, packed or ordinary, before its weights are loaded."""
+
+    directory: Path
+    config: Any
+    model_class: Any
+    kind: str
+    packed: bool
+
+    @staticmethod
+    def at(model: str | Path) -> "_Checkpoint":
+        """Find a checkpoint and what can be measured of it; raises CheckpointError."""
+        directory = locate(model)
+        table = read_json(directory / "config.json")
+        if table is None:
+            raise CheckpointError(
+                f"{directory}: no config.json; expected a Hugging Face checkpoint. "
+                "Copy config.json from the source of the model."
+            )
+        with _reading(directory / "config.json"):
+            config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        known = [name for name in config.architectures or [] if hasattr(transformers, name)]
+        if not known:
+            raise CheckpointError(
+                f"{directory / 'config.json'}: architectures {config.architectures}; expected a "
+                f"model class of transformers {transformers.__version__}. Code that comes with a "
+                "checkpoint is not run here; install the version that has the class."
+            )
+        model_class = getattr(transformers, known[0])
+        quantization = table.get("quantization_config")
+        packed = isinstance(quantization, dict) and quantization.get("quant_method") == "ternarize"
+        return _Checkpoint(directory, config, model_class, _kind(model_class, config), packed)
+
+    def load(self, device: str, dtype: torch.dtype | None, activations: str | None) -> Model:
+        """The model in eval mode; an ordinary checkpoint must have every weight."""
+        if self.packed:
+            return load(self.directory, device=device, dtype=dtype, activations=activations)
+        options: dict[str, Any] = {"device_map": device} if device == "auto" else {}
+        with _reading(self.directory):
+            model, info = self.model_class.from_pretrained(
+                self.directory, dtype=dtype or "auto", output_loading_info=True,
+                trust_remote_code=False, **options,
+            )
+        # transformers fills what is missing with random numbers; only a pooler is not used here
+        missing = sorted(name for name in info["missing_keys"] if "pooler" not in name.split("."))
+        if missing:
+            raise CheckpointError(
+                f"{self.directory}: {len(missing)} weights are missing, first {missing[0]}; "
+                f"expected all of {self.model_class.__name__}. Complete the checkpoint."
+            )
+        return model if device == "auto" else model.to(device)
+
+
+@contextmanager
+def _reading(where: Path) -> Iterator[None]:
+    """Turns what transformers raises on a checkpoint that it cannot use into one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"{where}: transformers {transformers.__version__} cannot use it "
+            f"({type(error).__name__}: {first[:200]}); expected a complete checkpoint. "
+            "Repair it, or install what it needs."
+        ) from error
+
+
+def _kind(model_class: Any, config: Any) -> str:
+    """What is measured of a model, from its class alone: no list of architectures.
+
+    The arguments of `forward` tell: who generates from token ids alone is a language model, who
+    takes token ids and has no task head (no labels) is an encoder.
+    """
+    takes = inspect.signature(model_class.forward).parameters
+    name = model_class.__name__
+    if "decoder_input_ids" in takes:
+        what = "an encoder-decoder model, not yet supported"
+    elif "input_ids" not in takes:
+        what = "a model of images or audio"
+    elif model_class.can_generate():
+        # BERT's language-model head on an encoder that also looks ahead
+        if getattr(config.get_text_config(), "is_decoder", True) is not False:
+            return CAUSAL
+        what = "a language-model head on an encoder that sees the words it predicts"
+    elif "labels" not in takes and "pixel_values" not in takes:
+        return ENCODER
+    else:
+        what = "a model with another head, or of several modalities"
+    raise CheckpointError(
+        f"{name}: is {what}; {SUPPORTED}. Measure it with the tools of its own task."
+    )
+
+
+def open_tokenizer(directory: str | Path) -> Any:
+    """The tokenizer of a checkpoint; raises CheckpointError when it has none that can be used."""
+    directory = Path(directory)
+    with _reading(directory / "tokenizer.json"):
+        return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+
+
+def _shared_tokenizer(checkpoints: Sequence[_Checkpoint]) -> Any:
+    """The tokenizer of the first checkpoint that has one, usually the packed model's own copy."""
+    names = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
+    for checkpoint in checkpoints:
+        if any((checkpoint.directory / name).exists() for name in names):
+            return open_tokenizer(checkpoint.directory)
+    raise CheckpointError(
+        f"{checkpoints[0].directory}: no tokenizer; expected tokenizer.json or the like. "
+        "Copy it from the source of the model."
+    )
+
+
+def _vocabulary(checkpoint: _Checkpoint) -> int | None:
+    size: int | None = getattr(checkpoint.config.get_text_config(), "vocab_size", None)
+    return size
+
+
+def _limit(config: Any) -> int:
+    """Positions that a model was made for; models without a limit say none."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+
+
+def _longest(checkpoint: _Checkpoint, tokenizer: Any) -> int:
+    # RoBERTa has two positions more than it can use; the tokenizer knows
+    return min(_limit(checkpoint.config), tokenizer.model_max_length)
+
+
+def _check_vocabularies(checkpoints: Sequence[_Checkpoint]) -> None:
+    sizes = [_vocabulary(checkpoint) for checkpoint in checkpoints]
+    if len(set(sizes)) > 1:
+        raise UsageError(
+            f"{checkpoints[1].directory}: vocabulary of {sizes[1]} tokens, and "
+            f"{checkpoints[0].directory} has {sizes[0]}; expected the same. "
+            "Name the source that was converted."
+        )
+
+
+def _check_length(checkpoints: Sequence[_Checkpoint], seq_len: int) -> None:
+    limit = min(_limit(checkpoint.config) for checkpoint in checkpoints)
+    if seq_len > limit:
+        raise UsageError(
+            f"sequence length: {seq_len}; expected at most the model's {limit} positions. "
+            f"Use --seq-len {limit}."
+        )
+
+
+def _check_ids(windows: Tensor, checkpoint: _Checkpoint, where: str) -> None:
+    size, largest = _vocabulary(checkpoint), int(windows.max())
+    if size is not None and largest >= size:
+        raise CheckpointError(
+            f"{checkpoint.directory}: its tokenizer gives token {largest} for {where}; expected "
+            f"tokens below the model's {size}. Copy the tokenizer that belongs to the model."
+        )
+
+
+def _dtype(dtype: str | torch.dtype | None, device: str | None) -> torch.dtype | None:
+    if dtype is None:
+        return torch.float32 if device in (None, "cpu") else None
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UsageError(f"dtype: {dtype!r}; expected one of float32, float16, bfloat16.")
+    return found
+
+
+def _device(device: str | None) -> str:
+    try:
+        torch.empty(0, device="cpu" if device in (None, "auto") else device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"device: {device!r} cannot be used here ({str(error).splitlines()[0]}); expected one "
+            "such as cpu or cuda."
+        ) from None
+    return device or "cpu"

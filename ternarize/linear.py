@@ -1,0 +1,402 @@
+"""Ternary layers: modules that hold packed weights and compute as if the weights were dense.
+
+    y = x W^T + b        W = scale * trit
+
+W is dequantized for the length of one product and never kept: a model needs the memory of its
+packed bytes and of one dense matrix at a time. This is the plain form that works on every device;
+a kernel that multiplies without W has to agree with it, and takes its place in `product`.
+
+`TernaryLinear` is an `nn.Linear`, because that is what other software (PEFT) looks for. Experts
+that a model fuses into one parameter (experts, rows, cols) have no module of their own: their class
+stays what it is, and while its forward runs, `self.gate_up_proj[expert]` is a matrix that is
+dequantized when it meets an input. So only experts that are hit cost anything.
+
+With activations "int8" the input of each product is rounded to 8 bits per token, as models trained
+as BitNet b1.58 expect (https://arxiv.org/abs/2402.17764, section 2):
+
+    q = round(127 x / absmax(x))        y = (q W^T) absmax(x) / 127 + b
+"""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ternarize import codecs
+from ternarize.errors import UsageError
+from ternarize.tensor import group_count, group_length
+
+ACTIVATIONS = ("none", "int8")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a packed parameter is to be read: what its bytes alone do not say.
+
+    cols         weights in a row
+    group_size   as in ternarize.tensor
+    transposed   the model's own weight is (cols, rows)
+    activations  "none", or "int8" to round the input of each product
+    """
+
+    cols: int
+    group_size: int
+    transposed: bool = False
+    activations: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.activations not in ACTIVATIONS:
+            raise UsageError(
+                f"activations: {self.activations!r}; expected one of {', '.join(ACTIVATIONS)}."
+            )
+
+
+def product(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, layout: Layout
+) -> Tensor:
+    """y = x W^T + b with a packed W.
+
+    x       (..., cols) float; y has its dtype (under autocast that of F.linear)
+    packed  (rows, width) uint8
+    scale   (scale_rows, groups) float; scale_rows divides rows
+    bias    (rows,) or None
+
+    Where x needs a gradient, the backward pass dequantizes W again instead of keeping it. Rounded
+    activations are differentiated as if they were not rounded (the straight-through estimator).
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        apply: Any = _Product.apply
+        y: Tensor = apply(x, packed, scale, bias, layout)
+        return y
+    return _product(x, packed, scale, bias, layout)
+
+
+def _product(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, layout: Layout
+) -> Tensor:
+    if layout.activations == "none":
+        return F.linear(x, _dense(packed, scale, layout, x.dtype), bias)
+    y = int8_product(x, _dense(packed, scale, layout, torch.float32))
+    return y if bias is None else y + bias
+
+
+def int8_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T with each token of x rounded to 8 bits: the twin that kernels are tested against.
+
+        q = round(x * 127 / absmax)        y = (q W^T) * (absmax / 127)
+
+    x       (..., cols) float, worked on in float32; absmax is max |x| over cols, and rounding is to
+            the nearest even, so that q is an integer in [-127, 127] with no zero point
+    weight  (rows, cols) float32
+
+    Returns (..., rows) in x's dtype; a token of zeros gives zeros.  BitNet b1.58, section 2.
+    """
+    wide = x.to(torch.float32)
+    absmax = wide.abs().amax(-1, keepdim=True)
+    q = (wide * 127 / torch.where(absmax == 0, 1, absmax)).round()
+    with torch.autocast(x.device.type, enabled=False):  # it would round the scales in W to 16 bits
+        y = F.linear(q, weight)
+    return (y * (absmax / 127)).to(x.dtype)
+
+
+class _Product(torch.autograd.Function):
+    """`product` with a backward pass that does not hold the dense weight from the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, layout: Layout
+    ) -> Tensor:
+        ctx.save_for_backward(packed, scale)
+        ctx.layout = layout
+        return _product(x, packed, scale, bias, layout)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Tensor | None, None]:
+        packed, scale = ctx.saved_tensors
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None
+        return grad @ _dense(packed, scale, ctx.layout, grad.dtype), None, None, grad_bias, None
+
+
+def _dense(packed: Tensor, scale: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+    # Tensor parallelism cuts rows or whole groups: the scales say how many groups are left
+    cols = min(layout.cols, scale.shape[-1] * group_length(layout.cols, layout.group_size))
+    return codecs.dequantize(packed, scale, cols, layout.group_size, dtype)
+
+
+class Packed(nn.Module):
+    """What ternary modules have in common: `layouts`, by the name of the packed parameter.
+
+    The scales of `name` are the parameter `<name>_scale`. Both are parameters rather than buffers,
+    because tensor parallel plans and disk offload look at parameters only.
+    """
+
+    # A packed weight that is on meta (offloaded to disk) must not be drawn at random
+    _is_hf_initialized = True
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Packed":
+        """Move, but never cast the scales: model.to(bfloat16) would change every weight."""
+        before = {f"{name}_scale": getattr(self, f"{name}_scale").data for name in self.layouts}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, scale in before.items():
+            after = getattr(self, name)
+            if after.dtype != scale.dtype:
+                after.data = scale.to(after.device)
+        return self
+
+
+class TernaryLinear(Packed, nn.Linear):
+    """A linear layer with a packed ternary weight.
+
+    weight        (out_features, packed_width(in_features, group_size)) uint8
+    weight_scale  (scale_rows, groups) float
+    bias          (out_features,) or None
+    transposed    whether the model's own weight is (in_features, out_features), as GPT-2's Conv1D
+    activations   "none" or "int8"
+
+    Made empty, to be filled from a file: see `ternarize.load`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        group_size: int = 128,
+        scale_rows: int | None = None,
+        scale_dtype: torch.dtype = torch.float16,
+        transposed: bool = False,
+        activations: str = "none",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's, which would draw a dense weight
+        self.in_features, self.out_features = in_features, out_features
+        self.group_size, self.transposed, self.activations = group_size, transposed, activations
+        if scale_rows is None:
+            scale_rows = 1 if group_size == 0 else out_features
+        shape = (out_features,)
+        self.weight, self.weight_scale = _empty(
+            shape, self.layouts["weight"], scale_rows, scale_dtype, device
+        )
+        empty = torch.empty(shape, device=device, dtype=dtype)
+        self.register_parameter("bias", nn.Parameter(empty) if bias else None)
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        layout = Layout(self.in_features, self.group_size, self.transposed, self.activations)
+        return {"weight": layout}
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The dense weight (out_features, in_features)."""
+        return _dense(self.weight, self.weight_scale, self.layouts["weight"], dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return product(input, self.weight, self.weight_scale, self.bias, self.layouts["weight"])
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, group_size={self.group_size}, activations={self.activations}"
+        )
+
+
+def _empty(
+    rows: tuple[int, ...],
+    layout: Layout,
+    scale_rows: int,
+    scale_dtype: torch.dtype,
+    device: torch.device | str | None = None,
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """Parameters for a packed tensor of shape (*rows, cols) and for its scales."""
+    width = codecs.packed_width(layout.cols, layout.group_size)
+    groups = group_count(layout.cols, layout.group_size)
+    packed = torch.empty(*rows, width, dtype=torch.uint8, device=device)
+    scale = torch.empty(*rows[:-1], scale_rows, groups, dtype=scale_dtype, device=device)
+    return nn.Parameter(packed, requires_grad=False), nn.Parameter(scale, requires_grad=False)
+
+
+# --- fused experts ---------------------------------------------------------------------------
+
+
+@dataclass
+class PackedMatrix:
+    """A packed parameter that its model's code may use as if it were the dense tensor.
+
+    packed  (experts, rows, width), or (rows, width) after indexing with an expert
+    scale   (experts, scale_rows, groups) or (scale_rows, groups)
+    dtype   of the dense tensor that it stands for
+
+    `F.linear(x, m[expert])` and `x @ m[expert]` run `product`; any other use is served with the
+    dense tensor: right for every model, if slow where all experts are used at once.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    layout: Layout
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        *stack, rows, _ = self.packed.shape
+        cols = self.layout.cols
+        return torch.Size([*stack, cols, rows] if self.layout.transposed else [*stack, rows, cols])
+
+    def dense(self) -> Tensor:
+        """The dense tensor, with the shape that the model's code expects."""
+        if self.packed.ndim == 3:
+            return torch.stack([self[expert].dense() for expert in range(len(self.packed))])
+        dense = _dense(self.packed, self.scale, self.layout, self.dtype)
+        return dense.T.contiguous() if self.layout.transposed else dense
+
+    def __getitem__(self, index: Any) -> Any:
+        one = isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0)
+        if one and self.packed.ndim == 3:
+            packed, scale = self.packed[index], self.scale[index]
+            return PackedMatrix(packed, scale, self.layout, self.dtype)
+        return self.dense()[index]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # protocols (copy, pickle, numpy) that a dense copy cannot serve
+            raise AttributeError(name)
+        return getattr(self.dense(), name)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if len(args) >= 2 and isinstance(args[0], Tensor) and isinstance(args[1], cls):
+            x, matrix = args[0], args[1]
+            bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
+            right = _LINEAR if not matrix.layout.transposed else _MATMUL
+            if func in right and matrix.packed.ndim == 2:
+                return product(x, matrix.packed, matrix.scale, bias, matrix.layout)
+            # A model that multiplies all experts at once gets dense weights and float activations
+        return func(*_densified(args), **_densified(kwargs or {}))
+
+
+_LINEAR = {F.linear}
+_MATMUL = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
+
+
+def _densified(value: Any) -> Any:
+    if isinstance(value, PackedMatrix):
+        return value.dense()
+    if isinstance(value, (list, tuple)):
+        return type(value)(_densified(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _densified(item) for key, item in value.items()}
+    return value
+
+
+class _Dense:
+    """An experts module as its own forward sees it: packed parameters look dense.
+
+    A stand-in for `self`, made for one call, so that the module itself never changes while it runs
+    (threads may share it) and so that everyone else who asks for its parameters gets them packed.
+    """
+
+    def __init__(self, module: "TernaryExperts", dtype: torch.dtype) -> None:
+        self.__dict__.update(_module=module, _dtype=dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        module: TernaryExperts = self.__dict__["_module"]
+        layout = module.layouts.get(name)
+        if layout is not None:
+            packed, scale = getattr(module, name), getattr(module, f"{name}_scale")
+            return PackedMatrix(packed, scale, layout, self.__dict__["_dtype"])
+        method = inspect.getattr_static(type(module), name, None)
+        if inspect.isfunction(method):  # a helper of the model's class must see dense weights too
+            return functools.partial(method, self)
+        return getattr(module, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["_module"], name, value)
+
+
+class TernaryExperts(Packed):
+    """Fused experts with packed parameters; mixed into the model's own class.
+
+    The model's forward runs as it was written: one expert after the other, whatever
+    `experts_implementation` says, because the others want the dense weights of all experts.
+    """
+
+    dense_class: type[nn.Module]
+    dense_forward: Callable[..., Any]
+    ternary_layouts: dict[str, Layout]
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        return self.ternary_layouts
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        floats = (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+        dtype = next((a.dtype for a in floats if a.is_floating_point()), torch.get_default_dtype())
+        return type(self).dense_forward(_Dense(self, dtype), *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        names = ", ".join(f"{n}: {x.group_size}" for n, x in self.layouts.items())
+        return f"group_size of {names}"
+
+    def __reduce__(self) -> Any:  # the class is made at run time: pickle cannot find it by name
+        return _empty_experts, (self.dense_class,), self.__dict__
+
+
+def _ternary_class(dense: Any) -> type[TernaryExperts]:
+    """The class of all modules that were of class `dense`."""
+    if dense not in _CLASSES:
+        forward = dense.forward
+        if hasattr(dense, "_apply_gate"):  # set by the decorator that offers other implementations
+            forward = getattr(forward, "__wrapped__", forward)
+        body = {"dense_class": dense, "dense_forward": staticmethod(forward)}
+        _CLASSES[dense] = type(f"Ternary{dense.__name__}", (TernaryExperts, dense), body)
+    return _CLASSES[dense]
+
+
+_CLASSES: dict[type[nn.Module], type[TernaryExperts]] = {}
+
+
+def _empty_experts(dense: type[nn.Module]) -> TernaryExperts:
+    cls = _ternary_class(dense)
+    return cls.__new__(cls)
+
+
+def ternary_experts(
+    module: nn.Module, parameters: Mapping[str, tuple[Layout, int, torch.dtype]]
+) -> None:
+    """Turn a module with fused experts into one with packed parameters, in place, still empty.
+
+    parameters  name of a (experts, rows, cols) parameter, or (experts, cols, rows) if transposed:
+                (its layout, its scale rows, the dtype of its scales)
+    """
+    for name, (layout, scale_rows, scale_dtype) in parameters.items():
+        dense = getattr(module, name)
+        rows = math.prod(dense.shape[1:]) // layout.cols
+        packed, scale = _empty(
+            (dense.shape[0], rows), layout, scale_rows, scale_dtype, dense.device
+        )
+        setattr(module, name, packed)
+        setattr(module, f"{name}_scale", scale)
+    experts: Any = module
+    experts.__class__ = _ternary_class(type(module))
+    experts.ternary_layouts = {name: layout for name, (layout, _, _) in parameters.items()}
+
+
+def dense_experts(module: TernaryExperts, dtype: torch.dtype) -> None:
+    """The inverse of `ternary_experts`: dense parameters of `dtype`, in place."""
+    for name, layout in module.layouts.items():
+        scale = getattr(module, f"{name}_scale")
+        dense = PackedMatrix(getattr(module, name), scale, layout, dtype).dense()
+        delattr(module, f"{name}_scale")
+        setattr(module, name, nn.Parameter(dense))
+    del module.ternary_layouts
+    module.__class__ = module.dense_class  # type: ignore[assignment]

@@ -1,0 +1,491 @@
+"""The plug-in that lets transformers load and save packed checkpoints.
+
+transformers builds the model without memory (on meta), asks the quantizer to prepare it, and fills
+it from the checkpoint, renaming and fusing tensors on the way. So, before the fill:
+
+    read the header of each file -> verify the bytes -> find the place of each packed tensor in the
+    model -> put an empty ternary module there -> check that nothing will be missing
+
+Which modules are ternary is what the files say, not a list in the config: a list can disagree with
+the tensors, and transformers would then draw the weights at random with no more than a warning.
+
+Fused tensors (experts that are stored one by one; query, key and value in one matrix) need nothing
+special: packing goes along the rows, so whatever transformers does to rows it can do to packed rows
+and to their scales.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Only what transformers.quantizers.auto has imported itself: this module is imported right after it
+# and perhaps in the middle of the import of transformers. What else is needed is imported in use.
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ternarize import container
+from ternarize.checkpoint import DTYPES, Checkpoint, open_files
+from ternarize.container import KEY, SCALE_SUFFIX, Record
+from ternarize.errors import FormatError, UsageError
+from ternarize.linear import (
+    Layout,
+    Packed,
+    TernaryExperts,
+    TernaryLinear,
+    dense_experts,
+    ternary_experts,
+)
+
+
+def register() -> None:
+    """Enter the plug-in into transformers' tables; harmless when it is there already."""
+    if KEY not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantization_config(KEY)(TernarizeConfig)
+        auto.register_quantizer(KEY)(TernarizeQuantizer)
+        # else from_pretrained(..., quantization_config=TernarizeConfig(...)) ignores its switches
+        types: tuple[Any, ...] = auto.LOADING_ATTRIBUTES_CONFIG_TYPES
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*types, TernarizeConfig)
+
+
+class TernarizeConfig(QuantizationConfigMixin):
+    """`quantization_config` of a packed checkpoint, and switches for loading it.
+
+        from_pretrained(packed, quantization_config=TernarizeConfig(activations="int8"))
+
+    activations  "none" or "int8"; None: as the checkpoint says
+    verify       check codes, padding, scales and digests before loading (None: yes)
+    dequantize   give back an ordinary model with dense weights (None: no)
+
+    What else config.json says (group_size, method, keys of a later version) is kept and saved again
+    but not used: the files' headers decide.
+    """
+
+    def __init__(
+        self,
+        activations: str | None = None,
+        verify: bool | None = None,
+        dequantize: bool | None = None,
+        format_version: int = container.FORMAT_VERSION,
+        **others: Any,
+    ) -> None:
+        container.check_version("config.json", format_version, [])
+        self.__dict__.update(others)
+        self.quant_method = KEY  # type: ignore[assignment]
+        self.format_version = format_version
+        self.activations, self.verify, self.dequantize = activations, verify, dequantize
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What the user's config may change in the checkpoint's."""
+        switches = ("activations", "verify", "dequantize")
+        return {key: getattr(self, key) for key in switches if getattr(self, key) is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds: not how this model was loaded."""
+        table: dict[str, Any] = super().to_dict()
+        for key in ("verify", "dequantize"):
+            table.pop(key, None)
+        return {key: value for key, value in table.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A packed tensor of the checkpoint: its name, record, and the dtype of its scales."""
+
+    name: str
+    record: Record
+    scale_dtype: torch.dtype
+    file: str
+
+
+class TernarizeQuantizer(HfQuantizer):
+    """Prepares a model of transformers for a packed checkpoint; see the module's docstring."""
+
+    # The companion of a weight goes through the same conversions (transformers >= 5.20; the
+    # patterns of earlier ones match it by themselves)
+    serialized_names = {"weight": ["weight", "weight" + SCALE_SUFFIX]}
+    quantization_config: TernarizeConfig
+
+    def __init__(self, quantization_config: TernarizeConfig, **kwargs: Any) -> None:
+        if not kwargs.get("pre_quantized", True):
+            raise UsageError(
+                "quantization_config: the checkpoint is not packed, and from_pretrained does not "
+                "ternarize; expected a packed checkpoint. Run `ternarize convert` first."
+            )
+        super().__init__(quantization_config, **kwargs)
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        files = [Path(file) for file in checkpoint_files or []]
+        if not files or any(file.suffix != ".safetensors" for file in files):
+            raise FormatError(
+                f"{', '.join(file.name for file in files) or 'no files'}: a packed checkpoint is "
+                "stored in safetensors. Load it from its directory."
+            )
+        packed = open_files(files[0].parent, [file.name for file in files])
+        records = container.records_of(packed)
+        if self.quantization_config.verify is not False:
+            container.check(packed, records)
+        names = list(packed.tensors)
+        sources = _sources(packed, records)
+        _insert_modules(model, sources, names, self.quantization_config.activations or "none")
+        _check_complete(model, names, self)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for _, module in _packed_modules(model):
+            for name in module.layouts:
+                getattr(module, name + SCALE_SUFFIX).requires_grad_(False)
+        if self.quantization_config.dequantize:
+            self._dequantize(model)
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """For save_pretrained: the metadata of the files that it is about to write."""
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # only the adapter is saved
+        return None, container.dump_metadata(_saved_records(model))
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        """Replace ternary modules by what the architecture has in their place."""
+        if isinstance(dtype, str):  # save_pretrained leaves a name in config.dtype
+            dtype = getattr(torch, dtype)
+        assert not isinstance(dtype, str)
+        for name, module in _packed_modules(model):
+            if any(p.is_meta for p in module.parameters(recurse=False)):
+                raise UsageError(
+                    f"{name}: is offloaded; a dense copy needs it in memory. Load the model "
+                    "without offloading to dequantize it."
+                )
+            if isinstance(module, TernaryExperts):
+                dense_experts(module, dtype or model.dtype)
+            elif isinstance(module, TernaryLinear):
+                _set_module(model, name, _dense_linear(module, dtype or model.dtype))
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # adapters on top; the packed weights stay as they are
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _packed_modules(model: nn.Module) -> list[tuple[str, Packed]]:
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, Packed)]
+
+
+def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+# --- before loading ---------------------------------------------------------------------------
+
+
+def _sources(packed: Checkpoint, records: Mapping[str, Record]) -> dict[str, Source]:
+    """The packed tensors of all files."""
+    return {
+        name: Source(
+            name,
+            record,
+            DTYPES[packed.tensors[name + SCALE_SUFFIX].dtype],
+            packed.tensors[name].file,
+        )
+        for name, record in records.items()
+        if record.shape is not None
+    }
+
+
+def _insert_modules(
+    model: Any, sources: Mapping[str, Source], names: Iterable[str], activations: str
+) -> None:
+    """Put an empty ternary module wherever the checkpoint's packed tensors go."""
+    places = _places(model, names)
+    parameters = dict(model.named_parameters())
+    targets: dict[str, list[Source]] = {}
+    converters: dict[str, Any] = {}
+    for name, source in sources.items():
+        place = places[name]
+        known = [target for target in place.targets if target in parameters]
+        if not known and not _is_ignored(model, "unexpected", place.targets[0]):
+            raise FormatError(
+                f"{source.file}: {name}: is packed, but {type(model).__name__} has no parameter "
+                f"{place.targets[0]}. Load the checkpoint with the model class that it was made "
+                "from, or install the version of transformers that wrote its config.json."
+            )
+        for target in known:
+            targets.setdefault(target, []).append(source)
+            converters[target] = place.converter
+    for name, place in places.items():
+        packed = next((targets[t][0] for t in place.targets if t in targets), None)
+        if packed is not None and name not in sources:
+            raise FormatError(
+                f"{name}: is not packed, but {packed.name} is, and {type(model).__name__} fuses "
+                "the two. Pack both or neither."
+            )
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    modules: dict[str, dict[str, tuple[Layout, int, torch.dtype]]] = {}
+    for target, parts in targets.items():
+        if target in tied or target in tied.values():
+            raise FormatError(
+                f"{parts[0].file}: {parts[0].name}: is packed, but tied to another weight of the "
+                "model; only a weight of its own can be ternary. Set tie_word_embeddings to false."
+            )
+        layout = _common_layout(parts, activations)
+        _check_conversion(converters[target], parts)
+        dtype = functools.reduce(torch.promote_types, (part.scale_dtype for part in parts))
+        path, _, leaf = target.rpartition(".")
+        modules.setdefault(path, {})[leaf] = layout, _fused(converters[target]), dtype
+    with torch.device("meta"):
+        for path, packed_parameters in modules.items():
+            _insert_module(model, path, packed_parameters, targets)
+
+
+def _insert_module(
+    model: Any,
+    path: str,
+    parameters: dict[str, tuple[Layout, int, torch.dtype]],
+    targets: Mapping[str, list[Source]],
+) -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    module = model.get_submodule(path)
+    is_linear = type(module) is nn.Linear or isinstance(module, Conv1D)
+    for leaf, (layout, fused, dtype) in parameters.items():
+        dense = tuple(getattr(module, leaf).shape)
+        logical = (*dense[:-2], dense[-1], dense[-2]) if layout.transposed else dense
+        stored = [part.record.shape for part in targets[f"{path}.{leaf}"]]
+        wrong = layout.cols != logical[-1] or (len(stored) == 1 and stored[0] != logical)
+        if is_linear and layout.transposed != isinstance(module, Conv1D):
+            wrong = True
+        if wrong or not (is_linear or len(dense) == 3):
+            part = targets[f"{path}.{leaf}"][0]
+            raise FormatError(
+                f"{part.file}: {part.name}: is {list(part.record.shape or [])}"
+                f"{', transposed' if layout.transposed else ''}; {path}.{leaf} is "
+                f"{list(dense)} in a {type(module).__name__}, which it does not fit. "
+                "Check that config.json belongs to the weights."
+            )
+        parameters[leaf] = layout, fused if layout.group_size == 0 else logical[-2], dtype
+    if not is_linear:
+        ternary_experts(module, parameters)
+        return
+    layout, scale_rows, dtype = parameters["weight"]
+    rows = math.prod(module.weight.shape) // layout.cols
+    linear = TernaryLinear(
+        layout.cols,
+        rows,
+        module.bias is not None,
+        group_size=layout.group_size,
+        scale_rows=scale_rows,
+        scale_dtype=dtype,
+        transposed=layout.transposed,
+        activations=layout.activations,
+        dtype=module.weight.dtype,
+    )
+    _set_module(model, path, linear.train(module.training))
+
+
+def _common_layout(parts: list[Source], activations: str) -> Layout:
+    """The layout that tensors have in common which the model fuses into one."""
+    layouts = [_layout(part.record, activations) for part in parts]
+    for part, layout in zip(parts, layouts, strict=True):
+        if layout != layouts[0]:
+            raise FormatError(
+                f"{part.file}: {part.name}: group_size {layout.group_size} and {layout.cols} "
+                f"columns, but {parts[0].name}, which the model fuses with it, has "
+                f"{layouts[0].group_size} and {layouts[0].cols}. Convert both with the same "
+                "group size."
+            )
+    return layouts[0]
+
+
+def _layout(record: Record, activations: str) -> Layout:
+    assert record.shape is not None
+    return Layout(record.shape[-1], record.group_size, record.transposed, activations)
+
+
+# What transformers may do to packed tensors while it loads them: move rows, and nothing else
+_ROWWISE = ("MergeModulelist", "Concatenate", "Chunk", "Split", "Interleave", "PermuteForRope")
+
+
+def is_rowwise(converter: Any) -> bool:
+    """Whether a conversion of transformers only moves whole rows, so that rows can be packed."""
+    names = [type(operation).__name__ for operation in converter.operations]
+    stacked = "MergeModulelist" in names
+    for name, operation in zip(names, converter.operations, strict=True):
+        largest = {"MergeModulelist": 0, "PermuteForRope": 0}.get(name, 1 if stacked else 0)
+        if name not in _ROWWISE or getattr(operation, "dim", 0) not in range(largest + 1):
+            return False
+    return True
+
+
+def _fused(converter: Any) -> int:
+    """How many matrices a conversion puts on top of each other in one parameter."""
+    names = [type(operation).__name__ for operation in getattr(converter, "operations", [])]
+    return len(converter.source_patterns) if "Concatenate" in names else 1
+
+
+def _check_conversion(converter: Any, parts: list[Source]) -> None:
+    if converter is None:
+        return
+    part = parts[0]
+    if not is_rowwise(converter):
+        names = ", ".join(type(operation).__name__ for operation in converter.operations)
+        raise FormatError(
+            f"{part.file}: {part.name}: is packed, but the model's loading needs {names} on it, "
+            "which packed rows do not allow. Convert the model with --keep for this tensor."
+        )
+    if part.record.group_size == 0:
+        kinds = {type(operation).__name__ for operation in converter.operations}
+        unequal = any(other.record.shape != part.record.shape for other in parts)
+        if kinds - {"MergeModulelist", "Concatenate"} or unequal:
+            raise FormatError(
+                f"{part.file}: {part.name}: has one scale for the whole tensor, but the model "
+                "cuts it, or fuses it with a tensor of another size. "
+                "Convert the model with --group-size -1."
+            )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where transformers puts a tensor of the checkpoint: parameters, perhaps by a converter."""
+
+    targets: list[str]
+    converter: Any
+
+
+def _places(model: Any, names: Iterable[str], quantizer: Any = None) -> dict[str, Place]:
+    """Map each name in the checkpoint to the model's, as transformers' loading does."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    conversions = get_model_conversion_mapping(model, None, quantizer)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    skeleton = model.state_dict()
+    prefix = model.base_model_prefix
+    places = {}
+    for name in sorted(names, key=dot_natural_key):  # some renamings depend on the order
+        new, pattern = rename_source_key(name, renamings, converters, prefix, skeleton)
+        if new not in skeleton and name in skeleton:
+            new, pattern = rename_source_key(name, [], [], prefix, skeleton)
+        if pattern is None:
+            places[name] = Place([new], None)
+            continue
+        converter = by_pattern[pattern]
+        first = converter.target_patterns[0]
+        targets = [new.replace(first, target, 1) for target in converter.target_patterns]
+        places[name] = Place(targets, converter)
+    return places
+
+
+def _is_ignored(model: Any, kind: str, name: str) -> bool:
+    """Whether the architecture says that a key may be `unexpected` or `missing` on load."""
+    patterns = getattr(model, f"_keys_to_ignore_on_load_{kind}", None) or ()
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _check_complete(model: Any, names: Iterable[str], quantizer: Any) -> None:
+    """Raise FormatError where transformers would draw a parameter at random.
+
+    A model of another class than the checkpoint's (one that adds a head, to be trained) is left to
+    transformers, which reports the parameters that it makes up.
+    """
+    if type(model).__name__ not in (model.config.architectures or [type(model).__name__]):
+        return
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    present = {t for place in _places(model, names, quantizer).values() for t in place.targets}
+    families: dict[str, set[str]] = {}
+    for target, source in tied.items():
+        families.setdefault(source, {source}).add(target)
+    for name, _ in model.named_parameters():
+        family = families.get(tied.get(name, name), {name})
+        if family.isdisjoint(present) and not _is_ignored(model, "missing", name):
+            raise FormatError(
+                f"{name}: {type(model).__name__} needs it, and the checkpoint does not have it. "
+                "The checkpoint is incomplete, or config.json belongs to another model."
+            )
+
+
+# --- after loading ----------------------------------------------------------------------------
+
+
+def _saved_records(model: Any) -> dict[str, Record]:
+    """The record of each tensor that save_pretrained writes, under the name in the file."""
+    tensors = _saved_tensors(model)
+    layouts = {
+        f"{path}.{name}": layout
+        for path, module in _packed_modules(model)
+        for name, layout in module.layouts.items()
+    }
+    records = {}
+    for name, place in _places(model, tensors).items():
+        layout = layouts.get(place.targets[0])
+        if layout is not None:
+            packed, scale = tensors[name], tensors[name + SCALE_SUFFIX]
+            records[name] = Record(
+                container.digest(packed, scale),
+                (*packed.shape[:-1], layout.cols),
+                layout.group_size,
+                transposed=layout.transposed,
+            )
+    scales = {name + SCALE_SUFFIX for name in records}
+    kept = tensors.keys() - records.keys() - scales
+    records |= {name: Record(container.digest(tensors[name])) for name in sorted(kept)}
+    return records
+
+
+def _saved_tensors(model: Any) -> dict[str, Tensor]:
+    """What save_pretrained writes, by name: it makes the same from the model right after this."""
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.integrations.accelerate import load_offloaded_parameter
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    state = model.state_dict()
+    for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
+        state.pop(name, None)
+    state = remove_tied_weights_from_state_dict(state, model)
+    state = {
+        name: load_offloaded_parameter(model, name) if tensor.is_meta else tensor
+        for name, tensor in state.items()
+    }
+    tensors: dict[str, Tensor] = revert_weight_conversion(model, state)
+    return tensors
+
+
+def _dense_linear(module: TernaryLinear, dtype: torch.dtype) -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    weight = module.dequantized(dtype)
+    with torch.device("meta"):
+        dense: Any
+        if module.transposed:
+            conv1d: Any = Conv1D
+            dense, weight = conv1d(module.out_features, module.in_features), weight.T.contiguous()
+        else:
+            bias = module.bias is not None
+            dense = nn.Linear(module.in_features, module.out_features, bias)
+    dense.weight = nn.Parameter(weight)
+    if module.bias is not None:
+        dense.bias = nn.Parameter(module.bias.detach().to(dtype))
+    result: nn.Module = dense.train(module.training)
+    return result
