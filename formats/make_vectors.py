@@ -35,6 +35,7 @@ Files = dict[str, bytes]
 
 HERE = Path(__file__).resolve().parent
 SIGNS = {"+": 1, "0": 0, "-": -1}
+INDEX = "model.safetensors.index.json"
 SHOWN_TRITS = 64  # a matrix up to this size is written out in its .json, a larger one is hashed
 
 
@@ -397,6 +398,20 @@ def valid_files() -> Files:
     cases = valid_cases()
     files = {name: Draft(case).file() for name, case in cases.items()}
 
+    # wider types first and the header filled up, as general serializers do: all is aligned
+    case = base().add(ternary("v.weight", matrix(2, 6, 30), 6))
+    case.stored = [case.stored[at] for at in (2, 4, 1, 3, 0)]
+    draft, cases["sorted-by-dtype"] = Draft(case), case
+    header = draft.header()
+    files["sorted-by-dtype"] = draft.file(header + " " * (-len(header) % 8))
+
+    case = base()
+    other = case.stored.pop(0)  # the packed tensor; its record and its scales stay
+    del case.expected[other.name]
+    draft, cases["scale-of-other-shard"] = Draft(case), case
+    draft.records[other.name] = other.record
+    files["scale-of-other-shard"] = draft.file()
+
     draft = Draft(base())
     draft.records["other.weight"] = {
         "shape": [8, 6],
@@ -564,6 +579,8 @@ def invalid_records() -> Files:
     for tensor in draft.entries.values():
         tensor["data_offsets"] = [offset - packed for offset in tensor["data_offsets"]]
     files["tensor-without-record-scale"] = draft.file()
+    draft.records["w.weight"] = {"sha256": "0" * 64}  # a kept tensor of another shard
+    files["tensor-without-record-kept"] = draft.file()
     draft = Draft(base())
     draft.records["norm.weight"] = draft.records["norm.weight"]["sha256"]
     files["record-bad"] = draft.file()
@@ -633,16 +650,6 @@ def invalid_tensors() -> Files:
     scale = case.stored[1]
     scale.record = {"sha256": sha256(scale.data)}
     files["scale-with-record"] = Draft(case).file()
-    case = base()
-    case.stored.append(case.stored.pop(1))
-    files["scale-not-adjacent"] = Draft(case).file()
-    case = base()
-    case.stored.insert(0, case.stored.pop(1))
-    files["scale-not-adjacent-before"] = Draft(case).file()
-    # sorted by type and name, as general serializers do: both scales behind both matrices
-    case = base().add(ternary("v.weight", matrix(2, 6, 30), 6))
-    case.stored = [case.stored[at] for at in (2, 4, 1, 3, 0)]
-    files["scale-not-adjacent-sorted"] = Draft(case).file()
 
     change("scale-shape-wrong-flat", "w.weight_scale", shape=[4])
     change("scale-shape-wrong-swapped", "w.weight_scale", shape=[4, 1])
@@ -740,6 +747,29 @@ def index_of(weight_map: dict[str, Any]) -> bytes:
     return (json.dumps(document, indent=1) + "\n").encode("utf-8")
 
 
+def shards_of(*cases: Case, own_records: bool = False) -> tuple[Files, dict[str, Any]]:
+    """Return shards and weight_map; all records in each shard, or only those of its tensors."""
+    drafts = [Draft(case) for case in cases]
+    records = {name: record for draft in drafts for name, record in draft.records.items()}
+    shards: Files = {}
+    weight_map: dict[str, Any] = {}
+    for number, draft in enumerate(drafts, 1):
+        name = f"model-{number:05}-of-{len(drafts):05}.safetensors"
+        if not own_records:
+            draft.document["tensors"] = records
+        shards[name] = draft.file()
+        weight_map |= dict.fromkeys(draft.entries, name)
+    return shards, weight_map
+
+
+def two_parts() -> tuple[Case, Case]:
+    """The tensors of two shards: w.weight, its scales, norm.weight; v.weight, its scales, bias."""
+    second = Case().add(
+        ternary("v.weight", matrix(2, 6, 40), 6), kept("bias", "F16", [1], b"\x00\x3c")
+    )
+    return base(), second
+
+
 def directories() -> Files:
     """Checkpoint directories, valid and not."""
     files: Files = {}
@@ -751,21 +781,10 @@ def directories() -> Files:
         "activations": "none",
     }
     config = (json.dumps({"quantization_config": settings}, indent=1) + "\n").encode("utf-8")
-    index_name = "model.safetensors.index.json"
 
-    first = base()
-    second = Case().add(
-        ternary("v.weight", matrix(2, 6, 40), 6), kept("bias", "F16", [1], b"\x00\x3c")
-    )
-    records = {**Draft(first).records, **Draft(second).records}
-    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    shards: Files = {}
-    weight_map: dict[str, Any] = {}
-    for name, case in zip(names, (first, second), strict=True):
-        draft = Draft(case)
-        draft.document["tensors"] = records  # one metadata for all shards
-        shards[name] = draft.file()
-        weight_map |= dict.fromkeys(draft.entries, name)
+    first, second = two_parts()
+    shards, weight_map = shards_of(first, second)
+    names = list(shards)
 
     def put(folder: str, content: Files) -> None:
         files.update({f"{folder}/{name}": data for name, data in content.items()})
@@ -775,12 +794,12 @@ def directories() -> Files:
         {"config.json": config, "model.safetensors": Draft(first).file()},
     )
     files["valid-directories/single.json"] = expected_json(first)
-    put("valid-directories/sharded", {"config.json": config, index_name: index_of(weight_map)})
+    put("valid-directories/sharded", {"config.json": config, INDEX: index_of(weight_map)})
     put("valid-directories/sharded", shards)
     files["valid-directories/sharded.json"] = expected_json(Case().add(first, second))
 
     def put_invalid(rule: str, index: bytes, content: Files = shards) -> None:
-        put(f"invalid-directories/{rule}", {index_name: index, **content})
+        put(f"invalid-directories/{rule}", {INDEX: index, **content})
 
     put("invalid-directories/no-model", {"config.json": config})
     put_invalid("index-bad-syntax", index_of(weight_map)[:-3])
@@ -812,12 +831,43 @@ def directories() -> Files:
     return files
 
 
+def parted_directories() -> Files:
+    """Directories whose scales are in another shard than their packed tensor, valid and not."""
+    files: Files = {}
+
+    def put(folder: str, *cases: Case, own_records: bool = False) -> None:
+        shards, weight_map = shards_of(*cases, own_records=own_records)
+        content = {INDEX: index_of(weight_map), **shards}
+        files.update({f"{folder}/{name}": data for name, data in content.items()})
+        if folder.startswith("valid"):
+            files[f"{folder}.json"] = expected_json(Case().add(*cases))
+
+    first, second = two_parts()
+    scales = first.stored.pop(1)  # of w.weight
+    second.stored.insert(0, scales)
+    put("valid-directories/scale-in-other-shard", first, second)
+    put("valid-directories/scale-in-earlier-shard", second, first, own_records=True)
+    scales.record = {"sha256": sha256(scales.data)}
+    put("invalid-directories/scale-with-record-sharded", first, second)
+    scales.record = None
+    scales.data = bytes([scales.data[0] ^ 1]) + scales.data[1:]
+    put("invalid-directories/digest-mismatch-sharded", first, second)
+    second.stored.remove(scales)
+    put("invalid-directories/scale-missing-sharded", first, second)
+
+    first, second = two_parts()
+    one = store_float(1.0, "F16")
+    second.stored.append(Stored("norm.weight_scale", "F16", [1], one))  # norm.weight is kept
+    put("invalid-directories/tensor-without-record-sharded", first, second)
+    return files
+
+
 def build() -> Files:
     """Return every vector: path below vectors/ -> bytes."""
     invalid = invalid_structure() | invalid_records() | invalid_tensors()
     files = {"base3.json": codec_vectors(), **valid_files()}
     files |= {f"invalid/{rule}.safetensors": data for rule, data in invalid.items()}
-    return files | directories()
+    return files | directories() | parted_directories()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -34,6 +34,7 @@ DTYPE_SIZES = {
     **dict.fromkeys(["U32", "I32", "F32"], 4),
     **dict.fromkeys(["U64", "I64", "F64", "C64"], 8),
 }
+TERNARY_MEMBERS = {"shape", "group_size", "codec", "transposed"}
 TRITS_OF_BYTE = np.array(
     [[code // 3**i % 3 - 1 for i in range(5)] for code in range(243)], dtype=np.int8
 )
@@ -196,13 +197,18 @@ def read_records(metadata: dict[str, str]) -> dict[str, Any]:
     return dict(document["tensors"])
 
 
+def is_ternary(record: Any) -> bool:
+    """True for the record of a ternary tensor, good or not; any other is that of a kept one."""
+    return isinstance(record, dict) and not TERNARY_MEMBERS.isdisjoint(record)
+
+
 def check_record(name: str, record: Any) -> bool:
-    """Check the record of a tensor that is in the file; True if the tensor is ternary."""
+    """Check the record of a tensor that is there; True if the tensor is ternary."""
     require(isinstance(record, dict), "record-bad", f"{name}: the record is not an object")
     digest = record.get("sha256")
     good = isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) is not None
     require(good, "record-sha256-bad", f"{name}: sha256 is {digest!r}; 64 digits 0-9a-f expected")
-    if not record.keys() & {"shape", "group_size", "codec", "transposed"}:
+    if not is_ternary(record):
         return False
     codec = record.get("codec")
     require(codec == "base3", "record-unknown-codec", f"{name}: codec is {codec!r}")
@@ -282,7 +288,7 @@ def check_scales(
 
 
 def decode_ternary(
-    name: str, record: dict[str, Any], packed: Entry, scale: Entry, codes: bytes, scales: bytes
+    name: str, record: dict[str, Any], packed: Entry, codes: bytes, scale: Entry, scales: bytes
 ) -> Ternary:
     """Decode one packed tensor and its scale companion."""
     *matrix, rows, cols = record["shape"]
@@ -300,8 +306,6 @@ def decode_ternary(
     expected = (*matrix, 1, 1) if group_size == 0 else (*matrix, rows, groups)
     same = scale.shape == expected
     require(same, "scale-shape-wrong", f"{name}_scale: shape is {scale.shape}, not {expected}")
-    near = scale.start == packed.end
-    require(near, "scale-not-adjacent", f"{name}_scale: not directly after {name} in the data")
 
     shape = (*matrix, rows, cols)
     trits = np.zeros(shape, np.int8)
@@ -318,47 +322,62 @@ def decode_ternary(
 # Files and directories
 
 
-def read_tensors(path: Path) -> Iterator[tuple[str, Ternary | Kept]]:
-    """Decode one file tensor by tensor, in the order of the data."""
+def read_head(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
+    """Return the tensors of one file in the order of their data, and its records, unchecked."""
     with path.open("rb") as file:
         entries, metadata = read_header(file, path.stat().st_size)
-        records = read_records(metadata)  # may name tensors of other shards: not looked at
-        present = {name: records[name] for name in entries if name in records}
-        ternary = {name for name, record in present.items() if check_record(name, record)}
-        for name in ternary:
-            require(f"{name}_scale" in entries, "scale-missing", f"{name}: no {name}_scale")
-            twice = f"{name}_scale" in present
-            require(not twice, "scale-with-record", f"{name}_scale: a scale has no record")
-        scales = {f"{name}_scale" for name in ternary}
-        for name in entries:
-            described = name in present or name in scales
-            require(described, "tensor-without-record", f"{name}: no record in the metadata")
-
-        def read(name: str) -> bytes:
-            file.seek(entries[name].start)
-            return file.read(entries[name].end - entries[name].start)
-
-        for name, record in present.items():
-            entry = entries[name]
-            if name in ternary:
-                other = f"{name}_scale"
-                stored = (entry, entries[other], read(name), read(other))
-                yield name, decode_ternary(name, record, *stored)
-            else:
-                data = read(name)
-                digest = hashlib.sha256(data).hexdigest()
-                same = digest == record["sha256"]
-                require(same, "digest-mismatch", f"{name}: SHA-256 is {digest}")
-                yield name, Kept(entry.dtype, entry.shape, data)
+    return entries, read_records(metadata)
 
 
-def decode_file(path: str | Path) -> dict[str, Ternary | Kept]:
-    """Decode and verify one .safetensors file.  Raises Invalid, OSError."""
+def read_tensors(path: Path) -> Iterator[tuple[str, Ternary | Kept]]:
+    """Decode a file alone or a directory as a whole, tensor by tensor, in the order of the data."""
+    places: dict[str, tuple[Path, Entry]] = {}
+    records: dict[str, Any] = {}  # of a tensor in the same file: these count
+    others: dict[str, Any] = {}  # of tensors of other shards
+    for file in files_of(path):
+        entries, described = read_head(file)
+        places |= {name: (file, entry) for name, entry in entries.items()}
+        for name, record in described.items():
+            (records if name in entries else others)[name] = record
+
+    ternary = {name for name, record in records.items() if check_record(name, record)}
+    # Only a file that is read alone has records of tensors that are nowhere: see files_of.
+    absent = {name for name in others.keys() - places.keys() if is_ternary(others[name])}
+    scales = {f"{name}_scale" for name in ternary | absent}
+    for name in ternary:
+        require(f"{name}_scale" in places, "scale-missing", f"{name}: no {name}_scale")
+    for name in places:
+        twice = name in scales and name in records
+        require(not twice, "scale-with-record", f"{name}: a scale has no record")
+        known = name in scales or name in records
+        require(known, "tensor-without-record", f"{name}: no record in the metadata")
+
+    def read(name: str) -> tuple[Entry, bytes]:
+        file, entry = places[name]
+        with file.open("rb") as stream:
+            stream.seek(entry.start)
+            return entry, stream.read(entry.end - entry.start)
+
+    for name in places:
+        if name in scales:
+            continue
+        entry, data = read(name)
+        if name in ternary:
+            yield name, decode_ternary(name, records[name], entry, data, *read(f"{name}_scale"))
+        else:
+            digest = hashlib.sha256(data).hexdigest()
+            same = digest == records[name]["sha256"]
+            require(same, "digest-mismatch", f"{name}: SHA-256 is {digest}")
+            yield name, Kept(entry.dtype, entry.shape, data)
+
+
+def decode(path: str | Path) -> dict[str, Ternary | Kept]:
+    """Decode and verify a file alone or a directory as a whole.  Raises Invalid, OSError."""
     return dict(read_tensors(Path(path)))
 
 
 def files_of(path: Path) -> list[Path]:
-    """The .safetensors files of a checkpoint directory, with its index checked against them."""
+    """A file itself, or the files of a directory, with index and records checked against them."""
     if not path.is_dir():
         return [path]
     index = path / "model.safetensors.index.json"
@@ -381,9 +400,8 @@ def files_of(path: Path) -> list[Path]:
     recorded: dict[str, str] = {}
     present: set[str] = set()
     for part in files:
-        with part.open("rb") as stream:
-            entries, metadata = read_header(stream, part.stat().st_size)
-        recorded.update(dict.fromkeys(read_records(metadata), part.name))
+        entries, records = read_head(part)
+        recorded.update(dict.fromkeys(records, part.name))
         present |= entries.keys()
         listed = {name for name, file in weight_map.items() if file == part.name}
         wrong = sorted(listed ^ entries.keys()) if weight_map else []
@@ -412,15 +430,12 @@ def main(arguments: list[str]) -> int:
         return 2
     failed = False
     for argument in arguments:
-        where = argument
         try:
-            for path in files_of(Path(argument)):
-                where = str(path)
-                for name, tensor in read_tensors(path):
-                    # names come from the file: control characters must not reach the terminal
-                    print(describe(json.dumps(name)[1:-1], tensor))
+            for name, tensor in read_tensors(Path(argument)):
+                # names come from the file: control characters must not reach the terminal
+                print(describe(json.dumps(name)[1:-1], tensor))
         except (Invalid, OSError) as error:
-            print(json.dumps(f"{where}: {error}")[1:-1], file=sys.stderr)
+            print(json.dumps(f"{argument}: {error}")[1:-1], file=sys.stderr)
             failed = True
     return 1 if failed else 0
 

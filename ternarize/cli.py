@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -94,7 +95,7 @@ def _print_version(wanted: bool) -> None:
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
     ] = False,
 ) -> None:
     """Convert Hugging Face models to ternary weights {-1, 0, +1} x scale, and run them."""
@@ -200,6 +201,128 @@ def verify(
         f"ok: {result['ternary']} ternary and {result['kept']} kept tensors in {result['files']} "
         f"files, {_size(result['bytes'])}, digests match{same}"
     )
+
+
+@command
+def eval_(
+    model: Packed,
+    text: Annotated[
+        Path,
+        typer.Option(help="UTF-8 text; documents apart by lines <|doc|>; encoders: one a line."),
+    ],
+    source: Annotated[
+        str | None, typer.Option(help="The checkpoint it was made from, to compare with.")
+    ] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
+    max_tokens: Annotated[int | None, typer.Option(help="Read no more than these.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows at a time.")] = None,
+    activations: RunActivations = None,
+    device: Device = None,
+    dtype: RunDtype = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a packed model on a text: perplexity; with --source KL divergence and agreement.
+
+    For encoders: cosine similarity of the embeddings with those of the source.
+    """
+    from ternarize.evaluate import evaluate
+
+    with _progress("evaluating", quiet) as update:
+        result = evaluate(
+            model,
+            source=source,
+            text=text,
+            seq_len=seq_len,
+            max_tokens=max_tokens,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype.value if dtype else None,
+            activations=activations.value if activations else None,
+            progress=update,
+        )
+    if as_json:
+        print(json.dumps(result))
+        return
+    grid = Table("measure", "value", "standard error", box=None)
+    for name, measure in result.items():
+        if isinstance(measure, dict):
+            error = measure["standard_error"]
+            grid.add_row(
+                name.replace("_", " "),
+                f"{measure['value']:.4f}",
+                "" if error is None else f"{error:.4f}",
+            )
+    out = Console(soft_wrap=True, highlight=False)
+    out.print(grid)
+    number = f"{result['windows']} windows" if "windows" in result else f"{result['lines']} lines"
+    out.print(f"{number}, {result['tokens']:,} tokens, {result['dtype']} on {result['device']}")
+
+
+@command
+def generate(
+    model: Packed,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Stop after these; default: 128, or the room there is.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from probability p.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt into the chat template.")
+    ] = False,
+    activations: RunActivations = None,
+    device: Device = None,
+    dtype: RunDtype = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Continue a text with a packed language model, printed as it comes."""
+    from ternarize.checkpoint import locate
+    from ternarize.evaluate import open_tokenizer
+    from ternarize.generate import generate as run
+    from ternarize.load import load
+
+    directory = locate(model)
+    tokenizer = open_tokenizer(directory)
+    loaded = load(
+        directory,
+        device=device,
+        dtype=dtype.value if dtype else None,
+        activations=activations.value if activations else None,
+    )
+
+    def stream(piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    if not as_json:
+        stream(prompt)
+    result = run(
+        loaded,
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        chat=chat,
+        stream=None if as_json else stream,
+    )
+    if as_json:
+        numbers = {**asdict(result), "tokens_per_second": round(result.tokens_per_second, 3)}
+        print(json.dumps({"model": model, "prompt": prompt, **numbers}))
+        return
+    print()
+    if not quiet:
+        err.print(
+            f"{result.new_tokens} tokens, {result.tokens_per_second:.1f} per second",
+            highlight=False,
+        )
 
 
 @contextmanager

@@ -28,6 +28,7 @@ INVALID = sorted((VECTORS / "invalid").glob("*.safetensors"))
 VALID_DIRECTORIES = sorted(p for p in (VECTORS / "valid-directories").iterdir() if p.is_dir())
 INVALID_DIRECTORIES = sorted((VECTORS / "invalid-directories").iterdir())
 WORKED_EXAMPLE = VECTORS / "valid" / "worked-example.safetensors"
+PARTED = VECTORS / "valid-directories" / "scale-in-other-shard"
 MIXED = VECTORS / "valid" / "mixed.safetensors"  # a ternary and a kept tensor
 
 
@@ -85,14 +86,6 @@ def assert_content(
         assert sha256(weights.astype("<f4")) == want["dequantized_sha256"]
 
 
-def decode(path: Path) -> dict[str, reference.Ternary | reference.Kept]:
-    """Decode a file or a directory."""
-    found: dict[str, reference.Ternary | reference.Kept] = {}
-    for file in reference.files_of(path):
-        found |= reference.decode_file(file)
-    return found
-
-
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run the reference decoder as a program."""
     command = [sys.executable, str(FORMATS / "reference.py"), *map(str, arguments)]
@@ -104,26 +97,48 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("path", VALID, ids=lambda path: path.stem)
 def test_valid_file_is_decoded_as_expected(path: Path) -> None:
-    assert_content(reference.decode_file(path), expected_of(path))
+    assert_content(reference.decode(path), expected_of(path))
 
 
 @pytest.mark.parametrize("path", VALID_DIRECTORIES, ids=lambda path: path.name)
 def test_valid_directory_is_decoded_as_expected(path: Path) -> None:
-    assert_content(decode(path), expected_of(path))
+    assert_content(reference.decode(path), expected_of(path))
 
 
 @pytest.mark.parametrize("path", INVALID, ids=lambda path: path.stem)
 def test_invalid_file_is_refused_by_its_rule(path: Path) -> None:
     with pytest.raises(reference.Invalid) as refusal:
-        reference.decode_file(path)
+        reference.decode(path)
     assert str(refusal.value).split()[0] == RULES[path.stem]
 
 
 @pytest.mark.parametrize("path", INVALID_DIRECTORIES, ids=lambda path: path.name)
 def test_invalid_directory_is_refused_by_its_rule(path: Path) -> None:
     with pytest.raises(reference.Invalid) as refusal:
-        decode(path)
+        reference.decode(path)
     assert str(refusal.value).split()[0] == RULES[f"{path.name}/"]
+
+
+def test_a_shard_without_its_scales_is_refused_when_read_alone() -> None:
+    with pytest.raises(reference.Invalid, match="^scale-missing w.weight:"):
+        reference.decode(PARTED / "model-00001-of-00002.safetensors")
+
+
+def test_scales_of_another_shard_are_accepted_alone_with_a_ternary_record() -> None:
+    found = reference.decode(PARTED / "model-00002-of-00002.safetensors")
+    assert found.keys() == {"v.weight", "bias"}
+    earlier = VECTORS / "valid-directories" / "scale-in-earlier-shard"  # has its own records only
+    with pytest.raises(reference.Invalid, match="^tensor-without-record w.weight_scale:"):
+        reference.decode(earlier / "model-00001-of-00002.safetensors")
+
+
+def test_wider_types_first_aligns_all_tensors() -> None:
+    path = VECTORS / "valid" / "sorted-by-dtype.safetensors"
+    entries, _ = reference.read_head(path)
+    for entry in entries.values():
+        assert entry.start % reference.DTYPE_SIZES[entry.dtype] == 0
+    sizes = [reference.DTYPE_SIZES[entry.dtype] for entry in entries.values()]
+    assert sizes == [4, 2, 2, 1, 1]
 
 
 def test_every_rule_has_its_vectors_and_every_vector_its_rule() -> None:
@@ -260,7 +275,7 @@ def test_the_worked_example_of_the_container() -> None:
     assert f"| {8 + length} | `{data[8 + length : -2].hex(' ').upper()}`" in example
     assert f"| {10 + length} | `{data[-2:].hex(' ').upper()}`" in example
     assert f"The file has {len(data)} bytes" in example
-    (tensor,) = reference.decode_file(WORKED_EXAMPLE).values()
+    (tensor,) = reference.decode(WORKED_EXAMPLE).values()
     assert isinstance(tensor, reference.Ternary)
     assert tensor.dequantize().tolist() == [[0.5, 0.0, -0.5, 0.5, 0.5, 0.0]]
 
@@ -293,7 +308,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
     for length in range(len(data)):
         path.write_bytes(data[:length])
         with pytest.raises(reference.Invalid):
-            reference.decode_file(path)
+            reference.decode(path)
 
 
 def test_every_changed_byte_is_refused_or_changes_nothing(tmp_path: Path) -> None:
@@ -307,7 +322,7 @@ def test_every_changed_byte_is_refused_or_changes_nothing(tmp_path: Path) -> Non
         for flip in (0x01, 0x20, 0x80):
             path.write_bytes(data[:at] + bytes([data[at] ^ flip]) + data[at + 1 :])
             try:
-                found = reference.decode_file(path)
+                found = reference.decode(path)
             except reference.Invalid:
                 continue
             assert_content(found, expected)
@@ -319,11 +334,26 @@ def test_every_changed_byte_is_refused_or_changes_nothing(tmp_path: Path) -> Non
     assert max(accepted) < 8 + length
 
 
+def test_every_changed_bit_of_a_data_section_in_a_directory_is_refused(tmp_path: Path) -> None:
+    """Digests hold over files: those of packed bytes in one and scales in the other too."""
+    folder = tmp_path / "model"
+    shutil.copytree(PARTED, folder)
+    for path in sorted(folder.glob("*.safetensors")):
+        data = path.read_bytes()
+        for at in range(8 + int.from_bytes(data[:8], "little"), len(data)):
+            for bit in range(8):
+                path.write_bytes(data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])
+                with pytest.raises(reference.Invalid):
+                    reference.decode(folder)
+        path.write_bytes(data)
+    assert_content(reference.decode(folder), expected_of(PARTED))
+
+
 def test_one_byte_more_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "longer.safetensors"
     path.write_bytes(MIXED.read_bytes() + b"\0")
     with pytest.raises(reference.Invalid, match="^trailing-bytes"):
-        reference.decode_file(path)
+        reference.decode(path)
 
 
 def test_only_the_243_codes_are_accepted() -> None:
@@ -342,7 +372,7 @@ def test_deeply_nested_json_is_refused(tmp_path: Path) -> None:
     header = b'{"x":' + b"[" * 200_000 + b"]" * 200_000 + b"}"
     path.write_bytes(struct.pack("<Q", len(header)) + header)
     with pytest.raises(reference.Invalid, match="^(header-not-json|entry-bad)"):
-        reference.decode_file(path)
+        reference.decode(path)
 
 
 def test_a_file_that_only_claims_to_be_huge_takes_no_memory(tmp_path: Path) -> None:
@@ -367,7 +397,7 @@ def test_a_file_that_only_claims_to_be_huge_takes_no_memory(tmp_path: Path) -> N
     raw = json.dumps(header).encode()
     path = tmp_path / "wide.safetensors"
     path.write_bytes(struct.pack("<Q", len(raw)) + raw + b"\0\0")
-    found = reference.decode_file(path)
+    found = reference.decode(path)
     for tensor in found.values():
         assert isinstance(tensor, reference.Ternary)
         assert tensor.dequantize().shape == (0, cols)
@@ -474,7 +504,7 @@ def test_a_file_of_several_megabytes_is_decoded(tmp_path: Path) -> None:
     raw = json.dumps(header).encode()
     path = tmp_path / "large.safetensors"
     path.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
-    tensor = reference.decode_file(path)["w"]
+    tensor = reference.decode(path)["w"]
     assert isinstance(tensor, reference.Ternary)
     for row, col in ((0, 0), (0, 127), (0, 128), (7, 9983), (9, 9984), (2047, 9999)):
         group, inside = divmod(col, group_size)
