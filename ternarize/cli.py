@@ -51,7 +51,7 @@ class Activations(str, Enum):
     int8 = "int8"
 
 
-Model = Annotated[str, typer.Argument(help="Checkpoint directory, or Hub id user/name[@revision].")]
+Model = Annotated[str, typer.Argument(help="Checkpoint directory, or Hub id user/name@revision.")]
 Packed = Annotated[str, typer.Argument(help="Packed checkpoint: directory, or Hub id.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no hints.")]
@@ -95,7 +95,9 @@ def _print_version(wanted: bool) -> None:
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     """Convert Hugging Face models to ternary weights {-1, 0, +1} x scale, and run them."""
@@ -134,8 +136,11 @@ def convert(
 ) -> None:
     """Convert a checkpoint into a packed ternary one.
 
-    Linear weights in the model's repeated blocks become ternary; the rest is kept, and the plan
-    says why. Interrupted, the same command goes on; OUTPUT appears when all of it is verified.
+    Linear weights in the repeated blocks of the model become ternary; the rest is kept, and
+    --dry-run says why. Interrupted, the same command goes on; OUTPUT appears when all of it is
+    verified.
+
+    Example: ternarize convert examples/tiny-llama packed --method itf
     """
     from ternarize.codecs import THREADS
     from ternarize.convert import convert as run
@@ -167,7 +172,10 @@ def convert(
 def inspect(
     model: Packed, as_json: AsJson = False, quiet: Quiet = False, debug: Debug = False
 ) -> None:
-    """Show what a packed checkpoint holds: shape, method, bits, sparsity, error of each tensor."""
+    """Show what a packed checkpoint holds: shape, method, bits, sparsity, error of each tensor.
+
+    Example: ternarize inspect packed
+    """
     from ternarize.report import inspect as describe
 
     report = describe(model)
@@ -188,7 +196,10 @@ def verify(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Check every byte of a packed checkpoint; with --source, that it is what the source gives."""
+    """Check every byte of a packed checkpoint; with --source, that it is what the source gives.
+
+    Example: ternarize verify packed --source examples/tiny-llama
+    """
     from ternarize.verify import verify as run
 
     with _progress("verifying", quiet) as update:
@@ -226,6 +237,8 @@ def eval_(
     """Measure a packed model on a text: perplexity; with --source KL divergence and agreement.
 
     For encoders: cosine similarity of the embeddings with those of the source.
+
+    Example: ternarize eval packed --source examples/tiny-llama --text examples/eval.txt
     """
     from ternarize.evaluate import evaluate
 
@@ -254,7 +267,7 @@ def eval_(
                 f"{measure['value']:.4f}",
                 "" if error is None else f"{error:.4f}",
             )
-    out = Console(soft_wrap=True, highlight=False)
+    out = _out()
     out.print(grid)
     number = f"{result['windows']} windows" if "windows" in result else f"{result['lines']} lines"
     out.print(f"{number}, {result['tokens']:,} tokens, {result['dtype']} on {result['device']}")
@@ -281,7 +294,10 @@ def generate(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Continue a text with a packed language model, printed as it comes."""
+    """Continue a text with a packed language model, printed as it comes.
+
+    Example: ternarize generate packed --prompt "The function returns" --max-new-tokens 40
+    """
     from ternarize.checkpoint import locate
     from ternarize.evaluate import open_tokenizer
     from ternarize.generate import generate as run
@@ -344,6 +360,11 @@ def _progress(what: str, quiet: bool) -> Iterator[Callable[[int, int, str], None
         yield update
 
 
+def _out() -> Console:
+    """Where results go; in a pipe tables are as wide as they need to be, so nothing is cut."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
+
+
 def _size(nbytes: float) -> str:
     for unit in ("B", "kB", "MB"):
         if nbytes < 1000:
@@ -368,7 +389,7 @@ def _print_plan(work: Any, as_json: bool) -> None:
         count[1] += tensor["stored_bytes"]
     for (name, shape, becomes, reason), (number, stored) in rows.items():
         grid.add_row(escape(name), str(number), shape, becomes, escape(reason), _size(stored))
-    out = Console(soft_wrap=True, highlight=False)
+    out = _out()
     out.print(grid)
     coverage = table["coverage"]
     out.print(
@@ -401,7 +422,7 @@ def _print_tensors(report: dict[str, Any]) -> None:
             escape(row["name"]), shape, row["method"] or "?", str(row["group_size"]),
             f"{row['bpw']:.3f}", f"{row['sparsity']:.3f}", "?" if error is None else f"{error:.4f}",
         )
-    Console(soft_wrap=True, highlight=False).print(grid)
+    _out().print(grid)
 
 
 def _print_totals(report: dict[str, Any]) -> None:

@@ -47,6 +47,10 @@ SUPPORTED = "causal language models and text encoders can be evaluated"
 LOGITS_BYTES = 256 << 20
 MAX_BATCH = 16
 
+TOKENIZER_FILES = (
+    "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json"
+)
+
 Model = Any  # transformers' annotations do not describe its own models' methods
 # called with (windows or lines done, in all, what is known so far)
 Progress = Callable[[int, int, str], None]
@@ -89,7 +93,9 @@ def evaluate(
     a model cannot be loaded or evaluated.
     """
     for name, value, least in (
-        ("sequence length", seq_len, 2), ("max tokens", max_tokens, 1), ("batch size", batch_size, 1)
+        ("sequence length", seq_len, 2),
+        ("max tokens", max_tokens, 1),
+        ("batch size", batch_size, 1),
     ):
         if value is not None and value < least:
             raise UsageError(f"{name}: {value}; expected at least {least}. Use a larger number.")
@@ -132,7 +138,7 @@ def evaluate(
         result |= {"tokens": windows.numel(), "windows": len(windows)}
     else:
         lines = [line for document in documents for line in document.splitlines() if line.strip()]
-        length = min(seq_len, *(_longest(checkpoint, tokenizer) for checkpoint in checkpoints))
+        length = min(seq_len, *(_longest(each.config, tokenizer) for each in checkpoints))
         ids = _encode_lines(lines, tokenizer, length, max_tokens, where=str(text))
         models = [ours.load(device, dtype, activations)]
         models += [checkpoint.load(device, dtype, None) for checkpoint in checkpoints[1:]]
@@ -207,7 +213,7 @@ def compare_windows(
     windows: Tensor,
     batch_size: int = MAX_BATCH,
     progress: Progress | None = None,
-) -> dict[str, dict[str, float | None]]:
+) -> dict[str, dict[str, Any]]:
     """Measures of one model, or of a model and its source, on the same windows.
 
     models   (packed,) or (packed, source); causal language models, on any device
@@ -295,7 +301,7 @@ def embed(
 
     Sentence-BERT, section 3, strategy MEAN: https://arxiv.org/abs/1908.10084
     """
-    length = min(seq_len, _limit(model.config), tokenizer.model_max_length)
+    length = min(seq_len, _longest(model.config, tokenizer))
     ids = [_encode(line, tokenizer, length) for line in lines]
     parts = [
         _embed(model, ids[start : start + batch_size], tokenizer)
@@ -477,9 +483,8 @@ def open_tokenizer(directory: str | Path) -> Any:
 
 def _shared_tokenizer(checkpoints: Sequence[_Checkpoint]) -> Any:
     """The tokenizer of the first checkpoint that has one, usually the packed model's own copy."""
-    names = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
     for checkpoint in checkpoints:
-        if any((checkpoint.directory / name).exists() for name in names):
+        if any((checkpoint.directory / name).exists() for name in TOKENIZER_FILES):
             return open_tokenizer(checkpoint.directory)
     raise CheckpointError(
         f"{checkpoints[0].directory}: no tokenizer; expected tokenizer.json or the like. "
@@ -494,12 +499,13 @@ def _vocabulary(checkpoint: _Checkpoint) -> int | None:
 
 def _limit(config: Any) -> int:
     """Positions that a model was made for; models without a limit say none."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit or 1 << 30
 
 
-def _longest(checkpoint: _Checkpoint, tokenizer: Any) -> int:
-    # RoBERTa has two positions more than it can use; the tokenizer knows
-    return min(_limit(checkpoint.config), tokenizer.model_max_length)
+def _longest(config: Any, tokenizer: Any) -> int:
+    """Tokens of the longest text; RoBERTa has two positions more than that, the tokenizer knows."""
+    return min(_limit(config), int(tokenizer.model_max_length))
 
 
 def _check_vocabularies(checkpoints: Sequence[_Checkpoint]) -> None:

@@ -62,8 +62,9 @@ def generate(
     prompt          text; empty: begin a document
     max_new_tokens  at most; None: 128, or what the model's context has room for
     temperature     0: always the most likely token (greedy); larger: more random
-    top_k, top_p    sample from the k most likely tokens, or from the smallest set of probability p
-    seed            of the sampling; the caller's random state is left as it was. None: not repeatable
+    top_k           sample from the k most likely tokens
+    top_p           sample from the fewest tokens that have probability p together
+    seed            of the sampling; the caller's random state is left as it was. None: any
     chat            put the prompt as a user's message into the tokenizer's chat template
     stream          called with each new piece of text
 
@@ -117,7 +118,7 @@ def generate(
     return Generation("".join(pieces), len(ids), streamer.new, first - begin, end_time - first)
 
 
-class _Pieces(BaseStreamer):  # type: ignore[no-untyped-call,misc]
+class _Pieces(BaseStreamer):
     """Receives token ids from transformers' generate; gives away whole characters.
 
     ids[start:done] have been given away and are decoded again as context for what follows.

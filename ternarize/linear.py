@@ -237,7 +237,8 @@ class PackedMatrix:
     dtype   of the dense tensor that it stands for
 
     `F.linear(x, m[expert])` and `x @ m[expert]` run `product`; any other use is served with the
-    dense tensor: right for every model, if slow where all experts are used at once.
+    dense tensor: right for every model, if slow where all experts are used at once. Rounded
+    activations need to see the product, and are refused where it is out of sight.
     """
 
     packed: Tensor
@@ -258,17 +259,25 @@ class PackedMatrix:
         dense = _dense(self.packed, self.scale, self.layout, self.dtype)
         return dense.T.contiguous() if self.layout.transposed else dense
 
+    def _exposed(self) -> Tensor:
+        if self.layout.activations != "none":
+            raise UsageError(
+                f"activations: {self.layout.activations!r}, but this model multiplies by all "
+                "experts at once, where inputs cannot be rounded. Load it with activations='none'."
+            )
+        return self.dense()
+
     def __getitem__(self, index: Any) -> Any:
         one = isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0)
         if one and self.packed.ndim == 3:
             packed, scale = self.packed[index], self.scale[index]
             return PackedMatrix(packed, scale, self.layout, self.dtype)
-        return self.dense()[index]
+        return self._exposed()[index]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # protocols (copy, pickle, numpy) that a dense copy cannot serve
             raise AttributeError(name)
-        return getattr(self.dense(), name)
+        return getattr(self._exposed(), name)
 
     @classmethod
     def __torch_function__(
@@ -280,7 +289,6 @@ class PackedMatrix:
             right = _LINEAR if not matrix.layout.transposed else _MATMUL
             if func in right and matrix.packed.ndim == 2:
                 return product(x, matrix.packed, matrix.scale, bias, matrix.layout)
-            # A model that multiplies all experts at once gets dense weights and float activations
         return func(*_densified(args), **_densified(kwargs or {}))
 
 
@@ -290,7 +298,7 @@ _MATMUL = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
 
 def _densified(value: Any) -> Any:
     if isinstance(value, PackedMatrix):
-        return value.dense()
+        return value._exposed()
     if isinstance(value, (list, tuple)):
         return type(value)(_densified(item) for item in value)
     if isinstance(value, dict):
@@ -338,6 +346,8 @@ class TernaryExperts(Packed):
     def layouts(self) -> dict[str, Layout]:
         return self.ternary_layouts
 
+    # Which experts are hit depends on the data: a compiler would recompile for each of them
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         floats = (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
         dtype = next((a.dtype for a in floats if a.is_floating_point()), torch.get_default_dtype())

@@ -2,9 +2,9 @@
 
 The decision needs names, shapes and config.json, never a weight. It comes from a skeleton: the
 model's own class in transformers, built on the meta device, where 700 billion parameters take a
-second and no memory. A name on disk is led to its parameter by the renamings that
-transformers applies when it loads the checkpoint, so the decision is about the module that will
-run, not about what its name looks like, and a model released tomorrow needs no entry in a table.
+second and no memory. A name on disk is led to its parameter by the renamings that transformers
+applies when it loads the checkpoint, so the decision is about the module that will run, not about
+what its name looks like, and a model released tomorrow needs no entry in a table.
 
 Ternary by default: the weights of linear layers and of experts inside the repeated blocks (below an
 `nn.ModuleList` of modules that have children). Kept by default, with the reason in `Choice.reason`:
@@ -19,7 +19,7 @@ Ternary by default: the weights of linear layers and of experts inside the repea
     tied to <name>                     both names must stay one float parameter
     part of nn.MultiheadAttention      torch reads its weights directly
     stored through <operation>         a conversion at load that rows of packed bytes cannot follow
-    not a linear layer, empty, ignored by <Class>, not part of the architecture
+    not a linear layer, empty, ignored by <Class>, not part of the architecture, --keep <glob>
 
 `--keep` and `--include` change what is a matter of judgement (heads, routers, other modalities,
 outside the blocks), not what cannot run. A large weight that no rule explains is an error: left out
@@ -31,11 +31,13 @@ checkpoint is never run) rules on names and shapes decide; `why_no_skeleton` say
 
 from __future__ import annotations
 
+import ast
 import difflib
 import inspect
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -74,7 +76,8 @@ class Choice:
     shape       on disk
     ternary     True: to be ternarized; False: kept as it is
     reason      one line, the same words for the same rule, so that a plan can count them
-    transposed  the last two dimensions on disk are [in, out] (Conv1D, some experts), not [out, in]
+    transposed  of a linear weight: its last two dimensions on disk are [in, out] (Conv1D, some
+                experts), not [out, in]
     module      path of the module that holds it, "" where there is none
     """
 
@@ -142,7 +145,7 @@ def select(
         if name in kept_by and name in included_by:
             raise SelectionError(
                 f"{name}: both --keep {kept_by[name]!r} and --include {included_by[name]!r} match; "
-                f"one of them can. Narrow one."
+                f"at most one may. Narrow one of them."
             )
     skeleton = _skeleton(config)
     if isinstance(skeleton, str):
@@ -456,7 +459,7 @@ def _modalities(config: PretrainedConfig, model: nn.Module) -> tuple[set[type], 
     """
     parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", {})}
     text = {type(parts[name]) for name in _TEXT_CONFIGS if parts.get(name) is not None}
-    if (found := _text_config(config)) is not config:
+    if type(found := _text_config(config)) is not type(config):
         text.add(type(found))
     others: set[type] = set()
     for name, part in parts.items() if text else ():
@@ -473,7 +476,7 @@ def _modalities(config: PretrainedConfig, model: nn.Module) -> tuple[set[type], 
 
 
 def _text_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The configuration of the text model in a composite one, else the configuration itself."""
+    """The configuration of the text model in a composite one, else the configuration's own kind."""
     try:
         return config.get_text_config(decoder=True)
     except ValueError:  # several: none is the one
@@ -490,7 +493,6 @@ def _reads_text(config: PretrainedConfig, model: nn.Module) -> bool:
     )
 
 
-_WEIGHT_READ = re.compile(r"\b(\w+)((?:\.[A-Za-z_]\w*|\[[^\]\n]*\])*)\.weight\b(?!\.device)")
 _SETUP = re.compile(r"__init__|reset_parameters|_?(init|resize|tie|set)_\w+")
 
 
@@ -503,35 +505,56 @@ def _raw_reads(cls: type) -> tuple[str, ...]:
     Code that runs at construction does not count, nor does torch's own.
     """
     patterns: dict[str, None] = {}
+    for method in _methods(cls):
+        nodes = [n for n in ast.walk(method) if isinstance(n, ast.Attribute)]
+        harmless = {id(n.value) for n in nodes if n.attr == "device"}
+        for node in nodes:
+            if node.attr != "weight" or id(node) in harmless:
+                continue
+            root, *steps = _steps(node.value)
+            if root == "self" and steps:
+                patterns[r"\.".join(steps)] = None
+            elif root != "self" and (steps or root):
+                patterns[r"(?:.+\.)?" + r"\.".join(steps or [root])] = None
+    return tuple(patterns)
+
+
+def _steps(node: ast.expr) -> list[str]:
+    """`self.layers[i].out` as ["self", "layers", "<any>", "out"]; [""] for another expression."""
+    if isinstance(node, ast.Name):
+        return [node.id]
+    if isinstance(node, ast.Attribute):
+        return [*_steps(node.value), node.attr]
+    if isinstance(node, ast.Subscript):
+        return [*_steps(node.value), r"\w+"]
+    return [""]
+
+
+def _methods(cls: type) -> Iterator[ast.FunctionDef]:
+    """The methods that a model class runs, its ancestors' included, as they are written.
+
+    Read from the file, not from the class, whose methods may be wrapped by decorators.
+    """
     for ancestor in cls.__mro__:
         package = ancestor.__module__
         if package.startswith("transformers.") and not package.startswith("transformers.models."):
             continue
         if package.split(".")[0] in ("builtins", "torch", "typing"):
             continue
-        for name, member in vars(ancestor).items():
-            if not _SETUP.fullmatch(name):
-                for root, path in _WEIGHT_READ.findall(_source(member)):
-                    steps = re.sub(r"\[[^\]]*\]", ".[]", path).split(".")[1:]
-                    below = r"\.".join(r"\w+" if step == "[]" else step for step in steps)
-                    if root != "self":
-                        patterns[r"(?:.+\.)?" + (below or root)] = None
-                    elif below:
-                        patterns[below] = None
-    return tuple(patterns)
+        definition = _classes(package).get(ancestor.__name__)
+        for node in definition.body if definition is not None else ():
+            if isinstance(node, ast.FunctionDef) and not _SETUP.fullmatch(node.name):
+                yield node
 
 
-def _source(member: object) -> str:
-    """The source of a method without its comments; "" for anything else."""
-    member = member.fget if isinstance(member, property) else member
-    member = member.__func__ if isinstance(member, (staticmethod, classmethod)) else member
-    if not inspect.isfunction(member):
-        return ""
+@lru_cache(maxsize=8)
+def _classes(package: str) -> dict[str, ast.ClassDef]:
+    """The class definitions in the file of a module; none where there is no source."""
     try:
-        source: str = inspect.getsource(inspect.unwrap(member))
-        return re.sub(r"#.*", "", source)
-    except (OSError, TypeError):  # no source at hand: generated code
-        return ""
+        tree = ast.parse(inspect.getsource(sys.modules[package]))
+    except (KeyError, OSError, TypeError):
+        return {}
+    return {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
 
 
 def _disk_name(skeleton: _Skeleton, parameter: str) -> str:
@@ -589,7 +612,7 @@ def _by_skeleton(shapes: Mapping[str, tuple[int, ...]], skeleton: _Skeleton) -> 
         verdict = min(parts, key=lambda part: (part.ternary, part.possible))
         verdict = replace(verdict, parameters=place.parameters)
         if (verdict.ternary or verdict.possible) and not verdict.error:
-            verdict = _as_stored(name, shape, place, verdict, skeleton)
+            verdict = _as_stored(shape, place, verdict, skeleton)
         verdicts[name] = verdict
     return verdicts
 
@@ -716,11 +739,26 @@ def _experts_transposed(module: nn.Module, leaf: str, skeleton: _Skeleton) -> bo
 @cache
 def _products(cls: type, leaf: str) -> bool | None:
     """Whether the code of a class multiplies by `self.<leaf>` as [in, out]; None if unclear."""
-    source = "\n".join(_source(member) for c in cls.__mro__ for member in vars(c).values())
-    use = rf"[^\n=]*?\bself\.{leaf}\b(?:\[[^\]]*\])?"
-    answers = {False} if re.search(rf"\blinear\({use}(?!\w|\.)", source) else set()
-    turned = re.findall(rf"(?:@|\bb?mm\(|\bmatmul\(){use}(\.(?:mT|T|t\(|transpose))?", source)
-    answers |= {not turn for turn in turned}
+    answers: set[bool] = set()
+    for node in (node for method in _methods(cls) for node in ast.walk(method)):
+        operands: list[tuple[ast.expr, bool]] = []  # and whether [in, out] is expected there
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
+            operands = [(node.right, True), (node.left, False)]
+        elif isinstance(node, ast.Call) and len(node.args) >= 2:
+            called = _steps(node.func)[-1]
+            if called in ("bmm", "mm", "matmul"):
+                operands = [(node.args[1], True), (node.args[0], False)]
+            elif called == "linear":
+                operands = [(node.args[1], False)]
+        for operand, straight in operands:
+            turned = False
+            if isinstance(operand, ast.Call) and _steps(operand.func)[-1] in ("t", "transpose"):
+                operand, turned = operand.func, True
+            steps = _steps(operand)
+            if steps[-1] in ("T", "mT", "t", "transpose"):
+                steps, turned = steps[:-1], True
+            if steps[:2] == ["self", leaf]:
+                answers.add(straight != turned)
     return answers.pop() if len(answers) == 1 else None
 
 
@@ -729,7 +767,7 @@ _ROW_OPERATIONS = {"Chunk", "Concatenate", "Interleave", "PermuteForRope", "Spli
 
 
 def _as_stored(
-    name: str, shape: tuple[int, ...], place: Place, verdict: _Verdict, skeleton: _Skeleton
+    shape: tuple[int, ...], place: Place, verdict: _Verdict, skeleton: _Skeleton
 ) -> _Verdict:
     """The verdict on a tensor, given how it is stored: operations, orientation, shape."""
     expected = tuple(skeleton.parameters[place.parameters[0]].shape)
@@ -738,26 +776,32 @@ def _as_stored(
         kind = type(operation).__name__
         if kind == "MergeModulelist" and operation.dim == 0:
             dims += 1
-        elif kind == "Transpose" and operation.check_dims:
+        elif kind == "Transpose" and getattr(operation, "check_dims", False):
             # Turned at load only if the shapes differ; the packed shape will be the module's.
             if shape != expected:
                 verdict = replace(verdict, transposed=not verdict.transposed)
                 expected = (*expected[:-2], expected[-1], expected[-2])
         elif kind not in _ROW_OPERATIONS or verdict.transposed or dims < 2:
-            return replace(verdict, ternary=False, possible=False, reason=f"stored through {kind}")
+            return _barred(verdict, f"stored through {kind}")
         elif getattr(operation, "dim", 0) % dims == dims - 1:
-            reason = f"stored through {kind} of columns"
-            return replace(verdict, ternary=False, possible=False, reason=reason)
+            return _barred(verdict, f"stored through {kind} of columns")
     if math.prod(shape) == 0:
-        return replace(verdict, ternary=False, possible=False, reason="empty")
+        return _barred(verdict, "empty")
     wanted = expected if dims == len(shape) and not _merges(place) else (*shape[:-1], expected[-1])
-    if shape != wanted:
-        error = (
-            f"its shape is {list(shape)}; {skeleton.name} with this config.json has "
-            f"{list(wanted)}. Repair config.json, or use --keep."
-        )
-        return replace(verdict, ternary=False, possible=False, error=error)
-    return verdict
+    if shape == wanted:
+        return verdict
+    barred = _barred(verdict, f"of another shape than {skeleton.name}'s")
+    error = (
+        f"its shape is {list(shape)}; {skeleton.name} with this config.json has {list(wanted)}. "
+        f"Repair config.json, or use --keep."
+    )
+    return replace(barred, error=error) if verdict.ternary else barred
+
+
+def _barred(verdict: _Verdict, reason: str) -> _Verdict:
+    """The verdict once it turns out that the tensor cannot be ternary."""
+    reason = reason if verdict.ternary else f"{verdict.reason}, {reason}"
+    return replace(verdict, ternary=False, possible=False, reason=reason)
 
 
 def _merges(place: Place) -> bool:

@@ -7,6 +7,7 @@ over the block sums. Elementwise additions in float64 are the same everywhere (I
 order suits both SIMD and torch.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -57,6 +58,7 @@ def ternarize_groups(name: str, rule: Rule, weight: Tensor, group_size: int) -> 
     Raises WeightError on NaN or infinity, with the number of such weights and the first index.
     """
     check_group_size(group_size)
+    weight = weight.detach()
     if lib is not None and weight.device.type == "cpu" and weight.dtype in KINDS:
         result, answers = run_native(getattr(lib, name), weight, group_size)
         if any(answer >= 0 for answer in answers):
@@ -68,7 +70,7 @@ def ternarize_groups(name: str, rule: Rule, weight: Tensor, group_size: int) -> 
     magnitude = weight.abs().to(torch.float64)
     if group_size == 0:
         rows, cols = weight.shape[-2:]
-        groups = magnitude.reshape(-1, rows, cols)
+        groups = magnitude.reshape(math.prod(weight.shape[:-2]), rows, cols)
         size = torch.full((groups.shape[0],), rows * cols, device=weight.device)
         scales, mask = rule(groups, size)
         mask = mask.reshape(weight.shape)
@@ -76,10 +78,9 @@ def ternarize_groups(name: str, rule: Rule, weight: Tensor, group_size: int) -> 
     else:
         cols = weight.shape[-1]
         groups = split_groups(magnitude, group_size)
-        flat = groups.reshape(-1, groups.shape[-1])
-        scales, mask = rule(flat, _sizes(weight, group_size))
+        scales, mask = rule(groups.flatten(0, -2), _sizes(weight, group_size))
         scales = scales.reshape(groups.shape[:-1])
-        mask = mask.reshape(*weight.shape[:-1], -1)[..., :cols]
+        mask = mask.reshape(groups.shape).flatten(-2)[..., :cols]
     # sign() of -0.0 and of masked weights is 0 either way
     return Ternary((weight.sign() * mask).to(torch.int8), scales, group_size)
 

@@ -21,6 +21,7 @@ def levels(weight: Tensor, group_size: int) -> Ternary | None:
     groups. NaN and infinity are not ternary: None.
     """
     check_group_size(group_size)
+    weight = weight.detach()
     if lib is not None and weight.device.type == "cpu" and weight.dtype in KINDS:
         result, answers = run_native(lib.levels, weight, group_size)
         return result if all(answer == 1 for answer in answers) else None
