@@ -79,7 +79,8 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="directory with lm and text/eval.txt")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     args = parser.parse_args()
-    transformers.utils.logging.disable_progress_bar()
+    logging: Any = transformers.utils.logging  # has no annotations
+    logging.disable_progress_bar()
     rows = []
     for method, group_size in VARIANTS:
         print(f"{method}, group size {group_size} ...", file=sys.stderr)

@@ -51,9 +51,10 @@ def read_pairs(path: Path) -> tuple[list[str], list[str], Tensor]:
 
 def ranks(values: Tensor) -> Tensor:
     """Ranks from 1 of (n,) values; equal values get the mean of their ranks."""
-    _, at, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts - 1) / 2)[at]
+    ordered = values.sort().values
+    below = torch.searchsorted(ordered, values)
+    up_to = torch.searchsorted(ordered, values, right=True)
+    return (below + 1 + up_to).double() / 2
 
 
 def spearman(x: Tensor, y: Tensor) -> float:
@@ -89,7 +90,8 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="directory with sts/stsb-en-test.csv")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     args = parser.parse_args()
-    transformers.utils.logging.disable_progress_bar()
+    logging: Any = transformers.utils.logging  # has no annotations
+    logging.disable_progress_bar()
     checkpoint = find_checkpoint()
     tokenizer = open_tokenizer(checkpoint)
     pairs = read_pairs(args.data / "sts" / "stsb-en-test.csv")

@@ -132,7 +132,7 @@ def strict_json(text: str) -> Any:
         raise ValueError(f"{constant} is not JSON")
 
     value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-    if "\\u" in text:  # only an escape can be half a surrogate pair: UnicodeEncodeError, a ValueError
+    if "\\u" in text:  # only an escape can be half a surrogate pair: it is no UTF-8, a ValueError
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
 
@@ -170,7 +170,7 @@ def _broken(path: Path, what: str, expected: str) -> FormatError:
 def read_bytes(path: Path, start: int, nbytes: int) -> Tensor:
     """`nbytes` bytes of a file from offset `start`, as uint8; FormatError if the file ends."""
     buffer = torch.empty(nbytes, dtype=torch.uint8)
-    view = memoryview(buffer.numpy())
+    view = buffer.numpy().data
     done = 0
     with path.open("rb", buffering=0) as file:
         file.seek(start)
@@ -379,9 +379,9 @@ def locate(model: str | Path, revision: str | None = None, *, config_only: bool 
     Only weights, JSON and tokenizer files are fetched, and safetensors rather than pickles.
     Raises CheckpointError when neither is there.
     """
-    path = Path(os.path.expanduser(model))  # these three, unlike Path's, never raise
+    path = os.path.expanduser(model)  # these three, unlike Path's, never raise
     if os.path.isdir(path):
-        return path
+        return Path(path)
     if os.path.exists(path):
         raise CheckpointError(
             f"{model}: is a file; expected a checkpoint directory or a Hub id. "

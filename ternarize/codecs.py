@@ -56,7 +56,7 @@ def pack(trits: Tensor, group_size: int, threads: int = THREADS) -> Tensor:
         return out
     groups = split_groups(trits, group_size)
     groups = torch.nn.functional.pad(groups, (0, -groups.shape[-1] % DIGITS))
-    digits = groups.unflatten(-1, (-1, DIGITS)).to(torch.int16) + 1
+    digits = torch.unflatten(groups, -1, (-1, DIGITS)).to(torch.int16) + 1
     powers = torch.tensor(POWERS, dtype=torch.int16, device=trits.device)
     # every group was padded as if it were full: cut the surplus bytes of the last one
     return (digits * powers).sum(-1).to(torch.uint8).flatten(-2)[..., :width].contiguous()
@@ -151,14 +151,14 @@ def _decode(packed: Tensor, cols: int, group_size: int) -> tuple[Tensor, Tensor]
     surplus = groups * stride - packed.shape[-1]
     full = torch.nn.functional.pad(packed, (0, surplus), value=ZERO_BYTE)
     trits = _TRITS.to(packed.device)[full.int()].flatten(-2)  # (..., groups * stride * 5)
-    trits = trits.unflatten(-1, (groups, stride * DIGITS))
+    trits = torch.unflatten(trits, -1, (groups, stride * DIGITS))
     values = trits[..., :length].flatten(-2)
     padding = trits.flatten(-2).clone()
     column = torch.arange(groups * stride * DIGITS, device=packed.device)
     inside = column % (stride * DIGITS)
     weight = column // (stride * DIGITS) * length + inside
     padding[..., (inside < length) & (weight < cols)] = 0
-    clean = padding.unflatten(-1, (groups * stride, DIGITS)).eq(0).all(-1)
+    clean = torch.unflatten(padding, -1, (groups * stride, DIGITS)).eq(0).all(-1)
     return values[..., :cols].contiguous(), clean[..., : packed.shape[-1]]
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ternarize.checkpoint import Checkpoint, TensorInfo, byte_view, read_bytes, strict_json
 from ternarize.codecs import THREADS, pack, packed_width, unpack, used_groups
-from ternarize.errors import DigestError, FormatError
+from ternarize.errors import DigestError, FormatError, WeightError
 from ternarize.tensor import Ternary, group_count
 
 FORMAT_VERSION = 1
@@ -77,10 +77,18 @@ def store_scales(scales: Tensor, *, exact: bool = False) -> Tensor:
 
     float16 if it holds all of them as normal numbers (or 0), else float32. With `exact`, the first
     of float16, bfloat16, float32 that holds every scale without rounding.
+
+    Raises WeightError on a scale beyond float32, which only weights in float64 can have.
     """
+    single = scales.to(torch.float32)
+    if bool(single.isinf().any()):
+        raise WeightError(
+            f"scales: the largest is {float(scales.max()):.3g}; expected at most 3.4e38, the "
+            "largest float32. Repair the source."
+        )
     with np.errstate(over="ignore"):  # an infinite one is not chosen
         half = torch.from_numpy(scales.cpu().numpy().astype(np.float16))  # torch rounds twice here
-    candidates = (half, scales.to(torch.bfloat16), scales.to(torch.float32))
+    candidates = (half, scales.to(torch.bfloat16), single)
     if exact:
         return next((c for c in candidates if torch.equal(c.to(torch.float64), scales.cpu())),
                     candidates[-1])
@@ -88,7 +96,7 @@ def store_scales(scales: Tensor, *, exact: bool = False) -> Tensor:
     if positive.numel() == 0:
         return half
     low, high = float(positive.min()), float(positive.max())
-    return half if _F16_NORMAL[0] <= low and high <= _F16_NORMAL[1] else candidates[-1]
+    return half if _F16_NORMAL[0] <= low and high <= _F16_NORMAL[1] else single
 
 
 def encode(ternary: Ternary, *, exact: bool = False) -> tuple[Tensor, Tensor]:
@@ -100,7 +108,7 @@ def digest(*tensors: Tensor) -> str:
     """SHA-256, in hex, of the tensors' bytes one after the other."""
     sha = hashlib.sha256()
     for tensor in tensors:
-        sha.update(memoryview(byte_view(tensor).numpy()))
+        sha.update(byte_view(tensor).numpy().data)
     return sha.hexdigest()
 
 
@@ -238,15 +246,15 @@ def _check_tensor(checkpoint: Checkpoint, name: str, record: Record) -> str:
     path = checkpoint.directory / info.file
     used = []
     try:
-        for offset, size in _pieces(info.nbytes, record.shape and info.shape[-1]):
+        for offset, size in _pieces(info.nbytes, info.shape[-1] if record.shape else None):
             piece = read_bytes(path, info.start + offset, size)
-            sha.update(memoryview(piece.numpy()))
+            sha.update(piece.numpy().data)
             if record.shape is not None:
                 rows = piece.view(-1, info.shape[-1])
                 used.append(used_groups(rows, record.shape[-1], record.group_size, threads=1))
         if record.shape is not None:
             scales = checkpoint.read(name + SCALE_SUFFIX)
-            sha.update(memoryview(byte_view(scales).numpy()))
+            sha.update(byte_view(scales).numpy().data)
             groups = (*record.shape[:-1], group_count(record.shape[-1], record.group_size))
             _check_scales(
                 scales.reshape(checkpoint.tensors[name + SCALE_SUFFIX].shape),
@@ -322,7 +330,8 @@ def _record(where: str, value: Any) -> Record:
         raise _damaged(where, f"its sha256 is {sha256!r:.80}; expected 64 hex digits")
     if not _is_ternary(value):
         return Record(sha256)
-    shape, group_size = value.get("shape"), value.get("group_size")
+    shape: Any = value.get("shape")
+    group_size = value.get("group_size")
     codec, transposed = value.get("codec"), value.get("transposed", False)
     if not _is_matrix(shape):
         raise _damaged(where, f"its shape is {shape!r:.80}; expected two or three sizes")

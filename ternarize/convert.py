@@ -43,7 +43,7 @@ from ternarize.codecs import THREADS, pack
 from ternarize.container import FORMAT_VERSION, SCALE_SUFFIX, Record
 from ternarize.errors import CheckpointError, FormatError, OutputError, UsageError, WeightError
 from ternarize.methods import METHODS, levels
-from ternarize.methods.grouped import squared_error
+from ternarize.methods.grouped import distance
 from ternarize.plan import PIECE, RECORD, Plan, Recipe, Shard, TensorPlan, header_bytes, plan
 from ternarize.tensor import Ternary
 from ternarize.version import __version__
@@ -141,9 +141,10 @@ def _ternarize(
         write(tensor.name, done, packed)
         done += packed.numel()
         all_scales.append(result.scales.reshape(-1).cpu())
-        nonzero += int(result.trits.count_nonzero())
-        wrong, square = squared_error(weight, result)
-        error, energy = error + wrong, energy + square
+        piece_error, piece_energy, piece_nonzero = distance(weight, result)
+        error += piece_error
+        energy += piece_energy
+        nonzero += piece_nonzero
     _, shape = tensor.record("").stored_shapes()
     flat = torch.cat(all_scales) if all_scales else torch.empty(0, dtype=torch.float64)
     scales = container.store_scales(flat.reshape(shape), exact=lossless)

@@ -153,4 +153,4 @@ def install_hook() -> None:
 
 
 def _register() -> None:
-    importlib.import_module("ternarize.plugin").register()
+    importlib.import_module("ternarize.plugin")  # it registers itself

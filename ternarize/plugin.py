@@ -45,16 +45,6 @@ from ternarize.linear import (
 )
 
 
-def register() -> None:
-    """Enter the plug-in into transformers' tables; harmless when it is there already."""
-    if KEY not in auto.AUTO_QUANTIZER_MAPPING:
-        auto.register_quantization_config(KEY)(TernarizeConfig)
-        auto.register_quantizer(KEY)(TernarizeQuantizer)
-        # else from_pretrained(..., quantization_config=TernarizeConfig(...)) ignores its switches
-        types: tuple[Any, ...] = auto.LOADING_ATTRIBUTES_CONFIG_TYPES
-        auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*types, TernarizeConfig)
-
-
 class TernarizeConfig(QuantizationConfigMixin):
     """`quantization_config` of a packed checkpoint, and switches for loading it.
 
@@ -489,3 +479,13 @@ def _dense_linear(module: TernaryLinear, dtype: torch.dtype) -> nn.Module:
         dense.bias = nn.Parameter(module.bias.detach().to(dtype))
     result: nn.Module = dense.train(module.training)
     return result
+
+
+# --- registration -----------------------------------------------------------------------------
+
+if KEY not in auto.AUTO_QUANTIZER_MAPPING:
+    auto.register_quantization_config(KEY)(TernarizeConfig)
+    auto.register_quantizer(KEY)(TernarizeQuantizer)
+    # else from_pretrained(..., quantization_config=TernarizeConfig(...)) ignores its switches
+    _types: tuple[Any, ...] = auto.LOADING_ATTRIBUTES_CONFIG_TYPES
+    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*_types, TernarizeConfig)

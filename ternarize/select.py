@@ -485,7 +485,7 @@ def _text_config(config: PretrainedConfig) -> PretrainedConfig:
 
 def _reads_text(config: PretrainedConfig, model: nn.Module) -> bool:
     """Whether the sub-model of this configuration takes token ids (a text encoder-decoder)."""
-    return any(
+    return hasattr(config, "vocab_size") and any(
         isinstance(m, PreTrainedModel)
         and type(m.config) is type(config)
         and m.main_input_name == "input_ids"

@@ -45,7 +45,7 @@ def split_groups(values: Tensor, group_size: int, fill: float = 0) -> Tensor:
     missing = group_count(cols, group_size) * length - cols
     if missing:
         values = torch.nn.functional.pad(values, (0, missing), value=fill)
-    return values.unflatten(-1, (group_count(cols, group_size), length))
+    return torch.unflatten(values, -1, (group_count(cols, group_size), length))
 
 
 @dataclass(frozen=True)

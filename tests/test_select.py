@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import transformers
 from safetensors import safe_open
+from torch import nn
 from transformers.core_model_loading import Chunk, Concatenate, Transpose, WeightConverter
 
-import tiny_models
 from ternarize import select as module
 from ternarize.errors import SelectionError
 from ternarize.select import (
@@ -59,12 +60,12 @@ EXPECTED: dict[str, dict[str, str]] = {
     },
     "gemma3": {  # the releases of transformers differ in the prefixes
         LINEAR: "*language_model*.self_attn.[qkvo]_proj.weight *language_model*.mlp.*.weight",
-        "encoder of another modality": "*vision_tower*.self_attn.*.weight *vision_tower*.fc?.weight",
+        "encoder of another modality": "*vision*.self_attn.*.weight *vision*.fc?.weight",
         "norm": "*norm.weight *vision_tower*norm.bias *layer_norm?.*",
         "bias": "*_proj.bias *fc?.bias *in_proj_bias *patch_embedding.bias",
         "convolution": "*patch_embedding.weight",
         "embedding": "*embed_tokens.weight *position_embedding.weight",
-        "part of nn.MultiheadAttention": "*head.attention.in_proj_weight *head.attention.out_proj.weight",
+        "part of nn.MultiheadAttention": "*.head.attention.*weight",
         "not a linear layer": "*mm_input_projection_weight *head.probe",
     },
     "mixtral": {
@@ -122,7 +123,7 @@ EXPECTED: dict[str, dict[str, str]] = {
     "vit": {
         LINEAR: "vit.encoder.layer.*.attention.attention.*.weight vit.encoder.layer.*.dense.weight",
         "norm": "vit.encoder.layer.*.layernorm_*.* vit.layernorm.*",
-        "bias": "*.query.bias *.key.bias *.value.bias *.dense.bias *.projection.bias classifier.bias",
+        "bias": "*.attention.attention.*.bias *.dense.bias *.projection.bias classifier.bias",
         "convolution": "vit.embeddings.patch_embeddings.projection.weight",
         "embedding": "vit.embeddings.cls_token vit.embeddings.position_embeddings",
         "outside the repeated blocks": "classifier.weight",
@@ -170,7 +171,7 @@ EXPECTED: dict[str, dict[str, str]] = {
     },
     "clip": {
         LINEAR: "text_model.*.self_attn.*.weight text_model.*.fc?.weight",
-        "encoder of another modality": "vision_model.*.self_attn.*.weight vision_model.*.fc?.weight",
+        "encoder of another modality": "vision_*.self_attn.*.weight vision_*.fc?.weight",
         "norm": "*layer_norm*.* *layernorm.* *pre_layrnorm.*",
         "bias": "*_proj.bias *.fc?.bias",
         "convolution": "vision_model.embeddings.patch_embedding.weight",
@@ -307,6 +308,28 @@ def test_a_subclass_of_linear_counts_by_what_it_computes() -> None:
     assert choose("llama4")["model.layers.1.feed_forward.router.weight"].reason == "router"
 
 
+def _without_wraps(method: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: method(*args, **kwargs)
+
+
+class Reader(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.at_construction = nn.Linear(1, 1)
+        nn.init.zeros_(self.at_construction.weight)
+
+    @_without_wraps  # as some releases of transformers wrap the forward of their models
+    def forward(self: Any, x: Any, other: Any) -> Any:
+        x = x.to(self.called.weight.device)  # self.comment.weight
+        return self.called(x) @ self.read.weight + self.blocks[0].inner.weight + other.deep.weight
+
+
+def test_weights_that_code_reads_are_found_in_its_source() -> None:
+    found = {re.compile(pattern) for pattern in module._raw_reads(Reader)}
+    paths = ["read", "blocks.3.inner", "a.b.deep", "called", "comment", "at_construction", "inner"]
+    assert [p for p in paths if any(f.fullmatch(p) for f in found)] == paths[:3]
+
+
 def test_linear_gates_are_routers_only_with_an_output_per_expert_or_one() -> None:
     config = transformers.Qwen2MoeConfig(
         **{key: value for key, value in tiny_models.TEXT.items() if key != "head_dim"},
@@ -390,7 +413,7 @@ def test_the_quantization_of_the_source_does_not_change_its_skeleton() -> None:
 def qwen3_vl_moe() -> Config:
     text = {**tiny_models.TEXT, "moe_intermediate_size": 40, "num_experts": 4}
     text["rope_parameters"] = {"rope_type": "default", "mrope_section": [4, 2, 2]}
-    vision = {"depth": 1, "hidden_size": 48, "num_heads": 4, "out_hidden_size": 64}
+    vision: Config = {"depth": 1, "hidden_size": 48, "num_heads": 4, "out_hidden_size": 64}
     vision |= {"intermediate_size": 72, "deepstack_visual_indexes": [0]}
     config: Config = transformers.Qwen3VLMoeConfig(
         text_config=text,
@@ -406,7 +429,6 @@ def test_experts_that_are_turned_at_load_if_their_shape_differs_are_transposed()
     shapes = shapes_of(config)
     shapes[name] = (4, 64, 80)  # [experts, in, out], as its makers store it
     choices = {c.name: c for c in select(shapes, config)}
-    shapes[name.replace("gate_up", "down")] = (4, 40, 64)
     assert choices[name].ternary and choices[name].transposed
     shapes[name] = (4, 80, 64)  # [experts, out, in], as transformers saves it
     choices = {c.name: c for c in select(shapes, config)}
@@ -429,7 +451,7 @@ def test_a_tensor_that_is_split_by_rows_is_as_ternary_as_its_parts(
 ) -> None:
     targets = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
     run = converted(monkeypatch, "mlp.both.weight", targets, Chunk(dim=0))
-    names = {f"model.layers.{i}.mlp.both.weight": (272, 64) for i in range(2)}
+    names: Shapes = {f"model.layers.{i}.mlp.both.weight": (272, 64) for i in range(2)}
     choices = run(names)
     assert [choices[name].ternary for name in names] == [True, True]
     model = module._skeleton_or_error(config_of("llama")).model
@@ -585,6 +607,15 @@ def test_a_shape_that_is_not_the_architectures_stops() -> None:
     shapes = {**shapes_of(config), "model.layers.0.mlp.up_proj.weight": (34, 64)}
     with pytest.raises(SelectionError, match=r"up_proj.weight: .*\[34, 64\]; .*\[136, 64\]"):
         select(shapes, config)
+
+
+def test_a_kept_tensor_may_have_another_shape_but_cannot_be_included() -> None:
+    config = config_of("llama")
+    shapes = {**shapes_of(config), "lm_head.weight": (161, 64)}
+    reasons = {c.name: c.reason for c in select(shapes, config)}
+    assert reasons["lm_head.weight"].startswith("output head, of another shape")
+    with pytest.raises(SelectionError, match="lm_head.weight: --include .* of another shape"):
+        select(shapes, config, include=["lm_head.weight"])
 
 
 def test_a_config_that_its_class_cannot_use_stops() -> None:

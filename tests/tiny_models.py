@@ -18,7 +18,7 @@ import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
-transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 TEXT: dict[str, Any] = {
     "vocab_size": 160,
@@ -41,7 +41,8 @@ VISION: dict[str, Any] = {
     "image_size": 32,
     "patch_size": 16,
 }
-_TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_TOKENS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_LABELS: dict[str, Any] = {"num_labels": 3}
 
 
 def _llama() -> PretrainedConfig:
@@ -140,16 +141,16 @@ def _bert(architecture: str) -> PretrainedConfig:
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=64,
-        num_labels=3,
         architectures=[architecture],
+        **_LABELS,
     )
 
 
 def _vit() -> PretrainedConfig:
     return transformers.ViTConfig(
         **{**VISION, "hidden_size": 64, "intermediate_size": 136},
-        num_labels=3,
         architectures=["ViTForImageClassification"],
+        **_LABELS,
     )
 
 
@@ -182,10 +183,8 @@ def _t5() -> PretrainedConfig:
         d_ff=136,
         num_layers=2,
         num_heads=4,
-        decoder_start_token_id=0,
-        pad_token_id=0,
-        eos_token_id=1,
         architectures=["T5ForConditionalGeneration"],
+        **{**_TOKENS, "decoder_start_token_id": 0},
     )
 
 
@@ -264,7 +263,7 @@ def build(name: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> PreT
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = architecture._from_config(config, dtype=dtype)
-    model.eval()
+    model.train(False)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         # Some classes start from zeros; random everywhere shows a tensor in a wrong place.
@@ -283,6 +282,6 @@ def save(
 ) -> PreTrainedModel:
     """Build the model `name` and save it as a checkpoint in `directory`; return the model."""
     model = build(name, dtype, seed)
-    shards = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+    shards: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     model.save_pretrained(directory, **shards)
     return model

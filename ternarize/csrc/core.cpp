@@ -169,6 +169,15 @@ bool levels(Kind kind, const Layout& x, const void* weights, int8_t* trits, doub
          });
 }
 
+void distances(Kind kind, const Layout& x, const void* weights, const int8_t* trits,
+               const double* scales, int64_t scale_rows, Distance* distances, int threads) {
+  if (x.rows == 0) return;
+  parallel_for(x, threads, [&](int, int64_t first, int64_t last) {
+    kernels().distances(kind, x, first, last, weights, trits, scales, x.rows / scale_rows,
+                        distances);
+  });
+}
+
 // The steps of method_scale in kernels.inc, each a pass over the tensor.
 int64_t ternarize_tensor(Method method, Kind kind, const Layout& x, const void* weights,
                          int8_t* trits, double* scale, Total* totals, int threads) {

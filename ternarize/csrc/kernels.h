@@ -31,6 +31,13 @@ struct Layout {
   int64_t width;   // packed bytes in a row: each group is padded to whole bytes
 };
 
+// How far a row's trits are from its weights: sum (w - scale trit)^2, sum w^2, and nonzero trits.
+struct Distance {
+  double error;
+  double energy;
+  int64_t nonzero;
+};
+
 // The results of a pass over a tensor that has one scale.
 struct Total {
   double sum;
@@ -88,6 +95,12 @@ struct Kernels {
   bool (*levels_of)(Kind, const Layout&, int64_t first, int64_t last, const void* weights,
                     double magnitude, int8_t* trits);
   double (*first_magnitude)(Kind, const Layout&, const void* weights);
+
+  // Each row's distance, of what `ternarize` gave. Row r has the scales of row r / rows_per_scale.
+  // Sums are in the fixed order within each group, and of the groups of a row.
+  void (*distances)(Kind, const Layout&, int64_t first, int64_t last, const void* weights,
+                    const int8_t* trits, const double* scales, int64_t rows_per_scale,
+                    Distance* distances);
 };
 
 extern const Kernels kPortable;

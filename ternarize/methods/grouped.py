@@ -30,7 +30,7 @@ def fixed_sum(values: Tensor) -> Tensor:
     while True:
         size = values.shape[-1]
         values = torch.nn.functional.pad(values, (0, -size % _BLOCK if size else _BLOCK))
-        values = values.unflatten(-1, (-1, _BLOCK))
+        values = torch.unflatten(values, -1, (-1, _BLOCK))
         half = _BLOCK // 2
         while half:
             values = values[..., :half] + values[..., half : 2 * half]
@@ -117,14 +117,42 @@ def run_native(
     return Ternary(trits, scales, group_size), answers
 
 
-def squared_error(weight: Tensor, ternary: Ternary) -> tuple[float, float]:
-    """(sum (w - scale trit)^2, sum w^2) in float64, added in the same order on every machine."""
-    exact = weight.to(torch.float64)
-    difference = exact - ternary.dequantize(torch.float64)
-    return (
-        float(fixed_sum((difference * difference).flatten())),
-        float(fixed_sum((exact * exact).flatten())),
+def distance(weight: Tensor, ternary: Ternary) -> tuple[float, float, int]:
+    """How far a ternary tensor is from the weights it was made of.
+
+    Returns sum (w - scale trit)^2, sum w^2 (float64, added in the same order on every machine:
+    within each group, over the groups of a row, over the rows), and the number of nonzero trits.
+    """
+    rows = weight.numel() // max(1, weight.shape[-1])
+    if lib is not None and weight.device.type == "cpu" and weight.dtype in KINDS and rows:
+        return _native_distance(weight, ternary)
+    magnitude = split_groups(weight.abs().to(torch.float64), ternary.group_size)
+    used = split_groups(ternary.trits != 0, ternary.group_size)
+    missed = magnitude - used * ternary.scales.unsqueeze(-1)
+    error, energy = (
+        float(fixed_sum(fixed_sum(fixed_sum(squares)).flatten()))
+        for squares in (missed * missed, magnitude * magnitude)
     )
+    return error, energy, int(ternary.trits.count_nonzero())
+
+
+def _native_distance(weight: Tensor, ternary: Ternary) -> tuple[float, float, int]:
+    assert lib is not None
+    rows, cols = weight.shape[-2:]
+    bits = weight.contiguous()
+    bits = bits if bits.dtype == torch.float32 else bits.view(torch.uint16)
+    sums = torch.empty((weight.numel() // cols, 2), dtype=torch.float64)
+    nonzero = 0
+    for matrix, trits, scales, out in zip(
+        bits.view(-1, rows, cols),
+        ternary.trits.view(-1, rows, cols),
+        ternary.scales.reshape(-1, *ternary.scales.shape[-2:]),
+        sums.view(-1, rows, 2),
+        strict=True,
+    ):
+        kind = KINDS[weight.dtype]
+        nonzero += lib.distances(matrix, kind, ternary.group_size, trits, scales, out, 1)
+    return float(fixed_sum(sums[:, 0])), float(fixed_sum(sums[:, 1])), nonzero
 
 
 def _not_finite(weight: Tensor) -> WeightError:

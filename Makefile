@@ -1,0 +1,42 @@
+# Everything runs in .venv, which the first target makes; PYTHON chooses its interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+TINY := build/tiny-llama-ternary
+
+.PHONY: venv demo test lint types docs clean
+
+venv: .venv/.stamp
+
+# Editable: Python sources are used where they are; the compiled core is built again when its own
+# sources change.
+.venv/.stamp: pyproject.toml constraints.txt CMakeLists.txt $(wildcard ternarize/csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# The example model: packed, shown, checked against its source, measured, and made to write.
+demo: venv
+	rm -rf $(TINY)
+	mkdir -p build
+	$(BIN)/ternarize convert examples/tiny-llama $(TINY) --method itf
+	$(BIN)/ternarize inspect $(TINY)
+	$(BIN)/ternarize verify $(TINY) --source examples/tiny-llama
+	$(BIN)/ternarize eval $(TINY) --source examples/tiny-llama --text examples/eval.txt
+	$(BIN)/ternarize generate $(TINY) --prompt "The function returns"
+
+test: venv
+	$(BIN)/python -m pytest
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: venv
+	$(BIN)/mypy
+
+# CLI.md, from the program itself.
+docs: venv
+	$(BIN)/typer ternarize.cli utils docs --name ternarize --title "The command line" --output CLI.md
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,190 @@
+"""Packed checkpoints and their dense twins for the tests of loading, made without convert.py.
+
+`pack_checkpoint` ternarizes what a simple rule finds in a checkpoint of tiny_models.py and writes
+it in the packed format; `dense_twin` writes the same model as an ordinary float32 checkpoint that
+holds the dequantized weights. A model loaded from one must equal a model loaded from the other.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ternarize import container
+from ternarize.container import Record
+from ternarize.methods.absmean import absmean
+from ternarize.plugin import _places, is_rowwise
+
+# weights that the modules around them read raw, or cast their input to the dtype of
+RAW = re.compile(r"\.wo\.|mixer\.|router|\.gate\.")
+
+
+def packable(model: PreTrainedModel, names: list[str]) -> dict[str, bool]:
+    """The linear weights and experts inside the model's blocks: {name in the file: transposed}."""
+    parameters = dict(model.named_parameters())
+    found = {}
+    for name, place in _places(model, names).items():
+        target = place.targets[0]
+        parameter = parameters.get(target)
+        if parameter is None or not re.search(r"\.\d+\.", target) or RAW.search(target):
+            continue
+        if place.converter is not None and not is_rowwise(place.converter):
+            continue
+        path, _, leaf = target.rpartition(".")
+        module = model.get_submodule(path)
+        experts = parameter.ndim == 3 and leaf.endswith("_proj")
+        linear = leaf == "weight" and (type(module) is nn.Linear or isinstance(module, Conv1D))
+        if experts or linear:
+            in_first = getattr(module, "is_transposed", "Llama4" in type(module).__name__)
+            found[name] = isinstance(module, Conv1D) or (experts and in_first)
+    return found
+
+
+def read_checkpoint(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, by name."""
+    tensors = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, "pt") as handle:
+            tensors.update({name: handle.get_tensor(name) for name in handle.keys()})
+    return tensors
+
+
+def read_records(directory: Path) -> list[dict[str, Any]]:
+    """The table of tensors in the metadata of each file."""
+    tables = []
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, "pt") as handle:
+            tables.append(json.loads(handle.metadata()["ternarize"])["tensors"])
+    return tables
+
+
+def skeleton(directory: Path) -> PreTrainedModel:
+    """The model of a checkpoint without its weights, on meta."""
+    config = transformers.AutoConfig.from_pretrained(directory)
+    with torch.device("meta"):
+        model: PreTrainedModel = getattr(transformers, config.architectures[0])(config)
+    return model
+
+
+def pack_checkpoint(
+    source: Path,
+    directory: Path,
+    group_size: int = 32,
+    activations: str = "none",
+    scale_dtypes: Mapping[str, torch.dtype] | None = None,
+) -> dict[str, bool]:
+    """Write `source` packed to `directory`; returns what was packed, as `packable` does.
+
+    scale_dtypes  scales of tensors whose name ends with the key are stored as the given dtype
+    """
+    tensors = read_checkpoint(source)
+    chosen = packable(skeleton(source), sorted(tensors))
+    stored: dict[str, Tensor] = {}
+    records: dict[str, Record] = {}
+    for name, tensor in tensors.items():
+        if name not in chosen:
+            stored[name], records[name] = tensor, Record(container.digest(tensor))
+            continue
+        weight = tensor.transpose(-1, -2).contiguous() if chosen[name] else tensor
+        packed, scale = container.encode(absmean(weight, group_size))
+        for ending, dtype in (scale_dtypes or {}).items():
+            scale = scale.to(dtype) if name.endswith(ending) else scale
+        stored[name], stored[f"{name}_scale"] = packed, scale
+        digest = container.digest(packed, scale)
+        shape = tuple(weight.shape)
+        records[name] = Record(digest, shape, group_size, transposed=chosen[name])
+    write(directory, stored, records, source, activations, group_size)
+    return chosen
+
+
+def write(
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    records: Mapping[str, Record],
+    source: Path,
+    activations: str = "none",
+    group_size: int = 32,
+) -> None:
+    """Write one file of tensors and records, and the source's config.json beside it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(
+        dict(tensors), directory / "model.safetensors", metadata=container.dump_metadata(records)
+    )
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "ternarize",
+        "format_version": 1,
+        "group_size": group_size,
+        "method": "absmean",
+        "activations": activations,
+        "note": "a key that this version does not know",
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def dense_twin(packed: Path, source: Path, directory: Path) -> None:
+    """Write the ordinary float32 checkpoint with the weights that `packed` stands for."""
+    directory.mkdir(parents=True)
+    stored, (table,) = read_checkpoint(packed), read_records(packed)
+    dense = {}
+    for name, entry in table.items():
+        if "shape" not in entry:
+            dense[name] = stored[name].float() if stored[name].is_floating_point() else stored[name]
+            continue
+        record = Record("", tuple(entry["shape"]), entry["group_size"])
+        weight = container.decode(stored[name], stored[f"{name}_scale"], record).dequantize()
+        dense[name] = weight.mT.contiguous() if entry.get("transposed") else weight
+    save_file(dense, directory / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config.pop("quantization_config", None)
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def load_dense(directory: Path, **kwargs: Any) -> PreTrainedModel:
+    """An ordinary model, with experts run one after the other."""
+    config = transformers.AutoConfig.from_pretrained(directory)
+    model: PreTrainedModel = getattr(transformers, config.architectures[0]).from_pretrained(
+        directory, experts_implementation="eager", **kwargs
+    )
+    return model
+
+
+def output(model: PreTrainedModel, seed: int = 0) -> Tensor:
+    """The model's main output (logits or last hidden state) for a fixed input."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 140, (2, 12), generator=generator)
+    dtype = model.dtype
+    inputs: dict[str, Tensor] = {"input_ids": ids}
+    config: Any = model.config
+    name = type(model).__name__
+    if name.startswith(("ViT", "CLIP")):
+        vision = getattr(config, "vision_config", config)
+        pixels = (2, vision.num_channels, vision.image_size, vision.image_size)
+        inputs = {"pixel_values": torch.randn(pixels, generator=generator).to(dtype)}
+        if name.startswith("CLIP"):
+            inputs["input_ids"] = ids
+    elif name.startswith("Whisper"):
+        sound = (2, config.num_mel_bins, 2 * config.max_source_positions)
+        inputs = {
+            "input_features": torch.randn(sound, generator=generator).to(dtype),
+            "decoder_input_ids": ids,
+        }
+    elif name.startswith("T5"):
+        inputs["decoder_input_ids"] = ids[:, :5]
+    with torch.no_grad():
+        result = model(**inputs)
+    first: Tensor = next(
+        result[key]
+        for key in ("logits", "last_hidden_state", "logits_per_image")
+        if result.get(key) is not None
+    )
+    return first

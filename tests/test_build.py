@@ -1,0 +1,94 @@
+"""The package installs with or without a compiler; but code that does not compile is an error.
+
+Each test installs the repository into a folder of its own, without the network: the build tools are
+those of the test environment.
+"""
+
+import importlib.util
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+for tool in ("pip", "nanobind", "scikit_build_core"):
+    if importlib.util.find_spec(tool) is None:
+        pytest.skip(f"{tool} is not installed (the extra `dev` has it)", allow_module_level=True)
+
+
+def install(target: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pip", "install", "--verbose", "--disable-pip-version-check"]
+    command += ["--no-build-isolation", "--no-deps", "--no-index", "--target", str(target)]
+    return subprocess.run(
+        [*command, str(ROOT)],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def lib_of(target: Path) -> str:
+    """What `ternarize.native.lib` is in an installation, and where that is."""
+    code = "from ternarize import native; print(native.lib, native.__file__)"
+    environment = {key: value for key, value in os.environ.items() if key != "TERNARIZE_NATIVE"}
+    found = subprocess.run(
+        # -S: without site-packages, whose editable ternarize would come first
+        [sys.executable, "-S", "-c", code],
+        cwd=target,
+        env=environment | {"PYTHONPATH": str(target)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return found.stdout
+
+
+def assert_without_core(target: Path) -> None:
+    assert not list(target.rglob("_native.*.so")) + list(target.rglob("_native*.pyd"))
+    assert lib_of(target) == f"None {target / 'ternarize' / 'native.py'}\n"
+    assert (target / "ternarize" / "py.typed").exists()
+    assert not (target / "ternarize" / "csrc").exists()
+    assert not (target / "formats").exists()
+
+
+def test_without_a_compiler_the_package_installs_without_the_core(tmp_path: Path) -> None:
+    done = install(tmp_path, CXX=str(tmp_path / "no-such-compiler"))
+    assert done.returncode == 0, done.stdout
+    assert "no C++ compiler found" in done.stdout
+    assert_without_core(tmp_path)
+
+
+def test_without_python_headers_the_package_installs_without_the_core(tmp_path: Path) -> None:
+    if not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
+        pytest.skip("there is no C++ compiler: the headers are not looked for")
+    hide = "import sysconfig\nold = sysconfig.get_path\nsysconfig.get_path = lambda name, *a, **k: "
+    hide += "'/no-headers' if name == 'include' else old(name, *a, **k)\n"
+    (tmp_path / "hide").mkdir()
+    (tmp_path / "hide" / "sitecustomize.py").write_text(hide)
+    done = install(tmp_path / "target", PYTHONPATH=str(tmp_path / "hide"))
+    assert done.returncode == 0, done.stdout
+    assert "no Python.h in /no-headers" in done.stdout
+    assert_without_core(tmp_path / "target")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the compiler is wrapped by a shell script")
+def test_a_compiler_that_fails_on_the_core_is_an_error(tmp_path: Path) -> None:
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    wrapper = tmp_path / "c++"
+    wrapper.write_text(
+        '#!/bin/sh\ncase "$*" in *nanobind*|*csrc*) echo "it fails here" >&2; exit 1;; esac\n'
+        f'exec "{compiler}" "$@"\n'
+    )
+    wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR)
+    done = install(tmp_path / "target", CXX=str(wrapper))
+    assert done.returncode != 0
+    assert "it fails here" in done.stdout
+    assert not (tmp_path / "target" / "ternarize").exists()

@@ -1,0 +1,366 @@
+"""TernaryLinear and fused experts compute what dense layers with the same weights compute."""
+
+import copy
+import io
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ternarize import codecs, container
+from ternarize.errors import UsageError
+from ternarize.linear import (
+    Layout,
+    PackedMatrix,
+    TernaryExperts,
+    TernaryLinear,
+    dense_experts,
+    int8_product,
+    ternary_experts,
+)
+from ternarize.methods.absmean import absmean
+
+GROUP_SIZES = [32, 128, -1, 0]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def filled(
+    rows: int, cols: int, group_size: int = 32, bias: bool = True, **kw: Any
+) -> TernaryLinear:
+    """A TernaryLinear that holds a random ternarized matrix."""
+    packed, scale = container.encode(absmean(random(rows, cols), group_size))
+    layer = TernaryLinear(cols, rows, bias, group_size=group_size, **kw)
+    layer.weight.data, layer.weight_scale.data = packed, scale
+    if bias:
+        layer.bias.data = random(rows, seed=1)
+    return layer
+
+
+# --- linear layers ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_forward_equals_a_dense_layer_bit_for_bit(group_size: int, dtype: torch.dtype) -> None:
+    layer, x = filled(24, 136, group_size).to(dtype), random(2, 5, 136, seed=2).to(dtype)
+    dense = F.linear(x, layer.dequantized(dtype), layer.bias)
+    y = layer(x)
+    assert y.dtype == dtype
+    assert torch.equal(y, dense)
+
+
+def test_the_dense_weight_is_scale_times_trit() -> None:
+    ternary = absmean(random(24, 136), 32)
+    layer = filled(24, 136, 32)
+    scales = layer.weight_scale.double().repeat_interleave(32, dim=1)[:, :136]
+    assert torch.equal(layer.dequantized(torch.float32), (scales * ternary.trits).float())
+
+
+def test_fused_matrices_keep_a_scale_each() -> None:
+    parts = [absmean(random(8, 20, seed=seed) * (seed + 1), 0) for seed in range(3)]
+    stored = [container.encode(part) for part in parts]
+    layer = TernaryLinear(20, 24, bias=False, group_size=0, scale_rows=3)
+    layer.weight.data = torch.cat([packed for packed, _ in stored])
+    layer.weight_scale.data = torch.cat([scale for _, scale in stored])
+    single = TernaryLinear(20, 8, bias=False, group_size=0)
+    rows = []
+    for single.weight.data, single.weight_scale.data in stored:
+        rows.append(single.dequantized(torch.float32))
+    assert torch.equal(layer.dequantized(torch.float32), torch.cat(rows))
+
+
+def test_nothing_dense_is_kept_between_calls() -> None:
+    layer = filled(24, 136)
+    layer(random(1, 136))
+    tensors = [*layer.parameters(), *layer.buffers()]
+    held = sum(t.numel() * t.element_size() for t in tensors)
+    assert held == 24 * codecs.packed_width(136, 32) + 24 * 5 * 2 + 24 * 4
+    assert not any(isinstance(value, Tensor) for value in vars(layer).values())
+
+
+def test_it_is_a_linear_layer_to_other_software() -> None:
+    layer = filled(24, 136)
+    assert isinstance(layer, nn.Linear)
+    assert (layer.in_features, layer.out_features) == (136, 24)
+    assert repr(layer) == (
+        "TernaryLinear(in_features=136, out_features=24, bias=True, group_size=32, "
+        "activations=none)"
+    )
+
+
+def test_casting_a_model_leaves_the_scales_alone() -> None:
+    layer = filled(24, 136)
+    before = layer.weight_scale.clone()
+    layer.to(torch.bfloat16)
+    assert layer.weight_scale.dtype == torch.float16
+    assert torch.equal(layer.weight_scale, before)
+    assert layer.bias.dtype == torch.bfloat16
+
+
+def test_copies_and_pickles_compute_the_same() -> None:
+    layer, x = filled(24, 136), random(3, 136)
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(layer), torch.load(buffer, weights_only=False)):
+        assert torch.equal(other(x), layer(x))
+
+
+def test_it_compiles_into_one_graph() -> None:
+    layer, x = filled(24, 136, bias=False), random(3, 136)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), layer(x))
+
+
+def test_unknown_activations_are_refused() -> None:
+    with pytest.raises(UsageError, match="activations: 'int4'; expected one of none, int8"):
+        filled(8, 20, activations="int4")
+
+
+# --- gradients, for adapters trained on top ----------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_equal_those_of_a_dense_layer(dtype: torch.dtype) -> None:
+    layer = filled(24, 136).to(dtype)
+    x = random(5, 136, seed=2).to(dtype).requires_grad_()
+    inputs, factor = (x, layer.bias), random(5, 24, seed=3)
+    ours = torch.autograd.grad((layer(x) * factor).sum(), inputs)
+    dense = F.linear(x, layer.dequantized(dtype), layer.bias)
+    theirs = torch.autograd.grad((dense * factor).sum(), inputs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == dtype and torch.allclose(a, b, rtol=1e-2, atol=1e-6)  # order of sums
+
+
+def test_training_does_not_keep_the_dense_weight() -> None:
+    layer, x = filled(24, 136), random(5, 136).requires_grad_()
+    kept: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(x)
+    assert kept and max(kept) <= layer.weight.numel()
+
+
+def test_rounded_activations_pass_gradients_straight_through() -> None:
+    layer, x = filled(24, 136, activations="int8"), random(5, 136).requires_grad_()
+    (grad,) = torch.autograd.grad(layer(x).sum(), x)
+    expected = torch.ones(5, 24) @ layer.dequantized(torch.float32)
+    assert torch.allclose(grad, expected, atol=1e-6)
+
+
+# --- int8 activations --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_activations_follow_their_definition(dtype: torch.dtype) -> None:
+    layer = filled(24, 136, activations="int8").to(dtype)
+    x = random(2, 5, 136, seed=2).to(dtype)
+    expected = []
+    for token in x.reshape(-1, 136).tolist():
+        largest = max(abs(value) for value in token)
+        q = [round(value * 127 / largest) for value in token]  # python rounds halves to even
+        assert max(map(abs, q)) == 127
+        sums = layer.dequantized(torch.float32).double() @ torch.tensor(q, dtype=torch.float64)
+        expected.append((sums * largest / 127).to(dtype) + layer.bias)
+    y = layer(x)
+    assert y.dtype == dtype
+    assert torch.allclose(y.reshape(-1, 24), torch.stack(expected), rtol=1e-2, atol=1e-4)
+    assert not torch.equal(y, F.linear(x, layer.dequantized(dtype), layer.bias))
+
+
+def test_halves_round_to_even_and_the_range_is_symmetric() -> None:
+    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -127.0]])
+    assert int8_product(x, torch.eye(7)).tolist() == [[127, 0, 2, 2, 0, -2, -127]]
+
+
+def test_a_token_of_zeros_gives_the_bias() -> None:
+    layer = filled(24, 136, activations="int8")
+    x = random(2, 136)
+    x[0] = 0
+    assert torch.equal(layer(x)[0], layer.bias)
+    assert layer(x).isfinite().all()
+
+
+def test_an_infinite_input_is_not_hidden() -> None:
+    x = random(2, 136)
+    x[0, 3] = float("inf")
+    y = filled(24, 136, activations="int8")(x)
+    assert y[0].isnan().all() and y[1].isfinite().all()
+
+
+def test_autocast_does_not_round_the_int8_product() -> None:
+    layer, x = filled(24, 136, activations="int8", bias=False), random(2, 136)
+    expected = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(x), expected)
+
+
+# --- fused experts -----------------------------------------------------------------------------
+
+
+class Looping(nn.Module):
+    """Experts as most models write them: one at a time, and only those that are hit."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.up_proj = nn.Parameter(random(4, 24, 40).to(dtype))
+        self.down_proj = nn.Parameter(random(4, 40, 24, seed=1).to(dtype))
+
+    def act(self, x: Tensor) -> Tensor:
+        return x.relu()
+
+    def forward(self, x: Tensor, experts: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for expert in torch.unique(experts):
+            hit = experts == expert
+            inner = self.act(F.linear(x[hit], self.up_proj[expert]))
+            y[hit] = F.linear(inner, self.down_proj[expert])
+        return y
+
+
+class Transposed(Looping):
+    """Experts that store their matrices as (cols, rows), as GPT-OSS does."""
+
+    def forward(self, x: Tensor, experts: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for expert in torch.unique(experts):
+            hit = experts == expert
+            y[hit] = self.act(x[hit] @ self.down_proj[expert]) @ self.up_proj[expert]
+        return y
+
+
+class AtOnce(Looping):
+    """Experts that multiply by all matrices at once, as Llama 4 does."""
+
+    def forward(self, x: Tensor, experts: Tensor) -> Tensor:
+        x = x.view(self.down_proj.shape[0], -1, x.shape[-1])
+        return torch.bmm(torch.bmm(x, self.down_proj), self.up_proj).flatten(0, 1)
+
+
+def packed_and_dense(
+    cls: type[Looping], activations: str = "none", group_size: int = 32
+) -> tuple[TernaryExperts, Looping]:
+    """The same experts twice: with packed parameters, and dense with the dequantized ones."""
+    transposed = cls is not Looping
+    experts, dense = cls(), cls()
+    stored: dict[str, tuple[Tensor, Tensor]] = {}
+    parameters = {}
+    for name, weight in dense.named_parameters():
+        matrix = weight.data.mT.contiguous() if transposed else weight.data
+        packed, scale = stored[name] = container.encode(absmean(matrix, group_size))
+        layout = Layout(matrix.shape[-1], group_size, transposed, activations)
+        parameters[name] = layout, scale.shape[-2], scale.dtype
+        weight.data = PackedMatrix(packed, scale, layout, torch.float32).dense()
+    ternary_experts(experts, parameters)
+    for name, (packed, scale) in stored.items():
+        getattr(experts, name).data, getattr(experts, f"{name}_scale").data = packed, scale
+    assert isinstance(experts, TernaryExperts)
+    return experts, dense
+
+
+X, HIT = random(6, 40, seed=5), torch.tensor([0, 2, 2, 0, 2, 0])
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("cls", [Looping, Transposed, AtOnce])
+def test_experts_equal_dense_experts(cls: type[Looping], group_size: int) -> None:
+    experts, dense = packed_and_dense(cls, group_size=group_size)
+    x = X[:4] if cls is AtOnce else X
+    y = experts(x, HIT[: len(x)])
+    if cls is Transposed:  # x @ W and F.linear(x, W^T) may sum in another order
+        assert torch.allclose(y, dense(x, HIT), atol=1e-5)
+    else:
+        assert torch.equal(y, dense(x, HIT[: len(x)]))
+
+
+def test_only_experts_that_are_hit_are_dequantized(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts, _ = packed_and_dense(Looping)
+    calls = []
+    dequantize = codecs.dequantize
+
+    def counted(packed: Tensor, *rest: Any) -> Tensor:
+        calls.append(packed.shape)
+        return dequantize(packed, *rest)
+
+    monkeypatch.setattr(codecs, "dequantize", counted)
+    experts(X, HIT)
+    assert [tuple(shape)[0] for shape in calls] == [24, 40, 24, 40]  # experts 0 and 2, one by one
+
+
+def test_experts_stay_packed_while_they_run_in_many_threads() -> None:
+    experts, dense = packed_and_dense(Looping)
+    expected = dense(X, HIT)
+    wrong: list[str] = []
+
+    def work() -> None:
+        for _ in range(20):
+            if not torch.equal(experts(X, HIT), expected):
+                wrong.append("output")
+            if experts.up_proj.dtype != torch.uint8:
+                wrong.append("parameter")
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_int8_activations_reach_the_experts() -> None:
+    experts, dense = packed_and_dense(Looping, "int8")
+    expected = torch.zeros_like(X)
+    for expert in (0, 2):
+        hit = expert == HIT
+        inner = int8_product(X[hit], dense.up_proj[expert]).relu()
+        expected[hit] = int8_product(inner, dense.down_proj[expert])
+    assert torch.equal(experts(X, HIT), expected)
+    assert not torch.equal(experts(X, HIT), dense(X, HIT))
+    other, dense = packed_and_dense(Transposed, "int8")
+    assert (other(X, HIT) - dense(X, HIT)).abs().max() > 0
+
+
+def test_int8_activations_are_refused_where_products_cannot_be_seen() -> None:
+    experts, _ = packed_and_dense(AtOnce, "int8")
+    with pytest.raises(UsageError, match="multiplies by all experts at once"):
+        experts(X[:4], HIT[:4])
+
+
+def test_experts_are_dense_again_after_the_inverse() -> None:
+    for cls in (Looping, Transposed):
+        experts, dense = packed_and_dense(cls)
+        dense_experts(experts, torch.float32)
+        assert experts.__class__.__name__ == cls.__name__
+        for name, parameter in dense.named_parameters():
+            assert torch.equal(getattr(experts, name), parameter)
+        assert experts.state_dict().keys() == dense.state_dict().keys()
+
+
+def test_experts_can_be_copied_and_pickled() -> None:
+    experts, _ = packed_and_dense(Looping)
+    buffer = io.BytesIO()
+    torch.save(experts, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(experts), torch.load(buffer, weights_only=False)):
+        assert isinstance(other, Looping) and isinstance(other, TernaryExperts)
+        assert torch.equal(other(X, HIT), experts(X, HIT))
+
+
+def test_gradients_flow_through_experts() -> None:
+    experts, dense = packed_and_dense(Looping)
+    x = X.clone().requires_grad_()
+    (ours,) = torch.autograd.grad(experts(x, HIT).square().sum(), x)
+    (theirs,) = torch.autograd.grad(dense(x, HIT).square().sum(), x)
+    assert torch.allclose(ours, theirs, atol=1e-4)

@@ -1,0 +1,555 @@
+"""Packed checkpoints load as models of transformers, run like their dense twins, and save again.
+
+The models are those of tiny_models.py, packed by packing.py: random weights, every architecture's
+own way to name, fuse and transpose them.
+"""
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import packing
+import pytest
+import tiny_models
+import torch
+import transformers
+from torch import Tensor, nn
+
+import ternarize
+from ternarize import container
+from ternarize.checkpoint import open_checkpoint
+from ternarize.container import Record
+from ternarize.errors import CheckpointError, DigestError, FormatError, UsageError
+from ternarize.linear import Packed, TernaryExperts, TernaryLinear
+from ternarize.methods.absmean import absmean
+from ternarize.plugin import TernarizeConfig
+
+ALL = sorted(tiny_models.CONFIGS)
+SOME = ["llama_tied", "mixtral", "gpt2", "gpt_oss", "vit", "t5"]  # each saves in its own way
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A folder with `source`, `packed` and `dense` (its twin) of a tiny model, made once."""
+    root = tmp_path_factory.mktemp("models")
+
+    def make(name: str) -> Path:
+        folder = root / name
+        if not folder.exists():
+            tiny_models.save(name, folder / "source")
+            packing.pack_checkpoint(folder / "source", folder / "packed")
+            packing.dense_twin(folder / "packed", folder / "source", folder / "dense")
+        return folder
+
+    return make
+
+
+Made = Callable[[str], Path]
+
+
+@pytest.fixture
+def packed(made: Made, tmp_path: Path) -> Path:
+    """A packed checkpoint that a test may damage."""
+    target = tmp_path / "packed"
+    target.mkdir()
+    for file in (made("llama") / "packed").iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+def rewrite(
+    directory: Path, change: Callable[[dict[str, Tensor], dict[str, Record]], object]
+) -> None:
+    """Write a checkpoint again, well formed, after `change` to its tensors and records."""
+    checkpoint = open_checkpoint(directory)
+    records = container.records_of(checkpoint)
+    tensors = {k: v.clone() for k, v in packing.read_checkpoint(directory).items()}
+    change(tensors, records)
+    config = (directory / "config.json").read_bytes()
+    packing.write(directory, tensors, records, directory)
+    (directory / "config.json").write_bytes(config)
+
+
+def edit_config(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    file = directory / "config.json"
+    config = json.loads(file.read_text())
+    change(config)
+    file.write_text(json.dumps(config))
+
+
+def same_tensors(a: Path, b: Path, but: str = "no name") -> bool:
+    first, second = packing.read_checkpoint(a), packing.read_checkpoint(b)
+    return first.keys() == second.keys() and all(
+        first[name].dtype == second[name].dtype and torch.equal(first[name], second[name])
+        for name in first
+        if but not in name
+    )
+
+
+# --- the same numbers, in less memory -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_outputs_equal_those_of_the_dense_twin(made: Made, name: str) -> None:
+    folder = made(name)
+    model = ternarize.load(folder / "packed", dtype=torch.float32)
+    dense = packing.load_dense(folder / "dense", dtype=torch.float32)
+    ours, theirs = packing.output(model), packing.output(dense)
+    if name == "gpt_oss":  # it multiplies from the other side, which sums in another order
+        assert torch.allclose(ours, theirs, atol=1e-6)
+    else:
+        assert torch.equal(ours, theirs)
+    assert not model.training
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_memory_is_that_of_the_file(made: Made, name: str) -> None:
+    """Every parameter has the bytes that the file has for it: no dense copy anywhere."""
+    folder = made(name)
+    model = ternarize.load(folder / "packed")
+    stored = sum(info.nbytes for info in open_checkpoint(folder / "packed").tensors.values())
+    held = {t.data_ptr(): t.numel() * t.element_size() for t in model.parameters()}
+    held |= {t.data_ptr(): t.numel() * t.element_size() for _, t in buffers(model)}
+    # DeepSeek's router bias is read as bfloat16 and held as float32: 8 experts, 2 bytes each
+    assert sum(held.values()) == stored + (16 if name == "deepseek_v3" else 0)
+
+
+def buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """The buffers that belong to the checkpoint."""
+    saved = model.state_dict()
+    return [(name, tensor) for name, tensor in model.named_buffers() if name in saved]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2", "whisper"])
+def test_16_bit_models_equal_their_dense_twins(made: Made, name: str, dtype: torch.dtype) -> None:
+    folder = made(name)
+    model = ternarize.load(folder / "packed", dtype=dtype)
+    dense = packing.load_dense(folder / "dense", dtype=dtype)
+    assert packing.output(model).dtype == dtype
+    assert torch.equal(packing.output(model), packing.output(dense))
+
+
+@pytest.mark.parametrize("group_size", [-1, 0, 128])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "deepseek_v3", "gpt2", "vit"])
+def test_every_group_size_survives_fusing_and_saving(
+    made: Made, tmp_path: Path, name: str, group_size: int
+) -> None:
+    source = made(name) / "source"
+    packing.pack_checkpoint(source, tmp_path / "packed", group_size)
+    packing.dense_twin(tmp_path / "packed", source, tmp_path / "dense")
+    model = ternarize.load(tmp_path / "packed", dtype=torch.float32)
+    dense = packing.load_dense(tmp_path / "dense", dtype=torch.float32)
+    assert torch.equal(packing.output(model), packing.output(dense))
+    ternarize.load(tmp_path / "packed").save_pretrained(tmp_path / "saved")
+    assert same_tensors(tmp_path / "packed", tmp_path / "saved", but="e_score_correction_bias")
+
+
+def test_fused_scales_take_the_widest_dtype(made: Made, tmp_path: Path) -> None:
+    source = made("mixtral") / "source"
+    dtypes = {"w1.weight": torch.float32}
+    packing.pack_checkpoint(source, tmp_path / "packed", scale_dtypes=dtypes)
+    packing.dense_twin(tmp_path / "packed", source, tmp_path / "dense")
+    model = ternarize.load(tmp_path / "packed", dtype=torch.float32)
+    dense = packing.load_dense(tmp_path / "dense", dtype=torch.float32)
+    experts = model.get_submodule("model.layers.0.mlp.experts")
+    assert experts.gate_up_proj_scale.dtype == torch.float32  # w1 is float32, w3 float16
+    assert experts.down_proj_scale.dtype == torch.float16
+    assert torch.equal(packing.output(model), packing.output(dense))
+
+
+# --- everything else that transformers does -----------------------------------------------------
+
+
+def test_from_pretrained_of_transformers_loads_it(made: Made) -> None:
+    folder = made("llama")
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder / "packed")
+    assert type(model) is transformers.LlamaForCausalLM
+    assert isinstance(model.model.layers[0].mlp.up_proj, TernaryLinear)
+    assert model.dtype == torch.bfloat16
+    assert torch.equal(packing.output(model), packing.output(ternarize.load(folder / "packed")))
+
+
+def test_generation_with_and_without_a_static_cache(made: Made) -> None:
+    model: Any = ternarize.load(made("mixtral") / "packed")
+    prompt = torch.arange(3, 12)[None]
+    options = {"max_new_tokens": 5, "do_sample": False}
+    dynamic = model.generate(prompt, **options)
+    static = model.generate(prompt, cache_implementation="static", **options)
+    assert dynamic.shape == (1, 14) and torch.equal(dynamic, static)
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto", {"": "cpu"}])
+def test_device_maps(made: Made, device: Any) -> None:
+    folder = made("mixtral")
+    model = ternarize.load(folder / "packed", device=device)
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert torch.equal(packing.output(model), packing.output(ternarize.load(folder / "packed")))
+
+
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded")
+def test_a_model_offloaded_to_disk_runs_and_saves(made: Made, tmp_path: Path) -> None:
+    folder = made("mixtral")
+    parts = ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"]
+    model: Any = ternarize.load(
+        folder / "packed",
+        device=dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"},
+        offload_folder=tmp_path / "offload",
+    )
+    assert torch.equal(packing.output(model), packing.output(ternarize.load(folder / "packed")))
+    model.save_pretrained(tmp_path / "saved")
+    assert same_tensors(folder / "packed", tmp_path / "saved")
+    ternarize.load(tmp_path / "saved")
+    with pytest.raises(UsageError, match="is offloaded"):
+        model.dequantize()
+
+
+def test_a_copied_model_is_the_same(made: Made) -> None:
+    model = ternarize.load(made("mixtral") / "packed")
+    assert torch.equal(packing.output(copy.deepcopy(model)), packing.output(model))
+
+
+def test_a_compiled_model_is_the_same(made: Made) -> None:
+    model = ternarize.load(made("llama") / "packed", dtype=torch.float32)
+    expected = packing.output(model)
+    model.compile(fullgraph=True, backend="eager")
+    assert torch.equal(packing.output(model), expected)
+
+
+def test_only_what_is_not_packed_can_be_trained(made: Made) -> None:
+    model: Any = ternarize.load(made("mixtral") / "packed")
+    assert model.hf_quantizer.is_trainable and model.hf_quantizer.is_compileable
+    for name, parameter in model.named_parameters():
+        is_packed = parameter.dtype == torch.uint8 or name.endswith("_scale")
+        assert parameter.requires_grad != is_packed, name
+
+
+def test_int8_activations_are_taken_from_the_config_and_from_the_caller(
+    made: Made, tmp_path: Path
+) -> None:
+    folder = made("llama")
+    edit_config(copied(folder / "packed", tmp_path / "int8"), set_activations)
+    float_output = packing.output(ternarize.load(folder / "packed"))
+    outputs = [
+        packing.output(ternarize.load(tmp_path / "int8")),
+        packing.output(ternarize.load(folder / "packed", activations="int8")),
+    ]
+    assert torch.equal(*outputs) and not torch.equal(outputs[0], float_output)
+    back = ternarize.load(tmp_path / "int8", activations="none")
+    assert torch.equal(packing.output(back), float_output)
+    with pytest.raises(UsageError, match="activations: 'int3'"):
+        ternarize.load(folder / "packed", activations="int3")
+
+
+def set_activations(config: dict[str, Any]) -> None:
+    config["quantization_config"]["activations"] = "int8"
+
+
+def copied(source: Path, target: Path) -> Path:
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+def test_switches_in_a_config_given_to_from_pretrained(packed: Path) -> None:
+    cls = transformers.LlamaForCausalLM
+    model = cls.from_pretrained(packed, quantization_config=TernarizeConfig(activations="int8"))
+    assert model.model.layers[0].mlp.up_proj.activations == "int8"
+    flip_a_byte(packed, "model.layers.0.mlp.up_proj.weight")
+    with pytest.raises(FormatError):
+        cls.from_pretrained(packed)
+    cls.from_pretrained(packed, quantization_config=TernarizeConfig(verify=False))
+
+
+def test_ternarizing_on_the_fly_is_refused(made: Made) -> None:
+    with pytest.raises(UsageError, match="Run `ternarize convert` first"):
+        transformers.LlamaForCausalLM.from_pretrained(
+            made("llama") / "source", quantization_config=TernarizeConfig()
+        )
+
+
+def test_a_new_head_may_be_put_on_a_packed_body(made: Made) -> None:
+    cls: Any = transformers.BertForSequenceClassification
+    model = cls.from_pretrained(made("bert") / "packed")
+    assert isinstance(model.bert.encoder.layer[0].intermediate.dense, TernaryLinear)
+
+
+# --- saving ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if n != "deepseek_v3"])
+def test_saving_gives_back_the_same_tensors_and_records(
+    made: Made, tmp_path: Path, name: str
+) -> None:
+    folder = made(name)
+    ternarize.load(folder / "packed").save_pretrained(tmp_path / "saved")
+    assert same_tensors(folder / "packed", tmp_path / "saved")
+    assert packing.read_records(tmp_path / "saved") == packing.read_records(folder / "packed")
+    configs = [
+        json.loads((d / "config.json").read_text())["quantization_config"]
+        for d in (folder / "packed", tmp_path / "saved")
+    ]
+    assert configs[0] == configs[1]
+    again = ternarize.load(tmp_path / "saved")
+    expected = packing.output(ternarize.load(folder / "packed"))
+    assert torch.equal(packing.output(again), expected)
+
+
+def test_every_shard_of_a_saved_model_has_the_records(made: Made, tmp_path: Path) -> None:
+    folder = made("mixtral")
+    model = ternarize.load(folder / "packed")
+    model.save_pretrained(tmp_path / "saved", max_shard_size="40KB")
+    tables = packing.read_records(tmp_path / "saved")
+    assert len(tables) > 2 and all(table == tables[0] for table in tables)
+    assert same_tensors(folder / "packed", tmp_path / "saved")
+    assert torch.equal(packing.output(ternarize.load(tmp_path / "saved")), packing.output(model))
+
+
+def test_a_changed_tensor_is_saved_with_its_new_digest(made: Made, tmp_path: Path) -> None:
+    model: Any = ternarize.load(made("llama") / "packed")
+    with torch.no_grad():
+        model.model.norm.weight += 1
+        model.model.layers[0].mlp.up_proj.weight_scale *= 2
+    model.save_pretrained(tmp_path / "saved")
+    ternarize.load(tmp_path / "saved")
+    (saved,) = packing.read_records(tmp_path / "saved")
+    (before,) = packing.read_records(made("llama") / "packed")
+    changed = {name for name in saved if saved[name] != before[name]}
+    assert changed == {"model.norm.weight", "model.layers.0.mlp.up_proj.weight"}
+
+
+# --- back to an ordinary model -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_a_dequantized_model_is_an_ordinary_model(made: Made, tmp_path: Path, name: str) -> None:
+    folder = made(name)
+    expected = packing.output(ternarize.load(folder / "packed"))
+    model: Any = ternarize.load(folder / "packed", dequantize=True)
+    assert not any(isinstance(module, Packed) for module in model.modules())
+    assert not hasattr(model.config, "quantization_config")
+    model.save_pretrained(tmp_path / "saved")
+    source = packing.read_checkpoint(folder / "source")
+    saved = packing.read_checkpoint(tmp_path / "saved")
+    assert {n: (t.shape, t.dtype) for n, t in saved.items()} == {
+        n: (t.shape, t.dtype) for n, t in source.items()
+    }
+    again = packing.load_dense(tmp_path / "saved")
+    assert torch.allclose(packing.output(again), expected, atol=1e-2)
+
+
+def test_a_model_can_be_dequantized_after_loading(made: Made) -> None:
+    model: Any = ternarize.load(made("mixtral") / "packed", dtype=torch.float32)
+    expected = packing.output(model)
+    assert any(isinstance(module, TernaryExperts) for module in model.modules())
+    model.set_experts_implementation("eager")
+    assert torch.equal(packing.output(model.dequantize()), expected)
+    assert not any(isinstance(module, Packed) for module in model.modules())
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def flip_a_byte(directory: Path, name: str) -> None:
+    info = open_checkpoint(directory).tensors[name]
+    with (directory / info.file).open("r+b") as file:
+        file.seek(info.start + info.nbytes // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.mlp.down_proj.weight",
+        "model.norm.weight",
+        "model.layers.0.self_attn.q_proj.weight_scale",
+    ],
+)
+def test_a_flipped_bit_is_found_and_named(packed: Path, name: str) -> None:
+    flip_a_byte(packed, name)
+    with pytest.raises(FormatError, match=name.removesuffix("_scale")):
+        ternarize.load(packed)
+    ternarize.load(packed, verify=False)
+
+
+def test_a_missing_weight_is_never_made_up(packed: Path) -> None:
+    rewrite(packed, lambda t, r: (t.pop("model.norm.weight"), r.pop("model.norm.weight")))
+    with pytest.raises(FormatError, match="model.norm.weight: LlamaForCausalLM needs it"):
+        ternarize.load(packed)
+    with pytest.raises(FormatError, match="model.norm.weight"):
+        transformers.AutoModelForCausalLM.from_pretrained(packed)
+
+
+def test_a_missing_expert_is_never_made_up(made: Made, tmp_path: Path) -> None:
+    folder = copied(made("mixtral") / "packed", tmp_path / "packed")
+    name = "model.layers.0.block_sparse_moe.experts.3.w1.weight"
+
+    def drop(tensors: dict[str, Tensor], records: dict[str, Record]) -> None:
+        for key in (name, f"{name}_scale"):
+            del tensors[key]
+        del records[name]
+
+    rewrite(folder, drop)
+    with pytest.raises((FormatError, RuntimeError)):
+        ternarize.load(folder)
+
+
+def test_a_packed_weight_without_a_place_is_refused(packed: Path) -> None:
+    def rename(tensors: dict[str, Tensor], records: dict[str, Record]) -> None:
+        old, new = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.other.weight"
+        for end in ("", "_scale"):
+            tensors[new + end] = tensors.pop(old + end)
+        records[new] = records.pop(old)
+
+    rewrite(packed, rename)
+    with pytest.raises(FormatError, match="mlp.other.weight: is packed, but LlamaForCausalLM has"):
+        ternarize.load(packed)
+
+
+def test_weights_of_another_shape_are_refused(packed: Path) -> None:
+    edit_config(packed, lambda config: config.update(intermediate_size=128))
+    with pytest.raises(FormatError, match=r"is \[64, 136\]; .* is \[64, 128\] in a Linear"):
+        ternarize.load(packed)
+
+
+def test_a_flag_that_disagrees_with_the_model_is_refused(packed: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"  # 64 x 64: the shape alone cannot tell
+    rewrite(packed, lambda t, r: r.update({name: replace(r[name], transposed=True)}))
+    with pytest.raises(FormatError, match="64], transposed; .* which it does not fit"):
+        ternarize.load(packed)
+
+
+def repack(tensors: dict[str, Tensor], records: dict[str, Record], name: str, size: int) -> None:
+    """Give one packed tensor another group size."""
+    ternary = container.decode(tensors[name], tensors[f"{name}_scale"], records[name])
+    again = absmean(ternary.dequantize(), size)
+    tensors[name], tensors[f"{name}_scale"] = container.encode(again)
+    digest = container.digest(tensors[name], tensors[f"{name}_scale"])
+    records[name] = replace(records[name], group_size=size, sha256=digest)
+
+
+def test_fused_weights_must_agree_on_their_groups(made: Made, tmp_path: Path) -> None:
+    folder = copied(made("mixtral") / "packed", tmp_path / "packed")
+    name = "model.layers.0.block_sparse_moe.experts.2.w3.weight"
+    rewrite(folder, lambda t, r: repack(t, r, name, 64))
+    with pytest.raises(FormatError, match="fuses with it, has .*the same group size"):
+        ternarize.load(folder)
+
+
+def test_layers_that_are_not_fused_may_differ_in_their_groups(packed: Path) -> None:
+    rewrite(packed, lambda t, r: repack(t, r, "model.layers.0.mlp.up_proj.weight", -1))
+    mlp: Any = ternarize.load(packed).get_submodule("model.layers.0.mlp")
+    assert (mlp.up_proj.group_size, mlp.gate_proj.group_size) == (-1, 32)
+
+
+def test_fused_weights_are_packed_together_or_not_at_all(made: Made, tmp_path: Path) -> None:
+    folder = copied(made("mixtral") / "packed", tmp_path / "packed")
+    name = "model.layers.0.block_sparse_moe.experts.2.w3.weight"
+
+    def unpack(tensors: dict[str, Tensor], records: dict[str, Record]) -> None:
+        scale = tensors.pop(f"{name}_scale")
+        tensors[name] = container.decode(tensors[name], scale, records[name]).dequantize()
+        records[name] = Record(container.digest(tensors[name]))
+
+    rewrite(folder, unpack)
+    with pytest.raises(FormatError, match="experts.2.w3.weight: is not packed, but"):
+        ternarize.load(folder)
+
+
+def test_a_tied_weight_cannot_be_packed(made: Made, tmp_path: Path) -> None:
+    folder = copied(made("llama_tied") / "packed", tmp_path / "packed")
+
+    def pack(tensors: dict[str, Tensor], records: dict[str, Record]) -> None:
+        weight = tensors.pop("model.embed_tokens.weight")
+        stored = container.encode(absmean(weight, 32))
+        del records["model.embed_tokens.weight"]
+        tensors["lm_head.weight"], tensors["lm_head.weight_scale"] = stored
+        records["lm_head.weight"] = Record(container.digest(*stored), tuple(weight.shape), 32)
+
+    rewrite(folder, pack)
+    with pytest.raises(FormatError, match="lm_head.weight: is packed, but tied"):
+        ternarize.load(folder)
+
+
+def test_formats_from_the_future_are_refused(packed: Path) -> None:
+    edit_config(packed, lambda c: c["quantization_config"].update(format_version=2))
+    with pytest.raises(FormatError, match="format version 2; .* Install a newer ternarize"):
+        ternarize.load(packed)
+
+
+def test_what_is_no_packed_checkpoint_is_refused(made: Made, packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="no quantization_config"):
+        ternarize.load(made("llama") / "source")
+    edit_config(packed, lambda c: c["quantization_config"].update(quant_method="gptq"))
+    with pytest.raises(FormatError, match="quant_method 'gptq'; expected quant_method 'ternarize'"):
+        ternarize.load(packed)
+    (packed / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="no config.json"):
+        ternarize.load(packed)
+    with pytest.raises(CheckpointError, match="no such directory"):
+        ternarize.load(tmp_path / "absent" / "model")
+    with pytest.raises(CheckpointError, match="is a file"):
+        ternarize.load(packed / "model.safetensors")
+
+
+def test_an_architecture_that_transformers_does_not_know_is_refused(packed: Path) -> None:
+    edit_config(packed, lambda c: c.update(architectures=["NoSuchModel"]))
+    with pytest.raises(CheckpointError, match="no model class for architectures"):
+        ternarize.load(packed)
+    edit_config(packed, lambda c: c.update(model_type="no_such_model"))
+    with pytest.raises(CheckpointError, match="Install the version that the model needs"):
+        ternarize.load(packed)
+
+
+def test_plain_weights_under_a_packed_config_are_refused(made: Made, packed: Path) -> None:
+    source = made("llama") / "source" / "model.safetensors"
+    (packed / "model.safetensors").write_bytes(source.read_bytes())
+    with pytest.raises(FormatError, match="no 'ternarize' in its metadata"):
+        ternarize.load(packed)
+
+
+def test_a_damaged_digest_is_a_digest_error(packed: Path) -> None:
+    flip_a_byte(packed, "lm_head.weight")
+    with pytest.raises(DigestError, match="model.safetensors: lm_head.weight: its SHA-256"):
+        ternarize.load(packed)
+
+
+# --- importing -----------------------------------------------------------------------------------
+
+REGISTERED = """
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+assert "ternarize" in AUTO_QUANTIZER_MAPPING and "ternarize" in AUTO_QUANTIZATION_CONFIG_MAPPING
+import ternarize
+assert callable(ternarize.load) and ternarize.TernaryLinear and ternarize.TernarizeConfig
+"""
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import ternarize; import transformers",
+        "from transformers import PreTrainedModel; import ternarize",  # tables are filled already
+        "import ternarize.load, ternarize.plugin",
+    ],
+)
+def test_the_order_of_imports_does_not_matter(imports: str) -> None:
+    code = f"{imports}\n{REGISTERED}"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_importing_ternarize_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, ternarize\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'safetensors', 'huggingface_hub'}\n"
+        "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
