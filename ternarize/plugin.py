@@ -18,7 +18,7 @@ import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +98,11 @@ class Source:
 class TernarizeQuantizer(HfQuantizer):
     """Prepares a model of transformers for a packed checkpoint; see the module's docstring."""
 
-    # The companion of a weight goes through the same conversions (transformers >= 5.20; the
-    # patterns of earlier ones match it by themselves)
+    # The scales of a weight go through the same conversions (transformers >= 5.20; the patterns of
+    # earlier ones match them by themselves)
     serialized_names = {"weight": ["weight", "weight" + SCALE_SUFFIX]}
     quantization_config: TernarizeConfig
+    source_transposed: dict[str, bool]
 
     def __init__(self, quantization_config: TernarizeConfig, **kwargs: Any) -> None:
         if not kwargs.get("pre_quantized", True):
@@ -126,7 +127,8 @@ class TernarizeQuantizer(HfQuantizer):
             container.check(packed, records)
         names = list(packed.tensors)
         sources = _sources(packed, records)
-        _insert_modules(model, sources, names, self.quantization_config.activations or "none")
+        activations = self.quantization_config.activations or "none"
+        self.source_transposed = _insert_modules(model, sources, names, activations)
         _check_complete(model, names, self)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -141,7 +143,7 @@ class TernarizeQuantizer(HfQuantizer):
         """For save_pretrained: the metadata of the files that it is about to write."""
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # only the adapter is saved
-        return None, container.dump_metadata(_saved_records(model))
+        return None, container.dump_metadata(_saved_records(model, self.source_transposed))
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         """Replace ternary modules by what the architecture has in their place."""
@@ -159,6 +161,13 @@ class TernarizeQuantizer(HfQuantizer):
             elif isinstance(module, TernaryLinear):
                 _set_module(model, name, _dense_linear(module, dtype or model.dtype))
         return model
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        """Send scales through the conversions of tensors that are not called `weight`, too."""
+        leaves = (getattr(c, "_original_source_patterns", [""])[0] for c in weight_conversions)
+        names = {leaf.rpartition(".")[2] for leaf in leaves} | {"weight"}
+        self.serialized_names = {n: [n, n + SCALE_SUFFIX] for n in names if n.isidentifier()}
+        return super().update_weight_conversions(weight_conversions, model)
 
     def is_serializable(self) -> bool:
         return True
@@ -200,8 +209,11 @@ def _sources(packed: Checkpoint, records: Mapping[str, Record]) -> dict[str, Sou
 
 def _insert_modules(
     model: Any, sources: Mapping[str, Source], names: Iterable[str], activations: str
-) -> None:
-    """Put an empty ternary module wherever the checkpoint's packed tensors go."""
+) -> dict[str, bool]:
+    """Put an empty ternary module wherever the checkpoint's packed tensors go.
+
+    Returns for each packed parameter whether its source is transposed.
+    """
     places = _places(model, names)
     parameters = dict(model.named_parameters())
     targets: dict[str, list[Source]] = {}
@@ -237,10 +249,14 @@ def _insert_modules(
         _check_conversion(converters[target], parts)
         dtype = functools.reduce(torch.promote_types, (part.scale_dtype for part in parts))
         path, _, leaf = target.rpartition(".")
+        if any(map(_turns_if_needed, getattr(converters[target], "operations", ()))):
+            turned = bool(getattr(model.get_submodule(path), "is_transposed", False))
+            layout = replace(layout, transposed=turned)
         modules.setdefault(path, {})[leaf] = layout, _fused(converters[target]), dtype
     with torch.device("meta"):
         for path, packed_parameters in modules.items():
             _insert_module(model, path, packed_parameters, targets)
+    return {target: parts[0].record.transposed for target, parts in targets.items()}
 
 
 def _insert_module(
@@ -308,18 +324,34 @@ def _layout(record: Record, activations: str) -> Layout:
 
 
 # What transformers may do to packed tensors while it loads them: move rows, and nothing else
-_ROWWISE = ("MergeModulelist", "Concatenate", "Chunk", "Split", "Interleave", "PermuteForRope")
+_ROW_OPERATIONS = {"Chunk", "Concatenate", "Interleave", "PermuteForRope", "Split"}
 
 
-def is_rowwise(converter: Any) -> bool:
-    """Whether a conversion of transformers only moves whole rows, so that rows can be packed."""
-    names = [type(operation).__name__ for operation in converter.operations]
-    stacked = "MergeModulelist" in names
-    for name, operation in zip(names, converter.operations, strict=True):
-        largest = {"MergeModulelist": 0, "PermuteForRope": 0}.get(name, 1 if stacked else 0)
-        if name not in _ROWWISE or getattr(operation, "dim", 0) not in range(largest + 1):
+def is_rowwise(converter: Any, dims: int, transposed: bool) -> bool:
+    """Whether a conversion of transformers only moves whole rows, so that rows can be packed.
+
+    dims        of the tensor in the file
+    transposed  whether its source has columns where the packed tensor has rows
+    """
+    for operation in converter.operations:
+        kind = type(operation).__name__
+        if kind == "MergeModulelist" and operation.dim == 0:
+            dims += 1
+        elif _turns_if_needed(operation):
+            continue
+        elif kind not in _ROW_OPERATIONS or transposed:
+            return False
+        elif getattr(operation, "dim", 0) % dims == dims - 1:
             return False
     return True
+
+
+def _turns_if_needed(operation: Any) -> bool:
+    """Whether an operation transposes a tensor that is not yet as the model has it.
+
+    A packed tensor always is as the model has it: its rows are the rows that are multiplied.
+    """
+    return type(operation).__name__ == "Transpose" and getattr(operation, "check_dims", False)
 
 
 def _fused(converter: Any) -> int:
@@ -329,22 +361,22 @@ def _fused(converter: Any) -> int:
 
 
 def _check_conversion(converter: Any, parts: list[Source]) -> None:
-    if converter is None:
+    record, shape = parts[0].record, parts[0].record.shape
+    if converter is None or shape is None:
         return
-    part = parts[0]
-    if not is_rowwise(converter):
-        names = ", ".join(type(operation).__name__ for operation in converter.operations)
+    kinds = [type(operation).__name__ for operation in converter.operations]
+    if not is_rowwise(converter, len(shape), record.transposed):
         raise FormatError(
-            f"{part.file}: {part.name}: is packed, but the model's loading needs {names} on it, "
-            "which packed rows do not allow. Convert the model with --keep for this tensor."
+            f"{parts[0].file}: {parts[0].name}: is packed, but the model's loading needs "
+            f"{', '.join(kinds)} on it, which packed rows do not allow. "
+            "Convert the model with --keep for this tensor."
         )
-    if part.record.group_size == 0:
-        kinds = {type(operation).__name__ for operation in converter.operations}
-        unequal = any(other.record.shape != part.record.shape for other in parts)
-        if kinds - {"MergeModulelist", "Concatenate"} or unequal:
+    if record.group_size == 0:
+        cut = set(kinds) - {"MergeModulelist", "Concatenate", "Transpose"}
+        if cut or any(part.record.shape != shape for part in parts):
             raise FormatError(
-                f"{part.file}: {part.name}: has one scale for the whole tensor, but the model "
-                "cuts it, or fuses it with a tensor of another size. "
+                f"{parts[0].file}: {parts[0].name}: has one scale for the whole tensor, but the "
+                "model cuts it, or fuses it with a tensor of another size. "
                 "Convert the model with --group-size -1."
             )
 
@@ -419,7 +451,7 @@ def _check_complete(model: Any, names: Iterable[str], quantizer: Any) -> None:
 # --- after loading ----------------------------------------------------------------------------
 
 
-def _saved_records(model: Any) -> dict[str, Record]:
+def _saved_records(model: Any, transposed: Mapping[str, bool]) -> dict[str, Record]:
     """The record of each tensor that save_pretrained writes, under the name in the file."""
     tensors = _saved_tensors(model)
     layouts = {
@@ -436,7 +468,7 @@ def _saved_records(model: Any) -> dict[str, Record]:
                 container.digest(packed, scale),
                 (*packed.shape[:-1], layout.cols),
                 layout.group_size,
-                transposed=layout.transposed,
+                transposed=transposed[place.targets[0]],
             )
     scales = {name + SCALE_SUFFIX for name in records}
     kept = tensors.keys() - records.keys() - scales

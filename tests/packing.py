@@ -37,12 +37,13 @@ def packable(model: PreTrainedModel, names: list[str]) -> dict[str, bool]:
         parameter = parameters.get(target)
         if parameter is None or not re.search(r"\.\d+\.", target) or RAW.search(target):
             continue
-        if place.converter is not None and not is_rowwise(place.converter):
-            continue
         path, _, leaf = target.rpartition(".")
         module = model.get_submodule(path)
         experts = parameter.ndim == 3 and leaf.endswith("_proj")
         linear = leaf == "weight" and (type(module) is nn.Linear or isinstance(module, Conv1D))
+        converter = place.converter
+        if converter is not None and not is_rowwise(converter, parameter.ndim, False):
+            continue
         if experts or linear:
             in_first = getattr(module, "is_transposed", "Llama4" in type(module).__name__)
             found[name] = isinstance(module, Conv1D) or (experts and in_first)

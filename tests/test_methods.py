@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ternarize.errors import UsageError, WeightError
 from ternarize.methods import METHODS, absmean, itf, levels, twn
-from ternarize.methods.grouped import fixed_sum, group_sum, squared_error
+from ternarize.methods.grouped import distance, fixed_sum, group_sum
 from ternarize.tensor import Ternary
 
 Floats = npt.NDArray[np.float64]
@@ -232,8 +232,8 @@ def test_itf_has_no_larger_squared_error_than_twn(
 def test_itf_is_all_but_optimal_on_gaussian_weights(name: str) -> None:
     weight = make_weight("normal", 7, (200, 128), "F32")
     with engine(name):
-        error, _ = squared_error(weight, itf(weight, 128))
-        error_of_twn, _ = squared_error(weight, twn(weight, 128))
+        error, _, _ = distance(weight, itf(weight, 128))
+        error_of_twn, _, _ = distance(weight, twn(weight, 128))
     # the best k trits of a group are its k largest weights, and leave sum w^2 - (sum |w|)^2 / k
     magnitude = np.sort(np.abs(weight.double().numpy()))[:, ::-1]
     gain = np.cumsum(magnitude, 1) ** 2 / np.arange(1, 129)
@@ -604,9 +604,42 @@ def test_fixed_sum_does_not_depend_on_neighbours_or_threads() -> None:
         torch.set_num_threads(before)
 
 
-def test_squared_error_is_what_the_trits_leave() -> None:
+# ------------------------------------------------------------------------------------------------
+# How far the result is from the source
+
+
+@every_engine
+def test_the_distance_is_what_the_trits_leave(name: str) -> None:
     weight = torch.tensor([[1.0, -3.0, 0.5]])
     ternary = Ternary(
         torch.tensor([[1, -1, 0]], dtype=torch.int8), torch.tensor([[2.0]], dtype=torch.float64), -1
     )
-    assert squared_error(weight, ternary) == (1 + 1 + 0.25, 1 + 9 + 0.25)
+    with engine(name):
+        assert distance(weight, ternary) == (1 + 1 + 0.25, 1 + 9 + 0.25, 2)
+
+
+@settings(deadline=None, max_examples=60)
+@weights_of_any_kind
+def test_the_distance_is_the_same_number_on_both_engines(
+    shape: tuple[int, int], kind: str, flavour: str, group_size: int, seed: int
+) -> None:
+    weight = make_weight(flavour, seed, (2, *shape), kind)
+    found = []
+    for name in ENGINES:
+        with engine(name):
+            ternary = absmean(weight, group_size)
+            found.append(distance(weight, ternary))
+    assert found[0] == found[1]
+    error, energy, nonzero = found[0]
+    exact, dense = weight.double().numpy(), ternary.dequantize(torch.float64).numpy()
+    assert error == pytest.approx(math.fsum(((exact - dense) ** 2).flat), rel=1e-12)
+    assert energy == pytest.approx(math.fsum((exact**2).flat), rel=1e-12)
+    assert nonzero == np.count_nonzero(dense)
+
+
+@every_engine
+def test_the_distance_of_nothing_is_nothing(name: str) -> None:
+    for shape in ((0, 5), (2, 0, 5)):
+        with engine(name):
+            ternary = absmean(torch.zeros(shape), 2)
+            assert distance(torch.zeros(shape), ternary) == (0.0, 0.0, 0)
