@@ -29,7 +29,6 @@ test: venv
 
 lint: venv
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
 
 types: venv
 	$(BIN)/mypy

@@ -79,17 +79,14 @@ def levels(
     a weight is not finite. -0.0 counts as 0.
     """
 
-def distances(
-    weights: Array, kind: Kind, group_size: int, trits: Array, scales: Array, sums: Array,
-    threads: int
-) -> int:
+def distance(
+    weights: Array, kind: Kind, group_size: int, trits: Array, scales: Array, threads: int
+) -> tuple[float, float, int]:
     """Measure how far trits and scales, as `absmean` gave them, are from the weights.
 
-    weights, kind, group_size, trits, scales, threads  as in `absmean`
-    sums  (rows, 2) float64, written: of each row sum (w - scale trit)^2 and sum w^2, added in the
-          fixed order within each group, then over the groups
-
-    Returns the number of trits that are not zero.
+    Arguments as in `absmean`. Returns sum (w - scale trit)^2 and sum w^2, in the fixed order within
+    each group (in float32 within its blocks of 128), over the groups of a row and over the rows;
+    and the number of trits that are not zero.
     """
 
 def cpu() -> str:

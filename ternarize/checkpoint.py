@@ -167,9 +167,12 @@ def _broken(path: Path, what: str, expected: str) -> FormatError:
     return FormatError(f"{path.name}: {what}{expected}. The file is damaged: fetch it again.")
 
 
-def read_bytes(path: Path, start: int, nbytes: int) -> Tensor:
-    """`nbytes` bytes of a file from offset `start`, as uint8; FormatError if the file ends."""
-    buffer = torch.empty(nbytes, dtype=torch.uint8)
+def read_bytes(path: Path, start: int, nbytes: int, buffer: Tensor | None = None) -> Tensor:
+    """`nbytes` bytes of a file from offset `start`, as uint8; FormatError if the file ends.
+
+    buffer  memory to use, overwritten and part of the result: fresh pages cost as much as reading
+    """
+    buffer = torch.empty(nbytes, dtype=torch.uint8) if buffer is None else buffer[:nbytes]
     view = buffer.numpy().data
     done = 0
     with path.open("rb", buffering=0) as file:
@@ -221,15 +224,22 @@ class Checkpoint:
     metadata: dict[str, dict[str, str]] = field(default_factory=dict)  # of each safetensors file
     _pickles: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Elements [start, stop) of a tensor, flattened in row-major order, on the CPU."""
+    def read(
+        self, name: str, start: int = 0, stop: int | None = None, buffer: Tensor | None = None
+    ) -> Tensor:
+        """Elements [start, stop) of a tensor, flattened in row-major order, on the CPU.
+
+        buffer  bytes to read into (see `read_bytes`), if it is large enough
+        """
         info = self.tensors[name]
         stop = info.numel if stop is None else stop
         if info.file in self._pickles:
             return self._pickles[info.file][name].reshape(-1)[start:stop]
         dtype = DTYPES[info.dtype]
         offset, nbytes = info.start + start * dtype.itemsize, (stop - start) * dtype.itemsize
-        return read_bytes(self.directory / info.file, offset, nbytes).view(dtype)
+        if buffer is not None and buffer.numel() < nbytes:
+            buffer = None
+        return read_bytes(self.directory / info.file, offset, nbytes, buffer).view(dtype)
 
 
 def open_checkpoint(directory: Path, *, need_weights: bool = True) -> Checkpoint:

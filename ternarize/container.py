@@ -282,6 +282,12 @@ def _check_scales(scales: Tensor, used: Tensor, group_size: int) -> None:
     """scales: as stored; used (..., rows, groups): which groups have non-zero trits."""
     if group_size == 0:
         used = used.flatten(-2).any(-1)[..., None, None]
+    # non-negative floats are ordered like their bits, and infinity is the first that is not finite
+    integer = torch.int32 if scales.dtype == torch.float32 else torch.int16
+    bits = scales.contiguous().view(integer)
+    infinity = torch.tensor(torch.inf, dtype=scales.dtype).view(integer)
+    if bool(((bits >= 0) & (bits < infinity) & ((bits != 0) == used)).all()):
+        return
     values = scales.to(torch.float64)
     rules = (
         (~values.isfinite(), "is not finite"),

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import shutil
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
@@ -62,7 +63,6 @@ class Result:
 
     name: str
     sha256: str
-    source_sha256: str
     scale_dtype: str = ""
     group_size: int = 0
     lossless: bool = False
@@ -97,20 +97,15 @@ def convert_tensor(
 
 
 def _keep(source: Checkpoint, tensor: TensorPlan, write: Write) -> Result:
-    read_sha, stored_sha = hashlib.sha256(), hashlib.sha256()
-    dtype, done = DTYPES[tensor.dtype], 0
+    sha, dtype, done, buffer = hashlib.sha256(), DTYPES[tensor.dtype], 0, _buffer()
     for start, stop in tensor.pieces():
-        piece = source.read(tensor.name, start, stop)
-        data = byte_view(piece)
+        piece = source.read(tensor.name, start, stop, buffer)
         _check_finite(piece)
-        read_sha.update(memoryview(data.numpy()))
-        if piece.dtype != dtype:
-            data = byte_view(_cast(piece, dtype, tensor))
-            stored_sha.update(memoryview(data.numpy()))
+        data = byte_view(piece if piece.dtype == dtype else _cast(piece, dtype, tensor))
+        sha.update(memoryview(data.numpy()))
         write(tensor.name, done, data)
         done += data.numel()
-    cast = tensor.dtype != tensor.info.dtype
-    return Result(tensor.name, (stored_sha if cast else read_sha).hexdigest(), read_sha.hexdigest())
+    return Result(tensor.name, sha.hexdigest())
 
 
 def _cast(piece: Tensor, dtype: torch.dtype, tensor: TensorPlan) -> Tensor:
@@ -128,12 +123,10 @@ def _ternarize(
 ) -> Result:
     lossless = _is_ternary(source, tensor)
     method = METHODS[recipe.method]
-    read_sha, sha = hashlib.sha256(), hashlib.sha256()
+    sha, buffer = hashlib.sha256(), _buffer()
     all_scales, done, nonzero, error, energy = [], 0, 0, 0.0, 0.0
     for start, stop in tensor.pieces():
-        raw = source.read(tensor.name, start, stop)
-        read_sha.update(memoryview(byte_view(raw).numpy()))
-        weight = _logical(raw.to(device), tensor)
+        weight = _logical(source.read(tensor.name, start, stop, buffer).to(device), tensor)
         result = levels(weight, tensor.group_size) if lossless else None
         result = _representable(result or method(weight, tensor.group_size))
         packed = pack(result.trits, result.group_size, threads=1).cpu()
@@ -154,7 +147,7 @@ def _ternarize(
     sha.update(memoryview(byte_view(scales).numpy()))
     write(tensor.name + SCALE_SUFFIX, 0, byte_view(scales))
     return Result(
-        tensor.name, sha.hexdigest(), read_sha.hexdigest(), scale_dtype, tensor.group_size,
+        tensor.name, sha.hexdigest(), scale_dtype, tensor.group_size,
         lossless, nonzero, error, energy,
     )
 
@@ -182,6 +175,17 @@ def _is_ternary(source: Checkpoint, tensor: TensorPlan) -> bool:
         if exact:
             return True
     return False
+
+
+_buffers = threading.local()
+
+
+def _buffer() -> Tensor:
+    """This thread's memory for reading a piece of any dtype."""
+    if not hasattr(_buffers, "piece"):
+        _buffers.piece = torch.empty(PIECE * 8, dtype=torch.uint8)
+    piece: Tensor = _buffers.piece
+    return piece
 
 
 def _representable(ternary: Ternary) -> Ternary:
@@ -594,8 +598,8 @@ def make_record(
     work: Plan, shards: Sequence[Shard], results: Mapping[str, Result]
 ) -> dict[str, Any]:
     """The record of a conversion: what was done to what, tensor by tensor, and what came out."""
+    source = work.source
     tensors: dict[str, dict[str, Any]] = {}
-    source_sha = hashlib.sha256()
     for shard in shards:
         for t in shard.tensors:
             row: dict[str, Any] = {
@@ -606,7 +610,6 @@ def make_record(
             }
             if not t.tied_to:
                 result = results[t.name]
-                row["source_sha256"] = result.source_sha256
                 row["stored_bytes"] = sum(
                     math.prod(shape) * DTYPES[dtype].itemsize for _, dtype, shape in t.stored()
                 )
@@ -620,15 +623,13 @@ def make_record(
                         result.squared_error / result.energy if result.energy else 0.0, 6
                     )
             tensors[t.name] = row
-    for name in sorted(results):
-        source_sha.update(f"{name} {results[name].source_sha256}\n".encode())
     return {
         "format_version": FORMAT_VERSION,
         "tool": {"name": "ternarize", "version": __version__},
         "source": {
-            "sha256": source_sha.hexdigest(),
-            "parameters": sum(i.numel for i in work.source.tensors.values()),
-            "bytes": sum(i.nbytes for i in work.source.tensors.values()),
+            "files": {file: (source.directory / file).stat().st_size for file in source.files},
+            "parameters": sum(i.numel for i in source.tensors.values()),
+            "bytes": sum(i.nbytes for i in source.tensors.values()),
         },
         "recipe": asdict(work.recipe),
         "coverage": work.coverage(),

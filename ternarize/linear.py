@@ -123,10 +123,31 @@ class _Product(torch.autograd.Function):
         return grad @ _dense(packed, scale, ctx.layout, grad.dtype), None, None, grad_bias, None
 
 
-def _dense(packed: Tensor, scale: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
-    # Tensor parallelism cuts rows or whole groups: the scales say how many groups are left
-    cols = min(layout.cols, scale.shape[-1] * group_length(layout.cols, layout.group_size))
-    return codecs.dequantize(packed, scale, cols, layout.group_size, dtype)
+def _dense(packed: Any, scale: Any, layout: Layout, dtype: torch.dtype) -> Tensor:
+    if hasattr(packed, "to_local"):  # a DTensor, under tensor parallelism: each process its part
+        part = _dense(packed.to_local(), scale.to_local(), layout, dtype)
+        whole: Tensor = packed.from_local(part, packed.device_mesh, packed.placements)
+        return whole
+    return codecs.dequantize(packed, scale, _cols(scale, layout), layout.group_size, dtype)
+
+
+def _cols(scale: Tensor, layout: Layout) -> int:
+    """Columns of a packed tensor, or of the part of it that whole groups make up."""
+    return min(layout.cols, scale.shape[-1] * group_length(layout.cols, layout.group_size))
+
+
+def check_part(name: str, packed: Any, scale: Any, layout: Layout) -> None:
+    """Refuse a tensor that tensor parallelism has cut where it cannot be cut (UsageError)."""
+    if not hasattr(packed, "to_local"):
+        return
+    part, scales = packed.to_local(), scale.to_local()
+    width = codecs.packed_width(_cols(scales, layout), layout.group_size)
+    if layout.group_size <= 0 or part.shape[-1] != width or scales.shape[-2] != part.shape[-2]:
+        raise UsageError(
+            f"{name}: {layout.cols} columns with group_size {layout.group_size} cannot be cut for "
+            f"{packed.device_mesh.size()} processes; tensor parallelism needs whole groups in "
+            "each. Use fewer processes, or convert with a smaller group size."
+        )
 
 
 class Packed(nn.Module):

@@ -35,7 +35,7 @@ from ternarize.native import lib
 from ternarize.select import Choice, select, skeleton_shapes, tied, why_no_skeleton
 from ternarize.tensor import check_group_size
 
-PIECE = 1 << 20  # weights read, ternarized and written at a time by one thread
+PIECE = 1 << 21  # weights read, ternarized and written at a time by one thread
 RECORD = "ternarize.json"
 ACTIVATIONS = ("none", "int8")
 KEPT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

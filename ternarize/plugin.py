@@ -40,6 +40,7 @@ from ternarize.linear import (
     Packed,
     TernaryExperts,
     TernaryLinear,
+    check_part,
     dense_experts,
     ternary_experts,
 )
@@ -132,9 +133,11 @@ class TernarizeQuantizer(HfQuantizer):
         _check_complete(model, names, self)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        for _, module in _packed_modules(model):
-            for name in module.layouts:
-                getattr(module, name + SCALE_SUFFIX).requires_grad_(False)
+        for path, module in _packed_modules(model):
+            for name, layout in module.layouts.items():
+                packed, scale = getattr(module, name), getattr(module, name + SCALE_SUFFIX)
+                check_part(f"{path}.{name}", packed, scale, layout)
+                scale.requires_grad_(False)
         if self.quantization_config.dequantize:
             self._dequantize(model)
         return model
@@ -167,7 +170,8 @@ class TernarizeQuantizer(HfQuantizer):
         leaves = (getattr(c, "_original_source_patterns", [""])[0] for c in weight_conversions)
         names = {leaf.rpartition(".")[2] for leaf in leaves} | {"weight"}
         self.serialized_names = {n: [n, n + SCALE_SUFFIX] for n in names if n.isidentifier()}
-        return super().update_weight_conversions(weight_conversions, model)
+        base: Any = super()
+        return base.update_weight_conversions(weight_conversions, model)
 
     def is_serializable(self) -> bool:
         return True
@@ -246,7 +250,7 @@ def _insert_modules(
                 "model; only a weight of its own can be ternary. Set tie_word_embeddings to false."
             )
         layout = _common_layout(parts, activations)
-        _check_conversion(converters[target], parts)
+        _check_conversion(converters[target], parts, parameters[target])
         dtype = functools.reduce(torch.promote_types, (part.scale_dtype for part in parts))
         path, _, leaf = target.rpartition(".")
         if any(map(_turns_if_needed, getattr(converters[target], "operations", ()))):
@@ -360,10 +364,17 @@ def _fused(converter: Any) -> int:
     return len(converter.source_patterns) if "Concatenate" in names else 1
 
 
-def _check_conversion(converter: Any, parts: list[Source]) -> None:
+def _check_conversion(converter: Any, parts: list[Source], parameter: Tensor) -> None:
     record, shape = parts[0].record, parts[0].record.shape
     if converter is None or shape is None:
         return
+    weights = sum(math.prod(part.record.shape or ()) for part in parts)
+    if len(converter.target_patterns) == 1 and weights != parameter.numel():
+        raise FormatError(
+            f"{parts[0].file}: {parts[0].name}: with what the model fuses with it, {len(parts)} "
+            f"tensors of {weights} weights; the model has {parameter.numel()}. "
+            "The checkpoint is incomplete, or config.json belongs to another model."
+        )
     kinds = [type(operation).__name__ for operation in converter.operations]
     if not is_rowwise(converter, len(shape), record.transposed):
         raise FormatError(
@@ -485,6 +496,10 @@ def _saved_tensors(model: Any) -> dict[str, Tensor]:
     state = model.state_dict()
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
         state.pop(name, None)
+    state = {
+        name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        for name, tensor in state.items()
+    }
     state = remove_tied_weights_from_state_dict(state, model)
     state = {
         name: load_offloaded_parameter(model, name) if tensor.is_meta else tensor

@@ -22,17 +22,17 @@ from transformers.pytorch_utils import Conv1D
 from ternarize import container
 from ternarize.container import Record
 from ternarize.methods.absmean import absmean
-from ternarize.plugin import _places, is_rowwise
+from ternarize.plugin import _places, _turns_if_needed, is_rowwise
 
 # weights that the modules around them read raw, or cast their input to the dtype of
 RAW = re.compile(r"\.wo\.|mixer\.|router|\.gate\.")
 
 
-def packable(model: PreTrainedModel, names: list[str]) -> dict[str, bool]:
+def packable(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, bool]:
     """The linear weights and experts inside the model's blocks: {name in the file: transposed}."""
     parameters = dict(model.named_parameters())
     found = {}
-    for name, place in _places(model, names).items():
+    for name, place in _places(model, tensors).items():
         target = place.targets[0]
         parameter = parameters.get(target)
         if parameter is None or not re.search(r"\.\d+\.", target) or RAW.search(target):
@@ -46,6 +46,8 @@ def packable(model: PreTrainedModel, names: list[str]) -> dict[str, bool]:
             continue
         if experts or linear:
             in_first = getattr(module, "is_transposed", "Llama4" in type(module).__name__)
+            if converter is not None and any(map(_turns_if_needed, converter.operations)):
+                in_first = tensors[name].shape != parameter.shape
             found[name] = isinstance(module, Conv1D) or (experts and in_first)
     return found
 
@@ -88,7 +90,7 @@ def pack_checkpoint(
     scale_dtypes  scales of tensors whose name ends with the key are stored as the given dtype
     """
     tensors = read_checkpoint(source)
-    chosen = packable(skeleton(source), sorted(tensors))
+    chosen = packable(skeleton(source), tensors)
     stored: dict[str, Tensor] = {}
     records: dict[str, Record] = {}
     for name, tensor in tensors.items():

@@ -3,6 +3,7 @@
 import copy
 import io
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from ternarize.linear import (
     PackedMatrix,
     TernaryExperts,
     TernaryLinear,
+    check_part,
     dense_experts,
     int8_product,
     ternary_experts,
@@ -123,6 +125,38 @@ def test_it_compiles_into_one_graph() -> None:
 def test_unknown_activations_are_refused() -> None:
     with pytest.raises(UsageError, match="activations: 'int4'; expected one of none, int8"):
         filled(8, 20, activations="int4")
+
+
+class Part:
+    """A tensor of which this process holds a part, as tensor parallelism cuts it."""
+
+    def __init__(self, part: Tensor) -> None:
+        self.part, self.device_mesh = part, SimpleNamespace(size=lambda: 2)
+
+    def to_local(self) -> Tensor:
+        return self.part
+
+
+@pytest.mark.parametrize(
+    ("group_size", "packed", "scale", "fits"),
+    [
+        (32, (24, 14), (24, 2), True),  # two of four groups
+        (32, (12, 28), (12, 4), True),  # half of the rows
+        (64, (24, 13), (24, 1), True),
+        (128, (24, 13), (24, 1), False),  # half of the only group
+        (-1, (24, 13), (24, 1), False),
+        (0, (12, 26), (1, 1), False),
+    ],
+)
+def test_parts_of_whole_groups_alone_can_be_read(
+    group_size: int, packed: tuple[int, int], scale: tuple[int, int], fits: bool
+) -> None:
+    part, scales = Part(torch.zeros(packed, dtype=torch.uint8)), Part(torch.zeros(scale))
+    if fits:
+        check_part("mlp.weight", part, scales, Layout(128, group_size))
+        return
+    with pytest.raises(UsageError, match="mlp.weight: 128 columns .* needs whole groups in each"):
+        check_part("mlp.weight", part, scales, Layout(128, group_size))
 
 
 # --- gradients, for adapters trained on top ----------------------------------------------------

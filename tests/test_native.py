@@ -584,10 +584,12 @@ def test_levels_of_many_rows(threads: int, group_size: int) -> None:
     assert run_method("levels", weights, "BF16", group_size, threads)[0] == 0
 
 
-def test_levels_of_infinity_alone_is_not_finite() -> None:
-    weights = torch.full((2, 130), float("inf"), dtype=torch.float16)
+@every_kind
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_levels_of_one_value_that_is_not_finite(kind: str, value: float) -> None:
+    weights = torch.full((2, 130), value, dtype=DTYPES[kind])
     for group_size in (0, -1, 128):
-        assert run_method("levels", weights, "F16", group_size)[0] == 0
+        assert run_method("levels", weights, kind, group_size)[0] == 0
 
 
 # ------------------------------------------------------------------------------------------------

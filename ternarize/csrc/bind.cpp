@@ -153,26 +153,22 @@ int64_t bind_levels(Dense<nb::ro> weights, const std::string& kind_name, int64_t
              : levels_tensor(kind, x, weights.data(), trits.data(), scales.data(), threads);
 }
 
-int64_t bind_distances(Dense<nb::ro> weights, const std::string& kind_name, int64_t group_size,
-                       In<int8_t> trits, In<double> scales, Out<double> sums, int threads) {
+nb::tuple bind_distance(Dense<nb::ro> weights, const std::string& kind_name, int64_t group_size,
+                        In<int8_t> trits, In<double> scales, int threads) {
   const Kind kind = kind_of(kind_name);
   const Layout x = layout_of_matrix(weights, group_size);
   const int64_t scale_rows = group_size != 0 ? x.rows : 1;
   expect_kind("weights", weights, kind);
   expect("trits", trits, x.rows, x.cols);
   expect("scales", scales, scale_rows, group_size != 0 ? x.groups : 1);
-  expect("sums", sums, x.rows, 2);
   std::vector<Distance> rows(static_cast<size_t>(x.rows));
-  nb::gil_scoped_release unlocked;
-  distances(kind, x, weights.data(), trits.data(), scales.data(), scale_rows,
-            rows.data(), threads);
-  int64_t nonzero = 0;
-  for (int64_t row = 0; row < x.rows; ++row) {
-    sums.data()[2 * row] = rows[static_cast<size_t>(row)].error;
-    sums.data()[2 * row + 1] = rows[static_cast<size_t>(row)].energy;
-    nonzero += rows[static_cast<size_t>(row)].nonzero;
+  Distance sum;
+  {
+    nb::gil_scoped_release unlocked;
+    sum = distance(kind, x, weights.data(), trits.data(), scales.data(), scale_rows, rows.data(),
+                   threads);
   }
-  return nonzero;
+  return nb::make_tuple(sum.error, sum.energy, sum.nonzero);
 }
 
 std::string bind_cpu() { return kernels().name; }
@@ -211,9 +207,9 @@ NB_MODULE(_native, m) {
   method("twn", bind_ternarize<Method::Twn>);
   method("itf", bind_ternarize<Method::Itf>);
   method("levels", bind_levels);
-  m.def("distances", bind_distances, nb::arg("weights").noconvert(), nb::arg("kind"),
+  m.def("distance", bind_distance, nb::arg("weights").noconvert(), nb::arg("kind"),
         nb::arg("group_size"), nb::arg("trits").noconvert(), nb::arg("scales").noconvert(),
-        nb::arg("sums").noconvert(), nb::arg("threads"));
+        nb::arg("threads"));
   m.def("cpu", bind_cpu);
   m.def("cpus", bind_cpus);
   m.def("use_cpu", bind_use_cpu, nb::arg("name"));

@@ -169,13 +169,17 @@ bool levels(Kind kind, const Layout& x, const void* weights, int8_t* trits, doub
          });
 }
 
-void distances(Kind kind, const Layout& x, const void* weights, const int8_t* trits,
-               const double* scales, int64_t scale_rows, Distance* distances, int threads) {
-  if (x.rows == 0) return;
+Distance distance(Kind kind, const Layout& x, const void* weights, const int8_t* trits,
+                  const double* scales, int64_t scale_rows, Distance* rows, int threads) {
+  if (x.rows == 0) return {0.0, 0.0, 0};
   parallel_for(x, threads, [&](int, int64_t first, int64_t last) {
-    kernels().distances(kind, x, first, last, weights, trits, scales, x.rows / scale_rows,
-                        distances);
+    kernels().distances(kind, x, first, last, weights, trits, scales, x.rows / scale_rows, rows);
   });
+  int64_t nonzero = 0;
+  for (int64_t row = 0; row < x.rows; ++row) nonzero += rows[row].nonzero;
+  constexpr int64_t kStride = sizeof(Distance) / sizeof(double);
+  return {kernels().fixed_sum(&rows->error, x.rows, kStride),
+          kernels().fixed_sum(&rows->energy, x.rows, kStride), nonzero};
 }
 
 // The steps of method_scale in kernels.inc, each a pass over the tensor.

@@ -27,8 +27,9 @@ int64_t ternarize(Method, Kind, const Layout&, const void* weights, int8_t* trit
                   int threads);
 bool levels(Kind, const Layout&, const void* weights, int8_t* trits, double* scales, int threads);
 
-void distances(Kind, const Layout&, const void* weights, const int8_t* trits, const double* scales,
-               int64_t scale_rows, Distance* distances, int threads);
+// Of the whole matrix; `rows` is scratch for one Distance per row.
+Distance distance(Kind, const Layout&, const void* weights, const int8_t* trits,
+                  const double* scales, int64_t scale_rows, Distance* rows, int threads);
 
 // One scale for the matrix. `totals` is scratch for one Total per row.
 int64_t ternarize_tensor(Method, Kind, const Layout&, const void* weights, int8_t* trits,

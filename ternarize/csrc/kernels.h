@@ -97,7 +97,7 @@ struct Kernels {
   double (*first_magnitude)(Kind, const Layout&, const void* weights);
 
   // Each row's distance, of what `ternarize` gave. Row r has the scales of row r / rows_per_scale.
-  // Sums are in the fixed order within each group, and of the groups of a row.
+  // Sums are in the fixed order, in float within blocks of 128 and in double above.
   void (*distances)(Kind, const Layout&, int64_t first, int64_t last, const void* weights,
                     const int8_t* trits, const double* scales, int64_t rows_per_scale,
                     Distance* distances);

@@ -24,20 +24,24 @@ _BLOCK = 128
 Rule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+def sum_blocks(values: Tensor) -> Tensor:
+    """Sums of the blocks of 128 along the last dimension, in the dtype of `values`."""
+    size = values.shape[-1]
+    values = torch.nn.functional.pad(values, (0, -size % _BLOCK if size else _BLOCK))
+    values = values.unflatten(-1, (-1, _BLOCK))
+    half = _BLOCK // 2
+    while half:
+        values = values[..., :half] + values[..., half : 2 * half]
+        half //= 2
+    return values.squeeze(-1)
+
+
 def fixed_sum(values: Tensor) -> Tensor:
     """Sum over the last dimension in float64, always in the same order (module docstring)."""
-    values = values.to(torch.float64)
-    while True:
-        size = values.shape[-1]
-        values = torch.nn.functional.pad(values, (0, -size % _BLOCK if size else _BLOCK))
-        values = torch.unflatten(values, -1, (-1, _BLOCK))
-        half = _BLOCK // 2
-        while half:
-            values = values[..., :half] + values[..., half : 2 * half]
-            half //= 2
-        values = values.squeeze(-1)
-        if values.shape[-1] == 1:
-            return values.squeeze(-1)
+    values = sum_blocks(values.to(torch.float64))
+    while values.shape[-1] > 1:
+        values = sum_blocks(values)
+    return values.squeeze(-1)
 
 
 def group_sum(values: Tensor) -> Tensor:
@@ -103,13 +107,10 @@ def run_native(
     grid = (1, 1) if group_size == 0 else (rows, group_count(cols, group_size))
     trits = torch.empty(weight.shape, dtype=torch.int8)
     scales = torch.zeros((*weight.shape[:-2], *grid), dtype=torch.float64)
-    bits = weight.contiguous()
-    if bits.dtype != torch.float32:
-        bits = bits.view(torch.uint16)
     if weight.numel() == 0:
         return Ternary(trits, scales, group_size), []
     matrices = zip(
-        bits.view(-1, rows, cols), trits.view(-1, rows, cols), scales.view(-1, *grid), strict=True
+        _bits(weight).view(-1, rows, cols), trits.view(-1, rows, cols), scales.view(-1, *grid), strict=True
     )
     kind = KINDS[weight.dtype]
     # one thread: a conversion works on several tensors at once
@@ -120,39 +121,31 @@ def run_native(
 def distance(weight: Tensor, ternary: Ternary) -> tuple[float, float, int]:
     """How far a ternary tensor is from the weights it was made of.
 
-    Returns sum (w - scale trit)^2, sum w^2 (float64, added in the same order on every machine:
-    within each group, over the groups of a row, over the rows), and the number of nonzero trits.
+    Returns sum (w - scale trit)^2, sum w^2 (added in the same order on every machine: within each
+    group, over the groups of a row, over the rows; in float32 within blocks of 128, since this is
+    a figure for people), and the number of nonzero trits.
     """
-    rows = weight.numel() // max(1, weight.shape[-1])
-    if lib is not None and weight.device.type == "cpu" and weight.dtype in KINDS and rows:
-        return _native_distance(weight, ternary)
-    magnitude = split_groups(weight.abs().to(torch.float64), ternary.group_size)
+    native = lib is not None and weight.device.type == "cpu" and weight.dtype in KINDS
+    if native and weight.dim() == 2:
+        assert lib is not None
+        measured: tuple[float, float, int] = lib.distance(
+            _bits(weight), KINDS[weight.dtype], ternary.group_size, ternary.trits, ternary.scales, 1
+        )
+        return measured
+    magnitude = split_groups(weight.abs().to(torch.float32), ternary.group_size)
     used = split_groups(ternary.trits != 0, ternary.group_size)
-    missed = magnitude - used * ternary.scales.unsqueeze(-1)
+    missed = magnitude - used * ternary.scales.to(torch.float32).unsqueeze(-1)
     error, energy = (
-        float(fixed_sum(fixed_sum(fixed_sum(squares)).flatten()))
+        float(fixed_sum(fixed_sum(fixed_sum(sum_blocks(squares))).flatten()))
         for squares in (missed * missed, magnitude * magnitude)
     )
     return error, energy, int(ternary.trits.count_nonzero())
 
 
-def _native_distance(weight: Tensor, ternary: Ternary) -> tuple[float, float, int]:
-    assert lib is not None
-    rows, cols = weight.shape[-2:]
-    bits = weight.contiguous()
-    bits = bits if bits.dtype == torch.float32 else bits.view(torch.uint16)
-    sums = torch.empty((weight.numel() // cols, 2), dtype=torch.float64)
-    nonzero = 0
-    for matrix, trits, scales, out in zip(
-        bits.view(-1, rows, cols),
-        ternary.trits.view(-1, rows, cols),
-        ternary.scales.reshape(-1, *ternary.scales.shape[-2:]),
-        sums.view(-1, rows, 2),
-        strict=True,
-    ):
-        kind = KINDS[weight.dtype]
-        nonzero += lib.distances(matrix, kind, ternary.group_size, trits, scales, out, 1)
-    return float(fixed_sum(sums[:, 0])), float(fixed_sum(sums[:, 1])), nonzero
+def _bits(weight: Tensor) -> Tensor:
+    """A dense weight as the native code takes it: float32, or the bits of 16-bit floats."""
+    dense = weight.contiguous()
+    return dense if dense.dtype == torch.float32 else dense.view(torch.uint16)
 
 
 def _not_finite(weight: Tensor) -> WeightError:
