@@ -24,9 +24,7 @@ from ternarize.evaluate import evaluate
 from ternarize.plan import Recipe
 from ternarize.report import inspect
 
-VARIANTS = [
-    ("absmean", 0), ("absmean", 128), ("twn", 128), ("itf", 256), ("itf", 128), ("itf", 64)
-]
+VARIANTS = [("absmean", 0), ("absmean", 128), ("twn", 128), ("itf", 256), ("itf", 128), ("itf", 64)]
 MAX_TOKENS, SEQ_LEN = 60_000, 256
 MEASURES = {"perplexity": ".2f", "kl_divergence": ".4f", "top1_agreement": ".4f"}
 
@@ -38,7 +36,10 @@ def measure(data: Path, method: str, group_size: int) -> dict[str, Any]:
         convert(data / "lm", output, Recipe(method=method, group_size=group_size))
         bpw = inspect(output)["totals"]["ternary_bpw"]
         result = evaluate(
-            output, source=data / "lm", text=data / "text" / "eval.txt", seq_len=SEQ_LEN,
+            output,
+            source=data / "lm",
+            text=data / "text" / "eval.txt",
+            seq_len=SEQ_LEN,
             max_tokens=MAX_TOKENS,
         )
     return {"method": method, "group_size": group_size, "bpw": bpw} | {

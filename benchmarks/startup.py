@@ -1,6 +1,6 @@
 """Start-up: `ternarize --help`, and what `import ternarize` adds to `import transformers`.
 
-    python benchmarks/startup.py [--repeats 11] [--json F]
+python benchmarks/startup.py [--repeats 11] [--json F]
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Synthetic LLaMA-shaped checkpoints in BF16, written shard by shard: real sizes, random weights."""
+"""Synthetic LLaMA-shaped checkpoints in BF16: real sizes, random weights, a shard at a time."""
 
 import json
 import math
@@ -41,7 +41,9 @@ def write_llama(directory: Path, layers: int, layers_per_shard: int = 16) -> int
             for name, shape in _layer_shapes().items():
                 tensors[prefix + name] = _normal(shape, generator)
         single = shards == 1
-        file = "model.safetensors" if single else f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        file = (
+            "model.safetensors" if single else f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        )
         save_file(tensors, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(t.nbytes for t in tensors.values())

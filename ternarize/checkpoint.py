@@ -143,18 +143,25 @@ def _entry(path: Path, name: str, value: Any) -> Entry:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise _broken(path, f"{name} has dtype {dtype!r}", f"expected one of {', '.join(DTYPES)}")
     if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
-        raise _broken(path, f"{name} has shape {shape} and data_offsets {offsets}",
-                      "expected non-negative integers")
+        raise _broken(
+            path,
+            f"{name} has shape {shape} and data_offsets {offsets}",
+            "expected non-negative integers",
+        )
     size = DTYPES[dtype].itemsize
     for n in shape:
         size *= max(1, n)
         if size >= 2**63:  # at once: the product of a million numbers would take hours
-            raise _broken(path, f"{name} has shape {str(shape):.80}",
-                          "expected a size below 2^63 bytes")
+            raise _broken(
+                path, f"{name} has shape {str(shape):.80}", "expected a size below 2^63 bytes"
+            )
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != nbytes:
-        raise _broken(path, f"{name} has {offsets[1] - offsets[0]} bytes",
-                      f"expected {nbytes} for {dtype} {shape}")
+        raise _broken(
+            path,
+            f"{name} has {offsets[1] - offsets[0]} bytes",
+            f"expected {nbytes} for {dtype} {shape}",
+        )
     return Entry(dtype, tuple(shape), offsets[0], nbytes)
 
 
@@ -180,8 +187,11 @@ def read_bytes(path: Path, start: int, nbytes: int, buffer: Tensor | None = None
         while done < nbytes:
             count = file.readinto(view[done:])
             if not count:
-                raise _broken(path, f"it ends at byte {start + done}",
-                              f"data was expected up to {start + nbytes}")
+                raise _broken(
+                    path,
+                    f"it ends at byte {start + done}",
+                    f"data was expected up to {start + nbytes}",
+                )
             done += count
     return buffer
 

@@ -76,9 +76,10 @@ def command(function: Command) -> Command:
             err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
             raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
         except KeyboardInterrupt:
-            err.print("interrupted" + (
-                "; the same command goes on from here" if function.__name__ == "convert" else ""
-            ))
+            err.print(
+                "interrupted"
+                + ("; the same command goes on from here" if function.__name__ == "convert" else "")
+            )
             raise typer.Exit(130) from None
 
     app.command(name=function.__name__.rstrip("_"))(run)
@@ -147,8 +148,12 @@ def convert(
     from ternarize.plan import Recipe, plan
 
     recipe = Recipe(
-        method.value, group_size, tuple(keep or ()), tuple(include or ()),
-        dtype.value if dtype else None, activations.value,
+        method.value,
+        group_size,
+        tuple(keep or ()),
+        tuple(include or ()),
+        dtype.value if dtype else None,
+        activations.value,
     )
     if dry_run:
         _print_plan(plan(model, recipe, config_only=True), as_json)
@@ -348,7 +353,10 @@ def _progress(what: str, quiet: bool) -> Iterator[Callable[[int, int, str], None
         yield None
         return
     columns = (
-        TextColumn(what), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
+        TextColumn(what),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
         TextColumn("{task.description}"),
     )
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
@@ -419,8 +427,13 @@ def _print_tensors(report: dict[str, Any]) -> None:
             continue
         error = row["relative_error"]
         grid.add_row(
-            escape(row["name"]), shape, row["method"] or "?", str(row["group_size"]),
-            f"{row['bpw']:.3f}", f"{row['sparsity']:.3f}", "?" if error is None else f"{error:.4f}",
+            escape(row["name"]),
+            shape,
+            row["method"] or "?",
+            str(row["group_size"]),
+            f"{row['bpw']:.3f}",
+            f"{row['sparsity']:.3f}",
+            "?" if error is None else f"{error:.4f}",
         )
     _out().print(grid)
 
@@ -468,4 +481,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -35,7 +35,7 @@ KEY = "ternarize"  # in __metadata__, and the quant_method in config.json
 CODEC = "base3"
 SCALE_SUFFIX = "_scale"
 SCALE_DTYPES = ("F16", "BF16", "F32")  # tried in this order
-CHUNK = 1 << 20  # bytes read and hashed at a time: stays in a core's cache
+CHUNK = 1 << 21  # bytes read and hashed at a time
 
 _TERNARY_MEMBERS = {"shape", "group_size", "codec", "transposed"}
 _F16_NORMAL = (2.0**-14, 65504.0)  # below, float16 loses digits; above, it is infinite
@@ -90,8 +90,10 @@ def store_scales(scales: Tensor, *, exact: bool = False) -> Tensor:
         half = torch.from_numpy(scales.cpu().numpy().astype(np.float16))  # torch rounds twice here
     candidates = (half, scales.to(torch.bfloat16), single)
     if exact:
-        return next((c for c in candidates if torch.equal(c.to(torch.float64), scales.cpu())),
-                    candidates[-1])
+        return next(
+            (c for c in candidates if torch.equal(c.to(torch.float64), scales.cpu())),
+            candidates[-1],
+        )
     positive = scales[scales > 0]
     if positive.numel() == 0:
         return half

@@ -102,7 +102,7 @@ def _keep(source: Checkpoint, tensor: TensorPlan, write: Write) -> Result:
         piece = source.read(tensor.name, start, stop, buffer)
         _check_finite(piece)
         data = byte_view(piece if piece.dtype == dtype else _cast(piece, dtype, tensor))
-        sha.update(memoryview(data.numpy()))
+        sha.update(data.numpy().data)
         write(tensor.name, done, data)
         done += data.numel()
     return Result(tensor.name, sha.hexdigest())
@@ -130,7 +130,7 @@ def _ternarize(
         result = levels(weight, tensor.group_size) if lossless else None
         result = _representable(result or method(weight, tensor.group_size))
         packed = pack(result.trits, result.group_size, threads=1).cpu()
-        sha.update(memoryview(packed.numpy()))
+        sha.update(packed.numpy().data)
         write(tensor.name, done, packed)
         done += packed.numel()
         all_scales.append(result.scales.reshape(-1).cpu())
@@ -144,11 +144,17 @@ def _ternarize(
     scale_dtype = DTYPE_NAMES[scales.dtype]
     if scales.dtype.itemsize != DTYPES[tensor.scale_dtype].itemsize:
         raise Relayout(tensor.name, tensor.group_size, scale_dtype)
-    sha.update(memoryview(byte_view(scales).numpy()))
+    sha.update(byte_view(scales).numpy().data)
     write(tensor.name + SCALE_SUFFIX, 0, byte_view(scales))
     return Result(
-        tensor.name, sha.hexdigest(), scale_dtype, tensor.group_size,
-        lossless, nonzero, error, energy,
+        tensor.name,
+        sha.hexdigest(),
+        scale_dtype,
+        tensor.group_size,
+        lossless,
+        nonzero,
+        error,
+        energy,
     )
 
 
@@ -372,12 +378,9 @@ class _Conversion:
             ThreadPoolExecutor(self.threads) as pool,
         ):
             try:
-                sealing = []
                 for index in range(len(self.shards)):
                     self._convert_shard(index, pool)
-                    sealing.append(pool.submit(self._seal, self.shards[index]))
-                for future in sealing:
-                    future.result()
+                    self._seal(self.shards[index])
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
@@ -387,9 +390,17 @@ class _Conversion:
                 f"{self.work.source.directory}: its files changed during the conversion; expected "
                 "a source at rest. Convert it again."
             )
-        packed = open_files(self.partial, [shard.file for shard in self.shards])
-        container.check(packed, container.records_of(packed), threads=self.threads)
+        with ThreadPoolExecutor(1) as disk:  # the disk works while the processors check
+            synced = disk.submit(self._sync_shards)
+            packed = open_files(self.partial, [shard.file for shard in self.shards])
+            container.check(packed, container.records_of(packed), threads=self.threads)
+            synced.result()
         return record
+
+    def _sync_shards(self) -> None:
+        for shard in self.shards:
+            with (self.partial / shard.file).open("r+b") as file:
+                os.fsync(file.fileno())
 
     # journal: one line of identity, then a line for each tensor that is done and for each change
     # of layout. A line counts only if the bytes in the shard have the digest that it says.
@@ -445,7 +456,7 @@ class _Conversion:
                     for at in range(0, entry.nbytes, PIECE):
                         size = min(PIECE, entry.nbytes - at)
                         piece = read_bytes(path, base + entry.start + at, size)
-                        sha.update(memoryview(piece.numpy()))
+                        sha.update(piece.numpy().data)
             if not complete or sha.hexdigest() != result.sha256:
                 del self.results[tensor.name]
 
@@ -491,9 +502,7 @@ class _Conversion:
                 file.seek(base + layout[name].start + offset)
                 _write_all(file, data)
 
-            return convert_tensor(
-                self.work.source, tensor, self.work.recipe, write, self.device
-            )
+            return convert_tensor(self.work.source, tensor, self.work.recipe, write, self.device)
 
     def _collect(self, futures: dict[Future[Result], TensorPlan]) -> Relayout | None:
         change = None
@@ -523,7 +532,9 @@ class _Conversion:
 
     def _bytes_done(self) -> int:
         return sum(
-            t.info.nbytes for s in self.shards for t in s.tensors
+            t.info.nbytes
+            for s in self.shards
+            for t in s.tensors
             if t.tied_to or t.name in self.results
         )
 
@@ -533,7 +544,7 @@ class _Conversion:
         }
 
     def _seal(self, shard: Shard) -> None:
-        """Write the header of a shard whose data is complete, and bring the file to the disk."""
+        """Write the header of a shard whose data is complete."""
         tensors = tuple(
             replace(t, scale_dtype=self.results[t.name].scale_dtype or t.scale_dtype)
             if not t.tied_to
@@ -545,8 +556,6 @@ class _Conversion:
         assert len(header) <= length
         with (self.partial / shard.file).open("r+b") as file:
             file.write(length.to_bytes(8, "little") + header.ljust(length))
-            file.flush()
-            os.fsync(file.fileno())
 
     def _write_small_files(self) -> dict[str, Any]:
         directory = self.work.source.directory
@@ -563,9 +572,7 @@ class _Conversion:
         return record
 
     def _index(self) -> dict[str, Any]:
-        weight_map = {
-            name: shard.file for shard in self.shards for name in sorted(shard.layout())
-        }
+        weight_map = {name: shard.file for shard in self.shards for name in sorted(shard.layout())}
         layouts = [shard.layout().values() for shard in self.shards]
         return {
             "metadata": {
@@ -619,9 +626,7 @@ def make_record(
                     row["group_size"] = result.group_size
                     row["bpw"] = round(row["stored_bytes"] * 8 / size, 4)
                     row["sparsity"] = round(1 - result.nonzero / size, 6)
-                    row["relative_error"] = round(
-                        result.squared_error / result.energy if result.energy else 0.0, 6
-                    )
+                    row["relative_error"] = _relative_error(result)
             tensors[t.name] = row
     return {
         "format_version": FORMAT_VERSION,
@@ -635,6 +640,15 @@ def make_record(
         "coverage": work.coverage(),
         "tensors": tensors,
     }
+
+
+def _relative_error(result: Result) -> float | None:
+    """sum (w - scale trit)^2 / sum w^2; None where the squares leave the range of float32."""
+    if not (math.isfinite(result.squared_error) and math.isfinite(result.energy)):
+        return None
+    if result.energy == 0:
+        return None if result.nonzero else 0.0
+    return round(result.squared_error / result.energy, 6)
 
 
 def _stamps(source: Checkpoint) -> list[list[Any]]:
@@ -653,7 +667,7 @@ def _reserve(path: Path, size: int) -> None:
 
 
 def _write_all(file: FileIO, data: Tensor) -> None:
-    view, done = memoryview(data.numpy()), 0
+    view, done = data.numpy().data, 0
     while done < len(view):
         done += file.write(view[done:])
 

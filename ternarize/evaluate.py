@@ -48,7 +48,11 @@ LOGITS_BYTES = 256 << 20
 MAX_BATCH = 16
 
 TOKENIZER_FILES = (
-    "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json"
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
 )
 
 Model = Any  # transformers' annotations do not describe its own models' methods
@@ -421,8 +425,11 @@ class _Checkpoint:
         options: dict[str, Any] = {"device_map": device} if device == "auto" else {}
         with _reading(self.directory):
             model, info = self.model_class.from_pretrained(
-                self.directory, dtype=dtype or "auto", output_loading_info=True,
-                trust_remote_code=False, **options,
+                self.directory,
+                dtype=dtype or "auto",
+                output_loading_info=True,
+                trust_remote_code=False,
+                **options,
             )
         # transformers fills what is missing with random numbers; only a pooler is not used here
         missing = sorted(name for name in info["missing_keys"] if "pooler" not in name.split("."))

@@ -364,7 +364,8 @@ _COPIED = (".json", ".jsonl", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".
 
 def _small_files(directory: Path) -> tuple[list[str], list[str]]:
     """Files to copy byte for byte (tokenizer, generation config, ...), and what is left out."""
-    copied, left_out = [], []
+    copied: list[str] = []
+    left_out: list[str] = []
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
         top = "/" not in name

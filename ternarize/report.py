@@ -56,8 +56,13 @@ def _row(packed: Checkpoint, name: str, record: Record, said: dict[str, Any]) ->
     info = packed.tensors[name]
     if record.shape is None:
         return {
-            "name": name, "kind": "kept", "shape": list(info.shape), "dtype": info.dtype,
-            "reason": said.get("reason"), "parameters": info.numel, "stored_bytes": info.nbytes,
+            "name": name,
+            "kind": "kept",
+            "shape": list(info.shape),
+            "dtype": info.dtype,
+            "reason": said.get("reason"),
+            "parameters": info.numel,
+            "stored_bytes": info.nbytes,
         }
     scale = packed.tensors[name + SCALE_SUFFIX]
     size, stored = math.prod(record.shape), info.nbytes + scale.nbytes
@@ -96,6 +101,5 @@ def _mean(rows: list[dict[str, Any]], key: str) -> float | None:
     weights = sum(row["parameters"] for row in rows)
     if not weights or any(row[key] is None for row in rows):
         return None
-    return round(math.fsum(row[key] * row["parameters"] for row in rows) / weights, 6)
-
-
+    total: float = math.fsum(row[key] * row["parameters"] for row in rows)
+    return round(total / weights, 6)

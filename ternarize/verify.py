@@ -117,8 +117,9 @@ def _compare(
             "which it cannot be repeated. Verify without --source."
         )
     options = dict(record["recipe"])
-    recipe = Recipe(**{**options, "keep": tuple(options["keep"]),
-                       "include": tuple(options["include"])})
+    recipe = Recipe(
+        **{**options, "keep": tuple(options["keep"]), "include": tuple(options["include"])}
+    )
     work = plan(source, recipe)
     expected = {t.name: t for t in work.tensors if not t.tied_to}
     if expected.keys() != records.keys():

@@ -397,8 +397,17 @@ def test_a_tensor_in_two_files_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "5", "{}", '{"weight_map": 1}', '{"weight_map": {}}', '{"weight_map": ["a"]}',
-     '{"weight_map": {"a": "one.safetensors", "a": "two.safetensors"}}'],
+    [
+        "",
+        "{",
+        "[]",
+        "5",
+        "{}",
+        '{"weight_map": 1}',
+        '{"weight_map": {}}',
+        '{"weight_map": ["a"]}',
+        '{"weight_map": {"a": "one.safetensors", "a": "two.safetensors"}}',
+    ],
 )
 def test_an_index_that_is_no_table_is_refused(tmp_path: Path, text: str) -> None:
     sharded(tmp_path)
@@ -462,7 +471,8 @@ def test_a_pickle_with_code_is_refused_and_the_code_is_not_run(
 ) -> None:
     proof = tmp_path / "proof"
     torch.save(
-        {"a": torch.ones(2), "b": Exploit(proof)}, tmp_path / "pytorch_model.bin",
+        {"a": torch.ones(2), "b": Exploit(proof)},
+        tmp_path / "pytorch_model.bin",
         _use_new_zipfile_serialization=zipped,
     )
     with pytest.raises(FormatError, match="torch cannot load it as weights only") as caught:

@@ -59,8 +59,9 @@ def test_quiet_leaves_the_result_alone(source: Path, tmp_path: Path) -> None:
 
 def test_json_is_one_object_on_stdout(source: Path, packed: Path, tmp_path: Path) -> None:
     record = json.loads(ok("convert", source, tmp_path / "p", "--json", "-q").stdout)
-    assert record["coverage"]["total"] == sum(record["coverage"][k] for k in (
-        "ternary", "kept", "tied"))
+    assert record["coverage"]["total"] == sum(
+        record["coverage"][k] for k in ("ternary", "kept", "tied")
+    )
     report = json.loads(ok("inspect", packed, "--json").stdout)
     assert {row["name"] for row in report["tensors"]} == set(record["tensors"])
     result = json.loads(ok("verify", packed, "--source", source, "--json").stdout)
@@ -163,10 +164,22 @@ def test_cli_md_is_what_the_program_says(tmp_path: Path) -> None:
     """To renew it: make docs."""
     subprocess.run(
         [
-            sys.executable, "-m", "typer", "ternarize.cli", "utils", "docs", "--name", "ternarize",
-            "--title", "The command line", "--output", str(tmp_path / "CLI.md"),
+            sys.executable,
+            "-m",
+            "typer",
+            "ternarize.cli",
+            "utils",
+            "docs",
+            "--name",
+            "ternarize",
+            "--title",
+            "The command line",
+            "--output",
+            str(tmp_path / "CLI.md"),
         ],
-        check=True, capture_output=True, cwd=ROOT,
+        check=True,
+        capture_output=True,
+        cwd=ROOT,
     )
     assert (tmp_path / "CLI.md").read_text() == (ROOT / "CLI.md").read_text()
 

@@ -67,8 +67,9 @@ def test_the_bytes_are_those_of_the_specification(
 ) -> None:
     with engine(name):
         assert pack(trits_of(trits), group_size).numpy().tobytes() == bytes.fromhex(packed)
-        found = unpack(torch.tensor([list(bytes.fromhex(packed))], dtype=torch.uint8),
-                       len(trits), group_size)
+        found = unpack(
+            torch.tensor([list(bytes.fromhex(packed))], dtype=torch.uint8), len(trits), group_size
+        )
     assert torch.equal(found, trits_of(trits))
 
 

@@ -44,9 +44,7 @@ def test_scales_are_rounded_once_from_float64() -> None:
 
 
 @settings(deadline=None, max_examples=300)
-@given(
-    step=st.integers(1024, 2047), exponent=st.integers(-24, 5), off=st.sampled_from([-1, 0, 1])
-)
+@given(step=st.integers(1024, 2047), exponent=st.integers(-24, 5), off=st.sampled_from([-1, 0, 1]))
 def test_a_scale_between_two_float16_goes_to_the_nearer_and_at_the_middle_to_the_even(
     step: int, exponent: int, off: int
 ) -> None:
@@ -185,9 +183,7 @@ def test_the_digest_is_that_of_the_stored_bytes() -> None:
 @every_engine
 @pytest.mark.parametrize("group_size", [-1, 0, 5, 128])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 200), (2, 3, 20), (0, 6)])
-def test_encode_and_decode_are_inverse(
-    name: str, shape: tuple[int, ...], group_size: int
-) -> None:
+def test_encode_and_decode_are_inverse(name: str, shape: tuple[int, ...], group_size: int) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     with engine(name):
         ternary = absmean(weight, group_size)

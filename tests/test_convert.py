@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ternarize import container, convert as pipeline
+from ternarize import container
+from ternarize import convert as pipeline
 from ternarize.checkpoint import open_checkpoint
 from ternarize.convert import convert
 from ternarize.errors import (
@@ -214,8 +215,10 @@ def test_scales_that_float16_cannot_hold_are_stored_in_float32(
 
 def test_tied_copies_are_stored_once(tmp_path: Path) -> None:
     tiny_models.save("llama_tied", tmp_path / "source")
-    edit(tmp_path / "source", lambda t: t.update(
-        {"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    edit(
+        tmp_path / "source",
+        lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}),
+    )
     record = convert(tmp_path / "source", tmp_path / "packed")
     assert record["coverage"]["tied"] == 160 * 64
     packed, _ = open_packed(tmp_path / "packed")
@@ -330,10 +333,13 @@ def test_an_interrupted_conversion_is_resumed_to_the_same_bytes(
     with pytest.raises(Break):
         convert(tmp_path / "source", tmp_path / "packed", threads=1)
     assert not (tmp_path / "packed").exists()
-    done = []
-    monkeypatch.setattr(
-        pipeline, "convert_tensor", lambda *args: (done.append(args[1].name), real(*args))[1]
-    )
+    done: list[str] = []
+
+    def noting(*args: Any) -> Any:
+        done.append(args[1].name)
+        return real(*args)
+
+    monkeypatch.setattr(pipeline, "convert_tensor", noting)
     convert(tmp_path / "source", tmp_path / "packed", threads=1)
     assert digest_of(tmp_path / "packed") == digest_of(tmp_path / "whole")
     total = len(weights_of(tmp_path / "source"))

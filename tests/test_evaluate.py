@@ -117,9 +117,7 @@ def restated(ours: Any, theirs: Any, text: str, seq_len: int) -> dict[str, tuple
         for name, values in {
             "nll": [-math.log(q[t]) for q, t in zip(q_rows, targets, strict=True)],
             "source": [-math.log(p[t]) for p, t in zip(p_rows, targets, strict=True)],
-            "kl": [
-                sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)) for p, q in rows
-            ],
+            "kl": [sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)) for p, q in rows],
             "top1": [float(p.index(max(p)) == q.index(max(q))) for p, q in rows],
         }.items():
             columns[name].append(sum(values) / len(values))
@@ -242,8 +240,9 @@ def test_the_divergence_is_that_of_the_packed_model_from_the_source() -> None:
     assert measures["kl_divergence"]["value"] == pytest.approx(0.25 * math.log(2))
     assert measures["top1_agreement"]["value"] == 0
     assert measures["perplexity_ratio"]["value"] == pytest.approx(2)
-    reverse = compare_windows([constant_model(0.5, 0.5), constant_model(0.9, 0.1)],
-                              torch.zeros(2, 3, dtype=torch.int64))
+    reverse = compare_windows(
+        [constant_model(0.5, 0.5), constant_model(0.9, 0.1)], torch.zeros(2, 3, dtype=torch.int64)
+    )
     assert reverse["kl_divergence"]["value"] == pytest.approx(
         0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5), rel=1e-5
     )
@@ -362,9 +361,7 @@ def test_models_that_cannot_be_evaluated_are_refused(
 
 
 @pytest.mark.parametrize("architecture", ["BertForMaskedLM", "BertLMHeadModel"])
-def test_masked_language_models_are_refused(
-    architecture: str, tmp_path: Path, text: Path
-) -> None:
+def test_masked_language_models_are_refused(architecture: str, tmp_path: Path, text: Path) -> None:
     config = tiny_models.CONFIGS["bert"]()
     config.architectures = [architecture]
     config.save_pretrained(tmp_path)
@@ -563,7 +560,10 @@ def speaking(tokenizer: Any, ids: list[int]) -> Any:
     config = transformers.LlamaConfig(eos_token_id=None)
     generation: Any = transformers.GenerationConfig
     return SimpleNamespace(
-        can_generate=lambda: True, config=config, device=torch.device("cpu"), generate=answer,
+        can_generate=lambda: True,
+        config=config,
+        device=torch.device("cpu"),
+        generate=answer,
         generation_config=generation(),
     )
 

@@ -506,7 +506,10 @@ def test_levels_tells_tensors_rows_and_groups_apart(name: str, kind: str) -> Non
         found = {
             what: [group_size for group_size in (0, -1, 2) if levels(weight, group_size)]
             for what, weight in {
-                "tensor": by_tensor, "row": by_row, "group": by_group, "dense": dense,
+                "tensor": by_tensor,
+                "row": by_row,
+                "group": by_group,
+                "dense": dense,
             }.items()
         }
     assert found == {"tensor": [0, -1, 2], "row": [-1, 2], "group": [2], "dense": []}

@@ -28,7 +28,7 @@ def sum_blocks(values: Tensor) -> Tensor:
     """Sums of the blocks of 128 along the last dimension, in the dtype of `values`."""
     size = values.shape[-1]
     values = torch.nn.functional.pad(values, (0, -size % _BLOCK if size else _BLOCK))
-    values = values.unflatten(-1, (-1, _BLOCK))
+    values = torch.unflatten(values, -1, (-1, _BLOCK))
     half = _BLOCK // 2
     while half:
         values = values[..., :half] + values[..., half : 2 * half]
@@ -110,7 +110,10 @@ def run_native(
     if weight.numel() == 0:
         return Ternary(trits, scales, group_size), []
     matrices = zip(
-        _bits(weight).view(-1, rows, cols), trits.view(-1, rows, cols), scales.view(-1, *grid), strict=True
+        _bits(weight).view(-1, rows, cols),
+        trits.view(-1, rows, cols),
+        scales.view(-1, *grid),
+        strict=True,
     )
     kind = KINDS[weight.dtype]
     # one thread: a conversion works on several tensors at once

@@ -27,8 +27,10 @@ def levels(weight: Tensor, group_size: int) -> Ternary | None:
         return result if all(answer == 1 for answer in answers) else None
     magnitude = weight.abs().to(torch.float64)
     if group_size == 0:
-        scales = magnitude.amax((-2, -1), keepdim=True) if weight.numel() else magnitude.new_zeros(
-            (*weight.shape[:-2], 1, 1)
+        scales = (
+            magnitude.amax((-2, -1), keepdim=True)
+            if weight.numel()
+            else magnitude.new_zeros((*weight.shape[:-2], 1, 1))
         )
         equal = (magnitude == scales) | (magnitude == 0)
     else:
