@@ -17,6 +17,7 @@ The result depends on the Python version, whose text it learns, and on the CPU's
 
 import argparse
 import ast
+import copy
 import hashlib
 import importlib
 import inspect
@@ -33,13 +34,15 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 END = "<|endoftext|>"  # between documents: the end of one is the beginning of the next
 CONTEXT = 256
+Model = Any  # transformers' annotations do not describe its own models' methods
 SKIPPED = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages"}
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -137,6 +140,13 @@ def save_tokenizer(tokenizer: Tokenizer, output: Path) -> None:
     (output / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
+def save(model: Model, output: Path) -> None:
+    """Write the model as it is now, in FP16."""
+    half: Model = copy.deepcopy(model).to(torch.float16)
+    assert all(weight.isfinite().all() for weight in half.parameters()), "overflow in FP16"
+    half.save_pretrained(output)
+
+
 def encode(tokenizer: Tokenizer, documents: list[str]) -> list[list[int]]:
     """Token ids of each document, END first."""
     return [encoding.ids for encoding in tokenizer.encode_batch(documents)]
@@ -153,20 +163,21 @@ def batches(documents: list[list[int]], rows: int, seed: int) -> Iterator[torch.
     rng = random.Random(seed)
     while True:
         rng.shuffle(documents)
-        yield from windows(documents, rng.randrange(CONTEXT)).split(rows)
+        epoch = windows(documents, rng.randrange(CONTEXT))
+        yield from epoch[: len(epoch) // rows * rows].view(-1, rows, CONTEXT)
 
 
 @torch.inference_mode()
-def validation_loss(model: LlamaForCausalLM, rows: torch.Tensor) -> float:
+def validation_loss(model: Model, rows: torch.Tensor) -> float:
     """Mean negative log-likelihood per token in nats, in windows of CONTEXT tokens."""
-    model.eval()
-    losses = [model(input_ids=part, labels=part).loss.item() * len(part) for part in rows.split(16)]
-    model.train()
-    return sum(losses) / len(rows)
+    total = 0.0
+    for part in torch.split(rows, 16):
+        total += float(model(input_ids=part, labels=part).loss) * len(part)
+    return total / len(rows)
 
 
 def train(
-    model: LlamaForCausalLM,
+    model: Model,
     documents: list[list[int]],
     held_out: torch.Tensor,
     args: argparse.Namespace,
@@ -174,16 +185,20 @@ def train(
     """AdamW with a linear warm-up over 5 % of the steps and a cosine down to 2 % of the rate."""
     matrices = [weight for weight in model.parameters() if weight.dim() > 1]
     vectors = [weight for weight in model.parameters() if weight.dim() == 1]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": 0.1},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+    forward: Model = torch.compile(model) if args.fast else model
     warm_up = max(1, args.steps // 20)
     start, average = time.monotonic(), 0.0
     for step, batch in enumerate(batches(documents, args.batch, args.seed), 1):
         cosine = 0.51 + 0.49 * math.cos(math.pi * step / args.steps)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(step / warm_up, cosine)
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            loss = model(input_ids=batch, labels=batch).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.fast):
+            loss = forward(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -194,6 +209,7 @@ def train(
             line = f"step {step}/{args.steps}  loss {average:.3f}  {left / 60:.1f} min left"
             if step % 500 == 0:
                 line += f"  validation loss {validation_loss(model, held_out):.3f}"
+                save(model, args.output)
             print(line, flush=True)
         if step == args.steps:
             return
@@ -203,12 +219,14 @@ def main() -> None:
     """Collect the text, train, save in FP16, then measure and show what was saved."""
     parser = argparse.ArgumentParser(description="Train the example checkpoint.")
     parser.add_argument("--output", type=Path, required=True, help="directory to write")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=16, help=f"rows of {CONTEXT} tokens a step")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--bf16", action="store_true", help="faster on CPUs with BF16 arithmetic")
+    parser.add_argument(
+        "--fast", action="store_true", help="BF16 and torch.compile, where CPU and compiler allow"
+    )
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
@@ -218,9 +236,12 @@ def main() -> None:
     tokenizer = train_tokenizer(training, vocabulary=2048)
     documents = encode(tokenizer, training)
     held_out = windows(encode(tokenizer, validation), 0)
-    print(f"{len(training)} documents, {sum(map(len, training))} characters, "
-          f"{sum(map(len, documents))} tokens; held out: {len(validation)} documents, "
-          f"{held_out.numel()} tokens", flush=True)
+    print(
+        f"{len(training)} documents, {sum(map(len, training))} characters, "
+        f"{sum(map(len, documents))} tokens; held out: {len(validation)} documents, "
+        f"{held_out.numel()} tokens",
+        flush=True,
+    )
 
     config = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
@@ -234,16 +255,14 @@ def main() -> None:
         eos_token_id=0,
         pad_token_id=0,
     )
-    model = LlamaForCausalLM(config)
+    model: Model = LlamaForCausalLM(config)
     print(f"{model.num_parameters()} parameters")
+    save_tokenizer(tokenizer, args.output)
     train(model, documents, held_out, args)
 
-    model = model.half()
-    assert all(weight.isfinite().all() for weight in model.parameters()), "overflow in FP16"
-    model.save_pretrained(args.output)
-    save_tokenizer(tokenizer, args.output)
+    save(model, args.output)
 
-    saved = LlamaForCausalLM.from_pretrained(args.output, dtype=torch.float32)
+    saved: Model = AutoModelForCausalLM.from_pretrained(args.output, dtype=torch.float32)
     loss = validation_loss(saved, held_out)
     print(f"validation: loss {loss:.4f}, perplexity {math.exp(loss):.2f}")
     inputs = AutoTokenizer.from_pretrained(args.output)("The function returns", return_tensors="pt")

@@ -98,7 +98,7 @@ def _count_zeros(packed: Checkpoint, name: str, record: Record) -> int:
 
 def _mean(rows: list[dict[str, Any]], key: str) -> float | None:
     """Mean over weights (not over tensors) of a figure that every row has, else None."""
-    weights = sum(row["parameters"] for row in rows)
+    weights: int = sum(row["parameters"] for row in rows)
     if not weights or any(row[key] is None for row in rows):
         return None
     total: float = math.fsum(row[key] * row["parameters"] for row in rows)
