@@ -21,7 +21,7 @@ demo: venv
 	$(BIN)/ternarize convert examples/tiny-llama $(TINY) --method itf
 	$(BIN)/ternarize inspect $(TINY)
 	$(BIN)/ternarize verify $(TINY) --source examples/tiny-llama
-	$(BIN)/ternarize eval $(TINY) --source examples/tiny-llama --text examples/eval.txt
+	$(BIN)/ternarize eval $(TINY) --source examples/tiny-llama --text examples/eval.txt --seq-len 64
 	$(BIN)/ternarize generate $(TINY) --prompt "The function returns"
 
 test: venv

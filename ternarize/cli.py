@@ -247,6 +247,7 @@ def eval_(
     """
     from ternarize.evaluate import evaluate
 
+    _quiet_transformers()
     with _progress("evaluating", quiet) as update:
         result = evaluate(
             model,
@@ -308,6 +309,7 @@ def generate(
     from ternarize.generate import generate as run
     from ternarize.load import load
 
+    _quiet_transformers()
     directory = locate(model)
     tokenizer = open_tokenizer(directory)
     loaded = load(
@@ -344,6 +346,13 @@ def generate(
             f"{result.new_tokens} tokens, {result.tokens_per_second:.1f} per second",
             highlight=False,
         )
+
+
+def _quiet_transformers() -> None:
+    """Leave the terminal to us: no bars of transformers' own."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
 
 
 @contextmanager
