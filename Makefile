@@ -29,6 +29,7 @@ test: venv
 
 lint: venv
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 types: venv
 	$(BIN)/mypy

@@ -111,7 +111,6 @@ def main() -> None:
             write_llama(large, options.layers * 4)
         result["large_bytes"] = sum(f.stat().st_size for f in large.iterdir())
         result["large"] = convert_once(large, target, "absmean")
-        shutil.rmtree(large)
         print(
             f"\n{result['large_bytes'] / 1e9:.2f} GB: {result['large']['seconds']:.1f} s, peak "
             f"memory above torch {result['large']['peak_above_torch'] / 1e6:.0f} MB"

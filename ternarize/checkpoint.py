@@ -414,7 +414,7 @@ def locate(model: str | Path, revision: str | None = None, *, config_only: bool 
             "(user/name). Check the path."
         )
     if revision and at:
-        raise UsageError(f"{model}: names a revision, and so does --revision {revision}. Name one.")
+        raise UsageError(f"{model}: names a revision, and so does revision={revision!r}. Name one.")
     return _fetch(repo, revision or at or None, config_only)
 
 

@@ -352,7 +352,7 @@ def _quiet_transformers() -> None:
     """Leave the terminal to us: no bars of transformers' own."""
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @contextmanager
@@ -468,8 +468,11 @@ def _print_totals(report: dict[str, Any]) -> None:
 def _hint(model: str, output: Path, report: dict[str, Any]) -> None:
     """What to expect of a conversion without data, and what to do next."""
     recipe, error = report["recipe"], report["totals"]["relative_error"]
-    if not error:
+    methods = {row["method"] for row in report["tensors"] if row["kind"] == "ternary"}
+    if methods == {"lossless"}:
         err.print("The source was ternary already: packed without loss.")
+        return
+    if error is None:
         return
     err.print(
         f"\nWeights rounded without data lose {error:.0%} of their energy here: an ordinary model "

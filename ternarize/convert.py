@@ -46,7 +46,7 @@ from ternarize.errors import CheckpointError, FormatError, OutputError, UsageErr
 from ternarize.methods import METHODS, levels
 from ternarize.methods.grouped import distance
 from ternarize.plan import PIECE, RECORD, Plan, Recipe, Shard, TensorPlan, header_bytes, plan
-from ternarize.tensor import Ternary
+from ternarize.tensor import Ternary, check_device
 from ternarize.version import __version__
 
 JOURNAL = "journal.jsonl"
@@ -227,7 +227,7 @@ def _check_finite(piece: Tensor) -> None:
         # largest magnitude as an integer: floats of one sign are ordered like their bits
         finite = int((piece.view(integer) & torch.iinfo(integer).max).max()) < mask
     else:
-        finite = not piece.dtype.is_floating_point or bool(piece.float().isfinite().all())
+        finite = not piece.dtype.is_floating_point or bool(piece.double().isfinite().all())
     if not finite:
         raise WeightError("not finite")
 
@@ -236,7 +236,7 @@ def _not_finite(source: Checkpoint, info: TensorInfo) -> WeightError:
     """The whole story about a tensor that is not finite, for which it is read once more."""
     count, first, kind = 0, -1, ""
     for start in range(0, info.numel, PIECE):
-        piece = source.read(info.name, start, min(start + PIECE, info.numel)).float()
+        piece = source.read(info.name, start, min(start + PIECE, info.numel)).double()
         bad = ~piece.isfinite()
         if first < 0 and bool(bad.any()):
             at = int(bad.nonzero()[0])
@@ -273,7 +273,7 @@ def convert(
     interruption OUTPUT.partial is, and the same call goes on from there.
     """
     output = Path(output).expanduser()
-    device = _device(device)
+    device = check_device(device)
     work = plan(model, recipe)
     _check_output(work, output)
     partial = output.with_name(output.name + ".partial")
@@ -306,9 +306,10 @@ def _run(
         partial.mkdir(exist_ok=True)
         record = _Conversion(work, partial, threads, device, progress).run()
         (partial / JOURNAL).unlink()
-        _sync(partial)
+        _sync_files(partial)
+        _sync_names(partial)
         partial.rename(output)
-        _sync(output.parent)
+        _sync_names(output.parent)
     except (CheckpointError, FormatError, UsageError):
         shutil.rmtree(partial)  # there is nothing to go on with
         raise
@@ -318,18 +319,6 @@ def _run(
             "Make room or permission, then run the same command again."
         ) from error
     return record
-
-
-def _device(name: str | None) -> str:
-    """A device that is there; raises UsageError."""
-    try:
-        torch.empty(0, device=name or "cpu")
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f"device: {name!r} cannot be used here ({str(error).splitlines()[0]}); expected one "
-            "such as cpu or cuda."
-        ) from None
-    return name or "cpu"
 
 
 def _check_output(work: Plan, output: Path) -> None:
@@ -425,14 +414,18 @@ class _Conversion:
                 "source; expected none. Finish it with its own command, or remove it."
             )
         for line in lines[1:]:
-            if "scale_dtype" in line and "sha256" not in line:
+            if "sha256" not in line:
                 self._change_layout(line)
             else:
                 self.results[line["name"]] = Result(**line)
         kept = [line for line in lines[1:] if "sha256" not in line]
         if not lines:
-            shutil.rmtree(self.partial)
-            self.partial.mkdir()
+            found = [p.name for p in self.partial.iterdir() if not p.name.startswith("journal.")]
+            if found:  # the journal is made before anything else, so this is not ours
+                raise OutputError(
+                    f"{self.partial}: exists and is no unfinished conversion ({found[0]}); "
+                    "expected a free name. Move it away, or name another output."
+                )
         for shard in self.shards:
             self._drop_unwritten(shard)
         done = [asdict(result) for result in self.results.values()]
@@ -487,11 +480,12 @@ class _Conversion:
             _reserve(path, size)
             layout, base = shard.layout(), shard.data_start()
             futures = {pool.submit(self._one, path, layout, base, t): t for t in todo}
-            change = self._collect(futures)
-            if change is None:
+            changes = self._collect(futures)
+            if not changes:
                 return
-            self._change_layout(change.change)
-            self._note(change.change)
+            for change in changes:
+                self._change_layout(change)
+                self._note(change)
 
     def _one(
         self, path: Path, layout: Mapping[str, Entry], base: int, tensor: TensorPlan
@@ -504,8 +498,9 @@ class _Conversion:
 
             return convert_tensor(self.work.source, tensor, self.work.recipe, write, self.device)
 
-    def _collect(self, futures: dict[Future[Result], TensorPlan]) -> Relayout | None:
-        change = None
+    def _collect(self, futures: dict[Future[Result], TensorPlan]) -> list[dict[str, Any]]:
+        """Note the results as they come; returns the changes of layout that tensors ask for."""
+        changes = []
         pending = set(futures)
         while pending:
             finished, pending = wait(pending, return_when=FIRST_COMPLETED)
@@ -513,11 +508,7 @@ class _Conversion:
                 try:
                     result = future.result()
                 except Relayout as found:
-                    # the first in the order of the shard, so that runs do not differ
-                    change = change or found
-                    for other in pending:
-                        other.cancel()
-                    pending = {f for f in pending if not f.cancelled()}
+                    changes.append(found.change)
                     continue
                 except BaseException:
                     for other in pending:
@@ -528,7 +519,7 @@ class _Conversion:
                 self.done += futures[future].info.nbytes
                 if self.progress:
                     self.progress(self.done, self.total, result.name)
-        return change
+        return changes
 
     def _bytes_done(self) -> int:
         return sum(
@@ -672,12 +663,16 @@ def _write_all(file: FileIO, data: Tensor) -> None:
         done += file.write(view[done:])
 
 
-def _sync(directory: Path) -> None:
-    """Bring a directory's small files and its list of names to the disk."""
-    for path in directory.iterdir():
+def _sync_files(directory: Path) -> None:
+    """Bring the small files of a directory to the disk."""
+    for path in directory.rglob("*"):
         if path.is_file() and path.suffix != ".safetensors":
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
+
+
+def _sync_names(directory: Path) -> None:
+    """Bring a directory's list of names to the disk."""
     if os.name == "posix":
         handle = os.open(directory, os.O_RDONLY)
         try:

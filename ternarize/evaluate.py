@@ -38,6 +38,7 @@ from torch import Tensor
 from ternarize.checkpoint import locate, read_json
 from ternarize.errors import CheckpointError, UsageError
 from ternarize.load import load
+from ternarize.tensor import check_device
 
 SEPARATOR = "<|doc|>"
 CAUSAL, ENCODER = "causal language model", "encoder"
@@ -80,7 +81,7 @@ def evaluate(
     text         UTF-8 file: documents separated by lines `<|doc|>`; for encoders a text per line
     seq_len      tokens of a window; of an encoder's line at most
     max_tokens   use no more than the first tokens of the text
-    batch_size   windows or lines at a time; None: what keeps the logits in 256 MB
+    batch_size   windows or lines at a time; None: what keeps a model's logits in 256 MB
     device       "cpu", "cuda", "auto", ...; None: cpu
     dtype        to compute in; None: float32 on CPU, elsewhere as in the checkpoint
     activations  of the packed model, "none" or "int8"; None: as in the checkpoint
@@ -103,7 +104,8 @@ def evaluate(
     ):
         if value is not None and value < least:
             raise UsageError(f"{name}: {value}; expected at least {least}. Use a larger number.")
-    dtype, device = _dtype(dtype, device), _device(device)
+    dtype = _dtype(dtype, device)
+    device = device if device == "auto" else check_device(device)
     checkpoints = [_Checkpoint.at(path) for path in (packed, source) if path is not None]
     ours = checkpoints[0]
     if len({checkpoint.kind for checkpoint in checkpoints}) > 1:
@@ -552,14 +554,3 @@ def _dtype(dtype: str | torch.dtype | None, device: str | None) -> torch.dtype |
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise UsageError(f"dtype: {dtype!r}; expected one of float32, float16, bfloat16.")
     return found
-
-
-def _device(device: str | None) -> str:
-    try:
-        torch.empty(0, device="cpu" if device in (None, "auto") else device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f"device: {device!r} cannot be used here ({str(error).splitlines()[0]}); expected one "
-            "such as cpu or cuda."
-        ) from None
-    return device or "cpu"

@@ -61,6 +61,10 @@ def load(
 
     import transformers
 
+    from ternarize.tensor import check_device
+
+    if isinstance(device, str) and device != "auto":
+        check_device(device)
     try:
         trust = {"trust_remote_code": kwargs.get("trust_remote_code")}
         config = transformers.AutoConfig.from_pretrained(directory, **trust)

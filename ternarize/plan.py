@@ -210,7 +210,7 @@ class Plan:
 
     def convert_memory(self) -> int:
         """Predicted peak of the conversion, bytes above the interpreter with torch loaded."""
-        per_weight = 12 if lib is not None else 80  # copies in flight: see _ternarize_piece
+        per_weight = 12 if lib is not None else 80  # copies in flight: see convert._ternarize
         largest = max((min(t.info.numel, t.piece_numel()) for t in self.tensors), default=0)
         return (64 << 20) + THREADS * largest * per_weight
 

@@ -38,6 +38,18 @@ def check_group_size(group_size: int) -> int:
     return group_size
 
 
+def check_device(name: str | None) -> str:
+    """A device that is there, "cpu" for None; raises UsageError."""
+    try:
+        torch.empty(0, device=name or "cpu")
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"device: {name!r} cannot be used here ({str(error).splitlines()[0]}); expected one "
+            "such as cpu or cuda."
+        ) from None
+    return name or "cpu"
+
+
 def split_groups(values: Tensor, group_size: int, fill: float = 0) -> Tensor:
     """View (..., cols) as (..., groups, length), the last group padded with `fill`."""
     cols = values.shape[-1]

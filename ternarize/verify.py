@@ -24,8 +24,6 @@ from ternarize.convert import Progress, Relayout, convert_tensor
 from ternarize.errors import DigestError, FormatError
 from ternarize.plan import RECORD, Recipe, TensorPlan, plan
 
-__all__ = ["open_packed", "verify"]
-
 
 def open_packed(model: str | Path) -> tuple[Checkpoint, dict[str, Record]]:
     """Open a packed checkpoint and read its records, checking headers but no data.
@@ -116,10 +114,15 @@ def _compare(
             f"{packed.directory}: has no {RECORD}; expected the record of its conversion, without "
             "which it cannot be repeated. Verify without --source."
         )
-    options = dict(record["recipe"])
-    recipe = Recipe(
-        **{**options, "keep": tuple(options["keep"]), "include": tuple(options["include"])}
-    )
+    try:
+        options = dict(record["recipe"])
+        options |= {key: tuple(options[key]) for key in ("keep", "include")}
+        recipe = Recipe(**options)
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(
+            f"{RECORD}: its recipe cannot be used ({error}); expected the options of a conversion. "
+            "Fetch it again."
+        ) from None
     work = plan(source, recipe)
     expected = {t.name: t for t in work.tensors if not t.tied_to}
     if expected.keys() != records.keys():

@@ -12,7 +12,8 @@ import pytest
 import tiny_models
 from typer.testing import CliRunner, Result
 
-from ternarize.cli import app
+from ternarize.cli import Method, app
+from ternarize.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "tiny-llama"
@@ -114,6 +115,7 @@ MISTAKES: list[tuple[list[str], int, str]] = [
     (["verify", "no-such-thing/at all"], 1, "no such directory"),
     (["eval", "PACKED", "--text", "no/such/file"], 1, "no tokenizer"),
     (["generate", "SOURCE", "--prompt", "x"], 1, ""),
+    (["generate", "PACKED", "--prompt", "x", "--device", "abacus"], 1, "tokenizer"),
     (["transmogrify"], 2, "transmogrify"),
 ]
 
@@ -149,6 +151,10 @@ def test_an_interruption_exits_with_130_and_says_how_to_go_on(
     assert result.exit_code == 130
     assert "same command goes on" in result.stderr
     assert not (tmp_path / "packed").exists()
+
+
+def test_the_command_line_offers_every_method() -> None:
+    assert {method.value for method in Method} == set(METHODS)
 
 
 def test_help_needs_neither_torch_nor_transformers() -> None:

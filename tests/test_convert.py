@@ -213,6 +213,32 @@ def test_scales_that_float16_cannot_hold_are_stored_in_float32(
     verify(tmp_path / "packed", tmp_path / "source")
 
 
+def test_many_wide_scales_in_a_shard_cost_one_more_pass_not_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_models.save("llama", tmp_path / "source", dtype=torch.float32)
+    edit(tmp_path / "source", lambda t: [t[n].mul_(1e-7) for n in t if "proj" in n])
+    calls: list[str] = []
+    real = pipeline.convert_tensor
+
+    def noting(*args: Any) -> Any:
+        calls.append(args[1].name)
+        return real(*args)
+
+    monkeypatch.setattr(pipeline, "convert_tensor", noting)
+    convert(tmp_path / "source", tmp_path / "packed")
+    assert max(calls.count(name) for name in calls) == 2
+    verify(tmp_path / "packed", tmp_path / "source")
+
+
+def test_a_folder_of_the_user_in_the_way_is_left_alone(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").write_text("precious")
+    with pytest.raises(OutputError, match="no unfinished conversion"):
+        convert(source, tmp_path / "out")
+    assert (tmp_path / "out.partial" / "mine").read_text() == "precious"
+
+
 def test_tied_copies_are_stored_once(tmp_path: Path) -> None:
     tiny_models.save("llama_tied", tmp_path / "source")
     edit(

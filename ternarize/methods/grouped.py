@@ -63,8 +63,9 @@ def ternarize_groups(name: str, rule: Rule, weight: Tensor, group_size: int) -> 
     """
     check_group_size(group_size)
     weight = weight.detach()
-    if lib is not None and weight.device.type == "cpu" and weight.dtype in KINDS:
-        result, answers = run_native(getattr(lib, name), weight, group_size)
+    native = getattr(lib, name, None)  # a method need not have a compiled twin
+    if native is not None and weight.device.type == "cpu" and weight.dtype in KINDS:
+        result, answers = run_native(native, weight, group_size)
         if any(answer >= 0 for answer in answers):
             raise _not_finite(weight)
         return result
