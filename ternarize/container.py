@@ -35,7 +35,7 @@ KEY = "ternarize"  # in __metadata__, and the quant_method in config.json
 CODEC = "base3"
 SCALE_SUFFIX = "_scale"
 SCALE_DTYPES = ("F16", "BF16", "F32")  # tried in this order
-CHUNK = 1 << 21  # bytes read and hashed at a time
+CHUNK = 1 << 22  # bytes read and hashed at a time
 
 _TERNARY_MEMBERS = {"shape", "group_size", "codec", "transposed"}
 _F16_NORMAL = (2.0**-14, 65504.0)  # below, float16 loses digits; above, it is infinite
