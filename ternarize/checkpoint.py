@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -180,20 +181,30 @@ def read_bytes(path: Path, start: int, nbytes: int, buffer: Tensor | None = None
     buffer  memory to use, overwritten and part of the result: fresh pages cost as much as reading
     """
     buffer = torch.empty(nbytes, dtype=torch.uint8) if buffer is None else buffer[:nbytes]
-    view = buffer.numpy().data
-    done = 0
-    with path.open("rb", buffering=0) as file:
-        file.seek(start)
-        while done < nbytes:
-            count = file.readinto(view[done:])
-            if not count:
-                raise _broken(
-                    path,
-                    f"it ends at byte {start + done}",
-                    f"data was expected up to {start + nbytes}",
-                )
-            done += count
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            done = _read_into(file, buffer.numpy().data)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror or error}). Check the file, then try again."
+        ) from error
+    if done < nbytes:
+        raise _broken(
+            path, f"it ends at byte {start + done}", f"data was expected up to {start + nbytes}"
+        )
     return buffer
+
+
+def _read_into(file: FileIO, view: memoryview) -> int:
+    """Fill `view` from the file's position; returns how much there was."""
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            break
+        done += count
+    return done
 
 
 def byte_view(tensor: Tensor) -> Tensor:
@@ -266,6 +277,8 @@ def open_checkpoint(directory: Path, *, need_weights: bool = True) -> Checkpoint
         )
     config = read_json(directory / "config.json")
     for main in (SAFETENSORS, PICKLE):
+        if not need_weights and not any(directory.glob(f"*{Path(main).suffix}")):
+            continue  # an index may be there without its shards
         if (directory / main).is_file():  # the whole model: an index beside it is not read
             return open_files(directory, [main], config)
         if (directory / (main + INDEX)).is_file():

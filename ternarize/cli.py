@@ -6,7 +6,9 @@ Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 fai
 
 import functools
 import json
+import math
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -75,6 +77,12 @@ def command(function: Command) -> Command:
                 raise
             err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
             raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
+        except OSError as error:
+            if kwargs.get("debug"):
+                raise
+            what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            err.print(f"[bold red]error:[/] {escape(what)}", soft_wrap=True, highlight=False)
+            raise typer.Exit(1) from None
         except KeyboardInterrupt:
             err.print(
                 "interrupted"
@@ -163,7 +171,7 @@ def convert(
             model, output, recipe, threads=threads or THREADS, device=device, progress=update
         )
     if as_json:
-        print(json.dumps({"output": str(output), **record}))
+        _print_json({"output": str(output), **record})
         return
     from ternarize.report import inspect as describe
 
@@ -185,7 +193,7 @@ def inspect(
 
     report = describe(model)
     if as_json:
-        print(json.dumps(report))
+        _print_json(report)
         return
     _print_tensors(report)
     _print_totals(report)
@@ -210,7 +218,7 @@ def verify(
     with _progress("verifying", quiet) as update:
         result = run(model, source, progress=update)
     if as_json:
-        print(json.dumps({"model": model, **result}))
+        _print_json({"model": model, **result})
         return
     same = f", all equal to what {source} gives" if source else ""
     print(
@@ -262,7 +270,7 @@ def eval_(
             progress=update,
         )
     if as_json:
-        print(json.dumps(result))
+        _print_json(result)
         return
     grid = Table("measure", "value", "standard error", box=None)
     for name, measure in result.items():
@@ -338,7 +346,7 @@ def generate(
     )
     if as_json:
         numbers = {**asdict(result), "tokens_per_second": round(result.tokens_per_second, 3)}
-        print(json.dumps({"model": model, "prompt": prompt, **numbers}))
+        _print_json({"model": model, "prompt": prompt, **numbers})
         return
     print()
     if not quiet:
@@ -377,6 +385,19 @@ def _progress(what: str, quiet: bool) -> Iterator[Callable[[int, int, str], None
         yield update
 
 
+def _print_json(value: Any) -> None:
+    """One JSON object on stdout; numbers that JSON cannot hold (infinity) become null."""
+
+    def finite(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {key: finite(each) for key, each in item.items()}
+        if isinstance(item, list):
+            return [finite(each) for each in item]
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    print(json.dumps(finite(value), allow_nan=False))
+
+
 def _out() -> Console:
     """Where results go; in a pipe tables are as wide as they need to be, so nothing is cut."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
@@ -393,7 +414,7 @@ def _size(nbytes: float) -> str:
 def _print_plan(work: Any, as_json: bool) -> None:
     table = work.to_dict()
     if as_json:
-        print(json.dumps(table))
+        _print_json(table)
         return
     grid = Table("tensors", "count", "shape", "becomes", "why", "stored", box=None)
     rows: dict[tuple[str, ...], list[int]] = {}
@@ -477,8 +498,9 @@ def _hint(model: str, output: Path, report: dict[str, Any]) -> None:
     err.print(
         f"\nWeights rounded without data lose {error:.0%} of their energy here: an ordinary model "
         "(not trained in\nternary) answers clearly worse than its source. Measure how much:\n"
-        f"  ternarize eval {output} --source {model} --text FILE",
+        f"  ternarize eval {shlex.quote(str(output))} --source {shlex.quote(model)} --text FILE",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
     if recipe["method"] == "absmean":

@@ -10,6 +10,7 @@ that are done; a second run of the same command checks those against their diges
 The final name appears by one rename, when everything has been verified.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -49,7 +50,7 @@ from ternarize.plan import PIECE, RECORD, Plan, Recipe, Shard, TensorPlan, heade
 from ternarize.tensor import Ternary, check_device
 from ternarize.version import __version__
 
-JOURNAL = "journal.jsonl"
+JOURNAL = ".journal.jsonl"  # a dot: nothing copied from the source has such a name
 
 # called with (bytes of the source done, bytes in all, tensor just finished)
 Progress = Callable[[int, int, str], None]
@@ -272,25 +273,30 @@ def convert(
     Raises TernarizeError and its children. After an error in the source nothing is left; after an
     interruption OUTPUT.partial is, and the same call goes on from there.
     """
-    output = Path(output).expanduser()
+    output = Path(os.path.expanduser(output))
     device = check_device(device)
     work = plan(model, recipe)
     _check_output(work, output)
     partial = output.with_name(output.name + ".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(partial.with_name(partial.name + ".lock"), timeout=0)
     try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise OutputError(
             f"{partial}: another conversion is writing here; expected to be alone. Wait for it."
         ) from None
+    except OSError as error:
+        raise OutputError(
+            f"{partial}: cannot be made ({error.strerror or error}); expected a place to write. "
+            "Name another output."
+        ) from None
     try:
         _check_output(work, output)  # again: another conversion may just have ended
         return _run(work, output, partial, threads, device, progress)
     finally:
-        lock.release()
         Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def _run(
@@ -305,13 +311,15 @@ def _run(
     try:
         partial.mkdir(exist_ok=True)
         record = _Conversion(work, partial, threads, device, progress).run()
-        (partial / JOURNAL).unlink()
         _sync_files(partial)
         _sync_names(partial)
         partial.rename(output)
+        (output / JOURNAL).unlink()  # until the rename, a break must find it
+        _sync_names(output)
         _sync_names(output.parent)
-    except (CheckpointError, FormatError, UsageError):
-        shutil.rmtree(partial)  # there is nothing to go on with
+    except (CheckpointError, FormatError, UsageError) as error:
+        if not isinstance(error.__cause__, OSError):  # a disk may come back, bad weights do not
+            shutil.rmtree(partial)
         raise
     except OSError as error:
         raise OutputError(
@@ -323,7 +331,8 @@ def _run(
 
 def _check_output(work: Plan, output: Path) -> None:
     source, target = work.source.directory.resolve(), output.resolve()
-    if target == source or source in target.parents:
+    partial = output.with_name(output.name + ".partial").resolve()
+    if target == source or source in target.parents or partial in (source, *source.parents):
         raise OutputError(
             f"{output}: is the source {work.source.directory} or inside it; expected another "
             "place. The source is never changed."
@@ -333,7 +342,6 @@ def _check_output(work: Plan, output: Path) -> None:
             f"{output}: exists already; expected a new directory. Remove it or name another."
         )
     parent = next(p for p in target.parents if p.exists())
-    partial = output.with_name(output.name + ".partial")
     have = shutil.disk_usage(parent).free
     if partial.is_dir():
         have += sum(f.stat().st_size for f in partial.iterdir() if f.is_file())
@@ -420,7 +428,8 @@ class _Conversion:
                 self.results[line["name"]] = Result(**line)
         kept = [line for line in lines[1:] if "sha256" not in line]
         if not lines:
-            found = [p.name for p in self.partial.iterdir() if not p.name.startswith("journal.")]
+            ours = (path.name, path.with_suffix(".new").name)
+            found = [p.name for p in self.partial.iterdir() if p.name not in ours]
             if found:  # the journal is made before anything else, so this is not ours
                 raise OutputError(
                     f"{self.partial}: exists and is no unfinished conversion ({found[0]}); "
@@ -431,7 +440,10 @@ class _Conversion:
         done = [asdict(result) for result in self.results.values()]
         text = "".join(json.dumps(line) + "\n" for line in [identity, *kept, *done])
         temporary = path.with_suffix(".new")
-        temporary.write_text(text, "utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
 
     def _drop_unwritten(self, shard: Shard) -> None:
@@ -651,10 +663,15 @@ def _stamps(source: Checkpoint) -> list[list[Any]]:
 
 def _reserve(path: Path, size: int) -> None:
     """Make the file exactly `size` bytes long, with room on the disk where that can be asked."""
-    with path.open("ab") as file:
+    path.touch()
+    with path.open("r+b") as file:
         file.truncate(size)
         if hasattr(os, "posix_fallocate") and size:
-            os.posix_fallocate(file.fileno(), 0, size)
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:  # file systems that cannot reserve say so in many ways
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+                    raise
 
 
 def _write_all(file: FileIO, data: Tensor) -> None:

@@ -4,11 +4,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ternarize.checkpoint import Checkpoint, read_json
+from ternarize.checkpoint import Checkpoint
 from ternarize.codecs import unpack
 from ternarize.container import SCALE_SUFFIX, Record
-from ternarize.plan import RECORD
-from ternarize.verify import open_packed
+from ternarize.verify import check_record, open_packed
 
 
 def inspect(model: str | Path) -> dict[str, Any]:
@@ -22,7 +21,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
     Raises FormatError as `open_packed`.
     """
     packed, records = open_packed(model)
-    record = read_json(packed.directory / RECORD) or {}
+    record = check_record(packed, records) or {}
     rows = [
         _row(packed, name, found, record.get("tensors", {}).get(name, {}))
         for name, found in records.items()
@@ -32,7 +31,8 @@ def inspect(model: str | Path) -> dict[str, Any]:
     bits = sum(row["stored_bytes"] for row in ternary) * 8
     files = sum((packed.directory / file).stat().st_size for file in packed.files)
     stored = sum(row["stored_bytes"] for row in rows)
-    source = record.get("source", {})
+    source = record.get("source")
+    source = source if isinstance(source, dict) else {}
     return {
         "model": str(model),
         "recipe": record.get("recipe"),
@@ -67,7 +67,7 @@ def _row(packed: Checkpoint, name: str, record: Record, said: dict[str, Any]) ->
     scale = packed.tensors[name + SCALE_SUFFIX]
     size, stored = math.prod(record.shape), info.nbytes + scale.nbytes
     sparsity = said.get("sparsity")
-    if sparsity is None:
+    if not isinstance(sparsity, float):
         sparsity = _count_zeros(packed, name, record) / max(1, size)
     return {
         "name": name,

@@ -30,7 +30,7 @@ def group_count(cols: int, group_size: int) -> int:
 
 def check_group_size(group_size: int) -> int:
     """Return `group_size`; raises UsageError unless it is -1, 0 or positive."""
-    if group_size < -1:
+    if not -1 <= group_size < 2**63:
         raise UsageError(
             f"group size: {group_size}; expected a positive number of weights, -1 (one group per "
             "row) or 0 (one scale per tensor). Use --group-size 128 if in doubt."

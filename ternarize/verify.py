@@ -72,7 +72,7 @@ def verify(
             progress(done, total, name)
 
     container.check(packed, records, threads=threads, done=checked)
-    _check_record(packed, records)
+    check_record(packed, records)
     ternary = [name for name, record in records.items() if record.shape is not None]
     result = {
         "files": len(packed.files),
@@ -86,11 +86,11 @@ def verify(
     return result
 
 
-def _check_record(packed: Checkpoint, records: dict[str, Record]) -> None:
-    """ternarize.json, where there is one, must speak of the tensors that are there."""
+def check_record(packed: Checkpoint, records: dict[str, Record]) -> dict[str, Any] | None:
+    """The content of ternarize.json, None without one; it must speak of the tensors there are."""
     record = read_json(packed.directory / RECORD)
     if record is None:
-        return
+        return None
     container.check_version(RECORD, record.get("format_version"), [])
     rows = record.get("tensors")
     if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
@@ -103,6 +103,7 @@ def _check_record(packed: Checkpoint, records: dict[str, Record]) -> None:
                 f"{RECORD}: {name} is {said.get(name, 'missing')} there and "
                 f"{found.get(name, 'missing')} in the files. Fetch the checkpoint again."
             )
+    return record
 
 
 def _compare(
@@ -135,8 +136,7 @@ def _compare(
     total = sum(t.info.nbytes for t in work.tensors)
     done = 0
     for name, tensor in expected.items():
-        again = _derive(packed, records[name], work.source, tensor, recipe)
-        if again != records[name].sha256:
+        if _derive(packed, records[name], work.source, tensor, recipe) != records[name]:
             raise DigestError(
                 f"{packed.tensors[name].file}: {name}: is not what {source} gives by the recipe on "
                 "record. Check that it is the source, and that both are unchanged."
@@ -148,15 +148,15 @@ def _compare(
 
 def _derive(
     packed: Checkpoint, record: Record, source: Checkpoint, tensor: TensorPlan, recipe: Recipe
-) -> str:
-    """The digest that the source's tensor has when it is converted in the recorded layout."""
+) -> Record | None:
+    """The record of the source's tensor when it is converted in the layout on record."""
     if tensor.ternary and record.shape is not None:
         scale = packed.tensors[tensor.name + SCALE_SUFFIX].dtype
         tensor = replace(tensor, group_size=record.group_size, scale_dtype=scale)
     try:
-        return convert_tensor(source, tensor, recipe, _discard).sha256
+        return tensor.record(convert_tensor(source, tensor, recipe, _discard).sha256)
     except Relayout:
-        return "another layout"
+        return None
 
 
 def _discard(name: str, offset: int, data: Tensor) -> None:

@@ -54,6 +54,13 @@ def test_a_conversion_prints_the_result_on_stdout_and_advice_on_stderr(
     assert f"ternarize eval {tmp_path / 'packed'}" in result.stderr
 
 
+def test_paths_with_brackets_and_spaces_are_printed_as_they_are(
+    source: Path, tmp_path: Path
+) -> None:
+    result = ok("convert", source, tmp_path / "out[v1] [/q]".replace("/", ""))
+    assert f"ternarize eval '{tmp_path / 'out[v1] [q]'}'" in result.stderr
+
+
 def test_quiet_leaves_the_result_alone(source: Path, tmp_path: Path) -> None:
     assert ok("convert", source, tmp_path / "packed", "-q").stderr == ""
 
@@ -116,6 +123,7 @@ MISTAKES: list[tuple[list[str], int, str]] = [
     (["eval", "PACKED", "--text", "no/such/file"], 1, "no tokenizer"),
     (["generate", "SOURCE", "--prompt", "x"], 1, ""),
     (["generate", "PACKED", "--prompt", "x", "--device", "abacus"], 1, "tokenizer"),
+    (["convert", "SOURCE", "FILE/out"], 1, "cannot be made"),
     (["transmogrify"], 2, "transmogrify"),
 ]
 
@@ -125,6 +133,8 @@ def test_mistakes_get_one_clear_line(
     arguments: list[str], code: int, words: str, source: Path, packed: Path, tmp_path: Path
 ) -> None:
     places = {"SOURCE": source, "PACKED": packed, "OUT": tmp_path / "out"}
+    (tmp_path / "file").write_text("")
+    places["FILE/out"] = tmp_path / "file" / "out"
     result = run(*(places.get(argument, argument) for argument in arguments))
     assert result.exit_code == code, result.output
     assert words in result.stderr

@@ -547,6 +547,46 @@ def test_a_source_that_changes_during_the_conversion_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_source_named_like_the_unfinished_output_is_left_alone(source: Path) -> None:
+    partial = source.rename(source.with_name("out.partial"))
+    before = digest_of(partial)
+    with pytest.raises(OutputError):
+        convert(partial, partial.with_name("out"))
+    assert digest_of(partial) == before
+
+
+def test_a_break_before_the_last_rename_can_be_resumed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (source / "journal.jsonl").write_text("{}")  # a file of the source, not ours
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_sync_files", _die)
+        with pytest.raises(Break):
+            convert(source, tmp_path / "out")
+    convert(source, tmp_path / "out")
+    verify(tmp_path / "out", source)
+    assert (tmp_path / "out" / "journal.jsonl").read_text() == "{}"
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+def test_a_plan_of_a_sharded_model_needs_no_shards(tmp_path: Path) -> None:
+    tiny_models.save("llama", tmp_path / "source", max_shard_size="60KB")
+    total = plan(tmp_path / "source").coverage()
+    for shard in (tmp_path / "source").glob("*.safetensors"):
+        shard.unlink()
+    assert plan(tmp_path / "source", config_only=True).coverage() == total
+
+
+def test_a_disk_that_cannot_reserve_space_is_good_enough(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    convert(source, tmp_path / "out")
+
+
 def test_two_conversions_cannot_write_one_output(source: Path, tmp_path: Path) -> None:
     from filelock import FileLock
 
@@ -566,7 +606,13 @@ def test_patterns_that_match_nothing_and_keeping_everything_are_refused(
 
 @pytest.mark.parametrize(
     "bad",
-    [{"method": "magic"}, {"group_size": -2}, {"dtype": "int4"}, {"activations": "fp8"}],
+    [
+        {"method": "magic"},
+        {"group_size": -2},
+        {"group_size": 2**63},
+        {"dtype": "int4"},
+        {"activations": "fp8"},
+    ],
 )
 def test_unknown_options_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=str(next(iter(bad.values())))):
