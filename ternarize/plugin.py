@@ -402,33 +402,12 @@ class Place:
 
 def _places(model: Any, names: Iterable[str], quantizer: Any = None) -> dict[str, Place]:
     """Map each name in the checkpoint to the model's, as transformers' loading does."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
+    from ternarize.select import locate
 
-    conversions = get_model_conversion_mapping(model, None, quantizer)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    skeleton = model.state_dict()
-    prefix = model.base_model_prefix
-    places = {}
-    for name in sorted(names, key=dot_natural_key):  # some renamings depend on the order
-        new, pattern = rename_source_key(name, renamings, converters, prefix, skeleton)
-        if new not in skeleton and name in skeleton:
-            new, pattern = rename_source_key(name, [], [], prefix, skeleton)
-        if pattern is None:
-            places[name] = Place([new], None)
-            continue
-        converter = by_pattern[pattern]
-        first = converter.target_patterns[0]
-        targets = [new.replace(first, target, 1) for target in converter.target_patterns]
-        places[name] = Place(targets, converter)
-    return places
+    return {
+        name: Place(list(place.parameters) or [place.renamed], place.converter)
+        for name, place in locate(model, names, quantizer).items()
+    }
 
 
 def _is_ignored(model: Any, kind: str, name: str) -> bool:

@@ -95,12 +95,17 @@ class Place:
 
     parameters  names in `model.state_dict()`: several where a tensor is split, none if unknown
     renamed     the name that transformers looks for
-    operations  what it does to the tensor on the way (`ConversionOps`)
+    converter   transformers' `WeightConverter` on the way, or None
     """
 
     parameters: tuple[str, ...]
     renamed: str
-    operations: tuple[Any, ...]
+    converter: Any = None
+
+    @property
+    def operations(self) -> tuple[Any, ...]:
+        """What the converter does to the tensor (`ConversionOps`)."""
+        return () if self.converter is None else tuple(self.converter.operations)
 
 
 @dataclass(frozen=True)
@@ -209,14 +214,16 @@ def tied(config: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def locate(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Place]:
+def locate(model: PreTrainedModel, names: Iterable[str], quantizer: Any = None) -> dict[str, Place]:
     """Lead every tensor name on disk to the parameters of `model` that it fills.
+
+    quantizer  the `HfQuantizer` that takes part in loading, if one does
 
     The renamings of transformers for this model, applied as its loader does: in its order (some
     depend on what came before), and with the base model's prefix added or taken away.
     """
     parameters = model.state_dict()
-    conversions = get_model_conversion_mapping(model)
+    conversions = get_model_conversion_mapping(model, None, quantizer)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
@@ -228,14 +235,14 @@ def locate(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Place]:
         if renamed not in parameters and name in parameters:
             renamed, pattern = rename_source_key(name, [], [], prefix, parameters)
         if renamed not in parameters:
-            places[name] = Place((), renamed, ())
+            places[name] = Place((), renamed)
         elif pattern is None:
-            places[name] = Place((renamed,), renamed, ())
+            places[name] = Place((renamed,), renamed)
         else:
             first, *others = by_pattern[pattern].target_patterns
-            found = [renamed, *(renamed.replace(first, other) for other in others)]
+            found = [renamed, *(renamed.replace(first, other, 1) for other in others)]
             targets = tuple(dict.fromkeys(t for t in found if t in parameters))
-            places[name] = Place(targets, renamed, tuple(by_pattern[pattern].operations))
+            places[name] = Place(targets, renamed, by_pattern[pattern])
     return places
 
 

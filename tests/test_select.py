@@ -440,7 +440,7 @@ def converted(
 ) -> Callable[[Shapes], dict[str, Choice]]:
     """Llama, as if transformers converted `source` into `targets` by `operations`."""
     converter = WeightConverter([source], targets, operations=list(operations))
-    monkeypatch.setattr(module, "get_model_conversion_mapping", lambda model: [converter])
+    monkeypatch.setattr(module, "get_model_conversion_mapping", lambda *_: [converter])
     config = config_of("llama")
     shapes = {n: s for n, s in shapes_of(config).items() if not any(t in n for t in targets)}
     return lambda extra: {c.name: c for c in select({**shapes, **extra}, config)}
