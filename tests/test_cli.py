@@ -216,4 +216,4 @@ def test_the_examples_of_the_documents_run(
     commands = examples(document)
     assert len(commands) >= 5
     for command in commands:
-        ok(*shlex.split(command)[1:])
+        ok(*shlex.split(command, comments=True)[1:])
