@@ -20,6 +20,7 @@ as BitNet b1.58 expect (https://arxiv.org/abs/2402.17764, section 2):
 import functools
 import inspect
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -161,8 +162,9 @@ class Packed(nn.Module):
     _is_hf_initialized = True
 
     @property
+    @abstractmethod
     def layouts(self) -> dict[str, Layout]:
-        raise NotImplementedError
+        """Name of each packed parameter -> how it is packed."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Packed":
         """Move, but never cast the scales: model.to(bfloat16) would change every weight."""
