@@ -1,0 +1,1 @@
+"""Calibration: activations of a source model decide its trits and scales."""

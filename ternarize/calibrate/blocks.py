@@ -1,0 +1,328 @@
+"""Running a model block by block, with one block's weights in memory.
+
+The model's own forward runs, once for every batch of the calibration set, and pauses wherever it
+is about to run one of its repeated blocks. When all batches wait at the same block, that block's
+weights are loaded, whatever is to be done with it is done, each batch gets its output, and the
+weights are dropped again.
+
+A paused forward is a thread that waits: its local variables (masks, rotary embeddings, position
+biases, the encoder's output) stay what the model's code made them, so nothing here knows what
+blocks of a certain model take or give, which of them differ, or in what order they run. Only one
+thread runs at a time, and blocks run in the thread of the caller.
+
+Weights outside the blocks (embeddings, norms, the output head) are loaded when their module is
+called and dropped when all batches wait.
+"""
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.initialization import no_init_weights
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
+
+from ternarize.checkpoint import Checkpoint
+from ternarize.errors import CheckpointError
+from ternarize.select import locate
+
+Batch = dict[str, Tensor]
+
+
+class _Stop(BaseException):
+    """Ends a paused forward; not an Exception, which a model's code might catch."""
+
+
+@dataclass
+class Call:
+    """A forward that waits at a block: what the block is called with."""
+
+    block: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Forward:
+    """One forward of the model on one batch, that can be paused at every block."""
+
+    current = threading.local()
+
+    def __init__(self, model: nn.Module, batch: Batch) -> None:
+        self._replies: SimpleQueue[Any] = SimpleQueue()
+        self._events: SimpleQueue[Any] = SimpleQueue()
+        self._model, self._batch = model, batch
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._started = False
+
+    def resume(self, reply: Any = None) -> Any:
+        """Run on with the block's output; returns the next Call, or the model's output."""
+        if self._started:
+            self._replies.put(reply)
+        else:
+            self._started = True
+            self._thread.start()
+        event = self._events.get()
+        if isinstance(event, BaseException):
+            self._thread.join()
+            raise event
+        return event
+
+    def stop(self) -> None:
+        """End a paused forward."""
+        if self._started and self._thread.is_alive():
+            self._replies.put(_Stop())
+            self._thread.join()
+
+    def pause(self, call: Call) -> Any:
+        """Called in the forward's own thread, where a block would run."""
+        self._events.put(call)
+        reply = self._replies.get()
+        if isinstance(reply, _Stop):
+            raise reply
+        return reply
+
+    def _run(self) -> None:
+        Forward.current.forward = self
+        try:
+            with torch.no_grad():
+                self._events.put(self._model(**self._batch))
+        except _Stop:
+            return
+        except BaseException as error:  # goes on in the caller's thread
+            self._events.put(error)
+
+
+class Blocks:
+    """The skeleton of a model and the means to fill parts of it with the source's weights.
+
+    source  checkpoint with float weights
+    paths   paths of modules that are blocks; see `block_paths`
+    device  where blocks run; what is between them runs on the CPU
+    """
+
+    def __init__(self, source: Checkpoint, paths: Sequence[str], device: str = "cpu") -> None:
+        assert source.config is not None
+        self.source, self.device = source, torch.device(device)
+        self.model = skeleton(source.config)
+        self.mapping = get_model_conversion_mapping(self.model)
+        self.places = locate(self.model, source.tensors)
+        self.tied: dict[str, str] = dict(self.model.all_tied_weights_keys)
+        self.paths = list(paths)
+        for path in self.paths:
+            self._make_pause(path)
+        buffers = {name for name, _ in self.model.named_buffers()}
+        self._fill([n for p in self.places.values() for n in p.parameters if n in buffers])
+        inside = tuple(path + "." for path in self.paths)
+        self._outside: list[str] = []
+        for name, module in self.model.named_modules(remove_duplicate=False):
+            own = [f"{name}.{p}" if name else p for p in module._parameters]
+            if own and not f"{name}.".startswith(inside):
+                self._outside.append(name)
+                self._fill_when_called(name, module, own)
+
+    def _make_pause(self, path: str) -> None:
+        block: Any = self.model.get_submodule(path)
+
+        def pause(*args: Any, **kwargs: Any) -> Any:
+            forward = getattr(Forward.current, "forward", None)
+            if forward is None:  # run by `run` below, not by a model's forward
+                return type(block).forward(block, *args, **kwargs)
+            return forward.pause(Call(path, args, kwargs))
+
+        block.forward = pause
+
+    def _fill_when_called(self, name: str, module: nn.Module, own: Sequence[str]) -> None:
+        def fill(module: nn.Module, args: Any) -> None:
+            if any(p is not None and p.is_meta for p in module._parameters.values()):
+                self._fill(own)
+
+        module.register_forward_pre_hook(fill)
+
+    def start(self, batches: Sequence[Batch]) -> list[Forward]:
+        """A forward for each batch, not yet begun."""
+        return [Forward(self.model, batch) for batch in batches]
+
+    def run(self, call: Call) -> Any:
+        """What the loaded block gives for a call, computed on the device, returned on the CPU."""
+        block = self.model.get_submodule(call.block)
+        output = block(*_to(call.args, self.device), **_to(call.kwargs, self.device))
+        return _to(output, torch.device("cpu"))
+
+    @contextmanager
+    def loaded(self, path: str) -> Iterator[nn.Module]:
+        """The block with its source's weights in float32, on the device, while the context lasts.
+
+        Weights outside the blocks, which no forward needs while all of them wait, are dropped.
+        """
+        for name in self._outside:
+            _empty(self.model.get_submodule(name))
+        block = self.model.get_submodule(path)
+        self._fill([f"{path}.{name}" for name, _ in block.named_parameters()])
+        block.to(self.device)
+        try:
+            yield block
+        finally:
+            for module in block.modules():
+                _empty(module)
+
+    def replaced(self, path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a loaded block's parameters would be with these tensors instead of the source's.
+
+        tensors  on the source's names, float32; only what differs
+
+        Returns parameters of the block (names without its path) that come from `tensors`.
+        """
+        block = self.model.get_submodule(path)
+        names = {p for n in tensors for p in self.places[n].parameters}
+        changed = [name for name, _ in block.named_parameters() if f"{path}.{name}" in names]
+        kept = {name: block.get_parameter(name) for name in changed}
+        self._fill([f"{path}.{name}" for name in changed], tensors)
+        result = {name: block.get_parameter(name).data.to(self.device) for name in changed}
+        for name, value in kept.items():
+            owner, _, leaf = name.rpartition(".")
+            block.get_submodule(owner)._parameters[leaf] = value
+        return result
+
+    def on_disk(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters of the model -> the tensors of the source that they come from.
+
+        Operations at loading (stacking experts, joining rows) are undone. Raises CheckpointError
+        where they cannot be.
+        """
+        direct, rest = {}, {}
+        sources: dict[str, list[str]] = {}
+        for name, place in self.places.items():
+            for parameter in place.parameters:
+                sources.setdefault(parameter, []).append(name)
+        for parameter, value in parameters.items():
+            names = sources.get(parameter, [])
+            if len(names) == 1 and self.places[names[0]].converter is None:
+                direct[names[0]] = value
+            else:
+                rest[parameter] = value
+        if rest:
+            self.model._weight_conversions = self.mapping
+            undone = transformers.core_model_loading.revert_weight_conversion(self.model, rest)
+            for name, value in undone.items():
+                info = self.source.tensors.get(name)
+                if info is None or info.shape != tuple(value.shape):
+                    raise CheckpointError(
+                        f"{self.source.directory}: {name} {list(value.shape)} comes from undoing "
+                        "what transformers does at loading; expected a tensor of the source. "
+                        "Convert it without --dataset."
+                    )
+            direct |= undone
+        return direct
+
+    def _fill(self, parameters: Sequence[str], instead: Mapping[str, Tensor] = {}) -> None:  # noqa: B006
+        """Load parameters of the model from the source (or `instead`), float32, onto the CPU."""
+        wanted = {self.tied.get(name, name) for name in parameters}
+        names = [n for n, p in self.places.items() if not wanted.isdisjoint(p.parameters)]
+        tensors = {n: instead[n] if n in instead else self._read(n) for n in names}
+        missing = wanted - {p for n in names for p in self.places[n].parameters}
+        if missing:
+            raise CheckpointError(
+                f"{self.source.directory}: {sorted(missing)[0]} is not among its tensors; "
+                "expected every weight of the model. Complete the checkpoint."
+            )
+        bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            convert_and_load_state_dict_in_model(
+                self.model,
+                tensors,
+                LoadStateDictConfig(weight_mapping=list(self.mapping), dtype=torch.float32),
+            )
+        finally:
+            if bars:
+                logging.enable_progress_bar()
+        for name in parameters:
+            path, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(path)
+            if name in self.tied:
+                setattr(module, leaf, self.model.get_parameter(self.tied[name]))
+            getattr(module, leaf).requires_grad_(False)
+
+    def _read(self, name: str) -> Tensor:
+        info = self.source.tensors[name]
+        value = self.source.read(name, 0, info.numel).reshape(info.shape)
+        return value.to(torch.float32) if value.is_floating_point() else value
+
+
+def skeleton(config: Mapping[str, Any]) -> PreTrainedModel:
+    """A model with its code and buffers, and parameters on the meta device, in eval mode."""
+    table = json.loads(json.dumps(config))
+    for key in ("quantization_config", "attn_implementation", "_attn_implementation"):
+        table.pop(key, None)
+    model_class = getattr(transformers, table["architectures"][0])
+    settings = CONFIG_MAPPING[table["model_type"]].from_dict(table)
+    for part in (settings, settings.get_text_config()):
+        part._experts_implementation = "eager"  # one expert after the other, through F.linear
+    register = nn.Module.register_parameter
+
+    def register_on_meta(self: nn.Module, name: str, value: nn.Parameter | None) -> None:
+        if value is not None:
+            value = nn.Parameter(value.detach().to("meta"), requires_grad=False)
+        register(self, name, value)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment,method-assign]
+    try:
+        with no_init_weights():
+            model: PreTrainedModel = model_class(settings).to(torch.float32)
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+    return model.eval()
+
+
+def block_paths(model: nn.Module, parameters: Sequence[str]) -> list[str]:
+    """The repeated blocks that hold these parameters: elements of the outermost nn.ModuleList.
+
+    Returns their paths in the order of the model's modules.
+    """
+    found: dict[str, None] = {}
+    for parameter in parameters:
+        steps = parameter.split(".")
+        for end in range(1, len(steps)):
+            parent = model.get_submodule(".".join(steps[:end]))
+            if isinstance(parent, nn.ModuleList):
+                found[".".join(steps[: end + 1])] = None
+                break
+    order = {name: i for i, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
+    return sorted(found, key=order.__getitem__)
+
+
+def _empty(module: nn.Module) -> None:
+    """Drop the weights that a module itself holds."""
+    for name, value in module._parameters.items():
+        if value is not None and not value.is_meta:
+            module._parameters[name] = nn.Parameter(value.to("meta"), requires_grad=False)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    """Move the tensors in nested arguments."""
+    return map_tensors(value, lambda tensor: tensor.to(device))
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Apply a function to every tensor in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple):
+        return type(value)(*(map_tensors(v, function) for v in value)) if hasattr(
+            value, "_fields"
+        ) else tuple(map_tensors(v, function) for v in value)
+    if isinstance(value, list):
+        return [map_tensors(v, function) for v in value]
+    if isinstance(value, dict):
+        return {k: map_tensors(v, function) for k, v in value.items()}
+    return value

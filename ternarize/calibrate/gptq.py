@@ -1,0 +1,319 @@
+"""Ternarization of one matrix against calibration statistics.
+
+With inputs x of the ternarized stream and targets y (statistics.py), a matrix W' = scale x trit is
+sought that minimises
+
+    E(W') = sum |y - W' x|^2 = tr(W' H W'^T) - 2 tr(W' Y^T) + sum |y|^2,
+    H = sum x x^T,  Y = sum y x^T.
+
+1. Continuous optimum.  W* = W + (Y - W H)(H + lambda I)^-1, the minimum of E pulled towards the
+   original weights W by lambda. Then E(W') - E(W*) = tr((W' - W*) H (W' - W*)^T) up to lambda, so
+   from here on W* is what is approximated, in the metric of H. Rows no longer depend on each other.
+
+2. Scales, static.  Each group of W* gets the scale of the alternating optimum (`itf`), before any
+   column is rounded. Groups are of neighbouring columns as stored, so the order of step 3 is free
+   and no permutation is stored.
+
+3. Error compensation.  Columns are rounded one by one, those with the largest H_jj first; each
+   column's error e_j = (w_j - w'_j) / U_jj is passed on to the columns still to come,
+   w_k -= e_j U_jk, with U upper triangular and U^T U = (H + damping I)^-1. This is the best that
+   can be done about an error when the later columns are still free.
+
+4. Joint scales.  With trits t fixed, E is quadratic in all the scales of a row together:
+   A s = b,  A_gh = t_g^T H_gh t_h,  b_g = t_g^T (H w*)_g,  one small system per row.
+
+5. Coordinate descent.  With scales fixed, each trit in turn takes its best value given all others,
+   the level nearest to w'_j + ((w* - w') H)_j / H_jj. Steps 4 and 5 alternate. Neither can raise
+   the (damped) error, and scales are rounded as they are stored before the trits settle on them.
+
+lambda, the damping and the round that is kept are those with the least E on held-out tokens, so
+statistics of few tokens are trusted less. If the matrix has a bias b that is kept, all moments are
+taken about the means, and b becomes mean y - W' mean x, the best one.
+
+Everything in steps 3 and 5 is done for all rows at once, in blocks of columns: inside a block by
+rank-one updates, between blocks by matrix products, O(rows cols^2) in all.
+
+Sources: step 3 is GPTQ, https://arxiv.org/abs/2210.17323 (eq. 2-3, algorithm 1), with static groups
+and the column order of its reference implementation. Step 1 is the exact form of asymmetric
+calibration: Qronos, https://arxiv.org/abs/2505.11695, GPTAQ, https://arxiv.org/abs/2504.02692; here
+the target also holds the residual stream's error. Step 5 with a fitted codebook is LNQ of
+GuidedQuant, https://arxiv.org/abs/2505.07004. Step 4 is ordinary least squares.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ternarize.calibrate.statistics import Moments
+from ternarize.methods import itf
+from ternarize.tensor import Ternary, group_count, group_length
+
+PULLS = (0.01, 0.03, 0.1, 0.3, 1.0)  # lambda, times mean H_jj
+DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3)  # of step 3, times mean H_jj
+RIDGE = 0.01  # added to the diagonal in steps 4 and 5, times mean H_jj
+SCALE_RIDGE = 1e-3  # added to the diagonal of A, times mean A_gg
+ROUNDS = 4
+SWEEPS = 2  # of coordinate descent in each round
+BLOCK = 64  # columns
+PROBE_ROWS = 64  # rows on which the damping is chosen
+MIN_TOKENS = 32  # a matrix that sees fewer is ternarized without statistics
+
+Rounding = Callable[[Tensor], Tensor]  # scales -> scales as they are stored, float64
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A ternarized matrix.
+
+    ternary  trits and scales as they will be stored
+    bias     (rows,) float32, or None
+    error    E / sum |y|^2 on held-out tokens (about the mean, if there is a bias)
+    plain    the same for `itf` without statistics
+    """
+
+    ternary: Ternary
+    bias: Tensor | None
+    error: float
+    plain: float
+
+
+def solve(
+    weight: Tensor,
+    train: Moments,
+    held: Moments,
+    group_size: int,
+    rounding: Rounding,
+    *,
+    bias: bool = False,
+) -> Solution:
+    """Ternarize a matrix so that its products are what they should be (module docstring).
+
+    weight      (rows, cols) float32
+    train       moments of calibration tokens; without a target, the matrix's own product is it
+    held        moments of other tokens, to choose by
+    group_size  as in ternarize.tensor
+    rounding    how scales are stored
+    bias        whether the matrix has a bias to be fitted
+    """
+    train, held = _mean(train, weight, bias), _mean(held, weight, bias)
+    assert train.target is not None and held.target is not None
+    hessian = train.hessian
+    unit = float(hessian.diagonal().mean())
+    plain = _rounded(itf(weight, group_size), rounding)
+    plain_error = _error(plain.dequantize(torch.float64), held)
+    if train.tokens < MIN_TOKENS or held.tokens < 1 or unit == 0:
+        return _solution(plain, plain_error, plain_error, train, bias)
+    wanted = _continuous(weight.double(), train, held, unit).float()
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    metric = (hessian / unit).float()
+    ridged = metric + RIDGE * torch.eye(len(metric), device=metric.device)
+    start = _rounded(itf(wanted, group_size), rounding)
+    scales = start.scales.float()
+    best: tuple[float, Tensor, Tensor] | None = None
+
+    def consider(trits: Tensor, scales: Tensor) -> None:
+        nonlocal best
+        error = _error((trits * _spread(scales, trits, group_size)).double(), held)
+        if best is None or error < best[0]:
+            best = error, trits.clone(), scales
+
+    damping = _choose_damping(wanted, metric, scales, order, held, group_size)
+    trits = _compensate(wanted, _factor(metric, damping, order), scales, order, group_size)
+    consider(trits, scales)
+    for _ in range(ROUNDS):
+        scales = rounding(_joint_scales(trits, wanted, ridged, group_size)).float()
+        consider(trits, scales)
+        trits = _descend(trits, scales, wanted, ridged, order, group_size)
+        consider(trits, scales)
+    assert best is not None
+    if best[0] >= plain_error:
+        return _solution(plain, plain_error, plain_error, train, bias)
+    result = _clean(best[1], best[2], group_size)
+    return _solution(result, best[0], plain_error, train, bias)
+
+
+def _mean(moments: Moments, weight: Tensor, bias: bool) -> Moments:
+    """Moments per token, about the means if there is a bias; with a target in any case."""
+    n = max(1, moments.tokens)
+    hessian, energy = moments.hessian / n, moments.energy / n
+    x, y = moments.x_sum / n, moments.y_sum / n
+    target = moments.target
+    if target is None:
+        w = weight.double()
+        target = w @ hessian
+        y, energy = w @ x, float((target * w).sum())
+    else:
+        target = target / n
+    if bias:
+        hessian = hessian - x[:, None] * x
+        target = target - y[:, None] * x
+        energy -= float(y.square().sum())
+    return replace(moments, hessian=hessian, target=target, x_sum=x, y_sum=y, energy=energy)
+
+
+def _error(matrix: Tensor, held: Moments) -> float:
+    """E(W') / sum |y|^2 for (rows, cols) float64."""
+    assert held.target is not None
+    value = ((matrix @ held.hessian - 2 * held.target) * matrix).sum()
+    return max(0.0, float(value) + held.energy) / max(held.energy, 1e-30)
+
+
+def _continuous(weight: Tensor, train: Moments, held: Moments, unit: float) -> Tensor:
+    """Step 1: W*, with the lambda that is best on held-out tokens, or the weight itself."""
+    assert train.target is not None
+    missing = train.target - weight @ train.hessian
+    best, best_error = weight, _error(weight, held)
+    eye = torch.eye(len(train.hessian), dtype=torch.float64, device=weight.device)
+    for pull in PULLS:
+        factor = torch.linalg.cholesky(train.hessian + pull * unit * eye)
+        candidate = weight + torch.cholesky_solve(missing.T, factor).T
+        error = _error(candidate, held)
+        if error < best_error:
+            best, best_error = candidate, error
+    return best
+
+
+def _factor(metric: Tensor, damping: float, order: Tensor) -> Tensor:
+    """U of step 3, columns in `order`: upper triangular, U^T U = (H + damping I)^-1, float32."""
+    damped = metric[order][:, order].double()
+    damped.diagonal().add_(damping)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def _choose_damping(
+    wanted: Tensor, metric: Tensor, scales: Tensor, order: Tensor, held: Moments, group_size: int
+) -> float:
+    """The damping with the least held-out error on some of the rows."""
+    rows = torch.linspace(0, len(wanted) - 1, min(PROBE_ROWS, len(wanted)), device=wanted.device)
+    rows = rows.long()
+    probe, probe_scales = wanted[rows], scales if len(scales) == 1 else scales[rows]
+    assert held.target is not None
+    part = replace(held, target=held.target[rows])
+    errors = []
+    for damping in DAMPINGS:
+        factor = _factor(metric, damping, order)
+        trits = _compensate(probe, factor, probe_scales, order, group_size)
+        errors.append(_error((trits * _spread(probe_scales, trits, group_size)).double(), part))
+    return DAMPINGS[errors.index(min(errors))]
+
+
+def _compensate(
+    wanted: Tensor, factor: Tensor, scales: Tensor, order: Tensor, group_size: int
+) -> Tensor:
+    """Step 3: trits (rows, cols) float32."""
+    cols = wanted.shape[1]
+    # columns of the matrix as rows here, so that each lies together in memory
+    level = _spread(scales, wanted, group_size).T[order].contiguous()
+    rest = wanted.T[order].contiguous()
+    trits = torch.zeros_like(rest)
+    for start in range(0, cols, BLOCK):
+        stop = min(start + BLOCK, cols)
+        errors = torch.zeros_like(rest[start:stop])
+        for j in range(start, stop):
+            trits[j] = _nearest(rest[j], level[j])
+            torch.sub(rest[j], trits[j] * level[j], out=errors[j - start])
+            errors[j - start] /= factor[j, j]
+            rest[j + 1 : stop].addr_(factor[j, j + 1 : stop], errors[j - start], alpha=-1)
+        rest[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    return _in_place(trits, order)
+
+
+def _in_place(columns: Tensor, order: Tensor) -> Tensor:
+    """Columns in `order`, one a row -> the matrix (rows, cols)."""
+    result = torch.empty_like(columns)
+    result[order] = columns
+    return result.T.contiguous()
+
+
+def _joint_scales(trits: Tensor, wanted: Tensor, metric: Tensor, group_size: int) -> Tensor:
+    """Step 4: scales (rows or 1, groups) float64, not negative."""
+    rows, cols = trits.shape
+    length, count = group_length(cols, group_size), group_count(cols, group_size)
+    right = trits * (wanted @ metric)
+    if group_size == 0:
+        left = (trits @ metric * trits).double().sum()
+        return (right.double().sum() / left.clamp(min=1e-30)).clamp(min=0).reshape(1, 1)
+    b = _group_sums(right, length, count).double()
+    a = torch.empty(rows, count, count, dtype=torch.float64, device=trits.device)
+    for g in range(count):
+        span = slice(g * length, min((g + 1) * length, cols))
+        a[:, g] = _group_sums(trits[:, span] @ metric[span] * trits, length, count).double()
+    diagonal = a.diagonal(dim1=1, dim2=2)
+    diagonal += SCALE_RIDGE * diagonal.mean(-1, keepdim=True) + 1e-30
+    return torch.linalg.solve(a, b[..., None])[..., 0].clamp(min=0)
+
+
+def _group_sums(values: Tensor, length: int, count: int) -> Tensor:
+    """Sums of the groups of (rows, cols): (rows, count)."""
+    short = length * count - values.shape[1]
+    return torch.nn.functional.pad(values, (0, short)).unflatten(1, (count, length)).sum(-1)
+
+
+def _descend(
+    trits: Tensor, scales: Tensor, wanted: Tensor, metric: Tensor, order: Tensor, group_size: int
+) -> Tensor:
+    """Step 5: trits after SWEEPS passes over the columns, (rows, cols) float32."""
+    cols = wanted.shape[1]
+    metric = metric[order][:, order]
+    level = _spread(scales, wanted, group_size).T[order].contiguous()
+    columns = trits.T[order].contiguous()
+    # (w* - w') H of each column
+    pull = metric @ (wanted.T[order] - columns * level)
+    for _ in range(SWEEPS):
+        before = columns.clone()
+        for start in range(0, cols, BLOCK):
+            stop = min(start + BLOCK, cols)
+            moves = torch.empty_like(level[start:stop])
+            for j in range(start, stop):
+                value = columns[j] * level[j]
+                columns[j] = _nearest(value + pull[j] / metric[j, j], level[j])
+                move = torch.sub(columns[j] * level[j], value, out=moves[j - start])
+                pull[start:stop].addr_(metric[start:stop, j], move, alpha=-1)
+            pull[:start].addmm_(metric[:start, start:stop], moves, alpha=-1)
+            pull[stop:].addmm_(metric[stop:, start:stop], moves, alpha=-1)
+        if torch.equal(before, columns):
+            break
+    return _in_place(columns, order)
+
+
+def _nearest(value: Tensor, level: Tensor) -> Tensor:
+    """The trit whose level is nearest; 0 where the scale is 0."""
+    return value.sign() * (value.abs() > level / 2) * (level > 0)
+
+
+def _spread(scales: Tensor, like: Tensor, group_size: int) -> Tensor:
+    """The scale of each weight: (rows or 1, groups) -> (rows or 1, cols) expanded to `like`."""
+    cols = like.shape[1]
+    length = group_length(cols, group_size)
+    return scales.repeat_interleave(length, 1)[:, :cols].expand(like.shape)
+
+
+def _clean(trits: Tensor, scales: Tensor, group_size: int) -> Ternary:
+    """No scale without trits, no trits without scale."""
+    trits = trits * (_spread(scales, trits, group_size) > 0)
+    used = trits.abs()
+    if group_size == 0:
+        any_used = used.amax().reshape(1, 1) > 0
+    else:
+        cols = trits.shape[1]
+        length, count = group_length(cols, group_size), group_count(cols, group_size)
+        any_used = _group_sums(used, length, count) > 0
+    return Ternary(trits.to(torch.int8), scales.double() * any_used, group_size)
+
+
+def _rounded(ternary: Ternary, rounding: Rounding) -> Ternary:
+    scales = rounding(ternary.scales)
+    return _clean(ternary.trits.float(), scales.float(), ternary.group_size)
+
+
+def _solution(
+    ternary: Ternary, error: float, plain: float, train: Moments, bias: bool
+) -> Solution:
+    fitted = None
+    if bias and train.tokens:
+        matrix = ternary.dequantize(torch.float64)
+        fitted = (train.y_sum - matrix @ train.x_sum).float()
+    return Solution(ternary, fitted, error, plain)

@@ -1,0 +1,288 @@
+"""What a block's weights are multiplied by, and what is added to their products.
+
+`Trace` watches one forward of a block. It recognises a product with a weight by the weight's
+memory, so it needs no list of module types: linear layers, GPT-2's transposed ones, and experts
+that are slices of a stack all end in a product of torch. Weights that are multiplied by the same
+input form a sequential group ([q k v], [gate up]); groups follow each other as they are run.
+
+It also follows a product into the sums that it enters, usually the residual stream: in
+
+    hidden = hidden + o_proj(x)        or        LayerNorm(dense(x) + hidden)
+
+what matters is the sum, and when the other term carries the errors of all that was ternarized
+before, this product can make up for them. With x, r the input and the other terms in the
+ternarized stream and y', r' the product and terms in the float stream, the target of a weight is
+
+    y = y' + r' - r        and its statistics are        H = sum x x^T,  Y = sum y x^T
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ternarize.rotation import rotate
+
+
+@dataclass
+class Product:
+    """One product with a weight: scale * (y = W x + bias) + terms is what the model goes on with.
+
+    x (..., cols), y (..., rows), terms like y
+    """
+
+    name: str
+    expert: int
+    x: Tensor
+    y: Tensor
+    bias: Tensor | None = None
+    transposed: bool = False  # the weight is stored (cols, rows)
+    terms: Tensor | None = None
+    scale: float = 1.0
+    sums: int = 0  # how many sums the forward had made when the last of its terms was added
+    open: bool = True  # its sum has not been used for anything else yet
+
+
+class _Enough(Exception):
+    """All that was asked for has been seen."""
+
+
+_LINEAR = {F.linear}
+_MATMUL = {torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm,
+           Tensor.__matmul__}
+_ADDMM = {torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm}
+_ADD = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__}
+_IN_PLACE = {Tensor.add_, Tensor.__iadd__}
+_MUL = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
+_SAME = {F.dropout, torch.dropout, Tensor.view, Tensor.reshape, torch.reshape, Tensor.contiguous,
+         Tensor.to, Tensor.float, Tensor.type_as}
+
+
+class Trace(TorchFunctionMode):
+    """Records the products of a forward with the given weights.
+
+    weights  name -> parameter, as it is in the block while it runs
+    stop     called after each product or sum; when it returns True the forward is ended
+    """
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], stop: Callable[["Trace"], bool] | None = None
+    ) -> None:
+        super().__init__()
+        self._names = {w.untyped_storage().data_ptr(): name for name, w in weights.items()}
+        self._weights = weights
+        self._stop = stop
+        self.products: list[Product] = []
+        self.sums = 0
+        self._marked: dict[int, tuple[Tensor, list[Product]]] = {}
+
+    def run(self, forward: Callable[[], Any]) -> Any:
+        """Run a forward under the trace; returns its result, None if it was ended early."""
+        try:
+            with self:
+                return forward()
+        except _Enough:
+            return None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _ADD and len(args) >= 2 and not kwargs:
+            return self._add(func, args)
+        result = func(*args, **kwargs)
+        if func in _LINEAR or func in _MATMUL or func in _ADDMM:
+            self._close(args)
+            self._multiply(func, args, kwargs, result)
+        elif (func in _SAME or func in _MUL) and args and isinstance(result, Tensor):
+            self._follow(func, args, result)
+        elif isinstance(result, Tensor):
+            self._close((*args, *kwargs.values()))
+        return result
+
+    def _multiply(self, func: Any, args: Any, kwargs: Any, result: Tensor) -> None:
+        bias = None
+        if func in _ADDMM:
+            bias, *args = args
+        elif func in _LINEAR:
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+        x, weight = args[0], args[1] if len(args) > 1 else kwargs.get("weight")
+        if not isinstance(weight, Tensor) or not isinstance(x, Tensor):
+            return
+        name = self._names.get(weight.untyped_storage().data_ptr())
+        if name is None:
+            return
+        whole, turned = self._weights[name], func not in _LINEAR
+        if weight.numel() == whole.numel() and whole.ndim == 3:  # all experts at once
+            for expert in range(len(whole)):
+                one = Product(name, expert, x[expert], result[expert], None, turned)
+                self.products.append(one)
+        else:
+            expert = weight.storage_offset() // (whole.shape[-1] * whole.shape[-2])
+            self.products.append(Product(name, expert, x, result, bias, turned))
+            if whole.ndim == 2:
+                self._marked[id(result)] = (result, [self.products[-1]])
+        self._check()
+
+    def _close(self, values: Any) -> None:
+        """A sum that is used for something else is complete."""
+        for value in values:
+            for product in self._marks(value):
+                product.open = False
+
+    def _follow(self, func: Any, args: Any, result: Tensor) -> None:
+        """A view, a cast or a multiple of a product is still that product."""
+        marks = self._marks(args[0])
+        factor = 1.0
+        if func in _MUL:
+            other = args[1]
+            if not marks and isinstance(other, Tensor):
+                marks, other = self._marks(other), args[0]
+            if isinstance(other, Tensor) and other.ndim:
+                self._close(args)
+                return
+            factor = float(other)
+        same = marks and result.numel() == args[0].numel() if isinstance(args[0], Tensor) else True
+        if not marks or not same or factor == 0:
+            return
+        for product in marks:
+            product.scale *= factor
+            if product.terms is not None:
+                product.terms = product.terms * factor
+        self._marked[id(result)] = (result, marks)
+
+    def _add(self, func: Any, args: Any) -> Any:
+        a, b = args[0], args[1]
+        ours, theirs = self._marks(a), self._marks(b)
+        if not (ours or theirs) or not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+            return func(*args)
+        if a.shape != b.shape:
+            result = func(*args)
+            if ours and isinstance(result, Tensor) and result.shape == a.shape and b.ndim <= 1:
+                self._marked[id(result)] = (result, ours)  # a bias, the same in both streams
+            return result
+        a_terms = a.clone() if func in _IN_PLACE and theirs else a
+        result = func(*args)
+        for products, other in ((ours, b), (theirs, a_terms)):
+            for product in products:
+                if product.open:
+                    product.terms = other if product.terms is None else product.terms + other
+                    product.sums = self.sums + 1
+        self._marked[id(result)] = (result, [p for p in ours + theirs if p.open])
+        self.sums += 1
+        self._check()
+        return result
+
+    def _marks(self, value: Any) -> list[Product]:
+        return self._marked.get(id(value), (None, []))[1] if isinstance(value, Tensor) else []
+
+    def _check(self) -> None:
+        if self._stop is not None and self._stop(self):
+            raise _Enough
+
+
+@dataclass(frozen=True)
+class Group:
+    """Weights that are ternarized together: the same input, or a stack of experts.
+
+    products  how many products with them a forward makes; 0: depends on the data
+    sums      how many sums have been made when their last terms have been added
+    """
+
+    names: tuple[str, ...]
+    products: int
+    sums: int
+    residual: frozenset[str]
+
+    def seen(self, trace: Trace) -> bool:
+        """Whether a forward has gone far enough for this group."""
+        made = sum(p.name in self.names for p in trace.products)
+        return self.products > 0 and made >= self.products and trace.sums >= self.sums
+
+
+def sequential_groups(trace: Trace, weights: Mapping[str, Tensor]) -> list[Group]:
+    """The groups of a whole forward, in the order in which they are run."""
+    members: list[list[str]] = []
+    inputs: dict[tuple[int, int], int] = {}
+    place: dict[str, int] = {}
+    for product in trace.products:
+        if product.name in place:
+            continue
+        stack = weights[product.name].ndim == 3
+        key = (product.x.data_ptr(), product.x.shape[-1])
+        at = None if stack else inputs.get(key)
+        if at is None:
+            at = len(members)
+            members.append([])
+            if not stack:
+                inputs[key] = at
+        members[at].append(product.name)
+        place[product.name] = at
+    groups = []
+    for names in members:
+        own = [p for p in trace.products if p.name in names]
+        stack = any(weights[n].ndim == 3 for n in names)
+        summed = frozenset() if stack else frozenset(p.name for p in own if p.terms is not None)
+        groups.append(
+            Group(
+                tuple(names),
+                0 if stack else len(own),
+                max((p.sums for p in own), default=0),
+                summed,
+            )
+        )
+    return groups
+
+
+@dataclass
+class Moments:
+    """Sums over tokens for one matrix, in float64.
+
+    hessian   (cols, cols)  sum x x^T
+    target    (rows, cols)  sum y x^T; None where the target is the matrix's own product
+    x_sum, y_sum, energy    sum x, sum y, sum |y|^2
+    tokens    how many
+    """
+
+    hessian: Tensor
+    target: Tensor | None
+    x_sum: Tensor
+    y_sum: Tensor
+    energy: float = 0.0
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, rows: int, cols: int, *, target: bool, device: torch.device) -> "Moments":
+        double = {"dtype": torch.float64, "device": device}
+        return cls(
+            torch.zeros(cols, cols, **double),  # type: ignore[call-overload]
+            torch.zeros(rows, cols, **double) if target else None,  # type: ignore[call-overload]
+            torch.zeros(cols, **double),  # type: ignore[call-overload]
+            torch.zeros(rows, **double),  # type: ignore[call-overload]
+        )
+
+    def add(self, x: Tensor, y: Tensor | None) -> None:
+        """Add tokens: x (tokens, cols), y (tokens, rows), float32."""
+        self.hessian += (x.T @ x).double()
+        self.x_sum += x.double().sum(0)
+        self.tokens += len(x)
+        if y is not None and self.target is not None:
+            self.target += (y.T @ x).double()
+            self.y_sum += y.double().sum(0)
+            self.energy += float(y.double().square().sum())
+
+    def rotated(self, block: int, seed: int) -> "Moments":
+        """The moments of R^T x."""
+        once = rotate(self.hessian, block, seed).T.contiguous()
+        return Moments(
+            rotate(once, block, seed),
+            None if self.target is None else rotate(self.target, block, seed),
+            rotate(self.x_sum, block, seed),
+            self.y_sum,
+            self.energy,
+            self.tokens,
+        )
