@@ -2,8 +2,8 @@
 
     python formats/make_vectors.py [--output FOLDER] [--force]
 
-The encoder below is the plainest possible reading of base3.md and container.md: lists, `divmod` and
-`struct`, one weight at a time. It shares no code with reference.py or with the package, so that
+The encoder below is the plainest possible reading of the documents: lists, `divmod` and `struct`,
+one weight at a time. It shares no code with reference.py or with the package, so that
 the three can be compared. Trits come from hand-made lists or from a fixed congruential sequence,
 scales are exact in the type that stores them, and nothing depends on the machine.
 
@@ -11,6 +11,7 @@ A vector is a promise to everyone who has stored a file. The script therefore re
 bytes only with --force, and never removes one: it names those that it does not make and stops.
 
     vectors/base3.json                     rows of trits and their packed bytes
+    vectors/scale8.json                    the codes of 8-bit scales and their numbers
     vectors/valid/CASE.safetensors         with CASE.json: what a decoder must find in it
     vectors/valid-directories/CASE/        with CASE.json
     vectors/invalid/RULE[-VARIANT].safetensors    breaks this one rule and no other
@@ -87,6 +88,10 @@ def pack_row(row: Row, group_size: int) -> bytes:
 
 def store_float(value: float, dtype: str) -> bytes:
     """Store a number that the type holds exactly (NaN apart)."""
+    if dtype == "U8":  # the upper 8 of the 15 bits of a float16 that is not negative
+        bits = struct.unpack("<H", struct.pack("<e", value))[0]
+        assert bits % 128 == 0, f"{value} is not exact in 8 bits"
+        return bytes([bits >> 7])
     if dtype == "F16":
         data = struct.pack("<e", value)
         back = struct.unpack("<e", data)[0]
@@ -135,12 +140,14 @@ class Case:
 
     stored: list[Stored] = field(default_factory=list)
     expected: dict[str, Any] = field(default_factory=dict)
+    features: set[str] = field(default_factory=set)
 
     def add(self, *others: "Case") -> "Case":
         """Append the tensors of the others."""
         for other in others:
             self.stored += other.stored
             self.expected |= other.expected
+            self.features |= other.features
         return self
 
 
@@ -149,21 +156,26 @@ def some_scale(index: int) -> float:
     return (index * 29 % 127 + 1) / 64
 
 
-def scales_for(experts: list[list[Row]], group_size: int) -> list[list[Row]]:
-    """Say which groups have a scale: per expert, row and group 1 or 0 (no trit but zero)."""
-    flags = [
-        [[int(any(group)) for group in groups_of(row, group_size)] for row in rows]
-        for rows in experts
-    ]
-    if group_size == 0:
-        flags = [[[int(any(flag for row in rows for flag in row))]] for rows in flags]
+def scales_for(planes: list[list[list[Row]]], group_size: int) -> list[int]:
+    """Say which groups have a scale: 1 or 0 (all is zero), in the order in which scales lie.
+
+    planes  one or two lists of experts, each a list of rows
+    """
+    flags = []
+    for experts in zip(*planes, strict=True):
+        if group_size == 0:
+            flags += [int(any(any(row) for row in rows)) for rows in experts]
+            continue
+        for row_of_planes in zip(*experts, strict=True):
+            flags += [int(any(g)) for row in row_of_planes for g in groups_of(row, group_size)]
     return flags
 
 
-def ternary(
+def packed_case(
     name: str,
-    trits: list[Row] | list[list[Row]],
+    planes: list[Any],
     group_size: int,
+    codec: str,
     *,
     cols: int | None = None,
     dtype: str = "F16",
@@ -173,66 +185,125 @@ def ternary(
 ) -> Case:
     """Make a packed tensor and its scale companion.
 
-    trits          rows of a matrix, or experts of rows; `cols` where there is no row to count
-    scales         row-major; by default `some_scale` where a group has trits, else 0
+    planes         one matrix, or two of trits: rows, or experts of rows; `cols` where there is no
+                   row to count
+    scales         as they lie; by default `some_scale` where a group is not all zero, else 0
     change_packed  spoils the packed bytes in place before the digest is taken
     """
-    fused = bool(trits) and bool(trits[0]) and isinstance(trits[0][0], list)
-    experts: Any = trits if fused else [trits]
-    width = len(experts[0][0]) if cols is None else cols
-    rows = [row for expert in experts for row in expert]
+    fused = bool(planes[0]) and bool(planes[0][0]) and isinstance(planes[0][0][0], list)
+    stacks: list[Any] = [plane if fused else [plane] for plane in planes]
+    width = len(stacks[0][0][0]) if cols is None else cols
+    # the rows of all experts, each as the rows of its planes
+    rows = [
+        list(row) for experts in zip(*stacks, strict=True) for row in zip(*experts, strict=True)
+    ]
     length = width if group_size <= 0 else min(group_size, width)
-    row_bytes = sum(-(-min(length, width - at) // 5) for at in range(0, width, length))
+    row_bytes = width
+    if codec == "base3":
+        row_bytes = sum(-(-min(length, width - at) // 5) for at in range(0, width, length))
     groups = len(range(0, width, length))
-    lead = [len(experts), len(experts[0])] if fused else [len(rows)]
+    count = len(planes)
+    lead = [len(stacks[0]), len(stacks[0][0])] if fused else [len(rows)]
     if group_size == 0:
-        scale_shape = [len(experts), 1, 1] if fused else [1, 1]
+        scale_shape = [len(stacks[0]), 1, count] if fused else [1, count]
     else:
-        scale_shape = [*lead, groups]
+        scale_shape = [*lead, count * groups]
 
-    flags = [flag for expert in scales_for(experts, group_size) for row in expert for flag in row]
     if scales is None:
+        flags = scales_for(stacks, group_size)
         scales = [some_scale(index) if flag else 0.0 for index, flag in enumerate(flags)]
-    packed = bytearray(b"".join(pack_row(row, group_size) for row in rows))
-    assert len(packed) == len(rows) * row_bytes
+    packed = bytearray()
+    for row in rows:
+        for part in row:
+            if codec == "base3":
+                packed += pack_row(part, group_size)
+            else:
+                packed += bytes(number % 256 for number in part)
+    assert len(packed) == len(rows) * row_bytes * count
     assert len(scales) == math.prod(scale_shape)
     if change_packed:
         change_packed(packed)
     scale_bytes = b"".join(store_float(value, dtype) for value in scales)
 
     shape = [*lead, width]
-    record: dict[str, Any] = {"shape": shape, "group_size": group_size, "codec": "base3"}
+    record: dict[str, Any] = {"shape": shape, "group_size": group_size, "codec": codec}
+    if count > 1:
+        record["planes"] = count
     if transposed:
         record["transposed"] = True
     record["sha256"] = sha256(bytes(packed), scale_bytes)
 
     weights = bytearray()
     for number, row in enumerate(rows):
-        for col, trit in enumerate(row):
-            if group_size == 0:
-                scale = scales[number // lead[-1]]
-            else:
-                scale = scales[number * groups + col // length]
-            weights += struct.pack("<f", trit * scale if trit else 0.0)
+        for col in range(width):
+            total = 0.0
+            for plane, part in enumerate(row):
+                if group_size == 0:
+                    scale = scales[number // lead[-1] * count + plane]
+                else:
+                    scale = scales[(number * count + plane) * groups + col // length]
+                # rounds to float32: at most one product or sum here is not exact
+                total += part[col] * scale if part[col] else 0.0
+            weights += struct.pack("<f", total)
+    numbers = bytes(n % 256 for row in rows for part in row for n in part)
     found: dict[str, Any] = {
-        "kind": "ternary",
+        "kind": "ternary" if codec == "base3" else codec,
         "shape": shape,
         "group_size": group_size,
         "transposed": transposed,
-        "trits": trits,
-        "trits_sha256": sha256(bytes(trit % 256 for row in rows for trit in row)),
+    }
+    if codec == "base3":
+        if count > 1:
+            found["planes"] = count
+        if count * math.prod(shape) <= SHOWN_TRITS:
+            found["trits"] = planes[0] if count == 1 else beside(*planes)
+        found["trits_sha256"] = sha256(numbers)
+    else:
+        found["weights"] = planes[0]
+    found |= {
         "scale_dtype": dtype,
         "scale_shape": scale_shape,
         "scales": [float_bits(value) for value in scales],
         "dequantized_sha256": sha256(bytes(weights)),
     }
-    if math.prod(shape) > SHOWN_TRITS:
-        del found["trits"]
     tensors = [
-        Stored(name, "U8", [*lead, row_bytes], bytes(packed), record),
+        Stored(name, "U8" if codec == "base3" else "I8", [*lead, row_bytes * count], bytes(packed)),
         Stored(f"{name}_scale", dtype, scale_shape, scale_bytes),
     ]
-    return Case(tensors, {name: found})
+    tensors[0].record = record
+    features = {"scale8": dtype == "U8", "planes": count > 1, "int8": codec == "int8"}
+    return Case(tensors, {name: found}, {feature for feature, used in features.items() if used})
+
+
+def beside(first: list[Any], second: list[Any]) -> list[Any]:
+    """Put the rows of two matrices, or of two stacks of them, one behind the other."""
+    if first and isinstance(first[0], list):
+        return [beside(a, b) for a, b in zip(first, second, strict=True)]
+    return first + second
+
+
+def ternary(name: str, trits: list[Row] | list[list[Row]], group_size: int, **options: Any) -> Case:
+    """Make a ternary tensor; options as of `packed_case`."""
+    return packed_case(name, [trits], group_size, "base3", **options)
+
+
+def two_planes(name: str, first: list[Any], second: list[Any], size: int, **options: Any) -> Case:
+    """Make a tensor that is the sum of two ternary ones; options as of `packed_case`."""
+    return packed_case(name, [first, second], size, "base3", **options)
+
+
+def int8(name: str, weights: list[Any], group_size: int, **options: Any) -> Case:
+    """Make a tensor of codec int8; options as of `packed_case`."""
+    return packed_case(name, [weights], group_size, "int8", **options)
+
+
+def bytes_matrix(rows: int, cols: int, seed: int) -> list[Row]:
+    """Return rows of int8 weights, -127 to 127, of the same generator as `sequence`."""
+    state, found = seed, []
+    for _ in range(rows * cols):
+        state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
+        found.append((state >> 33) % 255 - 127)
+    return [found[row * cols : (row + 1) * cols] for row in range(rows)]
 
 
 def kept(name: str, dtype: str, shape: list[int], data: bytes) -> Case:
@@ -261,7 +332,7 @@ class Draft:
                 self.records[tensor.name] = copy.deepcopy(tensor.record)
         self.document: dict[str, Any] = {
             "format_version": 1,
-            "features": [],
+            "features": sorted(case.features),
             "tensors": self.records,
         }
 
@@ -304,6 +375,16 @@ def codec_vectors() -> bytes:
         packed = [pack_row(row, group_size).hex() for row in rows]
         entry = {"cols": len(rows[0]), "group_size": group_size, "trits": rows, "packed": packed}
         lines.append(compact({"note": note, **entry} if note else entry))
+    return ("[\n" + ",\n".join(lines) + "\n]\n").encode("utf-8")
+
+
+def scale_vectors() -> bytes:
+    """Every code of an 8-bit scale beside the bits of its number in float32."""
+    lines = [compact({"code": 0, "value": float_bits(0.0)})]
+    for code in range(8, 248):
+        value = (1 + code % 8 / 8) * 2.0 ** (code // 8 - 15)
+        assert store_float(value, "U8") == bytes([code])
+        lines.append(compact({"code": code, "value": float_bits(value)}))
     return ("[\n" + ",\n".join(lines) + "\n]\n").encode("utf-8")
 
 
@@ -376,6 +457,71 @@ def valid_cases() -> dict[str, Case]:
             kept("norm.weight", "F32", [1], struct.pack("<f", 1.0)),
             ternary("v.weight", matrix(1, 14, 25), 5, dtype="F32"),
         ),
+        "scales-u8": ternary(
+            "w.weight",
+            [trits_of("+-0")] * 4 + [[0] * 3],
+            -1,
+            dtype="U8",
+            scales=[2.0**-14, 1.125, 1.875 * 2.0**-3, 61440.0, 0.0],
+        ),
+        "scales-u8-tensor": ternary("w.weight", matrix(3, 7, 50), 0, dtype="U8", scales=[0.625]),
+        "scales-u8-experts": ternary(
+            "experts.gate_up_proj", three, -1, dtype="U8", scales=[0.5, 1.0, 1.5] * 3
+        ),
+        "planes-group": two_planes("w.weight", matrix(2, 12, 51), matrix(2, 12, 52), 5),
+        "planes-large": two_planes("w.weight", matrix(3, 300, 53), matrix(3, 300, 54), 128),
+        "planes-row": two_planes("w.weight", matrix(3, 7, 55), matrix(3, 7, 56), -1),
+        "planes-tensor": two_planes("w.weight", matrix(3, 7, 57), matrix(3, 7, 58), 0),
+        "planes-experts": two_planes("up_proj", three, [matrix(3, 7, n) for n in (60, 61, 62)], 5),
+        "planes-experts-tensor": two_planes("up_proj", three, [[[0] * 7] * 3, *three[1:]], 0),
+        "planes-transposed": two_planes(
+            "c_attn.weight", matrix(4, 6, 63), matrix(4, 6, 64), 6, transposed=True
+        ),
+        "planes-zero-plane": two_planes("w.weight", matrix(2, 6, 65), [[0] * 6] * 2, 3),
+        "planes-scales-u8": two_planes(
+            "w.weight",
+            [trits_of("+0-++0")] * 2,
+            [trits_of("0--0+-")] * 2,
+            -1,
+            dtype="U8",
+            scales=[1.0, 0.375, 1.5, 0.5],
+        ),
+        "planes-cancel": two_planes(
+            "w.weight", [trits_of("+-+0")], [trits_of("-++0")], -1, scales=[0.5, 0.5]
+        ),
+        "planes-rounded": two_planes(
+            # the sums lie at the middle of two float32, and just above and below one
+            "w.weight",
+            [trits_of("++-+")] * 4,
+            [trits_of("+-++")] * 4,
+            -1,
+            dtype="F32",
+            scales=[
+                *(1.0, 2.0**-24),
+                *(1 + 2.0**-23, 2.0**-24),
+                *(1.0, 2.0**-24 + 2.0**-47),
+                *(2.0**127, 2.0**-149),
+            ],
+        ),
+        "int8-group": int8("w.weight", bytes_matrix(2, 12, 70), 5),
+        "int8-row": int8("w.weight", [[-127, -1, 0, 1, 127], [0] * 5, [5, 4, 3, 2, 1]], -1),
+        "int8-tensor": int8("w.weight", bytes_matrix(2, 5, 71), 0),
+        "int8-experts": int8("up_proj", [bytes_matrix(2, 5, 72), bytes_matrix(2, 5, 73)], 3),
+        "int8-transposed": int8("w.weight", bytes_matrix(3, 4, 74), 4, transposed=True),
+        "int8-zero-rows": int8("w.weight", [], 4, cols=6),
+        "int8-scales-f32": int8(
+            # the products have up to 31 binary digits: they are rounded to 24
+            "w.weight",
+            bytes_matrix(3, 6, 75),
+            -1,
+            dtype="F32",
+            scales=[1 + 2.0**-23, 2.0**-149, (2 - 2.0**-23) * 2.0**100],
+        ),
+        "all-features": base().add(
+            ternary("a.weight", [trits_of("+0-")], -1, dtype="U8", scales=[1.0]),
+            two_planes("b.weight", [trits_of("+0-")], [trits_of("0+-")], -1),
+            int8("c.weight", [[1, -2, 3]], -1),
+        ),
         "kept": kept_tensors(),
         "no-tensors": Case(),
         "mixed": base(),
@@ -428,6 +574,10 @@ def valid_files() -> Files:
     draft = Draft(base())
     draft.entries = dict(reversed(draft.entries.items()))
     files["header-unordered"] = draft.file()
+
+    draft = Draft(base())
+    draft.document["features"] = ["int8", "planes", "scale8"]
+    files["features-unused"] = draft.file()
 
     draft = Draft(base())
     draft.entries["w.weight"]["note"] = "ignored"
@@ -610,6 +760,26 @@ def invalid_records() -> Files:
     record_change("record-transposed-bad-false", "transposed", False)
     record_change("record-sha256-bad-missing", "sha256", None)
     record_change("record-sha256-bad-kept", "sha256", None, "norm.weight")
+
+    def planes_change(variant: str, value: Any, features: list[str]) -> None:
+        draft = Draft(two_planes("w.weight", [trits_of("+0-")], [trits_of("0+-")], -1))
+        draft.records["w.weight"]["planes"] = value
+        draft.document["features"] = features
+        files[f"record-planes-bad-{variant}"] = draft.file()
+
+    planes_change("one", 1, ["planes"])
+    planes_change("three", 3, ["planes"])
+    planes_change("float", 2.0, ["planes"])
+    planes_change("string", "2", ["planes"])
+    planes_change("null", None, ["planes"])
+    planes_change("unlisted", 2, ["int8", "scale8"])
+    draft = Draft(int8("w.weight", [[1, -2, 3, 4]], -1))
+    draft.document["features"] = ["int8", "planes"]
+    draft.records["w.weight"]["planes"] = 2
+    files["record-planes-bad-int8"] = draft.file()
+    draft = Draft(int8("w.weight", [[1, -2, 3]], -1))
+    draft.document["features"] = ["planes", "scale8"]
+    files["record-unknown-codec-unlisted"] = draft.file()
     digest = Draft(base()).records["w.weight"]["sha256"]
     record_change("record-sha256-bad-short", "sha256", digest[:-1])
     record_change("record-sha256-bad-uppercase", "sha256", digest.upper())
@@ -724,6 +894,58 @@ def invalid_tensors() -> Files:
     files["padding-nonzero-inner-group"] = Draft(case).file()
     case = ternary("w.weight", [[0] * 6], -1, change_packed=spoil(1, 121 + 81))
     files["padding-nonzero-all-zero-group"] = Draft(case).file()
+
+    rows = [trits_of("+0-"), trits_of("-0+")]
+    zeros = [[0] * 3] * 2
+
+    def put(rule: str, case: Case) -> None:
+        files[rule] = Draft(case).file()
+
+    for code in (1, 7, 248, 255):
+        case = ternary("w.weight", rows, -1, dtype="U8", scales=[1.0, 1.0])
+        put(f"scale-code-invalid-{code}", replaced(case, "w.weight_scale", data=bytes([120, code])))
+    case = ternary("w.weight", rows, -1, dtype="U8", scales=[1.0, 0.0])
+    put("scale-zero-with-trits-u8", case)
+    case = ternary("w.weight", zeros, -1, dtype="U8", scales=[0.0, 1.0])
+    put("scale-nonzero-without-trits-u8", case)
+
+    one, two = trits_of("+0-+-+"), trits_of("-0+0+-")
+    case = two_planes("w.weight", [one], [two], -1)
+    half = case.stored[0].data[:2]
+    put("packed-width-wrong-planes", replaced(case, "w.weight", shape=[1, 2], data=half))
+    case = two_planes("w.weight", [one], [two], -1)
+    data = store_float(1.0, "F16")
+    put("scale-shape-wrong-planes", replaced(case, "w.weight_scale", shape=[1, 1], data=data))
+    case = two_planes("w.weight", [one], [two], 0)
+    put("scale-shape-wrong-planes-rows", replaced(case, "w.weight_scale", shape=[2, 1]))
+    case = two_planes("w.weight", [one], [[0] * 6], -1, scales=[1.0, 1.0])
+    put("scale-nonzero-without-trits-plane", case)
+    case = two_planes("w.weight", [one], [two], 0, scales=[1.0, 0.0])
+    put("scale-zero-with-trits-plane", case)
+    five = trits_of("+0-+-")  # whole bytes, so that only the code is wrong
+    case = two_planes("w.weight", [five], [five], -1, change_packed=spoil(1, 243))
+    put("code-invalid-plane", case)
+    code = pack_group(one)[1]
+    case = two_planes("w.weight", [one], [two], -1, change_packed=spoil(1, code + 81))
+    put("padding-nonzero-plane", case)
+
+    bytes_ = [[1, -2, 127], [-127, 0, 5]]
+    put("packed-not-i8", replaced(int8("w.weight", bytes_, -1), "w.weight", dtype="U8"))
+    case = int8("w.weight", bytes_, -1)
+    put("rows-mismatch-int8", replaced(case, "w.weight", shape=[6]))
+    case = int8("w.weight", bytes_, -1)
+    put("packed-width-wrong-int8", replaced(case, "w.weight", shape=[2, 2], data=b"\1\2\3\4"))
+    put("weight-invalid-first", int8("w.weight", bytes_, -1, change_packed=spoil(0, 128)))
+    put("weight-invalid-last", int8("w.weight", bytes_, -1, change_packed=spoil(5, 128)))
+    put("scale-dtype-wrong-int8-bf16", int8("w.weight", bytes_, -1, dtype="BF16"))
+    case = int8("w.weight", bytes_, -1, dtype="U8", scales=[1.0, 1.0])
+    put("scale-dtype-wrong-int8-u8", case)
+    put("scale-zero-with-trits-int8", int8("w.weight", bytes_, -1, scales=[0.0, 1.0]))
+    put("scale-nonzero-without-trits-int8", int8("w.weight", zeros, 0, scales=[1.0]))
+    put("scale-negative-int8", int8("w.weight", bytes_, 0, scales=[-1.0]))
+    draft = Draft(int8("w.weight", bytes_, -1))
+    draft.data[0] ^= 2
+    files["digest-mismatch-int8"] = draft.file()
 
     # One bit: the bytes stay valid in every other respect.
     for variant, name, at in (
@@ -847,6 +1069,10 @@ def parted_directories() -> Files:
     second.stored.insert(0, scales)
     put("valid-directories/scale-in-other-shard", first, second)
     put("valid-directories/scale-in-earlier-shard", second, first, own_records=True)
+    eight = ternary("u.weight", [trits_of("+0-")], -1, dtype="U8", scales=[1.0])
+    parted = Case([eight.stored[1]])  # its scales alone need no feature: the record's file has it
+    eight.stored.pop(1)
+    put("valid-directories/features-of-one-shard", eight, base().add(parted), own_records=True)
     scales.record = {"sha256": sha256(scales.data)}
     put("invalid-directories/scale-with-record-sharded", first, second)
     scales.record = None
@@ -865,7 +1091,11 @@ def parted_directories() -> Files:
 def build() -> Files:
     """Return every vector: path below vectors/ -> bytes."""
     invalid = invalid_structure() | invalid_records() | invalid_tensors()
-    files = {"base3.json": codec_vectors(), **valid_files()}
+    files = {
+        "base3.json": codec_vectors(),
+        "scale8.json": scale_vectors(),
+        **valid_files(),
+    }
     files |= {f"invalid/{rule}.safetensors": data for rule, data in invalid.items()}
     return files | directories() | parted_directories()
 

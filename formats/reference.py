@@ -3,13 +3,14 @@
     python formats/reference.py FILE_OR_DIRECTORY...
 
 prints one line per tensor (name, kind, logical shape, group size, sparsity, SHA-256 of the decoded
-trits as int8 in row-major order, or of the bytes of a kept tensor, and `ok`), and exits with 1 if a
-file breaks a rule. Needs Python 3.10 and numpy, nothing of the package whose files it checks.
+trits or weights as int8 in row-major order, or of the bytes of a kept tensor, and `ok`), and exits
+with 1 if a file breaks a rule. Needs Python 3.10 and numpy, nothing of the package whose files it
+checks.
 
-The file is laid out as container.md and base3.md are: JSON, the safetensors header, the records,
-the trits, the scales, the directory. Each refusal starts with the name of the rule it enforces; the
-same name is in the specification and on a file in vectors/invalid. Every length that a file claims
-is compared with the bytes that are there before memory is taken for it.
+The file is laid out as the documents are: JSON, the safetensors header, the records, the trits, the
+int8 weights, the scales, the directory. Each refusal starts with the name of the rule it enforces;
+the same name is in the specification and on a file in vectors/invalid. Every length that a file
+claims is compared with the bytes that are there before memory is taken for it.
 """
 
 import hashlib
@@ -34,7 +35,8 @@ DTYPE_SIZES = {
     **dict.fromkeys(["U32", "I32", "F32"], 4),
     **dict.fromkeys(["U64", "I64", "F64", "C64"], 8),
 }
-TERNARY_MEMBERS = {"shape", "group_size", "codec", "transposed"}
+PACKED_MEMBERS = {"shape", "group_size", "codec", "transposed", "planes"}
+FEATURES = {"scale8", "planes", "int8"}
 TRITS_OF_BYTE = np.array(
     [[code // 3**i % 3 - 1 for i in range(5)] for code in range(243)], dtype=np.int8
 )
@@ -77,21 +79,56 @@ class Kept:
 
 @dataclass(frozen=True)
 class Ternary:
-    """trits (..., rows, cols) int8; scales (..., rows or 1, groups), widened without rounding."""
+    """trits (..., rows, planes x cols) int8; scales (..., rows or 1, planes x groups), widened
+    without rounding. Of two planes, a row of the second is behind that of the first."""
 
     trits: NDArray[np.int8]
     scales: NDArray[np.float32]
     scale_dtype: str
     group_size: int
     transposed: bool
+    planes: int
 
     def dequantize(self) -> NDArray[np.float32]:
-        """weight = scale * trit, (..., rows, cols) float32: exact, for a trit is -1, 0 or +1."""
-        cols = self.trits.shape[-1]
-        if self.trits.size == 0:
-            return np.zeros(self.trits.shape, np.float32)
-        scale_of_col = np.repeat(self.scales, group_length(cols, self.group_size), axis=-1)
-        return (scale_of_col[..., :cols] * self.trits).astype(np.float32)
+        """weight = scale * trit, (..., rows, cols) float32: exact, for a trit is -1, 0 or +1.
+
+        Of two planes: the sum of both, rounded to the nearest float32, at the middle to even.
+        """
+        parts = [
+            scaled(trits, scales, self.group_size)
+            for trits, scales in zip(
+                np.split(self.trits, self.planes, axis=-1),
+                np.split(self.scales, self.planes, axis=-1),
+                strict=True,
+            )
+        ]
+        return parts[0] if self.planes == 1 else parts[0] + parts[1]
+
+
+@dataclass(frozen=True)
+class Int8:
+    """weights (..., rows, cols) int8; scales (..., rows or 1, groups), widened."""
+
+    weights: NDArray[np.int8]
+    scales: NDArray[np.float32]
+    scale_dtype: str
+    group_size: int
+    transposed: bool
+
+    def dequantize(self) -> NDArray[np.float32]:
+        """scale * weight, (..., rows, cols), rounded to float32 (exact where the scale is F16)."""
+        return scaled(self.weights, self.scales, self.group_size)
+
+
+def scaled(
+    numbers: NDArray[np.int8], scales: NDArray[np.float32], group_size: int
+) -> NDArray[np.float32]:
+    """Multiply each number by the scale of its group, in float32."""
+    cols = numbers.shape[-1]
+    if numbers.size == 0:
+        return np.zeros(numbers.shape, np.float32)
+    scale_of_col = np.repeat(scales, group_length(cols, group_size), axis=-1)
+    return (scale_of_col[..., :cols] * numbers).astype(np.float32)
 
 
 # JSON
@@ -180,8 +217,8 @@ def read_entry(name: str, fields: Any, first: int) -> Entry:
 # The records
 
 
-def read_records(metadata: dict[str, str]) -> dict[str, Any]:
-    """Return the records by tensor name, unchecked, after the version and the features."""
+def read_records(metadata: dict[str, str]) -> tuple[dict[str, Any], set[str]]:
+    """Return the records by tensor name, unchecked, and the features, after the version."""
     require("ternarize" in metadata, "metadata-missing", "no `ternarize` in `__metadata__`")
     text = metadata["ternarize"].encode("utf-8")
     document = parse_object(text, "metadata-not-json", "metadata")
@@ -191,27 +228,29 @@ def read_records(metadata: dict[str, str]) -> dict[str, Any]:
     features = document.get("features")
     listed = isinstance(features, list) and all(isinstance(name, str) for name in features)
     require(listed, "metadata-incomplete", "`features` is not a list of strings")
-    require(features == [], "feature-unknown", f"needs {features}; version 1 defines none")
+    unknown = sorted(set(features or []) - FEATURES)
+    require(not unknown, "feature-unknown", f"needs {unknown}; known are {sorted(FEATURES)}")
     records = document.get("tensors")
     require(isinstance(records, dict), "metadata-incomplete", "`tensors` is not an object")
-    return dict(document["tensors"])
+    return dict(document["tensors"]), set(features or [])
 
 
-def is_ternary(record: Any) -> bool:
-    """True for the record of a ternary tensor, good or not; any other is that of a kept one."""
-    return isinstance(record, dict) and not TERNARY_MEMBERS.isdisjoint(record)
+def is_packed(record: Any) -> bool:
+    """True for the record of a packed tensor, good or not; any other is that of a kept one."""
+    return isinstance(record, dict) and not PACKED_MEMBERS.isdisjoint(record)
 
 
-def check_record(name: str, record: Any) -> bool:
-    """Check the record of a tensor that is there; True if the tensor is ternary."""
+def check_record(name: str, record: Any, features: set[str]) -> bool:
+    """Check the record of a tensor that is there, with the features of its file; True if packed."""
     require(isinstance(record, dict), "record-bad", f"{name}: the record is not an object")
     digest = record.get("sha256")
     good = isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) is not None
     require(good, "record-sha256-bad", f"{name}: sha256 is {digest!r}; 64 digits 0-9a-f expected")
-    if not is_ternary(record):
+    if not is_packed(record):
         return False
     codec = record.get("codec")
-    require(codec == "base3", "record-unknown-codec", f"{name}: codec is {codec!r}")
+    known = codec == "base3" or (codec == "int8" and "int8" in features)
+    require(known, "record-unknown-codec", f"{name}: codec is {codec!r}, features {features}")
     shape = record.get("shape")
     good = isinstance(shape, list) and len(shape) in (2, 3) and all(is_size(n) for n in shape)
     good = good and shape[-1] >= 1 and math.prod(max(n, 1) for n in shape) <= MAX_WEIGHTS
@@ -221,6 +260,10 @@ def check_record(name: str, record: Any) -> bool:
     require(good, "record-group-size-bad", f"{name}: group_size is {group_size!r}")
     transposed = record.get("transposed", True)  # written only when true
     require(transposed is True, "record-transposed-bad", f"{name}: transposed is {transposed!r}")
+    if "planes" in record:
+        planes = record["planes"]
+        good = type(planes) is int and planes == 2 and "planes" in features and codec == "base3"
+        require(good, "record-planes-bad", f"{name}: planes is {planes!r}, features {features}")
     return True
 
 
@@ -259,21 +302,28 @@ def unpack(packed: NDArray[np.uint8], cols: int, group_size: int, name: str) -> 
     return np.concatenate(parts, axis=-1)
 
 
-def float32(data: bytes, dtype: str) -> NDArray[np.float32]:
-    """Widen stored scales; BF16 is the upper half of a float32."""
+def float32(data: bytes, dtype: str, name: str) -> NDArray[np.float32]:
+    """Widen stored scales; BF16 is the upper half of a float32, U8 is bits 7 to 14 of an F16."""
+    if dtype == "U8":
+        codes = np.frombuffer(data, np.uint8)
+        no_number = (codes > 247) | ((codes > 0) & (codes < 8))
+        refuse_any(no_number, "scale-code-invalid", f"{name}_scale: not 0 nor 8 to 247")
+        return (codes.astype(np.uint16) << 7).view(np.float16).astype(np.float32)
     if dtype == "BF16":
         return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
     return np.frombuffer(data, "<f2" if dtype == "F16" else "<f4").astype(np.float32)
 
 
 def check_scales(
-    scales: NDArray[np.float32], trits: NDArray[np.int8], group_size: int, name: str
+    scales: NDArray[np.float32], numbers: NDArray[np.int8], cols: int, group_size: int, name: str
 ) -> None:
-    """A scale is finite and >= +0, and 0 exactly when every trit of its group is 0."""
+    """A scale is finite and >= +0, and 0 exactly when every trit (weight) of its group is 0."""
     used: NDArray[np.bool_] = np.zeros(scales.shape, dtype=np.bool_)  # so if there is no weight
-    if trits.size:
-        starts = np.arange(0, trits.shape[-1], group_length(trits.shape[-1], group_size))
-        used = np.logical_or.reduceat(trits != 0, starts, axis=-1)
+    if numbers.size:
+        length = group_length(cols, group_size)
+        planes = range(0, numbers.shape[-1], cols)
+        starts = [plane + at for plane in planes for at in range(0, cols, length)]
+        used = np.logical_or.reduceat(numbers != 0, starts, axis=-1)
         if group_size == 0:
             used = np.logical_or.reduce(used, axis=-2, keepdims=True)
     for rule, broken in (
@@ -287,64 +337,87 @@ def check_scales(
         refuse_any(broken, rule, f"{name}_scale: a scale breaks the rule")
 
 
-def decode_ternary(
-    name: str, record: dict[str, Any], packed: Entry, codes: bytes, scale: Entry, scales: bytes
-) -> Ternary:
+def decode_packed(
+    name: str,
+    record: dict[str, Any],
+    features: set[str],
+    packed: Entry,
+    codes: bytes,
+    scale: Entry,
+    scales: bytes,
+) -> Ternary | Int8:
     """Decode one packed tensor and its scale companion."""
     *matrix, rows, cols = record["shape"]
     group_size = record["group_size"]
-    width = packed_width(cols, group_size)
+    planes = record.get("planes", 1)
+    int8 = record["codec"] == "int8"
+    width = cols if int8 else packed_width(cols, group_size)
     groups = -(-cols // group_length(cols, group_size))
-    require(packed.dtype == "U8", "packed-not-u8", f"{name}: dtype is {packed.dtype}")
-    lead = [*matrix, rows]
+    if int8:
+        require(packed.dtype == "I8", "packed-not-i8", f"{name}: dtype is {packed.dtype}")
+    else:
+        require(packed.dtype == "U8", "packed-not-u8", f"{name}: dtype is {packed.dtype}")
+    lead, stored = [*matrix, rows], planes * width
     same = list(packed.shape[:-1]) == lead
-    require(same, "rows-mismatch", f"{name}: stored as {packed.shape}, expected {[*lead, width]}")
-    same = packed.shape[-1] == width
-    require(same, "packed-width-wrong", f"{name}: {packed.shape[-1]} bytes a row, not {width}")
-    float_type = scale.dtype in ("F16", "BF16", "F32")
-    require(float_type, "scale-dtype-wrong", f"{name}_scale: dtype is {scale.dtype}")
-    expected = (*matrix, 1, 1) if group_size == 0 else (*matrix, rows, groups)
+    require(same, "rows-mismatch", f"{name}: stored as {packed.shape}, expected {[*lead, stored]}")
+    same = packed.shape[-1] == stored
+    require(same, "packed-width-wrong", f"{name}: {packed.shape[-1]} bytes a row, not {stored}")
+    types = {"F16", "F32"} if int8 else {"F16", "BF16", "F32"}
+    if "scale8" in features and not int8:
+        types.add("U8")
+    require(scale.dtype in types, "scale-dtype-wrong", f"{name}_scale: dtype is {scale.dtype}")
+    expected = (*matrix, 1, planes) if group_size == 0 else (*matrix, rows, planes * groups)
     same = scale.shape == expected
     require(same, "scale-shape-wrong", f"{name}_scale: shape is {scale.shape}, not {expected}")
 
-    shape = (*matrix, rows, cols)
-    trits = np.zeros(shape, np.int8)
-    if trits.size:
-        table = np.frombuffer(codes, np.uint8).reshape(packed.shape)
-        trits = unpack(table, cols, group_size, name).reshape(shape)
-    values = float32(scales, scale.dtype).reshape(expected)
-    check_scales(values, trits, group_size, name)
+    numbers = np.zeros((*matrix, rows, planes * cols), np.int8)
+    if int8:
+        numbers = np.frombuffer(codes, np.int8).reshape(numbers.shape)
+        refuse_any(numbers == -128, "weight-invalid", f"{name}: a weight is -128")
+    elif numbers.size:
+        table = np.frombuffer(codes, np.uint8).reshape(*lead, planes, width)
+        numbers = unpack(table, cols, group_size, name).reshape(numbers.shape)
+    values = float32(scales, scale.dtype, name).reshape(expected)
+    check_scales(values, numbers, cols, group_size, name)
     digest = hashlib.sha256(codes + scales).hexdigest()
     require(digest == record["sha256"], "digest-mismatch", f"{name}: SHA-256 is {digest}")
-    return Ternary(trits, values, scale.dtype, group_size, "transposed" in record)
+    transposed = "transposed" in record
+    if int8:
+        return Int8(numbers, values, scale.dtype, group_size, transposed)
+    return Ternary(numbers, values, scale.dtype, group_size, transposed, planes)
 
 
 # Files and directories
 
 
-def read_head(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
-    """Return the tensors of one file in the order of their data, and its records, unchecked."""
+def read_head(path: Path) -> tuple[dict[str, Entry], dict[str, Any], set[str]]:
+    """Return the tensors of a file in the order of their data, its records, and its features."""
     with path.open("rb") as file:
         entries, metadata = read_header(file, path.stat().st_size)
-    return entries, read_records(metadata)
+    return entries, *read_records(metadata)
 
 
-def read_tensors(path: Path) -> Iterator[tuple[str, Ternary | Kept]]:
+def read_tensors(path: Path) -> Iterator[tuple[str, Ternary | Int8 | Kept]]:
     """Decode a file alone or a directory as a whole, tensor by tensor, in the order of the data."""
     places: dict[str, tuple[Path, Entry]] = {}
     records: dict[str, Any] = {}  # of a tensor in the same file: these count
     others: dict[str, Any] = {}  # of tensors of other shards
+    features: dict[Path, set[str]] = {}  # those of the file with a tensor's record count for it
     for file in files_of(path):
-        entries, described = read_head(file)
+        entries, described, features[file] = read_head(file)
         places |= {name: (file, entry) for name, entry in entries.items()}
         for name, record in described.items():
             (records if name in entries else others)[name] = record
 
-    ternary = {name for name, record in records.items() if check_record(name, record)}
+    packed = {
+        name
+        for name, record in records.items()
+        if check_record(name, record, features[places[name][0]])
+    }
     # Only a file that is read alone has records of tensors that are nowhere: see files_of.
-    absent = {name for name in others.keys() - places.keys() if is_ternary(others[name])}
-    scales = {f"{name}_scale" for name in ternary | absent}
-    for name in ternary:
+    absent = {name for name in others.keys() - places.keys() if is_packed(others[name])}
+    scales = {f"{name}_scale" for name in packed | absent}
+    for name in packed:
         require(f"{name}_scale" in places, "scale-missing", f"{name}: no {name}_scale")
     for name in places:
         twice = name in scales and name in records
@@ -362,8 +435,9 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Ternary | Kept]]:
         if name in scales:
             continue
         entry, data = read(name)
-        if name in ternary:
-            yield name, decode_ternary(name, records[name], entry, data, *read(f"{name}_scale"))
+        if name in packed:
+            allowed, scale = features[places[name][0]], read(f"{name}_scale")
+            yield name, decode_packed(name, records[name], allowed, entry, data, *scale)
         else:
             digest = hashlib.sha256(data).hexdigest()
             same = digest == records[name]["sha256"]
@@ -371,7 +445,7 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Ternary | Kept]]:
             yield name, Kept(entry.dtype, entry.shape, data)
 
 
-def decode(path: str | Path) -> dict[str, Ternary | Kept]:
+def decode(path: str | Path) -> dict[str, Ternary | Int8 | Kept]:
     """Decode and verify a file alone or a directory as a whole.  Raises Invalid, OSError."""
     return dict(read_tensors(Path(path)))
 
@@ -400,7 +474,7 @@ def files_of(path: Path) -> list[Path]:
     recorded: dict[str, str] = {}
     present: set[str] = set()
     for part in files:
-        entries, records = read_head(part)
+        entries, records, _ = read_head(part)
         recorded.update(dict.fromkeys(records, part.name))
         present |= entries.keys()
         listed = {name for name, file in weight_map.items() if file == part.name}
@@ -411,16 +485,19 @@ def files_of(path: Path) -> list[Path]:
     return files
 
 
-def describe(name: str, tensor: Ternary | Kept) -> str:
+def describe(name: str, tensor: Ternary | Int8 | Kept) -> str:
     """One line: name, kind, logical shape, group size, sparsity, SHA-256, ok."""
     if isinstance(tensor, Kept):
         digest = hashlib.sha256(tensor.data).hexdigest()
         return f"{name} kept {list(tensor.shape)} - - {digest} ok"
-    trits = tensor.trits
-    sparsity = 1 - np.count_nonzero(trits) / trits.size if trits.size else 0.0
-    digest = hashlib.sha256(np.ascontiguousarray(trits).data).hexdigest()
-    shape = list(trits.shape)
-    return f"{name} ternary {shape} {tensor.group_size} {sparsity:.4f} {digest} ok"
+    if isinstance(tensor, Int8):
+        numbers, kind, planes = tensor.weights, "int8", 1
+    else:
+        numbers, kind, planes = tensor.trits, "+".join(["ternary"] * tensor.planes), tensor.planes
+    sparsity = 1 - np.count_nonzero(numbers) / numbers.size if numbers.size else 0.0
+    digest = hashlib.sha256(np.ascontiguousarray(numbers).data).hexdigest()
+    shape = [*numbers.shape[:-1], numbers.shape[-1] // planes]
+    return f"{name} {kind} {shape} {tensor.group_size} {sparsity:.4f} {digest} ok"
 
 
 def main(arguments: list[str]) -> int:

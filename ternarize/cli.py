@@ -53,6 +53,12 @@ class Activations(str, Enum):
     int8 = "int8"
 
 
+class End(str, Enum):
+    keep = "keep"
+    int8 = "int8"
+    ternary = "ternary"
+
+
 Model = Annotated[str, typer.Argument(help="Checkpoint directory, or Hub id user/name@revision.")]
 Packed = Annotated[str, typer.Argument(help="Packed checkpoint: directory, or Hub id.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -128,6 +134,16 @@ def convert(
         list[str] | None,
         typer.Option(help="Ternarize linear weights that match this glob, kept by default."),
     ] = None,
+    scale_bits: Annotated[int, typer.Option(help="Bits of a scale: 16 or 8.")] = 16,
+    planes: Annotated[
+        list[str] | None,
+        typer.Option(help="Make tensors that match this glob the sum of two ternary ones."),
+    ] = None,
+    head: Annotated[End, typer.Option(help="What becomes of the output head.")] = End.keep,
+    embeddings: Annotated[
+        End,
+        typer.Option(help="What becomes of the token embedding; if tied to the head, of both."),
+    ] = End.keep,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Dtype of kept weights; default: as in the source.")
     ] = None,
@@ -162,6 +178,10 @@ def convert(
         tuple(include or ()),
         dtype.value if dtype else None,
         activations.value,
+        scale_bits,
+        tuple(planes or ()),
+        head.value,
+        embeddings.value,
     )
     if dry_run:
         _print_plan(plan(model, recipe, config_only=True), as_json)
@@ -221,9 +241,10 @@ def verify(
         _print_json({"model": model, **result})
         return
     same = f", all equal to what {source} gives" if source else ""
+    int8 = f", {result['int8']} int8" if result["int8"] else ""
     print(
-        f"ok: {result['ternary']} ternary and {result['kept']} kept tensors in {result['files']} "
-        f"files, {_size(result['bytes'])}, digests match{same}"
+        f"ok: {result['ternary']} ternary{int8} and {result['kept']} kept tensors "
+        f"in {result['files']} files, {_size(result['bytes'])}, digests match{same}"
     )
 
 
@@ -430,9 +451,10 @@ def _print_plan(work: Any, as_json: bool) -> None:
     out = _out()
     out.print(grid)
     coverage = table["coverage"]
+    int8 = f"{coverage['int8']:,} int8 + " if coverage["int8"] else ""
     out.print(
         f"\n{coverage['total']:,} parameters = {coverage['ternary']:,} ternary + "
-        f"{coverage['kept']:,} kept + {coverage['tied']:,} tied copies"
+        f"{int8}{coverage['kept']:,} kept + {coverage['tied']:,} tied copies"
     )
     ratio = table["source_bytes"] / max(1, table["packed_bytes"])
     out.print(
@@ -459,7 +481,7 @@ def _print_tensors(report: dict[str, Any]) -> None:
         grid.add_row(
             escape(row["name"]),
             shape,
-            row["method"] or "?",
+            (row["method"] or "?") + (f", {row['planes']} planes" if row["planes"] > 1 else ""),
             str(row["group_size"]),
             f"{row['bpw']:.3f}",
             f"{row['sparsity']:.3f}",

@@ -1,4 +1,6 @@
-"""Codec base3: trits <-> bytes, five trits a byte.
+"""The codecs: weights <-> bytes, and scales <-> bytes.
+
+base3, five trits a byte:
 
     digit = trit + 1,  byte = d0 + 3 d1 + 9 d2 + 27 d3 + 81 d4   (0..242),  first trit first
 
@@ -6,10 +8,15 @@ Each group of a row is padded with zero trits (digit 1) to whole bytes, so that 
 rows and groups without decoding. The layout is defined in formats/base3.md; here are its shipped
 encoder and decoder, once in torch for any device and once (through `native.lib`) in C++ for CPU.
 Both give the same bytes. 1.6 bits per weight where the group's length is a multiple of five.
+
+int8, for weights that three levels would harm too much (formats/int8.md): a byte a weight,
+-127..127, with a scale per group. And scales in 8 bits (formats/container.md, 4.6): the upper part
+of a float16, which halves what scales cost where groups are small.
 """
 
 import os
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +24,7 @@ from ternarize.errors import FormatError
 from ternarize.native import lib
 from ternarize.tensor import group_count, group_length, split_groups
 
+BASE3, INT8 = "base3", "int8"
 DIGITS = 5  # trits in a byte: 3**5 = 243 <= 256
 POWERS = (1, 3, 9, 27, 81)
 ZERO_BYTE = sum(POWERS)  # 121: five zero trits
@@ -112,19 +120,37 @@ def dequantize(
     group_size: int,
     dtype: torch.dtype,
     threads: int = THREADS,
+    *,
+    planes: int = 1,
 ) -> Tensor:
     """Dense weight = scale * trit, computed in float32 and rounded once to `dtype`.
 
-    packed  (rows, packed_width) uint8, not checked (`used_groups` does that, once, at load)
-    scales  (scale_rows, groups) float; scale_rows divides rows, and each serves rows / scale_rows
-            consecutive rows (1: one scale per tensor; rows: the usual case; in between: matrices
-            with a scale each that a model fuses into one)
+    packed  (rows, planes * packed_width) uint8, not checked (`used_groups` does that, once, at
+            load)
+    scales  (scale_rows, planes * groups) float, or uint8 as `scale_codes` makes them; scale_rows
+            divides rows, and each serves rows / scale_rows consecutive rows (1: one scale per
+            tensor; rows: the usual case; in between: matrices with a scale each that a model
+            fuses into one)
     dtype   float32, bfloat16 or float16
+    planes  ternary matrices whose sum is the weight: added in float32, the first two, then the
+            third, and so on, each sum rounded to nearest even
 
     Returns (rows, cols). The native and the torch path give the same bits.
     """
+    if planes > 1:
+        rows = packed.shape[0]
+        scales = scales.repeat_interleave(rows // max(1, scales.shape[0]), dim=0)
+        # a row's planes lie one behind the other: they are rows of a matrix that is as many times
+        # as tall
+        tall = (packed.reshape(rows * planes, -1), scales.reshape(rows * planes, -1))
+        parts = dequantize(*tall, cols, group_size, torch.float32, threads)
+        parts = parts.view(rows, planes, cols)
+        dense = parts[:, 0]
+        for plane in range(1, planes):
+            dense = dense + parts[:, plane]
+        return dense.to(dtype)
     rows, width = packed.shape
-    scales = scales.to(torch.float32)
+    scales = scale_values(scales)
     native = lib is not None and packed.device.type == "cpu" and dtype in _KINDS
     if native and packed.numel() and not torch.compiler.is_compiling():
         assert lib is not None
@@ -139,6 +165,109 @@ def dequantize(
     if scales.shape[0] != rows:
         scales = scales.repeat_interleave(rows // max(1, scales.shape[0]), dim=0)
     return (groups * scales.unsqueeze(-1)).flatten(-2)[..., :cols].to(dtype)
+
+
+def scale_codes(scales: Tensor) -> Tensor:
+    """Scales rounded to 8 bits: the float16 numbers 1.mmm * 2^e, e = -14..15, and 0.
+
+        code = bits of the float16 >> 7    (0, or 8..247: five bits of exponent, three of mantissa)
+
+    scales  any shape, float, finite, >= 0; worked on in float64
+
+    Returns uint8 of the same shape: the nearest in value, at the middle the even code; above 0 no
+    less than 8 and no more than 247. Inverse: `scale_values`. formats/container.md, 4.6.
+    """
+    mantissa, exponent = torch.frexp(scales.to(torch.float64))  # 0.5 <= mantissa < 1
+    step = (mantissa * 16).round()  # 8..16; torch rounds halves to even
+    code = (exponent.to(torch.float64) + 14) * 8 + step - 8
+    return torch.where(scales > 0, code.clamp(8, 247), 0).to(torch.uint8)
+
+
+def scale_values(scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Stored scales as numbers: float scales widened, and 8-bit codes looked up, both exact.
+
+    scales  float, or uint8 codes (`scale_codes`)
+    dtype   float32 or float64
+    """
+    if scales.dtype == torch.uint8:
+        scales = (scales.to(torch.int16) << 7).view(torch.float16)
+    return scales.to(dtype)
+
+
+def to_float(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 -> `dtype`, rounded once to nearest even; torch goes to float16 through float32."""
+    if dtype != torch.float16 or scales.dtype != torch.float64:
+        return scales.to(dtype)
+    with np.errstate(over="ignore"):  # the caller looks for infinities where there can be some
+        half = torch.from_numpy(scales.cpu().numpy().astype(np.float16))
+    return half.to(scales.device)
+
+
+def encode_int8(weight: Tensor, group_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Round each group to 255 equal steps.
+
+        scale = max |w| / 127, rounded once to `dtype`        q = clip(round(w / scale), -127, 127)
+
+    weight      (..., rows, cols) float, finite
+    group_size  as in ternarize.tensor
+    dtype       of the scales, float16 or float32, which must hold them
+
+    Returns q int8 in the weight's shape, computed in float64 and rounded to nearest even, and
+    scales (..., rows, groups), for group_size 0 (..., 1, 1). Where a scale is 0 in `dtype`, q is 0.
+    """
+    cols = weight.shape[-1]
+    groups = split_groups(weight.to(torch.float64), group_size)
+    largest = to_float(int8_scales(weight, group_size), dtype)
+    step = largest.to(torch.float64).unsqueeze(-1)
+    q = (groups / torch.where(step == 0, torch.inf, step)).round().clamp(-127, 127)
+    q = q.flatten(-2)[..., :cols].to(torch.int8)
+    used = split_groups(q, group_size).ne(0).any(-1)
+    if group_size == 0:
+        used = used.any(-2, keepdim=True)
+    return q.contiguous(), torch.where(used, largest, 0)
+
+
+def int8_scales(weight: Tensor, group_size: int) -> Tensor:
+    """max |w| / 127 of each group, float64; shapes as in `encode_int8`."""
+    groups = split_groups(weight.abs().to(torch.float64), group_size)
+    if weight.numel() == 0:
+        largest = groups.new_zeros(groups.shape[:-1])
+    else:
+        largest = groups.amax(-1)
+    if group_size == 0:
+        largest = torch.nn.functional.pad(largest, (0, 0, 0, 1)).amax(-2, keepdim=True)
+    return largest / 127
+
+
+def dequantize_int8(q: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+    """Dense weight = scale * q, computed in float32 and rounded to `dtype`.
+
+    q       (rows, cols) int8
+    scales  (scale_rows, groups) float16 or float32; scale_rows as in `dequantize`
+
+    Returns (rows, cols).
+    """
+    rows, cols = q.shape
+    if scales.shape[0] != rows:
+        scales = scales.repeat_interleave(rows // max(1, scales.shape[0]), dim=0)
+    groups = split_groups(q.to(torch.float32), group_size)
+    wide = scales.to(torch.float32).unsqueeze(-1)
+    return (groups * wide).flatten(-2)[..., :cols].to(dtype)
+
+
+def int8_used(q: Tensor, group_size: int) -> Tensor:
+    """Check int8 weights; returns (..., groups) bool: whether a group has one other than zero.
+
+    Raises FormatError on -128, which no encoder writes.
+    """
+    bad = q == -128
+    if bool(bad.any()):
+        at = int(bad.flatten().nonzero()[0])
+        raise FormatError(
+            f"byte {at}: -128 is no weight of codec int8; expected -127..127. The file is "
+            "damaged: fetch it again."
+        )
+    return split_groups(q, group_size).ne(0).any(-1)
 
 
 _KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

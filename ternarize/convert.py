@@ -29,6 +29,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ternarize import container
+from ternarize.calibrate.pipeline import calibrate, check_quality
+from ternarize.calibrate.run import read_solved
 from ternarize.checkpoint import (
     DTYPE_NAMES,
     DTYPES,
@@ -41,26 +43,53 @@ from ternarize.checkpoint import (
     open_files,
     read_bytes,
 )
-from ternarize.codecs import THREADS, pack
+from ternarize.codecs import (
+    INT8,
+    THREADS,
+    encode_int8,
+    int8_scales,
+    scale_codes,
+    scale_values,
+    to_float,
+)
 from ternarize.container import FORMAT_VERSION, SCALE_SUFFIX, Record
 from ternarize.errors import CheckpointError, FormatError, OutputError, UsageError, WeightError
 from ternarize.methods import METHODS, levels
-from ternarize.methods.grouped import distance
-from ternarize.plan import PIECE, RECORD, Plan, Recipe, Shard, TensorPlan, header_bytes, plan
-from ternarize.tensor import Ternary, check_device
+from ternarize.methods.grouped import distance, fixed_sum
+from ternarize.plan import (
+    GPTQ,
+    PIECE,
+    RECORD,
+    WITHOUT_DATA,
+    Plan,
+    Recipe,
+    Shard,
+    TensorPlan,
+    calibrated_plan,
+    header_bytes,
+    plan,
+)
+from ternarize.rotation import rotate
+from ternarize.tensor import Ternary, check_device, split_groups
 from ternarize.version import __version__
 
+CALIBRATION = ".calibration"  # folder of what calibration found
 JOURNAL = ".journal.jsonl"  # a dot: nothing copied from the source has such a name
 
 # called with (bytes of the source done, bytes in all, tensor just finished)
 Progress = Callable[[int, int, str], None]
+# the checkpoint of a block that holds a calibrated tensor, and its record there
+Solved = tuple[Checkpoint, Record]
 # where a piece of an entry goes: (entry, byte offset in it, bytes); None only computes
 Write = Callable[[str, int, Tensor], None]
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one tensor; everything the journal must hold to go on after a break."""
+    """What came of one tensor; everything the journal must hold to go on after a break.
+
+    nonzero  trits other than zero, in all planes
+    """
 
     name: str
     sha256: str
@@ -70,6 +99,7 @@ class Result:
     nonzero: int = 0
     squared_error: float = 0.0
     energy: float = 0.0
+    calibrated: bool = False
 
 
 class Relayout(Exception):
@@ -81,23 +111,35 @@ class Relayout(Exception):
 
 
 def convert_tensor(
-    source: Checkpoint, tensor: TensorPlan, recipe: Recipe, write: Write, device: str = "cpu"
+    source: Checkpoint,
+    tensor: TensorPlan,
+    recipe: Recipe,
+    write: Write,
+    device: str = "cpu",
+    solved: Solved | None = None,
 ) -> Result:
     """Read one tensor of the source piece by piece, and write what it becomes.
 
     device  where weights are ternarized; the result does not depend on it
+    solved  where calibration has put the tensor, if it has
 
     Raises WeightError naming the file, the tensor and the first bad index.
     """
     try:
-        if not tensor.ternary:
-            return _keep(source, tensor, write)
-        return _ternarize(source, tensor, recipe, write, device)
+        if not tensor.packed:
+            return _keep(source, tensor, write, solved)
+        if tensor.choice.codec == INT8:
+            return _to_int8(source, tensor, write, device)
+        return _ternarize(source, tensor, recipe, write, device, solved)
     except WeightError:
         raise _not_finite(source, tensor.info) from None
 
 
-def _keep(source: Checkpoint, tensor: TensorPlan, write: Write) -> Result:
+def _keep(source: Checkpoint, tensor: TensorPlan, write: Write, solved: Solved | None) -> Result:
+    if solved is not None:  # a bias or norm that calibration has changed
+        data = byte_view(solved[0].read(tensor.name))
+        write(tensor.name, 0, data)
+        return Result(tensor.name, container.digest(data), calibrated=True)
     sha, dtype, done, buffer = hashlib.sha256(), DTYPES[tensor.dtype], 0, _buffer()
     for start, stop in tensor.pieces():
         piece = source.read(tensor.name, start, stop, buffer)
@@ -120,28 +162,43 @@ def _cast(piece: Tensor, dtype: torch.dtype, tensor: TensorPlan) -> Tensor:
 
 
 def _ternarize(
-    source: Checkpoint, tensor: TensorPlan, recipe: Recipe, write: Write, device: str
+    source: Checkpoint,
+    tensor: TensorPlan,
+    recipe: Recipe,
+    write: Write,
+    device: str,
+    solved: Solved | None,
 ) -> Result:
-    lossless = _is_ternary(source, tensor)
-    method = METHODS[recipe.method]
+    lossless = solved is None and is_ternary(source, tensor)
+    method = METHODS[WITHOUT_DATA if recipe.method == GPTQ else recipe.method]
+    whole = None if solved is None else read_solved(solved[0], tensor.name, solved[1])
     sha, buffer = hashlib.sha256(), _buffer()
     all_scales, done, nonzero, error, energy = [], 0, 0, 0.0, 0.0
     for start, stop in tensor.pieces():
         weight = _logical(source.read(tensor.name, start, stop, buffer).to(device), tensor)
-        result = levels(weight, tensor.group_size) if lossless else None
-        result = _representable(result or method(weight, tensor.group_size))
-        packed = pack(result.trits, result.group_size, threads=1).cpu()
+        if whole is None:
+            planes, rest = _fit(weight, tensor, method, lossless)
+        else:
+            planes = [_rows(plane, tensor, start, stop) for plane in whole]
+            weight = rest = _rotated(weight, tensor)
+            for plane in planes[:-1]:
+                rest = rest.to(torch.float32) - plane.dequantize()
+        packed = container.pack_planes(*planes, threads=1).cpu()
         sha.update(packed.numpy().data)
         write(tensor.name, done, packed)
         done += packed.numel()
-        all_scales.append(result.scales.reshape(-1).cpu())
-        piece_error, piece_energy, piece_nonzero = distance(weight, result)
+        all_scales.append(container.join_planes([p.scales.cpu() for p in planes]).reshape(-1))
+        piece_error, piece_energy, piece_nonzero = distance(weight, planes[0])
+        if len(planes) > 1:
+            piece_error = distance(rest, planes[-1])[0]
+            piece_nonzero = sum(int(plane.trits.count_nonzero()) for plane in planes)
         error += piece_error
         energy += piece_energy
         nonzero += piece_nonzero
     _, shape = tensor.record("").stored_shapes()
     flat = torch.cat(all_scales) if all_scales else torch.empty(0, dtype=torch.float64)
-    scales = container.store_scales(flat.reshape(shape), exact=lossless)
+    bits = 8 if tensor.scale_dtype == "U8" else 16
+    scales = container.store_scales(flat.reshape(shape), exact=lossless, bits=bits)
     scale_dtype = DTYPE_NAMES[scales.dtype]
     if scales.dtype.itemsize != DTYPES[tensor.scale_dtype].itemsize:
         raise Relayout(tensor.name, tensor.group_size, scale_dtype)
@@ -156,10 +213,26 @@ def _ternarize(
         nonzero,
         error,
         energy,
+        solved is not None,
     )
 
 
-def _is_ternary(source: Checkpoint, tensor: TensorPlan) -> bool:
+def _rows(plane: Ternary, tensor: TensorPlan, start: int, stop: int) -> Ternary:
+    """The rows of a plane that a piece of the tensor holds."""
+    rows, cols = tensor.shape[-2:]
+    first, last = start // cols, stop // cols
+    trits = plane.trits.reshape(-1, cols)[first:last]
+    per = max(1, rows) if tensor.group_size == 0 else 1  # rows that share their scales
+    scales = plane.scales.reshape(-1, plane.scales.shape[-1])[first // per : -(-last // per)]
+    return Ternary(trits, scales, tensor.group_size)
+
+
+def _rotated(weight: Tensor, tensor: TensorPlan) -> Tensor:
+    block, seed = tensor.rotation
+    return rotate(weight.to(torch.float32), block, seed) if block else weight
+
+
+def is_ternary(source: Checkpoint, tensor: TensorPlan) -> bool:
     """Whether the source was trained ternary: it is then packed without loss.
 
     An ordinary weight is told from its first row. If only smaller groups than asked for make it
@@ -182,6 +255,71 @@ def _is_ternary(source: Checkpoint, tensor: TensorPlan) -> bool:
         if exact:
             return True
     return False
+
+
+def _fit(
+    weight: Tensor, tensor: TensorPlan, method: Callable[[Tensor, int], Ternary], lossless: bool
+) -> tuple[list[Ternary], Tensor]:
+    """The planes of a piece, each by the method on what those before it leave of the weight.
+
+    Returns also what the last plane was made of. The first plane of a lossless tensor is all of it.
+    """
+    exact = levels(weight, tensor.group_size) if lossless else None
+    planes, rest = [_representable(exact or method(weight, tensor.group_size))], weight
+    while len(planes) < tensor.planes:
+        left = None if lossless else _remainder(rest, planes[-1], tensor.scale_dtype)
+        rest = torch.zeros_like(weight) if left is None else left
+        planes.append(_representable(method(rest, tensor.group_size)))
+    return planes, rest
+
+
+def _remainder(weight: Tensor, plane: Ternary, scale_dtype: str) -> Tensor:
+    """weight - scale * trit in float32, with the scale as it is planned to be stored."""
+    if scale_dtype == "U8":
+        scales = scale_values(scale_codes(plane.scales), torch.float64)
+    else:  # a scale that does not fit is found when all are stored, and everything is done again
+        scales = to_float(plane.scales, DTYPES[scale_dtype]).to(torch.float64)
+        scales = torch.where(scales.isfinite(), scales, plane.scales)
+    return weight.to(torch.float32) - replace(plane, scales=scales).dequantize()
+
+
+def _to_int8(source: Checkpoint, tensor: TensorPlan, write: Write, device: str) -> Result:
+    sha, buffer = hashlib.sha256(), _buffer()
+    all_scales, done, error, energy = [], 0, 0.0, 0.0
+    dtype = DTYPES[tensor.scale_dtype]
+    for start, stop in tensor.pieces():
+        weight = _logical(source.read(tensor.name, start, stop, buffer).to(device), tensor)
+        _check_finite(weight)
+        exact = int8_scales(weight, tensor.group_size)
+        # a piece that float16 cannot serve: all scales of the tensor become float32
+        if container.store_scales(exact).dtype.itemsize > dtype.itemsize:
+            raise Relayout(tensor.name, tensor.group_size, "F32")
+        q, scales = encode_int8(weight, tensor.group_size, dtype)
+        missed = split_groups(weight.to(torch.float64), tensor.group_size)
+        energy += _total(missed * missed)
+        missed = missed - split_groups(q, tensor.group_size) * scales.double().unsqueeze(-1)
+        error += _total(missed * missed)
+        data = byte_view(q.cpu())
+        sha.update(data.numpy().data)
+        write(tensor.name, done, data)
+        done += data.numel()
+        all_scales.append(scales.reshape(-1).cpu())
+    stored = byte_view(torch.cat(all_scales) if all_scales else torch.empty(0, dtype=dtype))
+    sha.update(stored.numpy().data)
+    write(tensor.name + SCALE_SUFFIX, 0, stored)
+    return Result(
+        tensor.name,
+        sha.hexdigest(),
+        tensor.scale_dtype,
+        tensor.group_size,
+        squared_error=error,
+        energy=energy,
+    )
+
+
+def _total(squares: Tensor) -> float:
+    """Sum over (rows, groups, length), in the same order on every machine."""
+    return float(fixed_sum(fixed_sum(squares.flatten(-2))))
 
 
 _buffers = threading.local()
@@ -261,6 +399,7 @@ def convert(
     threads: int = THREADS,
     device: str | None = None,
     progress: Progress | None = None,
+    min_quality: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Convert a checkpoint into a packed one, and return its record (what ternarize.json holds).
 
@@ -268,7 +407,9 @@ def convert(
     output    directory that must not exist yet; its parents are made
     threads   tensors worked on at once; the result does not depend on it
     device    where weights are ternarized, "cpu" (native code) or e.g. "cuda"; likewise
-    progress  called after each tensor
+    progress  called after each tensor; with calibration, for each of its stages before
+    min_quality  bounds on the figures that calibration measures: {"kl_divergence": 0.2}; see
+                 `ternarize.calibrate.pipeline.check_quality`
 
     Raises TernarizeError and its children. After an error in the source nothing is left; after an
     interruption OUTPUT.partial is, and the same call goes on from there.
@@ -293,7 +434,7 @@ def convert(
         ) from None
     try:
         _check_output(work, output)  # again: another conversion may just have ended
-        return _run(work, output, partial, threads, device, progress)
+        return _run(work, output, partial, threads, device, progress, min_quality or {})
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
@@ -306,15 +447,22 @@ def _run(
     threads: int,
     device: str,
     progress: Progress | None,
+    min_quality: Mapping[str, float],
 ) -> dict[str, Any]:
     """Convert into `partial` and rename it to `output`."""
     try:
         partial.mkdir(exist_ok=True)
-        record = _Conversion(work, partial, threads, device, progress).run()
+        conversion = _Conversion(work, partial, threads, device, progress)
+        conversion.resume()
+        if work.recipe.calibrate is not None:
+            conversion.calibrate(min_quality)
+        record = conversion.run()
         _sync_files(partial)
         _sync_names(partial)
         partial.rename(output)
         (output / JOURNAL).unlink()  # until the rename, a break must find it
+        if (output / CALIBRATION).exists():
+            shutil.rmtree(output / CALIBRATION)
         _sync_names(output)
         _sync_names(output.parent)
     except (CheckpointError, FormatError, UsageError) as error:
@@ -363,21 +511,46 @@ class _Conversion:
         self.threads, self.device = max(1, threads), device
         self.progress = progress
         self.shards = list(work.shards)
+        self.unsealed = set(range(len(self.shards)))
         self.results: dict[str, Result] = {}
+        self.solved: Mapping[str, Solved] = {}
+        self.calibration: dict[str, Any] | None = None
         self.total = sum(t.info.nbytes for t in work.tensors)
         self.done = 0
         self.stamps = _stamps(work.source)
 
+    def calibrate(self, min_quality: Mapping[str, float]) -> None:
+        """Calibrate what is not ternary already; the layout changes to what comes of it."""
+        recipe = self.work.recipe
+        tensors = [t for shard in self.shards for t in shard.tensors]
+        for at, tensor in enumerate(tensors):
+            if tensor.ternary and not tensor.tied_to:
+                if is_ternary(self.work.source, tensor):
+                    tensors[at] = replace(tensor, choice=replace(tensor.choice, codec=""))
+                else:
+                    tensors[at] = calibrated_plan(tensor, recipe)
+        folder = self.partial / CALIBRATION
+        found = calibrate(self.work, tensors, folder, device=self.device, progress=self.progress)
+        check_quality(found.record["quality"], min_quality)
+        self.solved, self.calibration = found.solved, found.record
+        plans = {t.name: t for t in found.tensors if t.name in found.solved}
+        for index, shard in enumerate(self.shards):
+            relaid = tuple(plans.get(t.name, t) for t in shard.tensors)
+            self.shards[index] = replace(shard, tensors=relaid)
+        for shard in self.shards:  # what was packed before a break, in this layout, counts
+            self._drop_unwritten(shard)
+
     def run(self) -> dict[str, Any]:
-        self._resume()
         with (
             (self.partial / JOURNAL).open("a", encoding="utf-8") as self.journal,
             ThreadPoolExecutor(self.threads) as pool,
         ):
             try:
-                for index in range(len(self.shards)):
+                while self.unsealed:
+                    index = min(self.unsealed)
                     self._convert_shard(index, pool)
                     self._seal(self.shards[index])
+                    self.unsealed.remove(index)
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
@@ -402,7 +575,8 @@ class _Conversion:
     # journal: one line of identity, then a line for each tensor that is done and for each change
     # of layout. A line counts only if the bytes in the shard have the digest that it says.
 
-    def _resume(self) -> None:
+    def resume(self) -> None:
+        """Take up what an earlier run has left, or begin; raises OutputError if it is another's."""
         path = self.partial / JOURNAL
         identity = {
             "ternarize": __version__,
@@ -470,15 +644,12 @@ class _Conversion:
         self.journal.flush()
 
     def _change_layout(self, change: Mapping[str, Any]) -> None:
+        asking = next(t for s in self.shards for t in s.tensors if t.name == change["name"])
         for index, shard in enumerate(self.shards):
-            if any(t.name == change["name"] for t in shard.tensors):
-                tensors = tuple(
-                    replace(t, group_size=change["group_size"], scale_dtype=change["scale_dtype"])
-                    if t.name == change["name"]
-                    else t
-                    for t in shard.tensors
-                )
+            tensors = tuple(_relaid(t, asking, change) for t in shard.tensors)
+            if tensors != shard.tensors:
                 self.shards[index] = replace(shard, tensors=tensors)
+                self.unsealed.add(index)
                 for tensor in tensors:
                     self.results.pop(tensor.name, None)
 
@@ -508,7 +679,9 @@ class _Conversion:
                 file.seek(base + layout[name].start + offset)
                 _write_all(file, data)
 
-            return convert_tensor(self.work.source, tensor, self.work.recipe, write, self.device)
+            solved = self.solved.get(tensor.name)
+            source, recipe = self.work.source, self.work.recipe
+            return convert_tensor(source, tensor, recipe, write, self.device, solved)
 
     def _collect(self, futures: dict[Future[Result], TensorPlan]) -> list[dict[str, Any]]:
         """Note the results as they come; returns the changes of layout that tensors ask for."""
@@ -570,7 +743,7 @@ class _Conversion:
             self._write_json(SAFETENSORS + INDEX, self._index())
         if self.work.source.config is not None:
             self._write_json("config.json", self._config(self.work.source.config))
-        record = make_record(self.work, self.shards, self.results)
+        record = make_record(self.work, self.shards, self.results, self.calibration)
         self._write_json(RECORD, record)
         return record
 
@@ -604,8 +777,25 @@ class _Conversion:
         (self.partial / name).write_text(text, "utf-8")
 
 
+def _relaid(tensor: TensorPlan, asking: TensorPlan, change: Mapping[str, Any]) -> TensorPlan:
+    """A tensor's plan after `asking` has got its change of layout.
+
+    8-bit scales do not mix with others in the parameter that several tensors load into.
+    """
+    if tensor.name == asking.name:
+        scale_dtype = change["scale_dtype"]
+        return replace(tensor, group_size=change["group_size"], scale_dtype=scale_dtype)
+    fused = not set(tensor.choice.parameters).isdisjoint(asking.choice.parameters)
+    if fused and tensor.scale_dtype == "U8" and change["scale_dtype"] != "U8":
+        return replace(tensor, scale_dtype="F16")
+    return tensor
+
+
 def make_record(
-    work: Plan, shards: Sequence[Shard], results: Mapping[str, Result]
+    work: Plan,
+    shards: Sequence[Shard],
+    results: Mapping[str, Result],
+    calibration: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The record of a conversion: what was done to what, tensor by tensor, and what came out."""
     source = work.source
@@ -613,22 +803,31 @@ def make_record(
     for shard in shards:
         for t in shard.tensors:
             row: dict[str, Any] = {
-                "becomes": "tied" if t.tied_to else "ternary" if t.ternary else "kept",
+                "becomes": t.becomes,
                 "reason": f"tied to {t.tied_to}" if t.tied_to else t.choice.reason,
                 "source_dtype": t.info.dtype,
                 "source_shape": list(t.info.shape),
             }
             if not t.tied_to:
                 result = results[t.name]
+                if result.calibrated and not t.packed:
+                    row["reason"] += ", fitted by calibration"
                 row["stored_bytes"] = sum(
                     math.prod(shape) * DTYPES[dtype].itemsize for _, dtype, shape in t.stored()
                 )
-                if t.ternary:
+                if t.packed:
                     size = max(1, t.info.numel)
-                    row["method"] = "lossless" if result.lossless else work.recipe.method
+                    row["method"] = t.choice.codec
+                    if t.ternary:
+                        row["method"] = _method(work.recipe, result)
                     row["group_size"] = result.group_size
+                    if t.planes > 1:
+                        row["planes"] = t.planes
+                    if t.rotation[0]:
+                        row["rotation"] = t.rotation[0]
                     row["bpw"] = round(row["stored_bytes"] * 8 / size, 4)
-                    row["sparsity"] = round(1 - result.nonzero / size, 6)
+                    if t.ternary:
+                        row["sparsity"] = round(1 - result.nonzero / (size * t.planes), 6)
                     row["relative_error"] = _relative_error(result)
             tensors[t.name] = row
     return {
@@ -641,8 +840,17 @@ def make_record(
         },
         "recipe": asdict(work.recipe),
         "coverage": work.coverage(),
+        **({"calibration": calibration} if calibration is not None else {}),
         "tensors": tensors,
     }
+
+
+def _method(recipe: Recipe, result: Result) -> str:
+    if result.lossless:
+        return "lossless"
+    if recipe.method == GPTQ and not result.calibrated:
+        return WITHOUT_DATA
+    return recipe.method
 
 
 def _relative_error(result: Result) -> float | None:

@@ -7,6 +7,7 @@
     ├── SelectionError    no rule says what to do with a tensor, or a pattern matches none
     ├── FormatError       a packed file breaks a rule of its format
     │   └── DigestError   its bytes are not the ones that were written
+    ├── QualityError      the result is worse than a bound that was asked for
     └── OutputError       the result cannot be put where it was asked for
 
 Every message is one line: `where: what is, with its value; what is expected. What to do.`
@@ -40,6 +41,10 @@ class FormatError(TernarizeError):
 
 class DigestError(FormatError):
     """The bytes of a packed file are not the bytes that were written."""
+
+
+class QualityError(TernarizeError):
+    """A converted model is worse than a bound that was asked for."""
 
 
 class OutputError(TernarizeError):

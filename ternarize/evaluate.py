@@ -232,7 +232,7 @@ def compare_windows(
         batch = windows[start : start + batch_size]
         logits = [_logits(model, batch) for model in models]
         for index, window in enumerate(batch):
-            per_window.append(_compare_window([each[index] for each in logits], window))
+            per_window.append(compare_logits([each[index] for each in logits], window))
         if progress is not None:
             so_far = torch.tensor([row[0] for row in per_window], dtype=torch.float64).mean()
             progress(len(per_window), len(windows), f"perplexity {_exp(float(so_far)):.2f}")
@@ -245,8 +245,13 @@ def compare_windows(
             f"{str(models[0].dtype)[6:]}; expected finite ones. Compute in another dtype "
             "(--dtype float32), or verify the checkpoint."
         )
+    return summarize(columns)
+
+
+def summarize(columns: Tensor) -> dict[str, dict[str, Any]]:
+    """The measures of `evaluate` from rows of `compare_logits`: (2 or 4, windows) float64."""
     measures = {"perplexity": _exponential(columns[0])}
-    if len(models) > 1:
+    if len(columns) > 1:
         measures["source_perplexity"] = _exponential(columns[1])
         measures["perplexity_ratio"] = _exponential(columns[0] - columns[1])
         measures["kl_divergence"] = _mean(columns[2])
@@ -262,7 +267,7 @@ def _logits(model: Model, batch: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def _compare_window(logits: Sequence[Tensor], window: Tensor) -> list[float]:
+def compare_logits(logits: Sequence[Tensor], window: Tensor) -> list[float]:
     """Means over the positions of one window: -ln Q(t) and, with a source, -ln P(t), KL, top-1."""
     first = [each.to(logits[0].device, torch.float32).log_softmax(-1) for each in logits]
     target = window[1:, None].to(first[0].device)
@@ -323,9 +328,16 @@ def _embed(model: Model, ids: Sequence[list[int]], tokenizer: Any) -> Tensor:
     padded = torch.tensor([row + [padding] * (longest - len(row)) for row in ids])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])
     output = model(input_ids=padded.to(model.device), attention_mask=mask.to(model.device))
-    hidden = output.last_hidden_state.float().cpu()
-    weight = mask[..., None].float()
-    mean = (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
+    return pool(output.last_hidden_state.float().cpu(), mask)
+
+
+def pool(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over the attention mask (of everything, without one), of length 1: (n, hidden)."""
+    if mask is None or hidden.shape[:2] != mask.shape:
+        mean = hidden.flatten(1) if hidden.ndim < 3 else hidden.mean(1).flatten(1)
+    else:
+        weight = mask[..., None].float()
+        mean = (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
     return torch.nn.functional.normalize(mean, dim=-1)
 
 

@@ -1,6 +1,6 @@
-"""Ternary layers: modules that hold packed weights and compute as if the weights were dense.
+"""Packed layers: modules that hold packed weights and compute as if the weights were dense.
 
-    y = x W^T + b        W = scale * trit
+    y = x W^T + b        W = scale * trit, a sum of two such, or scale * int8
 
 W is dequantized for the length of one product and never kept: a model needs the memory of its
 packed bytes and of one dense matrix at a time. This is the plain form that works on every device;
@@ -9,7 +9,9 @@ a kernel that multiplies without W has to agree with it, and takes its place in 
 `TernaryLinear` is an `nn.Linear`, because that is what other software (PEFT) looks for. Experts
 that a model fuses into one parameter (experts, rows, cols) have no module of their own: their class
 stays what it is, and while its forward runs, `self.gate_up_proj[expert]` is a matrix that is
-dequantized when it meets an input. So only experts that are hit cost anything.
+dequantized when it meets an input. So only experts that are hit cost anything. Token embeddings
+keep their class in the same way (some multiply their output): of them only the rows that are looked
+up are dequantized.
 
 With activations "int8" the input of each product is rounded to 8 bits per token, as models trained
 as BitNet b1.58 expect (https://arxiv.org/abs/2402.17764, section 2):
@@ -30,7 +32,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ternarize import codecs
+from ternarize.codecs import BASE3, INT8
 from ternarize.errors import UsageError
+from ternarize.rotation import rotate, unrotate
 from ternarize.tensor import group_count, group_length
 
 ACTIVATIONS = ("none", "int8")
@@ -44,18 +48,36 @@ class Layout:
     group_size   as in ternarize.tensor
     transposed   the model's own weight is (cols, rows)
     activations  "none", or "int8" to round the input of each product
+    codec        "base3" or "int8"
+    planes       ternary matrices whose sum is the weight
+    rotation     (block, seed): the matrix stands for W R, and meets R^T x; block 0: none
     """
 
     cols: int
     group_size: int
     transposed: bool = False
     activations: str = "none"
+    codec: str = BASE3
+    planes: int = 1
+    rotation: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
         if self.activations not in ACTIVATIONS:
             raise UsageError(
                 f"activations: {self.activations!r}; expected one of {', '.join(ACTIVATIONS)}."
             )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the packed parameter."""
+        return torch.int8 if self.codec == INT8 else torch.uint8
+
+    def width(self, cols: int | None = None) -> int:
+        """Elements of a packed row; `cols` for a part of it."""
+        cols = self.cols if cols is None else cols
+        if self.codec == INT8:
+            return cols
+        return self.planes * codecs.packed_width(cols, self.group_size)
 
 
 def product(
@@ -64,13 +86,15 @@ def product(
     """y = x W^T + b with a packed W.
 
     x       (..., cols) float; y has its dtype (under autocast that of F.linear)
-    packed  (rows, width) uint8
-    scale   (scale_rows, groups) float; scale_rows divides rows
+    packed  (rows, width) uint8, or int8 where that is the codec
+    scale   (scale_rows, planes * groups) float, or uint8 codes; scale_rows divides rows
     bias    (rows,) or None
 
     Where x needs a gradient, the backward pass dequantizes W again instead of keeping it. Rounded
     activations are differentiated as if they were not rounded (the straight-through estimator).
     """
+    if layout.rotation[0]:
+        x = rotate(x, *layout.rotation)
     if torch.is_grad_enabled() and x.requires_grad:
         apply: Any = _Product.apply
         y: Tensor = apply(x, packed, scale, bias, layout)
@@ -129,12 +153,23 @@ def _dense(packed: Any, scale: Any, layout: Layout, dtype: torch.dtype) -> Tenso
         part = _dense(packed.to_local(), scale.to_local(), layout, dtype)
         whole: Tensor = packed.from_local(part, packed.device_mesh, packed.placements)
         return whole
-    return codecs.dequantize(packed, scale, _cols(scale, layout), layout.group_size, dtype)
+    if layout.codec == INT8:
+        return codecs.dequantize_int8(packed, scale, layout.group_size, dtype)
+    cols, planes = _cols(scale, layout), layout.planes
+    return codecs.dequantize(packed, scale, cols, layout.group_size, dtype, planes=planes)
+
+
+def _unrotated(stored: Tensor, layout: Layout) -> Tensor:
+    """Rows of the weight from rows as they are stored."""
+    if not layout.rotation[0]:
+        return stored
+    return unrotate(stored.float(), *layout.rotation).to(stored.dtype)
 
 
 def _cols(scale: Tensor, layout: Layout) -> int:
     """Columns of a packed tensor, or of the part of it that whole groups make up."""
-    return min(layout.cols, scale.shape[-1] * group_length(layout.cols, layout.group_size))
+    groups: int = scale.shape[-1] // layout.planes
+    return min(layout.cols, groups * group_length(layout.cols, layout.group_size))
 
 
 def check_part(name: str, packed: Any, scale: Any, layout: Layout) -> None:
@@ -142,8 +177,11 @@ def check_part(name: str, packed: Any, scale: Any, layout: Layout) -> None:
     if not hasattr(packed, "to_local"):
         return
     part, scales = packed.to_local(), scale.to_local()
-    width = codecs.packed_width(_cols(scales, layout), layout.group_size)
-    if layout.group_size <= 0 or part.shape[-1] != width or scales.shape[-2] != part.shape[-2]:
+    cols = _cols(scales, layout)
+    fits = layout.group_size > 0 and part.shape[-1] == layout.width(cols)
+    # a cut through the columns of two planes parts the planes, not their columns
+    fits = fits and (layout.planes == 1 and not layout.rotation[0] or cols == layout.cols)
+    if not fits or scales.shape[-2] != part.shape[-2]:
         raise UsageError(
             f"{name}: {layout.cols} columns with group_size {layout.group_size} cannot be cut for "
             f"{packed.device_mesh.size()} processes; tensor parallelism needs whole groups in "
@@ -152,7 +190,7 @@ def check_part(name: str, packed: Any, scale: Any, layout: Layout) -> None:
 
 
 class Packed(nn.Module):
-    """What ternary modules have in common: `layouts`, by the name of the packed parameter.
+    """What packed modules have in common: `layouts`, by the name of the packed parameter.
 
     The scales of `name` are the parameter `<name>_scale`. Both are parameters rather than buffers,
     because tensor parallel plans and disk offload look at parameters only.
@@ -177,14 +215,28 @@ class Packed(nn.Module):
         return self
 
 
-class TernaryLinear(Packed, nn.Linear):
-    """A linear layer with a packed ternary weight.
+class Scale(nn.Parameter):
+    """The scales of a packed weight, which a model must not take for a weight in its dtype.
 
-    weight        (out_features, packed_width(in_features, group_size)) uint8
-    weight_scale  (scale_rows, groups) float
+    `model.dtype` is that of the first floating-point parameter, which could be the scales of a
+    packed embedding, and `model.to(dtype)` casts all of those.
+    """
+
+    def is_floating_point(self) -> bool:
+        return False
+
+
+class TernaryLinear(Packed, nn.Linear):
+    """A linear layer with a packed weight: ternary, or the sum of two ternary ones, or int8.
+
+    weight        (out_features, width) uint8 (int8), as `Layout.width` counts
+    weight_scale  (scale_rows, planes * groups) float, or uint8 codes
     bias          (out_features,) or None
     transposed    whether the model's own weight is (in_features, out_features), as GPT-2's Conv1D
     activations   "none" or "int8"
+    codec         "base3" or "int8"
+    planes        ternary matrices whose sum is the weight
+    rotation      (block, seed) of the input; block 0: none
 
     Made empty, to be filled from a file: see `ternarize.load`.
     """
@@ -200,12 +252,16 @@ class TernaryLinear(Packed, nn.Linear):
         scale_dtype: torch.dtype = torch.float16,
         transposed: bool = False,
         activations: str = "none",
+        codec: str = BASE3,
+        planes: int = 1,
+        rotation: tuple[int, int] = (0, 0),
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)  # not nn.Linear's, which would draw a dense weight
         self.in_features, self.out_features = in_features, out_features
         self.group_size, self.transposed, self.activations = group_size, transposed, activations
+        self.codec, self.planes, self.rotation = codec, planes, rotation
         if scale_rows is None:
             scale_rows = 1 if group_size == 0 else out_features
         shape = (out_features,)
@@ -217,19 +273,32 @@ class TernaryLinear(Packed, nn.Linear):
 
     @property
     def layouts(self) -> dict[str, Layout]:
-        layout = Layout(self.in_features, self.group_size, self.transposed, self.activations)
+        layout = Layout(
+            self.in_features,
+            self.group_size,
+            self.transposed,
+            self.activations,
+            self.codec,
+            self.planes,
+            self.rotation,
+        )
         return {"weight": layout}
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The dense weight (out_features, in_features)."""
-        return _dense(self.weight, self.weight_scale, self.layouts["weight"], dtype)
+        layout = self.layouts["weight"]
+        return _unrotated(_dense(self.weight, self.weight_scale, layout, dtype), layout)
 
     def forward(self, input: Tensor) -> Tensor:
         return product(input, self.weight, self.weight_scale, self.bias, self.layouts["weight"])
 
     def extra_repr(self) -> str:
+        codec = "" if self.codec == BASE3 else f", codec={self.codec}"
+        planes = "" if self.planes == 1 else f", planes={self.planes}"
+        planes += "" if not self.rotation[0] else f", rotation={self.rotation}"
         return (
             f"{super().extra_repr()}, group_size={self.group_size}, activations={self.activations}"
+            f"{codec}{planes}"
         )
 
 
@@ -241,9 +310,8 @@ def _empty(
     device: torch.device | str | None = None,
 ) -> tuple[nn.Parameter, nn.Parameter]:
     """Parameters for a packed tensor of shape (*rows, cols) and for its scales."""
-    width = codecs.packed_width(layout.cols, layout.group_size)
-    groups = group_count(layout.cols, layout.group_size)
-    packed = torch.empty(*rows, width, dtype=torch.uint8, device=device)
+    groups = layout.planes * group_count(layout.cols, layout.group_size)
+    packed = torch.empty(*rows, layout.width(), dtype=layout.dtype, device=device)
     scale = torch.empty(*rows[:-1], scale_rows, groups, dtype=scale_dtype, device=device)
     return nn.Parameter(packed, requires_grad=False), nn.Parameter(scale, requires_grad=False)
 
@@ -259,9 +327,10 @@ class PackedMatrix:
     scale   (experts, scale_rows, groups) or (scale_rows, groups)
     dtype   of the dense tensor that it stands for
 
-    `F.linear(x, m[expert])` and `x @ m[expert]` run `product`; any other use is served with the
-    dense tensor: right for every model, if slow where all experts are used at once. Rounded
-    activations need to see the product, and are refused where it is out of sight.
+    `F.linear(x, m[expert])` and `x @ m[expert]` run `product`, `F.embedding(ids, m)` runs `gather`;
+    any other use is served with the dense tensor: right for every model, if slow where all experts
+    are used at once. Rounded activations need to see the product, and are refused where it is out
+    of sight.
     """
 
     packed: Tensor
@@ -275,11 +344,16 @@ class PackedMatrix:
         cols = self.layout.cols
         return torch.Size([*stack, cols, rows] if self.layout.transposed else [*stack, rows, cols])
 
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
     def dense(self) -> Tensor:
         """The dense tensor, with the shape that the model's code expects."""
         if self.packed.ndim == 3:
             return torch.stack([self[expert].dense() for expert in range(len(self.packed))])
-        dense = _dense(self.packed, self.scale, self.layout, self.dtype)
+        stored = _dense(self.packed, self.scale, self.layout, self.dtype)
+        dense = _unrotated(stored, self.layout)
         return dense.T.contiguous() if self.layout.transposed else dense
 
     def _exposed(self) -> Tensor:
@@ -312,6 +386,14 @@ class PackedMatrix:
             right = _LINEAR if not matrix.layout.transposed else _MATMUL
             if func in right and matrix.packed.ndim == 2:
                 return product(x, matrix.packed, matrix.scale, bias, matrix.layout)
+            if func is F.embedding and matrix.packed.ndim == 2:
+                options = kwargs or {}
+                if len(args) > 3 or options.get("max_norm") is not None:
+                    raise UsageError(
+                        "max_norm: changes the rows that are looked up, but the embedding is "
+                        "packed; expected none. Convert with --embeddings keep."
+                    )
+                return gather(x, matrix.packed, matrix.scale, matrix.layout, matrix.dtype)
         return func(*_densified(args), **_densified(kwargs or {}))
 
 
@@ -432,4 +514,111 @@ def dense_experts(module: TernaryExperts, dtype: torch.dtype) -> None:
         delattr(module, f"{name}_scale")
         setattr(module, name, nn.Parameter(dense))
     del module.ternary_layouts
+    module.__class__ = module.dense_class  # type: ignore[assignment]
+
+
+# --- token embeddings ------------------------------------------------------------------------
+
+
+def gather(
+    ids: Tensor, packed: Tensor, scale: Tensor, layout: Layout, dtype: torch.dtype
+) -> Tensor:
+    """Rows of a packed matrix, dequantized: what `F.embedding(ids, W)` gives.
+
+    ids            any shape, int
+    packed, scale  as in `product`; scale_rows is 1 or rows
+    dtype          of the result
+
+    Returns (*ids.shape, cols). Nothing else of W is dequantized.
+    """
+    flat = ids.reshape(-1)
+    rows = F.embedding(flat, packed)
+    scales = scale if scale.shape[0] == 1 else F.embedding(flat, scale)
+    dense = _unrotated(_dense(rows, scales, layout, dtype), layout)
+    return dense.view(*ids.shape, layout.cols)
+
+
+class PackedEmbedding(Packed):
+    """A token embedding with a packed weight; mixed into the model's own class.
+
+    The class's forward runs as it was written (Gemma's multiplies the rows by a constant), on a
+    stand-in for `self` whose weight is a `PackedMatrix`.
+
+    weight         (num_embeddings, width), weight_scale (scale_rows, groups), as in TernaryLinear
+    weight_like    empty, of the dtype that the rows have; it follows model.to(dtype)
+    """
+
+    # Its class may have buffers of its own to set; the packed weight says itself that it is set
+    _is_hf_initialized = False
+
+    dense_class: type[nn.Module]
+    ternary_layouts: dict[str, Layout]
+    weight: nn.Parameter
+    weight_scale: nn.Parameter
+    weight_like: Tensor
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        return self.ternary_layouts
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        layout, dtype = self.layouts["weight"], self.weight_like.dtype
+        dense: Any = self.dense_class
+        if dense.forward is nn.Embedding.forward and self.__dict__.get("max_norm") is None:
+            (ids,) = (*args, *kwargs.values())
+            return gather(ids, self.weight, self.weight_scale, layout, dtype)
+        stand_in = object.__new__(dense)
+        others = {k: v for k, v in self._parameters.items() if not k.startswith("weight")}
+        matrix = PackedMatrix(self.weight, self.weight_scale, layout, dtype)
+        stand_in.__dict__.update(self.__dict__, _parameters=others, weight=matrix)
+        return dense.forward(stand_in, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        layout = self.layouts["weight"]
+        dense: Any = self.dense_class
+        return f"{dense.extra_repr(self)}, codec={layout.codec}, group_size={layout.group_size}"
+
+    def __reduce__(self) -> Any:  # the class is made at run time: pickle cannot find it by name
+        return _empty_embedding, (self.dense_class,), self.__dict__
+
+
+def _embedding_class(dense: Any) -> type[PackedEmbedding]:
+    """The class of all modules that were of class `dense`."""
+    if dense not in _EMBEDDINGS:
+        bases = (PackedEmbedding, dense)
+        _EMBEDDINGS[dense] = type(f"Packed{dense.__name__}", bases, {"dense_class": dense})
+    return _EMBEDDINGS[dense]
+
+
+_EMBEDDINGS: dict[type[nn.Module], type[PackedEmbedding]] = {}
+
+
+def _empty_embedding(dense: type[nn.Module]) -> PackedEmbedding:
+    cls = _embedding_class(dense)
+    return cls.__new__(cls)
+
+
+def packed_embedding(
+    module: nn.Embedding, layout: Layout, scale_rows: int, scale_dtype: torch.dtype
+) -> None:
+    """Turn an embedding into one with a packed weight, in place, still empty."""
+    dense = module.weight
+    stored = _empty((module.num_embeddings,), layout, scale_rows, scale_dtype, dense.device)
+    embedding: Any = module
+    embedding.weight, embedding.weight_scale = stored
+    for parameter in stored:
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    # on the CPU even of a model on meta: there is nothing to load, and nothing to move
+    like = torch.empty(0, dtype=dense.dtype, device="cpu")
+    module.register_buffer("weight_like", like, persistent=False)
+    embedding.__class__ = _embedding_class(type(module))
+    embedding.ternary_layouts = {"weight": layout}
+
+
+def dense_embedding(module: PackedEmbedding, dtype: torch.dtype) -> None:
+    """The inverse of `packed_embedding`: a dense weight of `dtype`, in place."""
+    layout = module.layouts["weight"]
+    dense = _unrotated(_dense(module.weight, module.weight_scale, layout, dtype), layout)
+    del module.weight_scale, module.weight_like, module.ternary_layouts
+    module.weight = nn.Parameter(dense)
     module.__class__ = module.dense_class  # type: ignore[assignment]

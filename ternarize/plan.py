@@ -8,8 +8,9 @@ any order with the same bytes as result.
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -27,32 +28,99 @@ from ternarize.checkpoint import (
     locate,
     open_checkpoint,
 )
-from ternarize.codecs import THREADS
+from ternarize.codecs import INT8, THREADS
 from ternarize.container import SCALE_SUFFIX, Record
 from ternarize.errors import CheckpointError, SelectionError, UsageError
 from ternarize.methods import METHODS
 from ternarize.native import lib
-from ternarize.select import Choice, select, skeleton_shapes, tied, why_no_skeleton
+from ternarize.rotation import BLOCKS, block_size
+from ternarize.select import (
+    KEEP,
+    TERNARY,
+    Choice,
+    select,
+    skeleton_shapes,
+    tied,
+    why_no_skeleton,
+)
 from ternarize.tensor import check_group_size
 
 PIECE = 1 << 21  # weights read, ternarized and written at a time by one thread
 RECORD = "ternarize.json"
 ACTIVATIONS = ("none", "int8")
+GPTQ = "gptq"  # the calibrated method
+WITHOUT_DATA = "itf"  # the method of what a calibrated conversion cannot calibrate
+ENDS = (KEEP, INT8, TERNARY)  # what the output head and the token embedding may become
+INT8_GROUP_SIZE = -1  # finer groups take more room, and gain nothing that perplexity shows
 KEPT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _TERNARIZABLE = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
+class Calibrate:
+    """How weights are fitted to what a model does on text (or other input).
+
+    dataset      a file, directory or Hub dataset of texts; "self": the model's own; "default"
+    num_samples  samples to calibrate on; a tenth as many choose, another tenth give the figures
+    seq_len      tokens of a sample; None: what the model can take, at most 512
+    seed         of the choice of samples, of rotations and of training
+    text_column  of .jsonl, .json and .parquet; None: `text` or `messages`
+    rotation     largest block of the rotation of inputs, a power of four; 0: none
+    reconstruct  steps of training for each block; 0: none
+    window       blocks trained together, 1 to 4
+    target_bpw   bits per ternary weight to be spent where they matter; None: all alike
+    """
+
+    dataset: str = "default"
+    num_samples: int = 256
+    seq_len: int | None = None
+    seed: int = 0
+    text_column: str | None = None
+    rotation: int = 256
+    reconstruct: int = 0
+    window: int = 1
+    target_bpw: float | None = None
+
+    def __post_init__(self) -> None:
+        for what, value, good, expected in (
+            ("num samples", self.num_samples, self.num_samples > 0, "1 or more"),
+            ("seq len", self.seq_len, self.seq_len is None or self.seq_len > 1, "2 or more"),
+            ("seed", self.seed, 0 <= self.seed < 2**32, "0 to 4294967295"),
+            (
+                "rotation",
+                self.rotation,
+                self.rotation in (0, *BLOCKS),
+                f"0 or one of {', '.join(map(str, BLOCKS))}",
+            ),
+            ("reconstruct", self.reconstruct, self.reconstruct >= 0, "0 or more steps"),
+            ("window", self.window, 1 <= self.window <= 4, "1 to 4 blocks"),
+            (
+                "target bpw",
+                self.target_bpw,
+                self.target_bpw is None or 1.6 <= self.target_bpw <= 16,
+                "1.6 to 16 bits",
+            ),
+        ):
+            if not good:
+                raise UsageError(f"{what}: {value}; expected {expected}.")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What is done to a checkpoint; with the source it determines every byte of the result.
 
-    method       a name of ternarize.methods.METHODS
+    method       a name of ternarize.methods.METHODS, or "gptq" with `calibrate`
     group_size   weights per scale; -1 one group per row; 0 one scale per tensor
     keep         globs of tensors to leave in floating point
     include      globs of tensors to ternarize although they are kept by default
     dtype        float32, float16 or bfloat16 for kept floating-point tensors; None: as they are
     activations  none, or int8 per token; recorded for the loader
+    scale_bits   16 or 8, of the scales of ternary weights
+    planes       globs of ternary tensors that become the sum of two ternary matrices
+    head         keep, int8 or ternary: the output head
+    embeddings   likewise the token embedding; tied to the head, both become what either says
+    calibrate    None: weights are ternarized without data
     """
 
     method: str = "absmean"
@@ -61,13 +129,27 @@ class Recipe:
     include: tuple[str, ...] = ()
     dtype: str | None = None
     activations: str = "none"
+    scale_bits: int = 16
+    planes: tuple[str, ...] = ()
+    head: str = KEEP
+    embeddings: str = KEEP
+    calibrate: Calibrate | None = None
 
     def __post_init__(self) -> None:
+        if (self.method == GPTQ) != (self.calibrate is not None):
+            raise UsageError(
+                f"method: {self.method!r} {'without' if self.method == GPTQ else 'with'} data to "
+                f"calibrate on; expected {GPTQ!r} with, and any other without. Use --method gptq, "
+                "or leave out the options of calibration."
+            )
         check_group_size(self.group_size)
         for what, value, known in (
-            ("method", self.method, tuple(METHODS)),
+            ("method", self.method, (*METHODS, GPTQ)),
             ("dtype", self.dtype, (None, *KEPT_DTYPES)),
             ("activations", self.activations, ACTIVATIONS),
+            ("scale bits", self.scale_bits, (16, 8)),
+            ("head", self.head, ENDS),
+            ("embeddings", self.embeddings, ENDS),
         ):
             if value not in known:
                 names = ", ".join(str(k) for k in known if k is not None)
@@ -78,9 +160,17 @@ class Recipe:
 class TensorPlan:
     """One tensor of the source and what it becomes.
 
-    shape        logical shape: (rows, cols) or (experts, rows, cols) if ternary, else as stored
+    shape        logical shape: (rows, cols) or (experts, rows, cols) if packed, else as stored
+    group_size   as in ternarize.tensor
+    dtype        of a kept tensor
     tied_to      the tensor of which this one is a copy; then nothing is stored
-    scale_dtype  planned; the tensor itself may call for another (see Relayout in convert.py)
+    scale_dtype  planned ("U8": 8 bits); the tensor itself may call for another (see Relayout in
+                 convert.py)
+    planes       ternary matrices whose sum it becomes
+    rotation     (block, seed) of its input; block 0: none
+
+    What the choice says of a ternary tensor (group size, planes) may differ from tensor to tensor,
+    but not between those that load into one parameter (`check_fused`).
     """
 
     info: TensorInfo
@@ -90,6 +180,8 @@ class TensorPlan:
     dtype: str
     scale_dtype: str = "F16"
     tied_to: str | None = None
+    planes: int = 1
+    rotation: tuple[int, int] = (0, 0)
 
     @property
     def name(self) -> str:
@@ -99,15 +191,24 @@ class TensorPlan:
     def ternary(self) -> bool:
         return self.choice.ternary
 
+    @property
+    def packed(self) -> bool:
+        return self.choice.codec != ""
+
+    @property
+    def becomes(self) -> str:
+        """What a person is told: "tied", "ternary", "int8" or "kept"."""
+        return "tied" if self.tied_to else self.record("").kind
+
     def stored(self) -> list[tuple[str, str, tuple[int, ...]]]:
         """(name, dtype, shape) of what is written for this tensor."""
         if self.tied_to:
             return []
-        if not self.ternary:
+        if not self.packed:
             return [(self.name, self.dtype, self.shape)]
         packed, scales = self.record("0" * 64).stored_shapes()
         return [
-            (self.name, "U8", packed),
+            (self.name, container.CODECS[self.choice.codec], packed),
             (self.name + SCALE_SUFFIX, self.scale_dtype, scales),
         ]
 
@@ -119,7 +220,7 @@ class TensorPlan:
 
     def piece_numel(self) -> int:
         """Whole rows where rows are independent, whole matrices where they are not."""
-        if not self.ternary:
+        if not self.packed:
             return PIECE
         if self.group_size == 0 or self.choice.transposed:
             return max(1, math.prod(self.shape[-2:]))
@@ -127,9 +228,18 @@ class TensorPlan:
         return max(1, PIECE // cols) * cols
 
     def record(self, sha256: str) -> Record:
-        if not self.ternary:
+        if not self.packed:
             return Record(sha256)
-        return Record(sha256, self.shape, self.group_size, transposed=self.choice.transposed)
+        return Record(
+            sha256,
+            self.shape,
+            self.group_size,
+            self.choice.codec,
+            self.choice.transposed,
+            self.planes,
+            scale8=self.scale_dtype == "U8",
+            rotation=self.rotation,
+        )
 
 
 @dataclass(frozen=True)
@@ -200,10 +310,10 @@ class Plan:
         return sum(shard.nbytes() for shard in self.shards)
 
     def coverage(self) -> dict[str, int]:
-        """Parameters that become ternary, are kept, or are tied; the sum is the source's."""
-        parts: Counter[str] = Counter(ternary=0, kept=0, tied=0)
+        """Parameters that become ternary or int8, are kept or tied; the sum is the source's."""
+        parts: Counter[str] = Counter(ternary=0, int8=0, kept=0, tied=0)
         for t in self.tensors:
-            parts["tied" if t.tied_to else "ternary" if t.ternary else "kept"] += t.info.numel
+            parts[t.becomes] += t.info.numel
         total = sum(info.numel for info in self.source.tensors.values())
         assert sum(parts.values()) == total, "a tensor of the source is unaccounted for"
         return {**parts, "total": total}
@@ -211,12 +321,14 @@ class Plan:
     def convert_memory(self) -> int:
         """Predicted peak of the conversion, bytes above the interpreter with torch loaded."""
         per_weight = 12 if lib is not None else 80  # copies in flight: see convert._ternarize
+        if any(t.planes > 1 or (t.packed and not t.ternary) for t in self.tensors):
+            per_weight += 32  # remainders, and int8 weights, are worked out in float64
         largest = max((min(t.info.numel, t.piece_numel()) for t in self.tensors), default=0)
         return (64 << 20) + THREADS * largest * per_weight
 
     def load_memory(self) -> int:
         """Predicted peak of loading and one forward pass on CPU, weights and one dense matrix."""
-        dense = max((math.prod(t.shape[-2:]) * 4 for t in self.tensors if t.ternary), default=0)
+        dense = max((math.prod(t.shape[-2:]) * 4 for t in self.tensors if t.packed), default=0)
         return self.packed_bytes() + dense
 
     def to_dict(self) -> dict[str, Any]:
@@ -237,7 +349,7 @@ class Plan:
                     "name": t.name,
                     "dtype": t.info.dtype,
                     "shape": list(t.info.shape),
-                    "becomes": "tied" if t.tied_to else "ternary" if t.ternary else "kept",
+                    "becomes": t.becomes,
                     "reason": f"tied to {t.tied_to}" if t.tied_to else t.choice.reason,
                     "stored_bytes": sum(
                         math.prod(shape) * DTYPES[dtype].itemsize for _, dtype, shape in t.stored()
@@ -276,15 +388,26 @@ def plan(model: str | Path, recipe: Recipe = Recipe(), *, config_only: bool = Fa
         }
         notes.append("no weights here: names and shapes are those of the architecture")
     shapes = {name: info.shape for name, info in source.tensors.items()}
-    choices = select(shapes, source.config, keep=recipe.keep, include=recipe.include)
+    choices = select(
+        shapes,
+        source.config,
+        keep=recipe.keep,
+        include=recipe.include,
+        head=recipe.head,
+        embeddings=recipe.embeddings,
+    )
+    _check_planes(recipe, choices)
     why = why_no_skeleton(source.config)
     if why:
         notes.append(f"no skeleton of the model ({why}): chosen by names and shapes")
+    notes += sorted({f"{c.name}: {c.reason}" for c in choices if "are tied" in c.reason})
     copies = _tied_copies(source)
     by_file: dict[str, list[TensorPlan]] = {file: [] for file in source.files}
     for choice in choices:
         info = source.tensors[choice.name]
         by_file[info.file].append(_plan_tensor(info, choice, recipe, copies.get(info.name)))
+    _check_copies(source, choices, copies)
+    check_fused([t for tensors in by_file.values() for t in tensors])
     if not any(t.ternary for tensors in by_file.values() for t in tensors):
         raise SelectionError(
             f"{model}: none of its {len(choices)} tensors is a linear weight to ternarize; "
@@ -308,18 +431,76 @@ def _plan_tensor(
     info: TensorInfo, choice: Choice, recipe: Recipe, tied_to: str | None
 ) -> TensorPlan:
     shape = info.shape
-    if choice.ternary and choice.transposed:
+    if choice.codec and choice.transposed:
         shape = (*shape[:-2], shape[-1], shape[-2])
-    if choice.ternary and info.dtype not in _TERNARIZABLE:
+    if choice.codec and info.dtype not in _TERNARIZABLE:
         raise CheckpointError(
-            f"{info.file}: {info.name} is {info.dtype}; weights to ternarize are "
+            f"{info.file}: {info.name} is {info.dtype}; weights to pack are "
             f"{', '.join(_TERNARIZABLE)}. Convert a checkpoint in floating point, or name it "
             "with --keep."
         )
     dtype = info.dtype
     if recipe.dtype and dtype in _FLOATS:
         dtype = KEPT_DTYPES[recipe.dtype]
-    return TensorPlan(info, choice, shape, recipe.group_size, dtype, tied_to=tied_to)
+    if not choice.ternary:
+        return TensorPlan(info, choice, shape, INT8_GROUP_SIZE, dtype, tied_to=tied_to)
+    return TensorPlan(
+        info,
+        choice,
+        shape,
+        recipe.group_size,
+        dtype,
+        "U8" if recipe.scale_bits == 8 else "F16",
+        tied_to,
+        2 if any(fnmatchcase(info.name, glob) for glob in recipe.planes) else 1,
+    )
+
+
+def calibrated_plan(tensor: TensorPlan, recipe: Recipe) -> TensorPlan:
+    """The plan of a tensor that calibration finds: its inputs are rotated."""
+    assert recipe.calibrate is not None
+    block = block_size(tensor.shape[-1], recipe.calibrate.rotation)
+    return replace(tensor, rotation=(block, recipe.calibrate.seed if block else 0))
+
+
+def check_fused(tensors: Iterable[TensorPlan]) -> None:
+    """Raise SelectionError where tensors load into one parameter but would be packed unlike."""
+    by_parameter: dict[str, TensorPlan] = {}
+    for tensor in tensors:
+        for parameter in tensor.choice.parameters if tensor.ternary else ():
+            other = by_parameter.setdefault(parameter, tensor)
+            mine, theirs = (
+                f"group size {t.group_size}, planes {t.planes}, rotation {t.rotation}"
+                for t in (tensor, other)
+            )
+            if mine != theirs:
+                raise SelectionError(
+                    f"{tensor.name}: {mine}, but {other.name} has {theirs}, and both load into "
+                    f"{parameter}; expected the same. Widen --planes to all of them."
+                )
+
+
+def _check_planes(recipe: Recipe, choices: Iterable[Choice]) -> None:
+    """A glob that gives no ternary tensor two planes is an error."""
+    names = [choice.name for choice in choices if choice.ternary]
+    for glob in recipe.planes:
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise SelectionError(
+                f"--planes {glob!r}: matches no tensor that becomes ternary; a glob on tensor "
+                "names (with .weight) is expected. The plan (--dry-run) lists the names."
+            )
+
+
+def _check_copies(source: Checkpoint, choices: Iterable[Choice], copies: Mapping[str, str]) -> None:
+    """A head and an embedding that are tied and yet stored with different values stay apart."""
+    packed = [choice.name for choice in choices if "are tied" in choice.reason]
+    stored = [name for name in packed if name not in copies]
+    if len(stored) > 1:
+        raise SelectionError(
+            f"{stored[1]}: is tied to {stored[0]} by config.json, but has other values; expected "
+            "one tensor to pack. Set tie_word_embeddings to false, or leave out --head and "
+            "--embeddings."
+        )
 
 
 def _refuse_quantized(source: Checkpoint) -> None:

@@ -11,7 +11,8 @@ the tensors, and transformers would then draw the weights at random with no more
 
 Fused tensors (experts that are stored one by one; query, key and value in one matrix) need nothing
 special: packing goes along the rows, so whatever transformers does to rows it can do to packed rows
-and to their scales.
+and to their scales. Tied tensors (an output head that is the token embedding) are one packed
+parameter in several modules, tied by transformers as dense ones are, and so are their scales.
 """
 
 import functools
@@ -33,15 +34,20 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ternarize import container
 from ternarize.checkpoint import DTYPES, Checkpoint, open_files
+from ternarize.codecs import BASE3
 from ternarize.container import KEY, SCALE_SUFFIX, Record
 from ternarize.errors import FormatError, UsageError
 from ternarize.linear import (
     Layout,
     Packed,
+    PackedEmbedding,
+    Scale,
     TernaryExperts,
     TernaryLinear,
     check_part,
+    dense_embedding,
     dense_experts,
+    packed_embedding,
     ternary_experts,
 )
 
@@ -138,8 +144,14 @@ class TernarizeQuantizer(HfQuantizer):
                 packed, scale = getattr(module, name), getattr(module, name + SCALE_SUFFIX)
                 check_part(f"{path}.{name}", packed, scale, layout)
                 scale.requires_grad_(False)
+                if type(scale) is nn.Parameter:
+                    scale.__class__ = Scale
         if self.quantization_config.dequantize:
             self._dequantize(model)
+        elif any(isinstance(module, PackedEmbedding) for module in model.modules()):
+            for module in model.modules():
+                if hasattr(module, "resize_token_embeddings"):
+                    module.resize_token_embeddings = functools.partial(_keep_size, module)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
@@ -161,8 +173,17 @@ class TernarizeQuantizer(HfQuantizer):
                 )
             if isinstance(module, TernaryExperts):
                 dense_experts(module, dtype or model.dtype)
+            elif isinstance(module, PackedEmbedding):
+                dense_embedding(module, dtype or model.dtype)
             elif isinstance(module, TernaryLinear):
                 _set_module(model, name, _dense_linear(module, dtype or model.dtype))
+        tied = model.all_tied_weights_keys
+        model.all_tied_weights_keys = {
+            target: source for target, source in tied.items() if not _is_scale(target, tied)
+        }
+        model.tie_weights(recompute_mapping=False)
+        for module in model.modules():
+            module.__dict__.pop("resize_token_embeddings", None)
         return model
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
@@ -187,6 +208,24 @@ class TernarizeQuantizer(HfQuantizer):
 
 def _packed_modules(model: nn.Module) -> list[tuple[str, Packed]]:
     return [(name, m) for name, m in model.named_modules() if isinstance(m, Packed)]
+
+
+def _keep_size(model: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+    """What `resize_token_embeddings` does where the embedding is packed."""
+    embedding = model.get_input_embeddings()
+    multiple = kwargs.get("pad_to_multiple_of") or (args[0] if args else None)
+    if multiple or new_num_tokens not in (None, embedding.num_embeddings):
+        raise UsageError(
+            f"{type(model).__name__}: its token embedding is packed and keeps its "
+            f"{embedding.num_embeddings} rows; expected no resize_token_embeddings. Load the model "
+            "with dequantize=True, or convert it with --embeddings keep."
+        )
+    return embedding
+
+
+def _is_scale(name: str, names: Iterable[str]) -> bool:
+    """Whether a name is that of the scales of one of the names."""
+    return name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in names
 
 
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -218,8 +257,10 @@ def _insert_modules(
 
     Returns for each packed parameter whether its source is transposed.
     """
+    from ternarize.select import turns_if_needed
+
     places = _places(model, names)
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     targets: dict[str, list[Source]] = {}
     converters: dict[str, Any] = {}
     for name, source in sources.items():
@@ -242,18 +283,30 @@ def _insert_modules(
                 "the two. Pack both or neither."
             )
     tied = getattr(model, "all_tied_weights_keys", None) or {}
+    ends = _ends(model)
+    for target, parts in list(targets.items()):
+        source = tied.get(target, target)
+        family = [source, *(t for t, s in tied.items() if s == source)]
+        tied.pop(target, None)  # the name that is stored is the one that the others are tied to
+        for other in family:
+            if other in targets and targets[other] != parts:
+                raise FormatError(
+                    f"{parts[0].file}: {parts[0].name}: is packed, and so is "
+                    f"{targets[other][0].name}, to which the model ties it; expected one of them. "
+                    "Set tie_word_embeddings to false."
+                )
+            targets[other], converters[other] = parts, converters[target]
+            if other != target:
+                tied[other] = target
+                tied[other + SCALE_SUFFIX] = target + SCALE_SUFFIX
     modules: dict[str, dict[str, tuple[Layout, int, torch.dtype]]] = {}
     for target, parts in targets.items():
-        if target in tied or target in tied.values():
-            raise FormatError(
-                f"{parts[0].file}: {parts[0].name}: is packed, but tied to another weight of the "
-                "model; only a weight of its own can be ternary. Set tie_word_embeddings to false."
-            )
-        layout = _common_layout(parts, activations)
+        rounded = activations if target not in ends else "none"
+        layout = _common_layout(parts, rounded)
         _check_conversion(converters[target], parts, parameters[target])
         dtype = functools.reduce(torch.promote_types, (part.scale_dtype for part in parts))
         path, _, leaf = target.rpartition(".")
-        if any(map(_turns_if_needed, getattr(converters[target], "operations", ()))):
+        if any(map(turns_if_needed, getattr(converters[target], "operations", ()))):
             turned = bool(getattr(model.get_submodule(path), "is_transposed", False))
             layout = replace(layout, transposed=turned)
         modules.setdefault(path, {})[leaf] = layout, _fused(converters[target]), dtype
@@ -273,14 +326,15 @@ def _insert_module(
 
     module = model.get_submodule(path)
     is_linear = type(module) is nn.Linear or isinstance(module, Conv1D)
+    is_embedding = isinstance(module, nn.Embedding)
     for leaf, (layout, fused, dtype) in parameters.items():
         dense = tuple(getattr(module, leaf).shape)
         logical = (*dense[:-2], dense[-1], dense[-2]) if layout.transposed else dense
         stored = [part.record.shape for part in targets[f"{path}.{leaf}"]]
         wrong = layout.cols != logical[-1] or (len(stored) == 1 and stored[0] != logical)
-        if is_linear and layout.transposed != isinstance(module, Conv1D):
+        if len(dense) == 2 and layout.transposed != isinstance(module, Conv1D):
             wrong = True
-        if wrong or not (is_linear or len(dense) == 3):
+        if wrong or not (is_linear or is_embedding or len(dense) == 3):
             part = targets[f"{path}.{leaf}"][0]
             raise FormatError(
                 f"{part.file}: {part.name}: is {list(part.record.shape or [])}"
@@ -289,6 +343,9 @@ def _insert_module(
                 "Check that config.json belongs to the weights."
             )
         parameters[leaf] = layout, fused if layout.group_size == 0 else logical[-2], dtype
+    if is_embedding:
+        packed_embedding(module, *parameters["weight"])
+        return
     if not is_linear:
         ternary_experts(module, parameters)
         return
@@ -303,6 +360,9 @@ def _insert_module(
         scale_dtype=dtype,
         transposed=layout.transposed,
         activations=layout.activations,
+        codec=layout.codec,
+        planes=layout.planes,
+        rotation=layout.rotation,
         dtype=module.weight.dtype,
     )
     _set_module(model, path, linear.train(module.training))
@@ -312,23 +372,43 @@ def _common_layout(parts: list[Source], activations: str) -> Layout:
     """The layout that tensors have in common which the model fuses into one."""
     layouts = [_layout(part.record, activations) for part in parts]
     for part, layout in zip(parts, layouts, strict=True):
-        if layout != layouts[0]:
+        eight_bits = [p.scale_dtype == torch.uint8 for p in (part, parts[0])]
+        if layout != layouts[0] or eight_bits[0] != eight_bits[1]:
+            mine, theirs = (
+                f"codec {one.codec}, planes {one.planes}, rotation {one.rotation}, "
+                f"group_size {one.group_size}, {one.cols} columns "
+                f"and scales in {'8 bits' if eight else 'floating point'}"
+                for one, eight in zip((layout, layouts[0]), eight_bits, strict=True)
+            )
             raise FormatError(
-                f"{part.file}: {part.name}: group_size {layout.group_size} and {layout.cols} "
-                f"columns, but {parts[0].name}, which the model fuses with it, has "
-                f"{layouts[0].group_size} and {layouts[0].cols}. Convert both with the same "
-                "group size."
+                f"{part.file}: {part.name}: {mine}, but {parts[0].name}, which the model fuses "
+                f"with it, has {theirs}. Convert both with the same group size, planes and scale "
+                "bits."
             )
     return layouts[0]
 
 
 def _layout(record: Record, activations: str) -> Layout:
     assert record.shape is not None
-    return Layout(record.shape[-1], record.group_size, record.transposed, activations)
+    return Layout(
+        record.shape[-1],
+        record.group_size,
+        record.transposed,
+        activations if record.codec == BASE3 else "none",
+        record.codec,
+        record.planes,
+        record.rotation,
+    )
 
 
-# What transformers may do to packed tensors while it loads them: move rows, and nothing else
-_ROW_OPERATIONS = {"Chunk", "Concatenate", "Interleave", "PermuteForRope", "Split"}
+def _ends(model: Any) -> set[str]:
+    """Weights of the output head and the token embedding, whose inputs are not to be rounded."""
+    try:
+        ends = [model.get_output_embeddings(), model.get_input_embeddings()]
+    except (NotImplementedError, AttributeError):
+        ends = []
+    modules = model.named_modules(remove_duplicate=False)
+    return {f"{path}.weight" for path, m in modules if any(m is end for end in ends)}
 
 
 def is_rowwise(converter: Any, dims: int, transposed: bool) -> bool:
@@ -337,25 +417,9 @@ def is_rowwise(converter: Any, dims: int, transposed: bool) -> bool:
     dims        of the tensor in the file
     transposed  whether its source has columns where the packed tensor has rows
     """
-    for operation in converter.operations:
-        kind = type(operation).__name__
-        if kind == "MergeModulelist" and operation.dim == 0:
-            dims += 1
-        elif _turns_if_needed(operation):
-            continue
-        elif kind not in _ROW_OPERATIONS or transposed:
-            return False
-        elif getattr(operation, "dim", 0) % dims == dims - 1:
-            return False
-    return True
+    from ternarize.select import bars_rows
 
-
-def _turns_if_needed(operation: Any) -> bool:
-    """Whether an operation transposes a tensor that is not yet as the model has it.
-
-    A packed tensor always is as the model has it: its rows are the rows that are multiplied.
-    """
-    return type(operation).__name__ == "Transpose" and getattr(operation, "check_dims", False)
+    return not bars_rows(converter.operations, dims, transposed)
 
 
 def _fused(converter: Any) -> int:
@@ -458,7 +522,11 @@ def _saved_records(model: Any, transposed: Mapping[str, bool]) -> dict[str, Reco
                 container.digest(packed, scale),
                 (*packed.shape[:-1], layout.cols),
                 layout.group_size,
-                transposed=transposed[place.targets[0]],
+                layout.codec,
+                transposed[place.targets[0]],
+                layout.planes,
+                scale8=scale.dtype == torch.uint8,
+                rotation=layout.rotation,
             )
     scales = {name + SCALE_SUFFIX for name in records}
     kept = tensors.keys() - records.keys() - scales

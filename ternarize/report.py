@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ternarize.checkpoint import Checkpoint
-from ternarize.codecs import unpack
+from ternarize.codecs import INT8, unpack
 from ternarize.container import SCALE_SUFFIX, Record
 from ternarize.verify import check_record, open_packed
 
@@ -27,6 +27,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
         for name, found in records.items()
     ]
     ternary = [row for row in rows if row["kind"] == "ternary"]
+    int8 = [row for row in rows if row["kind"] == "int8"]
     weights = sum(row["parameters"] for row in ternary)
     bits = sum(row["stored_bytes"] for row in ternary) * 8
     files = sum((packed.directory / file).stat().st_size for file in packed.files)
@@ -39,6 +40,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
         "totals": {
             "parameters": sum(row["parameters"] for row in rows),
             "ternary_parameters": weights,
+            "int8_parameters": sum(row["parameters"] for row in int8),
             "ternary_bpw": round(bits / weights, 4) if weights else None,
             "sparsity": _mean(ternary, "sparsity"),
             "relative_error": _mean(ternary, "relative_error"),
@@ -68,14 +70,15 @@ def _row(packed: Checkpoint, name: str, record: Record, said: dict[str, Any]) ->
     size, stored = math.prod(record.shape), info.nbytes + scale.nbytes
     sparsity = said.get("sparsity")
     if not isinstance(sparsity, float):
-        sparsity = _count_zeros(packed, name, record) / max(1, size)
+        sparsity = _count_zeros(packed, name, record) / max(1, size * record.planes)
     return {
         "name": name,
-        "kind": "ternary",
+        "kind": record.kind,
         "shape": list(record.shape),
         "dtype": f"{record.codec}+{scale.dtype}",
-        "method": said.get("method"),
+        "method": said.get("method") if record.kind == "ternary" else record.codec,
         "group_size": record.group_size,
+        "planes": record.planes,
         "parameters": size,
         "stored_bytes": stored,
         "bpw": round(stored * 8 / size, 4) if size else 0.0,
@@ -85,13 +88,17 @@ def _row(packed: Checkpoint, name: str, record: Record, said: dict[str, Any]) ->
 
 
 def _count_zeros(packed: Checkpoint, name: str, record: Record) -> int:
+    """Zeros among the trits of all planes, or among int8 weights."""
     assert record.shape is not None
     width, cols = packed.tensors[name].shape[-1], record.shape[-1]
     total = packed.tensors[name].numel
     zeros, step = 0, max(1, (1 << 20) // max(1, width)) * max(1, width)
     for start in range(0, total, step):
-        rows = packed.read(name, start, min(start + step, total)).view(-1, width)
-        trits = unpack(rows, cols, record.group_size)
+        rows = packed.read(name, start, min(start + step, total))
+        if record.codec == INT8:
+            zeros += rows.numel() - int(rows.count_nonzero())
+            continue
+        trits = unpack(rows.view(-1, width // record.planes), cols, record.group_size)
         zeros += trits.numel() - int(trits.count_nonzero())
     return zeros
 

@@ -29,13 +29,13 @@ def block_size(cols: int, largest: int = 256) -> int:
 def rotate(x: Tensor, block: int, seed: int) -> Tensor:
     """R^T x for vectors x (..., cols); of a matrix (rows, cols), its rows: W R."""
     signs, hadamard = _parts(x.shape[-1], block, seed, x.dtype, x.device)
-    return ((x * signs).unflatten(-1, (-1, block)) @ hadamard).flatten(-2)
+    return (torch.unflatten(x * signs, -1, (-1, block)) @ hadamard).flatten(-2)
 
 
 def unrotate(x: Tensor, block: int, seed: int) -> Tensor:
     """The inverse of `rotate`."""
     signs, hadamard = _parts(x.shape[-1], block, seed, x.dtype, x.device)
-    return (x.unflatten(-1, (-1, block)) @ hadamard).flatten(-2) * signs
+    return (torch.unflatten(x, -1, (-1, block)) @ hadamard).flatten(-2) * signs
 
 
 @lru_cache(maxsize=64)

@@ -22,7 +22,10 @@ Ternary by default: the weights of linear layers and of experts inside the repea
     not a linear layer, empty, ignored by <Class>, not part of the architecture, --keep <glob>
 
 `--keep` and `--include` change what is a matter of judgement (heads, routers, other modalities,
-outside the blocks), not what cannot run. A large weight that no rule explains is an error: left out
+outside the blocks), not what cannot run. `--head` and `--embeddings` say what becomes of the output
+head and of the token embedding, as the model itself names them (`get_output_embeddings`,
+`get_input_embeddings`); where the two are tied they are one tensor and become one thing. Embeddings
+of positions and types stay kept. A large weight that no rule explains is an error: left out
 in silence, it would make a model look converted that is not.
 
 Without a skeleton (no config.json, an architecture that transformers does not have; code from the
@@ -59,12 +62,14 @@ from transformers.core_model_loading import (
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
-from ternarize.errors import SelectionError
+from ternarize.codecs import BASE3, INT8
+from ternarize.errors import SelectionError, UsageError
 
 LARGE = 2**20  # elements; an unexplained weight of this size stops the conversion
 
 LINEAR = "linear in a repeated block"
 EXPERTS = "experts in a repeated block"
+KEEP, TERNARY = "keep", "ternary"  # and INT8: what --head and --embeddings may be
 BY_NAME = "linear by name and shape (no skeleton)"
 
 
@@ -74,19 +79,24 @@ class Choice:
 
     name        on disk
     shape       on disk
-    ternary     True: to be ternarized; False: kept as it is
+    codec       "base3": to be ternarized; "int8": to be rounded to 8 bits; "": kept as it is
     reason      one line, the same words for the same rule, so that a plan can count them
     transposed  of a linear weight: its last two dimensions on disk are [in, out] (Conv1D, some
                 experts), not [out, in]
-    module      path of the module that holds it, "" where there is none
+    parameters  of the model that it fills, none without a skeleton; tensors that share one must be
+                packed in the same way
     """
 
     name: str
     shape: tuple[int, ...]
-    ternary: bool
+    codec: str
     reason: str
     transposed: bool
-    module: str
+    parameters: tuple[str, ...] = ()
+
+    @property
+    def ternary(self) -> bool:
+        return self.codec == BASE3
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,6 @@ class _Verdict:
     reason: str
     possible: bool = False  # --include may make it ternary
     transposed: bool = False
-    module: str = ""
     parameters: tuple[str, ...] = ()
     error: str = ""  # stops the conversion unless the tensor is kept by --keep
 
@@ -130,6 +139,8 @@ def select(
     *,
     keep: Sequence[str] = (),
     include: Sequence[str] = (),
+    head: str = KEEP,
+    embeddings: str = KEEP,
 ) -> list[Choice]:
     """Decide for every tensor of a checkpoint whether it becomes ternary.
 
@@ -138,11 +149,15 @@ def select(
     keep     globs (fnmatch, case-sensitive) on names: kept
     include  globs on names: ternary although kept by default, where that can run. What a glob
              matches and cannot be ternary stays kept, as long as the glob matches one that can
+    head     "keep", "int8" or "ternary": what becomes of the output head
+    embeddings  likewise the token embedding; tied to the head, it becomes what either asks for
 
     Returns one Choice per tensor, in the order of `shapes`.
     Raises SelectionError where no rule says what to do with a large weight or which way round it
     lies, where its shape is not the architecture's, where a glob matches nothing, or only what
-    cannot be ternary, or splits tensors that are fused into one parameter.
+    cannot be ternary, or splits tensors that are fused into one parameter, and where a head or an
+    embedding is to be packed that is not there or cannot be; UsageError where the two are tied and
+    asked to be different things.
     """
     kept_by = _matches("--keep", keep, shapes)
     included_by = _matches("--include", include, shapes)
@@ -158,24 +173,33 @@ def select(
     else:
         verdicts = _by_skeleton(shapes, skeleton)
     _check_include(include, included_by, verdicts)
+    ends = _ends(shapes, skeleton, verdicts, head, embeddings)
 
     unexplained: list[str] = []
     choices = []
     for name, shape in shapes.items():
         verdict = verdicts[name]
-        ternary, reason = verdict.ternary, verdict.reason
-        if name in kept_by:
-            if ternary or verdict.error:
-                ternary, reason = False, f"--keep {kept_by[name]}"
-        elif name in included_by and not ternary and verdict.possible:
-            ternary, reason = True, f"--include {included_by[name]}"
+        codec, reason = BASE3 if verdict.ternary else "", verdict.reason
+        if name in ends:
+            codec, reason = ends[name]
+            for option, found in (("--keep", kept_by), ("--include", included_by)):
+                if name in found:
+                    raise SelectionError(
+                        f"{name}: {option} {found[name]!r} matches, but {reason}; at most one may "
+                        "say what becomes of it. Leave one of them out."
+                    )
+        elif name in kept_by:
+            if codec or verdict.error:
+                codec, reason = "", f"--keep {kept_by[name]}"
+        elif name in included_by and not codec and verdict.possible:
+            codec, reason = BASE3, f"--include {included_by[name]}"
         if verdict.error and name not in kept_by:
             unexplained.append(f"{name}: {verdict.error}")
-        choices.append(Choice(name, shape, ternary, reason, verdict.transposed, verdict.module))
+        choices.append(Choice(name, shape, codec, reason, verdict.transposed, verdict.parameters))
     if unexplained:
         more = f" ({len(unexplained) - 1} more such tensors.)" if len(unexplained) > 1 else ""
         raise SelectionError(unexplained[0] + more)
-    _check_fused(choices, verdicts)
+    _check_fused(choices)
     return choices
 
 
@@ -288,19 +312,80 @@ def _check_include(
         )
 
 
-def _check_fused(choices: Iterable[Choice], verdicts: Mapping[str, _Verdict]) -> None:
+def _check_fused(choices: Iterable[Choice]) -> None:
     """Tensors that load into one parameter are all ternary or all kept."""
     by_parameter: dict[str, Choice] = {}
     for choice in choices:
-        for parameter in verdicts[choice.name].parameters:
+        for parameter in choice.parameters:
             other = by_parameter.setdefault(parameter, choice)
-            if other.ternary != choice.ternary:
+            if other.codec != choice.codec:
                 kept, ternary = (choice, other) if other.ternary else (other, choice)
                 raise SelectionError(
                     f"{kept.name}: kept ({kept.reason}), but {ternary.name} is ternary "
                     f"({ternary.reason}), and both load into {parameter}, which is one or the "
                     f"other. Widen the glob to all of them."
                 )
+
+
+# ------------------------------------------------------------------------- --head and --embeddings
+
+
+def _ends(
+    shapes: Mapping[str, tuple[int, ...]],
+    skeleton: _Skeleton | str,
+    verdicts: Mapping[str, _Verdict],
+    head: str,
+    embeddings: str,
+) -> dict[str, tuple[str, str]]:
+    """Tensors of the head and the token embedding that are to be packed -> (codec, reason)."""
+    asked = {"--head": head, "--embeddings": embeddings}
+    asked = {option: what for option, what in asked.items() if what != KEEP}
+    if not asked:
+        return {}
+    if isinstance(skeleton, str):
+        raise SelectionError(
+            f"{next(iter(asked))}: {skeleton}, so nothing shows which tensor that is; expected a "
+            "config.json of an architecture that transformers has. Leave the option out."
+        )
+    families: dict[str, set[str]] = {}
+    for option in ("--head", "--embeddings"):
+        families[option] = skeleton.family(skeleton.end(option))
+        if option in asked and not families[option]:
+            what = "output head" if option == "--head" else "token embedding"
+            raise SelectionError(
+                f"{option} {asked[option]}: {skeleton.name} has no {what} that can be packed; "
+                "expected one. Leave the option out."
+            )
+    shared = families["--head"] == families["--embeddings"]
+    if shared and len(set(asked.values())) > 1:
+        raise UsageError(
+            f"--head {head} --embeddings {embeddings}: {skeleton.name} ties the two, so that they "
+            "are one tensor; expected the same for both. Name one of them."
+        )
+    found: dict[str, tuple[str, str]] = {}
+    for option, what in asked.items():
+        family = families[option]
+        why = skeleton.unpackable(family)
+        names = [name for name in shapes if not family.isdisjoint(verdicts[name].parameters)]
+        places = locate(skeleton.model, names)
+        if any(places[name].converter is not None for name in names):
+            why = "stored in another form than the model's"
+        if why or not names:
+            raise SelectionError(
+                f"{option} {what}: {min(family)} cannot be packed "
+                f"({why or 'the checkpoint does not have it'}); expected one that only looks up "
+                "and multiplies. Leave the option out."
+            )
+        for name in names:
+            tie = "; the output head and the token embedding are tied" if shared else ""
+            found[name] = (BASE3 if what == TERNARY else INT8, f"{option} {what}{tie}")
+            wanted = tuple(skeleton.parameters[verdicts[name].parameters[0]].shape)
+            if shapes[name] != wanted:
+                raise SelectionError(
+                    f"{name}: its shape is {list(shapes[name])}; {skeleton.name} with this "
+                    f"config.json has {list(wanted)}. Repair config.json."
+                )
+    return found
 
 
 # ----------------------------------------------------------------------------------- the skeleton
@@ -331,6 +416,42 @@ class _Skeleton:
         except (NotImplementedError, AttributeError):
             return set()
         return {path for path, m in self.modules.items() if head is not None and m is head}
+
+    def end(self, option: str) -> str:
+        """The weight of the output head or of the token embedding; "" where there is none."""
+        try:
+            module = (
+                self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+                if option == "--head"
+                else self.model.get_input_embeddings()
+            )
+        except (NotImplementedError, AttributeError):
+            return ""
+        cls: type = type(module)
+        expected = isinstance(module, nn.Embedding) or (option == "--head" and _is_linear(cls))
+        paths = [path for path, m in self.modules.items() if m is module and expected]
+        return f"{paths[0]}.weight" if paths else ""
+
+    def family(self, parameter: str) -> set[str]:
+        """A parameter and all that are tied to it."""
+        source = self.tied.get(parameter, parameter)
+        tied = {target for target, other in self.tied.items() if other == source}
+        return {source, *tied} if parameter else set()
+
+    def unpackable(self, family: Iterable[str]) -> str:
+        """Why the parameters of a head or a token embedding cannot be packed; "" if they can."""
+        for parameter in sorted(family):
+            path, _, leaf = parameter.rpartition(".")
+            module = self.modules[path]
+            if leaf != "weight" or not (
+                isinstance(module, nn.Embedding) or type(module) is nn.Linear
+            ):
+                return f"tied to {parameter} of a {type(module).__name__}"
+            if path in self.raw:
+                return f"weight read directly by {self.raw[path]}"
+            if self.float32 is not None and self.float32.search(parameter):
+                return f"kept in float32 by {self.name}"
+        return ""
 
     @cached_property
     def foreign(self) -> set[str]:
@@ -633,7 +754,7 @@ def _judge(parameter: str, skeleton: _Skeleton) -> _Verdict:
     dims = skeleton.parameters[parameter].ndim
 
     def kept(reason: str) -> _Verdict:
-        return _Verdict(False, reason, module=path)
+        return _Verdict(False, reason)
 
     if parameter in skeleton.buffers:
         return kept("buffer")
@@ -687,10 +808,10 @@ def _judge(parameter: str, skeleton: _Skeleton) -> _Verdict:
                 f"{kind} does not show whether it is [experts, out, in] or [experts, in, out]; one "
                 f"must be known. Use --keep to leave it in floating point."
             )
-            return _Verdict(False, "unknown orientation", module=path, error=unknown)
+            return _Verdict(False, "unknown orientation", error=unknown)
         transposed = orientation
     reason = against or (EXPERTS if experts else LINEAR)
-    return _Verdict(not against, reason, True, transposed, path)
+    return _Verdict(not against, reason, True, transposed)
 
 
 def _is_router(path: str, weight: Tensor, skeleton: _Skeleton) -> bool:
@@ -773,28 +894,49 @@ def _products(cls: type, leaf: str) -> bool | None:
 _ROW_OPERATIONS = {"Chunk", "Concatenate", "Interleave", "PermuteForRope", "Split"}
 
 
+def turns_if_needed(operation: Any) -> bool:
+    """Whether an operation transposes a tensor that is not yet as the model has it.
+
+    A packed tensor always is as the model has it: its rows are the rows that are multiplied.
+    """
+    return type(operation).__name__ == "Transpose" and bool(getattr(operation, "check_dims", False))
+
+
+def bars_rows(operations: Iterable[Any], dims: int, transposed: bool) -> str:
+    """The first operation that does not just move whole rows, so that packed rows bar it, or "".
+
+    dims        of the tensor in the file
+    transposed  whether its source has columns where the packed tensor has rows
+    """
+    for operation in operations:
+        kind = type(operation).__name__
+        if kind == "MergeModulelist" and operation.dim == 0:
+            dims += 1
+        elif turns_if_needed(operation):
+            continue
+        elif kind not in _ROW_OPERATIONS or transposed or dims < 2:
+            return kind
+        elif getattr(operation, "dim", 0) % dims == dims - 1:
+            return f"{kind} of columns"
+    return ""
+
+
 def _as_stored(
     shape: tuple[int, ...], place: Place, verdict: _Verdict, skeleton: _Skeleton
 ) -> _Verdict:
     """The verdict on a tensor, given how it is stored: operations, orientation, shape."""
     expected = tuple(skeleton.parameters[place.parameters[0]].shape)
-    dims = len(shape)
     for operation in place.operations:
-        kind = type(operation).__name__
-        if kind == "MergeModulelist" and operation.dim == 0:
-            dims += 1
-        elif kind == "Transpose" and getattr(operation, "check_dims", False):
-            # Turned at load only if the shapes differ; the packed shape will be the module's.
-            if shape != expected:
-                verdict = replace(verdict, transposed=not verdict.transposed)
-                expected = (*expected[:-2], expected[-1], expected[-2])
-        elif kind not in _ROW_OPERATIONS or verdict.transposed or dims < 2:
-            return _barred(verdict, f"stored through {kind}")
-        elif getattr(operation, "dim", 0) % dims == dims - 1:
-            return _barred(verdict, f"stored through {kind} of columns")
+        # Turned at load only if the shapes differ; the packed shape will be the module's.
+        if turns_if_needed(operation) and shape != expected:
+            verdict = replace(verdict, transposed=not verdict.transposed)
+            expected = (*expected[:-2], expected[-1], expected[-2])
+    operation = bars_rows(place.operations, len(shape), verdict.transposed)
+    if operation:
+        return _barred(verdict, f"stored through {operation}")
     if math.prod(shape) == 0:
         return _barred(verdict, "empty")
-    wanted = expected if dims == len(shape) and not _merges(place) else (*shape[:-1], expected[-1])
+    wanted = (*shape[:-1], expected[-1]) if _merges(place) else expected
     if shape == wanted:
         return verdict
     barred = _barred(verdict, f"of another shape than {skeleton.name}'s")
@@ -813,7 +955,8 @@ def _barred(verdict: _Verdict, reason: str) -> _Verdict:
 
 def _merges(place: Place) -> bool:
     """Whether the tensor is a part of its parameter, or several parameters are parts of it."""
-    return any(type(op).__name__ in ("Concatenate", "Chunk", "Split") for op in place.operations)
+    kinds = ("MergeModulelist", "Concatenate", "Chunk", "Split")
+    return any(type(operation).__name__ in kinds for operation in place.operations)
 
 
 # Buffers of old checkpoints that today's models compute: masks, positions, frequencies.

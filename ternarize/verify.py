@@ -5,6 +5,7 @@ agree with each other. With the source: every tensor is converted again, by the 
 and its digest compared. Nothing is written.
 """
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from ternarize.codecs import THREADS
 from ternarize.container import SCALE_SUFFIX, Record
 from ternarize.convert import Progress, Relayout, convert_tensor
 from ternarize.errors import DigestError, FormatError
-from ternarize.plan import RECORD, Recipe, TensorPlan, plan
+from ternarize.plan import RECORD, Calibrate, Recipe, TensorPlan, plan
 
 
 def open_packed(model: str | Path) -> tuple[Checkpoint, dict[str, Record]]:
@@ -73,12 +74,13 @@ def verify(
 
     container.check(packed, records, threads=threads, done=checked)
     check_record(packed, records)
-    ternary = [name for name, record in records.items() if record.shape is not None]
+    kinds = Counter(record.kind for record in records.values())
     result = {
         "files": len(packed.files),
         "bytes": total,
-        "ternary": len(ternary),
-        "kept": len(records) - len(ternary),
+        "ternary": kinds["ternary"],
+        "int8": kinds["int8"],
+        "kept": kinds["kept"],
         "source_compared": source is not None,
     }
     if source is not None:
@@ -96,7 +98,7 @@ def check_record(packed: Checkpoint, records: dict[str, Record]) -> dict[str, An
     if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
         raise FormatError(f"{RECORD}: has no table of tensors. Fetch it again, or remove it.")
     said = {name: row.get("becomes") for name, row in rows.items() if row.get("becomes") != "tied"}
-    found = {n: "kept" if r.shape is None else "ternary" for n, r in records.items()}
+    found = {name: record.kind for name, record in records.items()}
     for name in sorted(said.keys() | found.keys()):
         if said.get(name) != found.get(name):
             raise FormatError(
@@ -117,7 +119,10 @@ def _compare(
         )
     try:
         options = dict(record["recipe"])
-        options |= {key: tuple(options[key]) for key in ("keep", "include")}
+        globs = ("keep", "include", "planes")
+        options |= {key: tuple(options[key]) for key in globs if key in options}
+        if options.get("calibrate") is not None:
+            options["calibrate"] = Calibrate(**options["calibrate"])
         recipe = Recipe(**options)
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(
@@ -150,7 +155,7 @@ def _derive(
     packed: Checkpoint, record: Record, source: Checkpoint, tensor: TensorPlan, recipe: Recipe
 ) -> Record | None:
     """The record of the source's tensor when it is converted in the layout on record."""
-    if tensor.ternary and record.shape is not None:
+    if tensor.packed and record.shape is not None:
         scale = packed.tensors[tensor.name + SCALE_SUFFIX].dtype
         tensor = replace(tensor, group_size=record.group_size, scale_dtype=scale)
     try:

@@ -20,9 +20,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ternarize import container
+from ternarize.checkpoint import open_checkpoint
 from ternarize.container import Record
 from ternarize.methods.absmean import absmean
-from ternarize.plugin import _places, _turns_if_needed, is_rowwise
+from ternarize.plugin import _places, is_rowwise
+from ternarize.select import turns_if_needed
 
 # weights that the modules around them read raw, or cast their input to the dtype of
 RAW = re.compile(r"\.wo\.|mixer\.|router|\.gate\.")
@@ -46,7 +48,7 @@ def packable(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str,
             continue
         if experts or linear:
             in_first = getattr(module, "is_transposed", "Llama4" in type(module).__name__)
-            if converter is not None and any(map(_turns_if_needed, converter.operations)):
+            if converter is not None and any(map(turns_if_needed, converter.operations)):
                 in_first = tensors[name].shape != parameter.shape
             found[name] = isinstance(module, Conv1D) or (experts and in_first)
     return found
@@ -137,15 +139,14 @@ def write(
 def dense_twin(packed: Path, source: Path, directory: Path) -> None:
     """Write the ordinary float32 checkpoint with the weights that `packed` stands for."""
     directory.mkdir(parents=True)
-    stored, (table,) = read_checkpoint(packed), read_records(packed)
+    stored, records = read_checkpoint(packed), container.records_of(open_checkpoint(packed))
     dense = {}
-    for name, entry in table.items():
-        if "shape" not in entry:
+    for name, record in records.items():
+        if record.shape is None:
             dense[name] = stored[name].float() if stored[name].is_floating_point() else stored[name]
             continue
-        record = Record("", tuple(entry["shape"]), entry["group_size"])
-        weight = container.decode(stored[name], stored[f"{name}_scale"], record).dequantize()
-        dense[name] = weight.mT.contiguous() if entry.get("transposed") else weight
+        weight = container.dequantize(stored[name], stored[f"{name}_scale"], record)
+        dense[name] = weight.mT.contiguous() if record.transposed else weight
     save_file(dense, directory / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text())
     config.pop("quantization_config", None)

@@ -6,6 +6,8 @@ with another exception. The folders decide what is tested: a new vector needs no
 
 import hashlib
 import json
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,19 @@ import pytest
 import reference
 import torch
 from engines import ENGINES, engine
+from torch import Tensor
 
 from ternarize import container
 from ternarize.checkpoint import Checkpoint, byte_view, open_checkpoint, open_files
+from ternarize.codecs import (
+    dequantize,
+    dequantize_int8,
+    encode_int8,
+    scale_codes,
+    scale_values,
+)
+from ternarize.container import Record
 from ternarize.errors import CheckpointError, FormatError
-from ternarize.tensor import Ternary
 
 VECTORS = Path(reference.__file__).parent / "vectors"
 
@@ -30,7 +40,16 @@ def by_name(path: Path) -> str:
     return path.stem
 
 
-def read_all(path: Path) -> tuple[Checkpoint, dict[str, Any]]:
+@dataclass
+class Stored:
+    """A tensor as it lies in the file, and what its record says; scales None where it is kept."""
+
+    data: Tensor
+    scales: Tensor | None
+    record: Record
+
+
+def read_all(path: Path) -> tuple[Checkpoint, dict[str, Stored]]:
     """Read a file or a directory in full, as loading and `verify` do: {name: content}."""
     if path.is_dir():
         checkpoint = open_checkpoint(path)
@@ -38,15 +57,17 @@ def read_all(path: Path) -> tuple[Checkpoint, dict[str, Any]]:
         checkpoint = open_files(path.parent, [path.name])
     records = container.records_of(checkpoint, whole=path.is_dir())
     container.check(checkpoint, records, threads=1)
-    content: dict[str, Any] = {}
+    content = {}
     for name, record in records.items():
-        stored = checkpoint.read(name)
+        data, scales = checkpoint.read(name), None
         if record.shape is None:
-            content[name] = stored.reshape(checkpoint.tensors[name].shape)
-            continue
-        packed_shape, scale_shape = record.stored_shapes()
-        scales = checkpoint.read(name + container.SCALE_SUFFIX).reshape(scale_shape)
-        content[name] = container.decode(stored.reshape(packed_shape), scales, record)
+            data = data.reshape(checkpoint.tensors[name].shape)
+        else:
+            shape, scale_shape = record.stored_shapes()
+            data = data.reshape(shape)
+            scales = checkpoint.read(name + container.SCALE_SUFFIX).reshape(scale_shape)
+            container.dequantize(data, scales, record)  # refuses by itself what `check` does
+        content[name] = Stored(data, scales, record)
     return checkpoint, content
 
 
@@ -54,23 +75,51 @@ def sha256(tensor: torch.Tensor) -> str:
     return hashlib.sha256(byte_view(tensor).numpy().tobytes()).hexdigest()
 
 
-def assert_is(expected: dict[str, Any], found: Any, checkpoint: Checkpoint, name: str) -> None:
-    if expected["kind"] == "kept":
+def assert_is(expected: dict[str, Any], found: Stored, checkpoint: Checkpoint, name: str) -> None:
+    data, scales, record = found.data, found.scales, found.record
+    assert expected["kind"] == record.kind
+    if scales is None:
         assert checkpoint.tensors[name].dtype == expected["dtype"]
-        assert list(found.shape) == expected["shape"]
-        assert byte_view(found).numpy().tobytes().hex() == expected["data"]
+        assert list(data.shape) == expected["shape"]
+        assert byte_view(data).numpy().tobytes().hex() == expected["data"]
         return
-    assert isinstance(found, Ternary)
-    assert list(found.trits.shape) == expected["shape"]
-    assert found.group_size == expected["group_size"]
-    if "trits" in expected:
-        assert found.trits.tolist() == expected["trits"]
-    assert sha256(found.trits) == expected["trits_sha256"]
+    assert list(record.shape or ()) == expected["shape"]
+    assert record.group_size == expected["group_size"]
+    assert record.planes == expected.get("planes", 1)
+    assert record.transposed == expected["transposed"]
+    if record.kind == "int8":
+        assert data.tolist() == expected["weights"]
+    else:
+        planes = container.decode_planes(data, scales, record)
+        trits = torch.cat([plane.trits for plane in planes], -1)
+        if "trits" in expected:
+            assert trits.tolist() == expected["trits"]
+        assert sha256(trits) == expected["trits_sha256"]
+        values = container.join_planes([plane.scales for plane in planes])
+        assert torch.equal(values, scale_values(scales, torch.float64))
     assert checkpoint.tensors[name + container.SCALE_SUFFIX].dtype == expected["scale_dtype"]
-    assert list(found.scales.shape) == expected["scale_shape"]
-    bits = found.scales.to(torch.float32).flatten().view(torch.int32).tolist()
+    assert list(scales.shape) == expected["scale_shape"]
+    bits = scale_values(scales).flatten().view(torch.int32).tolist()
     assert [f"{value & 0xFFFFFFFF:08x}" for value in bits] == expected["scales"]
-    assert sha256(found.dequantize()) == expected["dequantized_sha256"]
+    assert sha256(container.dequantize(data, scales, record)) == expected["dequantized_sha256"]
+    assert sha256(at_run_time(found)) == expected["dequantized_sha256"]
+
+
+def at_run_time(found: Stored) -> Tensor:
+    """The dense weight as layers make it, a matrix at a time."""
+    record, scales = found.record, found.scales
+    assert record.shape is not None and scales is not None
+    *stack, rows, cols = record.shape
+    count = math.prod(stack)
+    dense = torch.empty(count, rows, cols)
+    stacks = [t.reshape(count, *t.shape[-2:]) for t in (found.data, scales)]
+    for at, (data, scale) in enumerate(zip(*stacks, strict=True)):
+        if record.kind == "int8":
+            dense[at] = dequantize_int8(data, scale, record.group_size, torch.float32)
+        else:
+            planes = {"planes": record.planes}
+            dense[at] = dequantize(data, scale, cols, record.group_size, torch.float32, **planes)
+    return dense.view(record.shape)
 
 
 def test_there_are_vectors_of_all_four_kinds() -> None:
@@ -114,13 +163,32 @@ def test_an_invalid_directory_is_refused(path: Path, name: str) -> None:
 def test_the_writer_gives_the_bytes_of_the_valid_vectors(path: Path) -> None:
     """Packed bytes, scales and digest are made again from the decoded content."""
     checkpoint, content = read_all(path)
-    records = container.records_of(checkpoint, whole=False)
-    for name, found in content.items():
-        if isinstance(found, Ternary):
-            scale = checkpoint.read(name + container.SCALE_SUFFIX)
-            packed, exact = container.encode(found, exact=True)
-            assert torch.equal(byte_view(packed), checkpoint.read(name))
-            assert torch.equal(exact.flatten().double(), scale.double())
-            assert container.digest(packed, scale) == records[name].sha256
+    for found in content.values():
+        data, scales, record = found.data, found.scales, found.record
+        if scales is None:
+            assert container.digest(data) == record.sha256
+        elif record.kind == "int8":
+            weight = container.dequantize(data, scales, record)
+            assert container.digest(data, scales) == record.sha256
+            if int(data.abs().max() if data.numel() else 0) == 127 and scales.numel() == 1:
+                assert torch.equal(encode_int8(weight, record.group_size, scales.dtype)[0], data)
         else:
-            assert container.digest(found) == records[name].sha256
+            planes = container.decode_planes(data, scales, record)
+            bits = 8 if record.scale8 else 16
+            packed, again = container.encode(*planes, exact=bits == 16, bits=bits)
+            assert torch.equal(packed, data)
+            assert torch.equal(scale_values(again), scale_values(scales))
+            assert container.digest(packed, scales) == record.sha256
+    stored = container.dump_metadata({name: found.record for name, found in content.items()})
+    features = json.loads(stored[container.KEY])["features"]
+    listed = json.loads(checkpoint.metadata[path.name][container.KEY])["features"]
+    assert features == listed or path.stem == "features-unused"
+
+
+def test_every_code_of_a_scale_stands_for_the_number_of_the_vectors() -> None:
+    table = json.loads((VECTORS / "scale8.json").read_text("utf-8"))
+    codes = torch.tensor([row["code"] for row in table], dtype=torch.uint8)
+    values = scale_values(codes)
+    bits = values.view(torch.int32).tolist()
+    assert [f"{value:08x}" for value in bits] == [row["value"] for row in table]
+    assert torch.equal(scale_codes(values), codes)

@@ -118,6 +118,22 @@ def test_exact_scales_take_the_first_dtype_that_changes_none(
     assert found.double().flatten().tolist() == values
 
 
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [
+        ([0.5, 0.0], torch.uint8),
+        ([0.0, 0.0], torch.uint8),
+        ([2.0**-14, 61440.0], torch.uint8),
+        ([2.0**-14 * (1 - 2.0**-40), 1.0], torch.float32),  # too small for float16, too
+        ([61441.0, 1.0], torch.float16),
+        ([65504.1], torch.float32),
+    ],
+)
+def test_scales_have_8_bits_where_those_span_them(values: list[float], dtype: torch.dtype) -> None:
+    assert store_scales(scales_of(*values), bits=8).dtype == dtype
+    assert store_scales(scales_of(*values), bits=8, exact=True).dtype != torch.uint8
+
+
 @pytest.mark.parametrize("exact", [False, True])
 def test_a_scale_beyond_float32_is_refused_with_its_value(exact: bool) -> None:
     with pytest.raises(WeightError, match=r"1e\+39"):
@@ -142,6 +158,21 @@ def test_metadata_is_canonical_to_the_byte() -> None:
         '"sha256":"' + "1" * 64 + '"},'
         '"n\\u00e4me":{"sha256":"' + "2" * 64 + '"}}}',
     }
+
+
+def test_the_features_are_those_that_the_records_need() -> None:
+    plain, sha = Record("0" * 64, (2, 12), 6), "1" * 64
+    records = {
+        "a": Record(sha, (2, 12), 6, planes=2),
+        "b": Record(sha, (2, 12), 6, "int8"),
+        "c": Record(sha, (2, 12), 6, scale8=True),
+    }
+    for name, feature in (("a", "planes"), ("b", "int8"), ("c", "scale8")):
+        text = dump_metadata({"x": plain, name: records[name]})["ternarize"]
+        assert json.loads(text)["features"] == [feature]
+    text = dump_metadata(records)["ternarize"]
+    assert json.loads(text)["features"] == ["int8", "planes", "scale8"]
+    assert '"a":{"shape":[2,12],"group_size":6,"codec":"base3","planes":2,"sha256"' in text
 
 
 def test_metadata_of_nothing_is_still_that_of_a_packed_file() -> None:
@@ -346,7 +377,7 @@ def test_damage_that_leaves_valid_bytes_is_a_digest_error(tmp_path: Path) -> Non
         (float("inf"), "is not finite"),
         (-0.5, "is negative"),
         (-0.0, "is negative"),
-        (0.0, "is 0, but its group has trits other than zero"),
+        (0.0, "is 0, but its group has weights other than zero"),
     ],
 )
 def test_a_scale_that_no_writer_makes_is_refused_with_its_place(scale: float, what: str) -> None:
@@ -355,7 +386,7 @@ def test_a_scale_that_no_writer_makes_is_refused_with_its_place(scale: float, wh
     record = Record("", (2, 3), -1)
     with pytest.raises(FormatError, match=rf"^scale at \[1, 0\]: .*{what}"):
         decode(packed, torch.tensor([[0.0], [scale]]).half(), record)
-    with pytest.raises(FormatError, match=r"^scale at \[0, 0\]: 0.5 is not 0, but all trits"):
+    with pytest.raises(FormatError, match=r"^scale at \[0, 0\]: 0.5 is not 0, but all weights"):
         decode(packed, torch.tensor([[0.5], [0.5]]).half(), record)
 
 

@@ -33,9 +33,9 @@ MIXED = VECTORS / "valid" / "mixed.safetensors"  # a ternary and a kept tensor
 
 
 def rules_of_specifications() -> dict[str, str]:
-    """Vector -> rule, from the tables of the two documents; a directory's name ends with `/`."""
+    """Vector -> rule, from the tables of the documents; a directory's name ends with `/`."""
     found: dict[str, str] = {}
-    for document in ("base3.md", "container.md"):
+    for document in ("base3.md", "int8.md", "container.md"):
         text = (FORMATS / document).read_text("utf-8")
         for rule, vectors in re.findall(r"^\| `([a-z0-9-]+)` \| .* \| (`[^|]*`) \|$", text, re.M):
             for vector in re.findall(r"`([^`]+)`", vectors):
@@ -58,7 +58,7 @@ def sha256(array: NDArray[Any]) -> str:
 
 
 def assert_content(
-    found: dict[str, reference.Ternary | reference.Kept], expected: dict[str, Any]
+    found: dict[str, reference.Ternary | reference.Int8 | reference.Kept], expected: dict[str, Any]
 ) -> None:
     """Every tensor is there with the shape, the trits, the scales and the weights expected."""
     assert found.keys() == expected.keys()
@@ -70,13 +70,18 @@ def assert_content(
             assert list(tensor.shape) == want["shape"]
             assert tensor.data.hex() == want["data"]
             continue
-        assert want["kind"] == "ternary"
-        assert list(tensor.trits.shape) == want["shape"]
+        assert list(tensor.dequantize().shape) == want["shape"]
         assert tensor.group_size == want["group_size"]
         assert tensor.transposed == want["transposed"]
-        if "trits" in want:
-            assert tensor.trits.tolist() == want["trits"]
-        assert sha256(tensor.trits) == want["trits_sha256"]
+        if isinstance(tensor, reference.Int8):
+            assert want["kind"] == "int8"
+            assert tensor.weights.tolist() == want["weights"]
+        else:
+            assert want["kind"] == "ternary"
+            assert tensor.planes == want.get("planes", 1)
+            if "trits" in want:
+                assert tensor.trits.tolist() == want["trits"]
+            assert sha256(tensor.trits) == want["trits_sha256"]
         assert tensor.scale_dtype == want["scale_dtype"]
         assert list(tensor.scales.shape) == want["scale_shape"]
         bits = tensor.scales.astype(">f4").tobytes().hex()
@@ -134,7 +139,7 @@ def test_scales_of_another_shard_are_accepted_alone_with_a_ternary_record() -> N
 
 def test_wider_types_first_aligns_all_tensors() -> None:
     path = VECTORS / "valid" / "sorted-by-dtype.safetensors"
-    entries, _ = reference.read_head(path)
+    entries, _, _ = reference.read_head(path)
     for entry in entries.values():
         assert entry.start % reference.DTYPE_SIZES[entry.dtype] == 0
     sizes = [reference.DTYPE_SIZES[entry.dtype] for entry in entries.values()]
@@ -255,13 +260,35 @@ def test_the_table_of_codes_in_base3() -> None:
 
 def test_the_bits_per_weight_in_base3() -> None:
     text = (FORMATS / "base3.md").read_text("utf-8")
-    rows = re.findall(r"^\| (?:a row of )?(\d+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.M)
+    rows = re.findall(r"^\| (?:a row of )?(\d+) \| (\d+)((?: \| [\d.]+){3}) \|$", text, re.M)
     assert [int(row[0]) for row in rows] == [64, 128, 256, 4096]
-    for group, size, trits, total in rows:
+    for group, size, bits in rows:
+        trits, total, with_8_bits = bits.split(" | ")[1:]
         count = int(group)
         assert int(size) == reference.packed_width(count, -1)
         assert float(trits) == round(8 * int(size) / count, 4)
         assert float(total) == round((8 * int(size) + 16) / count, 4)
+        assert float(with_8_bits) == pytest.approx((8 * int(size) + 8) / count, abs=5.1e-5)
+
+
+def test_the_worked_example_of_int8() -> None:
+    text = (FORMATS / "int8.md").read_text("utf-8")
+    weights = [1.0, -0.5, 0.0, 0.25]
+    scale = float(np.float16(1 / 127))
+    integers = [round(weight / scale) for weight in weights]
+    assert f"F16 {np.float16(scale).view(np.uint16):04X}" in text
+    assert f"bytes      {bytes(n % 256 for n in integers).hex(' ').upper()}\n" in text
+    back = [round(scale * n, 5) for n in integers]
+    assert back == [0.99994, -0.50391, 0.0, 0.25195]
+    assert all(str(abs(value)) in text for value in back if value)
+
+
+def test_the_codes_of_8_bit_scales_are_those_of_the_document() -> None:
+    for row in json.loads((VECTORS / "scale8.json").read_text("utf-8")):
+        code = row["code"]
+        value = (1 + code % 8 / 8) * 2.0 ** (code // 8 - 15) if code else 0.0
+        assert make_vectors.float_bits(value) == row["value"]
+        assert reference.float32(bytes([code]), "U8", "w").tolist() == [value]
 
 
 def test_the_worked_example_of_the_container() -> None:

@@ -65,6 +65,61 @@ def test_the_dense_weight_is_scale_times_trit() -> None:
     assert torch.equal(layer.dequantized(torch.float32), (scales * ternary.trits).float())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_a_sum_of_two_planes_is_computed_in_float32(group_size: int, dtype: torch.dtype) -> None:
+    planes = [absmean(random(24, 136, seed=seed), group_size) for seed in (0, 1)]
+    layer = TernaryLinear(136, 24, bias=False, group_size=group_size, planes=2)
+    shapes = layer.weight.shape, layer.weight_scale.shape
+    layer.weight.data, layer.weight_scale.data = container.encode(*planes)
+    assert (layer.weight.shape, layer.weight_scale.shape) == shapes
+    single = TernaryLinear(136, 24, bias=False, group_size=group_size)
+    dense = torch.zeros(24, 136)
+    for plane in planes:
+        single.weight.data, single.weight_scale.data = container.encode(plane)
+        dense = dense + single.dequantized(torch.float32)
+    assert torch.equal(layer.dequantized(dtype), dense.to(dtype))
+    x = random(3, 136, seed=2).to(dtype).requires_grad_()
+    assert torch.equal(layer(x), F.linear(x, dense.to(dtype)))
+    (grad,) = torch.autograd.grad(layer(x).sum(), x)
+    assert torch.allclose(grad, dense.sum(0).to(dtype).expand(3, -1), rtol=2e-2, atol=0.1)
+
+
+def test_fused_matrices_of_two_planes_keep_a_scale_each() -> None:
+    parts = [
+        container.encode(absmean(random(8, 20, seed=n), 0), absmean(random(8, 20, seed=n + 3), 0))
+        for n in range(3)
+    ]
+    layer = TernaryLinear(20, 24, bias=False, group_size=0, scale_rows=3, planes=2)
+    layer.weight.data = torch.cat([packed for packed, _ in parts])
+    layer.weight_scale.data = torch.cat([scale for _, scale in parts])
+    single = TernaryLinear(20, 8, bias=False, group_size=0, planes=2)
+    rows = []
+    for single.weight.data, single.weight_scale.data in parts:
+        rows.append(single.dequantized(torch.float32))
+    assert torch.equal(layer.dequantized(torch.float32), torch.cat(rows))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_an_int8_layer_multiplies_by_scale_times_integer(
+    group_size: int, dtype: torch.dtype
+) -> None:
+    weight = random(24, 136)
+    layer = TernaryLinear(136, 24, bias=False, group_size=group_size, codec="int8")
+    q, scale = codecs.encode_int8(weight, group_size, torch.float16)
+    assert (layer.weight.dtype, layer.weight.shape) == (q.dtype, q.shape)
+    assert layer.weight_scale.shape == scale.shape
+    layer.weight.data, layer.weight_scale.data = q, scale
+    length = 136 if group_size <= 0 else group_size
+    wide = scale.double().repeat_interleave(length, 1)[:, :136]
+    dense = (wide * q).float()
+    assert torch.equal(layer.dequantized(dtype), dense.to(dtype))
+    assert float((dense - weight).abs().max()) < 0.6 * float(wide.max())
+    x = random(3, 136, seed=2).to(dtype)
+    assert torch.equal(layer(x), F.linear(x, dense.to(dtype)))
+
+
 def test_fused_matrices_keep_a_scale_each() -> None:
     parts = [absmean(random(8, 20, seed=seed) * (seed + 1), 0) for seed in range(3)]
     stored = [container.encode(part) for part in parts]
@@ -157,6 +212,13 @@ def test_parts_of_whole_groups_alone_can_be_read(
         return
     with pytest.raises(UsageError, match="mlp.weight: 128 columns .* needs whole groups in each"):
         check_part("mlp.weight", part, scales, Layout(128, group_size))
+
+
+def test_a_cut_through_the_columns_of_two_planes_is_refused() -> None:
+    layout = Layout(128, 32, planes=2)
+    check_part("w", Part(torch.zeros(12, 56)), Part(torch.zeros(12, 8)), layout)  # half the rows
+    with pytest.raises(UsageError, match="cannot be cut"):
+        check_part("w", Part(torch.zeros(24, 28)), Part(torch.zeros(24, 4)), layout)
 
 
 # --- gradients, for adapters trained on top ----------------------------------------------------
@@ -324,9 +386,9 @@ def test_only_experts_that_are_hit_are_dequantized(monkeypatch: pytest.MonkeyPat
     calls = []
     dequantize = codecs.dequantize
 
-    def counted(packed: Tensor, *rest: Any) -> Tensor:
+    def counted(packed: Tensor, *rest: Any, **options: Any) -> Tensor:
         calls.append(packed.shape)
-        return dequantize(packed, *rest)
+        return dequantize(packed, *rest, **options)
 
     monkeypatch.setattr(codecs, "dequantize", counted)
     experts(X, HIT)

@@ -519,18 +519,38 @@ def test_fused_weights_are_packed_together_or_not_at_all(made: Made, tmp_path: P
         ternarize.load(folder)
 
 
-def test_a_tied_weight_cannot_be_packed(made: Made, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_a_tied_weight_may_be_packed_under_either_name(
+    made: Made, tmp_path: Path, name: str
+) -> None:
     folder = copied(made("llama_tied") / "packed", tmp_path / "packed")
 
     def pack(tensors: dict[str, Tensor], records: dict[str, Record]) -> None:
         weight = tensors.pop("model.embed_tokens.weight")
         stored = container.encode(absmean(weight, 32))
         del records["model.embed_tokens.weight"]
-        tensors["lm_head.weight"], tensors["lm_head.weight_scale"] = stored
-        records["lm_head.weight"] = Record(container.digest(*stored), tuple(weight.shape), 32)
+        tensors[name], tensors[f"{name}_scale"] = stored
+        records[name] = Record(container.digest(*stored), tuple(weight.shape), 32)
 
     rewrite(folder, pack)
-    with pytest.raises(FormatError, match="lm_head.weight: is packed, but tied"):
+    model: Any = ternarize.load(folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight_scale is model.model.embed_tokens.weight_scale
+    assert packing.output(model).isfinite().all()
+
+
+def test_tied_weights_are_packed_once(made: Made, tmp_path: Path) -> None:
+    folder = copied(made("llama_tied") / "packed", tmp_path / "packed")
+
+    def pack(tensors: dict[str, Tensor], records: dict[str, Record]) -> None:
+        weight = tensors["model.embed_tokens.weight"]
+        for name, size in (("lm_head.weight", 32), ("model.embed_tokens.weight", 64)):
+            stored = container.encode(absmean(weight, size))
+            tensors[name], tensors[f"{name}_scale"] = stored
+            records[name] = Record(container.digest(*stored), tuple(weight.shape), size)
+
+    rewrite(folder, pack)
+    with pytest.raises(FormatError, match="is packed, and so is .*, to which the model ties it"):
         ternarize.load(folder)
 
 

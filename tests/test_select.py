@@ -191,7 +191,7 @@ def shapes_of(config: Config) -> Shapes:
     return {name: shape for name, (_, shape) in skeleton_shapes(config).items()}
 
 
-def choose(name: str, **patterns: list[str]) -> dict[str, Choice]:
+def choose(name: str, **patterns: Any) -> dict[str, Choice]:
     config = config_of(name)
     return {c.name: c for c in select(shapes_of(config), config, **patterns)}
 
@@ -255,11 +255,11 @@ def test_weights_stored_as_in_by_out_are_marked(name: str, globs: str) -> None:
         assert choice.transposed == (choice.ternary and matching(globs, choice.name)), choice.name
 
 
-def test_the_module_is_the_one_in_the_model_not_the_one_on_disk() -> None:
+def test_the_parameter_is_the_one_in_the_model_not_the_one_on_disk() -> None:
     choices = choose("mixtral")
     expert = choices["model.layers.1.block_sparse_moe.experts.3.w2.weight"]
-    assert expert.module == "model.layers.1.mlp.experts"
-    assert choices["lm_head.weight"].module == "lm_head"
+    assert expert.parameters == ("model.layers.1.mlp.experts.down_proj",)
+    assert choices["lm_head.weight"].parameters == ("lm_head.weight",)
 
 
 @pytest.mark.parametrize(
@@ -355,11 +355,11 @@ def test_gpt2_without_the_base_prefix_is_chosen_alike() -> None:
     assert choices["h.0.attn.bias"].reason == "ignored by GPT2LMHeadModel"
     for choice in select(full, config):
         other = choices[choice.name.removeprefix("transformer.")]
-        assert (other.ternary, other.reason, other.transposed, other.module) == (
+        assert (other.ternary, other.reason, other.transposed, other.parameters) == (
             choice.ternary,
             choice.reason,
             choice.transposed,
-            choice.module,
+            choice.parameters,
         )
 
 
@@ -671,7 +671,7 @@ def test_without_a_skeleton_names_and_shapes_decide() -> None:
     choices = select({name: shape for name, (shape, _) in expected.items()}, UNKNOWN)
     assert {c.name: c.reason for c in choices} == {n: reason for n, (_, reason) in expected.items()}
     assert all(c.ternary == (c.reason == BY_NAME) for c in choices)
-    assert all(c.module == "" for c in choices)
+    assert all(c.parameters == () for c in choices)
 
 
 def test_without_a_skeleton_a_model_of_vision_alone_is_converted() -> None:

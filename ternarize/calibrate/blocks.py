@@ -105,19 +105,21 @@ class Forward:
 class Blocks:
     """The skeleton of a model and the means to fill parts of it with the source's weights.
 
-    source  checkpoint with float weights
-    paths   paths of modules that are blocks; see `block_paths`
-    device  where blocks run; what is between them runs on the CPU
+    source   checkpoint with float weights
+    tensors  names of tensors of the source; the blocks are those that hold one of them
+    device   where blocks run; what is between them runs on the CPU
     """
 
-    def __init__(self, source: Checkpoint, paths: Sequence[str], device: str = "cpu") -> None:
+    def __init__(self, source: Checkpoint, tensors: Sequence[str], device: str = "cpu") -> None:
         assert source.config is not None
         self.source, self.device = source, torch.device(device)
         self.model = skeleton(source.config)
         self.mapping = get_model_conversion_mapping(self.model)
         self.places = locate(self.model, source.tensors)
         self.tied: dict[str, str] = dict(self.model.all_tied_weights_keys)
-        self.paths = list(paths)
+        self.paths = _block_paths(
+            self.model, [p for name in tensors for p in self.places[name].parameters]
+        )
         for path in self.paths:
             self._make_pause(path)
         buffers = {name for name, _ in self.model.named_buffers()}
@@ -125,7 +127,8 @@ class Blocks:
         inside = tuple(path + "." for path in self.paths)
         self._outside: list[str] = []
         for name, module in self.model.named_modules(remove_duplicate=False):
-            own = [f"{name}.{p}" if name else p for p in module._parameters]
+            held = [leaf for leaf, p in module._parameters.items() if p is not None]
+            own = [f"{name}.{leaf}" if name else leaf for leaf in held]
             if own and not f"{name}.".startswith(inside):
                 self._outside.append(name)
                 self._fill_when_called(name, module, own)
@@ -148,15 +151,19 @@ class Blocks:
 
         module.register_forward_pre_hook(fill)
 
-    def start(self, batches: Sequence[Batch]) -> list[Forward]:
-        """A forward for each batch, not yet begun."""
-        return [Forward(self.model, batch) for batch in batches]
+    def start(self, batch: Batch) -> tuple[Forward, Forward]:
+        """Two forwards of a batch, not yet begun."""
+        return Forward(self.model, batch), Forward(self.model, batch)
 
     def run(self, call: Call) -> Any:
         """What the loaded block gives for a call, computed on the device, returned on the CPU."""
         block = self.model.get_submodule(call.block)
-        output = block(*_to(call.args, self.device), **_to(call.kwargs, self.device))
-        return _to(output, torch.device("cpu"))
+        args, kwargs = self.on_device((call.args, call.kwargs))
+        return map_tensors(block(*args, **kwargs), lambda tensor: tensor.cpu())
+
+    def on_device(self, value: Any) -> Any:
+        """The tensors of a call's arguments, moved to where blocks run."""
+        return map_tensors(value, lambda tensor: tensor.to(self.device))
 
     @contextmanager
     def loaded(self, path: str) -> Iterator[nn.Module]:
@@ -211,7 +218,8 @@ class Blocks:
             else:
                 rest[parameter] = value
         if rest:
-            self.model._weight_conversions = self.mapping
+            model: Any = self.model
+            model._weight_conversions = self.mapping
             undone = transformers.core_model_loading.revert_weight_conversion(self.model, rest)
             for name, value in undone.items():
                 info = self.source.tensors.get(name)
@@ -235,17 +243,19 @@ class Blocks:
                 f"{self.source.directory}: {sorted(missing)[0]} is not among its tensors; "
                 "expected every weight of the model. Complete the checkpoint."
             )
-        bars = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
+        bars: Any = logging  # has no annotations
+        shown = bars.is_progress_bar_enabled()
+        bars.disable_progress_bar()
         try:
+            mapping: Any = list(self.mapping)
             convert_and_load_state_dict_in_model(
                 self.model,
                 tensors,
-                LoadStateDictConfig(weight_mapping=list(self.mapping), dtype=torch.float32),
+                LoadStateDictConfig(weight_mapping=mapping, dtype=torch.float32),
             )
         finally:
-            if bars:
-                logging.enable_progress_bar()
+            if shown:
+                bars.enable_progress_bar()
         for name in parameters:
             path, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(path)
@@ -266,8 +276,11 @@ def skeleton(config: Mapping[str, Any]) -> PreTrainedModel:
         table.pop(key, None)
     model_class = getattr(transformers, table["architectures"][0])
     settings = CONFIG_MAPPING[table["model_type"]].from_dict(table)
-    for part in (settings, settings.get_text_config()):
-        part._experts_implementation = "eager"  # one expert after the other, through F.linear
+    names = ("", *getattr(settings, "sub_configs", {}))
+    for part in (getattr(settings, name) if name else settings for name in names):
+        if part is not None:
+            part._experts_implementation = "eager"  # one expert after the other, through F.linear
+            part.use_cache = False  # a cache would grow each time a block is run on a call
     register = nn.Module.register_parameter
 
     def register_on_meta(self: nn.Module, name: str, value: nn.Parameter | None) -> None:
@@ -278,13 +291,14 @@ def skeleton(config: Mapping[str, Any]) -> PreTrainedModel:
     nn.Module.register_parameter = register_on_meta  # type: ignore[assignment,method-assign]
     try:
         with no_init_weights():
-            model: PreTrainedModel = model_class(settings).to(torch.float32)
+            model: Any = model_class(settings).to(torch.float32)
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
-    return model.eval()
+    built: PreTrainedModel = model.eval()
+    return built
 
 
-def block_paths(model: nn.Module, parameters: Sequence[str]) -> list[str]:
+def _block_paths(model: nn.Module, parameters: Sequence[str]) -> list[str]:
     """The repeated blocks that hold these parameters: elements of the outermost nn.ModuleList.
 
     Returns their paths in the order of the model's modules.
@@ -308,21 +322,16 @@ def _empty(module: nn.Module) -> None:
             module._parameters[name] = nn.Parameter(value.to("meta"), requires_grad=False)
 
 
-def _to(value: Any, device: torch.device) -> Any:
-    """Move the tensors in nested arguments."""
-    return map_tensors(value, lambda tensor: tensor.to(device))
-
-
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """Apply a function to every tensor in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, tuple):
-        return type(value)(*(map_tensors(v, function) for v in value)) if hasattr(
-            value, "_fields"
-        ) else tuple(map_tensors(v, function) for v in value)
+        items = [map_tensors(v, function) for v in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if isinstance(value, list):
         return [map_tensors(v, function) for v in value]
     if isinstance(value, dict):
-        return {k: map_tensors(v, function) for k, v in value.items()}
+        table = {k: map_tensors(v, function) for k, v in value.items()}
+        return table if type(value) is dict else type(value)(table)
     return value

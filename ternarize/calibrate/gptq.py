@@ -40,7 +40,7 @@ the target also holds the residual stream's error. Step 5 with a fitted codebook
 GuidedQuant, https://arxiv.org/abs/2505.07004. Step 4 is ordinary least squares.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -67,16 +67,18 @@ Rounding = Callable[[Tensor], Tensor]  # scales -> scales as they are stored, fl
 class Solution:
     """A ternarized matrix.
 
-    ternary  trits and scales as they will be stored
+    planes   trits and scales as they will be stored; the matrix is their sum
     bias     (rows,) float32, or None
     error    E / sum |y|^2 on held-out tokens (about the mean, if there is a bias)
     plain    the same for `itf` without statistics
+    calibrated  False: too few tokens for statistics
     """
 
-    ternary: Ternary
+    planes: tuple[Ternary, ...]
     bias: Tensor | None
     error: float
     plain: float
+    calibrated: bool = True
 
 
 def solve(
@@ -86,6 +88,7 @@ def solve(
     group_size: int,
     rounding: Rounding,
     *,
+    planes: int = 1,
     bias: bool = False,
 ) -> Solution:
     """Ternarize a matrix so that its products are what they should be (module docstring).
@@ -95,43 +98,68 @@ def solve(
     held        moments of other tokens, to choose by
     group_size  as in ternarize.tensor
     rounding    how scales are stored
+    planes      ternary matrices whose sum it becomes: each in turn is solved for what the others
+                leave
     bias        whether the matrix has a bias to be fitted
     """
     train, held = _mean(train, weight, bias), _mean(held, weight, bias)
-    assert train.target is not None and held.target is not None
     hessian = train.hessian
     unit = float(hessian.diagonal().mean())
-    plain = _rounded(itf(weight, group_size), rounding)
-    plain_error = _error(plain.dequantize(torch.float64), held)
-    if train.tokens < MIN_TOKENS or held.tokens < 1 or unit == 0:
-        return _solution(plain, plain_error, plain_error, train, bias)
+    plain = _plain(weight, group_size, rounding, planes)
+    plain_error = _error(_sum(plain), held)
+    if train.tokens < MIN_TOKENS or held.tokens < 1 or unit <= 0:
+        return _solution(plain, plain_error, plain_error, train, bias, calibrated=False)
     wanted = _continuous(weight.double(), train, held, unit).float()
-    order = hessian.diagonal().argsort(descending=True, stable=True)
     metric = (hessian / unit).float()
+    order = metric.diagonal().argsort(descending=True, stable=True)
+    best, best_error = plain, plain_error
+    found = [_rounded(itf(wanted, group_size), rounding)]
+    for turn in range(planes if planes == 1 else 2 * planes):
+        at = turn % planes
+        others = found[:at] + found[at + 1 :]
+        rest = wanted - _sum(others).float() if others else wanted
+        for candidate in _candidates(rest, metric, order, held, others, group_size, rounding):
+            error = _error(_sum([*others, candidate]), held)
+            if error < best_error and len(others) == planes - 1:
+                best, best_error = (*others[:at], candidate, *others[at:]), error
+            latest = candidate
+        found[at : at + 1] = [latest]
+    return _solution(best, best_error, plain_error, train, bias)
+
+
+def _candidates(
+    wanted: Tensor,
+    metric: Tensor,
+    order: Tensor,
+    held: Moments,
+    others: Sequence[Ternary],
+    group_size: int,
+    rounding: Rounding,
+) -> Iterator[Ternary]:
+    """Steps 2 to 5: ternary matrices near `wanted` in the metric, the last usually the nearest."""
     ridged = metric + RIDGE * torch.eye(len(metric), device=metric.device)
-    start = _rounded(itf(wanted, group_size), rounding)
-    scales = start.scales.float()
-    best: tuple[float, Tensor, Tensor] | None = None
-
-    def consider(trits: Tensor, scales: Tensor) -> None:
-        nonlocal best
-        error = _error((trits * _spread(scales, trits, group_size)).double(), held)
-        if best is None or error < best[0]:
-            best = error, trits.clone(), scales
-
-    damping = _choose_damping(wanted, metric, scales, order, held, group_size)
+    scales = _rounded(itf(wanted, group_size), rounding).scales.float()
+    damping = _choose_damping(wanted, metric, scales, order, held, others, group_size)
     trits = _compensate(wanted, _factor(metric, damping, order), scales, order, group_size)
-    consider(trits, scales)
+    yield _clean(trits, scales, group_size)
     for _ in range(ROUNDS):
         scales = rounding(_joint_scales(trits, wanted, ridged, group_size)).float()
-        consider(trits, scales)
+        yield _clean(trits, scales, group_size)
         trits = _descend(trits, scales, wanted, ridged, order, group_size)
-        consider(trits, scales)
-    assert best is not None
-    if best[0] >= plain_error:
-        return _solution(plain, plain_error, plain_error, train, bias)
-    result = _clean(best[1], best[2], group_size)
-    return _solution(result, best[0], plain_error, train, bias)
+        yield _clean(trits, scales, group_size)
+
+
+def _plain(weight: Tensor, group_size: int, rounding: Rounding, planes: int) -> tuple[Ternary, ...]:
+    """The matrix without statistics."""
+    found = [_rounded(itf(weight, group_size), rounding)]
+    while len(found) < planes:
+        found.append(_rounded(itf(weight - _sum(found).float(), group_size), rounding))
+    return tuple(found)
+
+
+def _sum(planes: Sequence[Ternary]) -> Tensor:
+    """The matrix (rows, cols) float64 that planes stand for."""
+    return torch.stack([plane.dequantize(torch.float64) for plane in planes]).sum(0)
 
 
 def _mean(moments: Moments, weight: Tensor, bias: bool) -> Moments:
@@ -180,11 +208,18 @@ def _factor(metric: Tensor, damping: float, order: Tensor) -> Tensor:
     damped = metric[order][:, order].double()
     damped.diagonal().add_(damping)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor.float()
 
 
 def _choose_damping(
-    wanted: Tensor, metric: Tensor, scales: Tensor, order: Tensor, held: Moments, group_size: int
+    wanted: Tensor,
+    metric: Tensor,
+    scales: Tensor,
+    order: Tensor,
+    held: Moments,
+    others: Sequence[Ternary],
+    group_size: int,
 ) -> float:
     """The damping with the least held-out error on some of the rows."""
     rows = torch.linspace(0, len(wanted) - 1, min(PROBE_ROWS, len(wanted)), device=wanted.device)
@@ -192,11 +227,13 @@ def _choose_damping(
     probe, probe_scales = wanted[rows], scales if len(scales) == 1 else scales[rows]
     assert held.target is not None
     part = replace(held, target=held.target[rows])
+    base = _sum(others)[rows] if others else torch.zeros_like(probe, dtype=torch.float64)
     errors = []
     for damping in DAMPINGS:
         factor = _factor(metric, damping, order)
         trits = _compensate(probe, factor, probe_scales, order, group_size)
-        errors.append(_error((trits * _spread(probe_scales, trits, group_size)).double(), part))
+        dense = (trits * _spread(probe_scales, trits, group_size)).double()
+        errors.append(_error(base + dense, part))
     return DAMPINGS[errors.index(min(errors))]
 
 
@@ -243,13 +280,15 @@ def _joint_scales(trits: Tensor, wanted: Tensor, metric: Tensor, group_size: int
         a[:, g] = _group_sums(trits[:, span] @ metric[span] * trits, length, count).double()
     diagonal = a.diagonal(dim1=1, dim2=2)
     diagonal += SCALE_RIDGE * diagonal.mean(-1, keepdim=True) + 1e-30
-    return torch.linalg.solve(a, b[..., None])[..., 0].clamp(min=0)
+    solved: Tensor = torch.linalg.solve(a, b[..., None])
+    return solved[..., 0].clamp(min=0)
 
 
 def _group_sums(values: Tensor, length: int, count: int) -> Tensor:
     """Sums of the groups of (rows, cols): (rows, count)."""
     short = length * count - values.shape[1]
-    return torch.nn.functional.pad(values, (0, short)).unflatten(1, (count, length)).sum(-1)
+    padded = torch.nn.functional.pad(values, (0, short))
+    return torch.unflatten(padded, 1, (count, length)).sum(-1)
 
 
 def _descend(
@@ -310,10 +349,15 @@ def _rounded(ternary: Ternary, rounding: Rounding) -> Ternary:
 
 
 def _solution(
-    ternary: Ternary, error: float, plain: float, train: Moments, bias: bool
+    planes: tuple[Ternary, ...],
+    error: float,
+    plain: float,
+    train: Moments,
+    bias: bool,
+    *,
+    calibrated: bool = True,
 ) -> Solution:
     fitted = None
     if bias and train.tokens:
-        matrix = ternary.dequantize(torch.float64)
-        fitted = (train.y_sum - matrix @ train.x_sum).float()
-    return Solution(ternary, fitted, error, plain)
+        fitted = (train.y_sum - _sum(planes) @ train.x_sum).float()
+    return Solution(planes, fitted, error, plain, calibrated)

@@ -4,65 +4,89 @@ Two streams run side by side on the same tokens: the float stream is the source 
 stream is the model as it will be, with every block so far ternarized. For each sequential group of
 a block (statistics.py) the moments of the packed stream's inputs against the float stream's outputs
 are collected, each matrix is solved (gptq.py), and the packed stream goes on with the result.
+With `steps`, the last `window` blocks are then trained together (reconstruct.py).
 
 What is found for a block is written to a file, a packed checkpoint of its own, before the next
-block begins. A run that was broken off reads those files and repeats only the forwards.
+block begins: 00007-00008.safetensors is block 7 as it was after block 8 had been done. A run that
+was broken off reads those files and repeats only the forwards.
 """
 
-import math
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ternarize import container
-from ternarize.calibrate.blocks import Batch, Blocks, Call, Forward, block_paths
-from ternarize.calibrate.gptq import Rounding, Solution, solve
+from ternarize.calibrate.blocks import Batch, Blocks, Call, Forward, map_tensors
+from ternarize.calibrate.gptq import Rounding, solve
+from ternarize.calibrate.reconstruct import Form, TernaryWeight, reconstruct
 from ternarize.calibrate.statistics import Group, Moments, Trace, sequential_groups
-from ternarize.checkpoint import Checkpoint, open_files
+from ternarize.checkpoint import DTYPES, Checkpoint, open_files
 from ternarize.container import SCALE_SUFFIX, Record
 from ternarize.errors import CheckpointError
-from ternarize.methods import levels
+from ternarize.methods import itf, levels
 from ternarize.plan import TensorPlan
-from ternarize.rotation import block_size, rotate, unrotate
+from ternarize.rotation import rotate
+from ternarize.tensor import Ternary
+
+FLOAT, PACKED = 0, 1  # the streams
+TICKS = 1000  # of progress, for each block
 
 Progress = Callable[[int, int, str], None]
-ROTATE = 0
-SETS = ("train", "held", "report")
 
 
-@dataclass
-class _Lane:
-    """The two forwards of one batch, float and packed, and what they wait with."""
-
-    kind: str
-    mask: Tensor | None
-    forwards: tuple[Forward, Forward]
-    calls: list[Any] = field(default_factory=list)
-
-
-@dataclass
+@dataclass(frozen=True)
 class BlockReport:
-    """Errors of one block on held-out tokens, relative to the output of the float stream."""
+    """What came of one block, on held-out tokens.
+
+    before, after  squared error of the packed stream behind the block, relative to the float
+                   stream: with this block ternarized by `itf`, and as it is
+    matrices       the same of each matrix's products: {tensor: (before, after)}
+    uncalibrated   matrices that saw too few tokens, ternarized by `itf`: {tensor: how many}
+    """
 
     block: str
     before: float
     after: float
-    matrices: dict[str, dict[str, float]]
-    uncalibrated: list[str]
+    matrices: dict[str, tuple[float, float]]
+    uncalibrated: dict[str, int]
+
+
+@dataclass
+class _Lane:
+    """The two forwards of one batch, and what they wait with (a Call, or the final output)."""
+
+    kind: str
+    mask: Tensor | None
+    forwards: tuple[Forward, Forward]
+    waiting: list[Any] = field(default_factory=list)
+
+
+@dataclass
+class _Kept:
+    """A block of the window: what it is called with in the packed stream, for each lane."""
+
+    path: str
+    calls: list[Call]
+    outputs: list[Tensor]  # the hidden states that it gave, by which the next call is known
 
 
 class Calibration:
-    """The state of one run.
+    """The state of one run; `run` does it.
 
     source   checkpoint with float weights
-    tensors  plan of the tensors that become ternary
-    folder   where the blocks' files are
+    tensors  the plan: which become ternary, in what groups and rotations
+    sets     "train", "held", "report": batches of arguments of the model's forward
+    folder   where the blocks' files are; files of an earlier run are used
+    steps    of training for each block; 0: none
+    window   blocks trained together
     """
 
     def __init__(
@@ -71,216 +95,507 @@ class Calibration:
         tensors: Sequence[TensorPlan],
         sets: Mapping[str, Sequence[Batch]],
         folder: Path,
+        *,
         rounding: Rounding,
+        steps: int = 0,
+        window: int = 1,
+        seed: int = 0,
         device: str = "cpu",
         progress: Progress | None = None,
     ) -> None:
         self.source, self.folder, self.rounding = source, folder, rounding
+        self.steps, self.window_size, self.seed = steps, window, seed
         self.progress = progress
-        self.plans = {t.name: t for t in tensors if t.ternary}
-        self.blocks = Blocks(source, (), device)
-        self.group_sizes: dict[str, int] = {}
-        for t in self.plans.values():
-            for parameter in self.blocks.places[t.name].parameters:
-                self.group_sizes[parameter] = t.group_size
-        paths = block_paths(self.blocks.model, list(self.group_sizes))
-        self.blocks = Blocks(source, paths, device)
+        self.plans = {t.name: t for t in tensors}
+        self.blocks = Blocks(source, [t.name for t in tensors if t.ternary], device)
+        self.by_parameter: dict[str, TensorPlan] = {}
+        for t in tensors:
+            for parameter in self.blocks.places[t.name].parameters if t.ternary else ():
+                self.by_parameter[parameter] = t
         self.lanes = [
-            _Lane(kind, batch.get("attention_mask"), tuple(self.blocks.start([batch, batch])))
-            for kind in SETS
+            _Lane(kind, batch.get("attention_mask"), self.blocks.start(batch))
+            for kind in ("train", "held", "report")
             for batch in sets.get(kind, ())
         ]
+        self.window: list[_Kept] = []
         self.reports: list[BlockReport] = []
-        self.done: set[str] = set()
+        self.done: list[str] = []
 
-    def run(self) -> None:
-        """Calibrate every block."""
+    def run(self) -> Iterator[tuple[int, Any, Any]]:
+        """Calibrate every block; yields (index, float output, packed output) of report batches."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         try:
             for lane in self.lanes:
-                lane.calls = [f.resume() for f in lane.forwards]
+                lane.waiting = [forward.resume() for forward in lane.forwards]
             while len(self.done) < len(self.blocks.paths):
                 self._step()
+            for lane in self.lanes:
+                if lane.kind != "report":
+                    for forward in lane.forwards:
+                        forward.stop()
+            for index, lane in enumerate(self._lanes("report")):
+                yield index, *(self._finish(lane, stream) for stream in (FLOAT, PACKED))
         finally:
             for lane in self.lanes:
                 for forward in lane.forwards:
                     forward.stop()
 
-    def outputs(self) -> Iterator[tuple[Any, Any]]:
-        raise NotImplementedError
+    def files(self) -> dict[str, Path]:
+        """Block -> its file, for the blocks that are done."""
+        stages = {int(p.stem[6:]) for p in self.folder.glob("*.safetensors")}
+        complete = {s for s in stages if self._file(s, s).is_file()}
+        found = {}
+        for index, path in enumerate(self.blocks.paths):
+            own = [s for s in complete if self._file(index, s).is_file()]
+            if own:
+                found[path] = self._file(index, max(own))
+        return found
+
+    def _file(self, block: int, stage: int) -> Path:
+        return self.folder / f"{block:05d}-{stage:05d}.safetensors"
+
+    def _lanes(self, *kinds: str) -> list[_Lane]:
+        return [lane for lane in self.lanes if lane.kind in kinds]
+
+    # --- one block ---------------------------------------------------------------------------
 
     def _step(self) -> None:
         """Do the block at which all forwards wait, and let them run on to the next."""
-        paths = {c.block if isinstance(c, Call) else None for x in self.lanes for c in x.calls}
+        paths = {c.block if isinstance(c, Call) else None for x in self.lanes for c in x.waiting}
         if len(paths) != 1 or None in paths:
             raise CheckpointError(
-                f"{self.source.directory}: its forward does not run the same blocks for every "
-                "batch; expected that it does. Convert it without --dataset."
+                f"{self.source.directory}: its forward does not come to the same blocks for every "
+                "batch, or not to all of them; expected that it does. Convert it without --dataset."
             )
         (path,) = paths
         assert path is not None
+        again = path in self.done
         with self.blocks.loaded(path) as block:
-            file = self.folder / f"{self.blocks.paths.index(path):05d}.safetensors"
-            if not file.is_file():
-                self._solve(path, block, file)
-            patch = self.blocks.replaced(path, self._read(file))
-            for lane in self.lanes:
-                for stream in (0, 1):
-                    with _patched(block, patch if stream else {}):
-                        lane.calls[stream] = self.blocks.run(lane.calls[stream])
-        before = [0.0, 0.0]
-        for lane in self.lanes:
-            if lane.kind == "held":
-                f, q = (_hidden(c) for c in lane.calls)
-                before[0] += float((q - f).square().sum())
-                before[1] += float(f.square().sum())
-        print(path, "block error", before[0] / before[1], flush=True)
-        self.done.add(path)
-        for lane in self.lanes:
-            if lane.kind != "report" and len(self.done) == len(self.blocks.paths):
+            targets = [self.blocks.run(lane.waiting[FLOAT]) for lane in self.lanes]
+            if not torch.equal(
+                _hidden(self.blocks.run(self.lanes[0].waiting[FLOAT])), _hidden(targets[0])
+            ):
+                raise CheckpointError(
+                    f"{self.source.directory}: {path} gives another output when it is run again; "
+                    "expected a function of its input. Convert it without --dataset."
+                )
+            if not again:
+                known = self.files()
+                if path not in known:
+                    self._make(path, block, targets)
+                self._load_report(self.files()[path])
+            patch = self._patch(path)
+            outputs = []
+            with _patched(block, patch):
+                outputs = [self.blocks.run(lane.waiting[PACKED]) for lane in self.lanes]
+        if not again:
+            self._remember(path, outputs)
+            self.done.append(path)
+        over = len(self.done) == len(self.blocks.paths)
+        for lane, target, output in zip(self.lanes, targets, outputs, strict=True):
+            if over and lane.kind != "report":
                 continue
-            lane.calls = [
-                f.resume(output) for f, output in zip(lane.forwards, lane.calls, strict=True)
-            ]
+            reply = (target, output)
+            lane.waiting = [f.resume(r) for f, r in zip(lane.forwards, reply, strict=True)]
 
-    def _solve(self, path: str, block: nn.Module, file: Path) -> None:
-        names = [
-            name for name, _ in block.named_parameters() if f"{path}.{name}" in self.group_sizes
-        ]
-        train = [lane for lane in self.lanes if lane.kind == "train"]
+    def _finish(self, lane: _Lane, stream: int) -> Any:
+        """Run a forward of which all blocks are done to its end; shared blocks may come again."""
+        while isinstance(lane.waiting[stream], Call):
+            path = lane.waiting[stream].block
+            with self.blocks.loaded(path) as block:
+                with _patched(block, self._patch(path) if stream == PACKED else {}):
+                    output = self.blocks.run(lane.waiting[stream])
+            lane.waiting[stream] = lane.forwards[stream].resume(output)
+        result, lane.waiting[stream] = lane.waiting[stream], None
+        return result
+
+    def _patch(self, path: str) -> dict[str, Tensor]:
+        """What differs in the packed stream: parameters of the loaded block -> their values."""
+        return self._parts(path).patch()
+
+    def _make(self, path: str, block: nn.Module, targets: Sequence[Any]) -> None:
+        """Ternarize a block, train its window, write the files."""
+        index = self.blocks.paths.index(path)
+        before = self._held_error(block, self._plain(path, block), targets)
+        parts, matrices, uncalibrated = self._solve(path, block)
+        state = {path: parts}
+        if self.steps:
+            state = self._train(path, block, parts, targets)
+        after = self._held_error(block, state[path].patch(), targets)
+        for name, each in state.items():
+            if name != path:
+                known = self._read(self.files()[name])[1]
+                self._write(self._file(self.blocks.paths.index(name), index), name, each, known)
+        report = asdict(BlockReport(path, before, after, matrices, uncalibrated))
+        self._write(self._file(index, index), path, state[path], report)
+
+    def _held_error(
+        self, block: nn.Module, patch: Mapping[str, Tensor], targets: Sequence[Any]
+    ) -> float:
+        error = energy = 0.0
+        with _patched(block, patch):
+            for lane, target in zip(self.lanes, targets, strict=True):
+                if lane.kind == "held":
+                    output = _tokens(_hidden(self.blocks.run(lane.waiting[PACKED])), lane.mask)
+                    wanted = _tokens(_hidden(target), lane.mask)
+                    error += float((output - wanted).double().square().sum())
+                    energy += float(wanted.double().square().sum())
+        return error / max(energy, 1e-30)
+
+    def _plain(self, path: str, block: nn.Module) -> dict[str, Tensor]:
+        """The block as `itf` without data would have it."""
+        patch = {}
+        for name in self._names(path, block):
+            plan = self.by_parameter[f"{path}.{name}"]
+            weight = block.get_parameter(name).data
+            turned = _turned(plan, weight)
+            logical = weight.transpose(-1, -2).contiguous() if turned else weight
+            dense = itf(logical, plan.group_size).dequantize(torch.float32)
+            patch[name] = dense.transpose(-1, -2) if turned else dense
+        return patch
+
+    def _names(self, path: str, block: nn.Module) -> list[str]:
+        """The block's parameters that become ternary."""
+        return [n for n, _ in block.named_parameters() if f"{path}.{n}" in self.by_parameter]
+
+    def _solve(
+        self, path: str, block: nn.Module
+    ) -> tuple["Parts", dict[str, tuple[float, float]], dict[str, int]]:
+        """Ternarize a block group by group; returns it, errors, and tokens of what saw too few."""
+        names = self._names(path, block)
+        parts = Parts()
+        matrices: dict[str, tuple[float, float]] = {}
+        uncalibrated: dict[str, int] = {}
         trace = Trace({n: block.get_parameter(n).data for n in names})
-        trace.run(lambda: self.blocks.run(train[0].calls[0]))
+        first = self._lanes("train")[0].waiting[FLOAT]
+        trace.run(lambda: self.blocks.run(first))
         groups = sequential_groups(trace, {n: block.get_parameter(n) for n in names})
         biases = _biases(trace, block)
-        turned = {p.name: p.transposed for p in trace.products}
-        patch: dict[str, Tensor] = {}
-        rotated: dict[str, Tensor] = {}
-        for group in groups:
-            moments = self._moments(path, block, names, group, patch, turned)
+        reached = {n for group in groups for n in group.names}
+        left = [n for n in names if n not in reached]
+        groups += [Group((n,), 0, 0) for n in left]
+        for at, group in enumerate(groups):
+            share = (0.5 if self.steps else 1.0) / len(groups)
+            moments = self._moments(block, names, group, parts.patch(), at * share, share)
             for name in group.names:
-                self._solve_parameter(
-                    path, block, name, turned[name], biases.get(name), moments, patch, rotated
-                )
-        tensors = self.blocks.on_disk({f"{path}.{n}": v.cpu() for n, v in (patch|rotated).items()})
-        self._write(file, tensors)
+                plan = self.by_parameter[f"{path}.{name}"]
+                weight = block.get_parameter(name).data
+                form = Form(plan.group_size, _turned(plan, weight), *plan.rotation)
+                bias = biases.get(name)
+                stack = weight if weight.ndim == 3 else weight[None]
+                stored = [torch.empty_like(stack) for _ in range(plan.planes)]
+                errors = []
+                for expert, matrix in enumerate(stack):
+                    label = name if weight.ndim == 2 else f"{name}[{expert}]"
+                    matrix = form.turn(matrix).contiguous()
+                    rows, cols = matrix.shape
+                    train, held = (
+                        moments.get((name, expert, kind))
+                        or Moments.empty(rows, cols, target=False, device=matrix.device)
+                        for kind in ("train", "held")
+                    )
+                    if form.block:
+                        matrix = rotate(matrix, form.block, form.seed)
+                        train = train.rotated(form.block, form.seed)
+                        held = held.rotated(form.block, form.seed)
+                    solution = solve(
+                        matrix,
+                        train,
+                        held,
+                        form.group_size,
+                        self.rounding,
+                        planes=plan.planes,
+                        bias=bias is not None,
+                    )
+                    for plane, ternary in zip(stored, solution.planes, strict=True):
+                        plane[expert] = form.turn(ternary.dequantize(torch.float32))
+                    errors.append((solution.plain, solution.error))
+                    if not solution.calibrated:
+                        uncalibrated[label] = train.tokens
+                    if bias is not None and solution.bias is not None:
+                        parts.vectors[bias] = solution.bias
+                parts.stored[name] = tuple(p if weight.ndim == 3 else p[0] for p in stored)
+                parts.forms[name] = form
+                before, after = (sum(e) / len(e) for e in zip(*errors, strict=True))
+                matrices[name] = (before, after)
+        return parts, matrices, uncalibrated
 
     def _moments(
         self,
-        path: str,
         block: nn.Module,
         names: Sequence[str],
         group: Group,
         patch: Mapping[str, Tensor],
-        turned: Mapping[str, bool],
+        begin: float,
+        share: float,
     ) -> dict[tuple[str, int, str], Moments]:
         """Moments of each matrix of a group, on calibration and on held-out tokens."""
         found: dict[tuple[str, int, str], Moments] = {}
-        stack = group.products == 0
-        for lane in self.lanes:
-            if lane.kind == "report":
-                continue
-            traces = []
-            for stream in (0, 1):
-                if stack and stream == 0:
-                    continue
-                with _patched(block, patch if stream else {}):
-                    trace = Trace({n: block.get_parameter(n).data for n in names}, group.seen)
-                    call = lane.calls[stream]
-                    trace.run(lambda call=call: self.blocks.run(call))
-                traces.append([p for p in trace.products if p.name in group.names])
-            seen: set[int] = set()
-            for at, p in enumerate(traces[-1]):
-                x = _tokens(p.x, lane.mask)
+        lanes = self._lanes("train", "held")
+        for done, lane in enumerate(lanes):
+            self._tick(begin + share * done / len(lanes), f"{', '.join(group.names)}")
+            packed = self._products(block, names, group, lane.waiting[PACKED], patch)
+            floats = None
+            if not group.stack:
+                floats = self._products(block, names, group, lane.waiting[FLOAT], {})
+            for at, p in enumerate(packed):
                 y = None
-                if not stack:
-                    f = traces[0][at]
+                if floats is not None:
+                    f = floats[at]
                     y = f.y
-                    if p.name in group.residual and f.terms is not None and p.terms is not None:
+                    if p.terms is not None and f.terms is not None:
                         y = y + (f.terms - p.terms).reshape(y.shape) / p.scale
                     y = _tokens(y, lane.mask)
+                x = _tokens(p.x, lane.mask)
                 key = (p.name, p.expert, lane.kind)
                 if key not in found:
-                    rows, cols = _sizes(block.get_parameter(p.name), turned[p.name])
-                    found[key] = Moments.empty(rows, cols, target=not stack, device=x.device)
+                    rows = p.y.shape[-1]
+                    found[key] = Moments.empty(
+                        rows, x.shape[-1], target=not group.stack, device=x.device
+                    )
                 found[key].add(x, y)
         return found
 
-    def _solve_parameter(
+    def _products(
         self,
-        path: str,
         block: nn.Module,
-        name: str,
-        turned: bool,
-        bias: str | None,
-        moments: Mapping[tuple[str, int, str], Moments],
-        patch: dict[str, Tensor],
-        rotated: dict[str, Tensor],
-    ) -> None:
-        weight = block.get_parameter(name).data
-        stack = weight if weight.ndim == 3 else weight[None]
-        solved, turned_in = torch.empty_like(stack), torch.empty_like(stack)
-        for expert, matrix in enumerate(stack):
-            matrix = matrix.T.contiguous() if turned else matrix
-            empty = Moments.empty(*matrix.shape, target=False, device=matrix.device)
-            b = block_size(matrix.shape[1], ROTATE) if ROTATE else 0
-            mo = [moments.get((name, expert, k), empty) for k in ("train", "held")]
-            if b:
-                matrix = rotate(matrix, b, 0)
-                mo = [m.rotated(b, 0) for m in mo]
-            solution = solve(
-                matrix,
-                *mo,
-                self.group_sizes[f"{path}.{name}"],
-                self.rounding,
-                bias=bias is not None,
-            )
-            dense = solution.ternary.dequantize(torch.float32)
-            turned_in[expert] = dense.T if turned else dense
-            dense = unrotate(dense, b, 0) if b else dense
-            solved[expert] = dense.T if turned else dense
-            print(f"{path}.{name} {solution.plain:.4f} -> {solution.error:.4f}")
-            if bias is not None and solution.bias is not None:
-                patch[bias] = solution.bias
-        patch[name] = solved if weight.ndim == 3 else solved[0]
-        rotated[name] = turned_in if weight.ndim == 3 else turned_in[0]
+        names: Sequence[str],
+        group: Group,
+        call: Call,
+        patch: Mapping[str, Tensor],
+    ) -> list[Any]:
+        with _patched(block, patch):
+            trace = Trace({n: block.get_parameter(n).data for n in names}, group.seen)
+            trace.run(lambda: self.blocks.run(call))
+        return [p for p in trace.products if p.name in group.names]
 
-    def _write(self, file: Path, tensors: Mapping[str, Tensor]) -> None:
+    def _tick(self, fraction: float, what: str) -> None:
+        if self.progress is not None:
+            done = len(self.done) + min(fraction, 1.0)
+            number = f"block {len(self.done) + 1} of {len(self.blocks.paths)}: {what}"
+            self.progress(int(TICKS * done), TICKS * len(self.blocks.paths), number)
+
+    # --- training ----------------------------------------------------------------------------
+
+    def _remember(self, path: str, outputs: Sequence[Any]) -> None:
+        """Keep what the window needs of a block."""
+        if self.steps and self.window_size > 1:
+            calls = [lane.waiting[PACKED] for lane in self.lanes]
+            self.window.append(_Kept(path, calls, [_hidden(o) for o in outputs]))
+            del self.window[: -self.window_size + 1]
+
+    def _train(
+        self, path: str, block: nn.Module, parts: "Parts", targets: Sequence[Any]
+    ) -> dict[str, "Parts"]:
+        """Train the blocks up to this one, and bring the waiting calls up to date."""
+        calls = [lane.waiting[PACKED] for lane in self.lanes]
+        chain = [*self._linked(calls), _Kept(path, calls, [])]
+        state: dict[str, Parts] = {path: parts}
+        with ExitStack() as stack:
+            modules = {path: block}
+            for kept in chain[:-1]:
+                modules[kept.path] = stack.enter_context(self.blocks.loaded(kept.path))
+                state[kept.path] = self._parts(kept.path)
+            weights: dict[str, TernaryWeight] = {}
+            vectors: dict[str, Tensor] = {}
+            fixed: dict[str, Tensor] = {}
+            for name, module in modules.items():
+                own = state[name]
+                for weight, form in own.forms.items():
+                    if len(own.stored[weight]) > 1:  # two planes leave little to gain
+                        fixed[f"{name}.{weight}"] = own.patch()[weight]
+                        continue
+                    weights[f"{name}.{weight}"] = TernaryWeight(
+                        module.get_parameter(weight).data,
+                        own.stored[weight][0],
+                        form,
+                        self.rounding,
+                    )
+                for vector, value in module.named_parameters():
+                    if value.ndim == 1:
+                        vectors[f"{name}.{vector}"] = own.vectors.get(vector, value.data)
+
+            def forward(lane: int, values: Mapping[str, Tensor]) -> Any:
+                hidden: Tensor | None = None
+                output: Any = None
+                for at, kept in enumerate(chain):
+                    call = kept.calls[lane]
+                    if hidden is not None:
+                        call = _with_hidden(call, chain[at - 1].outputs[lane], hidden)
+                    prefix = kept.path + "."
+                    every = {**fixed, **values}
+                    own = {n[len(prefix) :]: v for n, v in every.items() if n.startswith(prefix)}
+                    args, kwargs = self.blocks.on_device((call.args, call.kwargs))
+                    output = functional_call(modules[kept.path], own, args, kwargs)
+                    hidden = _hidden(output)
+                return output
+
+            def run(lane: int, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+                output = _tokens(_hidden(forward(lane, values)), self.lanes[lane].mask)
+                target = _tokens(_hidden(targets[lane]), self.lanes[lane].mask)
+                return output, target.to(output.device)
+
+            def progress(step: int, what: str) -> None:
+                self._tick(0.5 + 0.5 * step / self.steps, what)
+
+            indices = {
+                k: [i for i, x in enumerate(self.lanes) if x.kind == k] for k in ("train", "held")
+            }
+            seed = self.seed + self.blocks.paths.index(path)
+            stored, trained, _, _ = reconstruct(
+                weights, vectors, run, indices["train"], indices["held"], self.steps, seed, progress
+            )
+            for name, own in state.items():
+                prefix = name + "."
+                for weight in own.forms:
+                    if prefix + weight in stored:
+                        own.stored[weight] = (stored[prefix + weight],)
+                for vector in [n[len(prefix) :] for n in trained if n.startswith(prefix)]:
+                    own.vectors[vector] = trained[prefix + vector]
+            self._relink(chain, modules, state)
+        return state
+
+    def _linked(self, calls: Sequence[Call]) -> list[_Kept]:
+        """The blocks of the window whose output is, unchanged, the next one's input."""
+        linked: list[_Kept] = []
+        following = calls
+        for kept in reversed(self.window):
+            pairs = zip(kept.outputs, following, strict=True)
+            if not all(_takes(call, hidden) for hidden, call in pairs):
+                break
+            linked.insert(0, kept)
+            following = kept.calls
+        return linked
+
+    def _relink(
+        self, chain: Sequence[_Kept], modules: Mapping[str, nn.Module], state: Mapping[str, "Parts"]
+    ) -> None:
+        """Run the window's earlier blocks again, as trained, so that the calls after them fit."""
+        for at, kept in enumerate(chain[:-1]):
+            following = chain[at + 1]
+            with _patched(modules[kept.path], state[kept.path].patch()):
+                for i, call in enumerate(kept.calls):
+                    hidden = _hidden(self.blocks.run(call))
+                    following.calls[i] = _with_hidden(following.calls[i], kept.outputs[i], hidden)
+                    kept.outputs[i] = hidden
+        for lane, call in zip(self.lanes, chain[-1].calls, strict=True):
+            lane.waiting[PACKED] = call
+
+    def _parts(self, path: str) -> "Parts":
+        """A loaded block as its file has it."""
+        tensors = self._read(self.files()[path])[0]
+        parts = Parts()
+        for plane in range(max(len(planes) for planes in tensors.values())):
+            own = {name: planes[plane] for name, planes in tensors.items() if plane < len(planes)}
+            for name, value in self.blocks.replaced(path, own).items():
+                plan = self.by_parameter.get(f"{path}.{name}")
+                if plan is None:
+                    parts.vectors[name] = value
+                else:
+                    parts.stored[name] = (*parts.stored.get(name, ()), value)
+                    parts.forms[name] = Form(plan.group_size, _turned(plan, value), *plan.rotation)
+        return parts
+
+    # --- files -------------------------------------------------------------------------------
+
+    def _write(self, file: Path, path: str, parts: "Parts", report: Mapping[str, Any]) -> None:
+        """Write a block's file: its tensors as they will be stored, under the source's names."""
+        disk: dict[str, list[Tensor]] = {}
+        for plane in range(2):
+            values = {n: p[plane] for n, p in parts.stored.items() if plane < len(p)}
+            values |= parts.vectors if plane == 0 else {}
+            on_disk = self.blocks.on_disk({f"{path}.{n}": v.cpu() for n, v in values.items()})
+            for name, value in on_disk.items():
+                disk.setdefault(name, []).append(value)
         stored: dict[str, Tensor] = {}
         records: dict[str, Record] = {}
-        for name, value in tensors.items():
-            plan = self.plans.get(name)
-            if plan is None:
-                stored[name] = value.contiguous()
+        for name, planes in disk.items():
+            plan = self.plans[name]
+            if plan.ternary:
+                ternary = [_exact(name, plan, plane) for plane in planes]
+                packed, scales = container.encode(*ternary, exact=True)
+                stored[name], stored[name + SCALE_SUFFIX] = packed, scales
+                # scales are in 16 bits or more here, whatever the result will have
+                record = replace(plan, scale_dtype="F16").record
+                records[name] = record(container.digest(packed, scales))
+            else:
+                stored[name] = planes[0].to(DTYPES[plan.dtype]).contiguous()
                 records[name] = Record(container.digest(stored[name]))
-                continue
-            logical = value.transpose(-1, -2) if plan.choice.transposed else value
-            ternary = levels(logical.contiguous(), plan.group_size)
-            assert ternary is not None, f"{name} is not ternary"
-            packed, scales = container.encode(ternary, exact=True)
-            stored[name], stored[name + SCALE_SUFFIX] = packed, scales
-            records[name] = plan.record(container.digest(packed, scales))
+        metadata = container.dump_metadata(records) | {"report": json.dumps(report)}
         temporary = file.with_suffix(".new")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_file(stored, temporary, metadata=container.dump_metadata(records))
+        save_file(stored, temporary, metadata=metadata)
         temporary.replace(file)
 
-    def _read(self, file: Path) -> dict[str, Tensor]:
-        """A block's file as float32 tensors under the source's names, as the source has them."""
-        packed = open_files(file.parent, [file.name])
-        records = container.records_of(packed)
-        container.check(packed, records)
-        tensors = {}
-        for name, record in records.items():
-            value = packed.read(name).reshape(packed.tensors[name].shape)
-            if record.shape is not None:
-                info = packed.tensors[name + SCALE_SUFFIX]
-                scales = packed.read(name + SCALE_SUFFIX).reshape(info.shape)
-                value = container.decode(value, scales, record).dequantize(torch.float32)
-                b = block_size(value.shape[-1], ROTATE) if ROTATE else 0
-                value = unrotate(value, b, 0) if b else value
-                if record.transposed:
-                    value = value.transpose(-1, -2).contiguous()
-            tensors[name] = value
-        return tensors
+    def _read(self, file: Path) -> tuple[dict[str, tuple[Tensor, ...]], dict[str, Any]]:
+        """A block's file: the planes of its tensors, float32, as the source has them; its report.
+
+        Rotated matrices are left as they are stored.
+        """
+        packed = open_solved(file)
+        tensors: dict[str, tuple[Tensor, ...]] = {}
+        for name, record in container.records_of(packed).items():
+            if record.shape is None:
+                value = packed.read(name).reshape(packed.tensors[name].shape)
+                tensors[name] = (value.to(torch.float32),)
+                continue
+            dense = [t.dequantize(torch.float32) for t in read_solved(packed, name, record)]
+            tensors[name] = tuple(
+                t.transpose(-1, -2).contiguous() if record.transposed else t for t in dense
+            )
+        return tensors, json.loads(packed.metadata[file.name]["report"])
+
+    def _load_report(self, file: Path) -> None:
+        self.reports.append(BlockReport(**self._read(file)[1]))
+
+
+@dataclass
+class Parts:
+    """What becomes of a block, by parameter.
+
+    stored   planes of ternary weights in the parameter's orientation, rotated if stored so
+    forms    how each weight is stored
+    vectors  biases and norms that have changed
+    """
+
+    stored: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    forms: dict[str, Form] = field(default_factory=dict)
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+
+    def patch(self) -> dict[str, Tensor]:
+        """The parameters that the block runs with."""
+        weights = {n: self.forms[n].parameter(sum_planes(p)) for n, p in self.stored.items()}
+        return weights | self.vectors
+
+
+def open_solved(file: Path) -> Checkpoint:
+    """A block's file, its bytes checked."""
+    packed = open_files(file.parent, [file.name])
+    container.check(packed, container.records_of(packed))
+    return packed
+
+
+def read_solved(packed: Checkpoint, name: str, record: Record) -> tuple[Ternary, ...]:
+    """The planes of one ternary tensor of a block's file."""
+    trits, scales = (
+        packed.read(n).reshape(packed.tensors[n].shape) for n in (name, name + SCALE_SUFFIX)
+    )
+    return container.decode_planes(trits, scales, record)
+
+
+def sum_planes(planes: Sequence[Tensor]) -> Tensor:
+    """The weight that planes stand for, as `container.dequantize` adds them."""
+    total = planes[0]
+    for plane in planes[1:]:
+        total = total + plane
+    return total
+
+
+def _exact(name: str, plan: TensorPlan, value: Tensor) -> Ternary:
+    """A tensor of the source's shape whose values are ternary already, as trits and scales."""
+    logical = value.transpose(-1, -2) if plan.choice.transposed else value
+    ternary = levels(logical.contiguous(), plan.group_size)
+    assert ternary is not None, f"{name} is not ternary"
+    return ternary
 
 
 @contextmanager
@@ -308,15 +623,19 @@ def _biases(trace: Trace, block: nn.Module) -> dict[str, str]:
     return found
 
 
-def _sizes(weight: Tensor, turned: bool) -> tuple[int, int]:
-    rows, cols = weight.shape[-2:]
-    return (cols, rows) if turned else (rows, cols)
+def _turned(plan: TensorPlan, parameter: Tensor) -> bool:
+    """Whether the parameter lies (cols, rows)."""
+    rows, cols = plan.shape[-2:]
+    if plan.choice.transposed:
+        return True
+    assert parameter.shape[-1] == cols, f"{plan.name}: {tuple(parameter.shape)} of {plan.shape}"
+    return False
 
 
 def _tokens(values: Tensor, mask: Tensor | None) -> Tensor:
     """(batch, length, n) -> (tokens, n) without padding."""
     if mask is not None and values.shape[:2] == mask.shape:
-        return values[mask.bool()]
+        return values[mask.bool().to(values.device)]
     return values.reshape(-1, values.shape[-1])
 
 
@@ -324,3 +643,16 @@ def _hidden(output: Any) -> Tensor:
     """The hidden states that a block gives, alone or first of several."""
     hidden: Tensor = output if isinstance(output, Tensor) else output[0]
     return hidden
+
+
+def _takes(call: Call, hidden: Tensor) -> bool:
+    """Whether a block is called with just these hidden states."""
+    found = []
+    map_tensors((call.args, call.kwargs), lambda t: found.append(t is hidden) or t)  # type: ignore[func-returns-value]
+    return any(found)
+
+
+def _with_hidden(call: Call, old: Tensor, new: Tensor) -> Call:
+    """The call with other hidden states."""
+    args, kwargs = map_tensors((call.args, call.kwargs), lambda t: new if t is old else t)
+    return Call(call.block, args, kwargs)

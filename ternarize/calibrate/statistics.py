@@ -52,14 +52,30 @@ class _Enough(Exception):
 
 
 _LINEAR = {F.linear}
-_MATMUL = {torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm,
-           Tensor.__matmul__}
+_MATMUL = {
+    torch.matmul,
+    torch.mm,
+    torch.bmm,
+    Tensor.matmul,
+    Tensor.mm,
+    Tensor.bmm,
+    Tensor.__matmul__,
+}
 _ADDMM = {torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm}
 _ADD = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__}
 _IN_PLACE = {Tensor.add_, Tensor.__iadd__}
 _MUL = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
-_SAME = {F.dropout, torch.dropout, Tensor.view, Tensor.reshape, torch.reshape, Tensor.contiguous,
-         Tensor.to, Tensor.float, Tensor.type_as}
+_SAME = {
+    F.dropout,
+    torch.dropout,
+    Tensor.view,
+    Tensor.reshape,
+    torch.reshape,
+    Tensor.contiguous,
+    Tensor.to,
+    Tensor.float,
+    Tensor.type_as,
+}
 
 
 class Trace(TorchFunctionMode):
@@ -196,7 +212,11 @@ class Group:
     names: tuple[str, ...]
     products: int
     sums: int
-    residual: frozenset[str]
+
+    @property
+    def stack(self) -> bool:
+        """Whether these are experts: which tokens reach them depends on the stream."""
+        return self.products == 0
 
     def seen(self, trace: Trace) -> bool:
         """Whether a forward has gone far enough for this group."""
@@ -226,15 +246,8 @@ def sequential_groups(trace: Trace, weights: Mapping[str, Tensor]) -> list[Group
     for names in members:
         own = [p for p in trace.products if p.name in names]
         stack = any(weights[n].ndim == 3 for n in names)
-        summed = frozenset() if stack else frozenset(p.name for p in own if p.terms is not None)
-        groups.append(
-            Group(
-                tuple(names),
-                0 if stack else len(own),
-                max((p.sums for p in own), default=0),
-                summed,
-            )
-        )
+        last = max((p.sums for p in own), default=0)
+        groups.append(Group(tuple(names), 0 if stack else len(own), last))
     return groups
 
 
@@ -256,7 +269,9 @@ class Moments:
     tokens: int = 0
 
     @classmethod
-    def empty(cls, rows: int, cols: int, *, target: bool, device: torch.device) -> "Moments":
+    def empty(
+        cls, rows: int, cols: int, *, target: bool, device: torch.device | str = "cpu"
+    ) -> "Moments":
         double = {"dtype": torch.float64, "device": device}
         return cls(
             torch.zeros(cols, cols, **double),  # type: ignore[call-overload]

@@ -1,0 +1,198 @@
+"""Mixed precision: which matrices get more bits, and which get fewer, within a budget.
+
+What a matrix is worth is measured. On held-out samples, in the float model, each matrix alone is
+ternarized without data in each form that it may take (groups of 256, 128, 64 or 32 weights, or two
+planes), and the block's output compared with what it was:
+
+    harm(matrix, form) = sum |y' - y|^2 / sum |y|^2      over the tokens of the block's output
+
+Relative errors of block outputs add up along the residual stream, so the sum of all harms is what
+is to be small while the sum of all bits stays within the budget. Starting from the smallest form of
+each matrix, the step with the most harm saved per bit is taken for as long as it fits; steps that
+are not on the lower convex hull of (bits, harm) are never taken (Shoham and Gersho, bit allocation
+for an arbitrary set of quantizers: https://doi.org/10.1109/29.90373).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ternarize.calibrate.blocks import Batch, Blocks, Call
+from ternarize.checkpoint import DTYPES, Checkpoint
+from ternarize.errors import CheckpointError, UsageError
+from ternarize.methods import itf
+from ternarize.plan import TensorPlan
+
+GROUP_SIZES = (256, 128, 64, 32)
+SAMPLES = 4  # batches on which harm is measured
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One form of a parameter: the plans of the tensors that load into it, their bits, its harm."""
+
+    plans: tuple[TensorPlan, ...]
+    bits: int
+    harm: float
+
+
+def allocate(
+    source: Checkpoint,
+    tensors: Sequence[TensorPlan],
+    batches: Sequence[Batch],
+    target_bpw: float,
+    *,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> list[TensorPlan]:
+    """Plans of the tensors with other group sizes and planes, at most `target_bpw` on average.
+
+    target_bpw  stored bits, scales and padding included, per ternary weight
+
+    Raises UsageError if not even the smallest forms are within it.
+    """
+    measured = _measure(source, tensors, batches, device, progress)
+    total = sum(plan.info.numel for choices in measured for plan in choices[0].plans)
+    taken, least = _spend([_hull(choices) for choices in measured], int(target_bpw * total))
+    if least > target_bpw * total:
+        raise UsageError(
+            f"target bpw: {target_bpw}; this model takes at least {least / max(1, total):.4f} bits "
+            "per ternary weight. Ask for that much, or use --scale-bits 8."
+        )
+    chosen = {plan.name: plan for choice in taken for plan in choice.plans}
+    return [chosen.get(t.name, t) for t in tensors]
+
+
+def _spend(hulls: Sequence[Sequence[Choice]], budget: int) -> tuple[list[Choice], int]:
+    """The choice of each hull; and the bits of the smallest choices."""
+    at = [0] * len(hulls)
+    least = bits = sum(hull[0].bits for hull in hulls)
+    while True:
+        steps = []
+        for index, hull in enumerate(hulls):
+            if at[index] + 1 < len(hull):
+                now, then = hull[at[index]], hull[at[index] + 1]
+                if bits + then.bits - now.bits <= budget:
+                    gain = (now.harm - then.harm) / (then.bits - now.bits)
+                    steps.append((gain, -index))
+        if not steps:
+            return [hull[i] for hull, i in zip(hulls, at, strict=True)], least
+        index = -max(steps)[1]
+        bits += hulls[index][at[index] + 1].bits - hulls[index][at[index]].bits
+        at[index] += 1
+
+
+def _hull(choices: Sequence[Choice]) -> list[Choice]:
+    """The lower convex hull of (bits, harm), from the fewest bits to the least harm."""
+    hull: list[Choice] = []
+    for choice in sorted(choices, key=lambda c: (c.bits, c.harm)):
+        if hull and choice.harm >= hull[-1].harm:
+            continue
+        while len(hull) > 1:
+            a, b = hull[-2:]
+            if (a.harm - b.harm) * (choice.bits - b.bits) > (b.harm - choice.harm) * (
+                b.bits - a.bits
+            ):
+                break
+            hull.pop()
+        hull.append(choice)
+    return hull
+
+
+def _measure(
+    source: Checkpoint,
+    tensors: Sequence[TensorPlan],
+    batches: Sequence[Batch],
+    device: str,
+    progress: Progress | None,
+) -> list[list[Choice]]:
+    """The forms of every parameter, with their harms."""
+    blocks = Blocks(source, [t.name for t in tensors if t.ternary], device)
+    by_parameter: dict[str, list[TensorPlan]] = {}
+    for t in tensors:
+        for parameter in blocks.places[t.name].parameters if t.ternary else ():
+            by_parameter.setdefault(parameter, []).append(t)
+    forwards = [blocks.start(batch)[0] for batch in batches[:SAMPLES]]
+    found: list[list[Choice]] = []
+    seen: set[str] = set()
+    try:
+        calls = [forward.resume() for forward in forwards]
+        while len(seen) < len(blocks.paths):
+            if not all(isinstance(c, Call) and c.block == calls[0].block for c in calls):
+                raise CheckpointError(
+                    f"{source.directory}: its forward does not come to all of its blocks; expected "
+                    "that it does. Convert it without --target-bpw."
+                )
+            path = calls[0].block
+            with blocks.loaded(path) as block:
+                outputs = [blocks.run(call) for call in calls]
+                for name, weight in block.named_parameters() if path not in seen else ():
+                    plans = by_parameter.get(f"{path}.{name}")
+                    if plans is None or any(p.name in _names(found) for p in plans):
+                        continue  # parameters that share a tensor share its form
+                    found.append(_forms(blocks, calls, outputs, weight, plans))
+            seen.add(path)
+            if progress is not None:
+                progress(len(seen), len(blocks.paths), f"sensitivity of block {len(seen)}")
+            if len(seen) < len(blocks.paths):
+                calls = [f.resume(o) for f, o in zip(forwards, outputs, strict=True)]
+    finally:
+        for forward in forwards:
+            forward.stop()
+    return found
+
+
+def _names(found: Sequence[Sequence[Choice]]) -> set[str]:
+    return {plan.name for choices in found for plan in choices[0].plans}
+
+
+def _forms(
+    blocks: Blocks,
+    calls: Sequence[Call],
+    outputs: Sequence[object],
+    parameter: torch.nn.Parameter,
+    plans: Sequence[TensorPlan],
+) -> list[Choice]:
+    weight, choices = parameter.data, []
+    turned = plans[0].choice.transposed
+    logical = (weight.transpose(-1, -2) if turned else weight).contiguous()
+    cols = logical.shape[-1]
+    sizes = [(size, 1) for size in GROUP_SIZES if size < cols] or [(-1, 1)]
+    sizes = [(-1, 1), *sizes] if cols <= GROUP_SIZES[0] else sizes
+    for group_size, planes in dict.fromkeys([*sizes, (plans[0].group_size, 2)]):
+        dense = itf(logical, group_size).dequantize(torch.float32)
+        if planes == 2:
+            dense = dense + itf(logical - dense, group_size).dequantize(torch.float32)
+        parameter.data = dense.transpose(-1, -2) if turned else dense
+        harms = [_harm(blocks.run(c), o) for c, o in zip(calls, outputs, strict=True)]
+        parameter.data = weight
+        own = tuple(replace(p, group_size=group_size, planes=planes) for p in plans)
+        bits = sum(8 * _stored_bytes(p) for p in own)
+        choices.append(Choice(own, bits, sum(harms) / len(harms)))
+    return choices
+
+
+def _stored_bytes(plan: TensorPlan) -> int:
+    return sum(
+        DTYPES[dtype].itemsize * torch.Size(shape).numel() for _, dtype, shape in plan.stored()
+    )
+
+
+def _harm(output: object, wanted: object) -> float:
+    a, b = (x if isinstance(x, Tensor) else x[0] for x in (output, wanted))  # type: ignore[index]
+    return float((a - b).square().sum() / b.square().sum())
+
+
+def describe(tensors: Sequence[TensorPlan]) -> Mapping[str, int]:
+    """How many ternary tensors have each form, for people."""
+    counts: dict[str, int] = {}
+    for t in tensors:
+        if t.ternary:
+            planes = ", two planes" if t.planes == 2 else ""
+            what = f"groups of {t.group_size}{planes}" if t.group_size > 0 else f"rows{planes}"
+            counts[what] = counts.get(what, 0) + 1
+    return counts

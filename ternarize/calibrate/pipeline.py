@@ -1,0 +1,245 @@
+"""The calibrated part of a conversion: data, budget, block loop, and the figures at the end."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from ternarize import container
+from ternarize.calibrate.budget import allocate, describe
+from ternarize.calibrate.data import SELF, Samples, Source, read
+from ternarize.calibrate.run import Calibration, open_solved
+from ternarize.checkpoint import Checkpoint
+from ternarize.codecs import scale_values
+from ternarize.container import Record
+from ternarize.errors import CheckpointError, QualityError, UsageError
+from ternarize.evaluate import compare_logits, open_tokenizer, pool, summarize
+from ternarize.plan import Calibrate, Plan, TensorPlan
+
+TOKENS_IN_BATCH = 4096
+BUDGET = "budget.json"
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What calibration found.
+
+    solved   tensor of the source -> the file that has it, and its record there
+    tensors  the plan's tensors, in the forms that the budget gave them
+    record   plain data for ternarize.json: data, blocks, quality
+    """
+
+    solved: dict[str, tuple[Checkpoint, Record]]
+    tensors: list[TensorPlan]
+    record: dict[str, Any]
+
+
+def calibrate(
+    work: Plan,
+    tensors: Sequence[TensorPlan],
+    folder: Path,
+    *,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Calibrated:
+    """Calibrate the ternary tensors of a plan.
+
+    tensors  the plan's, those that are not to be calibrated marked as kept
+    folder   for the files of the blocks; what is there from a run that was broken off is used
+
+    Raises UsageError for data that cannot be used, CheckpointError for a model that cannot be run.
+    """
+    how = work.recipe.calibrate
+    assert how is not None
+    samples = _samples(work, how)
+    if how.target_bpw is not None:
+        tensors = _budget(work.source, tensors, samples, how, folder, device, progress)
+    bits = work.recipe.scale_bits
+
+    def rounding(scales: Tensor) -> Tensor:
+        return scale_values(container.store_scales(scales, bits=bits), torch.float64)
+
+    calibration = Calibration(
+        work.source,
+        tensors,
+        {"train": samples.batches, "held": samples.heldout, "report": samples.report},
+        folder,
+        rounding=rounding,
+        steps=how.reconstruct,
+        window=how.window,
+        seed=how.seed,
+        device=device,
+        progress=progress,
+    )
+    quality = _quality(calibration, samples, work.source)
+    solved: dict[str, tuple[Checkpoint, Record]] = {}
+    for file in calibration.files().values():
+        packed = open_solved(file)
+        for name, record in container.records_of(packed).items():
+            solved[name] = packed, record
+    found = {
+        "data": samples.description,
+        "quality": quality,
+        "forms": describe(tensors),
+        "uncalibrated": sum(len(r.uncalibrated) for r in calibration.reports),
+        "blocks": [asdict(report) for report in calibration.reports],
+    }
+    return Calibrated(solved, list(tensors), found)
+
+
+def _samples(work: Plan, how: Calibrate) -> Samples:
+    directory = work.source.directory
+    settings = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    model_class = getattr(transformers, (settings.architectures or [""])[0], None)
+    if model_class is None:
+        raise CheckpointError(
+            f"{directory / 'config.json'}: architectures {settings.architectures}; calibration "
+            f"runs the model and needs a class of transformers {transformers.__version__}. Convert "
+            "it without --dataset, or install the version that has the class."
+        )
+    known = {"tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model"}
+    has_tokenizer = any((directory / name).is_file() for name in known)
+    tokenizer = open_tokenizer(directory) if has_tokenizer else None
+    seq_len = how.seq_len
+    length = seq_len or 512
+    generate = _Writer(directory, model_class) if how.dataset == SELF else None
+    source = Source(how.dataset, how.num_samples, seq_len, how.seed, how.text_column)
+    return read(
+        source,
+        config=settings,
+        model_class=model_class,
+        tokenizer=tokenizer,
+        generate=generate,
+        batch_size=max(1, TOKENS_IN_BATCH // length),
+    )
+
+
+class _Writer:
+    """Lets the source model write text, loaded when it is first asked to."""
+
+    def __init__(self, directory: Path, model_class: Any) -> None:
+        self.directory, self.model_class, self.model = directory, model_class, None
+
+    @torch.inference_mode()
+    def __call__(self, prompt: Tensor, length: int, generator: torch.Generator) -> Tensor:
+        """Sample from the model, token by token, at temperature 1: (n, p) -> (n, length) int64."""
+        if self.model is None:
+            self.model = self.model_class.from_pretrained(self.directory, dtype="auto").eval()
+        model: Any = self.model
+        ids, step, cache = prompt, prompt, None
+        while ids.shape[1] < length:
+            output = model(input_ids=step, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            probabilities = output.logits[:, -1].float().softmax(-1).cpu()
+            step = torch.multinomial(probabilities, 1, generator=generator)
+            ids = torch.cat([ids, step], 1)
+        return ids[:, :length].clone()
+
+
+def _budget(
+    source: Checkpoint,
+    tensors: Sequence[TensorPlan],
+    samples: Samples,
+    how: Calibrate,
+    folder: Path,
+    device: str,
+    progress: Progress | None,
+) -> list[TensorPlan]:
+    """Spend the bits, or read how they were spent before the run was broken off."""
+    path = folder / BUDGET
+    assert how.target_bpw is not None
+    if path.is_file():
+        forms = json.loads(path.read_text("utf-8"))
+        return [
+            replace(t, group_size=forms[t.name][0], planes=forms[t.name][1]) if t.ternary else t
+            for t in tensors
+        ]
+    found = allocate(
+        source, tensors, samples.heldout, how.target_bpw, device=device, progress=progress
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".new")
+    temporary.write_text(json.dumps({t.name: [t.group_size, t.planes] for t in found}), "utf-8")
+    temporary.replace(path)
+    return found
+
+
+def _quality(
+    calibration: Calibration, samples: Samples, source: Checkpoint
+) -> dict[str, dict[str, float | None]]:
+    """Run the calibration, and measure the packed model against the source on the report set.
+
+    Language models: perplexity of both, KL divergence, top-1 agreement, as `evaluate` defines them.
+    Others: cosine of the pooled embeddings (encoders), or of all outputs.
+    """
+    causal, pooled = [], []
+    for index, float_output, packed_output in calibration.run():
+        batch = samples.report[index]
+        logits = getattr(packed_output, "logits", None)
+        ids = batch.get("decoder_input_ids", batch.get("input_ids"))
+        if logits is not None and ids is not None and logits.shape[:2] == ids.shape:
+            for row in range(len(ids)):
+                pair = [o.logits[row, :-1] for o in (packed_output, float_output)]
+                causal.append(compare_logits(pair, ids[row]))
+            continue
+        ours, theirs = (
+            pool(_main(output), batch.get("attention_mask"))
+            for output in (packed_output, float_output)
+        )
+        pooled.append((ours * theirs).sum(-1))
+    if causal:
+        return summarize(torch.tensor(causal, dtype=torch.float64).T)
+    cosines = torch.cat(pooled).double()
+    error = float(cosines.std()) / math.sqrt(len(cosines)) if len(cosines) > 1 else None
+    return {"cosine": {"value": float(cosines.mean()), "standard_error": error}}
+
+
+def _main(output: Any) -> Tensor:
+    first: Tensor = output[0]
+    return first
+
+
+# figure -> whether more of it is worse
+FIGURES = {
+    "perplexity": True,
+    "perplexity_ratio": True,
+    "kl_divergence": True,
+    "top1_agreement": False,
+    "cosine": False,
+}
+
+
+def check_quality(
+    quality: Mapping[str, Mapping[str, float | None]], bounds: Mapping[str, float]
+) -> None:
+    """Compare the figures on the report set with bounds.
+
+    bounds  figure -> the most it may be (perplexity, perplexity_ratio, kl_divergence), or the least
+            (top1_agreement, cosine)
+
+    Raises QualityError where a bound is exceeded, UsageError where a figure was not measured.
+    """
+    for name, bound in bounds.items():
+        if name not in quality:
+            raise UsageError(
+                f"min quality: {name!r} is not measured of this model; expected one of "
+                f"{', '.join(n for n in FIGURES if n in quality)}. Name one of them."
+            )
+        value = quality[name]["value"]
+        assert value is not None
+        worse = value > bound if FIGURES[name] else value < bound
+        if worse or math.isnan(value):
+            raise QualityError(
+                f"{name}: {value:.4f} on the report samples; expected at "
+                f"{'most' if FIGURES[name] else 'least'} {bound}. Nothing was "
+                "written; with another "
+                "--min-quality the same command goes on, or calibrate on more or other text."
+            )

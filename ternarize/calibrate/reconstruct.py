@@ -1,0 +1,199 @@
+"""Reconstruction by gradient: the trits, scales and vectors of a few blocks trained together.
+
+`gptq` solves one matrix after the other; what it cannot do is trade an error in one matrix against
+another, or see what lies between them. Here a window of one to four neighbouring blocks is trained
+to give what the float stream gives, from the state that `gptq` left.
+
+    weight of the window   W' = s t,   t = clip(round(V / s), -1, 1),   s = s_0 exp(u)
+    loss                   mean Huber_1((y' - y) / sigma),  sigma = the window's error at the start
+
+V is a latent weight and u a correction of the scale; gradients go straight through the rounding
+(where |V / s| < 1.5), so d W'/d V = 1 and d W'/d s = t - V / s, as in LSQ. Scales are rounded in
+the forward as they will be stored. Vectors of the blocks (biases, norms) are trained with them. V
+starts at the float weight, moved into the interval that rounds to the trit `gptq` chose: near its
+edge where that choice was a compensation, so a small gradient can undo it. There is no weight
+decay, which would pull V to the zero trits.
+
+The state with the least loss on held-out samples is kept; the start is one of the candidates.
+
+Sources: the straight-through estimator, https://arxiv.org/abs/1308.3432; step sizes learned, LSQ,
+https://arxiv.org/abs/1902.08153, eq. 3; blocks trained one by one, BRECQ,
+https://arxiv.org/abs/2102.05426; sliding windows of ternary blocks, https://arxiv.org/abs/2606.26650.
+"""
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ternarize.calibrate.gptq import Rounding
+from ternarize.rotation import rotate, unrotate
+from ternarize.tensor import group_length
+
+RATE = 0.002  # of V, in units of the matrix's mean scale, per step
+SCALE_RATE = 1e-3  # of u
+VECTOR_RATE = 1e-3  # of biases and norms, in units of their root mean square
+CHECK_EVERY = 25  # steps between looks at the held-out loss
+PATIENCE = 6  # looks without a gain that end the training
+MARGIN = 0.3  # V starts at most this far from s t, in units of s
+
+# run the window on sample i with these parameters (by full name) -> (output, target), one shape
+Run = Callable[[int, Mapping[str, Tensor]], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a weight parameter is stored in the file.
+
+    transposed  the parameter is (..., cols, rows)
+    block, seed of the rotation; block 0: none
+    """
+
+    group_size: int
+    transposed: bool = False
+    block: int = 0
+    seed: int = 0
+
+    def turn(self, parameter: Tensor) -> Tensor:
+        """Between the parameter's orientation and (..., rows, cols)."""
+        return parameter.transpose(-1, -2) if self.transposed else parameter
+
+    def parameter(self, stored: Tensor) -> Tensor:
+        """The parameter that the block multiplies by, from what is stored (both as it lies)."""
+        if not self.block:
+            return stored
+        return self.turn(unrotate(self.turn(stored), self.block, self.seed)).contiguous()
+
+
+class TernaryWeight:
+    """A trainable ternary weight: latent V (..., rows, cols) and log-scales u."""
+
+    def __init__(self, weight: Tensor, ternarized: Tensor, form: Form, rounding: Rounding) -> None:
+        """weight: the parameter in float; ternarized: as it is stored now."""
+        self.form, self.rounding = form, rounding
+        w, q = form.turn(weight), form.turn(ternarized)
+        if form.block:
+            w = rotate(w, form.block, form.seed)
+        self.cols = w.shape[-1]
+        scales = self._scales_of(q)
+        self.start = scales
+        level = self._spread(scales).clamp(min=1e-30)
+        trits = q.sign()
+        latent = level * (trits + (w / level - trits).clamp(-MARGIN, MARGIN))
+        self.latent = nn.Parameter(torch.where(self._spread(scales) > 0, latent, w))
+        self.log_scale = nn.Parameter(torch.zeros_like(scales))
+
+    def _grouped(self, matrix: Tensor) -> Tensor:
+        length = group_length(self.cols, self.form.group_size)
+        short = -self.cols % length
+        return torch.unflatten(F.pad(matrix, (0, short)), -1, (-1, length))
+
+    def _scales_of(self, q: Tensor) -> Tensor:
+        """The scale of each group of a ternary matrix."""
+        if self.form.group_size == 0:
+            return q.abs().amax((-1, -2), keepdim=True)
+        return self._grouped(q.abs()).amax(-1)
+
+    def _spread(self, scales: Tensor) -> Tensor:
+        length = group_length(self.cols, self.form.group_size)
+        return scales.repeat_interleave(length, -1)[..., : self.cols]
+
+    def scales(self) -> Tensor:
+        """Scales as they will be stored; gradients as if they were not rounded."""
+        exact = self.start * self.log_scale.exp()
+        return exact + (self.rounding(exact.detach()).float() - exact).detach()
+
+    def stored(self) -> Tensor:
+        """s t in the space of the file (rotated, if it is), in the parameter's orientation."""
+        level = self._spread(self.scales())
+        ratio = (self.latent / level.clamp(min=1e-30)).clamp(-1.5, 1.5)
+        trits = ratio + (ratio.round().clamp(-1, 1) - ratio).detach()
+        return self.form.turn(level * trits)
+
+
+def reconstruct(
+    weights: Mapping[str, TernaryWeight],
+    vectors: Mapping[str, Tensor],
+    run: Run,
+    train: Sequence[int],
+    held: Sequence[int],
+    steps: int,
+    seed: int,
+    progress: Callable[[int, str], None] | None = None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], float, float]:
+    """Train a window; returns (stored weights, vectors, held-out loss before, after).
+
+    weights   full name of a parameter -> its trainable form
+    vectors   full names and values of biases and norms, trained too
+    run       runs the window on one sample
+    train     samples to train on; held: to choose by
+    steps     how many; one sample each
+    """
+    free = {name: nn.Parameter(value.clone()) for name, value in vectors.items()}
+    groups: list[dict[str, Any]] = []
+    for weight in weights.values():
+        unit = float(weight.start.mean())
+        groups.append({"params": [weight.latent], "lr": RATE * unit})
+        groups.append({"params": [weight.log_scale], "lr": SCALE_RATE})
+    for value in free.values():
+        unit = float(value.detach().square().mean().sqrt()) + 1e-4
+        groups.append({"params": [value], "lr": VECTOR_RATE * unit})
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    rates = [group["lr"] for group in groups]
+
+    def parameters() -> dict[str, Tensor]:
+        return {name: w.form.parameter(w.stored()) for name, w in weights.items()} | dict(free)
+
+    @torch.no_grad()
+    def held_loss(sigma: float) -> float:
+        state = parameters()
+        losses = [_loss(*run(i, state), sigma) for i in held]
+        return float(torch.stack(losses).mean())
+
+    with torch.no_grad():
+        state = parameters()
+        pairs = [run(i, state) for i in held]
+        sigma = math.sqrt(sum(float((y - t).square().mean()) for y, t in pairs) / len(pairs))
+        del pairs
+    sigma = max(sigma, 1e-12)
+    best = start = held_loss(sigma)
+    kept = _snapshot(weights, free)
+    order: list[int] = []
+    shuffle, waited = random.Random(seed), 0
+    for step in range(steps):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+        if not order:
+            order = list(train)
+            shuffle.shuffle(order)
+        optimizer.zero_grad()
+        loss = _loss(*run(order.pop(), parameters()), sigma)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
+            now = held_loss(sigma)
+            waited += 1
+            if now < best:
+                best, kept, waited = now, _snapshot(weights, free), 0
+            if progress is not None:
+                progress(step + 1, f"held-out loss {now / start:.3f} of the start")
+            if waited >= PATIENCE:
+                break
+    return kept[0], kept[1], start, best
+
+
+def _snapshot(
+    weights: Mapping[str, TernaryWeight], free: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    with torch.no_grad():
+        stored = {name: weight.stored().clone() for name, weight in weights.items()}
+        return stored, {name: value.detach().clone() for name, value in free.items()}
+
+
+def _loss(output: Tensor, target: Tensor, sigma: float) -> Tensor:
+    return F.huber_loss(output / sigma, target / sigma, delta=1.0)
