@@ -129,8 +129,8 @@ def autoround(model: Model, data: Path, variant: Variant) -> Quantized:
         **variant.options,
     )
     with tempfile.TemporaryDirectory() as output:
-        compressor.quantize_and_save(output, format="auto_round")
-        return decode_gptq(Path(output), model.blocks)
+        _, saved = compressor.quantize_and_save(output, format="auto_round")  # in a folder of it
+        return decode_gptq(Path(saved), model.blocks)
 
 
 def gptq(model: Model, data: Path, variant: Variant) -> Quantized:
@@ -253,12 +253,12 @@ VARIANTS = [
     Variant("GPTQ", "lm", 128, {"sym": False}),
     Variant("GPTQ", "lm", 64, {"sym": False}),
     Variant("GPTQ", "lm", 128, {"desc_act": True, "act_group_aware": False}),
-    Variant("AutoRound", "lm", 128),
-    Variant("AutoRound", "lm", 64),
-    Variant("AutoRound", "lm", 128, {"sym": False}),
-    Variant("AutoRound", "lm", 64, {"sym": False}),
-    Variant("AutoRound", "minilm", 128),
-    Variant("AutoRound", "minilm", 64),
+    *(
+        Variant("AutoRound", model, group_size, options)
+        for model in MODELS
+        for options in ({"sym": False}, {})
+        for group_size in (64, 128)
+    ),
 ]
 
 

@@ -1,17 +1,21 @@
 """Perplexity, KL divergence and top-1 agreement of a small language model after conversion.
 
-    python benchmarks/quality_lm.py DATA_DIR [--json OUT.json]
+    python benchmarks/quality_lm.py DATA_DIR [--only NAME ...] [--json OUT.json]
 
-DATA_DIR holds the checkpoint `lm` and the text `text/eval.txt`. The protocol: the first 60,000
-tokens, documents split at lines `<|doc|>`, each beginning with the bos token, windows of 256
-without overlap, positions 2..256 count, float32 arithmetic. Everything is deterministic but for
-the rounding of sums, which depends on the machine.
+DATA_DIR holds the checkpoint `lm` and the texts `text/calibration.txt` and `text/eval.txt`. The
+protocol: the first 60,000 tokens of eval.txt, documents split at lines `<|doc|>`, each beginning
+with the bos token, windows of 256 without overlap, positions 2..256 count, float32 arithmetic.
+Calibrated rows see calibration.txt only. The rows "... to other kinds" calibrate on some kinds of
+its documents and are measured on the documents of the other kinds in eval.txt.
 """
 
 import argparse
 import json
+import re
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,72 +25,119 @@ import transformers
 import ternarize
 from ternarize.convert import convert
 from ternarize.evaluate import evaluate
-from ternarize.plan import Recipe
+from ternarize.plan import Calibrate, Recipe
 from ternarize.report import inspect
 
-VARIANTS = [("absmean", 0), ("absmean", 128), ("twn", 128), ("itf", 256), ("itf", 128), ("itf", 64)]
 MAX_TOKENS, SEQ_LEN = 60_000, 256
+SAMPLES = 512  # windows to calibrate on
 MEASURES = {"perplexity": ".2f", "kl_divergence": ".4f", "top1_agreement": ".4f"}
+KINDS: dict[str, Callable[[str], bool]] = {
+    "pep": lambda text: text.startswith("PEP:"),
+    "eip": lambda text: bool(re.match(r"---\s+eip:", text)),
+    "rfc": lambda text: bool(re.search("Feature Name|Start Date|RFC PR", text[:400])),
+}
 
 
-def measure(data: Path, method: str, group_size: int) -> dict[str, Any]:
-    """Convert the language model with one recipe and compare it with its source."""
+def recipes(text: Path) -> dict[str, Recipe]:
+    """The rows of the table: name -> recipe; calibrated ones on `text`."""
+
+    def gptq(group_size: int = 128, scale_bits: int = 16, **options: Any) -> Recipe:
+        how = Calibrate(str(text), SAMPLES, SEQ_LEN, **options)
+        return Recipe("gptq", group_size, scale_bits=scale_bits, calibrate=how)
+
+    return {
+        "absmean tensor": Recipe("absmean", 0),
+        "absmean 128": Recipe("absmean", 128),
+        "twn 128": Recipe("twn", 128),
+        "itf 256": Recipe("itf", 256),
+        "itf 128": Recipe("itf", 128),
+        "itf 64": Recipe("itf", 64),
+        "gptq row": gptq(-1),
+        "gptq 256": gptq(256),
+        "gptq 128": gptq(128),
+        "gptq 64, 8-bit scales": gptq(64, 8),
+        "gptq 128, not rotated": gptq(128, rotation=0),
+        "gptq budget 1.75": gptq(128, target_bpw=1.75),
+        "gptq budget 2": gptq(128, target_bpw=2.0),
+        "gptq 128, reconstruct": gptq(128, reconstruct=200, window=2),
+    }
+
+
+def split_kinds(path: Path, kinds: set[str], output: Path) -> Path:
+    """Write the documents of these kinds ("other": of none of them) to a file of their own."""
+    documents = re.split(r"(?m)^<\|doc\|>\s*$", path.read_text("utf-8"))
+    chosen = []
+    for document in filter(None, map(str.strip, documents)):
+        kind = next((name for name, is_of in KINDS.items() if is_of(document)), "other")
+        if kind in kinds:
+            chosen.append(document)
+    output.write_text("\n<|doc|>\n".join(chosen), "utf-8")
+    return output
+
+
+def measure(data: Path, recipe: Recipe, text: Path) -> dict[str, Any]:
+    """Convert the language model with one recipe and compare it with its source on `text`."""
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "packed"
-        convert(data / "lm", output, Recipe(method=method, group_size=group_size))
+        began = time.perf_counter()
+        convert(data / "lm", output, recipe)
+        seconds = time.perf_counter() - began
         bpw = inspect(output)["totals"]["ternary_bpw"]
         result = evaluate(
-            output,
-            source=data / "lm",
-            text=data / "text" / "eval.txt",
-            seq_len=SEQ_LEN,
-            max_tokens=MAX_TOKENS,
+            output, source=data / "lm", text=text, seq_len=SEQ_LEN, max_tokens=MAX_TOKENS
         )
-    return {"method": method, "group_size": group_size, "bpw": bpw} | {
+    return {"bpw": bpw, "seconds": seconds} | {
         key: value for key, value in result.items() if key not in ("model", "source", "text")
     }
 
 
-def source_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The source, which every variant was compared with."""
-    exact = {"value": 0.0, "standard_error": 0.0}
-    return {
-        "method": "source (FP16)",
-        "group_size": "",
-        "bpw": 16.0,
-        "perplexity": rows[0]["source_perplexity"],
-        "kl_divergence": exact,
-        "top1_agreement": {"value": 1.0, "standard_error": 0.0},
-    }
+def rows_of(data: Path, only: list[str] | None, scratch: Path) -> list[dict[str, Any]]:
+    calibration, held = data / "text" / "calibration.txt", data / "text" / "eval.txt"
+    todo = [(name, recipe, held) for name, recipe in recipes(calibration).items()]
+    groups = {"pep": {"pep"}, "eip, speeches": {"eip", "other"}}
+    for name, kinds in groups.items():
+        seen = split_kinds(calibration, kinds, scratch / f"calibrate {name}.txt")
+        others = {*KINDS, "other"} - kinds
+        unseen = split_kinds(held, others, scratch / f"eval not {name}.txt")
+        todo.append((f"itf 128 on all but {name}", Recipe("itf", 128), unseen))
+        todo.append((f"gptq 128 from {name} to other kinds", recipes(seen)["gptq 128"], unseen))
+    rows = []
+    for name, recipe, text in todo:
+        if only is None or name in only:
+            print(f"{name} ...", file=sys.stderr)
+            rows.append({"name": name} | measure(data, recipe, text))
+            print(markdown(rows[-1:]).splitlines()[-1], file=sys.stderr)
+    return rows
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """A table of the measures with their standard errors."""
     lines = [
-        "| method | group size | bpw | perplexity | KL (nats/token) | top-1 agreement |",
-        "|---|---|---|---|---|---|",
+        "| method, group | bpw | perplexity | the source's | KL, nats/token | top-1 | seconds |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        cells = [row["method"], str(row["group_size"]), f"{row['bpw']:.4g}"]
+        cells = [row["name"], f"{row['bpw']:.4g}"]
         for name, style in MEASURES.items():
             value, error = row[name]["value"], row[name]["standard_error"]
             cells.append(f"{value:{style}} ± {error:{style}}")
+        cells.insert(3, f"{row['source_perplexity']['value']:.2f}")
+        cells.append(f"{row['seconds']:.0f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("data", type=Path, help="directory with lm and text/eval.txt")
+    parser.add_argument("data", type=Path, help="directory with lm and text")
+    parser.add_argument("--only", nargs="*", help="names of rows")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     args = parser.parse_args()
     logging: Any = transformers.utils.logging  # has no annotations
     logging.disable_progress_bar()
-    rows = []
-    for method, group_size in VARIANTS:
-        print(f"{method}, group size {group_size} ...", file=sys.stderr)
-        rows.append(measure(args.data, method, group_size))
-    print(markdown([source_row(rows), *rows]))
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = rows_of(args.data, args.only, Path(scratch))
+    print(markdown(rows))
     if args.json:
         versions = {
             "ternarize": ternarize.__version__,

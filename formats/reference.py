@@ -7,10 +7,10 @@ trits or weights as int8 in row-major order, or of the bytes of a kept tensor, a
 with 1 if a file breaks a rule. Needs Python 3.10 and numpy, nothing of the package whose files it
 checks.
 
-The file is laid out as the documents are: JSON, the safetensors header, the records, the trits, the
-int8 weights, the scales, the directory. Each refusal starts with the name of the rule it enforces;
-the same name is in the specification and on a file in vectors/invalid. Every length that a file
-claims is compared with the bytes that are there before memory is taken for it.
+The file is laid out as the documents are: the rotation, JSON, the safetensors header, the records,
+the trits, the int8 weights, the scales, the directory. Each refusal starts with the name of the
+rule it enforces; the same name is in the specification and on a file in vectors/invalid. Every
+length that a file claims is compared with the bytes that are there before memory is taken for it.
 """
 
 import hashlib
@@ -35,8 +35,9 @@ DTYPE_SIZES = {
     **dict.fromkeys(["U32", "I32", "F32"], 4),
     **dict.fromkeys(["U64", "I64", "F64", "C64"], 8),
 }
-PACKED_MEMBERS = {"shape", "group_size", "codec", "transposed", "planes"}
-FEATURES = {"scale8", "planes", "int8"}
+PACKED_MEMBERS = {"shape", "group_size", "codec", "transposed", "planes", "rotation"}
+FEATURES = {"scale8", "planes", "int8", "rotation"}
+BLOCKS = {4, 16, 64, 256, 1024}
 TRITS_OF_BYTE = np.array(
     [[code // 3**i % 3 - 1 for i in range(5)] for code in range(243)], dtype=np.int8
 )
@@ -80,7 +81,9 @@ class Kept:
 @dataclass(frozen=True)
 class Ternary:
     """trits (..., rows, planes x cols) int8; scales (..., rows or 1, planes x groups), widened
-    without rounding. Of two planes, a row of the second is behind that of the first."""
+    without rounding. Of two planes, a row of the second is behind that of the first.
+
+    rotation is None, or block and seed."""
 
     trits: NDArray[np.int8]
     scales: NDArray[np.float32]
@@ -88,9 +91,20 @@ class Ternary:
     group_size: int
     transposed: bool
     planes: int
+    rotation: tuple[int, int] | None = None
 
     def dequantize(self) -> NDArray[np.float32]:
-        """weight = scale * trit, (..., rows, cols) float32: exact, for a trit is -1, 0 or +1.
+        """The weights (..., rows, cols) float32: those stored, of a rotated tensor turned back.
+
+        The rotation is undone in float64 and the result rounded to float32.
+        """
+        stored = self.stored()
+        if self.rotation is None:
+            return stored
+        return unrotate(stored.astype(np.float64), *self.rotation).astype(np.float32)
+
+    def stored(self) -> NDArray[np.float32]:
+        """scale * trit, (..., rows, cols) float32: exact, for a trit is -1, 0 or +1.
 
         Of two planes: the sum of both, rounded to the nearest float32, at the middle to even.
         """
@@ -129,6 +143,37 @@ def scaled(
         return np.zeros(numbers.shape, np.float32)
     scale_of_col = np.repeat(scales, group_length(cols, group_size), axis=-1)
     return (scale_of_col[..., :cols] * numbers).astype(np.float32)
+
+
+# Rotation
+
+
+def signs_of(cols: int, seed: int) -> NDArray[np.float64]:
+    """sign(0) to sign(cols - 1): the uppermost bit of SplitMix64, in Python's integers."""
+    signs = np.ones(cols)
+    for col in range(cols):
+        z = (seed + (col + 1) * 0x9E3779B97F4A7C15) % 2**64
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        z ^= z >> 31
+        if z >= 2**63:
+            signs[col] = -1
+    return signs
+
+
+def unrotate(stored: NDArray[np.float64], block: int, seed: int) -> NDArray[np.float64]:
+    """W = V R^T of (..., cols): the fast transform of each block, then the signs.
+
+    In each round, two elements whose places differ in one bit become their sum and difference.
+    """
+    *lead, cols = stored.shape
+    values, step = stored, 1
+    while step < block:
+        pairs = values.reshape(*lead, cols // (2 * step), 2, step)
+        first, second = pairs[..., 0, :], pairs[..., 1, :]
+        values = np.stack([first + second, first - second], axis=-2).reshape(stored.shape)
+        step *= 2
+    return values / math.sqrt(block) * signs_of(cols, seed)
 
 
 # JSON
@@ -264,7 +309,22 @@ def check_record(name: str, record: Any, features: set[str]) -> bool:
         planes = record["planes"]
         good = type(planes) is int and planes == 2 and "planes" in features and codec == "base3"
         require(good, "record-planes-bad", f"{name}: planes is {planes!r}, features {features}")
+    if "rotation" in record:
+        good = is_rotation(record["rotation"], shape[-1])
+        good = good and "rotation" in features and codec == "base3"
+        told = f"{record['rotation']!r}, codec {codec}, features {features}"
+        require(good, "record-rotation-bad", f"{name}: rotation is {told}")
     return True
+
+
+def is_rotation(value: object, cols: int) -> bool:
+    """True for {"block": b, "seed": s} with a known block that divides cols and 32 bits of seed."""
+    if not isinstance(value, dict):
+        return False
+    block, seed = value.get("block"), value.get("seed")
+    if type(block) is not int or block not in BLOCKS or cols % block != 0:
+        return False
+    return type(seed) is int and 0 <= seed < 2**32
 
 
 # Trits and scales
@@ -384,7 +444,10 @@ def decode_packed(
     transposed = "transposed" in record
     if int8:
         return Int8(numbers, values, scale.dtype, group_size, transposed)
-    return Ternary(numbers, values, scale.dtype, group_size, transposed, planes)
+    rotation = None
+    if "rotation" in record:
+        rotation = record["rotation"]["block"], record["rotation"]["seed"]
+    return Ternary(numbers, values, scale.dtype, group_size, transposed, planes, rotation)
 
 
 # Files and directories

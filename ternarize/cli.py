@@ -40,6 +40,7 @@ class Method(str, Enum):
     absmean = "absmean"
     twn = "twn"
     itf = "itf"
+    gptq = "gptq"
 
 
 class Dtype(str, Enum):
@@ -122,7 +123,12 @@ def _options(
 def convert(
     model: Model,
     output: Annotated[Path, typer.Argument(help="Directory to make; must not exist.")],
-    method: Annotated[Method, typer.Option(help="How weights become trits.")] = Method.absmean,
+    method: Annotated[
+        Method | None,
+        typer.Option(
+            help="How weights become trits; gptq calibrates. Default: absmean, with --dataset gptq."
+        ),
+    ] = None,
     group_size: Annotated[
         int,
         typer.Option(help="Weights per scale; -1: one group per row; 0: one scale per tensor."),
@@ -150,6 +156,53 @@ def convert(
     activations: Annotated[
         Activations, typer.Option(help="Recorded for the loader: int8 per token, or none.")
     ] = Activations.none,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Calibrate on texts: a .txt, .jsonl, .json or .parquet file, a directory of them, "
+            "or a Hub dataset; self: what the model writes; default: a text that comes with "
+            "ternarize."
+        ),
+    ] = None,
+    num_samples: Annotated[
+        int | None, typer.Option(help="Samples to calibrate on; default: 256.")
+    ] = None,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a sample; default: what the model takes, at most 512."),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Of the choice of samples, of rotation and training; default: 0."),
+    ] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="Column of the texts; default: text or messages.")
+    ] = None,
+    rotation: Annotated[
+        int | None,
+        typer.Option(
+            help="Largest block of the rotation of inputs, a power of 4; 0: none; default: 256."
+        ),
+    ] = None,
+    reconstruct: Annotated[
+        int | None,
+        typer.Option(metavar="STEPS", help="Steps of training for each block; default: 0."),
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Blocks to train together, 1 to 4; default: 1.")
+    ] = None,
+    target_bpw: Annotated[
+        float | None,
+        typer.Option(help="Bits per ternary weight, spent where they matter most."),
+    ] = None,
+    min_quality: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Fail unless samples put aside give at most this perplexity, perplexity_ratio or "
+            "kl_divergence, or at least this top1_agreement or cosine.",
+        ),
+    ] = None,
     device: Device = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Tensors worked on at once.")] = None,
     dry_run: Annotated[
@@ -162,17 +215,40 @@ def convert(
     """Convert a checkpoint into a packed ternary one.
 
     Linear weights in the repeated blocks of the model become ternary; the rest is kept, and
-    --dry-run says why. Interrupted, the same command goes on; OUTPUT appears when all of it is
-    verified.
+    --dry-run says why. With --dataset they are fitted, block by block, to what the model does on
+    those texts, and the result is measured on texts put aside. Interrupted, the same command goes
+    on; OUTPUT appears when all of it is verified.
 
     Example: ternarize convert examples/tiny-llama packed --method itf
+
+    Example: ternarize convert examples/tiny-llama fitted --dataset default --num-samples 8
     """
+    options: dict[str, Any] = {
+        "num_samples": num_samples,
+        "seq_len": seq_len,
+        "seed": seed,
+        "text_column": text_column,
+        "rotation": rotation,
+        "reconstruct": reconstruct,
+        "window": window,
+        "target_bpw": target_bpw,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    chosen = method or (Method.gptq if dataset is not None else Method.absmean)
+    if chosen != Method.gptq:
+        asked = [*(["dataset"] if dataset is not None else []), *given]
+        _refuse_calibration([*asked, *(["min_quality"] if min_quality else [])], method)
+    if (window or 1) > 1 and not reconstruct:
+        raise UsageError(
+            f"--window: {window} blocks to train together, without training; expected "
+            "--reconstruct STEPS with it. Add it, or leave out --window."
+        )
     from ternarize.codecs import THREADS
     from ternarize.convert import convert as run
-    from ternarize.plan import Recipe, plan
+    from ternarize.plan import Calibrate, Recipe, plan
 
     recipe = Recipe(
-        method.value,
+        chosen.value,
         group_size,
         tuple(keep or ()),
         tuple(include or ()),
@@ -182,13 +258,26 @@ def convert(
         tuple(planes or ()),
         head.value,
         embeddings.value,
+        Calibrate("default" if dataset is None else dataset, **given)
+        if chosen == Method.gptq
+        else None,
     )
+    bounds = _bounds(min_quality or [])
     if dry_run:
         _print_plan(plan(model, recipe, config_only=True), as_json)
         return
-    with _progress("converting", quiet) as update:
+    if recipe.calibrate is not None:
+        _quiet_transformers()
+        device = device or _fastest_device(quiet)
+    with _progress(_stage, quiet) as update:
         record = run(
-            model, output, recipe, threads=threads or THREADS, device=device, progress=update
+            model,
+            output,
+            recipe,
+            threads=threads or THREADS,
+            device=device,
+            progress=update,
+            min_quality=bounds,
         )
     if as_json:
         _print_json({"output": str(output), **record})
@@ -197,33 +286,106 @@ def convert(
 
     report = describe(output)
     _print_totals(report)
+    _print_calibration(report)
     if not quiet:
         _hint(model, output, report)
 
 
+def _refuse_calibration(asked: list[str], method: Method | None) -> None:
+    """Raise UsageError for options of calibration beside a method that has none."""
+    if not asked:
+        return
+    option = "--" + asked[0].replace("_", "-")
+    if method is None:
+        raise UsageError(
+            f"{option}: is for calibration, which nothing asks for; expected --dataset with it. "
+            "Add --dataset default or a text of your own."
+        )
+    raise UsageError(
+        f"{option}: is for calibration, and --method {method.value} uses no data; expected "
+        f"--method gptq with it. Change the method, or leave out {option}."
+    )
+
+
+def _bounds(asked: list[str]) -> dict[str, float]:
+    """The values of --min-quality: ["kl_divergence=0.2"] -> {"kl_divergence": 0.2}."""
+    if not asked:
+        return {}
+    from ternarize.calibrate.pipeline import FIGURES
+
+    bounds: dict[str, float] = {}
+    for each in asked:
+        name, _, text = each.partition("=")
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if name not in FIGURES or not math.isfinite(value):
+            raise UsageError(
+                f"--min-quality: {each!r}; expected NAME=VALUE with a number and one of "
+                f"{', '.join(FIGURES)}. Write for instance kl_divergence=0.2."
+            )
+        if name in bounds:
+            raise UsageError(
+                f"--min-quality: {name} is given twice; expected one bound for it. Leave one out."
+            )
+        bounds[name] = value
+    return bounds
+
+
+def _fastest_device(quiet: bool) -> str:
+    """Where to calibrate when nothing is asked for: on a GPU if there is one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    if not quiet:
+        name = torch.cuda.get_device_name()
+        err.print(f"calibrating on cuda ({name}); --device cpu for the processor", highlight=False)
+    return "cuda"
+
+
+def _stage(text: str) -> str:
+    """What a conversion does when its progress says `text`."""
+    if text.startswith("sensitivity of block "):
+        return "measuring sensitivity"
+    return "calibrating" if re.match(r"block \d+ of \d+: ", text) else "packing"
+
+
 @command
 def inspect(
-    model: Packed, as_json: AsJson = False, quiet: Quiet = False, debug: Debug = False
+    model: Packed,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw the errors to this image (.png, .svg, .pdf); needs matplotlib."),
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
 ) -> None:
     """Show what a packed checkpoint holds: shape, method, bits, sparsity, error of each tensor.
 
+    Of a calibrated one also the errors of its blocks before and after, and its quality.
+
     Example: ternarize inspect packed
     """
-    from ternarize.report import inspect as describe
+    from ternarize import report as reports
 
-    report = describe(model)
+    report = reports.inspect(model)
+    if plot is not None:
+        reports.plot(report, plot)
     if as_json:
         _print_json(report)
         return
     _print_tensors(report)
     _print_totals(report)
+    _print_calibration(report)
 
 
 @command
 def verify(
     model: Packed,
     source: Annotated[
-        str | None, typer.Option(help="Convert this source again and compare every tensor.")
+        str | None, typer.Option(help="Compare every tensor with what this source gives.")
     ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -231,21 +393,37 @@ def verify(
 ) -> None:
     """Check every byte of a packed checkpoint; with --source, that it is what the source gives.
 
+    The source is converted again. Weights that were calibrated are compared by their error on
+    record, since the data is not needed for that.
+
     Example: ternarize verify packed --source examples/tiny-llama
     """
     from ternarize.verify import verify as run
 
-    with _progress("verifying", quiet) as update:
+    with _progress(lambda _: "verifying", quiet) as update:
         result = run(model, source, progress=update)
     if as_json:
         _print_json({"model": model, **result})
         return
-    same = f", all equal to what {source} gives" if source else ""
+    same = _comparison(source, result["compared"]) if source else ""
     int8 = f", {result['int8']} int8" if result["int8"] else ""
     print(
         f"ok: {result['ternary']} ternary{int8} and {result['kept']} kept tensors "
         f"in {result['files']} files, {_size(result['bytes'])}, digests match{same}"
     )
+
+
+def _comparison(source: str, compared: dict[str, int]) -> str:
+    """How tensors were compared with the source, in words."""
+    if not compared["by_error"] and not compared["in_shape"]:
+        return f", all equal to what {source} gives"
+    words = (
+        f"\nagainst {source}: {compared['converted_again']} equal to what it gives; "
+        f"{compared['by_error']} calibrated, with the error on record"
+    )
+    if compared["in_shape"]:
+        words += f"; {compared['in_shape']} fitted by calibration, of which only shapes compare"
+    return words
 
 
 @command
@@ -277,7 +455,7 @@ def eval_(
     from ternarize.evaluate import evaluate
 
     _quiet_transformers()
-    with _progress("evaluating", quiet) as update:
+    with _progress(lambda _: "evaluating", quiet) as update:
         result = evaluate(
             model,
             source=source,
@@ -293,17 +471,8 @@ def eval_(
     if as_json:
         _print_json(result)
         return
-    grid = Table("measure", "value", "standard error", box=None)
-    for name, measure in result.items():
-        if isinstance(measure, dict):
-            error = measure["standard_error"]
-            grid.add_row(
-                name.replace("_", " "),
-                f"{measure['value']:.4f}",
-                "" if error is None else f"{error:.4f}",
-            )
+    _print_measures({name: each for name, each in result.items() if isinstance(each, dict)})
     out = _out()
-    out.print(grid)
     number = f"{result['windows']} windows" if "windows" in result else f"{result['lines']} lines"
     out.print(f"{number}, {result['tokens']:,} tokens, {result['dtype']} on {result['device']}")
 
@@ -385,23 +554,43 @@ def _quiet_transformers() -> None:
 
 
 @contextmanager
-def _progress(what: str, quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
-    """A bar on stderr with the time left, where stderr is a terminal."""
+def _progress(
+    stage: Callable[[str], str], quiet: bool
+) -> Iterator[Callable[[int, int, str], None] | None]:
+    """A bar on stderr with the time left, where stderr is a terminal.
+
+    stage  what is being done when the progress says so; where that or the total changes, or less is
+           done than before, the bar and its clock start afresh
+    """
     if quiet:
         yield None
         return
     columns = (
-        TextColumn(what),
+        TextColumn("{task.fields[stage]}"),
         BarColumn(),
         TaskProgressColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
     )
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task("", total=None)
+    bar = Progress(
+        *columns,
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+        speed_estimate_period=300,  # the groups of a block go at speeds of their own
+    )
+    with bar:
+        task = bar.add_task("", total=None, stage="reading")
+        latest: tuple[str, int, int] = ("", 0, 0)
 
-        def update(done: int, total: int, name: str) -> None:
-            bar.update(task, completed=done, total=total, description=escape(name))
+        def update(done: int, total: int, text: str) -> None:
+            nonlocal latest
+            now = stage(text)
+            if latest[:2] != (now, total) or done < latest[2]:
+                bar.reset(task, total=total, completed=done, description=escape(text), stage=now)
+            else:
+                bar.update(task, completed=done, description=escape(text))
+            latest = now, total, done
 
         yield update
 
@@ -457,15 +646,44 @@ def _print_plan(work: Any, as_json: bool) -> None:
         f"{int8}{coverage['kept']:,} kept + {coverage['tied']:,} tied copies"
     )
     ratio = table["source_bytes"] / max(1, table["packed_bytes"])
+    calibrate = table["recipe"]["calibrate"]
+    besides = " (calibration takes more)" if calibrate else ""
     out.print(
         f"{_size(table['source_bytes'])} -> {_size(table['packed_bytes'])} ({ratio:.2f} times "
-        f"smaller); memory: about {_size(table['convert_memory_bytes'])} to convert, "
+        f"smaller); memory: about {_size(table['convert_memory_bytes'])} to convert{besides}, "
         f"{_size(table['load_memory_bytes'])} to load"
     )
+    if calibrate:
+        out.print(_calibration_plan(calibrate), soft_wrap=True)
     for name in table["left_out"]:
         out.print(f"left out: {escape(name)}")
     for note in table["notes"]:
         out.print(f"note: {escape(note)}")
+
+
+def _calibration_plan(calibrate: dict[str, Any]) -> str:
+    """What the plan of a calibrated conversion has to say beyond sizes."""
+    length = f"of {calibrate['seq_len']} tokens"
+    if calibrate["seq_len"] is None:
+        length = "as long as the model takes, at most 512 tokens"
+    parts = [
+        f"calibrated on {escape(calibrate['dataset'])}: {calibrate['num_samples']} samples "
+        f"{length}",
+        f"inputs rotated in blocks of up to {calibrate['rotation']}"
+        if calibrate["rotation"]
+        else "inputs not rotated",
+    ]
+    if calibrate["reconstruct"]:
+        parts.append(
+            f"{calibrate['reconstruct']} steps of training for each block, "
+            f"{calibrate['window']} trained together"
+        )
+    if calibrate["target_bpw"] is not None:
+        parts.append(
+            f"group sizes and planes are decided when it is run, for {calibrate['target_bpw']:g} "
+            "bits per ternary weight; the sizes above are those of equal groups"
+        )
+    return "; ".join(parts)
 
 
 def _print_tensors(report: dict[str, Any]) -> None:
@@ -481,7 +699,9 @@ def _print_tensors(report: dict[str, Any]) -> None:
         grid.add_row(
             escape(row["name"]),
             shape,
-            (row["method"] or "?") + (f", {row['planes']} planes" if row["planes"] > 1 else ""),
+            escape(row["method"] or "?")
+            + (f", {row['planes']} planes" if row["planes"] > 1 else "")
+            + (f", rotated by {row['rotation']}" if row["rotation"] else ""),
             str(row["group_size"]),
             f"{row['bpw']:.3f}",
             f"{row['sparsity']:.3f}",
@@ -508,27 +728,114 @@ def _print_totals(report: dict[str, Any]) -> None:
         print(_size(t["file_bytes"]))
 
 
+SHOWN_BLOCKS = 8  # rows of a table that fits a terminal beside the rest
+
+
+def _print_calibration(report: dict[str, Any]) -> None:
+    """What a calibrated conversion measured, if the report is of one."""
+    found = report["calibration"]
+    if found is None:
+        return
+    out, data, blocks = _out(), found["data"], found["blocks"]
+    read = f"{data.get('samples')} samples"
+    if data.get("tokens"):
+        read += f", {data['tokens']} tokens"
+    held, reported = data.get("heldout_samples"), data.get("report_samples")
+    out.print(
+        f"\ncalibrated on {escape(str(data.get('dataset')))}: {read}; "
+        f"{held} more to choose by, {reported} to report on",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for note in data.get("notes") or ():
+        out.print(f"note: {escape(str(note))}", soft_wrap=True)
+    if len(found["forms"]) > 1:
+        forms = ", ".join(f"{count} in {escape(form)}" for form, count in found["forms"].items())
+        out.print(f"ternary tensors: {forms}", soft_wrap=True)
+    few = {
+        f"{block['block']}.{name}": tokens
+        for block in blocks
+        for name, tokens in block["uncalibrated"].items()
+    }
+    if few:
+        some = ", ".join(f"{escape(n)} ({tokens} tokens)" for n, tokens in list(few.items())[:3])
+        out.print(
+            f"{len(few)} matrices saw too few tokens and were ternarized without data: {some}"
+            + (", ..." if len(few) > 3 else ""),
+            soft_wrap=True,
+        )
+    else:
+        out.print("no matrix was left uncalibrated: all saw enough tokens")
+    grid = Table("relative error of outputs", "before", "after", box=None)
+    for label, block in _chosen_blocks(blocks):
+        grid.add_row(escape(label), f"{block['before']:.4f}", f"{block['after']:.4f}")
+    out.print(grid)
+    if found["quality"]:
+        _print_measures(found["quality"])
+
+
+def _chosen_blocks(blocks: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """(label, block) of all blocks, or of the first, the worst and the last of many."""
+    if len(blocks) <= SHOWN_BLOCKS:
+        return [(block["block"], block) for block in blocks]
+    worst = max(range(len(blocks)), key=lambda at: blocks[at]["after"])
+    roles: dict[int, list[str]] = {}
+    for role, at in (("first", 0), ("worst", worst), ("last", len(blocks) - 1)):
+        roles.setdefault(at, []).append(role)
+    return [
+        (f"{blocks[at]['block']} ({' and '.join(words)} of {len(blocks)})", blocks[at])
+        for at, words in sorted(roles.items())
+    ]
+
+
+def _print_measures(measures: dict[str, dict[str, Any]]) -> None:
+    grid = Table("measure", "value", "standard error", box=None)
+    for name, measure in measures.items():
+        value, error = measure["value"], measure["standard_error"]
+        grid.add_row(
+            escape(name.replace("_", " ")),
+            "?" if value is None else f"{value:.4f}",
+            "" if error is None else f"{error:.4f}",
+        )
+    _out().print(grid)
+
+
 def _hint(model: str, output: Path, report: dict[str, Any]) -> None:
-    """What to expect of a conversion without data, and what to do next."""
-    recipe, error = report["recipe"], report["totals"]["relative_error"]
+    """What to expect of the result, and what to do next."""
+    error = report["totals"]["relative_error"]
+    absmean = report["recipe"]["method"] == "absmean"
     methods = {row["method"] for row in report["tensors"] if row["kind"] == "ternary"}
     if methods == {"lossless"}:
         err.print("The source was ternary already: packed without loss.")
+        return
+    measure = (
+        f"  ternarize eval {shlex.quote(str(output))} --source {shlex.quote(model)} --text FILE"
+    )
+    if report["calibration"] is not None:
+        err.print(
+            "\nThese figures are on text like that of the calibration. Measure on your own:\n"
+            + measure,
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
         return
     if error is None:
         return
     err.print(
         f"\nWeights rounded without data lose {error:.0%} of their energy here: an ordinary model "
         "(not trained in\nternary) answers clearly worse than its source. Measure how much:\n"
-        f"  ternarize eval {shlex.quote(str(output))} --source {shlex.quote(model)} --text FILE",
+        + measure,
         highlight=False,
         markup=False,
         soft_wrap=True,
     )
-    if recipe["method"] == "absmean":
-        err.print(
-            "--method itf gives a smaller error at the same size.", highlight=False, soft_wrap=True
-        )
+    better = "--method itf gives a smaller error at the same size; " if absmean else ""
+    err.print(
+        f"{better}--dataset default (or your own texts) calibrates, for clearly better answers.",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def main() -> None:

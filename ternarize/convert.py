@@ -257,6 +257,14 @@ def is_ternary(source: Checkpoint, tensor: TensorPlan) -> bool:
     return False
 
 
+def _trained_ternary(source: Checkpoint, tensor: TensorPlan) -> bool:
+    """`is_ternary`, in whatever groups."""
+    try:
+        return is_ternary(source, tensor)
+    except Relayout:
+        return True
+
+
 def _fit(
     weight: Tensor, tensor: TensorPlan, method: Callable[[Tensor, int], Ternary], lossless: bool
 ) -> tuple[list[Ternary], Tensor]:
@@ -523,14 +531,24 @@ class _Conversion:
         """Calibrate what is not ternary already; the layout changes to what comes of it."""
         recipe = self.work.recipe
         tensors = [t for shard in self.shards for t in shard.tensors]
+        todo = [t for t in tensors if t.ternary and not t.tied_to]
+        ordinary = [t for t in todo if not _trained_ternary(self.work.source, t)]
+        # what loads into one parameter is calibrated together, or not at all
+        touched = {p for t in ordinary for p in t.choice.parameters}
+        fitted = {t.name for t in ordinary}
+        fitted |= {t.name for t in todo if not touched.isdisjoint(t.choice.parameters)}
         for at, tensor in enumerate(tensors):
-            if tensor.ternary and not tensor.tied_to:
-                if is_ternary(self.work.source, tensor):
-                    tensors[at] = replace(tensor, choice=replace(tensor.choice, codec=""))
-                else:
-                    tensors[at] = calibrated_plan(tensor, recipe)
+            if tensor.name in fitted:
+                tensors[at] = calibrated_plan(tensor, recipe)
+            elif tensor.ternary and not tensor.tied_to:
+                tensors[at] = replace(tensor, choice=replace(tensor.choice, codec=""))
         folder = self.partial / CALIBRATION
-        found = calibrate(self.work, tensors, folder, device=self.device, progress=self.progress)
+        try:
+            found = calibrate(
+                self.work, tensors, folder, device=self.device, progress=self.progress
+            )
+        except WeightError as error:
+            raise _not_finite(self.work.source, self.work.source.tensors[str(error)]) from None
         check_quality(found.record["quality"], min_quality)
         self.solved, self.calibration = found.solved, found.record
         plans = {t.name: t for t in found.tensors if t.name in found.solved}
@@ -800,6 +818,7 @@ def make_record(
     """The record of a conversion: what was done to what, tensor by tensor, and what came out."""
     source = work.source
     tensors: dict[str, dict[str, Any]] = {}
+    unseen = {name for b in (calibration or {}).get("blocks", ()) for name in b["uncalibrated"]}
     for shard in shards:
         for t in shard.tensors:
             row: dict[str, Any] = {
@@ -819,6 +838,9 @@ def make_record(
                     size = max(1, t.info.numel)
                     row["method"] = t.choice.codec
                     if t.ternary:
+                        result = replace(
+                            result, calibrated=result.calibrated and t.name not in unseen
+                        )
                         row["method"] = _method(work.recipe, result)
                     row["group_size"] = result.group_size
                     if t.planes > 1:

@@ -94,12 +94,24 @@ def product(
     activations are differentiated as if they were not rounded (the straight-through estimator).
     """
     if layout.rotation[0]:
-        x = rotate(x, *layout.rotation)
+        x = _rotated(x, layout)
     if torch.is_grad_enabled() and x.requires_grad:
         apply: Any = _Product.apply
         y: Tensor = apply(x, packed, scale, bias, layout)
         return y
     return _product(x, packed, scale, bias, layout)
+
+
+def _rotated(x: Any, layout: Layout) -> Tensor:
+    """R^T x. What is to be rounded to 8 bits is not rounded to 16 by autocast first."""
+    if hasattr(x, "to_local"):  # a DTensor: whole inputs in each process (`check_part`)
+        part = _rotated(x.to_local(), layout)
+        whole: Tensor = x.from_local(part, x.device_mesh, x.placements)
+        return whole
+    if layout.activations == "none":
+        return rotate(x, *layout.rotation)
+    with torch.autocast(x.device.type, enabled=False):
+        return rotate(x, *layout.rotation)
 
 
 def _product(
@@ -159,11 +171,11 @@ def _dense(packed: Any, scale: Any, layout: Layout, dtype: torch.dtype) -> Tenso
     return codecs.dequantize(packed, scale, cols, layout.group_size, dtype, planes=planes)
 
 
-def _unrotated(stored: Tensor, layout: Layout) -> Tensor:
-    """Rows of the weight from rows as they are stored."""
+def _weight(packed: Any, scale: Any, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """The dense weight: `_dense`, turned back where the matrix is stored rotated."""
     if not layout.rotation[0]:
-        return stored
-    return unrotate(stored.float(), *layout.rotation).to(stored.dtype)
+        return _dense(packed, scale, layout, dtype)
+    return unrotate(_dense(packed, scale, layout, torch.float32), *layout.rotation).to(dtype)
 
 
 def _cols(scale: Tensor, layout: Layout) -> int:
@@ -179,8 +191,15 @@ def check_part(name: str, packed: Any, scale: Any, layout: Layout) -> None:
     part, scales = packed.to_local(), scale.to_local()
     cols = _cols(scales, layout)
     fits = layout.group_size > 0 and part.shape[-1] == layout.width(cols)
-    # a cut through the columns of two planes parts the planes, not their columns
-    fits = fits and (layout.planes == 1 and not layout.rotation[0] or cols == layout.cols)
+    # a cut through the columns of two planes parts the planes, not their columns; a rotation needs
+    # inputs that other processes have
+    if cols != layout.cols and (layout.planes > 1 or layout.rotation[0]):
+        what = "planes 2" if layout.planes > 1 else f"rotation {layout.rotation[0]}"
+        raise UsageError(
+            f"{name}: {layout.cols} columns with {what} cannot be cut for "
+            f"{packed.device_mesh.size()} processes; tensor parallelism needs one plane, not "
+            "rotated. Use one process, or convert without it."
+        )
     if not fits or scales.shape[-2] != part.shape[-2]:
         raise UsageError(
             f"{name}: {layout.cols} columns with group_size {layout.group_size} cannot be cut for "
@@ -286,8 +305,7 @@ class TernaryLinear(Packed, nn.Linear):
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The dense weight (out_features, in_features)."""
-        layout = self.layouts["weight"]
-        return _unrotated(_dense(self.weight, self.weight_scale, layout, dtype), layout)
+        return _weight(self.weight, self.weight_scale, self.layouts["weight"], dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         return product(input, self.weight, self.weight_scale, self.bias, self.layouts["weight"])
@@ -352,8 +370,7 @@ class PackedMatrix:
         """The dense tensor, with the shape that the model's code expects."""
         if self.packed.ndim == 3:
             return torch.stack([self[expert].dense() for expert in range(len(self.packed))])
-        stored = _dense(self.packed, self.scale, self.layout, self.dtype)
-        dense = _unrotated(stored, self.layout)
+        dense = _weight(self.packed, self.scale, self.layout, self.dtype)
         return dense.T.contiguous() if self.layout.transposed else dense
 
     def _exposed(self) -> Tensor:
@@ -534,8 +551,7 @@ def gather(
     flat = ids.reshape(-1)
     rows = F.embedding(flat, packed)
     scales = scale if scale.shape[0] == 1 else F.embedding(flat, scale)
-    dense = _unrotated(_dense(rows, scales, layout, dtype), layout)
-    return dense.view(*ids.shape, layout.cols)
+    return _weight(rows, scales, layout, dtype).view(*ids.shape, layout.cols)
 
 
 class PackedEmbedding(Packed):
@@ -618,7 +634,7 @@ def packed_embedding(
 def dense_embedding(module: PackedEmbedding, dtype: torch.dtype) -> None:
     """The inverse of `packed_embedding`: a dense weight of `dtype`, in place."""
     layout = module.layouts["weight"]
-    dense = _unrotated(_dense(module.weight, module.weight_scale, layout, dtype), layout)
+    dense = _weight(module.weight, module.weight_scale, layout, dtype)
     del module.weight_scale, module.weight_like, module.ternary_layouts
     module.weight = nn.Parameter(dense)
     module.__class__ = module.dense_class  # type: ignore[assignment]

@@ -382,8 +382,8 @@ def _common_layout(parts: list[Source], activations: str) -> Layout:
             )
             raise FormatError(
                 f"{part.file}: {part.name}: {mine}, but {parts[0].name}, which the model fuses "
-                f"with it, has {theirs}. Convert both with the same group size, planes and scale "
-                "bits."
+                f"with it, has {theirs}. Convert both with the same group size, planes, rotation "
+                "and scale bits."
             )
     return layouts[0]
 

@@ -144,17 +144,21 @@ def test_compensation_in_blocks_is_the_textbook_loop() -> None:
     metric /= metric.diagonal().mean()
     order = metric.diagonal().argsort(descending=True)
     factor = gptq._factor(metric, 0.05, order)
+    assert factor is not None
     scales = itf(weight, 40).scales.float()
+    # GPTQ as it is published: with the upper Cholesky factor of the inverse
+    damped = metric[order][:, order].double() + 0.05 * torch.eye(150)
+    inverse = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True).float()
     rest, trits = weight[:, order].clone(), torch.zeros_like(weight)
     level = scales.repeat_interleave(40, 1)[:, :150][:, order]
     for j in range(150):
         trits[:, j] = rest[:, j].sign() * (rest[:, j].abs() > level[:, j] / 2)
-        error = (rest[:, j] - trits[:, j] * level[:, j]) / factor[j, j]
-        rest[:, j + 1 :] -= error[:, None] * factor[j, j + 1 :]
+        error = (rest[:, j] - trits[:, j] * level[:, j]) / inverse[j, j]
+        rest[:, j + 1 :] -= error[:, None] * inverse[j, j + 1 :]
     expected = torch.empty_like(trits)
     expected[:, order] = trits
     found = gptq._compensate(weight, factor, scales, order, 40)
-    assert float((found == expected).float().mean()) > 0.995  # ties of rounding aside
+    assert float((found == expected).float().mean()) > 0.99  # roundings at the thresholds aside
 
 
 def damped_error(trits: Tensor, scales: Tensor, weight: Tensor, metric: Tensor, size: int) -> float:

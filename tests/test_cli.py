@@ -1,5 +1,6 @@
 """The command line: what goes where, exit codes, the examples of the documents, CLI.md itself."""
 
+import io
 import json
 import re
 import shlex
@@ -10,10 +11,14 @@ from typing import Any
 
 import pytest
 import tiny_models
+from rich.console import Console
+from rich.progress import Progress
 from typer.testing import CliRunner, Result
 
+from ternarize import cli
 from ternarize.cli import Method, app
 from ternarize.methods import METHODS
+from ternarize.plan import GPTQ, Calibrate
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "tiny-llama"
@@ -106,6 +111,7 @@ def test_a_model_without_a_record_is_still_described(packed: Path, tmp_path: Pat
     assert run("verify", tmp_path, "--source", packed).exit_code == 1
 
 
+FIT = ["convert", "SOURCE", "OUT", "--method", "gptq"]
 MISTAKES: list[tuple[list[str], int, str]] = [
     (["convert", "no/such/model", "OUT"], 1, "no such directory"),
     (["convert", "SOURCE", "SOURCE"], 1, "is the source"),
@@ -125,6 +131,18 @@ MISTAKES: list[tuple[list[str], int, str]] = [
     (["generate", "PACKED", "--prompt", "x", "--device", "abacus"], 1, "tokenizer"),
     (["convert", "SOURCE", "FILE/out"], 1, "cannot be made"),
     (["transmogrify"], 2, "transmogrify"),
+    (["convert", "SOURCE", "OUT", "--method", "itf", "--dataset", "x"], 2, "--method gptq"),
+    (["convert", "SOURCE", "OUT", "--num-samples", "9"], 2, "Add --dataset"),
+    (["convert", "SOURCE", "OUT", "--min-quality", "cosine=0.9"], 2, "Add --dataset"),
+    ([*FIT, "--min-quality", "kl=0.1"], 2, "kl_divergence"),
+    ([*FIT, "--min-quality", "kl_divergence=low"], 2, "NAME=VALUE"),
+    ([*FIT, "--min-quality", "cosine=1", "--min-quality", "cosine=2"], 2, "given twice"),
+    ([*FIT, "--window", "2"], 2, "--reconstruct"),
+    ([*FIT, "--rotation", "100"], 2, "0 or one of 4, 16"),
+    ([*FIT, "--target-bpw", "1"], 2, "1.6 to 16 bits"),
+    (["convert", "EXAMPLE", "OUT", "--dataset", "no/such.txt"], 2, "no/such.txt"),
+    (["inspect", "PACKED", "--plot", "no/such/out.png"], 1, "there is no directory"),
+    (["inspect", "PACKED", "--plot", "out.doc"], 2, "no kind of image"),
 ]
 
 
@@ -132,7 +150,7 @@ MISTAKES: list[tuple[list[str], int, str]] = [
 def test_mistakes_get_one_clear_line(
     arguments: list[str], code: int, words: str, source: Path, packed: Path, tmp_path: Path
 ) -> None:
-    places = {"SOURCE": source, "PACKED": packed, "OUT": tmp_path / "out"}
+    places = {"EXAMPLE": EXAMPLE, "SOURCE": source, "PACKED": packed, "OUT": tmp_path / "out"}
     (tmp_path / "file").write_text("")
     places["FILE/out"] = tmp_path / "file" / "out"
     result = run(*(places.get(argument, argument) for argument in arguments))
@@ -164,7 +182,213 @@ def test_an_interruption_exits_with_130_and_says_how_to_go_on(
 
 
 def test_the_command_line_offers_every_method() -> None:
-    assert {method.value for method in Method} == set(METHODS)
+    assert {method.value for method in Method} == {*METHODS, GPTQ}
+
+
+def test_the_help_says_what_the_defaults_of_calibration_are() -> None:
+    text = re.sub(r"\s+", " ", (ROOT / "CLI.md").read_text())
+    defaults = Calibrate()
+    for option in ("num_samples", "seed", "rotation", "reconstruct", "window"):
+        flag, value = "--" + option.replace("_", "-"), getattr(defaults, option)
+        assert re.search(rf"`{flag} [^`]*`: [^`]*default: {value}\.", text), flag
+
+
+# --- calibration -------------------------------------------------------------------------------
+
+CALIBRATE = ["--dataset", ROOT / "examples" / "eval.txt", "--num-samples", "8", "--seq-len", "32"]
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result, Result]:
+    """A calibrated checkpoint; what was said when its quality was refused, and when it was not."""
+    directory = tmp_path_factory.mktemp("calibrated") / "packed"
+    refused = run("convert", EXAMPLE, directory, *CALIBRATE, "--min-quality", "kl_divergence=1e-9")
+    assert not directory.exists()
+    blocks = directory.with_name("packed.partial") / ".calibration"
+    assert len(list(blocks.glob("*.safetensors"))) == 2
+    with pytest.MonkeyPatch.context() as patch:
+
+        def solve(*_: Any, **__: Any) -> None:
+            raise AssertionError("it calibrates again")
+
+        patch.setattr("ternarize.calibrate.run.solve", solve)
+        done = run("convert", EXAMPLE, directory, *CALIBRATE, "--min-quality", "kl_divergence=9")
+    return directory, refused, done
+
+
+def test_a_result_worse_than_asked_for_is_refused_in_one_line(
+    calibrated: tuple[Path, Result, Result],
+) -> None:
+    _, refused, _ = calibrated
+    assert refused.exit_code == 1, refused.output
+    assert refused.stdout == ""
+    (line,) = refused.stderr.strip().splitlines()
+    assert re.match(r"error: kl_divergence: \d\.\d+ .*; expected at most 1e-09\.", line)
+
+
+def test_with_another_bound_the_same_command_goes_on_without_calibrating_again(
+    calibrated: tuple[Path, Result, Result],
+) -> None:
+    directory, _, done = calibrated
+    assert done.exit_code == 0, done.output
+    assert not directory.with_name("packed.partial").exists()
+    assert not list(directory.glob(".*"))
+
+
+def test_a_calibrated_conversion_prints_what_it_measured(
+    calibrated: tuple[Path, Result, Result],
+) -> None:
+    directory, _, done = calibrated
+    text = re.sub(r" +", " ", done.stdout)
+    assert "calibrated on eval.txt: 8 samples, 256 tokens; 1 more to choose by, 1 to report" in text
+    assert "no matrix was left uncalibrated" in text
+    for block in (0, 1):
+        found = re.search(rf"model\.layers\.{block} (0\.\d+) (0\.\d+)", text)
+        assert found and float(found[2]) < float(found[1])
+    for measure in ("perplexity", "source perplexity", "perplexity ratio", "kl divergence"):
+        assert re.search(rf" {measure} \d+\.\d+", text)
+    assert "without data lose" not in done.stderr
+    assert f"ternarize eval {directory}" in done.stderr
+    shown = re.sub(r" +", " ", ok("inspect", directory).stdout)
+    assert text.strip() in shown  # all of it can be had again
+    assert shown.count("gptq, rotated by 256") == 14
+
+
+def test_the_json_of_a_calibrated_conversion_has_the_record_of_it(
+    calibrated: tuple[Path, Result, Result], tmp_path: Path
+) -> None:
+    printed = json.loads(
+        ok("convert", EXAMPLE, tmp_path / "p", *CALIBRATE, "--json", "--target-bpw", "2").stdout
+    )
+    report = json.loads(ok("inspect", tmp_path / "p", "--json").stdout)
+    assert report["calibration"] == printed["calibration"]
+    assert printed["recipe"]["method"] == "gptq"
+    assert printed["recipe"]["calibrate"]["num_samples"] == 8
+    assert len(printed["calibration"]["forms"]) > 1
+    assert report["totals"]["ternary_bpw"] <= 2
+    shown = re.sub(r"\s+", " ", ok("inspect", tmp_path / "p").stdout)
+    assert re.search(r"ternary tensors: \d+ in groups of \d+, \d+ in ", shown)
+    assert json.loads(ok("inspect", calibrated[0], "--json").stdout)["calibration"]["data"]
+
+
+def test_a_calibrated_checkpoint_is_verified_against_its_source(
+    calibrated: tuple[Path, Result, Result], tmp_path: Path
+) -> None:
+    directory = calibrated[0]
+    words = ok("verify", directory, "--source", EXAMPLE).stdout
+    assert "14 calibrated, with the error on record" in words
+    found = json.loads(ok("verify", directory, "--source", EXAMPLE, "--json").stdout)["compared"]
+    assert found == {"converted_again": 6, "by_error": 14, "in_shape": 0}
+
+
+def test_a_plot_of_it_can_be_drawn(calibrated: tuple[Path, Result, Result], tmp_path: Path) -> None:
+    result = ok("inspect", calibrated[0], "--plot", tmp_path / "out.svg", "--json")
+    assert json.loads(result.stdout)["calibration"]
+    text = (tmp_path / "out.svg").read_text()
+    assert "bits per ternary weight" in text and "after calibration" in text
+
+
+def test_a_dry_run_says_how_it_will_be_calibrated_and_writes_nothing(tmp_path: Path) -> None:
+    result = ok("convert", EXAMPLE, tmp_path / "p", *CALIBRATE, "--dry-run", "--target-bpw", "2")
+    assert not list(tmp_path.iterdir())
+    text = re.sub(r"\s+", " ", result.stdout)
+    for words in (
+        "8 samples of 32 tokens",
+        "rotated in blocks of up to 256",
+        "decided when it is run, for 2 bits",
+    ):
+        assert words in text
+
+
+def test_gptq_alone_calibrates_on_the_text_that_comes_with_the_program(tmp_path: Path) -> None:
+    arguments = ["convert", EXAMPLE, tmp_path / "p", "--method", "gptq", "--dry-run", "--json"]
+    recipe = json.loads(ok(*arguments).stdout)["recipe"]
+    assert recipe["calibrate"] == {**vars(Calibrate()), "dataset": "default"}
+
+
+def test_a_gpu_is_used_to_calibrate_where_there_is_one_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = []
+
+    def convert(*_: Any, device: str | None, **__: Any) -> dict[str, Any]:
+        devices.append(device)
+        return {}
+
+    monkeypatch.setattr("ternarize.convert.convert", convert)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Abacus 9000")
+    said = ok("convert", EXAMPLE, tmp_path / "p", *CALIBRATE, "--json").stderr
+    assert "calibrating on cuda (Abacus 9000)" in said
+    ok("convert", EXAMPLE, tmp_path / "p", *CALIBRATE, "--json", "--device", "cpu")
+    ok("convert", EXAMPLE, tmp_path / "p", "--json")
+    assert devices == ["cuda", "cpu", None]
+
+
+MEASURED = "sensitivity of block {}"
+
+
+def test_the_bar_and_its_clock_start_afresh_with_each_stage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the time left would be worked out from the speed of another stage."""
+    bars: list[Progress] = []
+
+    class Watched(Progress):
+        def __init__(self, *columns: Any, **options: Any) -> None:
+            super().__init__(*columns, **options)
+            bars.append(self)
+
+    monkeypatch.setattr(cli, "Progress", Watched)
+    monkeypatch.setattr(cli, "err", Console(file=io.StringIO(), force_terminal=True, width=100))
+    with cli._progress(cli._stage, quiet=False) as update:
+        assert update is not None
+        (bar,) = bars
+        (task,) = bar.tasks
+        stages = [
+            ("measuring sensitivity", [(1, 2, MEASURED.format(1)), (2, 2, MEASURED.format(2))]),
+            ("calibrating", [(5, 2000, "block 1 of 2: q"), (900, 2000, "block 1 of 2: k")]),
+            ("packing", [(10, 2000, "a.weight"), (2000, 2000, "b.weight")]),
+        ]
+        begun = []
+        for stage, ((first, total, text), (second, _, more)) in stages:
+            update(first, total, text)
+            assert (task.fields["stage"], task.total, task.completed) == (stage, total, first)
+            assert not task._progress  # no speed is left of the stage before
+            begun.append(task.start_time)
+            update(second, total, more)
+            assert task.completed == second and task.start_time == begun[-1]
+            assert task._progress
+        assert begun == sorted(set(begun))
+
+
+def test_of_many_blocks_the_first_the_worst_and_the_last_are_shown() -> None:
+    blocks = [{"block": f"h.{i}", "before": 0.5, "after": 0.1 + (i == 7) * 0.2} for i in range(30)]
+    labels = [label for label, _ in cli._chosen_blocks(blocks)]
+    assert labels == ["h.0 (first of 30)", "h.7 (worst of 30)", "h.29 (last of 30)"]
+    blocks[29]["after"] = 0.9
+    labels = [label for label, _ in cli._chosen_blocks(blocks)]
+    assert labels == ["h.0 (first of 30)", "h.29 (worst and last of 30)"]
+    assert [b for _, b in cli._chosen_blocks(blocks[:8])] == blocks[:8]
+
+
+def test_matrices_that_saw_too_few_tokens_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    block = {"block": "layers.3", "before": 0.2, "after": 0.1, "matrices": {}}
+    few = {f"mlp.experts.up[{i}]": i for i in range(5)}
+    found = {
+        "data": {"dataset": "x.txt", "notes": ["[too short]"]},
+        "quality": {"cosine": {"value": 0.98, "standard_error": 0.01}},
+        "forms": {"groups of 128": 4},
+        "uncalibrated": 5,
+        "blocks": [{**block, "uncalibrated": few}],
+    }
+    cli._print_calibration({"calibration": found})
+    text = re.sub(r" +", " ", capsys.readouterr().out)
+    assert "5 matrices saw too few tokens" in text
+    assert "layers.3.mlp.experts.up[1] (1 tokens)" in text and "up[4]" not in text
+    assert "note: [too short]" in text
+    assert " cosine 0.9800 0.0100 " in text
+    assert "ternary tensors:" not in text
 
 
 def test_help_needs_neither_torch_nor_transformers() -> None:

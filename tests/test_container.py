@@ -4,6 +4,7 @@ import hashlib
 import json
 import struct
 import warnings
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ternarize.checkpoint import open_checkpoint, open_files
 from ternarize.container import Record, decode, digest, dump_metadata, encode, store_scales
 from ternarize.errors import DigestError, FormatError, WeightError
 from ternarize.methods import absmean, levels
+from ternarize.rotation import rotate
 from ternarize.tensor import Ternary
 
 every_engine = pytest.mark.parametrize("name", ENGINES)
@@ -166,13 +168,16 @@ def test_the_features_are_those_that_the_records_need() -> None:
         "a": Record(sha, (2, 12), 6, planes=2),
         "b": Record(sha, (2, 12), 6, "int8"),
         "c": Record(sha, (2, 12), 6, scale8=True),
+        "d": Record(sha, (2, 12), 6, rotation=(4, 7)),
     }
-    for name, feature in (("a", "planes"), ("b", "int8"), ("c", "scale8")):
+    for name, feature in (("a", "planes"), ("b", "int8"), ("c", "scale8"), ("d", "rotation")):
         text = dump_metadata({"x": plain, name: records[name]})["ternarize"]
         assert json.loads(text)["features"] == [feature]
     text = dump_metadata(records)["ternarize"]
-    assert json.loads(text)["features"] == ["int8", "planes", "scale8"]
+    assert json.loads(text)["features"] == ["int8", "planes", "rotation", "scale8"]
     assert '"a":{"shape":[2,12],"group_size":6,"codec":"base3","planes":2,"sha256"' in text
+    rotation = '"rotation":{"block":4,"seed":7},"sha256"'
+    assert '"d":{"shape":[2,12],"group_size":6,"codec":"base3",' + rotation in text
 
 
 def test_metadata_of_nothing_is_still_that_of_a_packed_file() -> None:
@@ -236,6 +241,59 @@ def test_a_weight_that_was_ternary_comes_back_to_the_bit(name: str) -> None:
             packed, scales = encode(ternary, exact=True)
             back = decode(packed, scales, Record("", (4, 300), -1))
         assert torch.equal(back.dequantize(dtype), weight)
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("shape", [(3, 64), (2, 3, 64), (0, 64)])
+def test_a_rotated_tensor_is_written_and_found_again(
+    tmp_path: Path, shape: tuple[int, ...], planes: int
+) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(6))
+    rotated = rotate(weight, 16, 2**32 - 1)
+    parts = [absmean(rotated, 24)]
+    if planes == 2:
+        parts.append(absmean(rotated - parts[0].dequantize(), 24))
+    packed, scales = encode(*parts)
+    record = Record(digest(packed, scales), shape, 24, planes=planes, rotation=(16, 2**32 - 1))
+    save_file(
+        {"w": packed, "w_scale": scales},
+        tmp_path / "model.safetensors",
+        dump_metadata({"w": record}),
+    )
+    check_all(tmp_path)
+    assert container.records_of(open_checkpoint(tmp_path)) == {"w": record}
+    dense = container.dequantize(packed, scales, record)
+    (found,) = reference.decode(tmp_path).values()
+    assert isinstance(found, reference.Ternary)
+    assert dense.shape == shape and dense.dtype == torch.float32
+    assert torch.allclose(dense, torch.from_numpy(found.dequantize()), rtol=0, atol=1e-6)
+    stored = container.dequantize(packed, scales, replace(record, rotation=(0, 0)))
+    # turning back loses nothing: the error is that of the ternarized matrix
+    error, left = (torch.linalg.vector_norm(t) for t in (dense - weight, stored - rotated))
+    assert torch.allclose(error, left, rtol=1e-5)
+
+
+@pytest.mark.parametrize("block", [0, 8, 12, 4096, 4.0, "4", True])
+def test_a_block_that_is_not_listed_is_refused_by_name(tmp_path: Path, block: Any) -> None:
+    small_file(tmp_path)
+    rotation = {"block": block, "seed": 0}
+    change_document(tmp_path, lambda d: d["tensors"]["w.weight"].update(rotation=rotation))
+    with pytest.raises(
+        FormatError, match="w.weight: its rotation is .*; expected a block of 4, 16"
+    ):
+        check_all(tmp_path)
+
+
+def test_a_rotation_that_is_not_among_the_features_is_refused(tmp_path: Path) -> None:
+    small_file(tmp_path)
+    rotation = {"block": 4, "seed": 0}
+    change_document(tmp_path, lambda d: d["tensors"]["experts.up_proj"].update(rotation=rotation))
+    with pytest.raises(FormatError, match="experts.up_proj uses 'rotation', which is not in the"):
+        check_all(tmp_path)
+    change_document(tmp_path, lambda d: d.update(features=["rotation"]))
+    check_all(tmp_path)
+    records = container.records_of(open_checkpoint(tmp_path))
+    assert records["experts.up_proj"].rotation == (4, 0)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -431,6 +489,12 @@ def change_document(directory: Path, change: Any) -> None:
         {"codec": None},
         {"transposed": None},
         {"transposed": 1},
+        {"rotation": None},
+        {"rotation": {}},
+        {"rotation": {"block": 16, "seed": 0}},  # 13 columns
+        {"rotation": {"block": [4], "seed": 0}},
+        {"rotation": {"block": 10**4000, "seed": 0}},
+        {"rotation": [4, 0]},
         {"sha256": "A" * 64},
         {"sha256": "0" * 64 + "\n"},
         {"sha256": None},

@@ -88,7 +88,20 @@ def assert_content(
         assert [bits[at : at + 8] for at in range(0, len(bits), 8)] == want["scales"]
         weights = tensor.dequantize()
         assert weights.dtype == np.float32
-        assert sha256(weights.astype("<f4")) == want["dequantized_sha256"]
+        if "rotation" not in want:
+            assert sha256(weights.astype("<f4")) == want["dequantized_sha256"]
+            continue
+        assert isinstance(tensor, reference.Ternary) and tensor.rotation is not None
+        block, seed = tensor.rotation
+        assert want["rotation"] == {"block": block, "seed": seed}
+        rotated = tensor.stored()
+        assert sha256(rotated.astype("<f4")) == want["rotated_sha256"]
+        bits = "".join(want["dequantized"])
+        exact = np.frombuffer(bytes.fromhex(bits), ">f4").reshape(weights.shape)
+        blocks = rotated.astype(np.float64).reshape(-1, block)
+        norms = np.repeat(np.sqrt((blocks**2).sum(-1)), block).reshape(weights.shape)
+        # float64 leaves one rounding to float32; the tolerance of the document is 16 of these
+        assert (np.abs(weights - exact.astype(np.float64)) <= norms * 2.0**-24).all()
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -281,6 +294,53 @@ def test_the_worked_example_of_int8() -> None:
     back = [round(scale * n, 5) for n in integers]
     assert back == [0.99994, -0.50391, 0.0, 0.25195]
     assert all(str(abs(value)) in text for value in back if value)
+
+
+def test_the_signs_of_a_rotation_are_those_of_the_document() -> None:
+    text = (FORMATS / "container.md").read_text("utf-8")
+    rows = re.findall(
+        r"^\| (\d+) \| `([0-9A-F]{16})`, `([0-9A-F]{16})` \| `([-+ ]+)` \|$", text, re.M
+    )
+    assert [int(row[0]) for row in rows] == [0, 1, 2**32 - 1]
+    for seed, first, second, signs in rows:
+        expected = [1 if sign == "+" else -1 for sign in signs.split()]
+        assert len(expected) == 16
+        assert [-1 if int(z, 16) >= 2**63 else 1 for z in (first, second)] == expected[:2]
+        assert reference.signs_of(16, int(seed)).tolist() == expected
+        assert make_vectors.signs_of(16, int(seed)) == expected
+    assert text.count("`E220A8397B1DCDAF`") == 1  # the first output that SplitMix64 is known by
+
+
+@pytest.mark.parametrize("block", sorted(reference.BLOCKS))
+def test_a_rotation_is_the_matrix_of_the_document(block: int) -> None:
+    """R = D B, element by element; it is orthogonal, and turns W back from W R."""
+    cols, seed = 2 * block, 3
+    places = np.arange(block)
+    common = places[:, None] & places
+    hadamard = np.array([[(-1) ** bin(n).count("1") for n in row] for row in common.tolist()])
+    if block == 4:
+        shown = [" ".join("+" if n > 0 else "-" for n in row) for row in hadamard.tolist()]
+        text = (FORMATS / "container.md").read_text("utf-8")
+        assert "\n".join(f"    {row}" for row in shown) in text
+    r = np.diag(reference.signs_of(cols, seed)) @ np.kron(np.eye(2), hadamard / math.sqrt(block))
+    assert np.array_equal(r @ r.T, np.eye(cols))  # exact: every element is a power of two
+    rng = np.random.default_rng(block)
+    weight, x = rng.standard_normal((3, cols)), rng.standard_normal(cols)
+    assert np.allclose(reference.unrotate(weight @ r, block, seed), weight, rtol=0, atol=1e-13)
+    assert np.allclose((weight @ r) @ (r.T @ x), weight @ x, rtol=0, atol=1e-11)
+    again = make_vectors.unrotated([1.0, 0.5] * block, block, seed)
+    assert np.array_equal(np.array([1.0, 0.5] * block) @ r.T, again)
+
+
+def test_the_vectors_have_every_block_and_every_other_feature_rotated() -> None:
+    blocks, others = set(), set()
+    for path in VALID:
+        for want in expected_of(path).values():
+            if "rotation" in want:
+                blocks.add(want["rotation"]["block"])
+                others.add((want["scale_dtype"] == "U8", "planes" in want, len(want["shape"])))
+    assert blocks == reference.BLOCKS
+    assert {(True, False, 2), (False, True, 2), (False, False, 3), (True, True, 3)} <= others
 
 
 def test_the_codes_of_8_bit_scales_are_those_of_the_document() -> None:

@@ -24,6 +24,7 @@ from ternarize.linear import (
     ternary_experts,
 )
 from ternarize.methods.absmean import absmean
+from ternarize.rotation import rotate, unrotate
 
 GROUP_SIZES = [32, 128, -1, 0]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -221,6 +222,118 @@ def test_a_cut_through_the_columns_of_two_planes_is_refused() -> None:
         check_part("w", Part(torch.zeros(24, 28)), Part(torch.zeros(24, 4)), layout)
 
 
+def test_a_cut_through_rotated_columns_is_refused() -> None:
+    layout = Layout(128, 32, rotation=(64, 0))
+    check_part("w", Part(torch.zeros(12, 28)), Part(torch.zeros(12, 4)), layout)  # half the rows
+    with pytest.raises(UsageError, match="w: 128 columns with rotation 64 cannot be cut for 2"):
+        check_part("w", Part(torch.zeros(24, 14)), Part(torch.zeros(24, 2)), layout)
+
+
+# --- rotated matrices --------------------------------------------------------------------------
+
+
+def rotated(block: int, seed: int = 7, planes: int = 1, bias: bool = True, **kw: Any) -> Any:
+    """A TernaryLinear whose stored matrix stands for W R, and the stored matrix."""
+    layer = TernaryLinear(256, 24, bias, group_size=32, planes=planes, rotation=(block, seed), **kw)
+    matrices = [absmean(random(24, 256, seed=n), 32) for n in range(planes)]
+    layer.weight.data, layer.weight_scale.data = container.encode(*matrices)
+    if bias:
+        layer.bias.data = random(24, seed=1)
+    flat = TernaryLinear(256, 24, bias=False, group_size=32, planes=planes)
+    flat.weight.data, flat.weight_scale.data = layer.weight.data, layer.weight_scale.data
+    return layer, flat.dequantized(torch.float32)
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("block", [4, 16, 64, 256])
+def test_a_rotated_layer_is_a_dense_layer_with_the_matrix_turned_back(
+    block: int, planes: int
+) -> None:
+    layer, stored = rotated(block, planes=planes)
+    weight = layer.dequantized(torch.float32)
+    assert torch.equal(weight, unrotate(stored, block, 7))
+    assert not torch.allclose(weight, stored, atol=0.1)
+    for shape in ((256,), (1, 256), (2, 5, 256)):
+        x = random(*shape, seed=2)
+        y, dense = (t.detach() for t in (layer(x), F.linear(x, weight, layer.bias)))
+        assert y.shape == dense.shape
+        # of sums of 256 products
+        assert float((y - dense).abs().max()) <= 1e-5 * float(dense.abs().max())
+
+
+def test_gradients_flow_through_a_rotation() -> None:
+    layer, _ = rotated(64)
+    x, factor = random(5, 256, seed=2).requires_grad_(), random(5, 24, seed=3)
+    ours = torch.autograd.grad((layer(x) * factor).sum(), (x, layer.bias))
+    dense = F.linear(x, layer.dequantized(torch.float32), layer.bias)
+    theirs = torch.autograd.grad((dense * factor).sum(), (x, layer.bias))
+    for a, b in zip(ours, theirs, strict=True):
+        assert float((a - b).abs().max()) <= 1e-5 * float(b.abs().max())
+
+
+def test_a_layer_that_ran_in_inference_mode_can_be_trained_through() -> None:
+    layer, _ = rotated(64, seed=101)  # of no other test: the first call makes its signs
+    with torch.inference_mode():
+        expected = layer(random(2, 256))
+    x = random(2, 256).requires_grad_()
+    (grad,) = torch.autograd.grad(layer(x).sum(), x)
+    assert torch.equal(layer(x), expected) and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_inputs_meet_a_rotated_matrix(dtype: torch.dtype) -> None:
+    """The rotation of x is one rounding more than a dense product in that dtype has."""
+    layer, _ = rotated(256)
+    layer.to(dtype)
+    x = random(16, 256, seed=2).to(dtype)
+    weight, bias = layer.dequantized(torch.float32), layer.bias.float()
+    exact = F.linear(x.float(), weight, bias)
+    y, dense = layer(x), F.linear(x, layer.dequantized(dtype), layer.bias)
+    assert y.dtype == dtype
+    ours, theirs = (float((t.float() - exact).detach().norm()) for t in (y, dense))
+    assert 0 < theirs and ours < 2 * theirs
+    # the weight itself is rounded once, after it is turned back
+    assert torch.equal(layer.dequantized(dtype), weight.to(dtype))
+
+
+def test_rounded_activations_are_those_of_the_rotated_input() -> None:
+    layer, stored = rotated(64, activations="int8", bias=False)
+    x = random(5, 256, seed=2)
+    expected = int8_product(rotate(x, 64, 7), stored)
+    assert torch.equal(layer(x), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(x), expected)
+
+
+def test_rotated_layers_compile_into_one_graph() -> None:
+    layers = [rotated(block, seed)[0] for block, seed in ((64, 102), (16, 103), (4, 2**32 - 1))]
+    x = random(3, 256)
+    with torch.no_grad():
+        for layer in layers:  # a width, a block or a seed that changes is no variable
+            compiled: Any = torch.compile(layer, fullgraph=True, backend="eager")
+            assert torch.equal(compiled(x), layer(x))
+            assert torch.equal(compiled(x[:2]), layer(x[:2]))
+
+
+def test_a_rotation_is_shown_copied_and_pickled() -> None:
+    layer, _ = rotated(64)
+    assert "rotation=(64, 7)" in repr(layer)
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    x = random(3, 256)
+    for other in (copy.deepcopy(layer), torch.load(buffer, weights_only=False)):
+        assert torch.equal(other(x), layer(x))
+
+
+def test_rows_of_a_rotated_embedding_are_turned_back() -> None:
+    layer, _ = rotated(16, bias=False)
+    matrix = PackedMatrix(layer.weight, layer.weight_scale, layer.layouts["weight"], torch.float32)
+    ids = torch.tensor([[3, 0], [23, 3]])
+    rows = layer.dequantized(torch.float32)[ids]
+    assert torch.allclose(F.embedding(ids, matrix), rows, atol=1e-6)  # type: ignore[arg-type]
+
+
 # --- gradients, for adapters trained on top ----------------------------------------------------
 
 
@@ -346,7 +459,10 @@ class AtOnce(Looping):
 
 
 def packed_and_dense(
-    cls: type[Looping], activations: str = "none", group_size: int = 32
+    cls: type[Looping],
+    activations: str = "none",
+    group_size: int = 32,
+    rotation: tuple[int, int] = (0, 0),
 ) -> tuple[TernaryExperts, Looping]:
     """The same experts twice: with packed parameters, and dense with the dequantized ones."""
     transposed = cls is not Looping
@@ -356,7 +472,7 @@ def packed_and_dense(
     for name, weight in dense.named_parameters():
         matrix = weight.data.mT.contiguous() if transposed else weight.data
         packed, scale = stored[name] = container.encode(absmean(matrix, group_size))
-        layout = Layout(matrix.shape[-1], group_size, transposed, activations)
+        layout = Layout(matrix.shape[-1], group_size, transposed, activations, rotation=rotation)
         parameters[name] = layout, scale.shape[-2], scale.dtype
         weight.data = PackedMatrix(packed, scale, layout, torch.float32).dense()
     ternary_experts(experts, parameters)
@@ -379,6 +495,22 @@ def test_experts_equal_dense_experts(cls: type[Looping], group_size: int) -> Non
         assert torch.allclose(y, dense(x, HIT), atol=1e-5)
     else:
         assert torch.equal(y, dense(x, HIT[: len(x)]))
+
+
+@pytest.mark.parametrize("cls", [Looping, Transposed, AtOnce])
+def test_rotated_experts_equal_dense_experts(cls: type[Looping]) -> None:
+    experts, dense = packed_and_dense(cls, rotation=(4, 5))
+    plain, _ = packed_and_dense(cls)
+    x = (X[:4] if cls is AtOnce else X).clone().requires_grad_()
+    hit = HIT[: len(x)]
+    y, expected = experts(x, hit), dense(x, hit)
+    assert torch.allclose(y, expected, rtol=0, atol=1e-5 * float(expected.detach().abs().max()))
+    assert not torch.allclose(y, plain(x, hit), rtol=0.1)
+    (ours,), (theirs,) = (torch.autograd.grad(out.square().sum(), x) for out in (y, expected))
+    assert float((ours - theirs).abs().max()) <= 1e-5 * float(theirs.abs().max())
+    dense_experts(experts, torch.float32)
+    for name, parameter in dense.named_parameters():
+        assert torch.equal(getattr(experts, name), parameter)
 
 
 def test_only_experts_that_are_hit_are_dequantized(monkeypatch: pytest.MonkeyPatch) -> None:

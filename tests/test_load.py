@@ -16,6 +16,7 @@ from typing import Any
 
 import packing
 import pytest
+import reference
 import tiny_models
 import torch
 import transformers
@@ -30,6 +31,7 @@ from ternarize.errors import CheckpointError, DigestError, FormatError, UsageErr
 from ternarize.linear import Packed, TernaryExperts, TernaryLinear
 from ternarize.methods.absmean import absmean
 from ternarize.plugin import TernarizeConfig
+from ternarize.rotation import block_size
 
 ALL = sorted(tiny_models.CONFIGS)
 SOME = ["llama_tied", "mixtral", "gpt2", "gpt_oss", "vit", "t5"]  # each saves in its own way
@@ -194,6 +196,105 @@ def test_experts_that_the_hub_stores_the_other_way_round(tmp_path: Path, turned:
     ternary.save_pretrained(tmp_path / "saved")
     assert same_tensors(tmp_path / "packed", tmp_path / "saved")
     assert packing.read_records(tmp_path / "saved") == packing.read_records(tmp_path / "packed")
+
+
+# --- rotated matrices ----------------------------------------------------------------------------
+
+
+def turn(tensors: dict[str, Tensor], records: dict[str, Record]) -> None:
+    """Say of every packed matrix that it stands for W R, with the largest block of up to 64."""
+    for name, record in records.items():
+        if record.shape is not None:
+            block = block_size(record.shape[-1], 64)
+            records[name] = replace(record, rotation=(block, 11 if block else 0))
+
+
+@pytest.fixture
+def rotated(made: Made, tmp_path: Path) -> Callable[[str], Path]:
+    """A folder with `packed`, rotated, and `dense`, its twin."""
+
+    def make(name: str) -> Path:
+        copied(made(name) / "packed", tmp_path / "packed")
+        rewrite(tmp_path / "packed", turn)
+        packing.dense_twin(tmp_path / "packed", made(name) / "source", tmp_path / "dense")
+        return tmp_path
+
+    return make
+
+
+def assert_near(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
+    assert float((ours - theirs).abs().max()) <= tolerance * float(theirs.abs().max())
+
+
+@pytest.mark.parametrize("name", [*SOME, "deepseek_v3", "qwen3_moe", "whisper"])
+def test_rotated_matrices_go_the_whole_way(made: Made, rotated: Made, name: str) -> None:
+    folder = rotated(name)
+    records = packing.read_records(folder / "packed")
+    blocks = {r["rotation"]["block"] for table in records for r in table.values() if "codec" in r}
+    assert max(blocks) >= 16  # of 48, 64 and 136 columns
+    assert reference.main([str(folder / "packed")]) == 0
+    model: Any = ternarize.load(folder / "packed", dtype=torch.float32)
+    dense = packing.load_dense(folder / "dense", dtype=torch.float32)
+    ours = packing.output(model)
+    assert_near(ours, packing.output(dense), 2e-5)
+    plain = packing.output(ternarize.load(made(name) / "packed", dtype=torch.float32))
+    assert float((ours - plain).abs().max()) > 0.01 * float(plain.abs().max())
+    ternarize.load(folder / "packed").save_pretrained(folder / "saved")
+    router = "e_score_correction_bias"  # read as bfloat16 and held as float32
+    assert same_tensors(folder / "packed", folder / "saved", but=router)
+    for before, after in zip(records, packing.read_records(folder / "saved"), strict=True):
+        assert {n: r for n, r in before.items() if router not in n} == {
+            n: r for n, r in after.items() if router not in n
+        }
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "mixtral", "gpt2", "gpt_oss"])
+def test_a_rotated_model_dequantizes_to_its_weights(rotated: Made, name: str) -> None:
+    folder = rotated(name)
+    model: Any = ternarize.load(folder / "packed", dtype=torch.float32, dequantize=True)
+    assert not any(isinstance(module, Packed) for module in model.modules())
+    dense = packing.load_dense(folder / "dense", dtype=torch.float32)
+    weights = dict(dense.named_parameters())
+    assert weights.keys() == dict(model.named_parameters()).keys()
+    for parameter, weight in model.named_parameters():
+        assert torch.allclose(weight, weights[parameter], rtol=0, atol=1e-7), parameter
+    narrow: Any = ternarize.load(folder / "packed", dtype=torch.bfloat16, dequantize=True)
+    for parameter, weight in narrow.named_parameters():  # rounded once, after it is turned back
+        assert torch.equal(weight, model.get_parameter(parameter).bfloat16()), parameter
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_rotated_models_run_in_16_bits(rotated: Made, name: str) -> None:
+    folder = rotated(name)
+    exact = packing.output(packing.load_dense(folder / "dense", dtype=torch.float32))
+    errors = []
+    for model in (
+        ternarize.load(folder / "packed", dtype=torch.bfloat16),
+        packing.load_dense(folder / "dense", dtype=torch.bfloat16),
+    ):
+        output = packing.output(model)
+        assert output.dtype == torch.bfloat16
+        errors.append(float((output.float() - exact).norm()))
+    assert errors[0] < 2 * errors[1]  # of the dense twin, in bfloat16 too
+
+
+def test_a_rotated_model_compiles(rotated: Made) -> None:
+    model = ternarize.load(rotated("llama") / "packed", dtype=torch.float32)
+    expected = packing.output(model)
+    model.compile(fullgraph=True, backend="eager")
+    assert_near(packing.output(model), expected)
+
+
+def test_tensors_that_the_model_fuses_have_one_rotation(rotated: Made) -> None:
+    packed = rotated("mixtral") / "packed"
+    name = "model.layers.0.block_sparse_moe.experts.1.w3.weight"
+
+    def other(tensors: dict[str, Tensor], records: dict[str, Record]) -> None:
+        records[name] = replace(records[name], rotation=(records[name].rotation[0], 12))
+
+    rewrite(packed, other)
+    with pytest.raises(FormatError, match=r"rotation \(64, 12\), .* fuses .*rotation \(64, 11\)"):
+        ternarize.load(packed)
 
 
 # --- everything else that transformers does -----------------------------------------------------

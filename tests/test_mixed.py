@@ -269,6 +269,26 @@ def test_tied_weights_stay_one_tensor(name: str, tmp_path: Path) -> None:
     assert sum(held.values()) <= stored
 
 
+def test_a_tied_tensor_may_be_rotated(tmp_path: Path) -> None:
+    """As an embedding its rows are turned back; as a head it meets the rotated input."""
+    converted("llama_tied", tmp_path, Recipe("itf", 32, embeddings="ternary"))
+    records = container.records_of(open_checkpoint(tmp_path / "packed"))
+    name = "model.embed_tokens.weight"
+    records[name] = replace(records[name], rotation=(64, 3))
+    tensors = packing.read_checkpoint(tmp_path / "packed")
+    packing.write(tmp_path / "rotated", tensors, records, tmp_path / "packed")
+    packing.dense_twin(tmp_path / "rotated", tmp_path / "source", tmp_path / "turned")
+    model: Any = ternarize.load(tmp_path / "rotated", dtype=torch.float32)
+    dense: Any = packing.load_dense(tmp_path / "turned", dtype=torch.float32)
+    ids = torch.tensor([[3, 0, 159, 3]])
+    ours, theirs = (m.get_input_embeddings()(ids) for m in (model, dense))
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-7)
+    assert torch.allclose(packing.output(model), packing.output(dense), rtol=0, atol=1e-5)
+    model.save_pretrained(tmp_path / "saved")
+    saved, stored = (packing.read_records(tmp_path / d) for d in ("saved", "rotated"))
+    assert saved[0][name] == stored[0][name]
+
+
 def test_tied_ends_cannot_become_different_things(tmp_path: Path) -> None:
     tiny_models.save("llama_tied", tmp_path)
     with pytest.raises(UsageError, match="ties the two, so that they are one tensor"):

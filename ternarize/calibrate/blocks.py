@@ -10,13 +10,13 @@ biases, the encoder's output) stay what the model's code made them, so nothing h
 blocks of a certain model take or give, which of them differ, or in what order they run. Only one
 thread runs at a time, and blocks run in the thread of the caller.
 
-Weights outside the blocks (embeddings, norms, the output head) are loaded when their module is
-called and dropped when all batches wait.
+Weights outside the blocks (embeddings, norms, the output head) are loaded when the model's code
+looks at them and dropped when all batches wait.
 """
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -33,7 +33,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from ternarize.checkpoint import Checkpoint
-from ternarize.errors import CheckpointError
+from ternarize.errors import CheckpointError, TernarizeError, WeightError
 from ternarize.select import locate
 
 Batch = dict[str, Tensor]
@@ -57,10 +57,10 @@ class Forward:
 
     current = threading.local()
 
-    def __init__(self, model: nn.Module, batch: Batch) -> None:
+    def __init__(self, model: nn.Module, batch: Batch, where: object = "the model") -> None:
         self._replies: SimpleQueue[Any] = SimpleQueue()
         self._events: SimpleQueue[Any] = SimpleQueue()
-        self._model, self._batch = model, batch
+        self._model, self._batch, self._where = model, batch, where
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._started = False
 
@@ -74,7 +74,8 @@ class Forward:
         event = self._events.get()
         if isinstance(event, BaseException):
             self._thread.join()
-            raise event
+            with _code_of_the_model(self._where):
+                raise event
         return event
 
     def stop(self) -> None:
@@ -102,6 +103,48 @@ class Forward:
             self._events.put(error)
 
 
+@contextmanager
+def _code_of_the_model(where: object) -> Iterator[None]:
+    """What goes wrong in a model's code is told in one line; what the machine lacks is not its."""
+    try:
+        yield
+    except (TernarizeError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        first = (str(error).strip() or "no message").split("\n")[0]
+        raise CheckpointError(
+            f"{where}: its forward fails on the calibration data ({type(error).__name__}: "
+            f"{first[:200]}); expected it to run. Check that the data fit the model, or convert it "
+            "without --dataset."
+        ) from error
+
+
+class _Parameters(dict[str, Any]):
+    """A module's parameters, which come from the source when a model's forward looks at them.
+
+    What looks may be a call of the module, or a line that asks for `embedding.weight.device`, which
+    with an empty weight would send the model's input to nowhere.
+    """
+
+    def __init__(self, held: Mapping[str, Any], load: Callable[[str], None]) -> None:
+        super().__init__(held)
+        self._load = load
+
+    def __getitem__(self, leaf: str) -> Any:
+        self._need(leaf)
+        return super().__getitem__(leaf)
+
+    def items(self) -> ItemsView[str, Any]:
+        for leaf in self:
+            self._need(leaf)
+        return super().items()
+
+    def _need(self, leaf: str) -> None:
+        value = self.get(leaf)
+        if value is not None and value.is_meta and getattr(Forward.current, "forward", None):
+            self._load(leaf)
+
+
 class Blocks:
     """The skeleton of a model and the means to fill parts of it with the source's weights.
 
@@ -124,14 +167,11 @@ class Blocks:
             self._make_pause(path)
         buffers = {name for name, _ in self.model.named_buffers()}
         self._fill([n for p in self.places.values() for n in p.parameters if n in buffers])
-        inside = tuple(path + "." for path in self.paths)
-        self._outside: list[str] = []
-        for name, module in self.model.named_modules(remove_duplicate=False):
-            held = [leaf for leaf, p in module._parameters.items() if p is not None]
-            own = [f"{name}.{leaf}" if name else leaf for leaf in held]
-            if own and not f"{name}.".startswith(inside):
-                self._outside.append(name)
-                self._fill_when_called(name, module, own)
+        self._outside: set[str] = set()  # modules that forwards have looked at
+        self._filling = False
+        for name, module in self.model.named_modules():
+            if module._parameters:
+                self._fill_when_needed(name, module)
 
     def _make_pause(self, path: str) -> None:
         block: Any = self.model.get_submodule(path)
@@ -144,22 +184,28 @@ class Blocks:
 
         block.forward = pause
 
-    def _fill_when_called(self, name: str, module: nn.Module, own: Sequence[str]) -> None:
-        def fill(module: nn.Module, args: Any) -> None:
-            if any(p is not None and p.is_meta for p in module._parameters.values()):
-                self._fill(own)
+    def _fill_when_needed(self, name: str, module: nn.Module) -> None:
+        def load(leaf: str) -> None:
+            if not self._filling:
+                parameter = f"{name}.{leaf}" if name else leaf
+                owner = self.tied.get(parameter, parameter).rpartition(".")[0]
+                self._outside |= {name, owner}
+                self._fill([parameter])
 
-        module.register_forward_pre_hook(fill)
+        module._parameters = _Parameters(module._parameters, load)
 
     def start(self, batch: Batch) -> tuple[Forward, Forward]:
         """Two forwards of a batch, not yet begun."""
-        return Forward(self.model, batch), Forward(self.model, batch)
+        where = self.source.directory
+        return Forward(self.model, batch, where), Forward(self.model, batch, where)
 
     def run(self, call: Call) -> Any:
         """What the loaded block gives for a call, computed on the device, returned on the CPU."""
         block = self.model.get_submodule(call.block)
         args, kwargs = self.on_device((call.args, call.kwargs))
-        return map_tensors(block(*args, **kwargs), lambda tensor: tensor.cpu())
+        with _code_of_the_model(self.source.directory):
+            output = block(*args, **kwargs)
+        return map_tensors(output, lambda tensor: tensor.cpu())
 
     def on_device(self, value: Any) -> Any:
         """The tensors of a call's arguments, moved to where blocks run."""
@@ -173,6 +219,7 @@ class Blocks:
         """
         for name in self._outside:
             _empty(self.model.get_submodule(name))
+        self._outside.clear()
         block = self.model.get_submodule(path)
         self._fill([f"{path}.{name}" for name, _ in block.named_parameters()])
         block.to(self.device)
@@ -246,6 +293,7 @@ class Blocks:
         bars: Any = logging  # has no annotations
         shown = bars.is_progress_bar_enabled()
         bars.disable_progress_bar()
+        self._filling = True
         try:
             mapping: Any = list(self.mapping)
             convert_and_load_state_dict_in_model(
@@ -253,20 +301,26 @@ class Blocks:
                 tensors,
                 LoadStateDictConfig(weight_mapping=mapping, dtype=torch.float32),
             )
+            for name in parameters:
+                path, _, leaf = name.rpartition(".")
+                module = self.model.get_submodule(path)
+                if name in self.tied:
+                    setattr(module, leaf, self.model.get_parameter(self.tied[name]))
+                getattr(module, leaf).requires_grad_(False)
         finally:
+            self._filling = False
             if shown:
                 bars.enable_progress_bar()
-        for name in parameters:
-            path, _, leaf = name.rpartition(".")
-            module = self.model.get_submodule(path)
-            if name in self.tied:
-                setattr(module, leaf, self.model.get_parameter(self.tied[name]))
-            getattr(module, leaf).requires_grad_(False)
 
     def _read(self, name: str) -> Tensor:
         info = self.source.tensors[name]
         value = self.source.read(name, 0, info.numel).reshape(info.shape)
-        return value.to(torch.float32) if value.is_floating_point() else value
+        if not value.is_floating_point():
+            return value
+        value = value.to(torch.float32)
+        if not bool(value.isfinite().all()):
+            raise WeightError(name)  # convert.py tells the whole story
+        return value
 
 
 def skeleton(config: Mapping[str, Any]) -> PreTrainedModel:

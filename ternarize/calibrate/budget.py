@@ -119,6 +119,7 @@ def _measure(
     forwards = [blocks.start(batch)[0] for batch in batches[:SAMPLES]]
     found: list[list[Choice]] = []
     seen: set[str] = set()
+    formed: set[str] = set()  # names of tensors
     try:
         calls = [forward.resume() for forward in forwards]
         while len(seen) < len(blocks.paths):
@@ -132,8 +133,9 @@ def _measure(
                 outputs = [blocks.run(call) for call in calls]
                 for name, weight in block.named_parameters() if path not in seen else ():
                     plans = by_parameter.get(f"{path}.{name}")
-                    if plans is None or any(p.name in _names(found) for p in plans):
+                    if plans is None or not formed.isdisjoint(p.name for p in plans):
                         continue  # parameters that share a tensor share its form
+                    formed.update(p.name for p in plans)
                     found.append(_forms(blocks, calls, outputs, weight, plans))
             seen.add(path)
             if progress is not None:
@@ -144,10 +146,6 @@ def _measure(
         for forward in forwards:
             forward.stop()
     return found
-
-
-def _names(found: Sequence[Sequence[Choice]]) -> set[str]:
-    return {plan.name for choices in found for plan in choices[0].plans}
 
 
 def _forms(

@@ -14,10 +14,14 @@ sought that minimises
    column is rounded. Groups are of neighbouring columns as stored, so the order of step 3 is free
    and no permutation is stored.
 
-3. Error compensation.  Columns are rounded one by one, those with the largest H_jj first; each
-   column's error e_j = (w_j - w'_j) / U_jj is passed on to the columns still to come,
-   w_k -= e_j U_jk, with U upper triangular and U^T U = (H + damping I)^-1. This is the best that
-   can be done about an error when the later columns are still free.
+3. Error compensation.  With H + damping I = R R^T, R upper triangular, the error is |(W* - W') R|^2,
+   and column j of that product holds the errors e_k = w*_k - w'_k of the columns k <= j alone. So
+   columns are rounded one by one, those with the largest H_jj first, each to the level nearest to
+
+       w*_j + sum over k < j of e_k R_kj / R_jj.
+
+   This is GPTQ (with U = R^-1 there), which passes each error on to the columns still to come, in
+   the form of LDLQ, which needs one triangular factor of H and no inverse.
 
 4. Joint scales.  With trits t fixed, E is quadratic in all the scales of a row together:
    A s = b,  A_gh = t_g^T H_gh t_h,  b_g = t_g^T (H w*)_g,  one small system per row.
@@ -34,7 +38,7 @@ Everything in steps 3 and 5 is done for all rows at once, in blocks of columns: 
 rank-one updates, between blocks by matrix products, O(rows cols^2) in all.
 
 Sources: step 3 is GPTQ, https://arxiv.org/abs/2210.17323 (eq. 2-3, algorithm 1), with static groups
-and the column order of its reference implementation. Step 1 is the exact form of asymmetric
+and the column order of its reference implementation, as LDLQ, https://arxiv.org/abs/2307.13304. Step 1 is the exact form of asymmetric
 calibration: Qronos, https://arxiv.org/abs/2505.11695, GPTAQ, https://arxiv.org/abs/2504.02692; here
 the target also holds the residual stream's error. Step 5 with a fitted codebook is LNQ of
 GuidedQuant, https://arxiv.org/abs/2505.07004. Step 4 is ordinary least squares.
@@ -109,15 +113,15 @@ def solve(
     plain_error = _error(_sum(plain), held)
     if train.tokens < MIN_TOKENS or held.tokens < 1 or unit <= 0:
         return _solution(plain, plain_error, plain_error, train, bias, calibrated=False)
-    wanted = _continuous(weight.double(), train, held, unit).float()
-    metric = (hessian / unit).float()
+    wanted = _continuous(weight, train, held, unit)
+    metric = hessian / unit
     order = metric.diagonal().argsort(descending=True, stable=True)
     best, best_error = plain, plain_error
     found = [_rounded(itf(wanted, group_size), rounding)]
     for turn in range(planes if planes == 1 else 2 * planes):
         at = turn % planes
         others = found[:at] + found[at + 1 :]
-        rest = wanted - _sum(others).float() if others else wanted
+        rest = wanted - _sum(others) if others else wanted
         for candidate in _candidates(rest, metric, order, held, others, group_size, rounding):
             error = _error(_sum([*others, candidate]), held)
             if error < best_error and len(others) == planes - 1:
@@ -139,8 +143,9 @@ def _candidates(
     """Steps 2 to 5: ternary matrices near `wanted` in the metric, the last usually the nearest."""
     ridged = metric + RIDGE * torch.eye(len(metric), device=metric.device)
     scales = _rounded(itf(wanted, group_size), rounding).scales.float()
-    damping = _choose_damping(wanted, metric, scales, order, held, others, group_size)
-    trits = _compensate(wanted, _factor(metric, damping, order), scales, order, group_size)
+    factor = _choose_factor(wanted, metric, scales, order, held, others, group_size)
+    trits = _compensate(wanted, factor, scales, order, group_size)
+    del factor
     yield _clean(trits, scales, group_size)
     for _ in range(ROUNDS):
         scales = rounding(_joint_scales(trits, wanted, ridged, group_size)).float()
@@ -153,13 +158,16 @@ def _plain(weight: Tensor, group_size: int, rounding: Rounding, planes: int) -> 
     """The matrix without statistics."""
     found = [_rounded(itf(weight, group_size), rounding)]
     while len(found) < planes:
-        found.append(_rounded(itf(weight - _sum(found).float(), group_size), rounding))
+        found.append(_rounded(itf(weight - _sum(found), group_size), rounding))
     return tuple(found)
 
 
 def _sum(planes: Sequence[Ternary]) -> Tensor:
-    """The matrix (rows, cols) float64 that planes stand for."""
-    return torch.stack([plane.dequantize(torch.float64) for plane in planes]).sum(0)
+    """The matrix (rows, cols) float32 that planes stand for."""
+    total = planes[0].dequantize(torch.float32)
+    for plane in planes[1:]:
+        total = total + plane.dequantize(torch.float32)
+    return total
 
 
 def _mean(moments: Moments, weight: Tensor, bias: bool) -> Moments:
@@ -169,22 +177,21 @@ def _mean(moments: Moments, weight: Tensor, bias: bool) -> Moments:
     x, y = moments.x_sum / n, moments.y_sum / n
     target = moments.target
     if target is None:
-        w = weight.double()
-        target = w @ hessian
-        y, energy = w @ x, float((target * w).sum())
+        target = weight @ hessian
+        y, energy = weight.double() @ x, float((target * weight).double().sum())
     else:
         target = target / n
     if bias:
-        hessian = hessian - x[:, None] * x
-        target = target - y[:, None] * x
+        hessian = hessian - (x[:, None] * x).float()
+        target = target - (y[:, None] * x).float()
         energy -= float(y.square().sum())
     return replace(moments, hessian=hessian, target=target, x_sum=x, y_sum=y, energy=energy)
 
 
 def _error(matrix: Tensor, held: Moments) -> float:
-    """E(W') / sum |y|^2 for (rows, cols) float64."""
+    """E(W') / sum |y|^2 for (rows, cols) float32."""
     assert held.target is not None
-    value = ((matrix @ held.hessian - 2 * held.target) * matrix).sum()
+    value = ((matrix @ held.hessian - 2 * held.target) * matrix).sum(dtype=torch.float64)
     return max(0.0, float(value) + held.energy) / max(held.energy, 1e-30)
 
 
@@ -193,9 +200,10 @@ def _continuous(weight: Tensor, train: Moments, held: Moments, unit: float) -> T
     assert train.target is not None
     missing = train.target - weight @ train.hessian
     best, best_error = weight, _error(weight, held)
-    eye = torch.eye(len(train.hessian), dtype=torch.float64, device=weight.device)
     for pull in PULLS:
-        factor = torch.linalg.cholesky(train.hessian + pull * unit * eye)
+        factor = _cholesky(train.hessian, pull * unit)
+        if factor is None:
+            continue
         candidate = weight + torch.cholesky_solve(missing.T, factor).T
         error = _error(candidate, held)
         if error < best_error:
@@ -203,16 +211,25 @@ def _continuous(weight: Tensor, train: Moments, held: Moments, unit: float) -> T
     return best
 
 
-def _factor(metric: Tensor, damping: float, order: Tensor) -> Tensor:
-    """U of step 3, columns in `order`: upper triangular, U^T U = (H + damping I)^-1, float32."""
-    damped = metric[order][:, order].double()
-    damped.diagonal().add_(damping)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor.float()
+def _cholesky(matrix: Tensor, ridge: float) -> Tensor | None:
+    """The lower Cholesky factor of matrix + ridge I in its dtype; None where rounding forbids."""
+    damped = matrix.clone()
+    damped.diagonal().add_(ridge)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    return None if int(failed) else factor
 
 
-def _choose_damping(
+def _factor(metric: Tensor, damping: float, order: Tensor) -> Tensor | None:
+    """R_kj / R_jj of step 3 with columns in `order`: (cols, cols) upper triangular."""
+    backwards = order.flip(0)
+    lower = _cholesky(metric[backwards][:, backwards], damping)
+    if lower is None:
+        return None
+    upper = lower.flip(0, 1)
+    return upper / upper.diagonal()
+
+
+def _choose_factor(
     wanted: Tensor,
     metric: Tensor,
     scales: Tensor,
@@ -220,21 +237,25 @@ def _choose_damping(
     held: Moments,
     others: Sequence[Ternary],
     group_size: int,
-) -> float:
-    """The damping with the least held-out error on some of the rows."""
+) -> Tensor:
+    """The factor of step 3 with the damping of least held-out error on some of the rows."""
     rows = torch.linspace(0, len(wanted) - 1, min(PROBE_ROWS, len(wanted)), device=wanted.device)
     rows = rows.long()
     probe, probe_scales = wanted[rows], scales if len(scales) == 1 else scales[rows]
     assert held.target is not None
     part = replace(held, target=held.target[rows])
-    base = _sum(others)[rows] if others else torch.zeros_like(probe, dtype=torch.float64)
-    errors = []
+    base = _sum(others)[rows] if others else torch.zeros_like(probe)
+    best: tuple[float, Tensor] | None = None
     for damping in DAMPINGS:
         factor = _factor(metric, damping, order)
+        if factor is None:
+            continue
         trits = _compensate(probe, factor, probe_scales, order, group_size)
-        dense = (trits * _spread(probe_scales, trits, group_size)).double()
-        errors.append(_error(base + dense, part))
-    return DAMPINGS[errors.index(min(errors))]
+        error = _error(base + trits * _spread(probe_scales, trits, group_size), part)
+        if best is None or error < best[0]:
+            best = error, factor
+    # a metric with which none of them works has no use: columns are then rounded by themselves
+    return best[1] if best is not None else torch.eye(len(metric), device=metric.device)
 
 
 def _compensate(
@@ -244,17 +265,17 @@ def _compensate(
     cols = wanted.shape[1]
     # columns of the matrix as rows here, so that each lies together in memory
     level = _spread(scales, wanted, group_size).T[order].contiguous()
-    rest = wanted.T[order].contiguous()
-    trits = torch.zeros_like(rest)
+    aim = wanted.T[order].contiguous()
+    pull = torch.zeros_like(aim)  # sum of e_k R_kj / R_jj
+    trits = torch.zeros_like(aim)
     for start in range(0, cols, BLOCK):
         stop = min(start + BLOCK, cols)
-        errors = torch.zeros_like(rest[start:stop])
+        errors = torch.empty_like(aim[start:stop])
         for j in range(start, stop):
-            trits[j] = _nearest(rest[j], level[j])
-            torch.sub(rest[j], trits[j] * level[j], out=errors[j - start])
-            errors[j - start] /= factor[j, j]
-            rest[j + 1 : stop].addr_(factor[j, j + 1 : stop], errors[j - start], alpha=-1)
-        rest[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+            trits[j] = _nearest(aim[j] + pull[j], level[j])
+            error = torch.sub(aim[j], trits[j] * level[j], out=errors[j - start])
+            pull[j + 1 : stop].addr_(factor[j, j + 1 : stop], error)
+        pull[stop:].addmm_(factor[start:stop, stop:].T, errors)
     return _in_place(trits, order)
 
 
@@ -359,5 +380,5 @@ def _solution(
 ) -> Solution:
     fitted = None
     if bias and train.tokens:
-        fitted = (train.y_sum - _sum(planes) @ train.x_sum).float()
+        fitted = (train.y_sum - _sum(planes).double() @ train.x_sum).float()
     return Solution(planes, fitted, error, plain, calibrated)

@@ -49,7 +49,8 @@ class BlockReport:
     before, after  squared error of the packed stream behind the block, relative to the float
                    stream: with this block ternarized by `itf`, and as it is
     matrices       the same of each matrix's products: {tensor: (before, after)}
-    uncalibrated   matrices that saw too few tokens, ternarized by `itf`: {tensor: how many}
+    uncalibrated   matrices that saw too few tokens, ternarized by `itf`: {tensor of the source, with
+                   [expert] if it holds several: how many}
     """
 
     block: str
@@ -172,6 +173,7 @@ class Calibration:
         again = path in self.done
         with self.blocks.loaded(path) as block:
             targets = [self.blocks.run(lane.waiting[FLOAT]) for lane in self.lanes]
+            self._check_finite(path, targets)
             if not torch.equal(
                 _hidden(self.blocks.run(self.lanes[0].waiting[FLOAT])), _hidden(targets[0])
             ):
@@ -188,6 +190,7 @@ class Calibration:
             outputs = []
             with _patched(block, patch):
                 outputs = [self.blocks.run(lane.waiting[PACKED]) for lane in self.lanes]
+            self._check_finite(path, outputs)
         if not again:
             self._remember(path, outputs)
             self.done.append(path)
@@ -197,6 +200,15 @@ class Calibration:
                 continue
             reply = (target, output)
             lane.waiting = [f.resume(r) for f, r in zip(lane.forwards, reply, strict=True)]
+
+    def _check_finite(self, path: str, outputs: Sequence[Any]) -> None:
+        for lane, output in zip(self.lanes, outputs, strict=True):
+            if not bool(_tokens(_hidden(output), lane.mask).isfinite().all()):
+                raise CheckpointError(
+                    f"{self.source.directory}: {path} gives numbers that are not finite; expected "
+                    "finite ones on the calibration data. Use other data, or convert it without "
+                    "--dataset."
+                )
 
     def _finish(self, lane: _Lane, stream: int) -> Any:
         """Run a forward of which all blocks are done to its end; shared blocks may come again."""
@@ -265,7 +277,7 @@ class Calibration:
         names = self._names(path, block)
         parts = Parts()
         matrices: dict[str, tuple[float, float]] = {}
-        uncalibrated: dict[str, int] = {}
+        unseen: dict[str, dict[int, int]] = {name: {} for name in names}
         trace = Trace({n: block.get_parameter(n).data for n in names})
         first = self._lanes("train")[0].waiting[FLOAT]
         trace.run(lambda: self.blocks.run(first))
@@ -286,7 +298,6 @@ class Calibration:
                 stored = [torch.empty_like(stack) for _ in range(plan.planes)]
                 errors = []
                 for expert, matrix in enumerate(stack):
-                    label = name if weight.ndim == 2 else f"{name}[{expert}]"
                     matrix = form.turn(matrix).contiguous()
                     rows, cols = matrix.shape
                     train, held = (
@@ -311,14 +322,34 @@ class Calibration:
                         plane[expert] = form.turn(ternary.dequantize(torch.float32))
                     errors.append((solution.plain, solution.error))
                     if not solution.calibrated:
-                        uncalibrated[label] = train.tokens
+                        unseen[name][expert] = train.tokens
                     if bias is not None and solution.bias is not None:
                         parts.vectors[bias] = solution.bias
                 parts.stored[name] = tuple(p if weight.ndim == 3 else p[0] for p in stored)
                 parts.forms[name] = form
                 before, after = (sum(e) / len(e) for e in zip(*errors, strict=True))
                 matrices[name] = (before, after)
-        return parts, matrices, uncalibrated
+        return parts, matrices, self._uncalibrated(path, block, unseen)
+
+    def _uncalibrated(
+        self, path: str, block: nn.Module, unseen: Mapping[str, Mapping[int, int]]
+    ) -> dict[str, int]:
+        """How many tokens the matrices {parameter: {expert: tokens}} saw, on the source's names."""
+        if not any(unseen.values()):
+            return {}
+        counts = {}
+        for name, experts in unseen.items():
+            # a tensor of numbers goes the way of the weights, to find where each matrix comes from
+            weight = block.get_parameter(name)
+            each = [float(experts.get(e, -1)) for e in range(len(weight) if weight.ndim == 3 else 1)]
+            count = torch.tensor(each).reshape(-1, *[1] * (weight.ndim - 1))
+            counts[f"{path}.{name}"] = count.expand(weight.shape)
+        found = {}
+        for name, value in self.blocks.on_disk(counts).items():
+            for expert, one in enumerate(value if value.ndim == 3 else value[None]):
+                if float(one[0, 0]) >= 0:
+                    found[name if value.ndim < 3 else f"{name}[{expert}]"] = int(one[0, 0])
+        return found
 
     def _moments(
         self,
@@ -344,9 +375,11 @@ class Calibration:
                     f = floats[at]
                     y = f.y
                     if p.terms is not None and f.terms is not None:
-                        y = y + (f.terms - p.terms).reshape(y.shape) / p.scale
+                        y = y + (f.terms - p.terms) / p.scale
                     y = _tokens(y, lane.mask)
                 x = _tokens(p.x, lane.mask)
+                if group.stack:  # tokens that do not reach an expert may come to it as zeros
+                    x = x[x.any(-1)]
                 key = (p.name, p.expert, lane.kind)
                 if key not in found:
                     rows = p.y.shape[-1]
@@ -618,7 +651,7 @@ def _biases(trace: Trace, block: nn.Module) -> dict[str, str]:
     for product in trace.products:
         if product.bias is not None:
             name = parameters.get(product.bias.untyped_storage().data_ptr())
-            if name is not None:
+            if name is not None and block.get_parameter(name).shape == product.bias.shape:
                 found[product.name] = name
     return found
 
@@ -634,8 +667,8 @@ def _turned(plan: TensorPlan, parameter: Tensor) -> bool:
 
 def _tokens(values: Tensor, mask: Tensor | None) -> Tensor:
     """(batch, length, n) -> (tokens, n) without padding."""
-    if mask is not None and values.shape[:2] == mask.shape:
-        return values[mask.bool().to(values.device)]
+    if mask is not None and values.shape[:-1] in (mask.shape, (mask.numel(),)):
+        return values[mask.reshape(values.shape[:-1]).bool().to(values.device)]
     return values.reshape(-1, values.shape[-1])
 
 

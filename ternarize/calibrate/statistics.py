@@ -40,15 +40,15 @@ class Product:
     x: Tensor
     y: Tensor
     bias: Tensor | None = None
-    transposed: bool = False  # the weight is stored (cols, rows)
+    source: tuple[int, ...] = ()  # tells inputs apart: weights of one group have the same
     terms: Tensor | None = None
     scale: float = 1.0
     sums: int = 0  # how many sums the forward had made when the last of its terms was added
     open: bool = True  # its sum has not been used for anything else yet
 
 
-class _Enough(Exception):
-    """All that was asked for has been seen."""
+class _Enough(BaseException):
+    """All that was asked for has been seen; not an Exception, which a model's code might catch."""
 
 
 _LINEAR = {F.linear}
@@ -62,6 +62,8 @@ _MATMUL = {
     Tensor.__matmul__,
 }
 _ADDMM = {torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm}
+# in the order in which they are given by position
+_OPERANDS = ("input", "mat1", "batch1", "mat2", "batch2", "other", "weight", "tensor2", "bias")
 _ADD = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__}
 _IN_PLACE = {Tensor.add_, Tensor.__iadd__}
 _MUL = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
@@ -95,6 +97,7 @@ class Trace(TorchFunctionMode):
         self.products: list[Product] = []
         self.sums = 0
         self._marked: dict[int, tuple[Tensor, list[Product]]] = {}
+        self._changed: list[Tensor] = []
 
     def run(self, forward: Callable[[], Any]) -> Any:
         """Run a forward under the trace; returns its result, None if it was ended early."""
@@ -110,6 +113,8 @@ class Trace(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _ADD and len(args) >= 2 and not kwargs:
             return self._add(func, args)
+        if args and _writes(func, kwargs):
+            self._keep(args[0])
         result = func(*args, **kwargs)
         if func in _LINEAR or func in _MATMUL or func in _ADDMM:
             self._close(args)
@@ -121,28 +126,38 @@ class Trace(TorchFunctionMode):
         return result
 
     def _multiply(self, func: Any, args: Any, kwargs: Any, result: Tensor) -> None:
-        bias = None
-        if func in _ADDMM:
-            bias, *args = args
-        elif func in _LINEAR:
-            bias = args[2] if len(args) > 2 else kwargs.get("bias")
-        x, weight = args[0], args[1] if len(args) > 1 else kwargs.get("weight")
-        if not isinstance(weight, Tensor) or not isinstance(x, Tensor):
-            return
+        operands = [*args, *(kwargs[name] for name in _OPERANDS if name in kwargs)]
+        bias = operands.pop(0) if func in _ADDMM else None
+        x, weight = operands[:2]
+        if func in _LINEAR and len(operands) > 2:
+            bias = operands[2]
         name = self._names.get(weight.untyped_storage().data_ptr())
         if name is None:
             return
-        whole, turned = self._weights[name], func not in _LINEAR
+        whole = self._weights[name]
+        size = whole.shape[-1] * whole.shape[-2]
+        source = (x.data_ptr(), x._version, x.shape[-1])
         if weight.numel() == whole.numel() and whole.ndim == 3:  # all experts at once
             for expert in range(len(whole)):
-                one = Product(name, expert, x[expert], result[expert], None, turned)
-                self.products.append(one)
-        else:
-            expert = weight.storage_offset() // (whole.shape[-1] * whole.shape[-2])
-            self.products.append(Product(name, expert, x, result, bias, turned))
+                self.products.append(Product(name, expert, x[expert], result[expert]))
+        elif weight.numel() == size:
+            expert = weight.storage_offset() // size
+            self.products.append(Product(name, expert, x, result, bias, source=source))
             if whole.ndim == 2:
                 self._marked[id(result)] = (result, [self.products[-1]])
         self._check()
+
+    def _keep(self, changed: Any) -> None:
+        """What products were is kept from a change in place."""
+        if not isinstance(changed, Tensor):
+            return
+        memory, copies = changed.untyped_storage().data_ptr(), dict[int, Tensor]()
+        for product in self.products:
+            for part in ("x", "y", "terms"):
+                value = getattr(product, part)
+                if value is not None and value.untyped_storage().data_ptr() == memory:
+                    self._changed.append(value)  # its address is not given to another input
+                    setattr(product, part, copies.setdefault(id(value), value.clone()))
 
     def _close(self, values: Any) -> None:
         """A sum that is used for something else is complete."""
@@ -174,18 +189,23 @@ class Trace(TorchFunctionMode):
     def _add(self, func: Any, args: Any) -> Any:
         a, b = args[0], args[1]
         ours, theirs = self._marks(a), self._marks(b)
+        if func in _IN_PLACE:
+            self._keep(a)
         if not (ours or theirs) or not (isinstance(a, Tensor) and isinstance(b, Tensor)):
             return func(*args)
         if a.shape != b.shape:
             result = func(*args)
             if ours and isinstance(result, Tensor) and result.shape == a.shape and b.ndim <= 1:
                 self._marked[id(result)] = (result, ours)  # a bias, the same in both streams
+            else:
+                self._close(args)
             return result
         a_terms = a.clone() if func in _IN_PLACE and theirs else a
         result = func(*args)
         for products, other in ((ours, b), (theirs, a_terms)):
             for product in products:
                 if product.open:
+                    other = other.reshape(product.y.shape)
                     product.terms = other if product.terms is None else product.terms + other
                     product.sums = self.sums + 1
         self._marked[id(result)] = (result, [p for p in ours + theirs if p.open])
@@ -199,6 +219,14 @@ class Trace(TorchFunctionMode):
     def _check(self) -> None:
         if self._stop is not None and self._stop(self):
             raise _Enough
+
+
+def _writes(func: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function changes its first argument."""
+    name: str = getattr(func, "__name__", "")
+    if name.startswith("__"):
+        return name.startswith("__i") or name == "__setitem__"
+    return name.endswith("_") or bool(kwargs.get("inplace"))
 
 
 @dataclass(frozen=True)
@@ -227,13 +255,13 @@ class Group:
 def sequential_groups(trace: Trace, weights: Mapping[str, Tensor]) -> list[Group]:
     """The groups of a whole forward, in the order in which they are run."""
     members: list[list[str]] = []
-    inputs: dict[tuple[int, int], int] = {}
+    inputs: dict[tuple[int, ...], int] = {}
     place: dict[str, int] = {}
     for product in trace.products:
         if product.name in place:
             continue
         stack = weights[product.name].ndim == 3
-        key = (product.x.data_ptr(), product.x.shape[-1])
+        key = product.source
         at = None if stack else inputs.get(key)
         if at is None:
             at = len(members)
@@ -253,11 +281,11 @@ def sequential_groups(trace: Trace, weights: Mapping[str, Tensor]) -> list[Group
 
 @dataclass
 class Moments:
-    """Sums over tokens for one matrix, in float64.
+    """Sums over tokens for one matrix.
 
-    hessian   (cols, cols)  sum x x^T
-    target    (rows, cols)  sum y x^T; None where the target is the matrix's own product
-    x_sum, y_sum, energy    sum x, sum y, sum |y|^2
+    hessian   (cols, cols) float32  sum x x^T
+    target    (rows, cols) float32  sum y x^T; None where the target is the matrix's own product
+    x_sum, y_sum, energy   float64  sum x, sum y, sum |y|^2
     tokens    how many
     """
 
@@ -272,23 +300,22 @@ class Moments:
     def empty(
         cls, rows: int, cols: int, *, target: bool, device: torch.device | str = "cpu"
     ) -> "Moments":
-        double = {"dtype": torch.float64, "device": device}
         return cls(
-            torch.zeros(cols, cols, **double),  # type: ignore[call-overload]
-            torch.zeros(rows, cols, **double) if target else None,  # type: ignore[call-overload]
-            torch.zeros(cols, **double),  # type: ignore[call-overload]
-            torch.zeros(rows, **double),  # type: ignore[call-overload]
+            torch.zeros(cols, cols, device=device),
+            torch.zeros(rows, cols, device=device) if target else None,
+            torch.zeros(cols, dtype=torch.float64, device=device),
+            torch.zeros(rows, dtype=torch.float64, device=device),
         )
 
     def add(self, x: Tensor, y: Tensor | None) -> None:
         """Add tokens: x (tokens, cols), y (tokens, rows), float32."""
-        self.hessian += (x.T @ x).double()
-        self.x_sum += x.double().sum(0)
+        self.hessian.addmm_(x.T, x)
+        self.x_sum += x.sum(0, dtype=torch.float64)
         self.tokens += len(x)
         if y is not None and self.target is not None:
-            self.target += (y.T @ x).double()
-            self.y_sum += y.double().sum(0)
-            self.energy += float(y.double().square().sum())
+            self.target.addmm_(y.T, x)
+            self.y_sum += y.sum(0, dtype=torch.float64)
+            self.energy += float(y.square().sum(dtype=torch.float64))
 
     def rotated(self, block: int, seed: int) -> "Moments":
         """The moments of R^T x."""

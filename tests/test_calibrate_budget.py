@@ -1,0 +1,139 @@
+"""Bits spent by measured sensitivity: within the budget, and where they matter."""
+
+from pathlib import Path
+
+import calibrating
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ternarize.calibrate.budget import Choice, _hull, _spend, allocate, describe
+from ternarize.checkpoint import DTYPES
+from ternarize.errors import UsageError
+from ternarize.plan import Plan, Recipe, TensorPlan, check_fused, plan
+
+Curve = list[tuple[int, float]]
+
+
+def choices(*pairs: tuple[int, float]) -> list[Choice]:
+    return [Choice((), bits, harm) for bits, harm in pairs]
+
+
+def curve(found: list[Choice]) -> Curve:
+    return [(choice.bits, choice.harm) for choice in found]
+
+
+def test_choices_that_cost_more_and_harm_more_are_left_out() -> None:
+    given_choices = choices((10, 5.0), (12, 6.0), (14, 2.0), (14, 3.0), (20, 2.0))
+    assert curve(_hull(given_choices)) == [(10, 5.0), (14, 2.0)]
+
+
+def test_choices_above_the_line_of_their_neighbours_are_left_out() -> None:
+    # from 10 to 30 bits the straight line passes (20, 5.0): 6.0 lies above it, 4.0 below
+    assert curve(_hull(choices((10, 10.0), (20, 6.0), (30, 0.0)))) == [(10, 10.0), (30, 0.0)]
+    assert len(_hull(choices((10, 10.0), (20, 4.0), (30, 0.0)))) == 3
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 60), st.floats(0.001, 10)), min_size=1, max_size=8))
+def test_a_hull_falls_ever_less_steeply(pairs: Curve) -> None:
+    found = curve(_hull(choices(*pairs)))
+    assert found[0] == min(pairs)
+    assert found[-1][1] == min(harm for _, harm in pairs)
+    slopes = [
+        (b[1] - a[1]) / (b[0] - a[0]) for a, b in zip(found[:-1], found[1:], strict=True)
+    ]
+    assert all(slope < 0 for slope in slopes)
+    assert slopes == sorted(slopes)
+
+
+def test_bits_go_to_the_step_that_saves_the_most_harm_for_each() -> None:
+    steep, flat = choices((10, 9.0), (20, 1.0)), choices((10, 3.0), (20, 2.0))
+    taken, least = _spend([flat, steep], 30)
+    assert least == 20
+    assert curve(taken) == [(10, 3.0), (20, 1.0)]
+    assert curve(_spend([flat, steep], 40)[0]) == [(20, 2.0), (20, 1.0)]
+    assert curve(_spend([flat, steep], 29)[0]) == [(10, 3.0), (10, 9.0)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(1, 60), st.floats(0.001, 10)), min_size=1, max_size=5),
+        min_size=1,
+        max_size=4,
+    ),
+    st.integers(0, 200),
+)
+def test_the_budget_is_kept(matrices: list[Curve], budget: int) -> None:
+    taken, least = _spend([_hull(choices(*pairs)) for pairs in matrices], budget)
+    assert sum(choice.bits for choice in taken) <= max(budget, least)
+    assert least == sum(min(bits for bits, _ in pairs) for pairs in matrices)
+
+
+# --- of a model ---------------------------------------------------------------------------------
+
+
+def bits_per_weight(tensors: list[TensorPlan]) -> float:
+    ternary = [t for t in tensors if t.ternary]
+    nbytes = sum(
+        DTYPES[dtype].itemsize * torch.Size(shape).numel()
+        for t in ternary
+        for _, dtype, shape in t.stored()
+    )
+    return 8 * nbytes / sum(t.info.numel for t in ternary)
+
+
+def spend(work: Plan, name: str, target: float) -> list[TensorPlan]:
+    found = allocate(work.source, work.tensors, [calibrating.inputs(name, 2)], target)
+    check_fused(found)
+    assert [t.name for t in found] == [t.name for t in work.tensors]
+    assert [t for t in found if not t.ternary] == [t for t in work.tensors if not t.ternary]
+    return found
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    return plan(calibrating.save("llama", tmp_path_factory.mktemp("llama") / "source"), Recipe())
+
+
+def test_more_bits_are_spent_the_more_there_are(llama: Plan) -> None:
+    spent = []
+    for target in (2.0, 2.3, 3.0, 16.0):
+        found = spend(llama, "llama", target)
+        spent.append(bits_per_weight(found))
+        assert spent[-1] <= target
+    assert spent == sorted(spent)
+    assert len(set(spent)) == len(spent)
+    assert {t.planes for t in found if t.ternary} == {2}
+    assert sum(describe(found).values()) == sum(t.ternary for t in llama.tensors)
+
+
+def test_less_than_the_least_is_refused(llama: Plan) -> None:
+    with pytest.raises(UsageError, match=r"1\.6; this model takes at least 1\.\d+ bits"):
+        spend(llama, "llama", 1.6)
+
+
+def test_a_sensitive_matrix_gets_more_bits_than_its_like(tmp_path: Path) -> None:
+    directory = calibrating.save("llama", tmp_path / "source")
+    name = "model.layers.1.self_attn.o_proj.weight"
+
+    def sharpen(weight: Tensor) -> Tensor:
+        return weight * 8
+
+    calibrating.change(directory, name, sharpen)
+    work = plan(directory, Recipe())
+    found = {t.name: t for t in spend(work, "llama", 2.6)}
+    like = found["model.layers.0.self_attn.o_proj.weight"]
+    assert bits_per_weight([found[name]]) > bits_per_weight([like])
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt2", "gpt_oss"])
+def test_tensors_of_one_parameter_share_a_form(name: str, tmp_path: Path) -> None:
+    work = plan(calibrating.save(name, tmp_path / "source"), Recipe())
+    found = spend(work, name, 2.6)  # check_fused is in `spend`
+    assert 1.6 < bits_per_weight(found) <= 2.6
+    forms = {(t.group_size, t.planes) for t in found if t.ternary}
+    assert len(forms) > 1
