@@ -29,7 +29,7 @@ from ternarize.plan import Calibrate, Recipe
 from ternarize.report import inspect
 
 MAX_TOKENS, SEQ_LEN = 60_000, 256
-SAMPLES = 512  # windows to calibrate on
+SAMPLES = 256  # windows to calibrate on
 MEASURES = {"perplexity": ".2f", "kl_divergence": ".4f", "top1_agreement": ".4f"}
 KINDS: dict[str, Callable[[str], bool]] = {
     "pep": lambda text: text.startswith("PEP:"),

@@ -180,17 +180,19 @@ def _ternarize(
             planes, rest = _fit(weight, tensor, method, lossless)
         else:
             planes = [_rows(plane, tensor, start, stop) for plane in whole]
-            weight = rest = _rotated(weight, tensor)
-            for plane in planes[:-1]:
-                rest = rest.to(torch.float32) - plane.dequantize()
+            weight = _rotated(weight, tensor)
         packed = container.pack_planes(*planes, threads=1).cpu()
         sha.update(packed.numpy().data)
         write(tensor.name, done, packed)
         done += packed.numel()
         all_scales.append(container.join_planes([p.scales.cpu() for p in planes]).reshape(-1))
-        piece_error, piece_energy, piece_nonzero = distance(weight, planes[0])
-        if len(planes) > 1:
-            piece_error = distance(rest, planes[-1])[0]
+        if whole is None:
+            piece_error, piece_energy, piece_nonzero = distance(weight, planes[0])
+            if len(planes) > 1:
+                piece_error = distance(rest, planes[-1])[0]
+        else:
+            piece_error, piece_energy = _missed(weight, planes)
+        if len(planes) > 1 or whole is not None:
             piece_nonzero = sum(int(plane.trits.count_nonzero()) for plane in planes)
         error += piece_error
         energy += piece_energy
@@ -215,6 +217,18 @@ def _ternarize(
         energy,
         solved is not None,
     )
+
+
+def _missed(weight: Tensor, planes: Sequence[Ternary]) -> tuple[float, float]:
+    """sum (w - w')^2 and sum w^2 of calibrated planes, which `distance` cannot measure.
+
+    Calibration lets some trits have the other sign than their weight.
+    """
+    exact = weight.to(torch.float64)
+    missed = exact - sum(plane.dequantize(torch.float64) for plane in planes)
+    group_size = planes[0].group_size
+    error, energy = (_total(split_groups(x * x, group_size)) for x in (missed, exact))
+    return error, energy
 
 
 def _rows(plane: Ternary, tensor: TensorPlan, start: int, stop: int) -> Ternary:

@@ -1,4 +1,4 @@
-"""Models run block by block: the same outputs, one block in memory; what a trace sees of a block."""
+"""Models run block by block: the same outputs, one block in memory; what a trace sees of one."""
 
 from pathlib import Path
 from typing import Any

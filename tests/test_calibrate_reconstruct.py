@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ternarize import container
+from ternarize.calibrate import reconstruct as reconstruction
 from ternarize.calibrate.reconstruct import Form, TernaryWeight, reconstruct
 from ternarize.methods import itf, levels
 from ternarize.rotation import rotate
@@ -107,11 +108,19 @@ def test_the_gradient_of_a_scale_with_fixed_trits_is_the_finite_difference() -> 
     assert float(trainable.log_scale.grad[0, 0]) == pytest.approx(difference, rel=1e-3)
 
 
+@pytest.fixture
+def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far in 100 steps as otherwise in some thousands."""
+    monkeypatch.setattr(reconstruction, "RATE", 0.03)
+    monkeypatch.setattr(reconstruction, "SCALE_RATE", 0.02)
+
+
 def train(form: Form, steps: int, shape: tuple[int, ...] = (10, 64)) -> tuple[Tensor, float, float]:
     """Train one matrix with a bias towards its float product; returns (stored, before, after)."""
     weight, stored = start(form, *shape)
     generator = torch.Generator().manual_seed(1)
-    inputs = [torch.randn(20, shape[-1], generator=generator) for _ in range(6)]
+    mix = torch.randn(16, shape[-1], generator=generator)  # inputs from a smaller space
+    inputs = [1 + torch.randn(40, 16, generator=generator) @ mix for _ in range(6)]
 
     def product(x: Tensor, w: Tensor) -> Tensor:
         return x @ form.turn(w).transpose(-1, -2)
@@ -147,19 +156,21 @@ def _start(
     return [(x @ q, x @ w) for x in inputs[4:]]
 
 
+@pytest.mark.usefixtures("_fast")
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_training_never_ends_worse_and_stays_ternary(form: Form) -> None:
-    stored, before, after = train(form, 60)
-    assert after < before
+def test_training_helps_on_samples_it_has_not_seen_and_stays_ternary(form: Form) -> None:
+    stored, before, after = train(form, 100)
+    assert after < 0.97 * before
     ternary = levels(form.turn(stored).contiguous(), form.group_size)
     assert ternary is not None, "not a ternary matrix"
     assert set(ternary.trits.unique().tolist()) <= {-1, 0, 1}
     assert torch.equal(half(ternary.scales), ternary.scales.double()), "not as scales are stored"
 
 
+@pytest.mark.usefixtures("_fast")
 def test_experts_are_trained_each_with_its_own_scales() -> None:
-    stored, before, after = train(Form(32), 30, (3, 10, 64))
-    assert after < before
+    stored, before, after = train(Form(32), 100, (3, 10, 64))
+    assert after < 0.97 * before
     assert levels(stored, 32) is not None
 
 

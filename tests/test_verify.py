@@ -88,10 +88,10 @@ def test_the_error_on_record_is_that_of_the_weights_that_are_loaded(
     weights, stored = load_file(source / "model.safetensors"), open_checkpoint(packed)
     for name, record in container.records_of(stored).items():
         if record.kind == "ternary":
-            parts = [
+            trits, scales = (
                 stored.read(n).reshape(stored.tensors[n].shape) for n in (name, name + SCALE_SUFFIX)
-            ]
-            missed = weights[name].double() - container.dequantize(*parts, record).double()
+            )
+            missed = weights[name].double() - container.dequantize(trits, scales, record).double()
             error = float(missed.square().sum() / weights[name].double().square().sum())
             assert rows[name]["relative_error"] == pytest.approx(error, rel=1e-5)
 

@@ -16,7 +16,7 @@ looks at them and dropped when all batches wait.
 
 import json
 import threading
-from collections.abc import Callable, ItemsView, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -134,7 +134,7 @@ class _Parameters(dict[str, Any]):
         self._need(leaf)
         return super().__getitem__(leaf)
 
-    def items(self) -> ItemsView[str, Any]:
+    def items(self) -> Any:
         for leaf in self:
             self._need(leaf)
         return super().items()

@@ -18,7 +18,7 @@ from ternarize.calibrate.run import Calibration, open_solved
 from ternarize.checkpoint import Checkpoint
 from ternarize.codecs import scale_values
 from ternarize.container import Record
-from ternarize.errors import CheckpointError, QualityError, UsageError
+from ternarize.errors import CheckpointError, QualityError
 from ternarize.evaluate import compare_logits, open_tokenizer, pool, summarize
 from ternarize.plan import Calibrate, Plan, TensorPlan
 
@@ -225,11 +225,11 @@ def check_quality(
     bounds  figure -> the most it may be (perplexity, perplexity_ratio, kl_divergence), or the least
             (top1_agreement, cosine)
 
-    Raises QualityError where a bound is exceeded, UsageError where a figure was not measured.
+    Raises QualityError where a bound is exceeded, or is one on what is not measured of the model.
     """
     for name, bound in bounds.items():
         if name not in quality:
-            raise UsageError(
+            raise QualityError(
                 f"min quality: {name!r} is not measured of this model; expected one of "
                 f"{', '.join(n for n in FIGURES if n in quality)}. Name one of them."
             )

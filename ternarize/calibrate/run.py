@@ -49,7 +49,7 @@ class BlockReport:
     before, after  squared error of the packed stream behind the block, relative to the float
                    stream: with this block ternarized by `itf`, and as it is
     matrices       the same of each matrix's products: {tensor: (before, after)}
-    uncalibrated   matrices that saw too few tokens, ternarized by `itf`: {tensor of the source, with
+    uncalibrated   matrices that saw too few tokens, ternarized by `itf`: {tensor on disk, with
                    [expert] if it holds several: how many}
     """
 
@@ -171,6 +171,7 @@ class Calibration:
         (path,) = paths
         assert path is not None
         again = path in self.done
+        self._tick(0.0, path)
         with self.blocks.loaded(path) as block:
             targets = [self.blocks.run(lane.waiting[FLOAT]) for lane in self.lanes]
             self._check_finite(path, targets)
@@ -341,9 +342,10 @@ class Calibration:
         for name, experts in unseen.items():
             # a tensor of numbers goes the way of the weights, to find where each matrix comes from
             weight = block.get_parameter(name)
-            each = [float(experts.get(e, -1)) for e in range(len(weight) if weight.ndim == 3 else 1)]
-            count = torch.tensor(each).reshape(-1, *[1] * (weight.ndim - 1))
-            counts[f"{path}.{name}"] = count.expand(weight.shape)
+            count = torch.full((len(weight) if weight.ndim == 3 else 1, 1, 1), -1.0)
+            for expert, tokens in experts.items():
+                count[expert] = tokens
+            counts[f"{path}.{name}"] = count.expand(-1, *weight.shape[-2:]).reshape(weight.shape)
         found = {}
         for name, value in self.blocks.on_disk(counts).items():
             for expert, one in enumerate(value if value.ndim == 3 else value[None]):
