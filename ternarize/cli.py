@@ -752,11 +752,7 @@ def _print_calibration(report: dict[str, Any]) -> None:
     if len(found["forms"]) > 1:
         forms = ", ".join(f"{count} in {escape(form)}" for form, count in found["forms"].items())
         out.print(f"ternary tensors: {forms}", soft_wrap=True)
-    few = {
-        f"{block['block']}.{name}": tokens
-        for block in blocks
-        for name, tokens in block["uncalibrated"].items()
-    }
+    few = {name: n for block in blocks for name, n in block["uncalibrated"].items()}
     if few:
         some = ", ".join(f"{escape(n)} ({tokens} tokens)" for n, tokens in list(few.items())[:3])
         out.print(

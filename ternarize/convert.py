@@ -1,6 +1,7 @@
 """The conversion: checkpoint in, packed checkpoint out, a piece of a tensor at a time.
 
-    headers -> select -> plan (every byte of the output is laid out) -> for each tensor:
+    headers -> select -> plan (every byte of the output is laid out) -> calibrate, if asked to ->
+    for each tensor:
     read a piece, ternarize, pack, write it at its place -> record -> verify -> rename
 
 The layout is known before the first weight is read, so tensors can be worked on in any order and
@@ -238,7 +239,7 @@ def _rows(plane: Ternary, tensor: TensorPlan, start: int, stop: int) -> Ternary:
     trits = plane.trits.reshape(-1, cols)[first:last]
     per = max(1, rows) if tensor.group_size == 0 else 1  # rows that share their scales
     scales = plane.scales.reshape(-1, plane.scales.shape[-1])[first // per : -(-last // per)]
-    return Ternary(trits, scales, tensor.group_size)
+    return Ternary(trits.contiguous(), scales.contiguous(), tensor.group_size)
 
 
 def _rotated(weight: Tensor, tensor: TensorPlan) -> Tensor:
@@ -428,7 +429,8 @@ def convert(
     model     directory, or Hub id user/name[@revision]
     output    directory that must not exist yet; its parents are made
     threads   tensors worked on at once; the result does not depend on it
-    device    where weights are ternarized, "cpu" (native code) or e.g. "cuda"; likewise
+    device    where weights are ternarized, "cpu" (native code) or e.g. "cuda"; likewise, but for
+              calibration, whose sums are those of the machine
     progress  called after each tensor; with calibration, for each of its stages before
     min_quality  bounds on the figures that calibration measures: {"kl_divergence": 0.2}; see
                  `ternarize.calibrate.pipeline.check_quality`
@@ -845,9 +847,7 @@ def make_record(
                 result = results[t.name]
                 if result.calibrated and not t.packed:
                     row["reason"] += ", fitted by calibration"
-                row["stored_bytes"] = sum(
-                    math.prod(shape) * DTYPES[dtype].itemsize for _, dtype, shape in t.stored()
-                )
+                row["stored_bytes"] = t.stored_bytes()
                 if t.packed:
                     size = max(1, t.info.numel)
                     row["method"] = t.choice.codec

@@ -212,6 +212,10 @@ class TensorPlan:
             (self.name + SCALE_SUFFIX, self.scale_dtype, scales),
         ]
 
+    def stored_bytes(self) -> int:
+        """Bytes of what is written for this tensor, without the header."""
+        return sum(math.prod(shape) * DTYPES[dtype].itemsize for _, dtype, shape in self.stored())
+
     def pieces(self) -> Iterator[tuple[int, int]]:
         """Cut the tensor into (start, stop) of elements; the cuts depend on its shape alone."""
         step = self.piece_numel()
@@ -351,9 +355,7 @@ class Plan:
                     "shape": list(t.info.shape),
                     "becomes": t.becomes,
                     "reason": f"tied to {t.tied_to}" if t.tied_to else t.choice.reason,
-                    "stored_bytes": sum(
-                        math.prod(shape) * DTYPES[dtype].itemsize for _, dtype, shape in t.stored()
-                    ),
+                    "stored_bytes": t.stored_bytes(),
                 }
                 for t in self.tensors
             ],

@@ -232,7 +232,7 @@ def _compare(
     done, ways = 0, Counter({AGAIN: 0, ERROR: 0, SHAPE: 0})
     for name, tensor in expected.items():
         said = record["tensors"][name]
-        way = _way(tensor, said, recipe)
+        way = _way(tensor, records[name], said, recipe)
         ways[way] += 1
         where = f"{packed.tensors[name].file}: {name}"
         if way == SHAPE:
@@ -257,11 +257,12 @@ def _compare(
     return dict(ways)
 
 
-def _way(tensor: TensorPlan, said: dict[str, Any], recipe: Recipe) -> str:
+def _way(tensor: TensorPlan, record: Record, said: dict[str, Any], recipe: Recipe) -> str:
     """How a tensor can be compared with the source, by what the record says of it."""
     if recipe.calibrate is None:
         return AGAIN
-    if tensor.ternary and said.get("method") == recipe.method:
+    # what saw too few tokens is not calibrated, but may be rotated, which plain conversions are not
+    if tensor.ternary and (said.get("method") == recipe.method or record.rotation[0]):
         return ERROR
     if not tensor.packed and str(said.get("reason")).endswith(FITTED):
         return SHAPE
@@ -275,6 +276,8 @@ def _derive(
     if tensor.packed and record.shape is not None:
         scale = packed.tensors[tensor.name + SCALE_SUFFIX].dtype
         tensor = replace(tensor, group_size=record.group_size, scale_dtype=scale)
+        if recipe.calibrate is not None and recipe.calibrate.target_bpw is not None:
+            tensor = replace(tensor, planes=record.planes)
     try:
         result = convert_tensor(source, tensor, recipe, _discard)
     except Relayout:

@@ -1,5 +1,6 @@
 """Models run block by block: the same outputs, one block in memory; what a trace sees of one."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,14 @@ from torch import Tensor, nn
 from ternarize.calibrate.blocks import Blocks, Call
 from ternarize.calibrate.statistics import Group, Product, Trace, sequential_groups
 from ternarize.errors import CheckpointError, WeightError
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of matrices this small
+    yield
+    torch.set_num_threads(threads)
 
 
 def run_paused(blocks: Blocks, batch: dict[str, Tensor]) -> tuple[list[str], Any]:
@@ -323,6 +332,19 @@ def test_a_bias_that_is_added_by_itself_is_no_residual() -> None:
     (p,) = traced(lambda: torch.addmm(b, x, w) + r, w=w)
     assert p.bias is b
     assert torch.allclose(total(p), x @ w + b + r)
+
+
+def test_operands_may_be_given_by_name() -> None:
+    w, b, x = torch.randn(4, 5), torch.randn(5), torch.randn(3, 4)
+    for forward in (
+        lambda: F.linear(x, weight=w.T, bias=b),
+        lambda: torch.matmul(x, other=w),
+        lambda: torch.addmm(b, mat1=x, mat2=w),
+    ):
+        (p,) = traced(forward, w=w)
+        assert p.x is x
+    batched = torch.randn(2, 3, 4), torch.randn(2, 4, 3)
+    assert traced(lambda: torch.zeros(2, 3, 3).baddbmm(batch1=batched[0], batch2=batched[1])) == []
 
 
 def test_a_part_of_a_weight_is_not_taken_for_the_whole() -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ternarize.calibrate.blocks import Batch, Blocks, Call
-from ternarize.checkpoint import DTYPES, Checkpoint
+from ternarize.checkpoint import Checkpoint
 from ternarize.errors import CheckpointError, UsageError
 from ternarize.methods import itf
 from ternarize.plan import TensorPlan
@@ -169,15 +169,9 @@ def _forms(
         harms = [_harm(blocks.run(c), o) for c, o in zip(calls, outputs, strict=True)]
         parameter.data = weight
         own = tuple(replace(p, group_size=group_size, planes=planes) for p in plans)
-        bits = sum(8 * _stored_bytes(p) for p in own)
+        bits = sum(8 * p.stored_bytes() for p in own)
         choices.append(Choice(own, bits, sum(harms) / len(harms)))
     return choices
-
-
-def _stored_bytes(plan: TensorPlan) -> int:
-    return sum(
-        DTYPES[dtype].itemsize * torch.Size(shape).numel() for _, dtype, shape in plan.stored()
-    )
 
 
 def _harm(output: object, wanted: object) -> float:

@@ -14,8 +14,9 @@ sought that minimises
    column is rounded. Groups are of neighbouring columns as stored, so the order of step 3 is free
    and no permutation is stored.
 
-3. Error compensation.  With H + damping I = R R^T, R upper triangular, the error is |(W* - W') R|^2,
-   and column j of that product holds the errors e_k = w*_k - w'_k of the columns k <= j alone. So
+3. Error compensation.  With H + damping I = R R^T, R upper triangular, the error is
+   |(W* - W') R|^2, and column j of that product holds the errors e_k = w*_k - w'_k of the columns
+   k <= j alone. So
    columns are rounded one by one, those with the largest H_jj first, each to the level nearest to
 
        w*_j + sum over k < j of e_k R_kj / R_jj.
@@ -38,8 +39,8 @@ Everything in steps 3 and 5 is done for all rows at once, in blocks of columns: 
 rank-one updates, between blocks by matrix products, O(rows cols^2) in all.
 
 Sources: step 3 is GPTQ, https://arxiv.org/abs/2210.17323 (eq. 2-3, algorithm 1), with static groups
-and the column order of its reference implementation, as LDLQ, https://arxiv.org/abs/2307.13304. Step 1 is the exact form of asymmetric
-calibration: Qronos, https://arxiv.org/abs/2505.11695, GPTAQ, https://arxiv.org/abs/2504.02692; here
+and the column order of its reference implementation, as LDLQ, https://arxiv.org/abs/2307.13304.
+Step 1 is the exact form of asymmetric calibration: Qronos, https://arxiv.org/abs/2505.11695, GPTAQ, https://arxiv.org/abs/2504.02692; here
 the target also holds the residual stream's error. Step 5 with a fitted codebook is LNQ of
 GuidedQuant, https://arxiv.org/abs/2505.07004. Step 4 is ordinary least squares.
 """
@@ -117,8 +118,8 @@ def solve(
     metric = hessian / unit
     order = metric.diagonal().argsort(descending=True, stable=True)
     best, best_error = plain, plain_error
-    found = [_rounded(itf(wanted, group_size), rounding)]
-    for turn in range(planes if planes == 1 else 2 * planes):
+    found: list[Ternary] = []
+    for turn in range(planes if planes == 1 else 2 * planes):  # twice: the first saw not all
         at = turn % planes
         others = found[:at] + found[at + 1 :]
         rest = wanted - _sum(others) if others else wanted

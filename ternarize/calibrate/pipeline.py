@@ -18,12 +18,12 @@ from ternarize.calibrate.run import Calibration, open_solved
 from ternarize.checkpoint import Checkpoint
 from ternarize.codecs import scale_values
 from ternarize.container import Record
-from ternarize.errors import CheckpointError, QualityError
+from ternarize.errors import CheckpointError, OutputError, QualityError
 from ternarize.evaluate import compare_logits, open_tokenizer, pool, summarize
 from ternarize.plan import Calibrate, Plan, TensorPlan
 
 TOKENS_IN_BATCH = 4096
-BUDGET = "budget.json"
+BUDGET, INPUTS = "budget.json", "inputs.json"
 
 Progress = Callable[[int, int, str], None]
 
@@ -60,6 +60,7 @@ def calibrate(
     how = work.recipe.calibrate
     assert how is not None
     samples = _samples(work, how)
+    _check_same(folder, {"data": samples.digest, "device": device})
     if how.target_bpw is not None:
         tensors = _budget(work.source, tensors, samples, how, folder, device, progress)
     bits = work.recipe.scale_bits
@@ -93,6 +94,23 @@ def calibrate(
         "blocks": [asdict(report) for report in calibration.reports],
     }
     return Calibrated(solved, list(tensors), found)
+
+
+def _check_same(folder: Path, inputs: Mapping[str, str]) -> None:
+    """Blocks that an earlier run has left must come from the same samples and device."""
+    path = folder / INPUTS
+    if path.is_file():
+        before = json.loads(path.read_text("utf-8"))
+        if before != inputs:
+            raise OutputError(
+                f"{folder.parent}: holds blocks calibrated on other samples or another device "
+                f"({before} there, {dict(inputs)} now); expected the same. Remove it to begin anew."
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".new")
+    temporary.write_text(json.dumps(dict(inputs)), "utf-8")
+    temporary.replace(path)
 
 
 def _samples(work: Plan, how: Calibrate) -> Samples:
@@ -240,6 +258,6 @@ def check_quality(
             raise QualityError(
                 f"{name}: {value:.4f} on the report samples; expected at "
                 f"{'most' if FIGURES[name] else 'least'} {bound}. Nothing was "
-                "written; with another "
-                "--min-quality the same command goes on, or calibrate on more or other text."
+                "written. Calibrate on more or other text; with another --min-quality the same "
+                "command goes on."
             )

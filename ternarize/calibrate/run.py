@@ -188,7 +188,6 @@ class Calibration:
                     self._make(path, block, targets)
                 self._load_report(self.files()[path])
             patch = self._patch(path)
-            outputs = []
             with _patched(block, patch):
                 outputs = [self.blocks.run(lane.waiting[PACKED]) for lane in self.lanes]
             self._check_finite(path, outputs)
@@ -261,7 +260,7 @@ class Calibration:
         for name in self._names(path, block):
             plan = self.by_parameter[f"{path}.{name}"]
             weight = block.get_parameter(name).data
-            turned = _turned(plan, weight)
+            turned = plan.choice.transposed
             logical = weight.transpose(-1, -2).contiguous() if turned else weight
             dense = itf(logical, plan.group_size).dequantize(torch.float32)
             patch[name] = dense.transpose(-1, -2) if turned else dense
@@ -293,7 +292,7 @@ class Calibration:
             for name in group.names:
                 plan = self.by_parameter[f"{path}.{name}"]
                 weight = block.get_parameter(name).data
-                form = Form(plan.group_size, _turned(plan, weight), *plan.rotation)
+                form = _form(plan)
                 bias = biases.get(name)
                 stack = weight if weight.ndim == 3 else weight[None]
                 stored = [torch.empty_like(stack) for _ in range(plan.planes)]
@@ -366,7 +365,7 @@ class Calibration:
         found: dict[tuple[str, int, str], Moments] = {}
         lanes = self._lanes("train", "held")
         for done, lane in enumerate(lanes):
-            self._tick(begin + share * done / len(lanes), f"{', '.join(group.names)}")
+            self._tick(begin + share * done / len(lanes), ", ".join(group.names))
             packed = self._products(block, names, group, lane.waiting[PACKED], patch)
             floats = None
             if not group.stack:
@@ -528,7 +527,7 @@ class Calibration:
                     parts.vectors[name] = value
                 else:
                     parts.stored[name] = (*parts.stored.get(name, ()), value)
-                    parts.forms[name] = Form(plan.group_size, _turned(plan, value), *plan.rotation)
+                    parts.forms[name] = _form(plan)
         return parts
 
     # --- files -------------------------------------------------------------------------------
@@ -658,13 +657,8 @@ def _biases(trace: Trace, block: nn.Module) -> dict[str, str]:
     return found
 
 
-def _turned(plan: TensorPlan, parameter: Tensor) -> bool:
-    """Whether the parameter lies (cols, rows)."""
-    rows, cols = plan.shape[-2:]
-    if plan.choice.transposed:
-        return True
-    assert parameter.shape[-1] == cols, f"{plan.name}: {tuple(parameter.shape)} of {plan.shape}"
-    return False
+def _form(plan: TensorPlan) -> Form:
+    return Form(plan.group_size, plan.choice.transposed, *plan.rotation)
 
 
 def _tokens(values: Tensor, mask: Tensor | None) -> Tensor:
