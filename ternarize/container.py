@@ -8,8 +8,8 @@ size, codec, and a SHA-256 of the stored bytes, so that a file proves its own de
 
 Four features are written only where they are used: `scale8` (scales in 8 bits), `planes` (a weight
 as the sum of two ternary matrices, whose rows lie one behind the other), `rotation` (a matrix that
-meets rotated inputs) and `int8` (the codec of that name). Whatever the codec, rows stay independent:
-what is done to rows of weights can be done to stored rows.
+meets rotated inputs) and `int8` (the codec of that name). Whatever the codec, rows stay
+independent: what is done to rows of weights can be done to stored rows.
 
 formats/container.md is the definition; here are its shipped writer and reader. Whatever comes from
 a file is checked before it is used: `records_of` checks what the headers say, `check` the bytes
