@@ -40,9 +40,10 @@ rank-one updates, between blocks by matrix products, O(rows cols^2) in all.
 
 Sources: step 3 is GPTQ, https://arxiv.org/abs/2210.17323 (eq. 2-3, algorithm 1), with static groups
 and the column order of its reference implementation, as LDLQ, https://arxiv.org/abs/2307.13304.
-Step 1 is the exact form of asymmetric calibration: Qronos, https://arxiv.org/abs/2505.11695,
-GPTAQ, https://arxiv.org/abs/2504.02692; here the target also holds the residual stream's error. Step 5 with a fitted codebook is LNQ of
-GuidedQuant, https://arxiv.org/abs/2505.07004. Step 4 is ordinary least squares.
+Step 1 is the exact form of asymmetric calibration: Qronos, https://arxiv.org/abs/2505.11695, and
+GPTAQ, https://arxiv.org/abs/2504.02692; here the target also holds the residual stream's error.
+Step 5 with a fitted codebook is LNQ of GuidedQuant, https://arxiv.org/abs/2505.07004. Step 4 is
+ordinary least squares.
 """
 
 from collections.abc import Callable, Iterator, Sequence
