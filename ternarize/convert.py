@@ -490,7 +490,8 @@ def _run(
         _sync_names(output)
         _sync_names(output.parent)
     except (CheckpointError, FormatError, UsageError) as error:
-        if not isinstance(error.__cause__, OSError):  # a disk may come back, bad weights do not
+        # a disk may come back, bad weights do not; blocks that are calibrated are worth keeping
+        if not isinstance(error.__cause__, OSError) and not _any_block(partial):
             shutil.rmtree(partial)
         raise
     except OSError as error:
@@ -499,6 +500,10 @@ def _run(
             "Make room or permission, then run the same command again."
         ) from error
     return record
+
+
+def _any_block(partial: Path) -> bool:
+    return any((partial / CALIBRATION).glob("*.safetensors"))
 
 
 def _check_output(work: Plan, output: Path) -> None:

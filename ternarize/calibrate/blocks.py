@@ -306,7 +306,11 @@ class Blocks:
                 module = self.model.get_submodule(path)
                 if name in self.tied:
                     setattr(module, leaf, self.model.get_parameter(self.tied[name]))
-                getattr(module, leaf).requires_grad_(False)
+                value = getattr(module, leaf)
+                value.requires_grad_(False)
+                if value.untyped_storage().nbytes() != value.nbytes:
+                    # cut from a fused tensor; weights are known by their memory, so it gets its own
+                    value.data = value.data.clone()
         finally:
             self._filling = False
             if shown:

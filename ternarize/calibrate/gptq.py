@@ -63,6 +63,7 @@ SCALE_RIDGE = 1e-3  # added to the diagonal of A, times mean A_gg
 ROUNDS = 4
 SWEEPS = 2  # of coordinate descent in each round
 BLOCK = 64  # columns
+SYSTEMS = 1 << 22  # elements of A in memory at a time
 PROBE_ROWS = 64  # rows on which the damping is chosen
 MIN_TOKENS = 32  # a matrix that sees fewer is ternarized without statistics
 
@@ -297,14 +298,20 @@ def _joint_scales(trits: Tensor, wanted: Tensor, metric: Tensor, group_size: int
         left = (trits @ metric * trits).double().sum()
         return (right.double().sum() / left.clamp(min=1e-30)).clamp(min=0).reshape(1, 1)
     b = _group_sums(right, length, count).double()
-    a = torch.empty(rows, count, count, dtype=torch.float64, device=trits.device)
-    for g in range(count):
-        span = slice(g * length, min((g + 1) * length, cols))
-        a[:, g] = _group_sums(trits[:, span] @ metric[span] * trits, length, count).double()
-    diagonal = a.diagonal(dim1=1, dim2=2)
-    diagonal += SCALE_RIDGE * diagonal.mean(-1, keepdim=True) + 1e-30
-    solved: Tensor = torch.linalg.solve(a, b[..., None])
-    return solved[..., 0].clamp(min=0)
+    found = torch.empty_like(b)
+    step = max(1, SYSTEMS // count**2)
+    for first in range(0, rows, step):
+        some = trits[first : first + step]
+        a = torch.empty(len(some), count, count, dtype=torch.float64, device=trits.device)
+        for g in range(count):
+            span = slice(g * length, min((g + 1) * length, cols))
+            a[:, g] = _group_sums(some[:, span] @ metric[span] * some, length, count).double()
+        diagonal = a.diagonal(dim1=1, dim2=2)
+        diagonal += SCALE_RIDGE * diagonal.mean(-1, keepdim=True) + 1e-30
+        found[first : first + step] = torch.linalg.solve(a, b[first : first + step, :, None])[
+            ..., 0
+        ]
+    return found.clamp(min=0)
 
 
 def _group_sums(values: Tensor, length: int, count: int) -> Tensor:
@@ -381,6 +388,6 @@ def _solution(
     calibrated: bool = True,
 ) -> Solution:
     fitted = None
-    if bias and train.tokens:
+    if bias and train.tokens >= MIN_TOKENS:
         fitted = (train.y_sum - _sum(planes).double() @ train.x_sum).float()
     return Solution(planes, fitted, error, plain, calibrated)

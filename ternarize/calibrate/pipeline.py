@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from ternarize import container
 from ternarize.calibrate.budget import allocate, describe
-from ternarize.calibrate.data import SELF, Samples, Source, read
-from ternarize.calibrate.run import Calibration, open_solved
+from ternarize.calibrate.data import CAUSAL, ENCODER_DECODER, SELF, Samples, Source, kind_of, read
+from ternarize.calibrate.run import Calibration, open_solved, write_whole
 from ternarize.checkpoint import Checkpoint
 from ternarize.codecs import scale_values
 from ternarize.container import Record
@@ -66,7 +67,8 @@ def calibrate(
     bits = work.recipe.scale_bits
 
     def rounding(scales: Tensor) -> Tensor:
-        return scale_values(container.store_scales(scales, bits=bits), torch.float64)
+        stored = container.store_scales(scales.cpu(), bits=bits)
+        return scale_values(stored, torch.float64).to(scales.device)
 
     calibration = Calibration(
         work.source,
@@ -80,7 +82,9 @@ def calibrate(
         device=device,
         progress=progress,
     )
-    quality = _quality(calibration, samples, work.source)
+    with _exact_products():
+        quality = _quality(calibration, samples, work.source)
+    samples.description["notes"] += _not_measured(work)
     solved: dict[str, tuple[Checkpoint, Record]] = {}
     for file in calibration.files().values():
         packed = open_solved(file)
@@ -96,6 +100,33 @@ def calibrate(
     return Calibrated(solved, list(tensors), found)
 
 
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Products in float32 and not in TF32, whatever the caller has set."""
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = False
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value
+
+
+def _not_measured(work: Plan) -> list[str]:
+    """What the figures of the calibration leave out: all that it does not run in its final form."""
+    names = [t.name for t in work.tensors if t.packed and not _in_block(t.name)]
+    notes = [f"the figures are without the rounding of {', '.join(names)}"] if names else []
+    if work.recipe.activations != "none":
+        notes.append("the figures are without the rounding of activations")
+    return notes
+
+
+def _in_block(name: str) -> bool:
+    return any(step.isdigit() for step in name.split("."))
+
+
 def _check_same(folder: Path, inputs: Mapping[str, str]) -> None:
     """Blocks that an earlier run has left must come from the same samples and device."""
     path = folder / INPUTS
@@ -108,9 +139,7 @@ def _check_same(folder: Path, inputs: Mapping[str, str]) -> None:
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".new")
-    temporary.write_text(json.dumps(dict(inputs)), "utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps(dict(inputs)).encode())
 
 
 def _samples(work: Plan, how: Calibrate) -> Samples:
@@ -184,9 +213,8 @@ def _budget(
         source, tensors, samples.heldout, how.target_bpw, device=device, progress=progress
     )
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".new")
-    temporary.write_text(json.dumps({t.name: [t.group_size, t.planes] for t in found}), "utf-8")
-    temporary.replace(path)
+    forms = {t.name: [t.group_size, t.planes] for t in found}
+    write_whole(path, json.dumps(forms).encode())
     return found
 
 
@@ -198,12 +226,15 @@ def _quality(
     Language models: perplexity of both, KL divergence, top-1 agreement, as `evaluate` defines them.
     Others: cosine of the pooled embeddings (encoders), or of all outputs.
     """
+    settings = calibration.blocks.model.config
+    kind = kind_of(type(calibration.blocks.model), settings)
+    words = kind in (CAUSAL, ENCODER_DECODER)
     causal, pooled = [], []
     for index, float_output, packed_output in calibration.run():
         batch = samples.report[index]
         logits = getattr(packed_output, "logits", None)
         ids = batch.get("decoder_input_ids", batch.get("input_ids"))
-        if logits is not None and ids is not None and logits.shape[:2] == ids.shape:
+        if words and logits is not None and ids is not None:
             for row in range(len(ids)):
                 pair = [o.logits[row, :-1] for o in (packed_output, float_output)]
                 causal.append(compare_logits(pair, ids[row]))

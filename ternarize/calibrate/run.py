@@ -12,6 +12,7 @@ was broken off reads those files and repeats only the forwards.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -114,7 +115,7 @@ class Calibration:
             for parameter in self.blocks.places[t.name].parameters if t.ternary else ():
                 self.by_parameter[parameter] = t
         self.lanes = [
-            _Lane(kind, batch.get("attention_mask"), self.blocks.start(batch))
+            _Lane(kind, _mask(batch), self.blocks.start(batch))
             for kind in ("train", "held", "report")
             for batch in sets.get(kind, ())
         ]
@@ -301,7 +302,7 @@ class Calibration:
                     matrix = form.turn(matrix).contiguous()
                     rows, cols = matrix.shape
                     train, held = (
-                        moments.get((name, expert, kind))
+                        moments.pop((name, expert, kind), None)
                         or Moments.empty(rows, cols, target=False, device=matrix.device)
                         for kind in ("train", "held")
                     )
@@ -556,9 +557,7 @@ class Calibration:
                 stored[name] = planes[0].to(DTYPES[plan.dtype]).contiguous()
                 records[name] = Record(container.digest(stored[name]))
         metadata = container.dump_metadata(records) | {"report": json.dumps(report)}
-        temporary = file.with_suffix(".new")
-        save_file(stored, temporary, metadata=metadata)
-        temporary.replace(file)
+        write_whole(file, save(stored, metadata))
 
     def _read(self, file: Path) -> tuple[dict[str, tuple[Tensor, ...]], dict[str, Any]]:
         """A block's file: the planes of its tensors, float32, as the source has them; its report.
@@ -599,6 +598,16 @@ class Parts:
         """The parameters that the block runs with."""
         weights = {n: self.forms[n].parameter(sum_planes(p)) for n, p in self.stored.items()}
         return weights | self.vectors
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that is complete on the disk before it has its name."""
+    temporary = path.with_suffix(".new")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def open_solved(file: Path) -> Checkpoint:
@@ -659,6 +668,11 @@ def _biases(trace: Trace, block: nn.Module) -> dict[str, str]:
 
 def _form(plan: TensorPlan) -> Form:
     return Form(plan.group_size, plan.choice.transposed, *plan.rotation)
+
+
+def _mask(batch: Batch) -> Tensor | None:
+    """Which tokens count; of an encoder-decoder, whose two sides differ, all."""
+    return None if "decoder_input_ids" in batch else batch.get("attention_mask")
 
 
 def _tokens(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -257,10 +257,13 @@ def sequential_groups(trace: Trace, weights: Mapping[str, Tensor]) -> list[Group
     members: list[list[str]] = []
     inputs: dict[tuple[int, ...], int] = {}
     place: dict[str, int] = {}
+    # experts that are modules of their own see some of the tokens, in rows without a batch
+    full = max((p.x.numel() // p.x.shape[-1] for p in trace.products), default=0)
+    routed = {p.name for p in trace.products if p.x.ndim == 2 and len(p.x) < full}
     for product in trace.products:
         if product.name in place:
             continue
-        stack = weights[product.name].ndim == 3
+        stack = weights[product.name].ndim == 3 or product.name in routed
         key = product.source
         at = None if stack else inputs.get(key)
         if at is None:
@@ -273,7 +276,7 @@ def sequential_groups(trace: Trace, weights: Mapping[str, Tensor]) -> list[Group
     groups = []
     for names in members:
         own = [p for p in trace.products if p.name in names]
-        stack = any(weights[n].ndim == 3 for n in names)
+        stack = any(weights[n].ndim == 3 or n in routed for n in names)
         last = max((p.sums for p in own), default=0)
         groups.append(Group(tuple(names), 0 if stack else len(own), last))
     return groups
