@@ -491,7 +491,8 @@ def _run(
         _sync_names(output.parent)
     except (CheckpointError, FormatError, UsageError) as error:
         # a disk may come back, bad weights do not; blocks that are calibrated are worth keeping
-        if not isinstance(error.__cause__, OSError) and not _any_block(partial):
+        useless = isinstance(error, WeightError) or not _any_block(partial)
+        if useless and not isinstance(error.__cause__, OSError):
             shutil.rmtree(partial)
         raise
     except OSError as error:

@@ -300,12 +300,11 @@ class Calibration:
                 errors = []
                 for expert, matrix in enumerate(stack):
                     matrix = form.turn(matrix).contiguous()
-                    rows, cols = matrix.shape
-                    train, held = (
-                        moments.pop((name, expert, kind), None)
-                        or Moments.empty(rows, cols, target=False, device=matrix.device)
-                        for kind in ("train", "held")
-                    )
+                    cols = matrix.shape[1]
+                    empty = Moments.empty(0, cols, target=False, device=matrix.device)
+                    # each is large, and used once
+                    train = moments.pop((name, expert, "train"), empty)
+                    held = moments.pop((name, expert, "held"), empty)
                     if form.block:
                         matrix = rotate(matrix, form.block, form.seed)
                         train = train.rotated(form.block, form.seed)
