@@ -393,6 +393,14 @@ def row_key(row: dict[str, Any]) -> list[Any]:
     return [row["model"], row["peer"], row["group_size"], row["options"]]
 
 
+def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows as VARIANTS has them, the sources first; without those of variants that are no more."""
+    keys = [[model, "source", "", ""] for model in MODELS] + [each.key() for each in VARIANTS]
+    return sorted(
+        (row for row in rows if row_key(row) in keys), key=lambda row: keys.index(row_key(row))
+    )
+
+
 def installed(peer: str) -> bool:
     package = PEERS[peer][0]
     try:
@@ -423,7 +431,7 @@ def main() -> None:
             continue
         print(f"{model}: {variant or 'source'} ...", file=sys.stderr)
         row = run_apart(args.data, variant, model)
-        rows = [each for each in rows if row_key(each) != row_key(row)] + [row]
+        rows = in_order([row, *(each for each in rows if row_key(each) != row_key(row))])
         if args.json:
             versions = {"torch": torch.__version__, "transformers": transformers.__version__}
             table = {"benchmark": "peers_quality", "versions": versions, "rows": rows}

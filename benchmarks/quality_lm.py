@@ -59,7 +59,7 @@ def recipes(text: Path) -> dict[str, Recipe]:
         "gptq 128, not rotated": gptq(128, rotation=0),
         "gptq budget 1.75": gptq(128, target_bpw=1.75),
         "gptq budget 2": gptq(128, target_bpw=2.0),
-        "gptq 128, reconstruct": gptq(128, reconstruct=200, window=2),
+        "gptq 128, reconstruct": gptq(128, reconstruct=150),
     }
 
 

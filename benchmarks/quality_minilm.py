@@ -56,7 +56,7 @@ def recipes(data: Path) -> dict[str, Recipe]:
         "gptq 64, 8-bit scales": gptq(64, scale_bits=8),
         "gptq 128, not rotated": gptq(128, rotation=0),
         "gptq 128, on DATA/text": gptq(128, str(data / "text" / "calibration.txt")),
-        "gptq 128, reconstruct": gptq(128, reconstruct=200, window=2),
+        "gptq 128, reconstruct": gptq(128, reconstruct=150),
     }
 
 

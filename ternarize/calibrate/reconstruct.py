@@ -35,7 +35,7 @@ from ternarize.calibrate.gptq import Rounding
 from ternarize.rotation import rotate, unrotate
 from ternarize.tensor import group_length
 
-RATE = 0.002  # of V, in units of the matrix's mean scale, per step
+RATE = 0.004  # of V, in units of the matrix's mean scale, per step
 SCALE_RATE = 1e-3  # of u
 VECTOR_RATE = 1e-3  # of biases and norms, in units of their root mean square
 CHECK_EVERY = 25  # steps between looks at the held-out loss
