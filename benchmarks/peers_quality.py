@@ -5,8 +5,8 @@
     python benchmarks/peers_quality.py DATA [--json OUT.json] [--only NAME ...] [--model NAME]
 
 Each peer may live in an environment of its own: what is not installed is skipped with a printed
-line, and rows that OUT.json already holds are kept unless they are measured again. `gptqmodel`
-needs torch before it is installed (its build reads it). All run on CPU.
+line, and rows that OUT.json already holds are kept unless they are measured again. gptqmodel 7.6
+is the last that takes torch 2.13. All run on CPU; AutoRound also needs a C++ compiler.
 
 Alike for all: the linear layers of the blocks are quantized, every one of them (checked), and
 nothing else. A peer hands over what it stores; the dense weights decoded from that go into the

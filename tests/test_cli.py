@@ -375,7 +375,7 @@ def test_of_many_blocks_the_first_the_worst_and_the_last_are_shown() -> None:
 
 def test_matrices_that_saw_too_few_tokens_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     block = {"block": "layers.3", "before": 0.2, "after": 0.1, "matrices": {}}
-    few = {f"mlp.experts.up[{i}]": i for i in range(5)}
+    few = {f"layers.3.mlp.experts.up[{i}]": i for i in range(5)}
     found = {
         "data": {"dataset": "x.txt", "notes": ["[too short]"]},
         "quality": {"cosine": {"value": 0.98, "standard_error": 0.01}},
@@ -386,7 +386,7 @@ def test_matrices_that_saw_too_few_tokens_are_counted(capsys: pytest.CaptureFixt
     cli._print_calibration({"calibration": found})
     text = re.sub(r" +", " ", capsys.readouterr().out)
     assert "5 matrices saw too few tokens" in text
-    assert "layers.3.mlp.experts.up[1] (1 tokens)" in text and "up[4]" not in text
+    assert " layers.3.mlp.experts.up[1] (1 tokens)" in text and "up[4]" not in text
     assert "note: [too short]" in text
     assert " cosine 0.9800 0.0100 " in text
     assert "ternary tensors:" not in text
