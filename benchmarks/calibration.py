@@ -93,7 +93,8 @@ def memory_rows(work: Path) -> list[dict[str, Any]]:
     for rotation in (256,):
         script = MEASURE.format(samples=SAMPLES, tokens=TOKENS)
         target = work / f"packed-{rotation}"
-        command = [sys.executable, "-c", script, source, target, inputs, str(rotation)]
+        paths = [str(path) for path in (source, target, inputs)]
+        command = [sys.executable, "-c", script, *paths, str(rotation)]
         result = subprocess.run(command, check=True, capture_output=True, text=True)
         peak = json.loads(result.stdout.splitlines()[-1])["peak"]
         rows.append({"rotation": rotation, "peak": peak, "block": layer, "of_block": peak / layer})

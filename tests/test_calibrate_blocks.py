@@ -232,7 +232,8 @@ def test_terms_are_what_the_residual_stream_adds(tmp_path: Path) -> None:
     assert torch.equal(total(by_name["down_proj"]), hidden(output))
     # the sum behind attention is what the next norm and the second sum start from
     behind_attention = total(by_name["o_proj"])
-    assert torch.equal(behind_attention, by_name["down_proj"].terms)
+    terms = by_name["down_proj"].terms
+    assert terms is not None and torch.equal(behind_attention, terms)
     for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
         assert by_name[name].terms is None
 
@@ -363,6 +364,7 @@ def test_a_trace_ends_a_forward_when_it_has_seen_enough() -> None:
             x = layer(x)
         return x
 
-    trace = Trace({"1": layers[1].weight.data}, Group(("1",), 1, 0).seen)
+    weight: Any = layers[1].weight
+    trace = Trace({"1": weight.data}, Group(("1",), 1, 0).seen)
     assert trace.run(forward) is None
     assert ran == [0, 1]

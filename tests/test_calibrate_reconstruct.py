@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_the_gradient_of_a_scale_is_that_of_a_learned_step() -> None:
     ratio = trainable.latent.detach() / level
     trits = ratio.round().clamp(-1, 1)
     slope = torch.where(ratio.abs() < 1.5, trits - ratio, trits)
-    wanted = (sensitivity * slope * level).unflatten(-1, (-1, 32)).sum(-1)
+    wanted = torch.unflatten(sensitivity * slope * level, -1, (-1, 32)).sum(-1)
     assert trainable.log_scale.grad is not None
     assert torch.allclose(trainable.log_scale.grad, wanted, atol=1e-5)
 
@@ -105,7 +106,8 @@ def test_the_gradient_of_a_scale_with_fixed_trits_is_the_finite_difference() -> 
     trainable.log_scale.grad = None
     (trainable.stored() * sensitivity * trits.abs()).sum().backward()  # type: ignore[no-untyped-call]
     difference = (value(1e-4) - value(-1e-4)) / 2e-4
-    assert float(trainable.log_scale.grad[0, 0]) == pytest.approx(difference, rel=1e-3)
+    grad: Any = trainable.log_scale.grad
+    assert float(grad[0, 0]) == pytest.approx(difference, rel=1e-3)
 
 
 @pytest.fixture
@@ -163,7 +165,7 @@ def test_training_helps_on_samples_it_has_not_seen_and_stays_ternary(form: Form)
     assert after < 0.97 * before
     ternary = levels(form.turn(stored).contiguous(), form.group_size)
     assert ternary is not None, "not a ternary matrix"
-    assert set(ternary.trits.unique().tolist()) <= {-1, 0, 1}
+    assert set(ternary.trits.flatten().tolist()) <= {-1, 0, 1}
     assert torch.equal(half(ternary.scales), ternary.scales.double()), "not as scales are stored"
 
 
