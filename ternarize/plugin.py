@@ -403,10 +403,9 @@ def _layout(record: Record, activations: str) -> Layout:
 
 def _ends(model: Any) -> set[str]:
     """Weights of the output head and the token embedding, whose inputs are not to be rounded."""
-    try:
-        ends = [model.get_output_embeddings(), model.get_input_embeddings()]
-    except (NotImplementedError, AttributeError):
-        ends = []
+    from ternarize.select import model_end
+
+    ends = [end for end in (model_end(model, w) for w in ("output", "input")) if end is not None]
     modules = model.named_modules(remove_duplicate=False)
     return {f"{path}.weight" for path, m in modules if any(m is end for end in ends)}
 

@@ -411,22 +411,12 @@ class _Skeleton:
     @cached_property
     def heads(self) -> set[str]:
         """Paths of the output head."""
-        try:
-            head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        except (NotImplementedError, AttributeError):
-            return set()
+        head = model_end(self.model, "output")
         return {path for path, m in self.modules.items() if head is not None and m is head}
 
     def end(self, option: str) -> str:
         """The weight of the output head or of the token embedding; "" where there is none."""
-        try:
-            module = (
-                self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-                if option == "--head"
-                else self.model.get_input_embeddings()
-            )
-        except (NotImplementedError, AttributeError):
-            return ""
+        module = model_end(self.model, "output" if option == "--head" else "input")
         cls: type = type(module)
         expected = isinstance(module, nn.Embedding) or (option == "--head" and _is_linear(cls))
         paths = [path for path, m in self.modules.items() if m is module and expected]
@@ -504,6 +494,15 @@ class _Skeleton:
         """Names on disk that the architecture leaves unread, on its own word."""
         patterns = self.model._keys_to_ignore_on_load_unexpected or ()
         return re.compile("|".join(f"(?:{p})" for p in sorted(patterns))) if patterns else None
+
+
+def model_end(model: Any, which: str) -> nn.Module | None:
+    """The "output" head or "input" embedding on the model's own word; None if it has none."""
+    try:
+        end: nn.Module | None = getattr(model, f"get_{which}_embeddings")()
+    except (NotImplementedError, AttributeError):  # how classes of transformers say so
+        return None
+    return end
 
 
 def _skeleton_or_error(config: dict[str, Any]) -> _Skeleton:
