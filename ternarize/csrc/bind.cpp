@@ -171,19 +171,100 @@ nb::tuple bind_distance(Dense<nb::ro> weights, const std::string& kind_name, int
   return nb::make_tuple(sum.error, sum.energy, sum.nonzero);
 }
 
-std::string bind_cpu() { return kernels().name; }
+// ---------------------------------------------------------------------------------------------
+// Products
 
-nb::list bind_cpus() {
+template <class... Options>
+using Flat = nb::ndarray<nb::device::cpu, nb::c_contig, nb::ndim<1>, Options...>;
+
+// `form` is "lanes2" or "lanes3"; the cols in a row are bounded by what the sums can hold.
+Lanes checked_lanes(const std::string& form, int64_t rows, int64_t cols, int64_t group_size) {
+  if (form != "lanes2" && form != "lanes3")
+    fail("form is '" + form + "'; expected 'lanes2' or 'lanes3'.");
+  if (rows < 0) fail("rows is " + std::to_string(rows) + "; expected 0 or more.");
+  const Layout stored = checked_layout(rows, cols, group_size);
+  if (stored.group > kLongestGroup)
+    fail("cols is " + std::to_string(cols) + " with groups of " + std::to_string(stored.group) +
+         "; expected groups of at most " + std::to_string(kLongestGroup) + " columns.");
+  return lanes_of(form == "lanes2" ? Form::Lanes2 : Form::Lanes3, stored);
+}
+
+template <class Array>
+void expect_size(const char* name, const Array& array, int64_t size) {
+  const auto has = static_cast<int64_t>(array.shape(0));
+  if (has != size)
+    fail(std::string(name) + ": " + std::to_string(has) + " elements; expected " +
+         std::to_string(size) + ".");
+}
+
+nb::tuple bind_lanes_shape(const std::string& form, int64_t rows, int64_t cols,
+                           int64_t group_size) {
+  const Lanes x = checked_lanes(form, rows, cols, group_size);
+  return nb::make_tuple(x.size(), x.blocks, x.block);
+}
+
+int64_t bind_to_lanes(In<uint8_t> packed, const std::string& form, int64_t cols,
+                      int64_t group_size, Flat<uint8_t> out, int threads) {
+  const Lanes x = checked_lanes(form, static_cast<int64_t>(packed.shape(0)), cols, group_size);
+  expect("packed", packed, x.stored.rows, x.stored.width);
+  expect_size("out", out, x.size());
+  nb::gil_scoped_release unlocked;
+  return to_lanes(x, packed.data(), out.data(), threads);
+}
+
+int64_t bind_from_lanes(Flat<const uint8_t> lanes, const std::string& form, int64_t cols,
+                        int64_t group_size, Out<uint8_t> out, int threads) {
+  const Lanes x = checked_lanes(form, static_cast<int64_t>(out.shape(0)), cols, group_size);
+  expect("out", out, x.stored.rows, x.stored.width);
+  expect_size("lanes", lanes, x.size());
+  nb::gil_scoped_release unlocked;
+  return from_lanes(x, lanes.data(), out.data(), threads);
+}
+
+void bind_product(Dense<nb::ro> x, const std::string& kind_name, Flat<const uint8_t> lanes,
+                  Flat<nb::ro> scales, const std::string& form, int64_t group_size, bool int8,
+                  Dense<> out, int threads) {
+  const Kind kind = kind_of(kind_name);
+  const auto tokens = static_cast<int64_t>(x.shape(0)), rows = static_cast<int64_t>(out.shape(1));
+  const Lanes l = checked_lanes(form, rows, static_cast<int64_t>(x.shape(1)), group_size);
+  expect_kind("x", x, kind);
+  expect_kind("out", out, kind);
+  expect("out", out, tokens, rows);
+  expect_size("lanes", lanes, l.size());
+  expect_size("scales", scales, l.blocks * l.stored.groups * l.block);
+  const nb::dlpack::dtype has = scales.dtype();
+  const bool half = has.bits == 16;
+  if (has.code != static_cast<uint8_t>(nb::dlpack::dtype_code::Float) || has.lanes != 1 ||
+      (has.bits != 16 && has.bits != 32))
+    fail("scales: dtype is not float16 or float32.");
+  if (l.form == Form::Lanes3 && !products().lanes3)
+    fail("form is 'lanes3', which '" + std::string(variant().name) +
+         "' cannot multiply; expected 'lanes2'.");
+  nb::gil_scoped_release unlocked;
+  product(l, lanes.data(), {scales.data(), half}, kind, int8 ? 1 : 3, tokens, x.data(), out.data(),
+          threads);
+}
+
+std::string bind_cpu() { return variant().name; }
+
+// Names of all variants, or of those that differ in their functions for weights.
+nb::list names_of_variants(bool all) {
   nb::list names;
-  for (const Kernels* const* one = variants(); *one; ++one) names.append((*one)->name);
+  for (const Variant* one = variants(); one->name; ++one)
+    if (all || std::string(one->name) == one->kernels->name) names.append(one->name);
   return names;
 }
+
+nb::list bind_cpus() { return names_of_variants(false); }
+nb::list bind_product_cpus() { return names_of_variants(true); }
 
 void bind_use_cpu(const std::string& name) {
   if (!use(name.c_str()))
     fail("TERNARIZE_CPU is '" + name + "', which this CPU or this build does not have; expected " +
-         nb::cast<std::string>(nb::str(", ").attr("join")(bind_cpus())) + ".");
+         nb::cast<std::string>(nb::str(", ").attr("join")(bind_product_cpus())) + ".");
 }
+
+bool bind_has_lanes3() { return products().lanes3; }
 
 }  // namespace
 
@@ -210,7 +291,18 @@ NB_MODULE(_native, m) {
   m.def("distance", bind_distance, nb::arg("weights").noconvert(), nb::arg("kind"),
         nb::arg("group_size"), nb::arg("trits").noconvert(), nb::arg("scales").noconvert(),
         nb::arg("threads"));
+  m.def("lanes_shape", bind_lanes_shape, nb::arg("form"), nb::arg("rows"), nb::arg("cols"),
+        nb::arg("group_size"));
+  m.def("to_lanes", bind_to_lanes, nb::arg("packed").noconvert(), nb::arg("form"), nb::arg("cols"),
+        nb::arg("group_size"), nb::arg("out").noconvert(), nb::arg("threads"));
+  m.def("from_lanes", bind_from_lanes, nb::arg("lanes").noconvert(), nb::arg("form"),
+        nb::arg("cols"), nb::arg("group_size"), nb::arg("out").noconvert(), nb::arg("threads"));
+  m.def("product", bind_product, nb::arg("x").noconvert(), nb::arg("kind"),
+        nb::arg("lanes").noconvert(), nb::arg("scales").noconvert(), nb::arg("form"),
+        nb::arg("group_size"), nb::arg("int8"), nb::arg("out").noconvert(), nb::arg("threads"));
   m.def("cpu", bind_cpu);
   m.def("cpus", bind_cpus);
+  m.def("product_cpus", bind_product_cpus);
+  m.def("has_lanes3", bind_has_lanes3);
   m.def("use_cpu", bind_use_cpu, nb::arg("name"));
 }
