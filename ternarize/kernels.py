@@ -28,8 +28,8 @@ LANES2, LANES3 = "lanes2", "lanes3"
 LONGEST_GROUP = 1 << 16  # columns; the sums of longer groups could leave 32 bits
 DIGITS_LIMIT = 127 * (65536 + 256 + 1)  # the largest number of three digits -128..127
 
-_FIELDS = {LANES2: 4, LANES3: 5}
-_BASES = {LANES2: 4, LANES3: 3}
+_FIELDS = {LANES2: 4, LANES3: 5}  # rows that share a byte, each 16 behind the one before
+_POWERS = {LANES2: (1, 4, 16, 64), LANES3: (1, 3, 9, 28, 84)}  # byte = sum of (trit + 1) * power
 _KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -73,8 +73,8 @@ def to_lanes(
     trits = _in_quads(codecs.unpack(packed, cols, group_size), group_size)
     trits = torch.nn.functional.pad(trits, (0, 0, 0, blocks * block - rows))
     digits = trits.view(blocks, _FIELDS[form], 16, -1, 4).to(torch.int16) + 1
-    powers = torch.tensor([_BASES[form] ** f for f in range(_FIELDS[form])], device=packed.device)
-    codes = (digits * powers.to(torch.int16).view(-1, 1, 1, 1)).sum(1)  # blocks, lane, quad, column
+    powers = torch.tensor(_POWERS[form], dtype=torch.int16, device=packed.device)
+    codes = (digits * powers.view(-1, 1, 1, 1)).sum(1)  # blocks, lane, quad, column
     return codes.permute(0, 2, 1, 3).to(torch.uint8).flatten().contiguous()
 
 
@@ -102,10 +102,13 @@ def trits_of_lanes(lanes: Tensor, rows: int, cols: int, group_size: int, form: s
             f"lanes: {tuple(lanes.shape)} {lanes.dtype}; expected ({size},) torch.uint8 for "
             f"{rows} x {cols} weights in groups of {group_size}."
         )
-    base = _BASES[form]
-    codes = lanes.view(blocks, -1, 16, 4).to(torch.int16)
-    digits = torch.stack([codes // base**f % base for f in range(_FIELDS[form])], 1)
-    if bool((digits > 2).any()) or bool((codes >= base ** _FIELDS[form]).any()):
+    left = lanes.view(blocks, -1, 16, 4).to(torch.int16)
+    found = []
+    for power in reversed(_POWERS[form]):
+        found.append(left // power)
+        left = left % power
+    digits = torch.stack(found[::-1], 1)
+    if bool((digits > 2).any()):
         raise _no_digits(form)
     # blocks, field, quad, lane, column -> rows, padded columns
     trits = (digits - 1).permute(0, 1, 3, 2, 4).reshape(-1, _quads(cols, group_size) * 4)[:rows]
@@ -116,8 +119,7 @@ def trits_of_lanes(lanes: Tensor, rows: int, cols: int, group_size: int, form: s
 
 def _no_digits(form: str) -> FormatError:
     return FormatError(
-        f"lanes: a byte holds no digits of base {_BASES[form]}. The memory was overwritten: load "
-        "the model again."
+        f"lanes: a byte is not one of {form}. The memory was overwritten: load the model again."
     )
 
 

@@ -264,6 +264,16 @@ void bind_use_cpu(const std::string& name) {
          nb::cast<std::string>(nb::str(", ").attr("join")(bind_product_cpus())) + ".");
 }
 
+uint64_t bind_read_all(Flat<const uint8_t> bytes, int threads) {
+  nb::gil_scoped_release unlocked;
+  return read_all(bytes.data(), static_cast<int64_t>(bytes.shape(0)), threads);
+}
+
+int64_t bind_dot_peak(int64_t rounds, int threads) {
+  nb::gil_scoped_release unlocked;
+  return dot_peak(rounds, threads);
+}
+
 bool bind_has_lanes3() { return products().lanes3; }
 
 }  // namespace
@@ -300,6 +310,8 @@ NB_MODULE(_native, m) {
   m.def("product", bind_product, nb::arg("x").noconvert(), nb::arg("kind"),
         nb::arg("lanes").noconvert(), nb::arg("scales").noconvert(), nb::arg("form"),
         nb::arg("group_size"), nb::arg("int8"), nb::arg("out").noconvert(), nb::arg("threads"));
+  m.def("read_all", bind_read_all, nb::arg("bytes").noconvert(), nb::arg("threads"));
+  m.def("dot_peak", bind_dot_peak, nb::arg("rounds"), nb::arg("threads"));
   m.def("cpu", bind_cpu);
   m.def("cpus", bind_cpus);
   m.def("product_cpus", bind_product_cpus);

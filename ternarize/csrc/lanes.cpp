@@ -19,24 +19,30 @@
 namespace ternarize {
 namespace {
 
-constexpr int kBases[2][5] = {{1, 4, 16, 64, 0}, {1, 3, 9, 27, 81}};
-const int* powers_of(Form form) { return kBases[form == Form::Lanes3]; }
+constexpr int kPowers[2][5] = {{1, 4, 16, 64, 0}, {1, 3, 9, 28, 84}};
+const int* powers_of(Form form) { return kPowers[form == Form::Lanes3]; }
 
-// Each field's trit in a byte; 2 where the field holds no digit, or the byte is no code at all.
+// Each field's trit in a byte; 2 in bytes that `to_lanes` never writes.
 struct Trits {
   int8_t of[5][256];
 };
 
-constexpr Trits make_trits(int base, int fields, int codes) {
+constexpr Trits make_trits(const int (&powers)[5], int fields) {
   Trits table{};
-  for (int code = 0; code < 256; ++code)
-    for (int f = 0, rest = code; f < fields; ++f, rest /= base)
-      table.of[f][code] =
-          static_cast<int8_t>(code < codes && rest % base < 3 ? rest % base - 1 : 2);
+  for (int code = 0; code < 256; ++code) {
+    bool valid = true;
+    int rest = code;
+    for (int f = fields - 1; f >= 0; --f) {
+      table.of[f][code] = static_cast<int8_t>(rest / powers[f] - 1);
+      valid = valid && rest / powers[f] < 3;
+      rest %= powers[f];
+    }
+    for (int f = 0; f < fields && !valid; ++f) table.of[f][code] = 2;
+  }
   return table;
 }
 
-constexpr Trits kTrits[2] = {make_trits(4, 4, 256), make_trits(3, 5, 243)};
+constexpr Trits kTrits[2] = {make_trits(kPowers[0], 4), make_trits(kPowers[1], 5)};
 
 // The lowest of the indices that were found, by whichever thread.
 class Lowest {
@@ -252,6 +258,24 @@ void product(const Lanes& x, const uint8_t* lanes, const Scales& scales, Kind ki
     product_of_batch(x, lanes, scales, kind, parts, std::min(kBatch, tokens - done),
                      static_cast<const uint8_t*>(in) + done * x.stored.cols * size,
                      static_cast<uint8_t*>(out) + done * x.stored.rows * size, threads);
+}
+
+uint64_t read_all(const uint8_t* bytes, int64_t n, int threads) {
+  threads = std::clamp(threads, 1, 256);
+  const int64_t tasks = threads > 1 ? threads * 8 : 1, part = n / tasks / 64 * 64;
+  std::atomic<uint64_t> all{0};
+  run_tasks(threads, tasks, [&](int64_t task, int) {
+    const int64_t end = task == tasks - 1 ? n : (task + 1) * part;
+    all ^= products().read(bytes + task * part, end - task * part);
+  });
+  return all;
+}
+
+int64_t dot_peak(int64_t rounds, int threads) {
+  std::atomic<int64_t> all{0};
+  run_tasks(std::clamp(threads, 1, 256), threads,
+            [&](int64_t, int) { all += products().dot_peak(rounds); });
+  return all;
 }
 
 }  // namespace ternarize

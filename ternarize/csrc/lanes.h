@@ -13,14 +13,18 @@ namespace ternarize {
 // A run-time layout: trits in the order in which vectors of 64 bytes multiply them.
 //
 //   byte (block b, quad k, lane i in 0..15, column j in 0..3) holds the trits of column j of quad k in
-//   the rows  16 (fields b + f) + i,  f = 0..fields-1,  as the digits of the sum of digit_f base^f
+//   the rows  16 (fields b + f) + i,  f = 0..fields-1,  as the sum of digit_f power_f
 //
-// with digit = trit + 1. Lanes2: base 4, 4 fields, 2 bits a weight, for any CPU. Lanes3: base 3, 5
-// fields, 1.6 bits, for those that can look up bytes in tables of 128. A quad is four consecutive
-// columns of one group: groups are padded to whole quads, and rows to whole blocks of 16 fields, with
-// trits that are 0. The bytes lie in the order block, quad, lane, column. So one instruction
-// multiplies each lane's four trits of a field by the same four activations and adds them up, and a
-// group ends where a vector ends.
+// with digit = trit + 1, and the powers
+//
+//   Lanes2   1, 4, 16, 64       4 fields: 2 bits a weight, for any CPU
+//   Lanes3   1, 3, 9, 28, 84    5 fields: 1.6 bits, for those that can look up bytes in tables of 64
+//
+// (28 instead of 27: then what v / 4 is tells the upper two digits.) A quad is four consecutive columns
+// of one group: groups are padded to whole quads, and rows to whole blocks of 16 fields, with trits
+// that are 0. The bytes lie in the order block, quad, lane, column. So one instruction multiplies each
+// lane's four trits of a field by the same four activations and adds them up, and a group ends where
+// a vector ends.
 enum class Form { Lanes2 = 4, Lanes3 = 5 };  // the value is the number of fields
 
 struct Lanes {
@@ -78,7 +82,7 @@ struct Levels {
   int32_t* sums;   // [token * parts + p, group]: the sum of q
   float* factors;  // [token]
 };
-constexpr int64_t kTokens = 16;
+constexpr int64_t kTokens = 32;
 
 // Scales in the order of the blocks: [block, group, row of the block], float16 (as bits) or float32.
 struct Scales {
@@ -97,6 +101,11 @@ struct Products {
   void (*multiply)(const Lanes&, const uint8_t* lanes, const Scales&, const Levels&, int64_t token,
                    int64_t token_end, int64_t block, int64_t block_end, Kind, void* out,
                    void* scratch);
+
+  // Yardsticks for benchmarks: reads every byte of n and returns something that depends on them; does
+  // nothing but dot products of 8 bits and returns how many multiplications (0: it has none).
+  uint64_t (*read)(const uint8_t* bytes, int64_t n);
+  int64_t (*dot_peak)(int64_t rounds);
 };
 
 extern const Products kPortableProducts;
@@ -109,5 +118,9 @@ extern const Products kAmxProducts;
 // instruction set in use must have the form.
 void product(const Lanes&, const uint8_t* lanes, const Scales&, Kind, int parts, int64_t tokens,
              const void* x, void* out, int threads);
+
+// The yardsticks on threads: each reads its part of the bytes, or does all rounds.
+uint64_t read_all(const uint8_t* bytes, int64_t n, int threads);
+int64_t dot_peak(int64_t rounds, int threads);
 
 }  // namespace ternarize

@@ -9,26 +9,36 @@ constexpr bool kLanes3 = false;
 constexpr int64_t kDirect = 4, kTile = 0;
 struct Session {};
 
-// A lane's four bytes as one integer: digit j of field f lies at bit 8 j + 2 f.
+// Numbers of 16 bits, two columns of a lane side by side, because that is what the vectors of every
+// machine multiply. A field's digits of columns 0 and 2 of a lane lie in the low bits of its halves.
 template <int fields, int n>
 void dots(const uint8_t* lanes, int64_t quads, const int8_t* q, int64_t stride, int32_t* sums,
           int64_t sums_stride) {
   static_assert(fields == 4, "Lanes2");
-  std::memset(sums, 0, sizeof(int32_t) * static_cast<size_t>((n - 1) * sums_stride + 64));
-  for (int64_t quad = 0; quad < quads; ++quad, lanes += 64, q += 4) {
-    uint32_t words[16];
-    std::memcpy(words, lanes, 64);
+  for (int r = 0; r < n; ++r)
+    std::memset(sums + r * sums_stride, 0, 64 * sizeof(int32_t));
+  // A product is at most 2 * 128 and a run adds up to 2 of them for each quad: below 2^15.
+  constexpr int64_t kRun = 63;
+  for (int64_t done = 0; done < quads; done += kRun) {
+    const int64_t end = quads - done < kRun ? quads : done + kRun;
     for (int r = 0; r < n; ++r) {
-      const int8_t* x = q + r * stride;
-      const int32_t x0 = x[0], x1 = x[1], x2 = x[2], x3 = x[3];
-      for (int f = 0; f < 4; ++f) {
-        int32_t* sum = sums + r * sums_stride + 16 * f;
-        for (int i = 0; i < 16; ++i) {
-          const uint32_t w = words[i] >> (2 * f);
-          sum[i] += static_cast<int32_t>(w & 3) * x0 + static_cast<int32_t>(w >> 8 & 3) * x1 +
-                    static_cast<int32_t>(w >> 16 & 3) * x2 + static_cast<int32_t>(w >> 24 & 3) * x3;
-        }
+      int16_t run[4][32] = {};
+      for (int64_t quad = done; quad < end; ++quad) {
+        const int8_t* x = q + r * stride + quad * 4;
+        uint16_t halves[32];
+        std::memcpy(halves, lanes + quad * 64, 64);
+        int16_t even[32], odd[32];
+        for (int i = 0; i < 32; ++i) even[i] = x[i % 2 * 2];
+        for (int i = 0; i < 32; ++i) odd[i] = x[i % 2 * 2 + 1];
+        for (int f = 0; f < 4; ++f)
+          for (int i = 0; i < 32; ++i) {
+            const int16_t first = halves[i] >> (2 * f) & 3, second = halves[i] >> (2 * f + 8) & 3;
+            run[f][i] = static_cast<int16_t>(run[f][i] + first * even[i] + second * odd[i]);
+          }
       }
+      for (int f = 0; f < 4; ++f)
+        for (int i = 0; i < 16; ++i)
+          sums[r * sums_stride + 16 * f + i] += run[f][2 * i] + run[f][2 * i + 1];
     }
   }
 }
