@@ -72,7 +72,7 @@ def to_lanes(
         return out
     trits = _in_quads(codecs.unpack(packed, cols, group_size), group_size)
     trits = torch.nn.functional.pad(trits, (0, 0, 0, blocks * block - rows))
-    digits = trits.view(blocks, _FIELDS[form], 16, -1, 4).to(torch.int16) + 1
+    digits = trits.view(blocks, _FIELDS[form], 16, _quads(cols, group_size), 4).to(torch.int16) + 1
     powers = torch.tensor(_POWERS[form], dtype=torch.int16, device=packed.device)
     codes = (digits * powers.view(-1, 1, 1, 1)).sum(1)  # blocks, lane, quad, column
     return codes.permute(0, 2, 1, 3).to(torch.uint8).flatten().contiguous()
@@ -96,13 +96,13 @@ def from_lanes(
 
 def trits_of_lanes(lanes: Tensor, rows: int, cols: int, group_size: int, form: str) -> Tensor:
     """The trits (rows, cols) int8 of a run-time layout, in torch; raises as `from_lanes` does."""
-    size, blocks, _ = lanes_shape(form, rows, cols, group_size)
+    size, blocks, block = lanes_shape(form, rows, cols, group_size)
     if lanes.dtype != torch.uint8 or lanes.shape != (size,):
         raise FormatError(
             f"lanes: {tuple(lanes.shape)} {lanes.dtype}; expected ({size},) torch.uint8 for "
             f"{rows} x {cols} weights in groups of {group_size}."
         )
-    left = lanes.view(blocks, -1, 16, 4).to(torch.int16)
+    left = lanes.view(blocks, _quads(cols, group_size), 16, 4).to(torch.int16)
     found = []
     for power in reversed(_POWERS[form]):
         found.append(left // power)
@@ -111,7 +111,7 @@ def trits_of_lanes(lanes: Tensor, rows: int, cols: int, group_size: int, form: s
     if bool((digits > 2).any()):
         raise _no_digits(form)
     # blocks, field, quad, lane, column -> rows, padded columns
-    trits = (digits - 1).permute(0, 1, 3, 2, 4).reshape(-1, _quads(cols, group_size) * 4)[:rows]
+    trits = (digits - 1).permute(0, 1, 3, 2, 4).reshape(blocks * block, _quads(cols, group_size) * 4)[:rows]
     length = group_length(cols, group_size)
     padded = split_groups(trits, -(-length // 4) * 4 if group_size > 0 else -1)
     return padded[..., :length].flatten(-2)[:, :cols].to(torch.int8).contiguous()
