@@ -9,7 +9,6 @@ that has imported torch and transformers, and of the whole command, interpreter 
 Memory is the peak resident set of that process, above what it had with torch imported.
 """
 
-import argparse
 import json
 import shutil
 import statistics
@@ -19,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from common import parser, write_figures
 from synthetic import write_llama
 
 CHILD = """
@@ -69,13 +69,12 @@ def convert_once(source: Path, target: Path, method: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--large", action="store_true", help="also four times the size, once")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("work", type=Path)
+    arguments.add_argument("--repeats", type=int, default=5)
+    arguments.add_argument("--layers", type=int, default=16)
+    arguments.add_argument("--large", action="store_true", help="also four times the size, once")
+    options = arguments.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     source, target = options.work / f"source-{options.layers}", options.work / "target"
     shutil.rmtree(target, ignore_errors=True)
@@ -115,8 +114,7 @@ def main() -> None:
             f"\n{result['large_bytes'] / 1e9:.2f} GB: {result['large']['seconds']:.1f} s, peak "
             f"memory above torch {result['large']['peak_above_torch'] / 1e6:.0f} MB"
         )
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    write_figures(options.json, __file__, result)
 
 
 if __name__ == "__main__":

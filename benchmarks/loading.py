@@ -6,14 +6,13 @@ Makes a synthetic BF16 checkpoint of `--layers` layers (64: 7.9 GB, deleted afte
 and times ternarize.load on it in one process, with imports done and the file read once before.
 """
 
-import argparse
-import json
 import shutil
 import statistics
 import time
 from pathlib import Path
 
 import torch
+from common import parser, write_figures
 from synthetic import write_llama
 
 from ternarize.convert import convert
@@ -21,12 +20,11 @@ from ternarize.load import load
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--layers", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("work", type=Path)
+    arguments.add_argument("--layers", type=int, default=64)
+    arguments.add_argument("--repeats", type=int, default=5)
+    options = arguments.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     packed = options.work / f"packed-{options.layers}"
     if not packed.exists():
@@ -50,9 +48,8 @@ def main() -> None:
     for verify, what in ((True, "checked"), (False, "not checked")):
         median = statistics.median(seconds[verify])
         print(f"| {what} | {median:.2f} | {size / median / 1e9:.2f} |")
-    if options.json:
-        result = {"bytes": size, "checked": seconds[True], "unchecked": seconds[False]}
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    result = {"bytes": size, "checked": seconds[True], "unchecked": seconds[False]}
+    write_figures(options.json, __file__, result)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ Limits. ternary-quant keeps the inputs of all layers in memory, so it gets 128 w
 language model; it only uses their mean squares per column. GPTQModel knows no BERT.
 """
 
-import argparse
 import importlib
 import importlib.metadata
 import json
@@ -44,6 +43,7 @@ from typing import Any
 
 import torch
 import transformers
+from common import hide_bars, parser, write_figures
 from quality_minilm import find_checkpoint, measure, read_pairs
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -333,8 +333,7 @@ def run(data: Path, variant: Variant | None, name: str) -> dict[str, Any]:
     variant   None: the source itself
     """
     os.dup2(2, 1)  # stdout is for the tables
-    logging: Any = transformers.utils.logging  # has no annotations
-    logging.disable_progress_bar()
+    hide_bars()
     model = MODELS[name]
     network = model.load(data)
     if variant is None:
@@ -412,12 +411,11 @@ def installed(peer: str) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("data", type=Path, help="directory with lm, text and sts")
-    parser.add_argument("--json", type=Path, help="write all figures to this file, add to it")
-    parser.add_argument("--only", action="append", choices=PEERS, help="this peer; repeatable")
-    parser.add_argument("--model", choices=MODELS, help="this model only")
-    args = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("data", type=Path, help="directory with lm, text and sts")
+    arguments.add_argument("--only", action="append", choices=PEERS, help="this peer; repeatable")
+    arguments.add_argument("--model", choices=MODELS, help="this model only")
+    args = arguments.parse_args()
     find_checkpoint()  # says what to install, before anything runs
     models = [args.model] if args.model else list(MODELS)
     peers = [peer for peer in args.only or PEERS if installed(peer)]
@@ -432,10 +430,7 @@ def main() -> None:
         print(f"{model}: {variant or 'source'} ...", file=sys.stderr)
         row = run_apart(args.data, variant, model)
         rows = in_order([row, *(each for each in rows if row_key(each) != row_key(row))])
-        if args.json:
-            versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-            table = {"benchmark": "peers_quality", "versions": versions, "rows": rows}
-            args.json.write_text(json.dumps(table, indent=1) + "\n")
+        write_figures(args.json, __file__, {"rows": rows})
     for model in models:
         print(f"\n{model}\n\n{markdown(rows, model)}")
 

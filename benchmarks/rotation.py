@@ -7,17 +7,15 @@ rotation alone in two forms: as it is computed, a product with H as a matrix (b 
 each input), and as a butterfly (log2(b) rounds of sums and differences, each a pass over memory).
 """
 
-import argparse
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import parser, write_figures
 from torch import Tensor
 
 from ternarize import container
@@ -79,11 +77,10 @@ def milliseconds(timed: dict[str, Callable[[], Tensor]], repeats: int) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--block", type=int, default=256, choices=BLOCKS)
-    parser.add_argument("--repeats", type=int, default=21)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--block", type=int, default=256, choices=BLOCKS)
+    arguments.add_argument("--repeats", type=int, default=21)
+    options = arguments.parse_args()
     torch.set_num_threads(1)
     block = options.block
     result: list[dict[str, Any]] = []
@@ -105,8 +102,7 @@ def main() -> None:
                 f"| {middle['butterfly']:.3f} |"
             )
             result.append({"dtype": name, "rows": rows, "cols": cols, "batch": batch, **times})
-    if options.json:
-        options.json.write_text(json.dumps({"block": block, "ms": result}, indent=2) + "\n")
+    write_figures(options.json, __file__, {"block": block, "ms": result})
 
 
 if __name__ == "__main__":

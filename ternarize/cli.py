@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+from rich import progress as bars
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ternarize.errors import TernarizeError, UsageError
+from ternarize.progress import Progress
 from ternarize.version import __version__
 
 app = typer.Typer(
@@ -191,6 +192,13 @@ def convert(
     window: Annotated[
         int | None, typer.Option(help="Blocks to train together, 1 to 4; default: 1.")
     ] = None,
+    distill: Annotated[
+        int | None,
+        typer.Option(
+            metavar="STEPS",
+            help="Steps of training for the whole model, with all of it in memory; default: 0.",
+        ),
+    ] = None,
     target_bpw: Annotated[
         float | None,
         typer.Option(help="Bits per ternary weight, spent where they matter most."),
@@ -231,6 +239,7 @@ def convert(
         "rotation": rotation,
         "reconstruct": reconstruct,
         "window": window,
+        "distill": distill,
         "target_bpw": target_bpw,
     }
     given = {name: value for name, value in options.items() if value is not None}
@@ -244,6 +253,7 @@ def convert(
             "--reconstruct STEPS with it. Add it, or leave out --window."
         )
     from ternarize.codecs import THREADS
+    from ternarize.convert import check_bounds
     from ternarize.convert import convert as run
     from ternarize.plan import Calibrate, Recipe, plan
 
@@ -263,13 +273,14 @@ def convert(
         else None,
     )
     bounds = _bounds(min_quality or [])
+    check_bounds(recipe, bounds)
     if dry_run:
         _print_plan(plan(model, recipe, config_only=True), as_json)
         return
     if recipe.calibrate is not None:
         _quiet_transformers()
         device = device or _fastest_device(quiet)
-    with _progress(_stage, quiet) as update:
+    with _progress(quiet) as update:
         record = run(
             model,
             output,
@@ -309,27 +320,20 @@ def _refuse_calibration(asked: list[str], method: Method | None) -> None:
 
 def _bounds(asked: list[str]) -> dict[str, float]:
     """The values of --min-quality: ["kl_divergence=0.2"] -> {"kl_divergence": 0.2}."""
-    if not asked:
-        return {}
-    from ternarize.calibrate.pipeline import FIGURES
-
     bounds: dict[str, float] = {}
     for each in asked:
         name, _, text = each.partition("=")
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if name not in FIGURES or not math.isfinite(value):
-            raise UsageError(
-                f"--min-quality: {each!r}; expected NAME=VALUE with a number and one of "
-                f"{', '.join(FIGURES)}. Write for instance kl_divergence=0.2."
-            )
         if name in bounds:
             raise UsageError(
                 f"--min-quality: {name} is given twice; expected one bound for it. Leave one out."
             )
-        bounds[name] = value
+        try:
+            bounds[name] = float(text)
+        except ValueError:
+            raise UsageError(
+                f"--min-quality: {each!r}; expected NAME=VALUE with a number. Write for instance "
+                "kl_divergence=0.2."
+            ) from None
     return bounds
 
 
@@ -343,13 +347,6 @@ def _fastest_device(quiet: bool) -> str:
         name = torch.cuda.get_device_name()
         err.print(f"calibrating on cuda ({name}); --device cpu for the processor", highlight=False)
     return "cuda"
-
-
-def _stage(text: str) -> str:
-    """What a conversion does when its progress says `text`."""
-    if text.startswith("sensitivity of block "):
-        return "measuring sensitivity"
-    return "calibrating" if re.match(r"block \d+ of \d+: ", text) else "packing"
 
 
 @command
@@ -400,7 +397,7 @@ def verify(
     """
     from ternarize.verify import verify as run
 
-    with _progress(lambda _: "verifying", quiet) as update:
+    with _progress(quiet) as update:
         result = run(model, source, progress=update)
     if as_json:
         _print_json({"model": model, **result})
@@ -455,7 +452,7 @@ def eval_(
     from ternarize.evaluate import evaluate
 
     _quiet_transformers()
-    with _progress(lambda _: "evaluating", quiet) as update:
+    with _progress(quiet) as update:
         result = evaluate(
             model,
             source=source,
@@ -554,25 +551,23 @@ def _quiet_transformers() -> None:
 
 
 @contextmanager
-def _progress(
-    stage: Callable[[str], str], quiet: bool
-) -> Iterator[Callable[[int, int, str], None] | None]:
+def _progress(quiet: bool) -> Iterator[Progress | None]:
     """A bar on stderr with the time left, where stderr is a terminal.
 
-    stage  what is being done when the progress says so; where that or the total changes, or less is
-           done than before, the bar and its clock start afresh
+    Where the stage or the total changes, or less is done than before, the bar and its clock start
+    afresh.
     """
     if quiet:
         yield None
         return
     columns = (
-        TextColumn("{task.fields[stage]}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
+        bars.TextColumn("{task.fields[stage]}"),
+        bars.BarColumn(),
+        bars.TaskProgressColumn(),
+        bars.TimeRemainingColumn(),
+        bars.TextColumn("{task.description}"),
     )
-    bar = Progress(
+    bar = bars.Progress(
         *columns,
         console=err,
         transient=True,
@@ -583,14 +578,13 @@ def _progress(
         task = bar.add_task("", total=None, stage="reading")
         latest: tuple[str, int, int] = ("", 0, 0)
 
-        def update(done: int, total: int, text: str) -> None:
+        def update(done: int, total: int, text: str, stage: str) -> None:
             nonlocal latest
-            now = stage(text)
-            if latest[:2] != (now, total) or done < latest[2]:
-                bar.reset(task, total=total, completed=done, description=escape(text), stage=now)
+            if latest[:2] != (stage, total) or done < latest[2]:
+                bar.reset(task, total=total, completed=done, description=escape(text), stage=stage)
             else:
                 bar.update(task, completed=done, description=escape(text))
-            latest = now, total, done
+            latest = stage, total, done
 
         yield update
 
@@ -678,6 +672,8 @@ def _calibration_plan(calibrate: dict[str, Any]) -> str:
             f"{calibrate['reconstruct']} steps of training for each block, "
             f"{calibrate['window']} trained together"
         )
+    if calibrate["distill"]:
+        parts.append(f"{calibrate['distill']} steps of training for the whole model")
     if calibrate["target_bpw"] is not None:
         parts.append(
             f"group sizes and planes are decided when it is run, for {calibrate['target_bpw']:g} "

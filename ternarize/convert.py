@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ternarize import container
-from ternarize.calibrate.pipeline import calibrate, check_quality
+from ternarize.calibrate.pipeline import FIGURES, calibrate, check_quality
 from ternarize.calibrate.run import read_solved
 from ternarize.checkpoint import (
     DTYPE_NAMES,
@@ -70,6 +70,7 @@ from ternarize.plan import (
     header_bytes,
     plan,
 )
+from ternarize.progress import Progress
 from ternarize.rotation import rotate
 from ternarize.tensor import Ternary, check_device, split_groups
 from ternarize.version import __version__
@@ -77,8 +78,6 @@ from ternarize.version import __version__
 CALIBRATION = ".calibration"  # folder of what calibration found
 JOURNAL = ".journal.jsonl"  # a dot: nothing copied from the source has such a name
 
-# called with (bytes of the source done, bytes in all, tensor just finished)
-Progress = Callable[[int, int, str], None]
 # the checkpoint of a block that holds a calibrated tensor, and its record there
 Solved = tuple[Checkpoint, Record]
 # where a piece of an entry goes: (entry, byte offset in it, bytes); None only computes
@@ -251,7 +250,7 @@ def is_ternary(source: Checkpoint, tensor: TensorPlan) -> bool:
     """Whether the source was trained ternary: it is then packed without loss.
 
     An ordinary weight is told from its first row. If only smaller groups than asked for make it
-    exact (several matrices with a scale each, fused), the layout changes to those.
+    exact (several matrices with a scale each, fused), the layout changes to those: raises Relayout.
     """
     cols = tensor.shape[-1]
     if not tensor.choice.transposed and cols:
@@ -431,13 +430,19 @@ def convert(
     threads   tensors worked on at once; the result does not depend on it
     device    where weights are ternarized, "cpu" (native code) or e.g. "cuda"; likewise, but for
               calibration, whose sums are those of the machine
-    progress  called after each tensor; with calibration, for each of its stages before
+    progress  called after each tensor with (bytes of the source done, in all, tensor, "packing");
+              before that, with calibration, for each block and part of it, in stages of their own
     min_quality  bounds on the figures that calibration measures: {"kl_divergence": 0.2}; see
                  `ternarize.calibrate.pipeline.check_quality`
 
-    Raises TernarizeError and its children. After an error in the source nothing is left; after an
-    interruption OUTPUT.partial is, and the same call goes on from there.
+    Raises UsageError for options that cannot be used, CheckpointError (WeightError) or FormatError
+    for a source that cannot be read or converted, SelectionError where no rule says what becomes of
+    a tensor, OutputError where the result cannot be put, QualityError where it is worse than
+    `min_quality` allows.
+    After an error in the source nothing is left; after an interruption or a QualityError
+    OUTPUT.partial is, and the same call goes on from there.
     """
+    check_bounds(recipe, min_quality or {})
     output = Path(os.path.expanduser(output))
     device = check_device(device)
     work = plan(model, recipe)
@@ -462,6 +467,21 @@ def convert(
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
+
+
+def check_bounds(recipe: Recipe, bounds: Mapping[str, float]) -> None:
+    """Raise UsageError for a bound that no figure of the conversion would be compared with."""
+    if bounds and recipe.calibrate is None:
+        raise UsageError(
+            f"min quality: {', '.join(bounds)}, and method {recipe.method!r} measures nothing; "
+            f"expected {GPTQ!r}, which calibrates. Use it, or leave the bound out."
+        )
+    for name, bound in bounds.items():
+        if name not in FIGURES or not math.isfinite(bound):
+            raise UsageError(
+                f"min quality: {name}={bound}; expected a number for one of {', '.join(FIGURES)}. "
+                "Use for instance kl_divergence=0.2."
+            )
 
 
 def _run(
@@ -522,9 +542,11 @@ def _check_output(work: Plan, output: Path) -> None:
     parent = next(p for p in target.parents if p.exists())
     have = shutil.disk_usage(parent).free
     if partial.is_dir():
-        have += sum(f.stat().st_size for f in partial.iterdir() if f.is_file())
+        have += sum(f.stat().st_size for f in partial.rglob("*") if f.is_file())
     small = sum((work.source.directory / f).stat().st_size for f in work.copied)
     need = work.packed_bytes() + small + (1 << 20)
+    if work.recipe.calibrate is not None:  # the blocks lie beside the result until it is complete
+        need += sum(t.stored_bytes() for t in work.tensors if t.ternary)
     if have < need:
         raise OutputError(
             f"{parent}: {have / 1e9:.3f} GB free; the result needs {need / 1e9:.3f} GB. Make room."
@@ -743,7 +765,7 @@ class _Conversion:
                 self._note(asdict(result))
                 self.done += futures[future].info.nbytes
                 if self.progress:
-                    self.progress(self.done, self.total, result.name)
+                    self.progress(self.done, self.total, result.name, "packing")
         return changes
 
     def _bytes_done(self) -> int:
@@ -781,8 +803,8 @@ class _Conversion:
             shutil.copyfile(directory / name, target)
         if len(self.shards) > 1:
             self._write_json(SAFETENSORS + INDEX, self._index())
-        if self.work.source.config is not None:
-            self._write_json("config.json", self._config(self.work.source.config))
+        # also where the source has none: it is what says that the weights are packed
+        self._write_json("config.json", self._config(self.work.source.config or {}))
         record = make_record(self.work, self.shards, self.results, self.calibration)
         self._write_json(RECORD, record)
         return record
@@ -853,6 +875,7 @@ def make_record(
                 result = results[t.name]
                 if result.calibrated and not t.packed:
                     row["reason"] += ", fitted by calibration"
+                    row["fitted"] = True
                 row["stored_bytes"] = t.stored_bytes()
                 if t.packed:
                     size = max(1, t.info.numel)
@@ -870,7 +893,7 @@ def make_record(
                     row["bpw"] = round(row["stored_bytes"] * 8 / size, 4)
                     if t.ternary:
                         row["sparsity"] = round(1 - result.nonzero / (size * t.planes), 6)
-                    row["relative_error"] = _relative_error(result)
+                    row["relative_error"] = relative_error(result)
             tensors[t.name] = row
     return {
         "format_version": FORMAT_VERSION,
@@ -895,8 +918,11 @@ def _method(recipe: Recipe, result: Result) -> str:
     return recipe.method
 
 
-def _relative_error(result: Result) -> float | None:
-    """sum (w - scale trit)^2 / sum w^2; None where the squares leave the range of float32."""
+def relative_error(result: Result) -> float | None:
+    """sum (w - w')^2 / sum w^2 of a packed tensor, to six digits.
+
+    None where the squares leave the range of float32.
+    """
     if not (math.isfinite(result.squared_error) and math.isfinite(result.energy)):
         return None
     if result.energy == 0:

@@ -24,7 +24,7 @@ say how far another text of the same kind may lie, not how far another kind of t
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,7 @@ from torch import Tensor
 from ternarize.checkpoint import locate, read_json
 from ternarize.errors import CheckpointError, UsageError
 from ternarize.load import load
+from ternarize.progress import Progress
 from ternarize.tensor import check_device
 
 SEPARATOR = "<|doc|>"
@@ -57,8 +58,6 @@ TOKENIZER_FILES = (
 )
 
 Model = Any  # transformers' annotations do not describe its own models' methods
-# called with (windows or lines done, in all, what is known so far)
-Progress = Callable[[int, int, str], None]
 
 
 def evaluate(
@@ -85,7 +84,8 @@ def evaluate(
     device       "cpu", "cuda", "auto", ...; None: cpu
     dtype        to compute in; None: float32 on CPU, elsewhere as in the checkpoint
     activations  of the packed model, "none" or "int8"; None: as in the checkpoint
-    progress     called after each batch
+    progress     called after each batch with (windows or lines done, in all, what is known so far,
+                 "evaluating")
 
     Returns plain data: "kind", what was read ("tokens", "windows" or "lines", ...), and measures,
     each {"value", "standard_error"} (None for a single window):
@@ -131,11 +131,11 @@ def evaluate(
         "seq_len": seq_len,
     }
     if ours.kind == CAUSAL:
-        _check_length(checkpoints, seq_len)
+        check_seq_len(seq_len, min(max_positions(each.config) for each in checkpoints))
         windows = cut_windows(documents, tokenizer, seq_len, max_tokens, where=str(text))
         _check_ids(windows, ours, str(text))
         if batch_size is None:
-            vocabulary = max(_vocabulary(checkpoint) or 1 for checkpoint in checkpoints)
+            vocabulary = max(vocabulary_size(checkpoint.config) or 1 for checkpoint in checkpoints)
             batch_size = LOGITS_BYTES // (4 * seq_len * vocabulary)
             batch_size = min(max(1, batch_size), MAX_BATCH)
         models = [ours.load(device, dtype, activations)]
@@ -144,7 +144,7 @@ def evaluate(
         result |= {"tokens": windows.numel(), "windows": len(windows)}
     else:
         lines = [line for document in documents for line in document.splitlines() if line.strip()]
-        length = min(seq_len, *(_longest(each.config, tokenizer) for each in checkpoints))
+        length = min(seq_len, *(longest_text(each.config, tokenizer) for each in checkpoints))
         ids = _encode_lines(lines, tokenizer, length, max_tokens, where=str(text))
         models = [ours.load(device, dtype, activations)]
         models += [checkpoint.load(device, dtype, None) for checkpoint in checkpoints[1:]]
@@ -197,7 +197,7 @@ def cut_windows(
 
     Raises UsageError when there are too few tokens for one window.
     """
-    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    begin = first_token(tokenizer)
     ids: list[int] = []
     for document in documents:
         ids += [] if begin is None else [begin]
@@ -212,6 +212,13 @@ def cut_windows(
             "Give a longer text or more tokens, or use shorter windows (--seq-len)."
         )
     return torch.tensor(ids[: count * seq_len], dtype=torch.int64).view(count, seq_len)
+
+
+def first_token(tokenizer: Any) -> int | None:
+    """The token that a document begins with: bos, or eos where there is none."""
+    bos: int | None = tokenizer.bos_token_id
+    eos: int | None = tokenizer.eos_token_id
+    return eos if bos is None else bos
 
 
 def compare_windows(
@@ -235,7 +242,8 @@ def compare_windows(
             per_window.append(compare_logits([each[index] for each in logits], window))
         if progress is not None:
             so_far = torch.tensor([row[0] for row in per_window], dtype=torch.float64).mean()
-            progress(len(per_window), len(windows), f"perplexity {_exp(float(so_far)):.2f}")
+            known = f"perplexity {_exp(float(so_far)):.2f}"
+            progress(len(per_window), len(windows), known, "evaluating")
         del logits  # before the next batch's are made
     columns = torch.tensor(per_window, dtype=torch.float64).T
     if columns.isnan().any():
@@ -268,7 +276,13 @@ def _logits(model: Model, batch: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def compare_logits(logits: Sequence[Tensor], window: Tensor) -> list[float]:
-    """Means over the positions of one window: -ln Q(t) and, with a source, -ln P(t), KL, top-1."""
+    """Means over the positions of one window: -ln Q(t) and, with a source, -ln P(t), KL, top-1.
+
+    logits  of one model, or of a model and its source: (seq_len - 1, vocabulary) float each
+    window  (seq_len,) int64 token ids
+
+    Returns 1 or 4 numbers; KL in nats.
+    """
     first = [each.to(logits[0].device, torch.float32).log_softmax(-1) for each in logits]
     target = window[1:, None].to(first[0].device)
     values = [-each.gather(-1, target) for each in first]
@@ -312,8 +326,8 @@ def embed(
 
     Sentence-BERT, section 3, strategy MEAN: https://arxiv.org/abs/1908.10084
     """
-    length = min(seq_len, _longest(model.config, tokenizer))
-    ids = [_encode(line, tokenizer, length) for line in lines]
+    length = min(seq_len, longest_text(model.config, tokenizer))
+    ids = [encode_line(line, tokenizer, length) for line in lines]
     parts = [
         _embed(model, ids[start : start + batch_size], tokenizer)
         for start in range(0, len(ids), batch_size)
@@ -332,7 +346,13 @@ def _embed(model: Model, ids: Sequence[list[int]], tokenizer: Any) -> Tensor:
 
 
 def pool(hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over the attention mask (of everything, without one), of length 1: (n, hidden)."""
+    """Mean over the attention mask (of everything, without one), of length 1.
+
+    hidden  (n, length, hidden) float, or (n, hidden) of what is no sequence
+    mask    (n, length), 1 where a token counts; one of another shape is not of these and left out
+
+    Returns (n, hidden), in the dtype of `hidden`.
+    """
     if mask is None or hidden.shape[:2] != mask.shape:
         mean = hidden.flatten(1) if hidden.ndim < 3 else hidden.mean(1).flatten(1)
     else:
@@ -357,7 +377,8 @@ def _compare_lines(
         parts.append(1 - (ours - theirs).square().sum(-1) / 2)
         if progress is not None:
             done = start + len(batch)
-            progress(done, len(ids), f"cosine {float(torch.cat(parts).mean()):.4f}")
+            known = f"cosine {float(torch.cat(parts).mean()):.4f}"
+            progress(done, len(ids), known, "evaluating")
     cosines = torch.cat(parts)
     if cosines.isnan().any():
         raise CheckpointError(
@@ -369,7 +390,8 @@ def _compare_lines(
     return {"cosine": {**_mean(cosines), "minimum": float(cosines[at]), "at": at}}
 
 
-def _encode(line: str, tokenizer: Any, length: int) -> list[int]:
+def encode_line(line: str, tokenizer: Any, length: int) -> list[int]:
+    """Token ids of a text with the tokenizer's special tokens, cut to `length` of them in all."""
     ids: list[int] = tokenizer(line, truncation=True, max_length=length)["input_ids"]
     return ids
 
@@ -381,7 +403,7 @@ def _encode_lines(
     rows: list[list[int]] = []
     total = 0
     for line in lines:
-        row = _encode(line, tokenizer, length)
+        row = encode_line(line, tokenizer, length)
         total += len(row)
         if max_tokens is not None and total > max_tokens:
             break
@@ -513,24 +535,25 @@ def _shared_tokenizer(checkpoints: Sequence[_Checkpoint]) -> Any:
     )
 
 
-def _vocabulary(checkpoint: _Checkpoint) -> int | None:
-    size: int | None = getattr(checkpoint.config.get_text_config(), "vocab_size", None)
+def vocabulary_size(config: Any) -> int | None:
+    """Words that a model knows; None where its configuration does not say."""
+    size: int | None = getattr(config.get_text_config(), "vocab_size", None)
     return size
 
 
-def _limit(config: Any) -> int:
-    """Positions that a model was made for; models without a limit say none."""
+def max_positions(config: Any) -> int:
+    """Positions that a model was made for; 2**30 where its configuration says no limit."""
     limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit or 1 << 30
 
 
-def _longest(config: Any, tokenizer: Any) -> int:
+def longest_text(config: Any, tokenizer: Any) -> int:
     """Tokens of the longest text; RoBERTa has two positions more than that, the tokenizer knows."""
-    return min(_limit(config), int(tokenizer.model_max_length))
+    return min(max_positions(config), int(tokenizer.model_max_length))
 
 
 def _check_vocabularies(checkpoints: Sequence[_Checkpoint]) -> None:
-    sizes = [_vocabulary(checkpoint) for checkpoint in checkpoints]
+    sizes = [vocabulary_size(checkpoint.config) for checkpoint in checkpoints]
     if len(set(sizes)) > 1:
         raise UsageError(
             f"{checkpoints[1].directory}: vocabulary of {sizes[1]} tokens, and "
@@ -539,8 +562,8 @@ def _check_vocabularies(checkpoints: Sequence[_Checkpoint]) -> None:
         )
 
 
-def _check_length(checkpoints: Sequence[_Checkpoint], seq_len: int) -> None:
-    limit = min(_limit(checkpoint.config) for checkpoint in checkpoints)
+def check_seq_len(seq_len: int, limit: int) -> None:
+    """Raise UsageError for samples of more tokens than a model has positions."""
     if seq_len > limit:
         raise UsageError(
             f"sequence length: {seq_len}; expected at most the model's {limit} positions. "
@@ -549,7 +572,7 @@ def _check_length(checkpoints: Sequence[_Checkpoint], seq_len: int) -> None:
 
 
 def _check_ids(windows: Tensor, checkpoint: _Checkpoint, where: str) -> None:
-    size, largest = _vocabulary(checkpoint), int(windows.max())
+    size, largest = vocabulary_size(checkpoint.config), int(windows.max())
     if size is not None and largest >= size:
         raise CheckpointError(
             f"{checkpoint.directory}: its tokenizer gives token {largest} for {where}; expected "

@@ -308,6 +308,7 @@ class TernaryLinear(Packed, nn.Linear):
         return _weight(self.weight, self.weight_scale, self.layouts["weight"], dtype)
 
     def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) float -> (..., out_features), as `product`."""
         return product(input, self.weight, self.weight_scale, self.bias, self.layouts["weight"])
 
     def extra_repr(self) -> str:
@@ -332,6 +333,42 @@ def _empty(
     packed = torch.empty(*rows, layout.width(), dtype=layout.dtype, device=device)
     scale = torch.empty(*rows[:-1], scale_rows, groups, dtype=scale_dtype, device=device)
     return nn.Parameter(packed, requires_grad=False), nn.Parameter(scale, requires_grad=False)
+
+
+# --- modules of the model's own classes --------------------------------------------------------
+
+
+class Mixed(Packed):
+    """Packed parameters of a module whose class is the model's own, with this one mixed in.
+
+    dense_class      the model's class
+    mixin            the class that is mixed in
+    ternary_layouts  of the module: its `layouts`
+    """
+
+    class_prefix: str  # of the name of the mixed class
+    dense_class: type[nn.Module]
+    mixin: "type[Mixed]"
+    ternary_layouts: dict[str, Layout]
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        return self.ternary_layouts
+
+    def __reduce__(self) -> Any:  # the class is made at run time: pickle cannot find it by name
+        return _empty_mixed, (self.mixin, self.dense_class), self.__dict__
+
+
+@functools.cache
+def _mixed_class(mixin: type[Mixed], dense: type) -> Any:
+    """The class of all modules that were of class `dense`, with `mixin` mixed in."""
+    body = {"dense_class": dense, "mixin": mixin}
+    return type(f"{mixin.class_prefix}{dense.__name__}", (mixin, dense), body)
+
+
+def _empty_mixed(mixin: type, dense: type) -> Any:
+    cls = _mixed_class(mixin, dense)
+    return cls.__new__(cls)
 
 
 # --- fused experts ---------------------------------------------------------------------------
@@ -453,53 +490,29 @@ class _Dense:
         setattr(self.__dict__["_module"], name, value)
 
 
-class TernaryExperts(Packed):
+class TernaryExperts(Mixed):
     """Fused experts with packed parameters; mixed into the model's own class.
 
     The model's forward runs as it was written: one expert after the other, whatever
     `experts_implementation` says, because the others want the dense weights of all experts.
     """
 
-    dense_class: type[nn.Module]
-    dense_forward: Callable[..., Any]
-    ternary_layouts: dict[str, Layout]
-
-    @property
-    def layouts(self) -> dict[str, Layout]:
-        return self.ternary_layouts
+    class_prefix = "Ternary"
 
     # Which experts are hit depends on the data: a compiler would recompile for each of them
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         floats = (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
         dtype = next((a.dtype for a in floats if a.is_floating_point()), torch.get_default_dtype())
-        return type(self).dense_forward(_Dense(self, dtype), *args, **kwargs)
+        dense: Any = self.dense_class
+        forward = dense.forward
+        if hasattr(dense, "_apply_gate"):  # set by the decorator that offers other implementations
+            forward = getattr(forward, "__wrapped__", forward)
+        return forward(_Dense(self, dtype), *args, **kwargs)
 
     def extra_repr(self) -> str:
         names = ", ".join(f"{n}: {x.group_size}" for n, x in self.layouts.items())
         return f"group_size of {names}"
-
-    def __reduce__(self) -> Any:  # the class is made at run time: pickle cannot find it by name
-        return _empty_experts, (self.dense_class,), self.__dict__
-
-
-def _ternary_class(dense: Any) -> type[TernaryExperts]:
-    """The class of all modules that were of class `dense`."""
-    if dense not in _CLASSES:
-        forward = dense.forward
-        if hasattr(dense, "_apply_gate"):  # set by the decorator that offers other implementations
-            forward = getattr(forward, "__wrapped__", forward)
-        body = {"dense_class": dense, "dense_forward": staticmethod(forward)}
-        _CLASSES[dense] = type(f"Ternary{dense.__name__}", (TernaryExperts, dense), body)
-    return _CLASSES[dense]
-
-
-_CLASSES: dict[type[nn.Module], type[TernaryExperts]] = {}
-
-
-def _empty_experts(dense: type[nn.Module]) -> TernaryExperts:
-    cls = _ternary_class(dense)
-    return cls.__new__(cls)
 
 
 def ternary_experts(
@@ -519,7 +532,8 @@ def ternary_experts(
         setattr(module, name, packed)
         setattr(module, f"{name}_scale", scale)
     experts: Any = module
-    experts.__class__ = _ternary_class(type(module))
+    dense_class: type = type(module)
+    experts.__class__ = _mixed_class(TernaryExperts, dense_class)
     experts.ternary_layouts = {name: layout for name, (layout, _, _) in parameters.items()}
 
 
@@ -554,7 +568,7 @@ def gather(
     return _weight(rows, scales, layout, dtype).view(*ids.shape, layout.cols)
 
 
-class PackedEmbedding(Packed):
+class PackedEmbedding(Mixed):
     """A token embedding with a packed weight; mixed into the model's own class.
 
     The class's forward runs as it was written (Gemma's multiplies the rows by a constant), on a
@@ -567,15 +581,10 @@ class PackedEmbedding(Packed):
     # Its class may have buffers of its own to set; the packed weight says itself that it is set
     _is_hf_initialized = False
 
-    dense_class: type[nn.Module]
-    ternary_layouts: dict[str, Layout]
+    class_prefix = "Packed"
     weight: nn.Parameter
     weight_scale: nn.Parameter
     weight_like: Tensor
-
-    @property
-    def layouts(self) -> dict[str, Layout]:
-        return self.ternary_layouts
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         layout, dtype = self.layouts["weight"], self.weight_like.dtype
@@ -594,25 +603,6 @@ class PackedEmbedding(Packed):
         dense: Any = self.dense_class
         return f"{dense.extra_repr(self)}, codec={layout.codec}, group_size={layout.group_size}"
 
-    def __reduce__(self) -> Any:  # the class is made at run time: pickle cannot find it by name
-        return _empty_embedding, (self.dense_class,), self.__dict__
-
-
-def _embedding_class(dense: Any) -> type[PackedEmbedding]:
-    """The class of all modules that were of class `dense`."""
-    if dense not in _EMBEDDINGS:
-        bases = (PackedEmbedding, dense)
-        _EMBEDDINGS[dense] = type(f"Packed{dense.__name__}", bases, {"dense_class": dense})
-    return _EMBEDDINGS[dense]
-
-
-_EMBEDDINGS: dict[type[nn.Module], type[PackedEmbedding]] = {}
-
-
-def _empty_embedding(dense: type[nn.Module]) -> PackedEmbedding:
-    cls = _embedding_class(dense)
-    return cls.__new__(cls)
-
 
 def packed_embedding(
     module: nn.Embedding, layout: Layout, scale_rows: int, scale_dtype: torch.dtype
@@ -627,7 +617,8 @@ def packed_embedding(
     # on the CPU even of a model on meta: there is nothing to load, and nothing to move
     like = torch.empty(0, dtype=dense.dtype, device="cpu")
     module.register_buffer("weight_like", like, persistent=False)
-    embedding.__class__ = _embedding_class(type(module))
+    dense_class: type = type(module)
+    embedding.__class__ = _mixed_class(PackedEmbedding, dense_class)
     embedding.ternary_layouts = {"weight": layout}
 
 

@@ -31,6 +31,7 @@ from ternarize.checkpoint import (
 from ternarize.codecs import INT8, THREADS
 from ternarize.container import SCALE_SUFFIX, Record
 from ternarize.errors import CheckpointError, SelectionError, UsageError
+from ternarize.linear import ACTIVATIONS
 from ternarize.methods import METHODS
 from ternarize.native import lib
 from ternarize.rotation import BLOCKS, block_size
@@ -47,7 +48,6 @@ from ternarize.tensor import check_group_size
 
 PIECE = 1 << 21  # weights read, ternarized and written at a time by one thread
 RECORD = "ternarize.json"
-ACTIVATIONS = ("none", "int8")
 GPTQ = "gptq"  # the calibrated method
 WITHOUT_DATA = "itf"  # the method of what a calibrated conversion cannot calibrate
 ENDS = (KEEP, INT8, TERNARY)  # what the output head and the token embedding may become
@@ -61,7 +61,9 @@ _TERNARIZABLE = ("F32", "F16", "BF16")
 class Calibrate:
     """How weights are fitted to what a model does on text (or other input).
 
-    dataset      a file, directory or Hub dataset of texts; "self": the model's own; "default"
+    dataset      .txt, .jsonl, .json or .parquet file, or a directory of them; .safetensors file of
+                 inputs; Hub dataset user/name[/folder][@revision]; "self": what the model writes;
+                 "default": the text that comes with ternarize
     num_samples  samples to calibrate on; a tenth as many choose, another tenth give the figures
     seq_len      tokens of a sample; None: what the model can take, at most 512
     seed         of the choice of samples, of rotations and of training
@@ -69,6 +71,7 @@ class Calibrate:
     rotation     largest block of the rotation of inputs, a power of four; 0: none
     reconstruct  steps of training for each block; 0: none
     window       blocks trained together, 1 to 4
+    distill      steps of training for the whole model, which has to be in memory; 0: none
     target_bpw   bits per ternary weight to be spent where they matter; None: all alike
     """
 
@@ -80,6 +83,7 @@ class Calibrate:
     rotation: int = 256
     reconstruct: int = 0
     window: int = 1
+    distill: int = 0
     target_bpw: float | None = None
 
     def __post_init__(self) -> None:
@@ -94,6 +98,7 @@ class Calibrate:
                 f"0 or one of {', '.join(map(str, BLOCKS))}",
             ),
             ("reconstruct", self.reconstruct, self.reconstruct >= 0, "0 or more steps"),
+            ("distill", self.distill, self.distill >= 0, "0 or more steps"),
             ("window", self.window, 1 <= self.window <= 4, "1 to 4 blocks"),
             (
                 "target bpw",
@@ -232,6 +237,7 @@ class TensorPlan:
         return max(1, PIECE // cols) * cols
 
     def record(self, sha256: str) -> Record:
+        """What the file's metadata says of the tensor with this digest (hex)."""
         if not self.packed:
             return Record(sha256)
         return Record(
@@ -283,6 +289,11 @@ def _longest(tensor: TensorPlan) -> str:
 
 
 def header_bytes(entries: Mapping[str, Entry], records: Mapping[str, Record]) -> bytes:
+    """The JSON header of a safetensors file, without the 8 bytes of its length and without padding.
+
+    entries  name -> where it lies, in the order of the file
+    records  name -> what the metadata says of it
+    """
     table: dict[str, Any] = {"__metadata__": container.dump_metadata(records)}
     for name, entry in entries.items():
         table[name] = {
@@ -400,10 +411,15 @@ def plan(model: str | Path, recipe: Recipe = Recipe(), *, config_only: bool = Fa
     )
     _check_planes(recipe, choices)
     why = why_no_skeleton(source.config)
+    if why and recipe.calibrate is not None:
+        raise CheckpointError(
+            f"{directory}: {why}; calibration runs the model, so an architecture that "
+            "transformers has is expected. Convert it without --dataset."
+        )
     if why:
         notes.append(f"no skeleton of the model ({why}): chosen by names and shapes")
     notes += sorted({f"{c.name}: {c.reason}" for c in choices if "are tied" in c.reason})
-    copies = _tied_copies(source)
+    copies = {} if why or source.config is None else _tied_copies(source, source.config)
     by_file: dict[str, list[TensorPlan]] = {file: [] for file in source.files}
     for choice in choices:
         info = source.tensors[choice.name]
@@ -521,12 +537,10 @@ def _refuse_quantized(source: Checkpoint) -> None:
     )
 
 
-def _tied_copies(source: Checkpoint) -> dict[str, str]:
+def _tied_copies(source: Checkpoint, config: dict[str, Any]) -> dict[str, str]:
     """Tensors that the source stores twice: name of the copy -> name of the one to store."""
-    if source.config is None:
-        return {}
     copies = {}
-    for name, original in tied(source.config).items():
+    for name, original in tied(config).items():
         a, b = source.tensors.get(name), source.tensors.get(original)
         if a and b and (a.dtype, a.shape) == (b.dtype, b.shape):
             equal = all(

@@ -130,7 +130,7 @@ def _mean(rows: list[dict[str, Any]], key: str) -> float | None:
 
 # --- the drawing -----------------------------------------------------------------------------
 
-FIGURES = {
+TITLE = {  # the figures in the title, and how they are written
     "perplexity": "perplexity {:.4g}",
     "source_perplexity": "source {:.4g}",
     "kl_divergence": "KL divergence {:.3g}",
@@ -195,7 +195,7 @@ def _title(report: dict[str, Any]) -> str:
     name = Path(report["model"]).resolve().name
     parts = [f"{name}: {bpw:.3f} bits per ternary weight" if bpw else name]
     quality = (report["calibration"] or {}).get("quality", {})
-    for figure, text in FIGURES.items():
+    for figure, text in TITLE.items():
         value = quality.get(figure, {}).get("value")
         if value is not None:
             parts.append(text.format(value))

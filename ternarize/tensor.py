@@ -60,6 +60,16 @@ def split_groups(values: Tensor, group_size: int, fill: float = 0) -> Tensor:
     return torch.unflatten(values, -1, (group_count(cols, group_size), length))
 
 
+def group_sums(values: Tensor, group_size: int) -> Tensor:
+    """Sums of the groups of (..., cols): (..., groups)."""
+    return split_groups(values, group_size).sum(-1)
+
+
+def spread_scales(scales: Tensor, cols: int, group_size: int) -> Tensor:
+    """The scale of each weight: (..., rows or 1, groups) -> (..., rows or 1, cols)."""
+    return scales.repeat_interleave(group_length(cols, group_size), -1)[..., :cols]
+
+
 @dataclass(frozen=True)
 class Ternary:
     """weight = scale * trit.

@@ -33,11 +33,11 @@ from ternarize.checkpoint import (
 )
 from ternarize.codecs import THREADS
 from ternarize.container import SCALE_SUFFIX, Record
-from ternarize.convert import Progress, Relayout, Result, _relative_error, convert_tensor
+from ternarize.convert import Relayout, Result, convert_tensor, relative_error
 from ternarize.errors import DigestError, FormatError, UsageError
 from ternarize.plan import RECORD, Calibrate, Recipe, TensorPlan, calibrated_plan, plan
+from ternarize.progress import Progress
 
-FITTED = ", fitted by calibration"  # ends the reason of a kept tensor that calibration has changed
 AGAIN, ERROR, SHAPE = "converted_again", "by_error", "in_shape"  # ways to compare with the source
 # A relative error on record has six digits; another machine may add float32 in another order.
 TOLERANCE = 2e-6
@@ -90,7 +90,7 @@ def verify(
         nonlocal done
         done += packed.tensors[name].nbytes
         if progress:
-            progress(done, total, name)
+            progress(done, total, name, "verifying")
 
     container.check(packed, records, threads=threads, done=checked)
     check_record(packed, records)
@@ -110,7 +110,10 @@ def verify(
 
 
 def check_record(packed: Checkpoint, records: dict[str, Record]) -> dict[str, Any] | None:
-    """The content of ternarize.json, None without one; it must speak of the tensors there are."""
+    """The content of ternarize.json, None without one.
+
+    Raises FormatError where it does not speak of the tensors there are, or has another form.
+    """
     record = read_json(packed.directory / RECORD)
     if record is None:
         return None
@@ -245,7 +248,7 @@ def _compare(
             result = _measure(packed, records[name], work.source, tensor, recipe)
             same = result is not None
             if result is not None:
-                _check_error(where, _relative_error(result), said.get("relative_error"), source)
+                _check_error(where, relative_error(result), said.get("relative_error"), source)
         if not same:
             raise DigestError(
                 f"{where}: is not what {source} gives by the recipe on "
@@ -253,7 +256,7 @@ def _compare(
             )
         done += tensor.info.nbytes
         if progress:
-            progress(done, total, name)
+            progress(done, total, name, "verifying")
     return dict(ways)
 
 
@@ -264,7 +267,7 @@ def _way(tensor: TensorPlan, record: Record, said: dict[str, Any], recipe: Recip
     # what saw too few tokens is not calibrated, but may be rotated, which plain conversions are not
     if tensor.ternary and (said.get("method") == recipe.method or record.rotation[0]):
         return ERROR
-    if not tensor.packed and str(said.get("reason")).endswith(FITTED):
+    if not tensor.packed and said.get("fitted") is True:
         return SHAPE
     return AGAIN
 

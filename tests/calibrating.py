@@ -11,67 +11,16 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from ternarize.calibrate.blocks import Blocks, Call
 from ternarize.plan import Calibrate, Plan, Recipe, plan
 
-_SIZES: dict[str, Any] = {
-    "vocab_size": 160,
-    "hidden_size": 64,
-    "intermediate_size": 136,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-}
-
-
-def _albert() -> PretrainedConfig:
-    """One block, run as often as there are layers."""
-    return transformers.AlbertConfig(
-        **_SIZES, embedding_size=32, num_hidden_groups=1, architectures=["AlbertModel"]
-    )
-
-
-def _gptj() -> PretrainedConfig:
-    """Attention and feed-forward beside each other."""
-    return transformers.GPTJConfig(
-        vocab_size=160,
-        n_embd=64,
-        n_inner=136,
-        n_layer=2,
-        n_head=4,
-        n_positions=64,
-        rotary_dim=8,
-        bos_token_id=1,
-        eos_token_id=2,
-        architectures=["GPTJForCausalLM"],
-    )
-
-
-def _neox() -> PretrainedConfig:
-    """The same, each behind a norm of its own."""
-    return transformers.GPTNeoXConfig(**_SIZES, architectures=["GPTNeoXForCausalLM"])
-
-
-MORE: dict[str, Callable[[], PretrainedConfig]] = {
-    "albert": _albert,
-    "gptj": _gptj,
-    "neox": _neox,
-}
-NAMES = (*tiny_models.CONFIGS, *MORE)
+NAMES = (*tiny_models.CONFIGS, *tiny_models.MORE)
 
 
 def save(name: str, directory: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Save the tiny model `name` with random weights."""
-    if name in MORE and name not in tiny_models.CONFIGS:
-        tiny_models.CONFIGS[name] = MORE[name]
-        try:
-            tiny_models.save(name, directory, dtype)
-        finally:
-            del tiny_models.CONFIGS[name]
-    else:
-        tiny_models.save(name, directory, dtype)
+    tiny_models.save(name, directory, dtype)
     return directory
 
 
@@ -131,7 +80,7 @@ def load_source(directory: Path) -> nn.Module:
 
 def first_call(blocks: Blocks, batch: dict[str, Tensor]) -> Call:
     """The call of the first block."""
-    call = blocks.start(batch)[0].resume()
+    call = blocks.start(batch).resume()
     assert isinstance(call, Call)
     return call
 

@@ -25,7 +25,7 @@ def _one_thread() -> Iterator[None]:
 
 def run_paused(blocks: Blocks, batch: dict[str, Tensor]) -> tuple[list[str], Any]:
     """Run a forward with every block as the source has it: the order of the blocks, the output."""
-    forward = blocks.start(batch)[0]
+    forward = blocks.start(batch)
     order, event = [], forward.resume()
     while isinstance(event, Call):
         order.append(event.block)
@@ -89,7 +89,7 @@ def test_forwards_of_several_batches_wait_for_each_other(tmp_path: Path) -> None
     directory = calibrating.save("llama", tmp_path / "llama")
     _, blocks = calibrating.blocks_of(directory)
     batches = [calibrating.inputs("llama", 2, seed=seed) for seed in (1, 2, 3)]
-    forwards = [blocks.start(batch)[0] for batch in batches]
+    forwards = [blocks.start(batch) for batch in batches]
     waiting = [forward.resume() for forward in forwards]
     while isinstance(waiting[0], Call):
         assert len({call.block for call in waiting}) == 1
@@ -104,7 +104,7 @@ def test_forwards_of_several_batches_wait_for_each_other(tmp_path: Path) -> None
 
 def test_a_paused_forward_can_be_ended(tmp_path: Path) -> None:
     _, blocks = calibrating.blocks_of(calibrating.save("llama", tmp_path / "llama"))
-    forward, unused = blocks.start(calibrating.inputs("llama", 1))
+    forward, unused = (blocks.start(calibrating.inputs("llama", 1)) for _ in range(2))
     forward.resume()
     thread = forward._thread
     forward.stop()
@@ -115,7 +115,7 @@ def test_a_paused_forward_can_be_ended(tmp_path: Path) -> None:
 def test_a_model_whose_forward_fails_is_reported_in_one_line(tmp_path: Path) -> None:
     _, blocks = calibrating.blocks_of(calibrating.save("llama", tmp_path / "llama"))
     with pytest.raises(CheckpointError, match="its forward fails on the calibration data") as found:
-        blocks.start({"input_ids": torch.full((1, 4), 9999)})[0].resume()
+        blocks.start({"input_ids": torch.full((1, 4), 9999)}).resume()
     assert "\n" not in str(found.value)
     call = calibrating.first_call(blocks, calibrating.inputs("llama", 1))
     wrong = Call(call.block, (torch.zeros(1, 24, 63),), call.kwargs)
@@ -143,7 +143,7 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
 def trace_block(name: str, tmp_path: Path, index: int = 0) -> tuple[Trace, list[Group], Any]:
     """Trace a block: what was seen, its groups, and the block's output."""
     work, blocks = calibrating.blocks_of(calibrating.save(name, tmp_path / name))
-    forward = blocks.start(calibrating.inputs(name, 3))[0]
+    forward = blocks.start(calibrating.inputs(name, 3))
     call = forward.resume()
     for _ in range(index):
         with blocks.loaded(call.block):

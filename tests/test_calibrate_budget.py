@@ -1,5 +1,6 @@
 """Bits spent by measured sensitivity: within the budget, and where they matter."""
 
+from itertools import groupby
 from pathlib import Path
 
 import calibrating
@@ -10,8 +11,10 @@ from hypothesis import strategies as st
 
 from ternarize.calibrate.budget import Choice, _hull, _spend, allocate, describe
 from ternarize.checkpoint import DTYPES
+from ternarize.convert import convert
 from ternarize.errors import UsageError
 from ternarize.plan import Plan, Recipe, TensorPlan, check_fused, plan
+from ternarize.verify import verify
 
 Curve = list[tuple[int, float]]
 
@@ -124,6 +127,22 @@ def test_a_sensitive_matrix_gets_more_bits_than_its_like(tmp_path: Path) -> None
         spent.append([bits_per_weight([found[name]]) for name in (like, sensitive)])
     assert all(more >= less for less, more in spent)
     assert any(more > less for less, more in spent)
+
+
+def test_the_stages_of_a_conversion_are_told_one_after_the_other(tmp_path: Path) -> None:
+    source, data = (
+        calibrating.save("llama", tmp_path / "source"),
+        calibrating.data("llama", tmp_path),
+    )
+    recipe = calibrating.recipe(data, num_samples=8, target_bpw=2.2)
+    calls: list[tuple[int, int, str, str]] = []
+    convert(source, tmp_path / "packed", recipe, progress=lambda *call: calls.append(call))
+    stages = [key for key, _ in groupby(stage for _, _, _, stage in calls)]
+    assert stages == ["measuring sensitivity", "calibrating", "packing"]
+    assert all(0 <= done <= total for done, total, _, _ in calls)
+    calls.clear()
+    verify(tmp_path / "packed", source, progress=lambda *call: calls.append(call))
+    assert {stage for _, _, _, stage in calls} == {"verifying"}
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt2", "gpt_oss"])

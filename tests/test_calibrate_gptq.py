@@ -9,18 +9,22 @@ from torch import Tensor
 from ternarize import container
 from ternarize.calibrate import gptq
 from ternarize.calibrate.gptq import solve
-from ternarize.calibrate.statistics import Moments
+from ternarize.calibrate.statistics import Inputs, Moments
 from ternarize.methods import itf
 from ternarize.rotation import block_size, rotate, signs, unrotate
+from ternarize.tensor import Ternary
 
 
 def half(scales: Tensor) -> Tensor:
     return container.store_scales(scales).double()
 
 
-def moments(x: Tensor, y: Tensor | None) -> Moments:
-    found = Moments.empty(1 if y is None else y.shape[1], x.shape[1], target=y is not None)
-    found.add(x, y)
+def moments(x: Tensor, y: Tensor | None, *, keep: bool = False) -> Moments:
+    inputs = Inputs.empty(x.shape[1], keep=keep)
+    found = Moments.empty(inputs, 1 if y is None else y.shape[1], target=y is not None)
+    inputs.add(x)
+    if y is not None:
+        found.add(x, y)
     return found
 
 
@@ -60,8 +64,8 @@ def test_products_on_new_tokens_are_nearer_than_without_calibration(group_size: 
 
 def test_scales_are_those_that_will_be_stored() -> None:
     weight, x = problem(8, 64)
-    statistics = moments(x, x @ weight.T)
-    (ternary,) = solve(weight, statistics, statistics, 16, half).planes
+    y = x @ weight.T
+    (ternary,) = solve(weight, moments(x, y), moments(x, y), 16, half).planes
     assert torch.equal(half(ternary.scales), ternary.scales)
     used = torch.unflatten(ternary.trits, 1, (-1, 16)).any(-1)
     assert torch.equal(used, ternary.scales > 0)
@@ -95,7 +99,8 @@ def test_a_bias_takes_up_the_mean_of_what_is_missed() -> None:
     x = x + 1.0
     offset = torch.arange(8.0)
     y = x @ weight.T + offset
-    solution = solve(weight, moments(x, y), moments(x, y), 32, half, bias=True)
+    train, held = moments(x, y), moments(x, y, keep=True)
+    solution = solve(weight, train, held, 32, half, bias=True)
     assert solution.bias is not None
     product = x.double() @ solution.planes[0].dequantize(torch.float64).T + solution.bias
     assert torch.allclose(product.mean(0), y.double().mean(0), atol=1e-4)
@@ -131,23 +136,31 @@ def test_without_a_target_the_matrix_is_to_give_what_it_gave() -> None:
 def test_dead_inputs_do_no_harm() -> None:
     weight, x = problem(8, 64)
     x[:, 5:20] = 0
-    statistics = moments(x, x @ weight.T)
-    solution = solve(weight, statistics, statistics, 32, half)
+    y = x @ weight.T
+    solution = solve(weight, moments(x, y), moments(x, y), 32, half)
     assert solution.error < solution.plain
-    zero = moments(torch.zeros_like(x), torch.zeros(len(x), 8))
-    assert not solve(weight, zero, zero, 32, half).calibrated
+    x, y = torch.zeros_like(x), torch.zeros_like(y)
+    assert not solve(weight, moments(x, y), moments(x, y), 32, half).calibrated
 
 
-def test_compensation_in_blocks_is_the_textbook_loop() -> None:
+def stated(weight: Tensor, x: Tensor, group_size: int, damping: float) -> gptq._Problem:
+    """A problem whose W* is the weight, with L of the damping in its metric."""
+    inputs = moments(x, None).inputs
+    target = inputs.product(weight)
+    metric = gptq.Metric(inputs, centred=False)
+    assert metric.factorize(damping)
+    return gptq._Problem(weight, target, weight, 0.0, metric, group_size, half)
+
+
+def test_compensation_by_halves_is_the_textbook_loop() -> None:
     weight, x = problem(6, 150)
-    metric = (x.T @ x / len(x)).float()
-    metric /= metric.diagonal().mean()
-    order = metric.diagonal().argsort(descending=True)
-    factor = gptq._factor(metric, 0.05, order)
-    assert factor is not None
-    scales = itf(weight, 40).scales.float()
+    problem_ = stated(weight, x, 40, 0.05)
+    scales = half(itf(weight, 40).scales).float()
     # GPTQ as it is published: with the upper Cholesky factor of the inverse
-    damped = metric[order][:, order].double() + 0.05 * torch.eye(150)
+    hessian = x.double().T @ x.double()
+    hessian += 0.05 * hessian.diagonal().mean() * torch.eye(150)
+    order = hessian.diagonal().argsort(descending=True)
+    damped = hessian[order][:, order]
     inverse = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True).float()
     rest, trits = weight[:, order].clone(), torch.zeros_like(weight)
     level = scales.repeat_interleave(40, 1)[:, :150][:, order]
@@ -157,30 +170,131 @@ def test_compensation_in_blocks_is_the_textbook_loop() -> None:
         rest[:, j + 1 :] -= error[:, None] * inverse[j, j + 1 :]
     expected = torch.empty_like(trits)
     expected[:, order] = trits
-    found = gptq._compensate(weight, factor, scales, order, 40)
+    found = gptq._compensate(problem_).trits
     assert float((found == expected).float().mean()) > 0.99  # roundings at the thresholds aside
 
 
-def damped_error(trits: Tensor, scales: Tensor, weight: Tensor, metric: Tensor, size: int) -> float:
-    missed = weight - trits * gptq._spread(scales, trits, size)
-    return float(((missed @ metric) * missed).sum())
+def test_the_sweeps_of_descent_are_the_textbook_loop() -> None:
+    weight, x = problem(6, 150)
+    problem_ = stated(weight, x, 40, 0.0)
+    problem_.metric.restore(0.02)
+    start = itf(weight, 40)
+    scales = half(start.scales)
+    metric = x.double().T @ x.double()
+    metric += 0.02 * metric.diagonal().mean() * torch.eye(150)
+    level = scales.repeat_interleave(40, 1)[:, :150]
+    trits = start.trits.double()
+    for j in metric.diagonal().argsort(descending=True).tolist() * gptq.SWEEPS:
+        missed = (weight - trits * level) @ metric[:, j]
+        value = trits[:, j] * level[:, j] + missed / metric[j, j]
+        trits[:, j] = value.sign() * (value.abs() > level[:, j] / 2)
+    found = gptq._descend(problem_, start.trits, scales).trits
+    assert float((found == trits).float().mean()) > 0.99
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 1000), st.sampled_from([16, 40, -1, 0]))
 def test_neither_scales_nor_trits_are_changed_for_the_worse(seed: int, size: int) -> None:
     weight, x = problem(5, 80, 400, seed)
-    metric = x.T @ x / len(x) + 0.01 * torch.eye(80)
+    problem_ = stated(weight, x, size, 0.01)
+    problem_.metric.restore(0.01)
+    metric = x.T @ x
+    metric += 0.01 * metric.diagonal().mean() * torch.eye(80)
+
+    def error(trits: Tensor, scales: Tensor) -> float:
+        missed = weight - Ternary(trits, scales, size).dequantize()
+        return float(((missed @ metric) * missed).sum())
+
     start = itf(weight, size)
-    trits, scales = start.trits.float(), start.scales.float()
-    first = damped_error(trits, scales, weight, metric, size)
-    better = gptq._joint_scales(trits, weight, metric, size).float()
-    second = damped_error(trits, better, weight, metric, size)
-    order = metric.diagonal().argsort(descending=True)
-    moved = gptq._descend(trits, better, weight, metric, order, size)
-    third = damped_error(moved, better, weight, metric, size)
+    better = gptq._joint_scales(problem_, start.trits)
+    moved = gptq._descend(problem_, start.trits, better)
+    first, second = error(start.trits, start.scales), error(start.trits, better)
     assert second <= first * 1.01  # the ridge on the scales may cost a little
-    assert third <= second * (1 + 1e-4)
+    assert error(moved.trits, moved.scales) <= second * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_metric_holds_its_factor_and_gives_the_hessian_back(centred: bool) -> None:
+    _, x = problem(1, 2 * gptq.PANEL + 70, 900)  # three panels, the last one short
+    x = x + 0.5
+    inputs = moments(x, None).inputs
+    plain = inputs.hessian
+    assert plain is not None
+    order = plain.diagonal().argsort(stable=True)
+    expected = plain[order][:, order].clone()
+    wanted = expected.double()
+    if centred:
+        mean = x.double().mean(0)[order]
+        wanted = wanted - len(x) * mean[:, None] * mean
+    wanted += 0.1 * wanted.diagonal().mean() * torch.eye(len(wanted))
+    with gptq.Metric(inputs, centred=centred) as metric:
+        for ridge in (1.0, 0.1):
+            assert metric.factorize(ridge)
+        lower = metric.matrix.tril().double()
+        assert torch.allclose(lower @ lower.T, wanted, rtol=1e-4, atol=1e-4 * float(wanted.max()))
+        aim = torch.randn(len(wanted), 3)
+        divided = wanted @ metric.divide(aim).double()
+        assert torch.allclose(divided, aim.double(), atol=1e-2)
+        metric.restore(0.1)
+        assert torch.allclose(metric.matrix, wanted.float(), rtol=1e-4, atol=1e-2)
+    assert torch.equal(inputs.order, order) if inputs.order is not None else False
+    assert inputs.hessian is plain  # in place
+    assert torch.allclose(plain, expected, rtol=1e-5, atol=1e-3)
+
+
+def test_matrices_that_share_inputs_are_solved_as_if_they_did_not() -> None:
+    weight, x = problem(12, 96, 3000)
+    train, held = Inputs.empty(96), Inputs.empty(96, keep=True)
+    train.add(x[:2500])
+    held.add(x[2500:])
+    for part, bias in ((weight[:5], True), (weight[5:], False)):
+        y = x @ part.T + 1.0
+        both = []
+        for own, some, target in ((train, x[:2500], y[:2500]), (held, x[2500:], y[2500:])):
+            both.append(Moments.empty(own, len(part), target=True))
+            both[-1].add(some, target)
+        shared = solve(part, both[0], both[1], 32, half, bias=bias)
+        alone = solve(
+            part, moments(x[:2500], y[:2500]), moments(x[2500:], y[2500:]), 32, half, bias=bias
+        )
+        assert shared.error == pytest.approx(alone.error, rel=1e-3)
+        same = shared.planes[0].trits == alone.planes[0].trits
+        assert float(same.float().mean()) > 0.99
+
+
+@pytest.mark.parametrize(("group_size", "planes"), [(16, 1), (0, 1), (32, 2)])
+def test_rows_in_chunks_are_the_same_rows(
+    group_size: int, planes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, x = problem(20, 64)
+    monkeypatch.setattr(gptq, "PROBE_ROWS", 7)
+    found = []
+    for chunk in (1 << 22, 3 * 64):
+        monkeypatch.setattr(gptq, "CHUNK", chunk)
+        y = x @ weight.T
+        train, held = moments(x[:1500], y[:1500]), moments(x[1500:], y[1500:, gptq.probe_rows(20)])
+        found.append(solve(weight, train, held, group_size, half, planes=planes))
+    assert found[1].error == pytest.approx(found[0].error, rel=1e-2)
+    for one, other in zip(found[0].planes, found[1].planes, strict=True):
+        assert float((one.trits == other.trits).float().mean()) > 0.98
+
+
+def test_few_tokens_are_kept_and_many_are_summed() -> None:
+    weight, x = problem(3, 40, 100)
+    kept, summed = Inputs.empty(40, keep=True), Inputs.empty(40)
+    for some in (x[:10], x[10:30]):
+        kept.add(some)
+        summed.add(some)
+    assert kept.hessian is None
+    for last in (False, True):
+        assert kept.energy(weight) == pytest.approx(summed.energy(weight), rel=1e-4)
+        assert torch.allclose(kept.product(weight), summed.product(weight), rtol=1e-3, atol=1e-3)
+        if not last:
+            kept.add(x[30:])
+            summed.add(x[30:])
+    assert kept.hessian is not None
+    assert not kept.kept
+    assert kept.tokens == summed.tokens == 100
 
 
 def test_rotation_keeps_products_and_comes_back() -> None:
@@ -205,5 +319,6 @@ def test_rotation_spreads_large_inputs_and_so_helps() -> None:
     x[:, 3] *= 60
     train, held = moments(x[:3000], x[:3000] @ weight.T), moments(x[3000:], x[3000:] @ weight.T)
     straight = solve(weight, train, held, 64, half)
-    turned = solve(rotate(weight, 64, 0), train.rotated(64, 0), held.rotated(64, 0), 64, half)
+    train, held = (moments(rotate(some, 64, 0), some @ weight.T) for some in (x[:3000], x[3000:]))
+    turned = solve(rotate(weight, 64, 0), train, held, 64, half)
     assert turned.plain < straight.plain

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from ternarize import container
 from ternarize.calibrate import reconstruct as reconstruction
-from ternarize.calibrate.reconstruct import Form, TernaryWeight, reconstruct
+from ternarize.calibrate.reconstruct import (
+    Form,
+    TernaryWeight,
+    divergence,
+    huber,
+    parameters,
+    reconstruct,
+)
 from ternarize.methods import itf, levels
 from ternarize.rotation import rotate
 
@@ -131,14 +138,11 @@ def train(form: Form, steps: int, shape: tuple[int, ...] = (10, 64)) -> tuple[Te
         x = inputs[sample]
         return product(x, values["w"]) + values["b"], product(x, weight)
 
+    weights = {"w": TernaryWeight(weight, stored, form, half)}
+    vectors = {"b": torch.zeros(shape[-2])}
+    loss = huber(run, parameters(weights, vectors), [4, 5])
     found, vectors, before, after = reconstruct(
-        {"w": TernaryWeight(weight, stored, form, half)},
-        {"b": torch.zeros(shape[-2])},
-        run,
-        [0, 1, 2, 3],
-        [4, 5],
-        steps,
-        0,
+        weights, vectors, loss, [0, 1, 2, 3], [4, 5], steps, 0
     )
     with torch.no_grad():
         now = [run(i, {"w": form.parameter(found["w"]), "b": vectors["b"]}) for i in (4, 5)]
@@ -181,11 +185,11 @@ def test_a_training_that_only_harms_gives_back_the_start() -> None:
     x = torch.randn(20, 64)
     best = x @ stored.T  # the start is perfect on held-out samples, and wrong in training
 
-    def run(sample: int, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return x @ values["w"].T, best if sample else best + 100
+    def loss(sample: int, values: Mapping[str, Tensor]) -> Tensor:
+        return F.mse_loss(x @ values["w"].T, best if sample else best + 100)
 
     found, _, before, after = reconstruct(
-        {"w": TernaryWeight(weight, stored, Form(32), half)}, {}, run, [0], [1], 60, 0
+        {"w": TernaryWeight(weight, stored, Form(32), half)}, {}, loss, [0], [1], 60, 0
     )
     assert torch.equal(found["w"], stored)
     assert after == before
@@ -194,3 +198,12 @@ def test_a_training_that_only_harms_gives_back_the_start() -> None:
 def test_the_same_seed_trains_the_same_weights() -> None:
     first, again = train(Form(32), 30)[0], train(Form(32), 30)[0]
     assert torch.equal(first, again)
+
+
+def test_the_divergence_is_that_of_the_definition() -> None:
+    theirs, ours = torch.randn(2, 7, 5, dtype=torch.float64)
+    loss = divergence(lambda sample, values: (values["ours"], theirs))
+    p, q = theirs.softmax(-1), ours.softmax(-1)
+    wanted = (p * (p / q).log()).sum() / 7
+    assert float(loss(0, {"ours": ours})) == pytest.approx(float(wanted), rel=1e-6)
+    assert float(loss(0, {"ours": theirs})) == pytest.approx(0, abs=1e-12)

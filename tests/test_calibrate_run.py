@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ternarize
-from ternarize.calibrate import gptq, pipeline, run
+from ternarize.calibrate import gptq, pipeline, reconstruct, run
 from ternarize.calibrate.gptq import solve
 from ternarize.convert import convert
 from ternarize.errors import CheckpointError, SelectionError, UsageError, WeightError
 from ternarize.methods import absmean
 from ternarize.plan import Recipe, check_fused, plan
+from ternarize.progress import Progress
 
 Seen = list[tuple[dict[str, Tensor], Any, Any]]
 
@@ -124,6 +126,7 @@ def test_calibration_brings_blocks_nearer_to_the_source(name: str, tmp_path: Pat
         {"rotation": 4, "scale_bits": 8},
         {"planes": ("*down_proj*",), "dtype": "float32"},
         {"reconstruct": 3, "window": 2, "group_size": 48},
+        {"distill": 3, "planes": ("*down_proj*",), "scale_bits": 8},
     ],
     ids=str,
 )
@@ -141,6 +144,58 @@ def test_experts_are_trained_and_saved_in_every_orientation(tmp_path: Path, seen
     recipe = calibrating.recipe(data, num_samples=8, reconstruct=3, window=2, scale_bits=8)
     convert(source, tmp_path / "packed", recipe)
     assert_measured(tmp_path / "packed", seen)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gpt2", "mamba", "mixtral", "gpt_oss", "bert_classifier", "albert", "vit", "clip", "t5"],
+)
+def test_whole_models_are_trained_and_saved(name: str, tmp_path: Path, seen: Seen) -> None:
+    source = calibrating.save(name, tmp_path / "source", torch.bfloat16)
+    data = calibrating.data(name, tmp_path)
+    convert(source, tmp_path / "packed", calibrating.recipe(data, num_samples=8, distill=3))
+    assert_measured(tmp_path / "packed", seen)
+
+
+def test_a_trained_model_is_nearer_to_its_source_on_samples_it_has_not_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconstruct, "RATE", 0.01)  # few steps
+    source, data = calibrating.save("llama", tmp_path / "source"), tmp_path
+    told: list[str] = []
+
+    def progress(done: int, total: int, what: str, stage: str) -> None:
+        if stage == "distilling":
+            told.append(what)
+
+    recipe = calibrating.recipe(calibrating.data("llama", data, 40), num_samples=32, distill=50)
+    convert(source, tmp_path / "packed", recipe, progress=progress)
+    form = r"step (25|50) of 50: held-out loss (\d\.\d+) of the start"
+    losses = [float(match[2]) for match in (re.fullmatch(form, text) for text in told) if match]
+    assert len(losses) == len(told) == 2
+    assert losses[1] < 0.95
+
+
+def test_a_break_while_a_trained_model_is_written_does_no_harm(
+    llama: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, data = llama
+    recipe = calibrating.recipe(data, num_samples=8, distill=3)
+    convert(source, tmp_path / "whole", recipe)
+    write = run.Calibration._write
+
+    def broken(self: Any, file: Path, *args: Any) -> None:
+        if file.name == "00001-00002.safetensors":  # 00000-00002 has been written
+            raise KeyboardInterrupt
+        write(self, file, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Calibration, "_write", broken)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, tmp_path / "broken", recipe)
+    assert (tmp_path / "broken.partial/.calibration/00000-00002.safetensors").is_file()
+    convert(source, tmp_path / "broken", recipe)
+    assert files(tmp_path / "broken") == files(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("end", ["head", "embeddings"])
@@ -175,8 +230,8 @@ def count_solved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def break_at(text: str) -> Callable[[int, int, str], None]:
-    def progress(done: int, total: int, what: str) -> None:
+def break_at(text: str) -> Progress:
+    def progress(done: int, total: int, what: str, stage: str) -> None:
         if text in what:
             raise KeyboardInterrupt
 
@@ -184,7 +239,9 @@ def break_at(text: str) -> Callable[[int, int, str], None]:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"reconstruct": 3, "window": 2}, {"target_bpw": 2.2}], ids=["", "train", "bpw"]
+    "options",
+    [{}, {"reconstruct": 3, "window": 2}, {"target_bpw": 2.2}, {"distill": 3}],
+    ids=["", "train", "bpw", "distill"],
 )
 def test_a_run_that_was_broken_off_goes_on_to_the_same_bytes(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -195,7 +252,8 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_bytes(
     convert(source, tmp_path / "whole", recipe)
     whole = len(solved)
     solved.clear()
-    for place in ("block 2 of 4", "block 4 of 4"):
+    places = ["block 2 of 4", "block 4 of 4"]
+    for place in places + (["step 3 of 3"] if "distill" in options else []):
         with pytest.raises(KeyboardInterrupt):
             convert(source, tmp_path / "broken", recipe, progress=break_at(place))
         assert not (tmp_path / "broken").exists()

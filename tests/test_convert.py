@@ -34,7 +34,7 @@ from ternarize.errors import (
     WeightError,
 )
 from ternarize.methods import METHODS
-from ternarize.plan import Recipe, plan
+from ternarize.plan import Calibrate, Recipe, plan
 from ternarize.verify import open_packed, verify
 
 ALL = sorted(tiny_models.CONFIGS)
@@ -501,6 +501,36 @@ def test_the_output_cannot_be_the_source_or_inside_it(source: Path) -> None:
     refused(OutputError, "or inside it", source, source / "packed")
 
 
+@pytest.mark.parametrize("config", [None, {"model_type": "foo", "architectures": ["FooModel"]}])
+def test_a_model_that_transformers_does_not_have_is_converted_by_names_but_not_calibrated(
+    config: dict[str, Any] | None, source: Path, tmp_path: Path
+) -> None:
+    (source / "config.json").unlink()
+    if config is not None:
+        (source / "config.json").write_text(json.dumps(config))
+    calibrated = Recipe("gptq", calibrate=Calibrate())
+    refused(CheckpointError, "calibration runs the model", source, tmp_path / "out", calibrated)
+    record = convert(source, tmp_path / "packed", Recipe("itf"))
+    assert record["coverage"]["ternary"] > 0
+    assert verify(tmp_path / "packed", source)["compared"]["converted_again"] > 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "bounds", "words"),
+    [
+        (Recipe("itf"), {"cosine": 0.9}, "method 'itf' measures nothing"),
+        (Recipe("gptq", calibrate=Calibrate()), {"kl": 0.1}, "one of perplexity, "),
+        (Recipe("gptq", calibrate=Calibrate()), {"cosine": float("nan")}, "cosine=nan; expected"),
+    ],
+)
+def test_a_bound_on_what_is_not_measured_is_refused_before_the_work(
+    recipe: Recipe, bounds: dict[str, float], words: str, source: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        convert(source, tmp_path / "out", recipe, min_quality=bounds)
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_an_existing_output_is_left_alone(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("precious")
@@ -515,6 +545,11 @@ def test_too_little_disk_is_found_out_before_the_start(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     refused(OutputError, "free; the result needs", source, tmp_path / "out")
+    calibrated = Recipe("gptq", calibrate=Calibrate())  # its blocks need room as well
+    room = plan(source, calibrated).packed_bytes() + (1 << 20) + 4000
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=room))
+    refused(OutputError, "free; the result needs", source, tmp_path / "out", calibrated)
+    convert(source, tmp_path / "out")
 
 
 def test_a_full_disk_keeps_what_is_done(

@@ -188,7 +188,7 @@ def test_the_batch_size_does_not_matter(packed: Path, llama: Path, text: Path) -
 
 
 def test_progress_is_told_after_each_batch(packed: Path, text: Path) -> None:
-    calls: list[tuple[int, int, str]] = []
+    calls: list[tuple[int, int, str, str]] = []
     evaluate(
         packed, text=text, seq_len=SEQ_LEN, batch_size=4, progress=lambda *call: calls.append(call)
     )

@@ -13,7 +13,9 @@ from ternarize.tensor import (
     check_group_size,
     group_count,
     group_length,
+    group_sums,
     split_groups,
+    spread_scales,
 )
 
 GROUP_SIZES = (-1, 0, 1, 2, 5, 7, 128, 1000)
@@ -60,6 +62,16 @@ def test_the_last_group_is_padded_with_the_fill() -> None:
     values = torch.arange(1, 8).reshape(1, 7)
     assert split_groups(values, 3, fill=-9).tolist() == [[[1, 2, 3], [4, 5, 6], [7, -9, -9]]]
     assert split_groups(values, -1).tolist() == [[[1, 2, 3, 4, 5, 6, 7]]]
+
+
+def test_groups_are_summed_and_scales_spread_over_them() -> None:
+    values = torch.arange(1, 8).reshape(1, 7)
+    assert group_sums(values, 3).tolist() == [[6, 15, 7]]
+    assert group_sums(values, 0).tolist() == [[28]]
+    assert spread_scales(torch.tensor([[1, 2, 3]]), 7, 3).tolist() == [[1, 1, 1, 2, 2, 2, 3]]
+    assert spread_scales(torch.tensor([[5], [6]]), 2, -1).tolist() == [[5, 5], [6, 6]]
+    stack = torch.arange(12).reshape(2, 3, 2)
+    assert spread_scales(stack, 5, 3).shape == (2, 3, 5)
 
 
 def random_ternary(seed: int, shape: tuple[int, ...], group_size: int) -> Ternary:

@@ -20,19 +20,17 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
-TEXT: dict[str, Any] = {
+_SIZES: dict[str, Any] = {
     "vocab_size": 160,
     "hidden_size": 64,
     "intermediate_size": 136,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
     "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
 }
+_TOKENS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_LABELS: dict[str, Any] = {"num_labels": 3}
+TEXT: dict[str, Any] = {**_SIZES, "num_key_value_heads": 2, "head_dim": 16, **_TOKENS}
 VISION: dict[str, Any] = {
     "hidden_size": 48,
     "intermediate_size": 72,
@@ -41,8 +39,17 @@ VISION: dict[str, Any] = {
     "image_size": 32,
     "patch_size": 16,
 }
-_TOKENS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-_LABELS: dict[str, Any] = {"num_labels": 3}
+# GPT-2 and its kin have names of their own
+_GPT2_SIZES: dict[str, Any] = {
+    "vocab_size": 160,
+    "n_embd": 64,
+    "n_inner": 136,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 def _llama() -> PretrainedConfig:
@@ -120,30 +127,28 @@ def _phi3() -> PretrainedConfig:
 
 
 def _gpt2() -> PretrainedConfig:
-    return transformers.GPT2Config(
-        vocab_size=160,
-        n_embd=64,
-        n_inner=136,
-        n_layer=2,
-        n_head=4,
-        n_positions=64,
-        architectures=["GPT2LMHeadModel"],
-        bos_token_id=1,
-        eos_token_id=2,
+    return transformers.GPT2Config(**_GPT2_SIZES, architectures=["GPT2LMHeadModel"])
+
+
+def _gptj() -> PretrainedConfig:
+    """Attention and feed-forward beside each other."""
+    return transformers.GPTJConfig(**_GPT2_SIZES, rotary_dim=8, architectures=["GPTJForCausalLM"])
+
+
+def _neox() -> PretrainedConfig:
+    """The same, each behind a norm of its own."""
+    return transformers.GPTNeoXConfig(**_SIZES, architectures=["GPTNeoXForCausalLM"])
+
+
+def _albert() -> PretrainedConfig:
+    """One block, run as often as there are layers."""
+    return transformers.AlbertConfig(
+        **_SIZES, embedding_size=32, num_hidden_groups=1, architectures=["AlbertModel"]
     )
 
 
 def _bert(architecture: str) -> PretrainedConfig:
-    return transformers.BertConfig(
-        vocab_size=160,
-        hidden_size=64,
-        intermediate_size=136,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        architectures=[architecture],
-        **_LABELS,
-    )
+    return transformers.BertConfig(**_SIZES, **_LABELS, architectures=[architecture])
 
 
 def _vit() -> PretrainedConfig:
@@ -254,11 +259,13 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "mamba": _mamba,
     "clip": _clip,
 }
+# those whose blocks run in other ways, for calibration
+MORE: dict[str, Callable[[], PretrainedConfig]] = {"albert": _albert, "gptj": _gptj, "neox": _neox}
 
 
 def build(name: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> PreTrainedModel:
     """The model `name` with random weights that depend on the seed alone."""
-    config = CONFIGS[name]()
+    config = (CONFIGS | MORE)[name]()
     architecture = getattr(transformers, (config.architectures or [""])[0])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

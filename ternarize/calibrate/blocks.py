@@ -65,7 +65,10 @@ class Forward:
         self._started = False
 
     def resume(self, reply: Any = None) -> Any:
-        """Run on with the block's output; returns the next Call, or the model's output."""
+        """Run on with the block's output; returns the next Call, or the model's output.
+
+        Raises CheckpointError where the model's code fails, and TernarizeErrors of what it reads.
+        """
         if self._started:
             self._replies.put(reply)
         else:
@@ -85,7 +88,7 @@ class Forward:
             self._thread.join()
 
     def pause(self, call: Call) -> Any:
-        """Called in the forward's own thread, where a block would run."""
+        """Wait for the block's output, in the forward's own thread, where the block would run."""
         self._events.put(call)
         reply = self._replies.get()
         if isinstance(reply, _Stop):
@@ -194,10 +197,9 @@ class Blocks:
 
         module._parameters = _Parameters(module._parameters, load)
 
-    def start(self, batch: Batch) -> tuple[Forward, Forward]:
-        """Two forwards of a batch, not yet begun."""
-        where = self.source.directory
-        return Forward(self.model, batch, where), Forward(self.model, batch, where)
+    def start(self, batch: Batch) -> Forward:
+        """A forward of a batch, not yet begun; several of them can wait beside each other."""
+        return Forward(self.model, batch, self.source.directory)
 
     def run(self, call: Call) -> Any:
         """What the loaded block gives for a call, computed on the device, returned on the CPU."""
@@ -227,6 +229,18 @@ class Blocks:
             yield block
         finally:
             for module in block.modules():
+                _empty(module)
+
+    @contextmanager
+    def whole(self) -> Iterator[PreTrainedModel]:
+        """The model with all of its source's weights in float32, on the device."""
+        self._fill([name for name, _ in self.model.named_parameters(remove_duplicate=False)])
+        model: Any = self.model  # whose `to` is annotated for other things
+        try:
+            yield model.to(self.device)
+        finally:
+            model.to("cpu")
+            for module in self.model.modules():
                 _empty(module)
 
     def replaced(self, path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

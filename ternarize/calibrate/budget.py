@@ -13,7 +13,7 @@ are not on the lower convex hull of (bits, harm) are never taken (Shoham and Ger
 for an arbitrary set of quantizers: https://doi.org/10.1109/29.90373).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,11 +24,10 @@ from ternarize.checkpoint import Checkpoint
 from ternarize.errors import CheckpointError, UsageError
 from ternarize.methods import itf
 from ternarize.plan import TensorPlan
+from ternarize.progress import Progress
 
 GROUP_SIZES = (256, 128, 64, 32)
 SAMPLES = 4  # batches on which harm is measured
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,13 @@ def allocate(
 ) -> list[TensorPlan]:
     """Plans of the tensors with other group sizes and planes, at most `target_bpw` on average.
 
+    batches     arguments of the model's forward; the first SAMPLES of them are used
     target_bpw  stored bits, scales and padding included, per ternary weight
+    progress    called after each block, in the stage "measuring sensitivity"
 
-    Raises UsageError if not even the smallest forms are within it.
+    Returns a plan for each of `tensors`, in their order; those that are not ternary are unchanged.
+    Raises UsageError if not even the smallest forms are within the target, CheckpointError for a
+    model that cannot be run block by block.
     """
     measured = _measure(source, tensors, batches, device, progress)
     total = sum(plan.info.numel for choices in measured for plan in choices[0].plans)
@@ -116,7 +119,7 @@ def _measure(
     for t in tensors:
         for parameter in blocks.places[t.name].parameters if t.ternary else ():
             by_parameter.setdefault(parameter, []).append(t)
-    forwards = [blocks.start(batch)[0] for batch in batches[:SAMPLES]]
+    forwards = [blocks.start(batch) for batch in batches[:SAMPLES]]
     found: list[list[Choice]] = []
     seen: set[str] = set()
     formed: set[str] = set()  # names of tensors
@@ -139,7 +142,8 @@ def _measure(
                     found.append(_forms(blocks, calls, outputs, weight, plans))
             seen.add(path)
             if progress is not None:
-                progress(len(seen), len(blocks.paths), f"sensitivity of block {len(seen)}")
+                what = f"sensitivity of block {len(seen)}"
+                progress(len(seen), len(blocks.paths), what, "measuring sensitivity")
             if len(seen) < len(blocks.paths):
                 calls = [f.resume(o) for f, o in zip(forwards, outputs, strict=True)]
     finally:

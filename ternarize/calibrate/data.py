@@ -54,10 +54,21 @@ from torch import Tensor
 
 from ternarize.checkpoint import byte_view
 from ternarize.errors import CheckpointError, UsageError
-from ternarize.evaluate import _encode, _limit, _longest, read_documents
+from ternarize.evaluate import (
+    CAUSAL,
+    ENCODER,
+    check_seq_len,
+    encode_line,
+    first_token,
+    longest_text,
+    max_positions,
+    read_documents,
+    vocabulary_size,
+)
+from ternarize.plan import Calibrate
 
 SELF, DEFAULT = "self", "default"
-CAUSAL, ENCODER, ENCODER_DECODER = "causal language model", "encoder", "encoder-decoder"
+ENCODER_DECODER = "encoder-decoder"  # and CAUSAL, ENCODER: kinds of models
 TENSORS = "model of other inputs than text"
 READERS = (".txt", ".jsonl", ".json", ".parquet")
 MAX_SEQ_LEN = 512  # when none is asked for
@@ -70,25 +81,6 @@ POOL_PER_TOKEN = 32
 # generate(prompt (n, p) int64, length, generator) -> (n, length) int64, the prompt included
 Generate = Callable[[Tensor, int, torch.Generator], Tensor]
 Sample = dict[str, Tensor]  # arguments of forward, without the batch dimension
-
-
-@dataclass(frozen=True)
-class Source:
-    """What to calibrate on, as it was asked for.
-
-    dataset      .txt, .jsonl, .json, .parquet or .safetensors file; a directory of such text
-                 files; a Hub dataset id (user/name[/folder][@revision]); "self"; "default"
-    num_samples  in `Samples.batches`
-    seq_len      tokens of a sample; None: what the model can take, at most 512
-    seed         of every choice
-    text_column  of .jsonl, .json and .parquet; None: `text` or `messages`, whichever is there
-    """
-
-    dataset: str
-    num_samples: int = 256
-    seq_len: int | None = 256
-    seed: int = 0
-    text_column: str | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +118,7 @@ class _Text(NamedTuple):
 
 
 def read(
-    source: Source,
+    how: Calibrate,
     *,
     config: Any,
     model_class: Any,
@@ -136,6 +128,7 @@ def read(
 ) -> Samples:
     """Read, choose, cut and batch the samples to calibrate on.
 
+    how          dataset, num_samples, seq_len, seed and text_column count here
     config       of the model, a PretrainedConfig
     model_class  whose `forward` will be called
     tokenizer    of the model; None where it has none
@@ -150,51 +143,45 @@ def read(
     samples beside one held out and one reported on; CheckpointError when the tokenizer is missing
     or is not the model's.
     """
-    for name, value, least in (
-        ("num samples", source.num_samples, 1),
-        ("sequence length", source.seq_len, 2),
-        ("batch size", batch_size, 1),
-    ):
-        if value is not None and value < least:
-            raise UsageError(f"{name}: {value}; expected at least {least}. Use a larger number.")
+    assert batch_size > 0
     kind = kind_of(model_class, config)
-    rng = random.Random(f"ternarize {source.seed}")
+    rng = random.Random(f"ternarize {how.seed}")
     seq_len: int | None = None
     notes: list[str] = []
     extra: dict[str, Any] = {}
-    if Path(source.dataset).suffix == ".safetensors":
-        _no_column(source)
-        sets = _read_tensors(Path(source.dataset), source, model_class)
-        name, padding = Path(source.dataset).name, None
+    if Path(how.dataset).suffix == ".safetensors":
+        _no_column(how)
+        sets = _read_tensors(Path(how.dataset), how, model_class)
+        name, padding = Path(how.dataset).name, None
     elif kind == TENSORS:
         raise UsageError(
-            f"{source.dataset}: {model_class.__name__} does not read text alone; expected a "
+            f"{how.dataset}: {model_class.__name__} does not read text alone; expected a "
             f".safetensors file with tensors named as its forward names them "
             f"({', '.join(_arguments(model_class)[:4])}, ...), a sample per row. Make one."
         )
-    elif source.dataset == SELF:
-        _no_column(source)
-        seq_len = _length(source, kind, config, tokenizer)
-        sets = _write(source, seq_len, kind, config, model_class, tokenizer, generate, batch_size)
+    elif how.dataset == SELF:
+        _no_column(how)
+        seq_len = _length(how, kind, config, tokenizer)
+        sets = _write(how, seq_len, kind, config, model_class, tokenizer, generate, batch_size)
         name, padding = SELF, None
     else:
         if tokenizer is None:
             raise CheckpointError(
-                f"{source.dataset}: {model_class.__name__} has no tokenizer, without which text "
+                f"{how.dataset}: {model_class.__name__} has no tokenizer, without which text "
                 "cannot be read; expected tokenizer.json or the like. Copy it from the source of "
                 "the model."
             )
-        seq_len = _length(source, kind, config, tokenizer)
-        text = _read_text(source, seq_len, tokenizer)
-        cut, finish = _cutter(source, kind, seq_len, config, tokenizer, rng)
-        sets, more = _divide(source, text.documents, seq_len, cut, finish, rng)
+        seq_len = _length(how, kind, config, tokenizer)
+        text = _read_text(how, seq_len, tokenizer)
+        cut, finish = _cutter(how, kind, seq_len, config, tokenizer, rng)
+        sets, more = _divide(how, text.documents, seq_len, cut, finish, rng)
         name, notes = text.name, text.notes + more
         extra = {"files": text.files} if text.files else {}
         extra["documents"] = len(text.documents)
         padding = (tokenizer.pad_token_id or 0) if kind == ENCODER else None
-    if len(sets[0]) < source.num_samples:
-        notes.append(f"{source.num_samples} samples were asked for, {len(sets[0])} could be made")
-    _check_ids(sets, config, source.dataset)
+    if len(sets[0]) < how.num_samples:
+        notes.append(f"{how.num_samples} samples were asked for, {len(sets[0])} could be made")
+    _check_ids(sets, config, how.dataset)
     batches, heldout, report = (_batch(each, batch_size, padding, rng) for each in sets)
     tokens = sum(
         tensor.numel() for sample in sets[0] for name, tensor in sample.items() if _is_ids(name)
@@ -208,8 +195,8 @@ def read(
         "report_samples": len(sets[2]),
         "tokens": tokens,
         "seq_len": seq_len,
-        "seed": source.seed,
-        "text_column": source.text_column,
+        "seed": how.seed,
+        "text_column": how.text_column,
         "digest": digest,
         "notes": notes,
     }
@@ -242,24 +229,15 @@ def _arguments(model_class: Any) -> list[str]:
     return [name for name in inspect.signature(model_class.forward).parameters if name != "self"]
 
 
-def _length(source: Source, kind: str, config: Any, tokenizer: Any | None) -> int:
+def _length(how: Calibrate, kind: str, config: Any, tokenizer: Any | None) -> int:
     """Tokens of a sample; raises UsageError when more are asked for than the model can take."""
-    limit = _limit(config)
+    limit = max_positions(config)
     if kind != CAUSAL and tokenizer is not None:
-        limit = _longest(config, tokenizer)
-    if source.seq_len is None:
+        limit = longest_text(config, tokenizer)
+    if how.seq_len is None:
         return min(MAX_SEQ_LEN, limit)
-    if source.seq_len > limit:
-        raise UsageError(
-            f"sequence length: {source.seq_len}; expected at most the model's {limit} positions. "
-            f"Use --seq-len {limit}."
-        )
-    return source.seq_len
-
-
-def _vocabulary(config: Any) -> int | None:
-    size: int | None = getattr(config.get_text_config(), "vocab_size", None)
-    return size
+    check_seq_len(how.seq_len, limit)
+    return how.seq_len
 
 
 def _is_ids(name: str) -> bool:
@@ -267,7 +245,7 @@ def _is_ids(name: str) -> bool:
 
 
 def _check_ids(sets: Sequence[Sequence[Sample]], config: Any, where: str) -> None:
-    size = _vocabulary(config)
+    size = vocabulary_size(config)
     rows = (row for samples in sets for sample in samples for row in sample.items())
     ids = [tensor for name, tensor in rows if _is_ids(name) and tensor.numel()]
     if size is None or not ids:
@@ -283,14 +261,14 @@ def _check_ids(sets: Sequence[Sequence[Sample]], config: Any, where: str) -> Non
 # --- text ---------------------------------------------------------------------------------------
 
 
-def _read_text(source: Source, seq_len: int, tokenizer: Any) -> _Text:
+def _read_text(how: Calibrate, seq_len: int, tokenizer: Any) -> _Text:
     """Documents of a file, a directory, a Hub dataset or the package's own text."""
-    pool = max(MIN_POOL, POOL_PER_TOKEN * source.num_samples * seq_len)
-    path = Path(os.path.expanduser(source.dataset))
+    pool = max(MIN_POOL, POOL_PER_TOKEN * how.num_samples * seq_len)
+    path = Path(os.path.expanduser(how.dataset))
     files: list[str] = []
     notes: list[str] = []
-    if source.dataset == DEFAULT:
-        _no_column(source)
+    if how.dataset == DEFAULT:
+        _no_column(how)
         name = DEFAULT
         own = Path(__file__).with_name("default.txt")
         stream: Iterable[_Document] = map(_Document, read_documents(own))
@@ -299,24 +277,24 @@ def _read_text(source: Source, seq_len: int, tokenizer: Any) -> _Text:
         paths, others = _list_files(path)
         if not paths:
             raise UsageError(
-                f"{source.dataset}: holds no {', '.join(READERS)} file; expected some text. "
+                f"{how.dataset}: holds no {', '.join(READERS)} file; expected some text. "
                 "Name a file, or another directory."
             )
         if others:
             notes.append(f"{others} files of other kinds than text were not read")
-        stream = (each for one in paths for each in _read_file(one, source, tokenizer))
+        stream = (each for one in paths for each in _read_file(one, how, tokenizer))
         files = [one.relative_to(path).as_posix() for one in paths]
     elif os.path.exists(path):
         name = path.name
-        stream = _read_file(path, source, tokenizer)
+        stream = _read_file(path, how, tokenizer)
     else:
-        name, stream = _read_hub(source, tokenizer, pool, files)
-    documents, empty = _draw(stream, source.seed, pool)
+        name, stream = _read_hub(how, tokenizer, pool, files)
+    documents, empty = _draw(stream, how.seed, pool)
     if empty:
         notes.append(f"{empty} records without text were left out")
     if not documents:
         raise UsageError(
-            f"{source.dataset}: has no text; expected documents to calibrate on. Check the file."
+            f"{how.dataset}: has no text; expected documents to calibrate on. Check the file."
         )
     return _Text(documents, name, files, notes)
 
@@ -361,10 +339,10 @@ def _list_files(directory: Path) -> tuple[list[Path], int]:
     return sorted(paths, key=lambda path: path.relative_to(directory).as_posix()), others
 
 
-def _read_file(path: Path, source: Source, tokenizer: Any) -> Iterator[_Document]:
+def _read_file(path: Path, how: Calibrate, tokenizer: Any) -> Iterator[_Document]:
     suffix = path.suffix
     if suffix == ".txt":
-        _no_column(source)
+        _no_column(how)
         for number, text in enumerate(read_documents(path), 1):
             if "\0" in text:  # valid UTF-8, but no text file has one
                 raise UsageError(
@@ -373,11 +351,11 @@ def _read_file(path: Path, source: Source, tokenizer: Any) -> Iterator[_Document
                 )
             yield _Document(text)
     elif suffix == ".jsonl":
-        yield from _read_jsonl(path, source.text_column, tokenizer)
+        yield from _read_jsonl(path, how.text_column, tokenizer)
     elif suffix == ".json":
-        yield from _read_json(path, source.text_column, tokenizer)
+        yield from _read_json(path, how.text_column, tokenizer)
     elif suffix == ".parquet":
-        yield from _read_parquet(path, source.text_column, tokenizer)
+        yield from _read_parquet(path, how.text_column, tokenizer)
     else:
         raise UsageError(
             f"{path}: is no kind of file that can be read; expected {', '.join(READERS)} or "
@@ -545,10 +523,10 @@ def _first_line(error: BaseException) -> str:
     return re.sub(r"\s+", " ", str(error))[:160]
 
 
-def _no_column(source: Source) -> None:
-    if source.text_column is not None:
+def _no_column(how: Calibrate) -> None:
+    if how.text_column is not None:
         raise UsageError(
-            f"text column: {source.text_column!r}, and {source.dataset} has text without columns; "
+            f"text column: {how.text_column!r}, and {how.dataset} has text without columns; "
             "expected none. Leave --text-column out."
         )
 
@@ -557,7 +535,7 @@ def _no_column(source: Source) -> None:
 
 
 def _read_hub(
-    source: Source, tokenizer: Any, pool: int, files: list[str]
+    how: Calibrate, tokenizer: Any, pool: int, files: list[str]
 ) -> tuple[str, Iterator[_Document]]:
     """Name with revision, and documents of a Hub dataset; `files` receives what is read.
 
@@ -572,7 +550,7 @@ def _read_hub(
         OfflineModeIsEnabled,
     )
 
-    given = source.dataset
+    given = how.dataset
     whole, _, revision = given.partition("@")
     match = re.fullmatch(r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)((?:/[\w.-]+)*)/?", whole)
     if match is None or Path(whole).suffix in READERS:
@@ -608,7 +586,7 @@ def _read_hub(
     chosen = _hub_files(names, folder, given)
 
     def order(name: str) -> bytes:
-        return hashlib.sha256(f"{source.seed}\n{name}".encode()).digest()
+        return hashlib.sha256(f"{how.seed}\n{name}".encode()).digest()
 
     def stream() -> Iterator[_Document]:
         total = 0
@@ -618,7 +596,7 @@ def _read_hub(
             with asking():
                 path = api.hf_hub_download(repo, name, repo_type="dataset", revision=commit)
             files.append(name)
-            for document in _read_file(Path(path), source, tokenizer):
+            for document in _read_file(Path(path), how, tokenizer):
                 total += len(document.text)
                 yield document
 
@@ -664,7 +642,7 @@ def _wanted(num_samples: int) -> tuple[int, int, int]:
 
 
 def _divide(
-    source: Source,
+    how: Calibrate,
     documents: Sequence[_Document],
     seq_len: int,
     cut: Cut,
@@ -672,8 +650,8 @@ def _divide(
     rng: random.Random,
 ) -> tuple[list[list[Sample]], list[str]]:
     """Samples of three sets of documents, and notes; by sections where documents are too few."""
-    wanted = _wanted(source.num_samples)
-    least = (min(LEAST, source.num_samples), 1, 1)
+    wanted = _wanted(how.num_samples)
+    least = (min(LEAST, how.num_samples), 1, 1)
     counts = [0, 0, 0]
     cut_up = ["too few documents to keep the sets apart: cut into sections"]
     for parts, notes, shares in (
@@ -693,7 +671,7 @@ def _divide(
             ]
             return sets, notes
     raise UsageError(
-        f"{source.dataset}: makes {counts[0]} samples of {seq_len} tokens, {counts[1]} held out "
+        f"{how.dataset}: makes {counts[0]} samples of {seq_len} tokens, {counts[1]} held out "
         f"and {counts[2]} to report on; expected at least {least[0]}, 1 and 1. "
         "Give a longer text, or use shorter samples (--seq-len)."
     )
@@ -744,16 +722,16 @@ def _spread(total: int, count: int, rng: random.Random) -> list[int]:
     return places
 
 
-def _portion(count: int, source: Source, what: str) -> tuple[int, int, int]:
+def _portion(count: int, how: Calibrate, what: str) -> tuple[int, int, int]:
     """Sizes of three sets of `count` samples that have no documents."""
-    sizes = _wanted(source.num_samples)
+    sizes = _wanted(how.num_samples)
     if count < sum(sizes):
         other = max(1, count // 10)
         sizes = count - 2 * other, other, other
-    if sizes[0] < min(LEAST, source.num_samples):
+    if sizes[0] < min(LEAST, how.num_samples):
         raise UsageError(
-            f"{source.dataset}: {count} {what}; expected at least "
-            f"{min(LEAST, source.num_samples) + 2}, of which one is held out and one reported on. "
+            f"{how.dataset}: {count} {what}; expected at least "
+            f"{min(LEAST, how.num_samples) + 2}, of which one is held out and one reported on. "
             "Give more."
         )
     return sizes
@@ -763,7 +741,7 @@ def _portion(count: int, source: Source, what: str) -> tuple[int, int, int]:
 
 
 def _cutter(
-    source: Source, kind: str, seq_len: int, config: Any, tokenizer: Any, rng: random.Random
+    how: Calibrate, kind: str, seq_len: int, config: Any, tokenizer: Any, rng: random.Random
 ) -> tuple[Cut, Finish]:
     """How documents are cut for a kind of model, and how a piece becomes a sample."""
     if kind == CAUSAL:
@@ -782,13 +760,13 @@ def _cutter(
     if kind == ENCODER:
 
         def sentence(text: str) -> Sample:
-            return {"input_ids": torch.tensor(_encode(text, tokenizer, seq_len))}
+            return {"input_ids": torch.tensor(encode_line(text, tokenizer, seq_len))}
 
         return lambda documents: _texts(documents, tokenizer, body, rng), sentence
     start = getattr(config, "decoder_start_token_id", None)
     if start is None:
         raise CheckpointError(
-            f"{source.dataset}: the model's config.json has no decoder_start_token_id; expected "
+            f"{how.dataset}: the model's config.json has no decoder_start_token_id; expected "
             "the token that its decoder begins with. Add it, or give .safetensors samples."
         )
 
@@ -805,7 +783,7 @@ def _cutter(
 
 def _windows(documents: Sequence[_Document], tokenizer: Any, seq_len: int) -> list[list[int]]:
     """Windows of joined documents without overlap, as ternarize.evaluate cuts them."""
-    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    begin = first_token(tokenizer)
     texts = [document.text for document in documents]
     if not texts:
         return []
@@ -870,7 +848,7 @@ def _texts(
 
 
 def _write(
-    source: Source,
+    how: Calibrate,
     seq_len: int,
     kind: str,
     config: Any,
@@ -886,7 +864,7 @@ def _write(
             f"language model with its output head. Name a text (--dataset), or use {DEFAULT}."
         )
     begin = getattr(config.get_text_config(), "bos_token_id", None)
-    size = _vocabulary(config) or 0
+    size = vocabulary_size(config) or 0
     special: set[int] = set()
     if tokenizer is not None:
         begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else begin
@@ -898,10 +876,10 @@ def _write(
             f"{SELF}: the model's vocabulary has {size} tokens, none of them ordinary; expected "
             "words to begin with. Name a text (--dataset)."
         )
-    rng = random.Random(f"ternarize self {source.seed}")
-    generator = torch.Generator().manual_seed(source.seed)
+    rng = random.Random(f"ternarize self {how.seed}")
+    generator = torch.Generator().manual_seed(how.seed)
     rows: dict[tuple[int, ...], None] = {}  # equal ones once, so that the sets are apart
-    total = sum(_wanted(source.num_samples))
+    total = sum(_wanted(how.num_samples))
     for index, start in enumerate(range(0, total, batch_size)):
         count = min(batch_size, total - start)
         head = [] if begin is None else [begin]
@@ -913,14 +891,14 @@ def _write(
     written = list(rows)
     rng.shuffle(written)
     samples = iter([{"input_ids": torch.tensor(row)} for row in written])
-    sizes = _portion(len(written), source, "different texts were written by the model")
+    sizes = _portion(len(written), how, "different texts were written by the model")
     return [[next(samples) for _ in range(size)] for size in sizes]
 
 
 # --- tensors ------------------------------------------------------------------------------------
 
 
-def _read_tensors(path: Path, source: Source, model_class: Any) -> list[list[Sample]]:
+def _read_tensors(path: Path, how: Calibrate, model_class: Any) -> list[list[Sample]]:
     """Rows of the tensors of a safetensors file, drawn in the order of SHA-256(seed, row)."""
     path = path.expanduser()
     takes = _arguments(model_class)
@@ -932,7 +910,7 @@ def _read_tensors(path: Path, source: Source, model_class: Any) -> list[list[Sam
             count = _check_tensors(path, shapes, takes, model_class.__name__)
             places: dict[bytes, int] = {}
             for index in range(count):
-                sha = hashlib.sha256(f"{source.seed}\n".encode())
+                sha = hashlib.sha256(f"{how.seed}\n".encode())
                 for name in names:
                     row = slices[name][index : index + 1]
                     if row.is_floating_point() and not row.isfinite().all():
@@ -943,7 +921,7 @@ def _read_tensors(path: Path, source: Source, model_class: Any) -> list[list[Sam
                     sha.update(byte_view(row).numpy().tobytes())
                 places.setdefault(sha.digest(), index)
             order = [places[key] for key in sorted(places)]
-            sizes = _portion(len(order), source, "different rows")
+            sizes = _portion(len(order), how, "different rows")
             chosen = iter(order)
             return [[_row(slices, next(chosen)) for _ in range(size)] for size in sizes]
     except (SafetensorError, OSError) as error:

@@ -3,40 +3,46 @@
 With inputs x of the ternarized stream and targets y (statistics.py), a matrix W' = scale x trit is
 sought that minimises
 
-    E(W') = sum |y - W' x|^2 = tr(W' H W'^T) - 2 tr(W' Y^T) + sum |y|^2,
-    H = sum x x^T,  Y = sum y x^T.
+    E(W') = sum |y - W' x|^2 + lambda |W' - W|^2
 
-1. Continuous optimum.  W* = W + (Y - W H)(H + lambda I)^-1, the minimum of E pulled towards the
-   original weights W by lambda. Then E(W') - E(W*) = tr((W' - W*) H (W' - W*)^T) up to lambda, so
-   from here on W* is what is approximated, in the metric of H. Rows no longer depend on each other.
+          = tr(W' M W'^T) - 2 tr(W' B^T) + constant,
+    M = H + lambda I,  B = Y + lambda W,  H = sum x x^T,  Y = sum y x^T.
+
+The pull lambda towards the original weights W is what keeps statistics of few tokens from being
+trusted too much. Rows do not depend on each other, and M and B are all that is needed.
+
+1. Continuous optimum.  W* = B M^-1, and E(W') - E(W*) = tr((W' - W*) M (W' - W*)^T).
 
 2. Scales, static.  Each group of W* gets the scale of the alternating optimum (`itf`), before any
    column is rounded. Groups are of neighbouring columns as stored, so the order of step 3 is free
    and no permutation is stored.
 
-3. Error compensation.  With H + damping I = R R^T, R upper triangular, the error is
-   |(W* - W') R|^2, and column j of that product holds the errors e_k = w*_k - w'_k of the columns
-   k <= j alone. So
-   columns are rounded one by one, those with the largest H_jj first, each to the level nearest to
+3. Error compensation.  With M = L L^T, L lower triangular, the error is |(W* - W') L|^2, and column
+   j of that product holds the errors e_k = w*_k - w'_k of the columns k >= j alone. So columns are
+   rounded one by one from the last to the first, those with the largest H_jj being last, each to
+   the level nearest to
 
-       w*_j + sum over k < j of e_k R_kj / R_jj.
+       w*_j + sum over k > j of e_k L_kj / L_jj.
 
-   This is GPTQ (with U = R^-1 there), which passes each error on to the columns still to come, in
-   the form of LDLQ, which needs one triangular factor of H and no inverse.
+   This is GPTQ (with L^-1 there), which passes each error on to the columns still to come, in the
+   form of LDLQ, which needs one triangular factor of M and no inverse.
 
 4. Joint scales.  With trits t fixed, E is quadratic in all the scales of a row together:
-   A s = b,  A_gh = t_g^T H_gh t_h,  b_g = t_g^T (H w*)_g,  one small system per row.
+   A s = b,  A_gh = t_g^T M_gh t_h,  b_g = t_g^T B_g,  one small system per row.
 
 5. Coordinate descent.  With scales fixed, each trit in turn takes its best value given all others,
-   the level nearest to w'_j + ((w* - w') H)_j / H_jj. Steps 4 and 5 alternate. Neither can raise
-   the (damped) error, and scales are rounded as they are stored before the trits settle on them.
+   the level nearest to (B_j - sum over k != j of w'_k M_kj) / M_jj, from the last column to the
+   first and back. Steps 4 and 5 alternate. Neither can raise E, and scales are rounded as they are
+   stored before the trits settle on them.
 
-lambda, the damping and the round that is kept are those with the least E on held-out tokens, so
-statistics of few tokens are trusted less. If the matrix has a bias b that is kept, all moments are
-taken about the means, and b becomes mean y - W' mean x, the best one.
+lambda and the number of rounds are those with the least sum |y - W' x|^2 on held-out tokens, tried
+on a sample of the rows. If the matrix has a bias b that is kept, all moments are taken about the
+means, and b becomes mean y - W' mean x, the best one.
 
-Everything in steps 3 and 5 is done for all rows at once, in blocks of columns: inside a block by
-rank-one updates, between blocks by matrix products, O(rows cols^2) in all.
+Steps 3 and 5 are one function, `_sweep`: it halves the columns, rounds one half, passes its errors
+on to the other half by one matrix product, rounds that, and so on down to a few columns. So all is
+products of matrices but the last few columns, O(rows cols^2) in all. Of (cols, cols) matrices there
+is one: below its diagonal M and L take turns (`Metric`). Rows are done a chunk at a time.
 
 Sources: step 3 is GPTQ, https://arxiv.org/abs/2210.17323 (eq. 2-3, algorithm 1), with static groups
 and the column order of its reference implementation, as LDLQ, https://arxiv.org/abs/2307.13304.
@@ -46,28 +52,33 @@ Step 5 with a fitted codebook is LNQ of GuidedQuant, https://arxiv.org/abs/2505.
 ordinary least squares.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ternarize.calibrate.statistics import Moments
+from ternarize.calibrate.statistics import Inputs, Moments
 from ternarize.methods import itf
-from ternarize.tensor import Ternary, group_count, group_length
+from ternarize.tensor import Ternary, group_count, group_length, group_sums, spread_scales
 
-PULLS = (0.01, 0.03, 0.1, 0.3, 1.0)  # lambda, times mean H_jj
+PULLS = (0.01, 0.03, 0.1, 0.3, 1.0, 10.0)  # lambda, times mean H_jj
 DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3)  # of step 3, times mean H_jj
-RIDGE = 0.01  # added to the diagonal in steps 4 and 5, times mean H_jj
+RIDGE = 0.01  # damping of steps 4 and 5, times mean H_jj
 SCALE_RIDGE = 1e-3  # added to the diagonal of A, times mean A_gg
 ROUNDS = 4
 SWEEPS = 2  # of coordinate descent in each round
-BLOCK = 64  # columns
+LEAF = 16  # columns that are rounded one by one
+PANEL = 256  # columns of the factor that are computed at a time
+CHUNK = 1 << 22  # weights that are worked on at a time
 SYSTEMS = 1 << 22  # elements of A in memory at a time
-PROBE_ROWS = 64  # rows on which the damping is chosen
+PROBE_ROWS = 256  # rows on which lambda and the rounds are chosen
 MIN_TOKENS = 32  # a matrix that sees fewer is ternarized without statistics
 
 Rounding = Callable[[Tensor], Tensor]  # scales -> scales as they are stored, float64
+Judge = Callable[[Tensor], float]  # a matrix (rows, cols) float32 -> its held-out error
 
 
 @dataclass(frozen=True)
@@ -76,7 +87,8 @@ class Solution:
 
     planes   trits and scales as they will be stored; the matrix is their sum
     bias     (rows,) float32, or None
-    error    E / sum |y|^2 on held-out tokens (about the mean, if there is a bias)
+    error    sum |y - W' x|^2 / sum |y|^2 on held-out tokens (about the mean, if there is a bias),
+             of the rows that `probe_rows` gives
     plain    the same for `itf` without statistics
     calibrated  False: too few tokens for statistics
     """
@@ -86,6 +98,12 @@ class Solution:
     error: float
     plain: float
     calibrated: bool = True
+
+
+def probe_rows(rows: int) -> Tensor:
+    """The rows of a matrix (n,) int64 of which held-out targets are needed."""
+    count = min(PROBE_ROWS, rows)
+    return torch.arange(count) * rows // max(1, count)
 
 
 def solve(
@@ -101,60 +119,415 @@ def solve(
     """Ternarize a matrix so that its products are what they should be (module docstring).
 
     weight      (rows, cols) float32
-    train       moments of calibration tokens; without a target, the matrix's own product is it
-    held        moments of other tokens, to choose by
+    train       moments of calibration tokens; without a target, the matrix's own product is it.
+                Its Hessian is worked on in place, and sorted afterwards (`Inputs.sort`).
+    held        moments of other tokens, to choose by; its targets are of `probe_rows` only
     group_size  as in ternarize.tensor
     rounding    how scales are stored
     planes      ternary matrices whose sum it becomes: each in turn is solved for what the others
                 leave
     bias        whether the matrix has a bias to be fitted
     """
-    train, held = _mean(train, weight, bias), _mean(held, weight, bias)
-    hessian = train.hessian
-    unit = float(hessian.diagonal().mean())
-    plain = _plain(weight, group_size, rounding, planes)
-    plain_error = _error(_sum(plain), held)
-    if train.tokens < MIN_TOKENS or held.tokens < 1 or unit <= 0:
-        return _solution(plain, plain_error, plain_error, train, bias, calibrated=False)
-    wanted = _continuous(weight, train, held, unit)
-    metric = hessian / unit
-    order = metric.diagonal().argsort(descending=True, stable=True)
-    best, best_error = plain, plain_error
+    rows = probe_rows(len(weight)).to(weight.device)
+    target = train.inputs.product(weight) if train.target is None else train.target
+    judge = _judge(weight[rows], held, bias)
+    plain_error = judge(_sum(_rows(_plain(weight, group_size, rounding, planes), rows)))
+    found, error = None, plain_error
+    calibrated = train.inputs.tokens >= MIN_TOKENS and held.inputs.tokens > 0
+    if calibrated:
+        assert train.inputs is not held.inputs  # it is worked on
+        with Metric(train.inputs, centred=bias) as metric:
+            calibrated = 0 < metric.unit < math.inf
+            if calibrated:
+                if bias:
+                    target = target - _outer(train.total, train.inputs)
+                problem = _problem(weight, target, metric, group_size, rounding, rows, judge)
+                tried, tried_error = _search(problem, planes, rows, judge)
+                if tried_error < plain_error:
+                    found, error = tried, tried_error
+    if found is None:
+        found = _plain(weight, group_size, rounding, planes)
+    fitted = None
+    if bias and train.inputs.tokens >= MIN_TOKENS:
+        total = train.total - _sum(found).double() @ train.inputs.total
+        fitted = (total / train.inputs.tokens).float()
+    return Solution(found, fitted, error, plain_error, calibrated)
+
+
+class Metric:
+    """M = H + lambda I or its Cholesky factor L, in the memory of a Hessian.
+
+    Columns are in the order of H's diagonal, the smallest element first. The matrix is made of
+    square panels: those above the diagonal are always H's, those below it are H's or L's, and
+    those on it are M's or L's.
+
+    matrix   (cols, cols) float32
+    order    (cols,) int64: sorted column -> column of the weight; back: the other way
+    unit     mean H_jj
+    ridge    lambda
+
+    As a context it gives the Hessian back as it was, but sorted.
+    """
+
+    def __init__(self, inputs: Inputs, *, centred: bool) -> None:
+        """centred: take the moments about the mean."""
+        self.order = inputs.sort()
+        self.back = self.order.argsort()
+        assert inputs.hessian is not None
+        self.matrix = inputs.hessian
+        self.mean: Tensor | None = None
+        if centred:
+            self.mean = (inputs.total / inputs.tokens**0.5)[self.order].float()
+            self.matrix.addr_(self.mean, self.mean, alpha=-1)
+        self.diagonal = self.matrix.diagonal().clone()
+        self.unit = float(self.diagonal.mean())
+        self.ridge = 0.0
+        cols = len(self.matrix)
+        self.spans = [slice(a, min(a + PANEL, cols)) for a in range(0, cols, PANEL)]
+        self.corners = [self.matrix[span, span].clone() for span in self.spans]
+        self.whole, self.valid = True, False  # below the diagonal is H; is L
+
+    def __enter__(self) -> "Metric":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.restore(0.0)
+        if self.mean is not None:
+            self.matrix.addr_(self.mean, self.mean)
+
+    def restore(self, ridge: float) -> None:
+        """Have M in all of the matrix. ridge: lambda, times mean H_jj."""
+        if not self.whole:
+            for span, corner in zip(self.spans, self.corners, strict=True):
+                self.matrix[span, span] = corner
+                self.matrix[span.stop :, span] = self.matrix[span, span.stop :].T
+            self.whole = True
+        self.ridge = ridge * self.unit
+        self.matrix.diagonal().copy_(self.diagonal + self.ridge)
+
+    def factorize(self, ridge: float) -> bool:
+        """Have L in the lower triangle; False, and nothing of use there, if rounding forbids."""
+        if not self.whole and self.ridge == ridge * self.unit:
+            return self.valid
+        self.restore(ridge)
+        self.whole = self.valid = False
+        for span in self.spans:
+            done = slice(0, span.start)
+            below = slice(span.stop, None)
+            column = self.matrix[span.start :, span]
+            column.addmm_(self.matrix[span.start :, done], self.matrix[span, done].T, alpha=-1)
+            corner, failed = torch.linalg.cholesky_ex(self.matrix[span, span])
+            if int(failed):
+                return False
+            self.matrix[span, span] = corner
+            self.matrix[below, span] = torch.linalg.solve_triangular(
+                corner.T, self.matrix[below, span], upper=True, left=False
+            )
+        self.valid = True
+        return True
+
+    def divide(self, aim: Tensor) -> Tensor:
+        """M^-1 aim for (cols, n), after `factorize`."""
+        half = torch.linalg.solve_triangular(self.matrix, aim, upper=False)
+        result: Tensor = torch.linalg.solve_triangular(self.matrix.T, half, upper=True)
+        return result
+
+    def times(self, values: Tensor) -> Tensor:
+        """Values M for (n, cols) as stored; not while the matrix holds L."""
+        return (values[:, self.order] @ self.matrix)[:, self.back]
+
+    def sorted(self, values: Tensor) -> Tensor:
+        """(n, cols) -> (cols, n), so that each column lies together in memory, sorted."""
+        return values.T.contiguous()[self.order]
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Some rows of a matrix, and what is wanted of them.
+
+    weight, target, wanted  (rows, cols) float32: W, Y and, with lambda = `pull`, W*
+    rest    (rows, cols) float32: what other planes give already
+    """
+
+    weight: Tensor
+    target: Tensor
+    wanted: Tensor
+    pull: float
+    metric: Metric
+    group_size: int
+    rounding: Rounding
+    rest: Tensor | None = None
+
+    def part(self, rows: Tensor) -> "_Problem":
+        """The same for some of the rows."""
+        rest = None if self.rest is None else self.rest[rows]
+        weight, target, wanted = self.weight[rows], self.target[rows], self.wanted[rows]
+        return replace(self, weight=weight, target=target, wanted=wanted, rest=rest)
+
+    def aim(self, rows: slice) -> Tensor:
+        """(W* - rest) (H + damping I) of some rows, (n, cols); not while the metric holds L."""
+        # W* (H + lambda I) = Y + lambda W
+        aim = torch.add(self.target[rows], self.weight[rows], alpha=self.pull)
+        aim.add_(self.wanted[rows], alpha=self.metric.ridge - self.pull)
+        if self.rest is not None:
+            aim -= self.metric.times(self.rest[rows])
+        return aim
+
+    def error(self, ternary: Ternary, rows: Tensor | None, judge: Judge) -> float:
+        """The held-out error of some of the rows."""
+        rest = self.rest
+        if rows is not None:
+            (ternary,) = _rows([ternary], rows)
+            rest = None if rest is None else rest[rows]
+        dense = ternary.dequantize(torch.float32)
+        return judge(dense if rest is None else dense + rest)
+
+
+def _problem(
+    weight: Tensor,
+    target: Tensor,
+    metric: Metric,
+    group_size: int,
+    rounding: Rounding,
+    rows: Tensor,
+    judge: Judge,
+) -> _Problem:
+    """Step 1, with the lambda whose W* has the least held-out error on `rows`, or W* = W."""
+
+    def error(pull: float) -> float:
+        if not metric.factorize(pull):
+            return math.inf
+        return judge(_continuous(weight[rows], target[rows], metric))
+
+    pull, least = _least(PULLS, error)
+    if least < judge(weight[rows]):
+        metric.factorize(pull)
+        wanted, pull = _continuous(weight, target, metric), metric.ridge
+    else:
+        metric.restore(0.0)
+        wanted, target, pull = weight, metric.times(weight), 0.0
+    return _Problem(weight, target, wanted, pull, metric, group_size, rounding)
+
+
+def _continuous(weight: Tensor, target: Tensor, metric: Metric) -> Tensor:
+    """Step 1: W*, (rows, cols), with the lambda of the metric's L."""
+    wanted = torch.empty_like(weight)
+    for rows in _chunks(weight):
+        aim = torch.add(target[rows], weight[rows], alpha=metric.ridge)
+        wanted[rows] = metric.divide(metric.sorted(aim))[metric.back].T
+    return wanted
+
+
+def _search(
+    problem: _Problem, planes: int, rows: Tensor, judge: Judge
+) -> tuple[tuple[Ternary, ...] | None, float]:
+    """The planes with the least held-out error on `rows`, and it."""
     found: list[Ternary] = []
+    best: tuple[tuple[Ternary, ...] | None, float] = None, math.inf
     for turn in range(planes if planes == 1 else 2 * planes):  # twice: the first saw not all
         at = turn % planes
         others = found[:at] + found[at + 1 :]
-        rest = wanted - _sum(others) if others else wanted
-        for candidate in _candidates(rest, metric, order, held, others, group_size, rounding):
-            error = _error(_sum([*others, candidate]), held)
-            if error < best_error and len(others) == planes - 1:
-                best, best_error = (*others[:at], candidate, *others[at:]), error
-            latest = candidate
+        problem = replace(problem, rest=_sum(others) if others else None)
+        damping = _choose_damping(problem.part(rows), judge)
+        tried = ((problem.error(c, rows, judge), c) for c in _rounds(problem, damping))
+        error, latest = min(tried, key=lambda pair: pair[0])
         found[at : at + 1] = [latest]
-    return _solution(best, best_error, plain_error, train, bias)
+        if len(found) == planes and error < best[1]:
+            best = tuple(found), error
+    return best
 
 
-def _candidates(
-    wanted: Tensor,
-    metric: Tensor,
-    order: Tensor,
-    held: Moments,
-    others: Sequence[Ternary],
-    group_size: int,
-    rounding: Rounding,
-) -> Iterator[Ternary]:
-    """Steps 2 to 5: ternary matrices near `wanted` in the metric, the last usually the nearest."""
-    ridged = metric + RIDGE * torch.eye(len(metric), device=metric.device)
-    scales = _rounded(itf(wanted, group_size), rounding).scales.float()
-    factor = _choose_factor(wanted, metric, scales, order, held, others, group_size)
-    trits = _compensate(wanted, factor, scales, order, group_size)
-    del factor
-    yield _clean(trits, scales, group_size)
+def _choose_damping(part: _Problem, judge: Judge) -> float:
+    """The damping of step 3 with the least held-out error after it."""
+
+    def error(damping: float) -> float:
+        if not part.metric.factorize(damping):
+            return math.inf
+        return part.error(_compensate(part), None, judge)
+
+    return _least(DAMPINGS, error)[0]
+
+
+def _least(values: Sequence[float], error: Callable[[float], float]) -> tuple[float, float]:
+    """The value with the least error, and it; it falls, and then rises. Not finite: the last."""
+    best, least = values[-1], math.inf
+    for value in values:
+        found = error(value)
+        if found < least:
+            best, least = value, found
+        elif least < math.inf:
+            break
+    return best, least
+
+
+def _rounds(problem: _Problem, damping: float) -> Iterator[Ternary]:
+    """Steps 2 to 5: ternary matrices, the last usually the best."""
+    if not problem.metric.factorize(damping):
+        return
+    found = _compensate(problem)
+    yield found
+    problem.metric.restore(RIDGE)
     for _ in range(ROUNDS):
-        scales = rounding(_joint_scales(trits, wanted, ridged, group_size)).float()
-        yield _clean(trits, scales, group_size)
-        trits = _descend(trits, scales, wanted, ridged, order, group_size)
-        yield _clean(trits, scales, group_size)
+        scales = problem.rounding(_joint_scales(problem, found.trits))
+        yield _clean(found.trits, scales, problem.group_size)
+        found = _descend(problem, found.trits, scales)
+        yield found
+
+
+def _compensate(problem: _Problem) -> Ternary:
+    """Steps 2 and 3."""
+    metric, wanted = problem.metric, problem.wanted
+    if problem.rest is not None:
+        wanted = wanted - problem.rest
+    start = _rounded(itf(wanted, problem.group_size), problem.rounding)
+    trits = start.trits
+    for rows in _chunks(wanted):
+        columns = metric.sorted(wanted[rows])
+        level = metric.sorted(_levels(start.scales, rows, wanted, problem.group_size))
+        aim = columns * metric.matrix.diagonal()[:, None]
+        found = _sweep(metric.matrix, aim, columns, level)
+        trits[rows] = found[metric.back].to(torch.int8).T
+    return _clean(trits, start.scales, problem.group_size)
+
+
+def _joint_scales(problem: _Problem, trits: Tensor) -> Tensor:
+    """Step 4: scales (rows or 1, groups) float64, not negative."""
+    metric, size, cols = problem.metric, problem.group_size, trits.shape[1]
+    length, count = group_length(cols, size), group_count(cols, size)
+    found = torch.empty(len(trits), count, dtype=torch.float64, device=trits.device)
+    above = below = 0.0
+    for rows in _chunks(trits, max(1, min(SYSTEMS // count**2, CHUNK // cols))):
+        some = trits[rows].float()
+        b = group_sums(problem.aim(rows).mul_(some), size).double()
+        a = torch.empty(len(some), count, count, dtype=torch.float64, device=trits.device)
+        for g in range(count):
+            span = slice(g * length, min((g + 1) * length, cols))
+            panel = metric.matrix[metric.back[span]].index_select(1, metric.back[span.start :])
+            products = (some[:, span] @ panel).mul_(some[:, span.start :])
+            a[:, g, g:] = a[:, g:, g] = group_sums(products, size)
+        if size == 0:
+            above, below = above + float(b.sum()), below + float(a.sum())
+            continue
+        diagonal = a.diagonal(dim1=1, dim2=2)
+        diagonal += SCALE_RIDGE * diagonal.mean(-1, keepdim=True) + 1e-30
+        found[rows] = torch.linalg.solve(a, b[..., None])[..., 0]
+    if size == 0:
+        found = found.new_full((1, 1), above / max(below, 1e-30))
+    return found.clamp(min=0)
+
+
+def _descend(problem: _Problem, trits: Tensor, scales: Tensor) -> Ternary:
+    """Step 5."""
+    metric = problem.metric
+    result = torch.empty_like(trits)
+    for rows in _chunks(trits):
+        level = metric.sorted(_levels(scales, rows, trits, problem.group_size))
+        columns = metric.sorted(trits[rows].float()).mul_(level)
+        aim = metric.sorted(problem.aim(rows))
+        aim.addmm_(metric.matrix, columns, alpha=-1)
+        aim.addcmul_(columns, metric.matrix.diagonal()[:, None])
+        found = _sweep(metric.matrix, aim, columns, level, SWEEPS)
+        result[rows] = found[metric.back].to(torch.int8).T
+    return _clean(result, scales, problem.group_size)
+
+
+def _sweep(matrix: Tensor, aim: Tensor, columns: Tensor, level: Tensor, sweeps: int = 1) -> Tensor:
+    """Round columns one by one, from the last to the first, each making up for the errors so far.
+
+    matrix   (cols, cols), of which the lower triangle T counts
+    aim      (cols, rows): T_jj times what column j is to be rounded to, with the others as they
+             are in `columns`; overwritten
+    columns  (cols, rows): values from which errors are counted, e_j = columns_j - t_j level_j;
+             overwritten
+    level    (cols, rows): scales
+    sweeps   how often; more than once where T is that of a symmetric matrix
+
+    Returns trits (cols, rows) float32.
+    """
+    inverse = torch.where(level > 0, 1 / (level * matrix.diagonal()[:, None]), 0)
+    trit = torch.empty_like(aim[0])
+    errors = columns  # in the same memory: a column's error takes its place
+
+    def down(first: int, stop: int) -> None:
+        if stop - first > LEAF:
+            middle = (first + stop) // 2
+            low, high = slice(first, middle), slice(middle, stop)
+            down(middle, stop)
+            aim[low].addmm_(matrix[high, low].T, errors[high])
+            down(first, middle)
+            return
+        # what is not an error yet meets zeros
+        weights = matrix[first:stop, first:stop].tril(-1).T.contiguous().unbind(0)
+        known = errors[first:stop].T
+        for (goal, over, scale, error), w in zip(
+            lines[first:stop][::-1], weights[::-1], strict=True
+        ):
+            goal.addmv_(known, w)
+            torch.mul(goal, over, out=trit)
+            error.addcmul_(F.hardtanh_(trit).round_(), scale, value=-1)
+
+    def up(first: int, stop: int) -> None:
+        """Tell the later columns the errors of the earlier ones."""
+        if stop - first > PANEL:
+            middle = (first + stop) // 2
+            low, high = slice(first, middle), slice(middle, stop)
+            aim[high].addmm_(matrix[high, low], errors[low])
+            up(first, middle)
+            up(middle, stop)
+            return
+        span = slice(first, stop)
+        aim[span].addmm_(matrix[span, span].tril(-1), errors[span])
+
+    with torch.inference_mode():  # saves the overhead of recording what could be differentiated
+        parts = (aim, inverse, level, errors)
+        lines = list(zip(*(part.unbind(0) for part in parts), strict=True))
+        for sweep in range(sweeps):
+            if sweep:
+                trits = _nearest(aim, inverse)
+                up(0, len(matrix))
+                torch.mul(trits, level, out=columns)
+            down(0, len(matrix))
+    return _nearest(aim, inverse)
+
+
+def _nearest(aim: Tensor, inverse: Tensor) -> Tensor:
+    """Trits: a tie between two is 0."""
+    return F.hardtanh_(aim * inverse).round_()
+
+
+def _chunks(matrix: Tensor, step: int = 0) -> Iterator[slice]:
+    """The rows of a matrix, some at a time."""
+    count, step = len(matrix), step or max(1, CHUNK // matrix.shape[1])
+    return (slice(first, min(first + step, count)) for first in range(0, count, step))
+
+
+def _judge(weight: Tensor, held: Moments, bias: bool) -> Judge:
+    """The error of some rows on held-out tokens, of the matrix (rows, cols) float32 that is asked.
+
+    weight  these rows of the original
+    """
+    inputs, target, total, energy = held.inputs, held.target, held.total, held.energy
+    if target is None:
+        target, total = inputs.product(weight), weight.double() @ inputs.total
+        energy = inputs.energy(weight)
+    n = max(1, inputs.tokens)
+    if bias:
+        target = target - _outer(total, inputs)
+        energy -= float(total.square().sum()) / n
+    wanted, scale = target, max(energy, 1e-30)
+
+    def judge(matrix: Tensor) -> float:
+        value = inputs.energy(matrix) - 2 * float((matrix * wanted).sum(dtype=torch.float64))
+        if bias:
+            value -= float((matrix.double() @ inputs.total).square().sum()) / n
+        return max(0.0, value + energy) / scale
+
+    return judge
+
+
+def _outer(total: Tensor, inputs: Inputs) -> Tensor:
+    """sum y mean x^T, (rows, cols) float32."""
+    return (total / max(1, inputs.tokens)).float()[:, None] * inputs.total.float()
 
 
 def _plain(weight: Tensor, group_size: int, rounding: Rounding, planes: int) -> tuple[Ternary, ...]:
@@ -169,225 +542,30 @@ def _sum(planes: Sequence[Ternary]) -> Tensor:
     """The matrix (rows, cols) float32 that planes stand for."""
     total = planes[0].dequantize(torch.float32)
     for plane in planes[1:]:
-        total = total + plane.dequantize(torch.float32)
+        total += plane.dequantize(torch.float32)
     return total
 
 
-def _mean(moments: Moments, weight: Tensor, bias: bool) -> Moments:
-    """Moments per token, about the means if there is a bias; with a target in any case."""
-    n = max(1, moments.tokens)
-    hessian, energy = moments.hessian / n, moments.energy / n
-    x, y = moments.x_sum / n, moments.y_sum / n
-    target = moments.target
-    if target is None:
-        target = weight @ hessian
-        y, energy = weight.double() @ x, float((target * weight).double().sum())
-    else:
-        target = target / n
-    if bias:
-        hessian = hessian - (x[:, None] * x).float()
-        target = target - (y[:, None] * x).float()
-        energy -= float(y.square().sum())
-    return replace(moments, hessian=hessian, target=target, x_sum=x, y_sum=y, energy=energy)
+def _rows(planes: Sequence[Ternary], rows: Tensor) -> list[Ternary]:
+    """Some rows of planes."""
+    return [
+        Ternary(p.trits[rows], p.scales if p.group_size == 0 else p.scales[rows], p.group_size)
+        for p in planes
+    ]
 
 
-def _error(matrix: Tensor, held: Moments) -> float:
-    """E(W') / sum |y|^2 for (rows, cols) float32."""
-    assert held.target is not None
-    value = ((matrix @ held.hessian - 2 * held.target) * matrix).sum(dtype=torch.float64)
-    return max(0.0, float(value) + held.energy) / max(held.energy, 1e-30)
-
-
-def _continuous(weight: Tensor, train: Moments, held: Moments, unit: float) -> Tensor:
-    """Step 1: W*, with the lambda that is best on held-out tokens, or the weight itself."""
-    assert train.target is not None
-    missing = train.target - weight @ train.hessian
-    best, best_error = weight, _error(weight, held)
-    for pull in PULLS:
-        factor = _cholesky(train.hessian, pull * unit)
-        if factor is None:
-            continue
-        candidate = weight + torch.cholesky_solve(missing.T, factor).T
-        error = _error(candidate, held)
-        if error < best_error:
-            best, best_error = candidate, error
-    return best
-
-
-def _cholesky(matrix: Tensor, ridge: float) -> Tensor | None:
-    """The lower Cholesky factor of matrix + ridge I in its dtype; None where rounding forbids."""
-    damped = matrix.clone()
-    damped.diagonal().add_(ridge)
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    return None if int(failed) else factor
-
-
-def _factor(metric: Tensor, damping: float, order: Tensor) -> Tensor | None:
-    """R_kj / R_jj of step 3 with columns in `order`: (cols, cols) upper triangular."""
-    backwards = order.flip(0)
-    lower = _cholesky(metric[backwards][:, backwards], damping)
-    if lower is None:
-        return None
-    upper = lower.flip(0, 1)
-    return upper / upper.diagonal()
-
-
-def _choose_factor(
-    wanted: Tensor,
-    metric: Tensor,
-    scales: Tensor,
-    order: Tensor,
-    held: Moments,
-    others: Sequence[Ternary],
-    group_size: int,
-) -> Tensor:
-    """The factor of step 3 with the damping of least held-out error on some of the rows."""
-    rows = torch.linspace(0, len(wanted) - 1, min(PROBE_ROWS, len(wanted)), device=wanted.device)
-    rows = rows.long()
-    probe, probe_scales = wanted[rows], scales if len(scales) == 1 else scales[rows]
-    assert held.target is not None
-    part = replace(held, target=held.target[rows])
-    base = _sum(others)[rows] if others else torch.zeros_like(probe)
-    best: tuple[float, Tensor] | None = None
-    for damping in DAMPINGS:
-        factor = _factor(metric, damping, order)
-        if factor is None:
-            continue
-        trits = _compensate(probe, factor, probe_scales, order, group_size)
-        error = _error(base + trits * _spread(probe_scales, trits, group_size), part)
-        if best is None or error < best[0]:
-            best = error, factor
-    # a metric with which none of them works has no use: columns are then rounded by themselves
-    return best[1] if best is not None else torch.eye(len(metric), device=metric.device)
-
-
-def _compensate(
-    wanted: Tensor, factor: Tensor, scales: Tensor, order: Tensor, group_size: int
-) -> Tensor:
-    """Step 3: trits (rows, cols) float32."""
-    cols = wanted.shape[1]
-    # columns of the matrix as rows here, so that each lies together in memory
-    level = _spread(scales, wanted, group_size).T[order].contiguous()
-    aim = wanted.T[order].contiguous()
-    pull = torch.zeros_like(aim)  # sum of e_k R_kj / R_jj
-    trits = torch.zeros_like(aim)
-    for start in range(0, cols, BLOCK):
-        stop = min(start + BLOCK, cols)
-        errors = torch.empty_like(aim[start:stop])
-        for j in range(start, stop):
-            trits[j] = _nearest(aim[j] + pull[j], level[j])
-            error = torch.sub(aim[j], trits[j] * level[j], out=errors[j - start])
-            pull[j + 1 : stop].addr_(factor[j, j + 1 : stop], error)
-        pull[stop:].addmm_(factor[start:stop, stop:].T, errors)
-    return _in_place(trits, order)
-
-
-def _in_place(columns: Tensor, order: Tensor) -> Tensor:
-    """Columns in `order`, one a row -> the matrix (rows, cols)."""
-    result = torch.empty_like(columns)
-    result[order] = columns
-    return result.T.contiguous()
-
-
-def _joint_scales(trits: Tensor, wanted: Tensor, metric: Tensor, group_size: int) -> Tensor:
-    """Step 4: scales (rows or 1, groups) float64, not negative."""
-    rows, cols = trits.shape
-    length, count = group_length(cols, group_size), group_count(cols, group_size)
-    right = trits * (wanted @ metric)
-    if group_size == 0:
-        left = (trits @ metric * trits).double().sum()
-        return (right.double().sum() / left.clamp(min=1e-30)).clamp(min=0).reshape(1, 1)
-    b = _group_sums(right, length, count).double()
-    found = torch.empty_like(b)
-    step = max(1, SYSTEMS // count**2)
-    for first in range(0, rows, step):
-        some = trits[first : first + step]
-        a = torch.empty(len(some), count, count, dtype=torch.float64, device=trits.device)
-        for g in range(count):
-            span = slice(g * length, min((g + 1) * length, cols))
-            a[:, g] = _group_sums(some[:, span] @ metric[span] * some, length, count).double()
-        diagonal = a.diagonal(dim1=1, dim2=2)
-        diagonal += SCALE_RIDGE * diagonal.mean(-1, keepdim=True) + 1e-30
-        found[first : first + step] = torch.linalg.solve(a, b[first : first + step, :, None])[
-            ..., 0
-        ]
-    return found.clamp(min=0)
-
-
-def _group_sums(values: Tensor, length: int, count: int) -> Tensor:
-    """Sums of the groups of (rows, cols): (rows, count)."""
-    short = length * count - values.shape[1]
-    padded = torch.nn.functional.pad(values, (0, short))
-    return torch.unflatten(padded, 1, (count, length)).sum(-1)
-
-
-def _descend(
-    trits: Tensor, scales: Tensor, wanted: Tensor, metric: Tensor, order: Tensor, group_size: int
-) -> Tensor:
-    """Step 5: trits after SWEEPS passes over the columns, (rows, cols) float32."""
-    cols = wanted.shape[1]
-    metric = metric[order][:, order]
-    level = _spread(scales, wanted, group_size).T[order].contiguous()
-    columns = trits.T[order].contiguous()
-    # (w* - w') H of each column
-    pull = metric @ (wanted.T[order] - columns * level)
-    for _ in range(SWEEPS):
-        before = columns.clone()
-        for start in range(0, cols, BLOCK):
-            stop = min(start + BLOCK, cols)
-            moves = torch.empty_like(level[start:stop])
-            for j in range(start, stop):
-                value = columns[j] * level[j]
-                columns[j] = _nearest(value + pull[j] / metric[j, j], level[j])
-                move = torch.sub(columns[j] * level[j], value, out=moves[j - start])
-                pull[start:stop].addr_(metric[start:stop, j], move, alpha=-1)
-            pull[:start].addmm_(metric[:start, start:stop], moves, alpha=-1)
-            pull[stop:].addmm_(metric[stop:, start:stop], moves, alpha=-1)
-        if torch.equal(before, columns):
-            break
-    return _in_place(columns, order)
-
-
-def _nearest(value: Tensor, level: Tensor) -> Tensor:
-    """The trit whose level is nearest; 0 where the scale is 0."""
-    return value.sign() * (value.abs() > level / 2) * (level > 0)
-
-
-def _spread(scales: Tensor, like: Tensor, group_size: int) -> Tensor:
-    """The scale of each weight: (rows or 1, groups) -> (rows or 1, cols) expanded to `like`."""
-    cols = like.shape[1]
-    length = group_length(cols, group_size)
-    return scales.repeat_interleave(length, 1)[:, :cols].expand(like.shape)
+def _levels(scales: Tensor, rows: slice, like: Tensor, group_size: int) -> Tensor:
+    """The scale of each weight of some rows of a matrix, (n, cols) float32."""
+    some = (scales if group_size == 0 else scales[rows]).float()
+    return spread_scales(some, like.shape[1], group_size).expand_as(like[rows])
 
 
 def _clean(trits: Tensor, scales: Tensor, group_size: int) -> Ternary:
     """No scale without trits, no trits without scale."""
-    trits = trits * (_spread(scales, trits, group_size) > 0)
-    used = trits.abs()
-    if group_size == 0:
-        any_used = used.amax().reshape(1, 1) > 0
-    else:
-        cols = trits.shape[1]
-        length, count = group_length(cols, group_size), group_count(cols, group_size)
-        any_used = _group_sums(used, length, count) > 0
-    return Ternary(trits.to(torch.int8), scales.double() * any_used, group_size)
+    trits = trits * (spread_scales(scales, trits.shape[1], group_size) > 0)
+    used = trits.any().reshape(1, 1) if group_size == 0 else group_sums(trits.abs(), group_size) > 0
+    return Ternary(trits, scales * used, group_size)
 
 
 def _rounded(ternary: Ternary, rounding: Rounding) -> Ternary:
-    scales = rounding(ternary.scales)
-    return _clean(ternary.trits.float(), scales.float(), ternary.group_size)
-
-
-def _solution(
-    planes: tuple[Ternary, ...],
-    error: float,
-    plain: float,
-    train: Moments,
-    bias: bool,
-    *,
-    calibrated: bool = True,
-) -> Solution:
-    fitted = None
-    if bias and train.tokens >= MIN_TOKENS:
-        fitted = (train.y_sum - _sum(planes).double() @ train.x_sum).float()
-    return Solution(planes, fitted, error, plain, calibrated)
+    return _clean(ternary.trits, rounding(ternary.scales), ternary.group_size)

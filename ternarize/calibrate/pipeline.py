@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,20 +13,27 @@ import transformers
 from torch import Tensor
 
 from ternarize import container
+from ternarize.calibrate.blocks import Batch
 from ternarize.calibrate.budget import allocate, describe
-from ternarize.calibrate.data import CAUSAL, ENCODER_DECODER, SELF, Samples, Source, kind_of, read
+from ternarize.calibrate.data import ENCODER_DECODER, MAX_SEQ_LEN, SELF, Samples, kind_of, read
 from ternarize.calibrate.run import Calibration, open_solved, write_whole
 from ternarize.checkpoint import Checkpoint
 from ternarize.codecs import scale_values
 from ternarize.container import Record
 from ternarize.errors import CheckpointError, OutputError, QualityError
-from ternarize.evaluate import compare_logits, open_tokenizer, pool, summarize
+from ternarize.evaluate import (
+    CAUSAL,
+    TOKENIZER_FILES,
+    compare_logits,
+    open_tokenizer,
+    pool,
+    summarize,
+)
 from ternarize.plan import Calibrate, Plan, TensorPlan
+from ternarize.progress import Progress
 
 TOKENS_IN_BATCH = 4096
 BUDGET, INPUTS = "budget.json", "inputs.json"
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -70,23 +77,30 @@ def calibrate(
         stored = container.store_scales(scales.cpu(), bits=bits)
         return scale_values(stored, torch.float64).to(scales.device)
 
-    calibration = Calibration(
-        work.source,
-        tensors,
-        {"train": samples.batches, "held": samples.heldout, "report": samples.report},
-        folder,
-        rounding=rounding,
-        steps=how.reconstruct,
-        window=how.window,
-        seed=how.seed,
-        device=device,
-        progress=progress,
-    )
+    def calibration(**sets: Sequence[Batch]) -> Calibration:
+        return Calibration(
+            work.source,
+            tensors,
+            sets,
+            folder,
+            rounding=rounding,
+            steps=how.reconstruct,
+            window=how.window,
+            seed=how.seed,
+            device=device,
+            progress=progress,
+        )
+
+    learn = {"train": samples.batches, "held": samples.heldout}
     with _exact_products():
-        quality = _quality(calibration, samples, work.source)
+        if how.distill:
+            calibration(**learn).distill(how.distill)
+            learn = {}  # all blocks are done: what is left are the figures
+        run = calibration(**learn, report=samples.report)
+        quality = _quality(run, samples)
     samples.description["notes"] += _not_measured(work)
     solved: dict[str, tuple[Checkpoint, Record]] = {}
-    for file in calibration.files().values():
+    for file in run.files().values():
         packed = open_solved(file)
         for name, record in container.records_of(packed).items():
             solved[name] = packed, record
@@ -94,8 +108,8 @@ def calibrate(
         "data": samples.description,
         "quality": quality,
         "forms": describe(tensors),
-        "uncalibrated": sum(len(r.uncalibrated) for r in calibration.reports),
-        "blocks": [asdict(report) for report in calibration.reports],
+        "uncalibrated": sum(len(r.uncalibrated) for r in run.reports),
+        "blocks": [asdict(report) for report in run.reports],
     }
     return Calibrated(solved, list(tensors), found)
 
@@ -152,15 +166,12 @@ def _samples(work: Plan, how: Calibrate) -> Samples:
             f"runs the model and needs a class of transformers {transformers.__version__}. Convert "
             "it without --dataset, or install the version that has the class."
         )
-    known = {"tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model"}
-    has_tokenizer = any((directory / name).is_file() for name in known)
+    has_tokenizer = any((directory / name).is_file() for name in TOKENIZER_FILES)
     tokenizer = open_tokenizer(directory) if has_tokenizer else None
-    seq_len = how.seq_len
-    length = seq_len or 512
+    length = how.seq_len or MAX_SEQ_LEN
     generate = _Writer(directory, model_class) if how.dataset == SELF else None
-    source = Source(how.dataset, how.num_samples, seq_len, how.seed, how.text_column)
     return read(
-        source,
+        how,
         config=settings,
         model_class=model_class,
         tokenizer=tokenizer,
@@ -218,9 +229,7 @@ def _budget(
     return found
 
 
-def _quality(
-    calibration: Calibration, samples: Samples, source: Checkpoint
-) -> dict[str, dict[str, float | None]]:
+def _quality(calibration: Calibration, samples: Samples) -> dict[str, dict[str, float | None]]:
     """Run the calibration, and measure the packed model against the source on the report set.
 
     Language models: perplexity of both, KL divergence, top-1 agreement, as `evaluate` defines them.

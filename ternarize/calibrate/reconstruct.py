@@ -1,11 +1,13 @@
-"""Reconstruction by gradient: the trits, scales and vectors of a few blocks trained together.
+"""Reconstruction by gradient: trits, scales and vectors of several matrices trained together.
 
 `gptq` solves one matrix after the other; what it cannot do is trade an error in one matrix against
-another, or see what lies between them. Here a window of one to four neighbouring blocks is trained
-to give what the float stream gives, from the state that `gptq` left.
+another, or see what lies between them. Here a window of one to four neighbouring blocks, or in the
+end the whole model, is trained to give what the float stream gives, from the state that `gptq`
+left.
 
-    weight of the window   W' = s t,   t = clip(round(V / s), -1, 1),   s = s_0 exp(u)
-    loss                   mean Huber_1((y' - y) / sigma),  sigma = the window's error at the start
+    weight     W' = s t,   t = clip(round(V / s), -1, 1),   s = s_0 exp(u)
+    loss       of blocks: mean Huber_1((y' - y) / sigma),  sigma = their error at the start
+               of a model with words at its end: KL(p || p'), mean over the tokens
 
 V is a latent weight and u a correction of the scale; gradients go straight through the rounding
 (where |V / s| < 1.5), so d W'/d V = 1 and d W'/d s = t - V / s, as in LSQ. Scales are rounded in
@@ -18,7 +20,8 @@ The state with the least loss on held-out samples is kept; the start is one of t
 
 Sources: the straight-through estimator, https://arxiv.org/abs/1308.3432; step sizes learned, LSQ,
 https://arxiv.org/abs/1902.08153, eq. 3; blocks trained one by one, BRECQ,
-https://arxiv.org/abs/2102.05426; sliding windows of ternary blocks, https://arxiv.org/abs/2606.26650.
+https://arxiv.org/abs/2102.05426; sliding windows of ternary blocks, https://arxiv.org/abs/2606.26650;
+the whole model after its blocks, EfficientQAT, https://arxiv.org/abs/2407.11062, of scales alone.
 """
 
 import math
@@ -33,7 +36,7 @@ from torch import Tensor, nn
 
 from ternarize.calibrate.gptq import Rounding
 from ternarize.rotation import rotate, unrotate
-from ternarize.tensor import group_length
+from ternarize.tensor import split_groups, spread_scales
 
 RATE = 0.004  # of V, in units of the matrix's mean scale, per step
 SCALE_RATE = 1e-3  # of u
@@ -42,8 +45,10 @@ CHECK_EVERY = 25  # steps between looks at the held-out loss
 PATIENCE = 6  # looks without a gain that end the training
 MARGIN = 0.3  # V starts at most this far from s t, in units of s
 
-# run the window on sample i with these parameters (by full name) -> (output, target), one shape
+# run sample i with these parameters (by full name) -> (output, target), one shape
 Run = Callable[[int, Mapping[str, Tensor]], tuple[Tensor, Tensor]]
+# the same -> the loss, a scalar
+Loss = Callable[[int, Mapping[str, Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -88,20 +93,14 @@ class TernaryWeight:
         self.latent = nn.Parameter(torch.where(self._spread(scales) > 0, latent, w))
         self.log_scale = nn.Parameter(torch.zeros_like(scales))
 
-    def _grouped(self, matrix: Tensor) -> Tensor:
-        length = group_length(self.cols, self.form.group_size)
-        short = -self.cols % length
-        return torch.unflatten(F.pad(matrix, (0, short)), -1, (-1, length))
-
     def _scales_of(self, q: Tensor) -> Tensor:
         """The scale of each group of a ternary matrix."""
         if self.form.group_size == 0:
             return q.abs().amax((-1, -2), keepdim=True)
-        return self._grouped(q.abs()).amax(-1)
+        return split_groups(q.abs(), self.form.group_size).amax(-1)
 
     def _spread(self, scales: Tensor) -> Tensor:
-        length = group_length(self.cols, self.form.group_size)
-        return scales.repeat_interleave(length, -1)[..., : self.cols]
+        return spread_scales(scales, self.cols, self.form.group_size)
 
     def scales(self) -> Tensor:
         """Scales as they will be stored; gradients as if they were not rounded."""
@@ -119,18 +118,18 @@ class TernaryWeight:
 def reconstruct(
     weights: Mapping[str, TernaryWeight],
     vectors: Mapping[str, Tensor],
-    run: Run,
+    loss: Loss,
     train: Sequence[int],
     held: Sequence[int],
     steps: int,
     seed: int,
     progress: Callable[[int, str], None] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], float, float]:
-    """Train a window; returns (stored weights, vectors, held-out loss before, after).
+    """Train weights and vectors; returns (stored weights, vectors, held-out loss before, after).
 
     weights   full name of a parameter -> its trainable form
     vectors   full names and values of biases and norms, trained too
-    run       runs the window on one sample
+    loss      of one sample
     train     samples to train on; held: to choose by
     steps     how many; one sample each
     """
@@ -146,22 +145,12 @@ def reconstruct(
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     rates = [group["lr"] for group in groups]
 
-    def parameters() -> dict[str, Tensor]:
-        return {name: w.form.parameter(w.stored()) for name, w in weights.items()} | dict(free)
-
     @torch.no_grad()
-    def held_loss(sigma: float) -> float:
-        state = parameters()
-        losses = [_loss(*run(i, state), sigma) for i in held]
-        return float(torch.stack(losses).mean())
+    def held_loss() -> float:
+        state = parameters(weights, free)
+        return float(torch.stack([loss(i, state) for i in held]).mean())
 
-    with torch.no_grad():
-        state = parameters()
-        pairs = [run(i, state) for i in held]
-        sigma = math.sqrt(sum(float((y - t).square().mean()) for y, t in pairs) / len(pairs))
-        del pairs
-    sigma = max(sigma, 1e-12)
-    best = start = held_loss(sigma)
+    best = start = held_loss()
     kept = _snapshot(weights, free)
     order: list[int] = []
     shuffle, waited = random.Random(seed), 0
@@ -172,19 +161,48 @@ def reconstruct(
             order = list(train)
             shuffle.shuffle(order)
         optimizer.zero_grad()
-        loss = _loss(*run(order.pop(), parameters()), sigma)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss(order.pop(), parameters(weights, free)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
-            now = held_loss(sigma)
+            now = held_loss()
             waited += 1
             if now < best:
                 best, kept, waited = now, _snapshot(weights, free), 0
             if progress is not None:
-                progress(step + 1, f"held-out loss {now / start:.3f} of the start")
+                progress(step + 1, f"held-out loss {now / max(start, 1e-30):.3f} of the start")
             if waited >= PATIENCE:
                 break
     return kept[0], kept[1], start, best
+
+
+def parameters(
+    weights: Mapping[str, TernaryWeight], vectors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What a forward runs with."""
+    return {name: w.form.parameter(w.stored()) for name, w in weights.items()} | dict(vectors)
+
+
+def huber(run: Run, start: Mapping[str, Tensor], held: Sequence[int]) -> Loss:
+    """Mean Huber_1((output - target) / sigma); sigma is the error with the parameters `start`."""
+    with torch.no_grad():
+        errors = [F.mse_loss(*run(i, start)) for i in held]
+    sigma = max(math.sqrt(float(torch.stack(errors).mean())), 1e-12)
+
+    def loss(sample: int, values: Mapping[str, Tensor]) -> Tensor:
+        output, target = run(sample, values)
+        return F.huber_loss(output / sigma, target / sigma, delta=1.0)
+
+    return loss
+
+
+def divergence(run: Run) -> Loss:
+    """KL(p || p') of the softmax of target and output (tokens, words), mean over the tokens."""
+
+    def loss(sample: int, values: Mapping[str, Tensor]) -> Tensor:
+        output, target = (logits.log_softmax(-1) for logits in run(sample, values))
+        return F.kl_div(output, target, reduction="batchmean", log_target=True)
+
+    return loss
 
 
 def _snapshot(
@@ -193,7 +211,3 @@ def _snapshot(
     with torch.no_grad():
         stored = {name: weight.stored().clone() for name, weight in weights.items()}
         return stored, {name: value.detach().clone() for name, value in free.items()}
-
-
-def _loss(output: Tensor, target: Tensor, sigma: float) -> Tensor:
-    return F.huber_loss(output / sigma, target / sigma, delta=1.0)

@@ -4,7 +4,8 @@ Two streams run side by side on the same tokens: the float stream is the source 
 stream is the model as it will be, with every block so far ternarized. For each sequential group of
 a block (statistics.py) the moments of the packed stream's inputs against the float stream's outputs
 are collected, each matrix is solved (gptq.py), and the packed stream goes on with the result.
-With `steps`, the last `window` blocks are then trained together (reconstruct.py).
+With `steps`, the last `window` blocks are then trained together (reconstruct.py). After all blocks,
+`distill` trains the whole model.
 
 What is found for a block is written to a file, a packed checkpoint of its own, before the next
 block begins: 00007-00008.safetensors is block 7 as it was after block 8 had been done. A run that
@@ -13,7 +14,7 @@ was broken off reads those files and repeats only the forwards.
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,21 +27,29 @@ from torch.func import functional_call
 
 from ternarize import container
 from ternarize.calibrate.blocks import Batch, Blocks, Call, Forward, map_tensors
-from ternarize.calibrate.gptq import Rounding, solve
-from ternarize.calibrate.reconstruct import Form, TernaryWeight, reconstruct
-from ternarize.calibrate.statistics import Group, Moments, Trace, sequential_groups
+from ternarize.calibrate.gptq import Rounding, probe_rows, solve
+from ternarize.calibrate.reconstruct import (
+    Form,
+    TernaryWeight,
+    divergence,
+    huber,
+    parameters,
+    reconstruct,
+)
+from ternarize.calibrate.statistics import Group, Inputs, Moments, Trace, sequential_groups
 from ternarize.checkpoint import DTYPES, Checkpoint, open_files
 from ternarize.container import SCALE_SUFFIX, Record
 from ternarize.errors import CheckpointError
 from ternarize.methods import itf, levels
 from ternarize.plan import TensorPlan
+from ternarize.progress import Progress
 from ternarize.rotation import rotate
+from ternarize.select import model_end
 from ternarize.tensor import Ternary
 
 FLOAT, PACKED = 0, 1  # the streams
 TICKS = 1000  # of progress, for each block
-
-Progress = Callable[[int, int, str], None]
+STEP_TOKENS = 1024  # in each step of training the whole model
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,7 @@ class _Lane:
     """The two forwards of one batch, and what they wait with (a Call, or the final output)."""
 
     kind: str
+    batch: Batch
     mask: Tensor | None
     forwards: tuple[Forward, Forward]
     waiting: list[Any] = field(default_factory=list)
@@ -115,7 +125,7 @@ class Calibration:
             for parameter in self.blocks.places[t.name].parameters if t.ternary else ():
                 self.by_parameter[parameter] = t
         self.lanes = [
-            _Lane(kind, _mask(batch), self.blocks.start(batch))
+            _Lane(kind, batch, _mask(batch), (self.blocks.start(batch), self.blocks.start(batch)))
             for kind in ("train", "held", "report")
             for batch in sets.get(kind, ())
         ]
@@ -135,6 +145,7 @@ class Calibration:
                 if lane.kind != "report":
                     for forward in lane.forwards:
                         forward.stop()
+                    lane.waiting.clear()
             for index, lane in enumerate(self._lanes("report")):
                 yield index, *(self._finish(lane, stream) for stream in (FLOAT, PACKED))
         finally:
@@ -144,14 +155,22 @@ class Calibration:
 
     def files(self) -> dict[str, Path]:
         """Block -> its file, for the blocks that are done."""
-        stages = {int(p.stem[6:]) for p in self.folder.glob("*.safetensors")}
-        complete = {s for s in stages if self._file(s, s).is_file()}
+        complete = self._stages()
         found = {}
         for index, path in enumerate(self.blocks.paths):
             own = [s for s in complete if self._file(index, s).is_file()]
             if own:
                 found[path] = self._file(index, max(own))
         return found
+
+    def _stages(self) -> set[int]:
+        """Blocks that are done, and their number if the whole model has been trained after them.
+
+        The file that is written last tells it.
+        """
+        stages = {int(p.stem[6:]) for p in self.folder.glob("*.safetensors")}
+        last = len(self.blocks.paths) - 1
+        return {s for s in stages if self._file(min(s, last), s).is_file()}
 
     def _file(self, block: int, stage: int) -> Path:
         return self.folder / f"{block:05d}-{stage:05d}.safetensors"
@@ -289,7 +308,7 @@ class Calibration:
         groups += [Group((n,), 0, 0) for n in left]
         for at, group in enumerate(groups):
             share = (0.5 if self.steps else 1.0) / len(groups)
-            moments = self._moments(block, names, group, parts.patch(), at * share, share)
+            moments = self._moments(path, block, names, group, parts.patch(), at * share, share)
             for name in group.names:
                 plan = self.by_parameter[f"{path}.{name}"]
                 weight = block.get_parameter(name).data
@@ -300,15 +319,15 @@ class Calibration:
                 errors = []
                 for expert, matrix in enumerate(stack):
                     matrix = form.turn(matrix).contiguous()
-                    cols = matrix.shape[1]
-                    empty = Moments.empty(0, cols, target=False, device=matrix.device)
-                    # each is large, and used once
-                    train = moments.pop((name, expert, "train"), empty)
-                    held = moments.pop((name, expert, "held"), empty)
                     if form.block:
                         matrix = rotate(matrix, form.block, form.seed)
-                        train = train.rotated(form.block, form.seed)
-                        held = held.rotated(form.block, form.seed)
+                    cols = matrix.shape[1]
+                    # each is large, and used once
+                    empty = Inputs.empty(cols, keep=True, device=matrix.device)
+                    train, held = (
+                        moments.pop((name, expert, k), Moments.empty(empty, 0, target=False))
+                        for k in ("train", "held")
+                    )
                     solution = solve(
                         matrix,
                         train,
@@ -322,9 +341,10 @@ class Calibration:
                         plane[expert] = form.turn(ternary.dequantize(torch.float32))
                     errors.append((solution.plain, solution.error))
                     if not solution.calibrated:
-                        unseen[name][expert] = train.tokens
+                        unseen[name][expert] = train.inputs.tokens
                     if bias is not None and solution.bias is not None:
                         parts.vectors[bias] = solution.bias
+                    del train, held, solution
                 parts.stored[name] = tuple(p if weight.ndim == 3 else p[0] for p in stored)
                 parts.forms[name] = form
                 before, after = (sum(e) / len(e) for e in zip(*errors, strict=True))
@@ -354,6 +374,7 @@ class Calibration:
 
     def _moments(
         self,
+        path: str,
         block: nn.Module,
         names: Sequence[str],
         group: Group,
@@ -361,7 +382,11 @@ class Calibration:
         begin: float,
         share: float,
     ) -> dict[tuple[str, int, str], Moments]:
-        """Moments of each matrix of a group, on calibration and on held-out tokens."""
+        """Moments of each matrix of a group, on calibration and on held-out tokens.
+
+        Of inputs as the matrix is stored, rotated or not. Matrices with the same input share what
+        is known of it. Held-out targets are those of `probe_rows`.
+        """
         found: dict[tuple[str, int, str], Moments] = {}
         lanes = self._lanes("train", "held")
         for done, lane in enumerate(lanes):
@@ -370,24 +395,38 @@ class Calibration:
             floats = None
             if not group.stack:
                 floats = self._products(block, names, group, lane.waiting[FLOAT], {})
+            sources: dict[str, list[tuple[int, ...]]] = {}
+            for p in packed:
+                sources.setdefault(p.name, []).append(p.source)
+            inputs: dict[tuple[int, ...], Tensor] = {}
             for at, p in enumerate(packed):
-                y = None
+                if group.stack or p.source not in inputs:
+                    x = _tokens(p.x, lane.mask)
+                    if group.stack:  # tokens that do not reach an expert may come to it as zeros
+                        x = x[x.any(-1)]
+                    form = _form(self.by_parameter[f"{path}.{p.name}"])
+                    inputs[p.source] = rotate(x, form.block, form.seed) if form.block else x
+                x, rows, held = inputs[p.source], p.y.shape[-1], lane.kind == "held"
+                probe = probe_rows(rows).to(x.device)
+                # the first matrix with the same inputs; each expert has its own
+                alike = [n for n, own in sources.items() if own == sources[p.name]]
+                key = p.name, p.expert, lane.kind
+                first = (p.name if group.stack else alike[0]), p.expert, lane.kind
+                if key not in found:
+                    known = found[first].inputs if first in found else None
+                    known = known or Inputs.empty(x.shape[-1], keep=held, device=x.device)
+                    count = len(probe) if held else rows
+                    found[key] = Moments.empty(known, count, target=not group.stack)
+                assert found[key].inputs is found[first].inputs
+                if key == first:
+                    found[key].inputs.add(x)
                 if floats is not None:
                     f = floats[at]
                     y = f.y
                     if p.terms is not None and f.terms is not None:
                         y = y + (f.terms - p.terms) / p.scale
                     y = _tokens(y, lane.mask)
-                x = _tokens(p.x, lane.mask)
-                if group.stack:  # tokens that do not reach an expert may come to it as zeros
-                    x = x[x.any(-1)]
-                key = (p.name, p.expert, lane.kind)
-                if key not in found:
-                    rows = p.y.shape[-1]
-                    found[key] = Moments.empty(
-                        rows, x.shape[-1], target=not group.stack, device=x.device
-                    )
-                found[key].add(x, y)
+                    found[key].add(x, y[:, probe] if held else y)
         return found
 
     def _products(
@@ -407,7 +446,7 @@ class Calibration:
         if self.progress is not None:
             done = len(self.done) + min(fraction, 1.0)
             number = f"block {len(self.done) + 1} of {len(self.blocks.paths)}: {what}"
-            self.progress(int(TICKS * done), TICKS * len(self.blocks.paths), number)
+            self.progress(int(TICKS * done), TICKS * len(self.blocks.paths), number, "calibrating")
 
     # --- training ----------------------------------------------------------------------------
 
@@ -430,24 +469,7 @@ class Calibration:
             for kept in chain[:-1]:
                 modules[kept.path] = stack.enter_context(self.blocks.loaded(kept.path))
                 state[kept.path] = self._parts(kept.path)
-            weights: dict[str, TernaryWeight] = {}
-            vectors: dict[str, Tensor] = {}
-            fixed: dict[str, Tensor] = {}
-            for name, module in modules.items():
-                own = state[name]
-                for weight, form in own.forms.items():
-                    if len(own.stored[weight]) > 1:  # two planes leave little to gain
-                        fixed[f"{name}.{weight}"] = own.patch()[weight]
-                        continue
-                    weights[f"{name}.{weight}"] = TernaryWeight(
-                        module.get_parameter(weight).data,
-                        own.stored[weight][0],
-                        form,
-                        self.rounding,
-                    )
-                for vector, value in module.named_parameters():
-                    if value.ndim == 1:
-                        vectors[f"{name}.{vector}"] = own.vectors.get(vector, value.data)
+            weights, vectors, fixed = self._trainable(modules, state)
 
             def forward(lane: int, values: Mapping[str, Tensor]) -> Any:
                 hidden: Tensor | None = None
@@ -476,18 +498,82 @@ class Calibration:
                 k: [i for i, x in enumerate(self.lanes) if x.kind == k] for k in ("train", "held")
             }
             seed = self.seed + self.blocks.paths.index(path)
+            train, held = indices["train"], indices["held"]
+            loss = huber(run, parameters(weights, vectors), held)
             stored, trained, _, _ = reconstruct(
-                weights, vectors, run, indices["train"], indices["held"], self.steps, seed, progress
+                weights, vectors, loss, train, held, self.steps, seed, progress
             )
-            for name, own in state.items():
-                prefix = name + "."
-                for weight in own.forms:
-                    if prefix + weight in stored:
-                        own.stored[weight] = (stored[prefix + weight],)
-                for vector in [n[len(prefix) :] for n in trained if n.startswith(prefix)]:
-                    own.vectors[vector] = trained[prefix + vector]
+            _take(state, stored, trained)
             self._relink(chain, modules, state)
         return state
+
+    def _trainable(
+        self, modules: Mapping[str, nn.Module], state: Mapping[str, "Parts"]
+    ) -> tuple[dict[str, TernaryWeight], dict[str, Tensor], dict[str, Tensor]]:
+        """Of loaded blocks, by full name: ternary weights, vectors, and weights that stay."""
+        weights: dict[str, TernaryWeight] = {}
+        vectors: dict[str, Tensor] = {}
+        fixed: dict[str, Tensor] = {}
+        for path, module in modules.items():
+            own = state[path]
+            for name, form in own.forms.items():
+                planes, source = own.stored[name], module.get_parameter(name).data
+                if len(planes) > 1:  # two planes leave little to gain
+                    fixed[f"{path}.{name}"] = form.parameter(sum_planes(planes))
+                else:
+                    trained = TernaryWeight(source, planes[0], form, self.rounding)
+                    weights[f"{path}.{name}"] = trained
+            for name, value in module.named_parameters():
+                if value.ndim == 1:
+                    vectors[f"{path}.{name}"] = own.vectors.get(name, value.data)
+        return weights, vectors, fixed
+
+    def distill(self, steps: int) -> None:
+        """Calibrate every block, then train all of them together, with their vectors.
+
+        The loss is the divergence of the logits, where the model gives logits for words, else the
+        error of its first output. The model is in memory as a whole: its weights, the trained ones,
+        their gradients and the optimizer's state, about 32 bytes for each weight.
+
+        steps  of training, on STEP_TOKENS tokens each
+        """
+        stage = len(self.blocks.paths)
+        if stage in self._stages():
+            return
+        for _ in self.run():
+            pass
+        with self.blocks.whole() as model:
+            modules = {path: model.get_submodule(path) for path in self.blocks.paths}
+            state = {path: self._parts(path) for path in self.blocks.paths}
+            weights, vectors, fixed = self._trainable(modules, state)
+            words = model_end(model, "output") is not None
+            samples = [(x.kind, part) for x in self.lanes for part in _pieces(x.batch)]
+
+            def outputs(index: int, values: Mapping[str, Tensor]) -> Tensor:
+                batch = self.blocks.on_device(samples[index][1])
+                output = functional_call(model, {**fixed, **values}, (), batch)
+                return _tokens(output.logits if words else _hidden(output), _mask(batch))
+
+            def run(index: int, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+                with torch.no_grad():
+                    target = outputs(index, {})
+                return outputs(index, values), target
+
+            def progress(step: int, what: str) -> None:
+                if self.progress is not None:
+                    self.progress(step, steps, f"step {step} of {steps}: {what}", "distilling")
+
+            train, held = (
+                [i for i, (kind, _) in enumerate(samples) if kind == k] for k in ("train", "held")
+            )
+            loss = divergence(run) if words else huber(run, parameters(weights, vectors), held)
+            stored, trained, _, _ = reconstruct(
+                weights, vectors, loss, train, held, steps, self.seed, progress
+            )
+            _take(state, stored, trained)
+        for index, path in enumerate(self.blocks.paths):
+            report = self._read(self.files()[path])[1]
+            self._write(self._file(index, stage), path, state[path], report)
 
     def _linked(self, calls: Sequence[Call]) -> list[_Kept]:
         """The blocks of the window whose output is, unchanged, the next one's input."""
@@ -630,6 +716,29 @@ def sum_planes(planes: Sequence[Tensor]) -> Tensor:
     for plane in planes[1:]:
         total = total + plane
     return total
+
+
+def _take(
+    state: Mapping[str, Parts], stored: Mapping[str, Tensor], vectors: Mapping[str, Tensor]
+) -> None:
+    """Put what was trained, by full name, into the blocks that it belongs to."""
+    for path, own in state.items():
+        for name in own.forms:
+            if f"{path}.{name}" in stored:
+                own.stored[name] = (stored[f"{path}.{name}"],)
+        prefix = path + "."
+        for name in [n[len(prefix) :] for n in vectors if n.startswith(prefix)]:
+            own.vectors[name] = vectors[prefix + name]
+
+
+def _pieces(batch: Batch) -> list[Batch]:
+    """A batch cut into some of about STEP_TOKENS tokens."""
+    first = next(iter(batch.values()))
+    rows = max(1, STEP_TOKENS // first[0].numel())
+    return [
+        {name: value[start : start + rows] for name, value in batch.items()}
+        for start in range(0, len(first), rows)
+    ]
 
 
 def _exact(name: str, plan: TensorPlan, value: Tensor) -> Ternary:

@@ -1,0 +1,50 @@
+"""What benchmarks have in common: their arguments, timed conversions, the file of their figures."""
+
+import argparse
+import importlib.metadata
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+import ternarize
+from ternarize.convert import convert
+from ternarize.plan import Recipe
+from ternarize.report import inspect
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """Arguments of a script, told by the first line of its docstring, with --json among them."""
+    made = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
+    made.add_argument("--json", type=Path, help="write all figures to this file")
+    return made
+
+
+def hide_bars() -> None:
+    """No progress bars of transformers between our lines."""
+    logging: Any = transformers.utils.logging  # has no annotations
+    logging.disable_progress_bar()
+
+
+def timed_convert(source: Path, output: Path, recipe: Recipe) -> dict[str, float]:
+    """Convert, and return the bits per ternary weight ("bpw") and the "seconds" that it took."""
+    began = time.perf_counter()
+    convert(source, output, recipe)
+    seconds = time.perf_counter() - began
+    return {"bpw": inspect(output)["totals"]["ternary_bpw"], "seconds": seconds}
+
+
+def write_figures(path: Path | None, script: str, figures: dict[str, Any]) -> None:
+    """Write figures as JSON with the name of the script and the versions of what it measured.
+
+    path    None: nowhere, as nothing was asked for
+    script  its `__file__`
+    """
+    if path is None:
+        return
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    versions["ternarize"] = ternarize.__version__
+    table = {"benchmark": Path(script).stem, "versions": versions, **figures}
+    path.write_text(json.dumps(table, indent=1) + "\n")
