@@ -2,9 +2,18 @@
 
     y = x W^T + b        W = scale * trit, a sum of two such, or scale * int8
 
-W is dequantized for the length of one product and never kept: a model needs the memory of its
-packed bytes and of one dense matrix at a time. This is the plain form that works on every device;
-a kernel that multiplies without W has to agree with it, and takes its place in `product`.
+A packed parameter is held in one of two forms, never in both:
+
+    stored  the bytes of the file: (rows, width) with scales (scale_rows, groups). W is dequantized
+            for the length of one product and never kept. Works on every device.
+    lanes   the run-time layout of ternarize.kernels, a flat tensor, with scales in the same order.
+            The compiled core multiplies it without W, on the CPU.
+
+`use_lanes` turns the first into the second, a module at a time, once a model is loaded, and
+`Layout.lanes` says which it is. Only this file knows: whatever leaves a module (state_dict, a
+pickle, another device) is in the stored form, and so is a state_dict that is loaded. What the
+kernels do not serve (int8 weights, parts of a tensor, parameters that modules share, float64
+inputs) goes the dense way.
 
 `TernaryLinear` is an `nn.Linear`, because that is what other software (PEFT) looks for. Experts
 that a model fuses into one parameter (experts, rows, cols) have no module of their own: their class
@@ -22,22 +31,38 @@ as BitNet b1.58 expect (https://arxiv.org/abs/2402.17764, section 2):
 import functools
 import inspect
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ternarize import codecs
+from ternarize import codecs, kernels
 from ternarize.codecs import BASE3, INT8
 from ternarize.errors import UsageError
+from ternarize.native import lib
 from ternarize.rotation import rotate, unrotate
 from ternarize.tensor import group_count, group_length
 
 ACTIVATIONS = ("none", "int8")
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """A run-time layout, and what it does not say about the stored form.
+
+    form         "lanes2" or "lanes3"
+    rows         of the matrix
+    scale_rows   rows of its stored scales
+    scale_dtype  of its stored scales
+    """
+
+    form: str
+    rows: int
+    scale_rows: int
+    scale_dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -51,6 +76,7 @@ class Layout:
     codec        "base3" or "int8"
     planes       ternary matrices whose sum is the weight
     rotation     (block, seed): the matrix stands for W R, and meets R^T x; block 0: none
+    lanes        None where the parameter is held in its stored form
     """
 
     cols: int
@@ -60,6 +86,7 @@ class Layout:
     codec: str = BASE3
     planes: int = 1
     rotation: tuple[int, int] = (0, 0)
+    lanes: Lanes | None = None
 
     def __post_init__(self) -> None:
         if self.activations not in ACTIVATIONS:
@@ -86,8 +113,9 @@ def product(
     """y = x W^T + b with a packed W.
 
     x       (..., cols) float; y has its dtype (under autocast that of F.linear)
-    packed  (rows, width) uint8, or int8 where that is the codec
-    scale   (scale_rows, planes * groups) float, or uint8 codes; scale_rows divides rows
+    packed  (rows, width) uint8, or int8 where that is the codec; or lanes (bytes,) uint8
+    scale   (scale_rows, planes * groups) float, or uint8 codes; scale_rows divides rows. Of lanes:
+            kernels.scale_lanes, of one plane behind the other
     bias    (rows,) or None
 
     Where x needs a gradient, the backward pass dequantizes W again instead of keeping it. Rounded
@@ -117,10 +145,55 @@ def _rotated(x: Any, layout: Layout) -> Tensor:
 def _product(
     x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, layout: Layout
 ) -> Tensor:
+    if layout.lanes is not None and x.dtype in _KERNEL_DTYPES and x.device.type == "cpu":
+        return _lanes_product(x, packed, scale, bias, layout, layout.lanes)
     if layout.activations == "none":
         return F.linear(x, _dense(packed, scale, layout, x.dtype), bias)
     y = int8_product(x, _dense(packed, scale, layout, torch.float32))
     return y if bias is None else y + bias
+
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _lanes_product(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, layout: Layout, lanes: Lanes
+) -> Tensor:
+    """`product` by the kernels, the planes and the bias summed in float32 and rounded once."""
+    if layout.activations == "none" and torch.is_autocast_enabled("cpu"):
+        x = x.to(torch.get_autocast_dtype("cpu"))
+    rounded = layout.activations == "int8"
+    wide = x if bias is None and layout.planes == 1 else x.to(torch.float32)
+    multiply: Any = _compiled_multiply if torch.compiler.is_compiling() else _multiply
+    y: Tensor | None = None
+    for plane, scales in zip(packed.chunk(layout.planes), scale.chunk(layout.planes), strict=True):
+        part = multiply(wide, plane, scales, lanes.rows, layout.group_size, lanes.form, rounded)
+        y = part if y is None else y + part
+    assert y is not None
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def _multiply(
+    x: Tensor, packed: Tensor, scale: Tensor, rows: int, group_size: int, form: str, rounded: bool
+) -> Tensor:
+    activations = "int8" if rounded else "none"
+    threads = torch.get_num_threads()
+    x = x.detach()  # the core takes no tensors that need gradients
+    return kernels.product(x, packed, scale, rows, group_size, form, activations, threads)
+
+
+# A compiler cannot look into the core. Only it takes this way: an operator of torch costs more
+# around each call than a small product itself.
+_compiled_multiply = torch.library.custom_op(
+    "ternarize::product", _multiply, mutates_args=(), device_types="cpu"
+)
+
+
+@_compiled_multiply.register_fake
+def _(
+    x: Tensor, packed: Tensor, scale: Tensor, rows: int, group_size: int, form: str, rounded: bool
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows))
 
 
 def int8_product(x: Tensor, weight: Tensor) -> Tensor:
@@ -165,10 +238,69 @@ def _dense(packed: Any, scale: Any, layout: Layout, dtype: torch.dtype) -> Tenso
         part = _dense(packed.to_local(), scale.to_local(), layout, dtype)
         whole: Tensor = packed.from_local(part, packed.device_mesh, packed.placements)
         return whole
+    packed, scale = _stored(packed, scale, layout)
     if layout.codec == INT8:
         return codecs.dequantize_int8(packed, scale, layout.group_size, dtype)
     cols, planes = _cols(scale, layout), layout.planes
     return codecs.dequantize(packed, scale, cols, layout.group_size, dtype, planes=planes)
+
+
+def _stored(packed: Tensor, scale: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """The stored form of a parameter and its scales, whatever form they are in.
+
+    packed, scale  of a matrix, or of several with a dimension more
+    """
+    if layout.lanes is None:
+        return packed, scale
+    lanes, cols, group_size = layout.lanes, layout.cols, layout.group_size
+    if packed.ndim == 2:
+        pairs = [_stored(*pair, layout) for pair in zip(packed, scale, strict=True)]
+        return torch.stack([p for p, _ in pairs]), torch.stack([s for _, s in pairs])
+    groups = group_count(cols, group_size)
+    planes, scales = [], []
+    for part in packed.chunk(layout.planes):
+        planes.append(kernels.from_lanes(part, lanes.rows, cols, group_size, lanes.form))
+    for part in scale.chunk(layout.planes):
+        plain = kernels.lane_scales(part, lanes.rows, lanes.scale_rows, groups, lanes.form)
+        if lanes.scale_dtype == torch.uint8:
+            plain = codecs.scale_codes(plain)
+        scales.append(plain.to(lanes.scale_dtype))
+    return torch.cat(planes, 1), torch.cat(scales, 1)
+
+
+def _in_lanes(packed: Tensor, scale: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Layout]:
+    """The lanes of a stored parameter, its scales, and the layout that says so.
+
+    packed, scale  as in `_stored`
+    """
+    *stack, rows, _ = packed.shape
+    lanes = Lanes(kernels.best_form(), rows, scale.shape[-2], scale.dtype)
+    if stack:
+        parts = [_in_lanes(p, s, layout)[:2] for p, s in zip(packed, scale, strict=True)]
+        bytes_, scales = torch.stack([p for p, _ in parts]), torch.stack([s for _, s in parts])
+    else:
+        planes = [
+            kernels.to_lanes(plane.contiguous(), layout.cols, layout.group_size, lanes.form)
+            for plane in packed.chunk(layout.planes, 1)
+        ]
+        plain = [
+            kernels.scale_lanes(part, rows, lanes.form) for part in scale.chunk(layout.planes, 1)
+        ]
+        bytes_, scales = torch.cat(planes), torch.cat(plain)
+    return bytes_, scales, replace(layout, lanes=lanes)
+
+
+def _fits_lanes(packed: Any, scale: Any, layout: Layout) -> bool:
+    """Whether the compiled core can multiply a stored parameter."""
+    return (
+        lib is not None
+        and layout.lanes is None
+        and layout.codec == BASE3
+        and not hasattr(packed, "to_local")
+        and packed.device.type == scale.device.type == "cpu"
+        and packed.numel() > 0
+        and group_length(layout.cols, layout.group_size) <= kernels.LONGEST_GROUP
+    )
 
 
 def _weight(packed: Any, scale: Any, layout: Layout, dtype: torch.dtype) -> Tensor:
@@ -209,7 +341,8 @@ def check_part(name: str, packed: Any, scale: Any, layout: Layout) -> None:
 
 
 class Packed(nn.Module):
-    """What packed modules have in common: `layouts`, by the name of the packed parameter.
+    """What packed modules have in common: `layouts`, by the name of the packed parameter, and that
+    what leaves them is in the stored form.
 
     The scales of `name` are the parameter `<name>_scale`. Both are parameters rather than buffers,
     because tensor parallel plans and disk offload look at parameters only.
@@ -218,13 +351,38 @@ class Packed(nn.Module):
     # A packed weight that is on meta (offloaded to disk) must not be drawn at random
     _is_hf_initialized = True
 
-    @property
-    @abstractmethod
-    def layouts(self) -> dict[str, Layout]:
-        """Name of each packed parameter -> how it is packed."""
+    layouts: dict[str, Layout]
+
+    def use_lanes(self) -> None:
+        """Hold in lanes what can be; `use_stored` is the inverse.
+
+        Raises FormatError when a byte is no code. Nothing but this may say that it is in lanes:
+        a parameter that another module has too would change under that one's feet.
+        """
+        for name, layout in self.layouts.items():
+            packed, scale = getattr(self, name), getattr(self, f"{name}_scale")
+            if _fits_lanes(packed, scale, layout):
+                self._hold(name, *_in_lanes(packed.data, scale.data, layout))
+
+    def use_stored(self) -> bool:
+        """Hold everything in its stored form; returns whether some of it was not."""
+        held = {name: layout for name, layout in self.layouts.items() if layout.lanes is not None}
+        for name, layout in held.items():
+            stored = _stored(getattr(self, name).data, getattr(self, f"{name}_scale").data, layout)
+            self._hold(name, *stored, replace(layout, lanes=None))
+        return bool(held)
+
+    def _hold(self, name: str, packed: Tensor, scale: Tensor, layout: Layout) -> None:
+        # new parameters: the old ones may belong to a state_dict that was loaded with assign
+        for leaf, tensor in ((name, packed), (f"{name}_scale", scale)):
+            parameter = type(getattr(self, leaf))
+            setattr(self, leaf, parameter(tensor, requires_grad=False))
+        self.layouts = {**self.layouts, name: layout}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Packed":
         """Move, but never cast the scales: model.to(bfloat16) would change every weight."""
+        if fn(torch.empty(0, dtype=torch.uint8)).device.type != "cpu":
+            self.use_stored()
         before = {f"{name}_scale": getattr(self, f"{name}_scale").data for name in self.layouts}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, scale in before.items():
@@ -232,6 +390,65 @@ class Packed(nn.Module):
             if after.dtype != scale.dtype:
                 after.data = scale.to(after.device)
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        for name, tensor in self._stored_parameters().items():
+            destination[prefix + name] = tensor
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        had_lanes = self.use_stored()
+        super()._load_from_state_dict(*args, **kwargs)
+        if had_lanes:
+            self.use_lanes()
+
+    def _stored_parameters(self) -> dict[str, Tensor]:
+        """By name, the stored form of what is held in lanes."""
+        found: dict[str, Tensor] = {}
+        for name, layout in self.layouts.items():
+            if layout.lanes is not None:
+                leaves = name, f"{name}_scale"
+                packed, scale = (getattr(self, leaf).data for leaf in leaves)
+                found |= dict(zip(leaves, _stored(packed, scale, layout), strict=True))
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: the stored form, and whether it was in lanes."""
+        stored = self._stored_parameters()
+        if not stored:
+            return self.__dict__
+        parameters = self._parameters | {
+            name: type(getattr(self, name))(tensor, requires_grad=False)
+            for name, tensor in stored.items()
+        }
+        layouts = {name: replace(layout, lanes=None) for name, layout in self.layouts.items()}
+        changed = {"_parameters": parameters, "layouts": layouts, "_had_lanes": True}
+        return self.__dict__ | changed
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        had_lanes = state.pop("_had_lanes", False)
+        super().__setstate__(state)
+        if had_lanes:
+            self.use_lanes()
+
+
+def use_lanes(model: nn.Module) -> None:
+    """Hold the packed layers of a loaded model in lanes, where kernels can multiply them.
+
+    A module at a time, so that memory holds one matrix twice at most. A parameter that several
+    modules have, and the rows of an embedding, which are looked up, stay in the stored form.
+    """
+    owners: dict[int, int] = {}
+    modules = [module for module in model.modules() if isinstance(module, Packed)]
+    for module in modules:
+        for name in module.layouts:
+            key = id(getattr(module, name))
+            owners[key] = owners.get(key, 0) + 1
+    for module in modules:
+        alone = all(owners[id(getattr(module, name))] == 1 for name in module.layouts)
+        if alone and not isinstance(module, PackedEmbedding):
+            module.use_lanes()
 
 
 class Scale(nn.Parameter):
@@ -248,8 +465,8 @@ class Scale(nn.Parameter):
 class TernaryLinear(Packed, nn.Linear):
     """A linear layer with a packed weight: ternary, or the sum of two ternary ones, or int8.
 
-    weight        (out_features, width) uint8 (int8), as `Layout.width` counts
-    weight_scale  (scale_rows, planes * groups) float, or uint8 codes
+    weight        (out_features, width) uint8 (int8), as `Layout.width` counts; or in lanes
+    weight_scale  (scale_rows, planes * groups) float, or uint8 codes; or in lanes
     bias          (out_features,) or None
     transposed    whether the model's own weight is (in_features, out_features), as GPT-2's Conv1D
     activations   "none" or "int8"
@@ -281,6 +498,8 @@ class TernaryLinear(Packed, nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         self.group_size, self.transposed, self.activations = group_size, transposed, activations
         self.codec, self.planes, self.rotation = codec, planes, rotation
+        layout = Layout(in_features, group_size, transposed, activations, codec, planes, rotation)
+        self.layouts = {"weight": layout}
         if scale_rows is None:
             scale_rows = 1 if group_size == 0 else out_features
         shape = (out_features,)
@@ -289,19 +508,6 @@ class TernaryLinear(Packed, nn.Linear):
         )
         empty = torch.empty(shape, device=device, dtype=dtype)
         self.register_parameter("bias", nn.Parameter(empty) if bias else None)
-
-    @property
-    def layouts(self) -> dict[str, Layout]:
-        layout = Layout(
-            self.in_features,
-            self.group_size,
-            self.transposed,
-            self.activations,
-            self.codec,
-            self.planes,
-            self.rotation,
-        )
-        return {"weight": layout}
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The dense weight (out_features, in_features)."""
@@ -341,22 +547,16 @@ def _empty(
 class Mixed(Packed):
     """Packed parameters of a module whose class is the model's own, with this one mixed in.
 
-    dense_class      the model's class
-    mixin            the class that is mixed in
-    ternary_layouts  of the module: its `layouts`
+    dense_class  the model's class
+    mixin        the class that is mixed in
     """
 
     class_prefix: str  # of the name of the mixed class
     dense_class: type[nn.Module]
     mixin: "type[Mixed]"
-    ternary_layouts: dict[str, Layout]
-
-    @property
-    def layouts(self) -> dict[str, Layout]:
-        return self.ternary_layouts
 
     def __reduce__(self) -> Any:  # the class is made at run time: pickle cannot find it by name
-        return _empty_mixed, (self.mixin, self.dense_class), self.__dict__
+        return _empty_mixed, (self.mixin, self.dense_class), self.__getstate__()
 
 
 @functools.cache
@@ -378,8 +578,9 @@ def _empty_mixed(mixin: type, dense: type) -> Any:
 class PackedMatrix:
     """A packed parameter that its model's code may use as if it were the dense tensor.
 
-    packed  (experts, rows, width), or (rows, width) after indexing with an expert
-    scale   (experts, scale_rows, groups) or (scale_rows, groups)
+    packed  (experts, rows, width), or (rows, width) after indexing with an expert; of lanes
+            (experts, bytes), or (bytes,)
+    scale   (experts, scale_rows, groups) or (scale_rows, groups); of lanes as `packed`
     dtype   of the dense tensor that it stands for
 
     `F.linear(x, m[expert])` and `x @ m[expert]` run `product`, `F.embedding(ids, m)` runs `gather`;
@@ -394,9 +595,14 @@ class PackedMatrix:
     dtype: torch.dtype
 
     @property
+    def stack(self) -> tuple[int, ...]:
+        """(experts,), or () after indexing with an expert."""
+        return tuple(self.packed.shape[: -2 if self.layout.lanes is None else -1])
+
+    @property
     def shape(self) -> torch.Size:
-        *stack, rows, _ = self.packed.shape
-        cols = self.layout.cols
+        lanes, stack, cols = self.layout.lanes, self.stack, self.layout.cols
+        rows = self.packed.shape[-2] if lanes is None else lanes.rows
         return torch.Size([*stack, cols, rows] if self.layout.transposed else [*stack, rows, cols])
 
     @property
@@ -405,7 +611,7 @@ class PackedMatrix:
 
     def dense(self) -> Tensor:
         """The dense tensor, with the shape that the model's code expects."""
-        if self.packed.ndim == 3:
+        if self.stack:
             return torch.stack([self[expert].dense() for expert in range(len(self.packed))])
         dense = _weight(self.packed, self.scale, self.layout, self.dtype)
         return dense.T.contiguous() if self.layout.transposed else dense
@@ -420,7 +626,7 @@ class PackedMatrix:
 
     def __getitem__(self, index: Any) -> Any:
         one = isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0)
-        if one and self.packed.ndim == 3:
+        if one and self.stack:
             packed, scale = self.packed[index], self.scale[index]
             return PackedMatrix(packed, scale, self.layout, self.dtype)
         return self._exposed()[index]
@@ -438,16 +644,17 @@ class PackedMatrix:
             x, matrix = args[0], args[1]
             bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
             right = _LINEAR if not matrix.layout.transposed else _MATMUL
-            if func in right and matrix.packed.ndim == 2:
+            if func in right and not matrix.stack:
                 return product(x, matrix.packed, matrix.scale, bias, matrix.layout)
-            if func is F.embedding and matrix.packed.ndim == 2:
+            if func is F.embedding and not matrix.stack:
                 options = kwargs or {}
                 if len(args) > 3 or options.get("max_norm") is not None:
                     raise UsageError(
                         "max_norm: changes the rows that are looked up, but the embedding is "
                         "packed; expected none. Convert with --embeddings keep."
                     )
-                return gather(x, matrix.packed, matrix.scale, matrix.layout, matrix.dtype)
+                stored = _stored(matrix.packed, matrix.scale, matrix.layout)
+                return gather(x, *stored, replace(matrix.layout, lanes=None), matrix.dtype)
         return func(*_densified(args), **_densified(kwargs or {}))
 
 
@@ -534,7 +741,7 @@ def ternary_experts(
     experts: Any = module
     dense_class: type = type(module)
     experts.__class__ = _mixed_class(TernaryExperts, dense_class)
-    experts.ternary_layouts = {name: layout for name, (layout, _, _) in parameters.items()}
+    experts.layouts = {name: layout for name, (layout, _, _) in parameters.items()}
 
 
 def dense_experts(module: TernaryExperts, dtype: torch.dtype) -> None:
@@ -544,7 +751,7 @@ def dense_experts(module: TernaryExperts, dtype: torch.dtype) -> None:
         dense = PackedMatrix(getattr(module, name), scale, layout, dtype).dense()
         delattr(module, f"{name}_scale")
         setattr(module, name, nn.Parameter(dense))
-    del module.ternary_layouts
+    del module.layouts
     module.__class__ = module.dense_class  # type: ignore[assignment]
 
 
@@ -619,13 +826,13 @@ def packed_embedding(
     module.register_buffer("weight_like", like, persistent=False)
     dense_class: type = type(module)
     embedding.__class__ = _mixed_class(PackedEmbedding, dense_class)
-    embedding.ternary_layouts = {"weight": layout}
+    embedding.layouts = {"weight": layout}
 
 
 def dense_embedding(module: PackedEmbedding, dtype: torch.dtype) -> None:
     """The inverse of `packed_embedding`: a dense weight of `dtype`, in place."""
     layout = module.layouts["weight"]
     dense = _weight(module.weight, module.weight_scale, layout, dtype)
-    del module.weight_scale, module.weight_like, module.ternary_layouts
+    del module.weight_scale, module.weight_like, module.layouts
     module.weight = nn.Parameter(dense)
     module.__class__ = module.dense_class  # type: ignore[assignment]

@@ -49,6 +49,7 @@ from ternarize.linear import (
     dense_experts,
     packed_embedding,
     ternary_experts,
+    use_lanes,
 )
 
 
@@ -148,7 +149,9 @@ class TernarizeQuantizer(HfQuantizer):
                     scale.__class__ = Scale
         if self.quantization_config.dequantize:
             self._dequantize(model)
-        elif any(isinstance(module, PackedEmbedding) for module in model.modules()):
+            return model
+        use_lanes(model)
+        if any(isinstance(module, PackedEmbedding) for module in model.modules()):
             for module in model.modules():
                 if hasattr(module, "resize_token_embeddings"):
                     module.resize_token_embeddings = functools.partial(_keep_size, module)
