@@ -543,6 +543,62 @@ def generate(
         )
 
 
+@command
+def bench(
+    model: Packed,
+    prompt: Annotated[int, typer.Option(help="Tokens to read at once.")] = 128,
+    decode: Annotated[int, typer.Option(help="Tokens to write, one by one.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Times to measure; medians are shown.")] = 5,
+    threads: Annotated[int | None, typer.Option(help="Of the CPU; default: torch's.")] = None,
+    activations: RunActivations = None,
+    dtype: RunDtype = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Measure how fast a packed language model runs on this CPU.
+
+    Also how many bytes of weights a token reads, and which share that is of what a plain loop reads
+    from memory in the same time.
+
+    Example: ternarize bench packed
+    """
+    import torch
+
+    from ternarize.bench import bench as run
+    from ternarize.load import load
+
+    _quiet_transformers()
+    if threads is not None:
+        if threads < 1:
+            raise UsageError(f"threads: {threads}; expected at least 1.")
+        torch.set_num_threads(threads)
+    loaded = load(
+        model,
+        dtype=dtype.value if dtype else None,
+        activations=activations.value if activations else None,
+    )
+    result = run(loaded, prompt=prompt, decode=decode, repeats=repeats)
+    if as_json:
+        _print_json({"model": model, "dtype": str(loaded.dtype).removeprefix("torch."), **result})
+        return
+    table = Table(box=None)
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    table.add_row("prompt", f"{result['prompt_tokens_per_second']:.1f} tokens/s")
+    table.add_row("decode", f"{result['decode_tokens_per_second']:.1f} tokens/s")
+    table.add_row("weights", f"{result['bytes_per_token'] / 1e6:.1f} MB/token")
+    table.add_row("weights read", f"{result['bytes_per_second'] / 1e9:.2f} GB/s")
+    if result["bandwidth"] is not None:
+        table.add_row("memory", f"{result['bandwidth'] / 1e9:.2f} GB/s")
+        table.add_row("share of memory", f"{result['share_of_bandwidth']:.1%}")
+    out = _out()
+    out.print(table)
+    out.print(
+        f"{prompt} tokens read, {decode} written, medians of {repeats}, {result['threads']} "
+        f"threads, {result['cpu'] or 'torch alone'}"
+    )
+
+
 def _quiet_transformers() -> None:
     """Leave the terminal to us: no bars of transformers' own."""
     import transformers

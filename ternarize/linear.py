@@ -252,9 +252,16 @@ def _stored(packed: Tensor, scale: Tensor, layout: Layout) -> tuple[Tensor, Tens
     """
     if layout.lanes is None:
         return packed, scale
-    lanes, cols, group_size = layout.lanes, layout.cols, layout.group_size
+    with torch.autocast("cpu", enabled=False):  # it would cast scales that are put together
+        return _from_lanes(packed, scale, layout, layout.lanes)
+
+
+def _from_lanes(
+    packed: Tensor, scale: Tensor, layout: Layout, lanes: Lanes
+) -> tuple[Tensor, Tensor]:
+    cols, group_size = layout.cols, layout.group_size
     if packed.ndim == 2:
-        pairs = [_stored(*pair, layout) for pair in zip(packed, scale, strict=True)]
+        pairs = [_from_lanes(*pair, layout, lanes) for pair in zip(packed, scale, strict=True)]
         return torch.stack([p for p, _ in pairs]), torch.stack([s for _, s in pairs])
     groups = group_count(cols, group_size)
     planes, scales = [], []
@@ -268,6 +275,7 @@ def _stored(packed: Tensor, scale: Tensor, layout: Layout) -> tuple[Tensor, Tens
     return torch.cat(planes, 1), torch.cat(scales, 1)
 
 
+@torch.autocast("cpu", enabled=False)  # as in `_stored`
 def _in_lanes(packed: Tensor, scale: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Layout]:
     """The lanes of a stored parameter, its scales, and the layout that says so.
 
