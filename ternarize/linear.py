@@ -275,7 +275,7 @@ def _from_lanes(
     return torch.cat(planes, 1), torch.cat(scales, 1)
 
 
-@torch.autocast("cpu", enabled=False)  # as in `_stored`
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def _in_lanes(packed: Tensor, scale: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Layout]:
     """The lanes of a stored parameter, its scales, and the layout that says so.
 
@@ -400,7 +400,7 @@ class Packed(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, tensor in self._stored_parameters().items():
             destination[prefix + name] = tensor
 
@@ -436,7 +436,7 @@ class Packed(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         had_lanes = state.pop("_had_lanes", False)
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if had_lanes:
             self.use_lanes()
 

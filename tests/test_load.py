@@ -503,7 +503,7 @@ def test_a_changed_tensor_is_saved_with_its_new_digest(made: Made, tmp_path: Pat
 @pytest.mark.parametrize("name", SOME)
 def test_a_dequantized_model_is_an_ordinary_model(made: Made, tmp_path: Path, name: str) -> None:
     folder = made(name)
-    expected = packing.output(ternarize.load(folder / "packed"))
+    expected = packing.output(stored(ternarize.load(folder / "packed")))
     model: Any = ternarize.load(folder / "packed", dequantize=True)
     assert not any(isinstance(module, Packed) for module in model.modules())
     assert not hasattr(model.config, "quantization_config")

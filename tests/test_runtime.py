@@ -275,7 +275,7 @@ def small_model() -> Any:
         vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
     )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval()
+    return transformers.LlamaForCausalLM(config)
 
 
 def test_bench_counts_what_a_token_reads() -> None:
