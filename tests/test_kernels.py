@@ -1,4 +1,4 @@
-"""Products from run-time layouts: every variant of the compiled core equals its definition in torch.
+"""Products from run-time layouts: every variant of the core equals their definition in torch.
 
 The definition, `product_of_trits`, is compared with float64 and with `linear.int8_product`.
 """
