@@ -50,8 +50,8 @@ from ternarize.tensor import group_count
 COLS = 2048
 UNIT = 5120  # rows that a tall matrix repeats: whole blocks of either layout
 LAYERS = 16
-SHAPES = ((2048, 2048), (512, 2048), (512, 2048), (2048, 2048), (8192, 2048), (8192, 2048))
-SHAPES += ((2048, 8192),)
+SHAPES = [(2048, 2048), (512, 2048), (512, 2048), (2048, 2048)]
+SHAPES += [(8192, 2048), (8192, 2048), (2048, 8192)]
 PEERS = {"TQ2_0": 66, "TQ1_0": 54}  # bytes of 256 weights
 Q8_K = 292  # bytes of 256 inputs
 Runs = dict[str, Callable[[], object]]

@@ -114,21 +114,31 @@ def from_lanes(
     """
 
 def product(
-    x: Array,
+    x: int,
     kind: Kind,
-    lanes: Array,
-    scales: Array,
+    tokens: int,
+    cols: int,
+    lanes: int,
+    lanes_size: int,
+    scales: int,
+    scales_size: int,
+    half: bool,
     form: Form,
     group_size: int,
     int8: bool,
-    out: Array,
+    out: int,
+    rows: int,
     threads: int,
 ) -> None:
     """Set out to x W^T as ternarize.kernels.product_of_trits defines it, with the same bits.
 
+    Memory is given by its address, because that is what a call of some microseconds can afford.
+    Only ternarize.kernels.product should call this: it knows that tensors are dense and what they
+    hold. Sizes are checked.
+
     x       (tokens, cols) of `kind`
-    lanes   (bytes,) uint8, of `to_lanes`; bytes that are none of a layout give some result
-    scales  (blocks * groups * rows of a block,) float16 or float32: in the order block, group, row
+    lanes   (lanes_size,) uint8, of `to_lanes`; bytes that are none of a layout give some result
+    scales  (scales_size,) float16 if `half`, else float32: in the order block, group, row of block
     form    "lanes2", or "lanes3" where `has_lanes3`
     int8    round inputs to 8 bits for each token; else to 24
     out     (tokens, rows) of `kind`

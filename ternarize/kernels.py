@@ -184,15 +184,33 @@ def product(
         groups = group_count(cols, group_size)
         trits = trits_of_lanes(lanes, rows, cols, group_size, form)
         plain = lane_scales(scales, rows, rows, groups, form)
-        return product_of_trits(flat, trits, plain, group_size, activations).view(
-            *x.shape[:-1], rows
-        )
-    out = torch.empty((flat.shape[0], rows), dtype=x.dtype)
-    int8 = activations == "int8"
+        y = product_of_trits(flat, trits, plain, group_size, activations)
+        return y.view(*x.shape[:-1], rows)
+    out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
+    flat = flat.contiguous()
+    half = scales.dtype == torch.float16
+    # what the core cannot see
+    assert lanes.dtype == torch.uint8 and lanes.is_contiguous()
+    assert (half or scales.dtype == torch.float32) and scales.is_contiguous()
+    assert activations in ("int8", "none")
     lib.product(
-        flat.contiguous(), _KINDS[x.dtype], lanes, scales, form, group_size, int8, out, threads
+        flat.data_ptr(),
+        _KINDS[x.dtype],
+        flat.shape[0],
+        cols,
+        lanes.data_ptr(),
+        lanes.numel(),
+        scales.data_ptr(),
+        scales.numel(),
+        half,
+        form,
+        group_size,
+        activations == "int8",
+        out.data_ptr(),
+        rows,
+        threads,
     )
-    return out.view(*x.shape[:-1], rows)
+    return out
 
 
 def product_of_trits(
