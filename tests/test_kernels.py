@@ -491,15 +491,15 @@ def test_no_access_out_of_bounds(tmp_path: Path) -> None:
     csrc = HERE.parent / "ternarize" / "csrc"
     names = ["core", "lanes", "pool", "portable", "products_portable"]
     x86 = subprocess.run(["g++", "-dumpmachine"], capture_output=True, text=True, check=True)
-    flags: dict[str, str] = {}
+    # the functions for weights are not what this is about: one build of them, as it is, will do
+    flags = {"portable": "-fno-sanitize=all"}
     if x86.stdout.startswith("x86_64"):
         avx512 = "-mavx2 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vnni"
-        flags = {
+        flags |= {
             "products_avx2": "-mavx2",
             "products_avxvnni": "-mavx2 -mavxvnni",
             "products_avx512": avx512,
             "products_amx": f"{avx512} -mamx-tile -mamx-int8",
-            # the functions for weights are not what this is about: one build of them will do
             "core": "-DTERNARIZE_X86_VARIANTS -DTERNARIZE_AVXVNNI -DTERNARIZE_AMX "
             "-DkAvx2=kPortable -DkAvx512=kPortable",
         }

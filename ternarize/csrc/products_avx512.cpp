@@ -10,7 +10,7 @@ namespace ternarize {
 namespace {
 
 constexpr bool kLanes3 = true;
-constexpr int64_t kDirect = 4, kFew = 8;
+constexpr int64_t kDirect = 4, kFew = 12;
 
 // sum += the four products of each lane's bytes, u unsigned and x signed. As an instruction, because
 // compilers that may move the intrinsic keep sums in memory.
