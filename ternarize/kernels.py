@@ -10,9 +10,9 @@ multiply them, in one flat tensor of bytes that takes the place of the stored on
 both. Scales lie beside it in the order of the same blocks of rows (`scale_lanes`, `lane_scales`).
 
 What `product` computes is defined by `product_of_trits`, in torch; the compiled core gives the same
-bits on every CPU and with any number of threads. Inputs become integers (`quantize`), whose sums over
-a group are exact; the float operations after them have one order. ternarize/csrc/lanes.h has the
-layouts and the arithmetic in full.
+bits on every CPU and with any number of threads. Inputs become integers (`quantize`), whose sums
+over a group are exact; the float operations after them have one order. ternarize/csrc/lanes.h has
+the layouts and the arithmetic in full.
 """
 
 import torch
@@ -111,7 +111,11 @@ def trits_of_lanes(lanes: Tensor, rows: int, cols: int, group_size: int, form: s
     if bool((digits > 2).any()):
         raise _no_digits(form)
     # blocks, field, quad, lane, column -> rows, padded columns
-    trits = (digits - 1).permute(0, 1, 3, 2, 4).reshape(blocks * block, _quads(cols, group_size) * 4)[:rows]
+    trits = (
+        (digits - 1)
+        .permute(0, 1, 3, 2, 4)
+        .reshape(blocks * block, _quads(cols, group_size) * 4)[:rows]
+    )
     length = group_length(cols, group_size)
     padded = split_groups(trits, -(-length // 4) * 4 if group_size > 0 else -1)
     return padded[..., :length].flatten(-2)[:, :cols].to(torch.int8).contiguous()
@@ -134,8 +138,8 @@ def _in_quads(values: Tensor, group_size: int) -> Tensor:
 def scale_lanes(scales: Tensor, rows: int, form: str) -> Tensor:
     """Scales in the order of a run-time layout: block, group, row of the block.
 
-    scales  (scale_rows, groups) float, or uint8 as codecs.scale_codes makes them; scale_rows divides
-            rows
+    scales  (scale_rows, groups) float, or uint8 as codecs.scale_codes makes them; scale_rows
+            divides rows
 
     Returns (blocks * groups * block,) float16 if the scales are that or codes (which it holds
     exactly), else float32. Rows beyond the last have the scale 0.
@@ -180,15 +184,33 @@ def product(
         groups = group_count(cols, group_size)
         trits = trits_of_lanes(lanes, rows, cols, group_size, form)
         plain = lane_scales(scales, rows, rows, groups, form)
-        return product_of_trits(flat, trits, plain, group_size, activations).view(
-            *x.shape[:-1], rows
-        )
-    out = torch.empty((flat.shape[0], rows), dtype=x.dtype)
-    int8 = activations == "int8"
+        y = product_of_trits(flat, trits, plain, group_size, activations)
+        return y.view(*x.shape[:-1], rows)
+    out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
+    flat = flat.contiguous()
+    half = scales.dtype == torch.float16
+    # what the core cannot see
+    assert lanes.dtype == torch.uint8 and lanes.is_contiguous()
+    assert (half or scales.dtype == torch.float32) and scales.is_contiguous()
+    assert activations in ("int8", "none")
     lib.product(
-        flat.contiguous(), _KINDS[x.dtype], lanes, scales, form, group_size, int8, out, threads
+        flat.data_ptr(),
+        _KINDS[x.dtype],
+        flat.shape[0],
+        cols,
+        lanes.data_ptr(),
+        lanes.numel(),
+        scales.data_ptr(),
+        scales.numel(),
+        half,
+        form,
+        group_size,
+        activations == "int8",
+        out.data_ptr(),
+        rows,
+        threads,
     )
-    return out.view(*x.shape[:-1], rows)
+    return out
 
 
 def product_of_trits(

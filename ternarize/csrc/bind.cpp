@@ -221,28 +221,29 @@ int64_t bind_from_lanes(Flat<const uint8_t> lanes, const std::string& form, int6
   return from_lanes(x, lanes.data(), out.data(), threads);
 }
 
-void bind_product(Dense<nb::ro> x, const std::string& kind_name, Flat<const uint8_t> lanes,
-                  Flat<nb::ro> scales, const std::string& form, int64_t group_size, bool int8,
-                  Dense<> out, int threads) {
+// Memory by address: a layer's product takes tens of microseconds, and to look at each tensor through
+// DLPack takes three. The caller, kernels.product, knows dtypes and strides; sizes are checked here.
+void bind_product(int64_t x, const std::string& kind_name, int64_t tokens, int64_t cols,
+                  int64_t lanes, int64_t lanes_size, int64_t scales, int64_t scales_size, bool half,
+                  const std::string& form, int64_t group_size, bool int8, int64_t out,
+                  int64_t rows, int threads) {
   const Kind kind = kind_of(kind_name);
-  const auto tokens = static_cast<int64_t>(x.shape(0)), rows = static_cast<int64_t>(out.shape(1));
-  const Lanes l = checked_lanes(form, rows, static_cast<int64_t>(x.shape(1)), group_size);
-  expect_kind("x", x, kind);
-  expect_kind("out", out, kind);
-  expect("out", out, tokens, rows);
-  expect_size("lanes", lanes, l.size());
-  expect_size("scales", scales, l.blocks * l.stored.groups * l.block);
-  const nb::dlpack::dtype has = scales.dtype();
-  const bool half = has.bits == 16;
-  if (has.code != static_cast<uint8_t>(nb::dlpack::dtype_code::Float) || has.lanes != 1 ||
-      (has.bits != 16 && has.bits != 32))
-    fail("scales: dtype is not float16 or float32.");
+  const Lanes l = checked_lanes(form, rows, cols, group_size);
+  const auto expect_size = [](const char* name, int64_t has, int64_t size) {
+    if (has != size)
+      fail(std::string(name) + ": " + std::to_string(has) + " elements; expected " +
+           std::to_string(size) + ".");
+  };
+  if (tokens < 0) fail("tokens is " + std::to_string(tokens) + "; expected 0 or more.");
+  expect_size("lanes", lanes_size, l.size());
+  expect_size("scales", scales_size, l.blocks * l.stored.groups * l.block);
   if (l.form == Form::Lanes3 && !products().lanes3)
     fail("form is 'lanes3', which '" + std::string(variant().name) +
          "' cannot multiply; expected 'lanes2'.");
+  const auto at = [](int64_t address) { return reinterpret_cast<void*>(address); };
   nb::gil_scoped_release unlocked;
-  product(l, lanes.data(), {scales.data(), half}, kind, int8 ? 1 : 3, tokens, x.data(), out.data(),
-          threads);
+  product(l, static_cast<const uint8_t*>(at(lanes)), {at(scales), half}, kind, int8 ? 1 : 3,
+          tokens, at(x), at(out), threads);
 }
 
 std::string bind_cpu() { return variant().name; }
@@ -307,9 +308,10 @@ NB_MODULE(_native, m) {
         nb::arg("group_size"), nb::arg("out").noconvert(), nb::arg("threads"));
   m.def("from_lanes", bind_from_lanes, nb::arg("lanes").noconvert(), nb::arg("form"),
         nb::arg("cols"), nb::arg("group_size"), nb::arg("out").noconvert(), nb::arg("threads"));
-  m.def("product", bind_product, nb::arg("x").noconvert(), nb::arg("kind"),
-        nb::arg("lanes").noconvert(), nb::arg("scales").noconvert(), nb::arg("form"),
-        nb::arg("group_size"), nb::arg("int8"), nb::arg("out").noconvert(), nb::arg("threads"));
+  m.def("product", bind_product, nb::arg("x"), nb::arg("kind"), nb::arg("tokens"),
+        nb::arg("cols"), nb::arg("lanes"), nb::arg("lanes_size"), nb::arg("scales"),
+        nb::arg("scales_size"), nb::arg("half"), nb::arg("form"), nb::arg("group_size"),
+        nb::arg("int8"), nb::arg("out"), nb::arg("rows"), nb::arg("threads"));
   m.def("read_all", bind_read_all, nb::arg("bytes").noconvert(), nb::arg("threads"));
   m.def("dot_peak", bind_dot_peak, nb::arg("rounds"), nb::arg("threads"));
   m.def("cpu", bind_cpu);

@@ -10,7 +10,7 @@ namespace ternarize {
 namespace {
 
 constexpr bool kLanes3 = true;
-constexpr int64_t kDirect = 4;
+constexpr int64_t kDirect = 4, kFew = 12;
 
 // sum += the four products of each lane's bytes, u unsigned and x signed. As an instruction, because
 // compilers that may move the intrinsic keep sums in memory.
@@ -60,7 +60,7 @@ constexpr Table kLowerDigits = [] {
     table.of[r] = static_cast<uint8_t>(r % 3 + 4 * (r / 3 % 3) + 16 * (r / 9));
   return table;
 }();
-inline __m512i look_up(const Table& table, __m512i index) {
+TERNARIZE_INLINE __m512i look_up(const Table& table, __m512i index) {
   return _mm512_maskz_permutexvar_epi8(~__mmask64{0}, index, _mm512_load_si512(table.of));
 }
 
@@ -92,8 +92,8 @@ TERNARIZE_INLINE Bytes<fields> split(__m512i v) {
   }
 }
 
-// All sums are multiples of what they are divided by. Dividing by 7 is multiplying by its inverse
-// modulo 2^32.
+// All sums are multiples of what they are divided by, and in groups of at most kLongestGroup the
+// largest, of v <= 250, is below 2^31. Dividing by 7 is multiplying by its inverse modulo 2^32.
 template <int fields>
 TERNARIZE_INLINE void solve(__m512i* s) {
   const auto times = [](__m512i x, unsigned y) {
