@@ -22,17 +22,21 @@ READ_BYTES = 1 << 28  # of the loop that measures memory: more than caches hold
 Model = Any
 
 
-def bench(model: Model, *, prompt: int = 128, decode: int = 32, repeats: int = 5) -> dict[str, Any]:
+def bench(
+    model: Model, *, prompt: int = 128, decode: int = 32, batch: int = 1, repeats: int = 5
+) -> dict[str, Any]:
     """Measure a causal language model of transformers, packed or not, on the CPU.
 
     prompt   tokens read at once
     decode   tokens that follow, each from the one before
+    batch    prompts at once; tokens per second are those of all
     repeats  of everything, after one more that is not counted
 
     Returns medians over the repeats:
 
         prompt_tokens_per_second, decode_tokens_per_second
-        bytes_per_token        of weights, as `bytes_per_token` counts
+        bytes_per_step         of weights that one decoded token of each prompt reads, as
+                               `bytes_per_step` counts
         bytes_per_second       of weights, while decoding
         bandwidth              bytes per second of a plain read loop; None without the compiled core
         share_of_bandwidth     the last but one over the last
@@ -41,7 +45,8 @@ def bench(model: Model, *, prompt: int = 128, decode: int = 32, repeats: int = 5
     Raises UsageError when the model is not on the CPU or does not continue a text, or a number is
     less than 1.
     """
-    for name, value in (("prompt", prompt), ("decode", decode), ("repeats", repeats)):
+    numbers = {"prompt": prompt, "decode": decode, "batch": batch, "repeats": repeats}
+    for name, value in numbers.items():
         if value < 1:
             raise UsageError(f"{name}: {value}; expected at least 1.")
     if not model.can_generate() or model.config.is_encoder_decoder:
@@ -57,31 +62,29 @@ def bench(model: Model, *, prompt: int = 128, decode: int = 32, repeats: int = 5
             f"prompt: {prompt} tokens and {decode} to decode; expected at most the model's context "
             f"of {context} together. Ask for fewer."
         )
-    times = [_run(model, prompt, decode) for _ in range(repeats + 1)][1:]
+    times = [run(model, prompt, decode, batch) for _ in range(repeats + 1)][1:]
     prompt_seconds, decode_seconds = (statistics.median(t) for t in zip(*times, strict=True))
-    weights = bytes_per_token(model)
+    weights = bytes_per_step(model, batch)
     rate = weights * decode / decode_seconds
     bandwidth = read_bandwidth(repeats)
     return {
-        "prompt": prompt,
-        "decode": decode,
-        "repeats": repeats,
+        **numbers,
         "threads": torch.get_num_threads(),
         "cpu": None if lib is None else lib.cpu(),
         "form": None if lib is None else kernels.best_form(),
-        "prompt_tokens_per_second": prompt / prompt_seconds,
-        "decode_tokens_per_second": decode / decode_seconds,
-        "bytes_per_token": weights,
+        "prompt_tokens_per_second": batch * prompt / prompt_seconds,
+        "decode_tokens_per_second": batch * decode / decode_seconds,
+        "bytes_per_step": weights,
         "bytes_per_second": rate,
         "bandwidth": bandwidth,
         "share_of_bandwidth": None if bandwidth is None else rate / bandwidth,
     }
 
 
-def _run(model: Model, prompt: int, decode: int) -> tuple[float, float]:
-    """Seconds for a prompt, and for the tokens that follow it."""
+def run(model: Model, prompt: int, decode: int, batch: int = 1) -> tuple[float, float]:
+    """Seconds for `batch` prompts, and for the tokens that follow them; arguments as in `bench`."""
     vocabulary = model.get_input_embeddings().num_embeddings
-    ids = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         began = time.perf_counter()
         out = model(ids, use_cache=True, logits_to_keep=1)
@@ -93,11 +96,12 @@ def _run(model: Model, prompt: int, decode: int) -> tuple[float, float]:
     return read - began, done - read
 
 
-def bytes_per_token(model: nn.Module) -> int:
-    """Bytes of weights that one token reads, as they are held in memory.
+def bytes_per_step(model: nn.Module, batch: int = 1) -> int:
+    """Bytes of weights, as they are held in memory, that one token of each of `batch` texts reads.
 
-    Every parameter once; of a token embedding that nothing else uses, one row; of experts, as many
-    as the model's config says that a token meets (all, where it does not say).
+    Every parameter once; of a token embedding that nothing else uses, a row for each text; of
+    experts, as many as the model's config says that a token meets, for each text as if none met
+    another's, and all at most (all, where it does not say).
     """
     config: Any = model.config
     meets = getattr(config.get_text_config(), "num_experts_per_tok", None)
@@ -109,11 +113,11 @@ def bytes_per_token(model: nn.Module) -> int:
             if isinstance(module, nn.Embedding) and (
                 not isinstance(module, PackedEmbedding) or name.startswith("weight")
             ):
-                share = 1 / max(1, module.num_embeddings)
+                share = min(1.0, batch / max(1, module.num_embeddings))
             elif (
                 isinstance(module, TernaryExperts) and name.removesuffix("_scale") in module.layouts
             ):
-                share = 1.0 if meets is None else meets / len(parameter)
+                share = 1.0 if meets is None else min(1.0, batch * meets / len(parameter))
             key = id(parameter)
             shares[key] = max(share, shares.get(key, 0.0))
             sizes[key] = parameter.numel() * parameter.element_size()

@@ -548,6 +548,7 @@ def bench(
     model: Packed,
     prompt: Annotated[int, typer.Option(help="Tokens to read at once.")] = 128,
     decode: Annotated[int, typer.Option(help="Tokens to write, one by one.")] = 32,
+    batch: Annotated[int, typer.Option(help="Prompts at once.")] = 1,
     repeats: Annotated[int, typer.Option(help="Times to measure; medians are shown.")] = 5,
     threads: Annotated[int | None, typer.Option(help="Of the CPU; default: torch's.")] = None,
     activations: RunActivations = None,
@@ -577,7 +578,7 @@ def bench(
         dtype=dtype.value if dtype else None,
         activations=activations.value if activations else None,
     )
-    result = run(loaded, prompt=prompt, decode=decode, repeats=repeats)
+    result = run(loaded, prompt=prompt, decode=decode, batch=batch, repeats=repeats)
     if as_json:
         _print_json({"model": model, "dtype": str(loaded.dtype).removeprefix("torch."), **result})
         return
@@ -586,7 +587,7 @@ def bench(
     table.add_column("value", justify="right")
     table.add_row("prompt", f"{result['prompt_tokens_per_second']:.1f} tokens/s")
     table.add_row("decode", f"{result['decode_tokens_per_second']:.1f} tokens/s")
-    table.add_row("weights", f"{result['bytes_per_token'] / 1e6:.1f} MB/token")
+    table.add_row("weights", f"{result['bytes_per_step'] / 1e6:.1f} MB a step")
     table.add_row("weights read", f"{result['bytes_per_second'] / 1e9:.2f} GB/s")
     if result["bandwidth"] is not None:
         table.add_row("memory", f"{result['bandwidth'] / 1e9:.2f} GB/s")

@@ -282,18 +282,19 @@ def test_bench_counts_what_a_token_reads() -> None:
     model = small_model()
     parameters = sum(p.nbytes for p in model.parameters())
     embedding = model.model.embed_tokens.weight.nbytes
-    assert bench.bytes_per_token(model) == parameters - embedding + embedding // 50
+    assert bench.bytes_per_step(model) == parameters - embedding + embedding // 50
+    assert bench.bytes_per_step(model, 50) == parameters
     model.lm_head.weight = model.model.embed_tokens.weight  # the head reads all of it
-    assert bench.bytes_per_token(model) == sum(p.nbytes for p in model.parameters())
+    assert bench.bytes_per_step(model) == sum(p.nbytes for p in model.parameters())
 
 
 def test_bench_measures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "READ_BYTES", 1 << 20)
-    result = bench.bench(small_model(), prompt=5, decode=3, repeats=2)
+    result = bench.bench(small_model(), prompt=5, decode=3, batch=2, repeats=2)
     for key in ("prompt_tokens_per_second", "decode_tokens_per_second", "bandwidth"):
         assert result[key] > 0
     assert result["share_of_bandwidth"] == result["bytes_per_second"] / result["bandwidth"]
-    rate = result["bytes_per_token"] * result["decode_tokens_per_second"]
+    rate = result["bytes_per_step"] * result["decode_tokens_per_second"] / 2
     assert result["bytes_per_second"] == pytest.approx(rate)
     with pytest.raises(UsageError, match="decode: 0; expected at least 1"):
         bench.bench(small_model(), decode=0)
