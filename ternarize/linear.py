@@ -364,8 +364,8 @@ class Packed(nn.Module):
     def use_lanes(self) -> None:
         """Hold in lanes what can be; `use_stored` is the inverse.
 
-        Raises FormatError when a byte is no code. Nothing but this may say that it is in lanes:
-        a parameter that another module has too would change under that one's feet.
+        Raises FormatError when a byte is no code. Not for a parameter that another module has too:
+        this one would not share it any longer. The function of the same name knows.
         """
         for name, layout in self.layouts.items():
             packed, scale = getattr(self, name), getattr(self, f"{name}_scale")

@@ -2,15 +2,22 @@
 
 import copy
 import io
+import json
+from pathlib import Path
 from typing import Any
 
+import packing
 import pytest
+import tiny_models
 import torch
 from test_linear import HIT, Looping, Transposed, X, filled, packed_and_dense, random
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
+import ternarize
 from ternarize import bench, codecs, container, linear
+from ternarize.cli import app
 from ternarize.errors import UsageError
 from ternarize.linear import Layout, TernaryLinear, packed_embedding, use_lanes
 from ternarize.methods.absmean import absmean
@@ -265,6 +272,37 @@ def test_experts_in_lanes(
     assert experts.up_proj.shape == (4, 24, 40)
 
 
+# --- whole models ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runtime")
+    tiny_models.save("llama", folder / "source")
+    packing.pack_checkpoint(folder / "source", folder / "packed")
+    return folder / "packed"
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("activations", ["none", "int8"])
+def test_texts_of_a_padded_batch_are_those_of_each_alone(
+    packed: Path, activations: str, cache: str
+) -> None:
+    model: Any = ternarize.load(packed, dtype=torch.float32, activations=activations)
+    held = [module.layouts for module in model.modules() if isinstance(module, TernaryLinear)]
+    assert held and all(layouts["weight"].lanes is not None for layouts in held)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    options["cache_implementation"] = cache if cache == "static" else None
+    prompts = [torch.arange(5, 14), torch.arange(20, 24)]
+    ids, mask = torch.zeros(2, 9, dtype=torch.int64), torch.zeros(2, 9, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, 9 - len(prompt) :], mask[row, 9 - len(prompt) :] = prompt, 1
+    both = model.generate(ids, attention_mask=mask, **options)[:, 9:]
+    for row, prompt in enumerate(prompts):
+        alone = model.generate(prompt[None], attention_mask=torch.ones(1, len(prompt)), **options)
+        assert torch.equal(both[row], alone[0, len(prompt) :])
+
+
 # --- measuring ---------------------------------------------------------------------------
 
 
@@ -300,3 +338,17 @@ def test_bench_measures(monkeypatch: pytest.MonkeyPatch) -> None:
         bench.bench(small_model(), decode=0)
     with pytest.raises(UsageError, match="the model's context of 64 together"):
         bench.bench(small_model(), prompt=60, decode=5)
+
+
+def test_bench_on_the_command_line(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "READ_BYTES", 1 << 20)
+    arguments = ["bench", str(packed), "--prompt", "4", "--decode", "2", "--repeats", "1"]
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 0, shown.output
+    assert "tokens/s" in shown.output and "share of memory" in shown.output
+    result = CliRunner().invoke(app, [*arguments, "--batch", "3", "--json"])
+    table = json.loads(result.stdout)
+    assert (table["batch"], table["prompt"], table["decode"]) == (3, 4, 2)
+    assert table["bytes_per_step"] > 0 and table["decode_tokens_per_second"] > 0
+    refused = CliRunner().invoke(app, [*arguments, "--threads", "0"])
+    assert refused.exit_code == 2
