@@ -41,7 +41,7 @@ from torch.nn import functional as F
 
 from ternarize import codecs, kernels
 from ternarize.codecs import BASE3, INT8
-from ternarize.errors import UsageError
+from ternarize.errors import FormatError, UsageError
 from ternarize.native import lib
 from ternarize.rotation import rotate, unrotate
 from ternarize.tensor import group_count, group_length
@@ -446,17 +446,22 @@ def use_lanes(model: nn.Module) -> None:
 
     A module at a time, so that memory holds one matrix twice at most. A parameter that several
     modules have, and the rows of an embedding, which are looked up, stay in the stored form.
+
+    Raises FormatError when a byte is no code, which is possible in a file that was not verified.
     """
     owners: dict[int, int] = {}
-    modules = [module for module in model.modules() if isinstance(module, Packed)]
-    for module in modules:
-        for name in module.layouts:
-            key = id(getattr(module, name))
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, Packed)}
+    for module in modules.values():
+        for leaf in module.layouts:
+            key = id(getattr(module, leaf))
             owners[key] = owners.get(key, 0) + 1
-    for module in modules:
-        alone = all(owners[id(getattr(module, name))] == 1 for name in module.layouts)
+    for name, module in modules.items():
+        alone = all(owners[id(getattr(module, leaf))] == 1 for leaf in module.layouts)
         if alone and not isinstance(module, PackedEmbedding):
-            module.use_lanes()
+            try:
+                module.use_lanes()
+            except FormatError as error:
+                raise FormatError(f"{name}: {error}") from None
 
 
 class Scale(nn.Parameter):

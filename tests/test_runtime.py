@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import ternarize
 from ternarize import bench, codecs, container, linear
 from ternarize.cli import app
-from ternarize.errors import UsageError
+from ternarize.errors import FormatError, UsageError
 from ternarize.linear import Layout, TernaryLinear, packed_embedding, use_lanes
 from ternarize.methods.absmean import absmean
 from ternarize.native import lib
@@ -233,6 +233,13 @@ def test_shared_and_looked_up_parameters_stay_stored() -> None:
     use_lanes(model)
     held = {name: module.layouts["weight"].lanes is not None for name, module in model.items()}
     assert held == {"alone": True, "head": False, "embedding": False, "int8": False}
+
+
+def test_a_byte_that_is_no_code_is_refused_with_its_place() -> None:
+    model = nn.ModuleDict({"up": layer_of(32)})
+    model["up"].weight.data[3, 5] = 255
+    with pytest.raises(FormatError, match="up: byte 137: 255 is not a base-3 code"):
+        use_lanes(model)
 
 
 def test_without_the_core_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
