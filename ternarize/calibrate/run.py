@@ -313,7 +313,8 @@ class Calibration:
                 plan = self.by_parameter[f"{path}.{name}"]
                 weight = block.get_parameter(name).data
                 form = _form(plan)
-                bias = biases.get(name)
+                # experts keep theirs: without targets there is no mean to fit it to
+                bias = None if group.stack else biases.get(name)
                 stack = weight if weight.ndim == 3 else weight[None]
                 stored = [torch.empty_like(stack) for _ in range(plan.planes)]
                 errors = []

@@ -345,7 +345,7 @@ class Inputs:
             for lines in (self.hessian, self.hessian.T):
                 for first in range(0, len(lines), step):
                     some = lines[first : first + step]
-                    some.copy_(some[:, self.order])
+                    some.copy_(some.index_select(1, self.order))
         return self.order
 
 
