@@ -339,3 +339,18 @@ def test_rotation_spreads_large_inputs_and_so_helps() -> None:
     train, held = (moments(rotate(some, 64, 0), some @ weight.T) for some in (x[:3000], x[3000:]))
     turned = solve(rotate(weight, 64, 0), train, held, 64, half)
     assert turned.plain < straight.plain
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-5, 1e-4, 1e-3])
+def test_inputs_that_hardly_vary_about_their_mean_do_no_harm(spread: float) -> None:
+    # of a matrix with a bias, whose Hessian about the mean is then the rounding of one about zero
+    weight, x = problem(24, 64, 700)
+    x = 1 + spread * x
+    parts = (x[:600], x[600:])
+    moved = [moments(part, part @ weight.T + 1) for part in parts]
+    solution = solve(weight, moved[0], moved[1], 32, half, bias=True)
+    assert solution.bias is not None
+    (ternary,) = solution.planes
+    ours = parts[1] @ ternary.dequantize(torch.float32).T + solution.bias
+    wanted = parts[1] @ weight.T + 1
+    assert float((ours - wanted).square().mean() / wanted.square().mean()) < 1e-3 + spread

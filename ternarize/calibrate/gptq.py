@@ -30,8 +30,8 @@ sought that minimises
 
 5. Coordinate descent.  With scales fixed, each trit in turn takes its best value given all others,
    the level nearest to w'_j + ((w* - w') M)_j / M_jj, in the order of step 3. Steps 4 and 5
-   alternate. Neither can raise the error in M, and scales are rounded as they are stored before the
-   trits settle on them.
+   alternate. Neither can raise the error in M, but for the rounding and clamping of scales, which
+   comes before the trits settle on them.
 
 lambda, the damping of step 3 and the round that is kept are those with the least E on held-out
 tokens, on a sample of the rows, so statistics of few tokens are trusted less. If the matrix has a
@@ -340,7 +340,9 @@ def _search(
         problem = replace(problem, rest=_sum(others) if others else None)
         damping = _choose_damping(problem.part(rows), judge)
         tried = ((problem.error(c, rows, judge), c) for c in _rounds(problem, damping))
-        error, latest = min(tried, key=lambda pair: pair[0])
+        error, latest = min(tried, key=lambda pair: pair[0], default=(math.inf, None))
+        if latest is None:  # no damping makes the Hessian one
+            break
         found[at : at + 1] = [latest]
         if len(found) == planes and error < best[1]:
             best = tuple(found), error
