@@ -1,6 +1,6 @@
 """The compiled core: the loops over weights and packed bytes, on CPU.
 
-Arrays are torch CPU tensors or numpy arrays, dense and two-dimensional; outputs are allocated by
+Arrays are torch CPU tensors or numpy arrays, dense and as shaped below; outputs are allocated by
 the caller and written in place. Wrong shapes raise ValueError, wrong dtypes or strides TypeError
 (weights and dequantized outputs of a wrong dtype: ValueError). Weights of kind BF16 and F16 have
 that dtype or are their bits as 16-bit integers.
@@ -16,6 +16,7 @@ from torch import Tensor
 
 Array: TypeAlias = Tensor | np.ndarray[Any, Any]
 Kind: TypeAlias = Literal["F32", "BF16", "F16"]
+Form: TypeAlias = Literal["lanes2", "lanes3"]
 
 def pack(trits: Array, group_size: int, out: Array, threads: int) -> int:
     """Pack trits (rows, cols) int8 into out (rows, width) uint8.
@@ -89,11 +90,86 @@ def distance(
     and the number of trits that are not zero.
     """
 
+def lanes_shape(form: Form, rows: int, cols: int, group_size: int) -> tuple[int, int, int]:
+    """Of a run-time layout (csrc/lanes.h): its bytes, its blocks of rows, the rows of a block.
+
+    ValueError, here and below, if a group has more than 65536 columns: sums could leave 32 bits.
+    """
+
+def to_lanes(
+    packed: Array, form: Form, cols: int, group_size: int, out: Array, threads: int
+) -> int:
+    """Turn packed (rows, width) uint8 into the run-time layout out (bytes,) uint8.
+
+    Returns what `unpack` returns; `out` is unspecified unless that is -1.
+    """
+
+def from_lanes(
+    lanes: Array, form: Form, cols: int, group_size: int, out: Array, threads: int
+) -> int:
+    """Turn a run-time layout back into packed bytes out (rows, width) uint8.
+
+    Returns -1, or the flat index of the first weight whose byte `to_lanes` cannot have written;
+    `out` is unspecified then.
+    """
+
+def product(
+    x: int,
+    kind: Kind,
+    tokens: int,
+    cols: int,
+    lanes: int,
+    lanes_size: int,
+    scales: int,
+    scales_size: int,
+    half: bool,
+    form: Form,
+    group_size: int,
+    int8: bool,
+    out: int,
+    rows: int,
+    threads: int,
+) -> None:
+    """Set out to x W^T as ternarize.kernels.product_of_trits defines it, with the same bits.
+
+    Memory is given by its address, because that is what a call of some microseconds can afford.
+    Only ternarize.kernels.product should call this: it knows that tensors are dense and what they
+    hold. Sizes are checked.
+
+    x       (tokens, cols) of `kind`
+    lanes   (lanes_size,) uint8, of `to_lanes`; bytes that are none of a layout give some result
+    scales  (scales_size,) float16 if `half`, else float32: in the order block, group, row of block
+    form    "lanes2", or "lanes3" where `has_lanes3`
+    int8    round inputs to 8 bits for each token; else to 24
+    out     (tokens, rows) of `kind`
+    """
+
+def has_lanes3() -> bool:
+    """Whether `product` takes "lanes3" with the instruction set in use."""
+
+def read_all(bytes: Array, threads: int) -> int:
+    """Read bytes (n,) uint8 as fast as memory gives them; returns the exclusive or of its words.
+
+    A yardstick. Words have 64 bits; those after the last whole 512 bytes of a part are left out.
+    """
+
+def dot_peak(rounds: int, threads: int) -> int:
+    """Do nothing but dot products of 8 bits, `rounds` rounds on each thread.
+
+    Returns the number of multiplications; 0 where the instruction set in use has none.
+    """
+
 def cpu() -> str:
-    """The instruction set in use: 'portable', 'avx2' or 'avx512'."""
+    """The instruction set in use, one of `product_cpus`."""
 
 def cpus() -> list[str]:
-    """Those that this build and this CPU have; the last is the default.
+    """The instruction sets that this build and this CPU have for the functions of weights.
+
+    Of 'portable', 'avx2' and 'avx512'; the last one is in use in all that come after it.
+    """
+
+def product_cpus() -> list[str]:
+    """Those for `product`, which are more: also 'avxvnni' and 'amx'. The last is the default.
 
     The environment variable TERNARIZE_CPU chooses another at import.
     """

@@ -171,19 +171,111 @@ nb::tuple bind_distance(Dense<nb::ro> weights, const std::string& kind_name, int
   return nb::make_tuple(sum.error, sum.energy, sum.nonzero);
 }
 
-std::string bind_cpu() { return kernels().name; }
+// ---------------------------------------------------------------------------------------------
+// Products
 
-nb::list bind_cpus() {
+template <class... Options>
+using Flat = nb::ndarray<nb::device::cpu, nb::c_contig, nb::ndim<1>, Options...>;
+
+// `form` is "lanes2" or "lanes3"; the cols in a row are bounded by what the sums can hold.
+Lanes checked_lanes(const std::string& form, int64_t rows, int64_t cols, int64_t group_size) {
+  if (form != "lanes2" && form != "lanes3")
+    fail("form is '" + form + "'; expected 'lanes2' or 'lanes3'.");
+  if (rows < 0) fail("rows is " + std::to_string(rows) + "; expected 0 or more.");
+  const Layout stored = checked_layout(rows, cols, group_size);
+  if (stored.group > kLongestGroup)
+    fail("cols is " + std::to_string(cols) + " with groups of " + std::to_string(stored.group) +
+         "; expected groups of at most " + std::to_string(kLongestGroup) + " columns.");
+  return lanes_of(form == "lanes2" ? Form::Lanes2 : Form::Lanes3, stored);
+}
+
+template <class Array>
+void expect_size(const char* name, const Array& array, int64_t size) {
+  const auto has = static_cast<int64_t>(array.shape(0));
+  if (has != size)
+    fail(std::string(name) + ": " + std::to_string(has) + " elements; expected " +
+         std::to_string(size) + ".");
+}
+
+nb::tuple bind_lanes_shape(const std::string& form, int64_t rows, int64_t cols,
+                           int64_t group_size) {
+  const Lanes x = checked_lanes(form, rows, cols, group_size);
+  return nb::make_tuple(x.size(), x.blocks, x.block);
+}
+
+int64_t bind_to_lanes(In<uint8_t> packed, const std::string& form, int64_t cols,
+                      int64_t group_size, Flat<uint8_t> out, int threads) {
+  const Lanes x = checked_lanes(form, static_cast<int64_t>(packed.shape(0)), cols, group_size);
+  expect("packed", packed, x.stored.rows, x.stored.width);
+  expect_size("out", out, x.size());
+  nb::gil_scoped_release unlocked;
+  return to_lanes(x, packed.data(), out.data(), threads);
+}
+
+int64_t bind_from_lanes(Flat<const uint8_t> lanes, const std::string& form, int64_t cols,
+                        int64_t group_size, Out<uint8_t> out, int threads) {
+  const Lanes x = checked_lanes(form, static_cast<int64_t>(out.shape(0)), cols, group_size);
+  expect("out", out, x.stored.rows, x.stored.width);
+  expect_size("lanes", lanes, x.size());
+  nb::gil_scoped_release unlocked;
+  return from_lanes(x, lanes.data(), out.data(), threads);
+}
+
+// Memory by address: a layer's product takes tens of microseconds, and to look at each tensor through
+// DLPack takes three. The caller, kernels.product, knows dtypes and strides; sizes are checked here.
+void bind_product(int64_t x, const std::string& kind_name, int64_t tokens, int64_t cols,
+                  int64_t lanes, int64_t lanes_size, int64_t scales, int64_t scales_size, bool half,
+                  const std::string& form, int64_t group_size, bool int8, int64_t out,
+                  int64_t rows, int threads) {
+  const Kind kind = kind_of(kind_name);
+  const Lanes l = checked_lanes(form, rows, cols, group_size);
+  const auto expect_size = [](const char* name, int64_t has, int64_t size) {
+    if (has != size)
+      fail(std::string(name) + ": " + std::to_string(has) + " elements; expected " +
+           std::to_string(size) + ".");
+  };
+  if (tokens < 0) fail("tokens is " + std::to_string(tokens) + "; expected 0 or more.");
+  expect_size("lanes", lanes_size, l.size());
+  expect_size("scales", scales_size, l.blocks * l.stored.groups * l.block);
+  if (l.form == Form::Lanes3 && !products().lanes3)
+    fail("form is 'lanes3', which '" + std::string(variant().name) +
+         "' cannot multiply; expected 'lanes2'.");
+  const auto at = [](int64_t address) { return reinterpret_cast<void*>(address); };
+  nb::gil_scoped_release unlocked;
+  product(l, static_cast<const uint8_t*>(at(lanes)), {at(scales), half}, kind, int8 ? 1 : 3,
+          tokens, at(x), at(out), threads);
+}
+
+std::string bind_cpu() { return variant().name; }
+
+// Names of all variants, or of those that differ in their functions for weights.
+nb::list names_of_variants(bool all) {
   nb::list names;
-  for (const Kernels* const* one = variants(); *one; ++one) names.append((*one)->name);
+  for (const Variant* one = variants(); one->name; ++one)
+    if (all || std::string(one->name) == one->kernels->name) names.append(one->name);
   return names;
 }
+
+nb::list bind_cpus() { return names_of_variants(false); }
+nb::list bind_product_cpus() { return names_of_variants(true); }
 
 void bind_use_cpu(const std::string& name) {
   if (!use(name.c_str()))
     fail("TERNARIZE_CPU is '" + name + "', which this CPU or this build does not have; expected " +
-         nb::cast<std::string>(nb::str(", ").attr("join")(bind_cpus())) + ".");
+         nb::cast<std::string>(nb::str(", ").attr("join")(bind_product_cpus())) + ".");
 }
+
+uint64_t bind_read_all(Flat<const uint8_t> bytes, int threads) {
+  nb::gil_scoped_release unlocked;
+  return read_all(bytes.data(), static_cast<int64_t>(bytes.shape(0)), threads);
+}
+
+int64_t bind_dot_peak(int64_t rounds, int threads) {
+  nb::gil_scoped_release unlocked;
+  return dot_peak(rounds, threads);
+}
+
+bool bind_has_lanes3() { return products().lanes3; }
 
 }  // namespace
 
@@ -210,7 +302,21 @@ NB_MODULE(_native, m) {
   m.def("distance", bind_distance, nb::arg("weights").noconvert(), nb::arg("kind"),
         nb::arg("group_size"), nb::arg("trits").noconvert(), nb::arg("scales").noconvert(),
         nb::arg("threads"));
+  m.def("lanes_shape", bind_lanes_shape, nb::arg("form"), nb::arg("rows"), nb::arg("cols"),
+        nb::arg("group_size"));
+  m.def("to_lanes", bind_to_lanes, nb::arg("packed").noconvert(), nb::arg("form"), nb::arg("cols"),
+        nb::arg("group_size"), nb::arg("out").noconvert(), nb::arg("threads"));
+  m.def("from_lanes", bind_from_lanes, nb::arg("lanes").noconvert(), nb::arg("form"),
+        nb::arg("cols"), nb::arg("group_size"), nb::arg("out").noconvert(), nb::arg("threads"));
+  m.def("product", bind_product, nb::arg("x"), nb::arg("kind"), nb::arg("tokens"),
+        nb::arg("cols"), nb::arg("lanes"), nb::arg("lanes_size"), nb::arg("scales"),
+        nb::arg("scales_size"), nb::arg("half"), nb::arg("form"), nb::arg("group_size"),
+        nb::arg("int8"), nb::arg("out"), nb::arg("rows"), nb::arg("threads"));
+  m.def("read_all", bind_read_all, nb::arg("bytes").noconvert(), nb::arg("threads"));
+  m.def("dot_peak", bind_dot_peak, nb::arg("rounds"), nb::arg("threads"));
   m.def("cpu", bind_cpu);
   m.def("cpus", bind_cpus);
+  m.def("product_cpus", bind_product_cpus);
+  m.def("has_lanes3", bind_has_lanes3);
   m.def("use_cpu", bind_use_cpu, nb::arg("name"));
 }

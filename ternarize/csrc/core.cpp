@@ -8,6 +8,14 @@
 #include <system_error>
 #include <thread>
 
+#ifdef TERNARIZE_X86_VARIANTS
+#include <cpuid.h>
+#endif
+#ifdef TERNARIZE_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace ternarize {
 namespace {
 
@@ -62,16 +70,28 @@ bool all_of(const Layout& x, int threads, Work work) {
          }) == kNone;
 }
 
-const Kernels* best() {
-  const Kernels* const* last = variants();
-  while (last[1]) ++last;
-  return *last;
+const Variant* best() {
+  const Variant* last = variants();
+  while (last[1].name) ++last;
+  return last;
 }
 
-std::atomic<const Kernels*>& chosen() {
-  static std::atomic<const Kernels*> kernels{best()};
-  return kernels;
+std::atomic<const Variant*>& chosen() {
+  static std::atomic<const Variant*> variant{best()};
+  return variant;
 }
+
+#ifdef TERNARIZE_AMX
+// The system has to be asked for the registers of AMX, once for the process; it may refuse.
+bool amx_is_there() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
+  if (!(d & kTile) || !(d & kInt8)) return false;
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+#endif
 
 // Sum and count of all |w| above a threshold; the rows' sums are summed in the fixed order too.
 Total tensor_total(Kind kind, const Layout& x, const void* weights, double threshold,
@@ -96,18 +116,27 @@ Layout layout_of(int64_t rows, int64_t cols, int64_t group_size) {
   return {rows, cols, group, groups, whole * ((group + 4) / 5) + (rest + 4) / 5};
 }
 
-const Kernels* const* variants() {
-  static const Kernels* const* const found = [] {
-    static const Kernels* list[4] = {&kPortable};
+const Variant* variants() {
+  static const Variant* const found = [] {
+    static Variant list[6] = {{"portable", &kPortable, &kPortableProducts}};
 #ifdef TERNARIZE_X86_VARIANTS
     int n = 1;
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2")) {
-      list[n++] = &kAvx2;
+      list[n++] = {"avx2", &kAvx2, &kAvx2Products};
+#ifdef TERNARIZE_AVXVNNI
+      unsigned a = 0, b = 0, c = 0, d = 0;
+      if (__get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4))
+        list[n++] = {"avxvnni", &kAvx2, &kAvxVnniProducts};
+#endif
       if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-          __builtin_cpu_supports("avx512vbmi"))
-        list[n++] = &kAvx512;
+          __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni")) {
+        list[n++] = {"avx512", &kAvx512, &kAvx512Products};
+#ifdef TERNARIZE_AMX
+        if (amx_is_there()) list[n++] = {"amx", &kAvx512, &kAmxProducts};
+#endif
+      }
     }
 #endif
     return list;
@@ -115,12 +144,12 @@ const Kernels* const* variants() {
   return found;
 }
 
-const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed); }
+const Variant& variant() { return *chosen().load(std::memory_order_relaxed); }
 
 bool use(const char* name) {
-  for (const Kernels* const* one = variants(); *one; ++one)
-    if (std::strcmp((*one)->name, name) == 0) {
-      chosen().store(*one);
+  for (const Variant* one = variants(); one->name; ++one)
+    if (std::strcmp(one->name, name) == 0) {
+      chosen().store(one);
       return true;
     }
   return false;

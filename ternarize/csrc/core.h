@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "lanes.h"
 
 namespace ternarize {
 
@@ -10,10 +11,18 @@ namespace ternarize {
 // row; 0: the matrix, which is packed like -1.
 Layout layout_of(int64_t rows, int64_t cols, int64_t group_size);
 
-// The instruction sets of this build that this CPU can run, best last; ends with a null pointer.
-const Kernels* const* variants();
+// An instruction set: the functions for weights, and those for products. Some differ in one of them.
+struct Variant {
+  const char* name;
+  const Kernels* kernels;
+  const Products* products;
+};
+// Those of this build that this CPU can run, best last; ends with a null name.
+const Variant* variants();
 // The one in use.
-const Kernels& kernels();
+const Variant& variant();
+inline const Kernels& kernels() { return *variant().kernels; }
+inline const Products& products() { return *variant().products; }
 // Uses the named one from now on; false if there is none.
 bool use(const char* name);
 

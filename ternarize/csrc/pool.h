@@ -1,0 +1,33 @@
+// A few threads that wait for work, for products that last tens of microseconds: too short to start
+// threads for.
+#pragma once
+
+#include <cstdint>
+
+namespace ternarize {
+
+// Calls work(context, task, worker) once for each task in [0, tasks), on the calling thread and up to
+// threads - 1 others, and returns when all calls have returned. Tasks are handed out in order to
+// whoever is free, so a result must not depend on who does a task. Each thread has its own number
+// `worker` in [0, threads), for memory that it uses alone.
+//
+// The others look for more work for kSpin after the last, then sleep. They are started when they are
+// first wanted, and again in the child of a fork. Where two threads call this at the same time, the
+// second does its tasks alone, and so does one with more than kMostTasks of them. `work` must not
+// throw or call this function.
+constexpr int64_t kMostTasks = 0xffff;
+
+void run_tasks(int threads, int64_t tasks, void (*work)(void* context, int64_t task, int worker),
+               void* context);
+
+template <class Work>
+void run_tasks(int threads, int64_t tasks, Work work) {
+  run_tasks(
+      threads, tasks,
+      [](void* context, int64_t task, int worker) {
+        (*static_cast<Work*>(context))(task, worker);
+      },
+      &work);
+}
+
+}  // namespace ternarize
