@@ -32,7 +32,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -217,23 +217,22 @@ def table(
     work: float,
     unit: str,
     moved: dict[str, int],
-    others: dict[str, float],
+    others: Sequence[str],
 ) -> list[dict[str, Any]]:
     """Print a table and return its rows.
 
     work    of each run, in 1e9 units; moved: bytes that it reads
-    others  {what the columns of ratios compare with: how much more work that does in a run}
+    others  what the columns of ratios compare with, where it was run
     """
-    others = {name: more for name, more in others.items() if name in seconds}
+    others = [name for name in others if name in seconds]
     print(f"{title}\n")
     heads = [f"{unit} median", "best", "GB/s", *(f"x {name}" for name in others)]
     print(f"| | {' | '.join(heads)} |\n|{'---|' * (len(heads) + 1)}")
     rows = []
     for name, values in seconds.items():
-        share = others.get(name, 1.0)
-        median, best = work * share / statistics.median(values), work * share / min(values)
+        median, best = work / statistics.median(values), work / min(values)
         rate = moved[name] / statistics.median(values) / 1e9 if name in moved else None
-        ratios = {o: ratio(seconds, name, o) * share / more for o, more in others.items()}
+        ratios = {other: ratio(seconds, name, other) for other in others}
         cells = [f"{median:.1f}", f"{best:.1f}", "" if rate is None else f"{rate:.1f}"]
         print(f"| {name} | {' | '.join([*cells, *(f'{r:.2f}' for r in ratios.values())])} |")
         row = {"name": name, "median": median, "best": best, "GB/s": rate, "ratios": ratios}
@@ -322,7 +321,7 @@ def layers_table(found: list[Peer], threads: int, rounds: int) -> list[dict[str,
         seconds = timed(runs, rounds)
     work = LAYERS * sum(rows * cols for rows, cols in SHAPES) / 1e9
     title = f"layers: {work:.2f} G weights, {threads} threads"
-    return table(title, seconds, work, "GMAC/s", moved, dict.fromkeys(PEERS, 1.0))
+    return table(title, seconds, work, "GMAC/s", moved, list(PEERS))
 
 
 def matrix_table(
@@ -331,9 +330,10 @@ def matrix_table(
     assert lib is not None
     x = torch.randn(tokens, COLS)
     work = rows * COLS * tokens / 1e9
-    peak_rounds = 100_000
-    peak = lib.dot_peak(peak_rounds, threads) / 1e9  # multiplications in a run
-    runs: Runs = {"peak": partial(lib.dot_peak, peak_rounds, threads)} if peak else {}
+    runs: Runs = {}
+    one = lib.dot_peak(1, threads)
+    if one:  # as many multiplications as the product has: a short run would meet less noise
+        runs["peak"] = partial(lib.dot_peak, round(work * 1e9 / one), threads)
     for form in forms():
         for group_size in (-1, 128):
             for activations in ("int8", "none"):
@@ -348,9 +348,8 @@ def matrix_table(
             w, y = peer.matrix(rows, COLS), torch.empty(tokens, rows)
             runs[peer.name] = partial(peer.times, w, peer.inputs(x), y, pool, threads)
         seconds = timed(runs, rounds)
-    others = {"peak": peak / work} | dict.fromkeys(PEERS, 1.0) | {"torch, bfloat16": 1.0}
     title = f"{tokens} tokens: {rows} x {COLS}, {threads} threads"
-    return table(title, seconds, work, "GMAC/s", {}, others)
+    return table(title, seconds, work, "GMAC/s", {}, ["peak", *PEERS, "torch, bfloat16"])
 
 
 def main() -> None:

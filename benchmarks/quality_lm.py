@@ -34,8 +34,10 @@ KINDS: dict[str, Callable[[str], bool]] = {
 def recipes(text: Path) -> dict[str, Recipe]:
     """The rows of the table: name -> recipe; calibrated ones on `text`."""
 
-    def gptq(group_size: int = 128, scale_bits: int = 16, **options: Any) -> Recipe:
-        how = Calibrate(str(text), SAMPLES, SEQ_LEN, **options)
+    def gptq(
+        group_size: int = 128, scale_bits: int = 16, samples: int = SAMPLES, **options: Any
+    ) -> Recipe:
+        how = Calibrate(str(text), samples, SEQ_LEN, **options)
         return Recipe("gptq", group_size, scale_bits=scale_bits, calibrate=how)
 
     return {
@@ -53,6 +55,7 @@ def recipes(text: Path) -> dict[str, Recipe]:
         "gptq budget 1.75": gptq(128, target_bpw=1.75),
         "gptq budget 2": gptq(128, target_bpw=2.0),
         "gptq 128, reconstruct": gptq(128, reconstruct=150),
+        "gptq 128, distill": gptq(128, samples=2 * SAMPLES, distill=1000),
     }
 
 

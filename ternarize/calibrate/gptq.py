@@ -3,15 +3,13 @@
 With inputs x of the ternarized stream and targets y (statistics.py), a matrix W' = scale x trit is
 sought that minimises
 
-    E(W') = sum |y - W' x|^2 + lambda |W' - W|^2
+    E(W') = sum |y - W' x|^2 = tr(W' H W'^T) - 2 tr(W' Y^T) + sum |y|^2,
+    H = sum x x^T,  Y = sum y x^T.
 
-          = tr(W' M W'^T) - 2 tr(W' B^T) + constant,
-    M = H + lambda I,  B = Y + lambda W,  H = sum x x^T,  Y = sum y x^T.
-
-The pull lambda towards the original weights W is what keeps statistics of few tokens from being
-trusted too much. Rows do not depend on each other, and M and B are all that is needed.
-
-1. Continuous optimum.  W* = B M^-1, and E(W') - E(W*) = tr((W' - W*) M (W' - W*)^T).
+1. Continuous optimum.  W* = (Y + lambda W)(H + lambda I)^-1, the minimum of E pulled towards the
+   original weights W by lambda. Then E(W') - E(W*) = tr((W' - W*) H (W' - W*)^T) up to lambda, so
+   from here on W* is what is approximated, in the metric of M = H + damping I. Rows no longer
+   depend on each other. W* M needs no product: it is Y + lambda (W - W*) + damping W*.
 
 2. Scales, static.  Each group of W* gets the scale of the alternating optimum (`itf`), before any
    column is rounded. Groups are of neighbouring columns as stored, so the order of step 3 is free
@@ -27,22 +25,24 @@ trusted too much. Rows do not depend on each other, and M and B are all that is 
    This is GPTQ (with L^-1 there), which passes each error on to the columns still to come, in the
    form of LDLQ, which needs one triangular factor of M and no inverse.
 
-4. Joint scales.  With trits t fixed, E is quadratic in all the scales of a row together:
-   A s = b,  A_gh = t_g^T M_gh t_h,  b_g = t_g^T B_g,  one small system per row.
+4. Joint scales.  With trits t fixed, the error is quadratic in all the scales of a row together:
+   A s = b,  A_gh = t_g^T M_gh t_h,  b_g = t_g^T (W* M)_g,  one small system per row.
 
 5. Coordinate descent.  With scales fixed, each trit in turn takes its best value given all others,
-   the level nearest to (B_j - sum over k != j of w'_k M_kj) / M_jj, from the last column to the
-   first and back. Steps 4 and 5 alternate. Neither can raise E, and scales are rounded as they are
-   stored before the trits settle on them.
+   the level nearest to w'_j + ((w* - w') M)_j / M_jj, in the order of step 3. Steps 4 and 5
+   alternate. Neither can raise the error in M, but for the rounding and clamping of scales, which
+   comes before the trits settle on them.
 
-lambda and the number of rounds are those with the least sum |y - W' x|^2 on held-out tokens, tried
-on a sample of the rows. If the matrix has a bias b that is kept, all moments are taken about the
-means, and b becomes mean y - W' mean x, the best one.
+lambda, the damping of step 3 and the round that is kept are those with the least E on held-out
+tokens, on a sample of the rows, so statistics of few tokens are trusted less. If the matrix has a
+bias b that is kept, all moments are taken about the means, and b becomes mean y - W' mean x, the
+best one.
 
-Steps 3 and 5 are one function, `_sweep`: it halves the columns, rounds one half, passes its errors
-on to the other half by one matrix product, rounds that, and so on down to a few columns. So all is
-products of matrices but the last few columns, O(rows cols^2) in all. Of (cols, cols) matrices there
-is one: below its diagonal M and L take turns (`Metric`). Rows are done a chunk at a time.
+Steps 3 and 5 are one function, `_sweep`. It halves the columns, rounds one half, passes its errors
+on to the other half by one matrix product, and rounds that; so does it with each half, down to a
+few columns. So all but these is products of matrices, O(rows cols^2) in all. Of (cols, cols)
+matrices there is one, in which M and L take turns below the diagonal (`Metric`), beside what is
+known of held-out tokens. Rows are done a chunk at a time.
 
 Sources: step 3 is GPTQ, https://arxiv.org/abs/2210.17323 (eq. 2-3, algorithm 1), with static groups
 and the column order of its reference implementation, as LDLQ, https://arxiv.org/abs/2307.13304.
@@ -62,7 +62,14 @@ from torch import Tensor
 
 from ternarize.calibrate.statistics import Inputs, Moments
 from ternarize.methods import itf
-from ternarize.tensor import Ternary, group_count, group_length, group_sums, spread_scales
+from ternarize.tensor import (
+    Ternary,
+    group_count,
+    group_length,
+    group_sums,
+    split_groups,
+    spread_scales,
+)
 
 PULLS = (0.01, 0.03, 0.1, 0.3, 1.0, 10.0)  # lambda, times mean H_jj
 DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3)  # of step 3, times mean H_jj
@@ -129,7 +136,9 @@ def solve(
     bias        whether the matrix has a bias to be fitted
     """
     rows = probe_rows(len(weight)).to(weight.device)
-    target = train.inputs.product(weight) if train.target is None else train.target
+    target, total = train.target, train.total
+    if target is None:
+        target, total = train.inputs.product(weight), weight.double() @ train.inputs.total
     judge = _judge(weight[rows], held, bias)
     plain_error = judge(_sum(_rows(_plain(weight, group_size, rounding, planes), rows)))
     found, error = None, plain_error
@@ -140,7 +149,7 @@ def solve(
             calibrated = 0 < metric.unit < math.inf
             if calibrated:
                 if bias:
-                    target = target - _outer(train.total, train.inputs)
+                    target = target - _outer(total, train.inputs)
                 problem = _problem(weight, target, metric, group_size, rounding, rows, judge)
                 tried, tried_error = _search(problem, planes, rows, judge)
                 if tried_error < plain_error:
@@ -149,13 +158,13 @@ def solve(
         found = _plain(weight, group_size, rounding, planes)
     fitted = None
     if bias and train.inputs.tokens >= MIN_TOKENS:
-        total = train.total - _sum(found).double() @ train.inputs.total
-        fitted = (total / train.inputs.tokens).float()
+        missed = total - _sum(found).double() @ train.inputs.total
+        fitted = (missed / train.inputs.tokens).float()
     return Solution(found, fitted, error, plain_error, calibrated)
 
 
 class Metric:
-    """M = H + lambda I or its Cholesky factor L, in the memory of a Hessian.
+    """M = H + ridge I or its Cholesky factor L, in the memory of a Hessian.
 
     Columns are in the order of H's diagonal, the smallest element first. The matrix is made of
     square panels: those above the diagonal are always H's, those below it are H's or L's, and
@@ -164,7 +173,7 @@ class Metric:
     matrix   (cols, cols) float32
     order    (cols,) int64: sorted column -> column of the weight; back: the other way
     unit     mean H_jj
-    ridge    lambda
+    ridge    as it is now: lambda or a damping
 
     As a context it gives the Hessian back as it was, but sorted.
     """
@@ -196,7 +205,7 @@ class Metric:
             self.matrix.addr_(self.mean, self.mean)
 
     def restore(self, ridge: float) -> None:
-        """Have M in all of the matrix. ridge: lambda, times mean H_jj."""
+        """Have M in all of the matrix. ridge: in units of the mean H_jj."""
         if not self.whole:
             for span, corner in zip(self.spans, self.corners, strict=True):
                 self.matrix[span, span] = corner
@@ -234,11 +243,12 @@ class Metric:
 
     def times(self, values: Tensor) -> Tensor:
         """Values M for (n, cols) as stored; not while the matrix holds L."""
-        return (values[:, self.order] @ self.matrix)[:, self.back]
+        product = values.index_select(1, self.order) @ self.matrix
+        return product.index_select(1, self.back)
 
     def sorted(self, values: Tensor) -> Tensor:
         """(n, cols) -> (cols, n), so that each column lies together in memory, sorted."""
-        return values.T.contiguous()[self.order]
+        return values.T.contiguous().index_select(0, self.order)
 
 
 @dataclass(frozen=True)
@@ -314,7 +324,7 @@ def _continuous(weight: Tensor, target: Tensor, metric: Metric) -> Tensor:
     wanted = torch.empty_like(weight)
     for rows in _chunks(weight):
         aim = torch.add(target[rows], weight[rows], alpha=metric.ridge)
-        wanted[rows] = metric.divide(metric.sorted(aim))[metric.back].T
+        wanted[rows] = metric.divide(metric.sorted(aim)).index_select(0, metric.back).T
     return wanted
 
 
@@ -330,7 +340,9 @@ def _search(
         problem = replace(problem, rest=_sum(others) if others else None)
         damping = _choose_damping(problem.part(rows), judge)
         tried = ((problem.error(c, rows, judge), c) for c in _rounds(problem, damping))
-        error, latest = min(tried, key=lambda pair: pair[0])
+        error, latest = min(tried, key=lambda pair: pair[0], default=(math.inf, None))
+        if latest is None:  # no damping makes the Hessian one
+            break
         found[at : at + 1] = [latest]
         if len(found) == planes and error < best[1]:
             best = tuple(found), error
@@ -369,7 +381,7 @@ def _rounds(problem: _Problem, damping: float) -> Iterator[Ternary]:
     problem.metric.restore(RIDGE)
     for _ in range(ROUNDS):
         scales = problem.rounding(_joint_scales(problem, found.trits))
-        yield _clean(found.trits, scales, problem.group_size)
+        yield _used(found.trits, scales, problem.group_size)
         found = _descend(problem, found.trits, scales)
         yield found
 
@@ -383,11 +395,11 @@ def _compensate(problem: _Problem) -> Ternary:
     trits = start.trits
     for rows in _chunks(wanted):
         columns = metric.sorted(wanted[rows])
-        level = metric.sorted(_levels(start.scales, rows, wanted, problem.group_size))
+        level = _levels(metric, start.scales, rows, problem.group_size)
         aim = columns * metric.matrix.diagonal()[:, None]
         found = _sweep(metric.matrix, aim, columns, level)
-        trits[rows] = found[metric.back].to(torch.int8).T
-    return _clean(trits, start.scales, problem.group_size)
+        trits[rows] = found.to(torch.int8).index_select(0, metric.back).T
+    return _used(trits, start.scales, problem.group_size)
 
 
 def _joint_scales(problem: _Problem, trits: Tensor) -> Tensor:
@@ -402,7 +414,8 @@ def _joint_scales(problem: _Problem, trits: Tensor) -> Tensor:
         a = torch.empty(len(some), count, count, dtype=torch.float64, device=trits.device)
         for g in range(count):
             span = slice(g * length, min((g + 1) * length, cols))
-            panel = metric.matrix[metric.back[span]].index_select(1, metric.back[span.start :])
+            lines = metric.matrix.index_select(0, metric.back[span])
+            panel = lines.index_select(1, metric.back[span.start :])
             products = (some[:, span] @ panel).mul_(some[:, span.start :])
             a[:, g, g:] = a[:, g:, g] = group_sums(products, size)
         if size == 0:
@@ -421,14 +434,14 @@ def _descend(problem: _Problem, trits: Tensor, scales: Tensor) -> Ternary:
     metric = problem.metric
     result = torch.empty_like(trits)
     for rows in _chunks(trits):
-        level = metric.sorted(_levels(scales, rows, trits, problem.group_size))
+        level = _levels(metric, scales, rows, problem.group_size)
         columns = metric.sorted(trits[rows].float()).mul_(level)
         aim = metric.sorted(problem.aim(rows))
         aim.addmm_(metric.matrix, columns, alpha=-1)
         aim.addcmul_(columns, metric.matrix.diagonal()[:, None])
         found = _sweep(metric.matrix, aim, columns, level, SWEEPS)
-        result[rows] = found[metric.back].to(torch.int8).T
-    return _clean(result, scales, problem.group_size)
+        result[rows] = found.to(torch.int8).index_select(0, metric.back).T
+    return _used(result, scales, problem.group_size)
 
 
 def _sweep(matrix: Tensor, aim: Tensor, columns: Tensor, level: Tensor, sweeps: int = 1) -> Tensor:
@@ -448,46 +461,56 @@ def _sweep(matrix: Tensor, aim: Tensor, columns: Tensor, level: Tensor, sweeps: 
     trit = torch.empty_like(aim[0])
     errors = columns  # in the same memory: a column's error takes its place
 
-    def down(first: int, stop: int) -> None:
-        if stop - first > LEAF:
-            middle = (first + stop) // 2
-            low, high = slice(first, middle), slice(middle, stop)
-            down(middle, stop)
-            aim[low].addmm_(matrix[high, low].T, errors[high])
-            down(first, middle)
-            return
-        # what is not an error yet meets zeros
-        weights = matrix[first:stop, first:stop].tril(-1).T.contiguous().unbind(0)
-        known = errors[first:stop].T
-        for (goal, over, scale, error), w in zip(
-            lines[first:stop][::-1], weights[::-1], strict=True
-        ):
-            goal.addmv_(known, w)
-            torch.mul(goal, over, out=trit)
-            error.addcmul_(F.hardtanh_(trit).round_(), scale, value=-1)
-
-    def up(first: int, stop: int) -> None:
-        """Tell the later columns the errors of the earlier ones."""
-        if stop - first > PANEL:
-            middle = (first + stop) // 2
-            low, high = slice(first, middle), slice(middle, stop)
-            aim[high].addmm_(matrix[high, low], errors[low])
-            up(first, middle)
-            up(middle, stop)
-            return
-        span = slice(first, stop)
-        aim[span].addmm_(matrix[span, span].tril(-1), errors[span])
-
     with torch.inference_mode():  # saves the overhead of recording what could be differentiated
         parts = (aim, inverse, level, errors)
         lines = list(zip(*(part.unbind(0) for part in parts), strict=True))
         for sweep in range(sweeps):
             if sweep:
                 trits = _nearest(aim, inverse)
-                up(0, len(matrix))
+                _up(matrix, aim, errors, 0, len(matrix))
                 torch.mul(trits, level, out=columns)
-            down(0, len(matrix))
+            _down(matrix, lines, aim, errors, trit, 0, len(matrix))
     return _nearest(aim, inverse)
+
+
+# Not functions within `_sweep`: those that call themselves would keep its memory until collected
+def _down(
+    matrix: Tensor,
+    lines: Sequence[tuple[Tensor, ...]],
+    aim: Tensor,
+    errors: Tensor,
+    trit: Tensor,
+    first: int,
+    stop: int,
+) -> None:
+    """Round the columns from the last to the first. Arguments as in `_sweep`; trit: scratch."""
+    if stop - first > LEAF:
+        middle = (first + stop) // 2
+        low, high = slice(first, middle), slice(middle, stop)
+        _down(matrix, lines, aim, errors, trit, middle, stop)
+        aim[low].addmm_(matrix[high, low].T, errors[high])
+        _down(matrix, lines, aim, errors, trit, first, middle)
+        return
+    # what is not an error yet meets zeros
+    weights = matrix[first:stop, first:stop].tril(-1).T.contiguous().unbind(0)
+    known = errors[first:stop].T
+    for (goal, over, scale, error), w in zip(lines[first:stop][::-1], weights[::-1], strict=True):
+        goal.addmv_(known, w)
+        torch.mul(goal, over, out=trit)
+        error.addcmul_(F.hardtanh_(trit).round_(), scale, value=-1)
+
+
+def _up(matrix: Tensor, aim: Tensor, errors: Tensor, first: int, stop: int) -> None:
+    """Tell the later columns the errors of the earlier ones."""
+    if stop - first > PANEL:
+        middle = (first + stop) // 2
+        low, high = slice(first, middle), slice(middle, stop)
+        aim[high].addmm_(matrix[high, low], errors[low])
+        _up(matrix, aim, errors, first, middle)
+        _up(matrix, aim, errors, middle, stop)
+        return
+    span = slice(first, stop)
+    aim[span].addmm_(matrix[span, span].tril(-1), errors[span])
 
 
 def _nearest(aim: Tensor, inverse: Tensor) -> Tensor:
@@ -554,18 +577,24 @@ def _rows(planes: Sequence[Ternary], rows: Tensor) -> list[Ternary]:
     ]
 
 
-def _levels(scales: Tensor, rows: slice, like: Tensor, group_size: int) -> Tensor:
-    """The scale of each weight of some rows of a matrix, (n, cols) float32."""
-    some = (scales if group_size == 0 else scales[rows]).float()
-    return spread_scales(some, like.shape[1], group_size).expand_as(like[rows])
+def _levels(metric: Metric, scales: Tensor, rows: slice, group_size: int) -> Tensor:
+    """The scale of each weight of some rows, (cols, n) float32, sorted."""
+    if group_size == 0:
+        scales = scales.expand(rows.stop, 1)
+    groups = metric.order // group_length(len(metric.order), group_size)
+    return scales[rows].float().T.contiguous().index_select(0, groups)
 
 
-def _clean(trits: Tensor, scales: Tensor, group_size: int) -> Ternary:
-    """No scale without trits, no trits without scale."""
-    trits = trits * (spread_scales(scales, trits.shape[1], group_size) > 0)
-    used = trits.any().reshape(1, 1) if group_size == 0 else group_sums(trits.abs(), group_size) > 0
-    return Ternary(trits, scales * used, group_size)
+def _used(trits: Tensor, scales: Tensor, group_size: int) -> Ternary:
+    """Without the scales of groups that have no trits."""
+    groups = trits.reshape(1, 1, -1) if group_size == 0 else split_groups(trits, group_size)
+    return Ternary(trits, scales * (groups.abs().amax(-1) > 0), group_size)
 
 
 def _rounded(ternary: Ternary, rounding: Rounding) -> Ternary:
-    return _clean(ternary.trits, rounding(ternary.scales), ternary.group_size)
+    """With scales as they are stored, and without trits whose scale is rounded to 0."""
+    scales, trits = rounding(ternary.scales), ternary.trits
+    alive = scales > 0
+    if not bool(alive.all()):
+        trits = trits * spread_scales(alive, trits.shape[1], ternary.group_size)
+    return _used(trits, scales, ternary.group_size)

@@ -26,7 +26,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ternarize import container
-from ternarize.calibrate.blocks import Batch, Blocks, Call, Forward, map_tensors
+from ternarize.calibrate.blocks import (
+    Batch,
+    Blocks,
+    Call,
+    Forward,
+    code_of_the_model,
+    map_tensors,
+)
 from ternarize.calibrate.gptq import Rounding, probe_rows, solve
 from ternarize.calibrate.reconstruct import (
     Form,
@@ -50,6 +57,7 @@ from ternarize.tensor import Ternary
 FLOAT, PACKED = 0, 1  # the streams
 TICKS = 1000  # of progress, for each block
 STEP_TOKENS = 1024  # in each step of training the whole model
+OTHER_TOKENS = 256  # that a sample without token ids counts for
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,8 @@ class BlockReport:
     """What came of one block, on held-out tokens.
 
     before, after  squared error of the packed stream behind the block, relative to the float
-                   stream: with this block ternarized by `itf`, and as it is
+                   stream: with this block ternarized by `itf`, and as it was when it was done (not
+                   after the training of later windows and of the whole model)
     matrices       the same of each matrix's products: {tensor: (before, after)}
     uncalibrated   matrices that saw too few tokens, ternarized by `itf`: {tensor on disk, with
                    [expert] if it holds several: how many}
@@ -313,7 +322,8 @@ class Calibration:
                 plan = self.by_parameter[f"{path}.{name}"]
                 weight = block.get_parameter(name).data
                 form = _form(plan)
-                bias = biases.get(name)
+                # experts keep theirs: without targets there is no mean to fit it to
+                bias = None if group.stack else biases.get(name)
                 stack = weight if weight.ndim == 3 else weight[None]
                 stored = [torch.empty_like(stack) for _ in range(plan.planes)]
                 errors = []
@@ -533,7 +543,7 @@ class Calibration:
 
         The loss is the divergence of the logits, where the model gives logits for words, else the
         error of its first output. The model is in memory as a whole: its weights, the trained ones,
-        their gradients and the optimizer's state, about 32 bytes for each weight.
+        their gradients and the optimizer's state, about 48 bytes for each weight.
 
         steps  of training, on STEP_TOKENS tokens each
         """
@@ -542,22 +552,31 @@ class Calibration:
             return
         for _ in self.run():
             pass
+        self.window.clear()
         with self.blocks.whole() as model:
             modules = {path: model.get_submodule(path) for path in self.blocks.paths}
             state = {path: self._parts(path) for path in self.blocks.paths}
             weights, vectors, fixed = self._trainable(modules, state)
-            words = model_end(model, "output") is not None
             samples = [(x.kind, part) for x in self.lanes for part in _pieces(x.batch)]
 
-            def outputs(index: int, values: Mapping[str, Tensor]) -> Tensor:
+            def forward(index: int, values: Mapping[str, Tensor]) -> Any:
                 batch = self.blocks.on_device(samples[index][1])
-                output = functional_call(model, {**fixed, **values}, (), batch)
-                return _tokens(output.logits if words else _hidden(output), _mask(batch))
+                with code_of_the_model(self.source.directory):
+                    return functional_call(model, dict(values), (), batch)
+
+            with torch.no_grad():
+                logits = getattr(forward(0, {}), "logits", None)
+            words = logits is not None and model_end(model, "output") is not None
+
+            def outputs(index: int, values: Mapping[str, Tensor]) -> Tensor:
+                output = forward(index, values)
+                chosen = output.logits if words else _hidden(output)
+                return _tokens(chosen, _mask(samples[index][1]))
 
             def run(index: int, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
                 with torch.no_grad():
                     target = outputs(index, {})
-                return outputs(index, values), target
+                return outputs(index, {**fixed, **values}), target
 
             def progress(step: int, what: str) -> None:
                 if self.progress is not None:
@@ -733,11 +752,11 @@ def _take(
 
 def _pieces(batch: Batch) -> list[Batch]:
     """A batch cut into some of about STEP_TOKENS tokens."""
-    first = next(iter(batch.values()))
-    rows = max(1, STEP_TOKENS // first[0].numel())
+    ids = [value.shape[1:].numel() for value in batch.values() if not value.is_floating_point()]
+    rows = max(1, STEP_TOKENS // max(1, *ids, OTHER_TOKENS if not ids else 1))
     return [
         {name: value[start : start + rows] for name, value in batch.items()}
-        for start in range(0, len(first), rows)
+        for start in range(0, len(next(iter(batch.values()))), rows)
     ]
 
 

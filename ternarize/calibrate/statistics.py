@@ -136,7 +136,7 @@ class Trace(TorchFunctionMode):
             return
         whole = self._weights[name]
         size = whole.shape[-1] * whole.shape[-2]
-        source = (x.data_ptr(), x._version, x.shape[-1])
+        source = (x.data_ptr(), x._version, x.shape[-1], x.numel())
         if weight.numel() == whole.numel() and whole.ndim == 3:  # all experts at once
             for expert in range(len(whole)):
                 self.products.append(Product(name, expert, x[expert], result[expert]))
@@ -345,7 +345,7 @@ class Inputs:
             for lines in (self.hessian, self.hessian.T):
                 for first in range(0, len(lines), step):
                     some = lines[first : first + step]
-                    some.copy_(some[:, self.order])
+                    some.copy_(some.index_select(1, self.order))
         return self.order
 
 
