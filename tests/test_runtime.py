@@ -236,10 +236,10 @@ def test_shared_and_looked_up_parameters_stay_stored() -> None:
 
 
 def test_a_byte_that_is_no_code_is_refused_with_its_place() -> None:
-    model = nn.ModuleDict({"up": layer_of(32)})
-    model["up"].weight.data[3, 5] = 255
+    layer = layer_of(32)
+    layer.weight.data[3, 5] = 255
     with pytest.raises(FormatError, match="up: byte 137: 255 is not a base-3 code"):
-        use_lanes(model)
+        use_lanes(nn.ModuleDict({"up": layer}))
 
 
 def test_without_the_core_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,7 +298,12 @@ def test_texts_of_a_padded_batch_are_those_of_each_alone(
     model: Any = ternarize.load(packed, dtype=torch.float32, activations=activations)
     held = [module.layouts for module in model.modules() if isinstance(module, TernaryLinear)]
     assert held and all(layouts["weight"].lanes is not None for layouts in held)
-    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    options: dict[str, Any] = {
+        "max_new_tokens": 6,
+        "min_new_tokens": 6,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
     options["cache_implementation"] = cache if cache == "static" else None
     prompts = [torch.arange(5, 14), torch.arange(20, 24)]
     ids, mask = torch.zeros(2, 9, dtype=torch.int64), torch.zeros(2, 9, dtype=torch.int64)
