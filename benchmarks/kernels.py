@@ -279,9 +279,7 @@ def vector_table(
             moved[peer.name] = w.nbytes
         seconds = timed(runs, rounds)
     title = f"vector: {rows} x {COLS}, {threads} threads"
-    found_rows = table(
-        title, seconds, rows * COLS / 1e9, "GMAC/s", moved, dict.fromkeys(PEERS, 1.0)
-    )
+    found_rows = table(title, seconds, rows * COLS / 1e9, "GMAC/s", moved, list(PEERS))
     for row in found_rows:
         rates = zip(seconds["read"], seconds[row["name"]], strict=True)
         scale = moved.get(row["name"], 0) / moved["read"]

@@ -222,28 +222,6 @@ def test_a_trained_model_is_nearer_to_its_source_on_samples_it_has_not_seen(
     assert losses[1] < 0.95
 
 
-def test_a_break_while_a_trained_model_is_written_does_no_harm(
-    llama: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, data = llama
-    recipe = calibrating.recipe(data, num_samples=8, distill=3)
-    convert(source, tmp_path / "whole", recipe)
-    write = run.Calibration._write
-
-    def broken(self: Any, file: Path, *args: Any) -> None:
-        if file.name == "00001-00002.safetensors":  # 00000-00002 has been written
-            raise KeyboardInterrupt
-        write(self, file, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run.Calibration, "_write", broken)
-        with pytest.raises(KeyboardInterrupt):
-            convert(source, tmp_path / "broken", recipe)
-    assert (tmp_path / "broken.partial/.calibration/00000-00002.safetensors").is_file()
-    convert(source, tmp_path / "broken", recipe)
-    assert files(tmp_path / "broken") == files(tmp_path / "whole")
-
-
 @pytest.mark.parametrize("end", ["head", "embeddings"])
 def test_head_and_embeddings_are_packed_beside(
     end: str, llama: tuple[Path, Path], tmp_path: Path
@@ -308,16 +286,25 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_bytes(
     assert files(tmp_path / "broken") == files(tmp_path / "whole")
 
 
-def test_a_break_while_a_window_is_written_does_no_harm(
-    llama: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("options", "stage"), [({"reconstruct": 3, "window": 2}, 1), ({"distill": 3}, 2)], ids=str
+)
+def test_a_break_while_what_was_trained_is_written_does_no_harm(
+    options: dict[str, Any],
+    stage: int,
+    llama: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gains: list[float],
 ) -> None:
     source, data = llama
-    recipe = calibrating.recipe(data, num_samples=8, reconstruct=3, window=2)
+    recipe = calibrating.recipe(data, num_samples=8, **options)
     convert(source, tmp_path / "whole", recipe)
+    assert min(gains) < 1, "the files of the stages are alike"
     write = run.Calibration._write
 
     def broken(self: Any, file: Path, *args: Any) -> None:
-        if file.name == "00001-00001.safetensors":  # 00000-00001 has been written
+        if file.name == f"00001-{stage:05}.safetensors":  # block 0 of the stage has been written
             raise KeyboardInterrupt
         write(self, file, *args)
 
@@ -325,7 +312,7 @@ def test_a_break_while_a_window_is_written_does_no_harm(
         patch.setattr(run.Calibration, "_write", broken)
         with pytest.raises(KeyboardInterrupt):
             convert(source, tmp_path / "broken", recipe)
-    assert (tmp_path / "broken.partial/.calibration/00000-00001.safetensors").is_file()
+    assert (tmp_path / f"broken.partial/.calibration/00000-{stage:05}.safetensors").is_file()
     convert(source, tmp_path / "broken", recipe)
     assert files(tmp_path / "broken") == files(tmp_path / "whole")
 

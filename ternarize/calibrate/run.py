@@ -312,6 +312,7 @@ class Calibration:
         trace.run(lambda: self.blocks.run(first))
         groups = sequential_groups(trace, {n: block.get_parameter(n) for n in names})
         biases = _biases(trace, block)
+        del trace  # the inputs and outputs of every product of the block
         reached = {n for group in groups for n in group.names}
         left = [n for n in names if n not in reached]
         groups += [Group((n,), 0, 0) for n in left]
