@@ -159,6 +159,12 @@ def dot_peak(rounds: int, threads: int) -> int:
     Returns the number of multiplications; 0 where the instruction set in use has none.
     """
 
+def use_openmp(parallel: int) -> None:
+    """Run products in parallel regions that the function at this address starts (libgomp's ABI).
+
+    0: in threads of this module, which is the default.
+    """
+
 def cpu() -> str:
     """The instruction set in use, one of `product_cpus`."""
 

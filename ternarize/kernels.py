@@ -15,6 +15,9 @@ over a group are exact; the float operations after them have one order. ternariz
 the layouts and the arithmetic in full.
 """
 
+import ctypes
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -31,6 +34,19 @@ DIGITS_LIMIT = 127 * (65536 + 256 + 1)  # the largest number of three digits -12
 _FIELDS = {LANES2: 4, LANES3: 5}  # rows that share a byte, each 16 behind the one before
 _POWERS = {LANES2: (1, 4, 16, 64), LANES3: (1, 3, 9, 28, 84)}  # byte = sum of (trit + 1) * power
 _KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def _openmp() -> int:
+    """The address of the function that starts parallel regions in torch's OpenMP; 0 if unknown."""
+    library = Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"
+    if not library.exists():  # not Linux
+        return 0
+    start = getattr(ctypes.CDLL(str(library)), "GOMP_parallel", None)
+    return ctypes.cast(start, ctypes.c_void_p).value or 0 if start is not None else 0
+
+
+if lib is not None:
+    lib.use_openmp(_openmp())
 
 
 def best_form() -> str:

@@ -297,6 +297,19 @@ def test_callers_at_the_same_time() -> None:
 
 
 @native
+def test_without_torchs_threads_there_are_others() -> None:
+    assert lib is not None
+    trits, scales = random_trits(1000, 512), random_scales(1000, 512, -1)
+    x = inputs(3, 512)
+    by_torch = run(x, trits, scales, -1, LANES2, "int8", threads=3)
+    lib.use_openmp(0)
+    try:
+        assert torch.equal(run(x, trits, scales, -1, LANES2, "int8", threads=3), by_torch)
+    finally:
+        lib.use_openmp(kernels._openmp())
+
+
+@native
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="without fork")
 def test_a_forked_process_has_its_own_threads() -> None:
     # in a process of its own: pytest's has threads that must not be forked

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "core.h"
+#include "pool.h"
 
 namespace nb = nanobind;
 using namespace ternarize;
@@ -246,6 +247,8 @@ void bind_product(int64_t x, const std::string& kind_name, int64_t tokens, int64
           tokens, at(x), at(out), threads);
 }
 
+void bind_use_openmp(int64_t parallel) { use_openmp(reinterpret_cast<Parallel>(parallel)); }
+
 std::string bind_cpu() { return variant().name; }
 
 // Names of all variants, or of those that differ in their functions for weights.
@@ -312,6 +315,7 @@ NB_MODULE(_native, m) {
         nb::arg("cols"), nb::arg("lanes"), nb::arg("lanes_size"), nb::arg("scales"),
         nb::arg("scales_size"), nb::arg("half"), nb::arg("form"), nb::arg("group_size"),
         nb::arg("int8"), nb::arg("out"), nb::arg("rows"), nb::arg("threads"));
+  m.def("use_openmp", bind_use_openmp, nb::arg("parallel"));
   m.def("read_all", bind_read_all, nb::arg("bytes").noconvert(), nb::arg("threads"));
   m.def("dot_peak", bind_dot_peak, nb::arg("rounds"), nb::arg("threads"));
   m.def("cpu", bind_cpu);

@@ -123,6 +123,40 @@ class Pool {
 };
 
 std::atomic<Pool*> current{nullptr};
+std::atomic<Parallel> openmp{nullptr};
+
+// Called by each thread of a team.
+struct Team {
+  void (*work)(void*, int64_t, int);
+  void* context;
+  int64_t tasks;
+  std::atomic<int64_t> next{0};
+  std::atomic<int> workers{0};
+
+  static void join(void* data) {
+    Team& team = *static_cast<Team*>(data);
+    const int worker = team.workers.fetch_add(1, std::memory_order_relaxed);
+    for (;;) {
+      const int64_t task = team.next.fetch_add(1, std::memory_order_relaxed);
+      if (task >= team.tasks) return;
+      team.work(team.context, task, worker);
+    }
+  }
+};
+
+// In the child of a fork neither has threads any longer. OpenMP would wait for its own for ever, so
+// the child has a new pool.
+void forget_threads() {
+  current.store(nullptr);
+  openmp.store(nullptr);
+}
+
+void when_forked() {
+#ifndef _WIN32
+  static const int registered = pthread_atfork(nullptr, nullptr, forget_threads);
+  static_cast<void>(registered);
+#endif
+}
 
 // Never freed: its threads use it until the process ends.
 Pool& pool() {
@@ -131,11 +165,7 @@ Pool& pool() {
     Pool* fresh = new Pool;
     if (current.compare_exchange_strong(found, fresh)) {
       found = fresh;
-#ifndef _WIN32
-      static const int registered =
-          pthread_atfork(nullptr, nullptr, [] { current.store(nullptr); });
-      static_cast<void>(registered);
-#endif
+      when_forked();
     } else {
       delete fresh;
     }
@@ -145,9 +175,19 @@ Pool& pool() {
 
 }  // namespace
 
+void use_openmp(Parallel parallel) {
+  when_forked();
+  openmp.store(parallel);
+}
+
 void run_tasks(int threads, int64_t tasks, void (*work)(void*, int64_t, int), void* context) {
   if (threads > tasks) threads = static_cast<int>(tasks);
   if (threads > kMostHelpers + 1) threads = kMostHelpers + 1;
+  const Parallel parallel = openmp.load(std::memory_order_relaxed);
+  if (threads > 1 && parallel) {
+    Team team{work, context, tasks};
+    return parallel(Team::join, &team, static_cast<unsigned>(threads), 0);
+  }
   if (threads > 1 && tasks <= kMostTasks) {
     Pool& shared = pool();
     std::unique_lock<std::mutex> alone(shared.user, std::try_to_lock);

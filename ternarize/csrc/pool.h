@@ -1,5 +1,6 @@
-// A few threads that wait for work, for products that last tens of microseconds: too short to start
-// threads for.
+// Threads that wait for work, for products that last tens of microseconds: too short to start threads
+// for. They are those of torch where it has them (`use_openmp`): its own look for work for a while
+// after each operator, so that any others would share the cores with them. Else they are a pool here.
 #pragma once
 
 #include <cstdint>
@@ -11,11 +12,18 @@ namespace ternarize {
 // whoever is free, so a result must not depend on who does a task. Each thread has its own number
 // `worker` in [0, threads), for memory that it uses alone.
 //
-// The others look for more work for kSpin after the last, then sleep. They are started when they are
-// first wanted, and again in the child of a fork. Where two threads call this at the same time, the
-// second does its tasks alone, and so does one with more than kMostTasks of them. `work` must not
-// throw or call this function.
+// Those of the pool look for more work for kSpin after the last, then sleep. They are started when they
+// are first wanted, and in the child of a fork, which does not use OpenMP. Where two threads call this
+// at the same time, the pool serves the first, and the second does its tasks alone; so does one with
+// more than kMostTasks of them. `work` must not throw or call this function.
 constexpr int64_t kMostTasks = 0xffff;
+
+// The function with which compilers start a parallel region in an OpenMP runtime (libgomp's ABI): it
+// calls fn(data) on `threads` threads at most and returns when all have returned.
+using Parallel = void (*)(void (*fn)(void*), void* data, unsigned threads, unsigned flags);
+
+// From now on tasks run in regions that `parallel` starts; null: in the pool here.
+void use_openmp(Parallel parallel);
 
 void run_tasks(int threads, int64_t tasks, void (*work)(void* context, int64_t task, int worker),
                void* context);
