@@ -9,6 +9,7 @@ that dtype or are their bits as 16-bit integers.
 formats/base3.md. `threads` and the CPU never change a result. The interpreter's lock is released.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -113,39 +114,36 @@ def from_lanes(
     `out` is unspecified then.
     """
 
-def product(
+def products(
     x: int,
     kind: Kind,
     tokens: int,
     cols: int,
-    lanes: int,
-    lanes_size: int,
-    scales: int,
-    scales_size: int,
-    half: bool,
+    matrices: Sequence[tuple[int, int, int, int, bool, int, int]],
     form: Form,
     group_size: int,
     int8: bool,
-    out: int,
-    rows: int,
     threads: int,
 ) -> None:
-    """Set out to x W^T as ternarize.kernels.product_of_trits defines it, with the same bits.
+    """Set each out to x W^T as ternarize.kernels.product_of_trits defines it, with the same bits.
 
     Memory is given by its address, because that is what a call of some microseconds can afford.
-    Only ternarize.kernels.product should call this: it knows that tensors are dense and what they
+    Only ternarize.kernels.products should call this: it knows that tensors are dense and what they
     hold. Sizes are checked.
 
-    x       (tokens, cols) of `kind`
-    lanes   (lanes_size,) uint8, of `to_lanes`; bytes that are none of a layout give some result
-    scales  (scales_size,) float16 if `half`, else float32: in the order block, group, row of block
-    form    "lanes2", or "lanes3" where `has_lanes3`
-    int8    round inputs to 8 bits for each token; else to 24
-    out     (tokens, rows) of `kind`
+    x         (tokens, cols) of `kind`
+    matrices  (lanes, lanes_size, scales, scales_size, half, out, rows) of each:
+                lanes   (lanes_size,) uint8, of `to_lanes`; bytes that are none of a layout give
+                        some result
+                scales  (scales_size,) float16 if `half`, else float32: in the order block, group,
+                        row of block
+                out     (tokens, rows) of `kind`
+    form      "lanes2", or "lanes3" where `has_lanes3`
+    int8      round inputs to 8 bits for each token; else to 24
     """
 
 def has_lanes3() -> bool:
-    """Whether `product` takes "lanes3" with the instruction set in use."""
+    """Whether `products` takes "lanes3" with the instruction set in use."""
 
 def read_all(bytes: Array, threads: int) -> int:
     """Read bytes (n,) uint8 as fast as memory gives them; returns the exclusive or of its words.
@@ -157,6 +155,31 @@ def dot_peak(rounds: int, threads: int) -> int:
     """Do nothing but dot products of 8 bits, `rounds` rounds on each thread.
 
     Returns the number of multiplications; 0 where the instruction set in use has none.
+    """
+
+def rms_norm(
+    kind: Kind, rows: int, n: int, x: int, weight: int, epsilon: float, out: int, threads: int
+) -> None:
+    """Set out to what ternarize.decode.rms_norm defines, which alone should call this.
+
+    x, out  addresses of (rows, n) of `kind`; weight that of (n,)
+    """
+
+def attend(
+    kind: Kind,
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    capacity: int,
+    position: int,
+    scaling: float,
+    memory: Sequence[int],
+    threads: int,
+) -> None:
+    """Set out to what ternarize.decode.attend defines, which alone should call this.
+
+    memory  the addresses of q, k, v, cosine, sine, keys, values and out, all of `kind`
     """
 
 def use_openmp(parallel: int) -> None:
@@ -175,7 +198,7 @@ def cpus() -> list[str]:
     """
 
 def product_cpus() -> list[str]:
-    """Those for `product`, which are more: also 'avxvnni' and 'amx'. The last is the default.
+    """Those for `products`, which are more: also 'avxvnni' and 'amx'. The last is the default.
 
     The environment variable TERNARIZE_CPU chooses another at import.
     """

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ternarize import kernels
+from ternarize.decode import Decoder, can_decode
 from ternarize.errors import UsageError
 from ternarize.linear import PackedEmbedding, TernaryExperts
 from ternarize.native import lib
@@ -82,16 +83,25 @@ def bench(
 
 
 def run(model: Model, prompt: int, decode: int, batch: int = 1) -> tuple[float, float]:
-    """Seconds for `batch` prompts, and for the tokens that follow them; arguments as in `bench`."""
+    """Seconds for `batch` prompts, and for the tokens that follow them; arguments as in `bench`.
+
+    As `ternarize generate` does it: by ternarize.decode where it can, else by the model's forward.
+    """
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         began = time.perf_counter()
-        out = model(ids, use_cache=True, logits_to_keep=1)
-        read = time.perf_counter()
-        for _ in range(decode):
-            token = out.logits[:, -1].argmax(-1, keepdim=True)
-            out = model(token, past_key_values=out.past_key_values, use_cache=True)
+        if can_decode(model, prompt + decode):
+            decoder = Decoder(model, ids, prompt + decode)
+            read = time.perf_counter()
+            for _ in range(decode):
+                decoder.step(decoder.logits.argmax(-1))
+        else:
+            out = model(ids, use_cache=True, logits_to_keep=1)
+            read = time.perf_counter()
+            for _ in range(decode):
+                token = out.logits[:, -1].argmax(-1, keepdim=True)
+                out = model(token, past_key_values=out.past_key_values, use_cache=True)
         done = time.perf_counter()
     return read - began, done - read
 

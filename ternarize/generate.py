@@ -13,8 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import (
+    GenerationConfig,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.generation.streamers import BaseStreamer
 
+from ternarize.decode import Decoder, can_decode
 from ternarize.errors import UsageError
 
 NEW_TOKENS = 128  # where the model's context has room for them
@@ -101,21 +108,72 @@ def generate(
 
     streamer = _Pieces(tokenizer, ids, give)
     batch = torch.tensor([ids], device=model.device)
+    fast = can_decode(model, len(ids) + new_tokens) and _is_plain(config)
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices, enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         begin = time.perf_counter()
         with torch.inference_mode():
-            model.generate(
-                batch,
-                attention_mask=torch.ones_like(batch),
-                generation_config=config,
-                streamer=streamer,
-            )
+            if fast:
+                _decode(model, batch, config, streamer)
+            else:
+                model.generate(
+                    batch,
+                    attention_mask=torch.ones_like(batch),
+                    generation_config=config,
+                    streamer=streamer,
+                )
         end_time = time.perf_counter()
     first = streamer.first if streamer.first is not None else end_time
     return Generation("".join(pieces), len(ids), streamer.new, first - begin, end_time - first)
+
+
+# What `_decode` knows of a generation's settings, and those that say nothing about the tokens.
+_PLAIN = {"max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "eos_token_id"}
+_SILENT = {
+    "bos_token_id",
+    "pad_token_id",
+    "transformers_version",
+    "use_cache",
+    "_from_model_config",
+}
+
+
+def _is_plain(config: GenerationConfig) -> bool:
+    """Whether nothing is asked for but to take the likeliest token, or to sample from the best."""
+    return set(config.to_diff_dict()) <= _PLAIN | _SILENT
+
+
+def _decode(
+    model: Model, ids: torch.Tensor, config: GenerationConfig, streamer: BaseStreamer
+) -> None:
+    """What model.generate does with such a config, by ternarize.decode: the same tokens."""
+    warpers: list[Any] = []
+    if config.do_sample:
+        if config.temperature != 1.0:
+            warpers.append(TemperatureLogitsWarper(config.temperature))
+        if config.top_k:
+            warpers.append(TopKLogitsWarper(config.top_k))
+        if config.top_p < 1.0:
+            warpers.append(TopPLogitsWarper(config.top_p))
+    end = config.eos_token_id
+    ends = end if isinstance(end, list) else [end]
+    streamer.put(ids)
+    decoder = Decoder(model, ids, ids.shape[1] + config.max_new_tokens)
+    for left in range(config.max_new_tokens, 0, -1):
+        scores = decoder.logits.to(torch.float32)
+        for warper in warpers:
+            scores = warper(ids, scores)
+        if config.do_sample:
+            token = torch.multinomial(scores.softmax(-1), 1).squeeze(-1)
+        else:
+            token = scores.argmax(-1)
+        streamer.put(token)
+        if left == 1 or token.item() in ends:
+            break
+        decoder.step(token)
+    streamer.end()
 
 
 class _Pieces(BaseStreamer):

@@ -16,6 +16,7 @@ the layouts and the arithmetic in full.
 """
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ DIGITS_LIMIT = 127 * (65536 + 256 + 1)  # the largest number of three digits -12
 
 _FIELDS = {LANES2: 4, LANES3: 5}  # rows that share a byte, each 16 behind the one before
 _POWERS = {LANES2: (1, 4, 16, 64), LANES3: (1, 3, 9, 28, 84)}  # byte = sum of (trit + 1) * power
-_KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def _openmp() -> int:
@@ -194,39 +195,65 @@ def product(
 
     Returns (..., rows) in x's dtype: what `product_of_trits` gives, bit for bit.
     """
+    return products(x, [(lanes, scales, rows)], group_size, form, activations, threads)[0]
+
+
+def products(
+    x: Tensor,
+    matrices: Sequence[tuple[Tensor, Tensor, int]],
+    group_size: int,
+    form: str,
+    activations: str,
+    threads: int = THREADS,
+) -> list[Tensor]:
+    """`product` with several matrices, (lanes, scales, rows) of each, whose inputs are the same.
+
+    The inputs are rounded once, and the threads share the rows of all.
+    """
     cols = x.shape[-1]
     flat = x.reshape(-1, cols)
     if lib is None or x.device.type != "cpu":
         groups = group_count(cols, group_size)
-        trits = trits_of_lanes(lanes, rows, cols, group_size, form)
-        plain = lane_scales(scales, rows, rows, groups, form)
-        y = product_of_trits(flat, trits, plain, group_size, activations)
-        return y.view(*x.shape[:-1], rows)
-    out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
+        found = []
+        for lanes, scales, rows in matrices:
+            trits = trits_of_lanes(lanes, rows, cols, group_size, form)
+            plain = lane_scales(scales, rows, rows, groups, form)
+            y = product_of_trits(flat, trits, plain, group_size, activations)
+            found.append(y.view(*x.shape[:-1], rows))
+        return found
     flat = flat.contiguous()
-    half = scales.dtype == torch.float16
     # what the core cannot see
-    assert lanes.dtype == torch.uint8 and lanes.is_contiguous()
-    assert (half or scales.dtype == torch.float32) and scales.is_contiguous()
     assert activations in ("int8", "none")
-    lib.product(
+    outs, addresses = [], []
+    for lanes, scales, rows in matrices:
+        half = scales.dtype == torch.float16
+        assert lanes.dtype == torch.uint8 and lanes.is_contiguous()
+        assert (half or scales.dtype == torch.float32) and scales.is_contiguous()
+        out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
+        outs.append(out)
+        addresses.append(
+            (
+                lanes.data_ptr(),
+                lanes.numel(),
+                scales.data_ptr(),
+                scales.numel(),
+                half,
+                out.data_ptr(),
+                rows,
+            )
+        )
+    lib.products(
         flat.data_ptr(),
-        _KINDS[x.dtype],
+        KINDS[x.dtype],
         flat.shape[0],
         cols,
-        lanes.data_ptr(),
-        lanes.numel(),
-        scales.data_ptr(),
-        scales.numel(),
-        half,
+        addresses,
         form,
         group_size,
         activations == "int8",
-        out.data_ptr(),
-        rows,
         threads,
     )
-    return out
+    return outs
 
 
 def product_of_trits(

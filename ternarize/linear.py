@@ -31,9 +31,9 @@ as BitNet b1.58 expect (https://arxiv.org/abs/2402.17764, section 2):
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +128,35 @@ def product(
         y: Tensor = apply(x, packed, scale, bias, layout)
         return y
     return _product(x, packed, scale, bias, layout)
+
+
+def products(modules: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """The outputs of linear layers, packed or not, that have the same input; without gradients.
+
+    x  (..., in_features) float
+
+    Those in lanes of one kind share its rounding and the threads.
+    """
+    shared = {_sharing(module) for module in modules}
+    if len(shared) > 1 or None in shared or x.dtype not in _KERNEL_DTYPES:
+        return [module(x) for module in modules]
+    layout: Layout = cast(TernaryLinear, modules[0]).layouts["weight"]
+    assert layout.lanes is not None
+    if layout.rotation[0]:
+        x = _rotated(x, layout)
+    matrices: Any = [(m.weight, m.weight_scale, m.out_features) for m in modules]
+    form, threads = layout.lanes.form, torch.get_num_threads()
+    return kernels.products(x, matrices, layout.group_size, form, layout.activations, threads)
+
+
+def _sharing(module: nn.Module) -> tuple[Any, ...] | None:
+    """What layers must have in common for `kernels.products`; None of one that it does not take."""
+    if isinstance(module, TernaryLinear) and module.planes == 1 and module.bias is None:
+        layout = module.layouts["weight"]
+        if layout.lanes is not None:
+            form = layout.lanes.form
+            return form, layout.cols, layout.group_size, layout.activations, layout.rotation
+    return None
 
 
 def _rotated(x: Any, layout: Layout) -> Tensor:

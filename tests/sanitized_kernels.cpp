@@ -78,7 +78,8 @@ void check(Form form, int64_t rows, int64_t cols, int64_t group_size, int64_t to
   for (int64_t i = 0; i < in.size; ++i)
     in.at[i] = (static_cast<float>(random_bits() % 20001) - 10000.0f) / 77.0f;
   for (int64_t c = 0; c < cols && tokens > 1; ++c) in.at[cols + c] = 0.0f;
-  product(x, lanes.at, {in_order.at, false}, Kind::F32, parts, tokens, in.at, out.at, 2);
+  const Matrix matrix{x, lanes.at, {in_order.at, false}, out.at};
+  product(&matrix, 1, Kind::F32, parts, tokens, in.at, 2);
 
   Levels levels{tokens, parts, x.quads * 4, nullptr, nullptr, nullptr};
   Exact<int8_t> q(tokens * parts * levels.stride);

@@ -461,6 +461,23 @@ def test_wrong_tensors_are_refused(changed: dict[str, Any]) -> None:
 
 
 @native
+@pytest.mark.parametrize("tokens", [1, 3, 130, 513])
+@pytest.mark.parametrize("activations", ["int8", "none"])
+def test_several_matrices_that_share_their_inputs(tokens: int, activations: str) -> None:
+    form, x = kernels.best_form(), inputs(tokens, 200)
+    matrices, want = [], []
+    for rows in (300, 1, 700):
+        trits, scales = random_trits(rows, 200), random_scales(rows, 200, 64)
+        lanes = to_lanes(codecs.pack(trits, 64), 200, 64, form)
+        matrices.append((lanes, kernels.scale_lanes(scales, rows, form), rows))
+        want.append(product_of_trits(x, trits, scales, 64, activations))
+    for threads in (1, 2, 7):
+        got = kernels.products(x, matrices, 64, form, activations, threads)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert kernels.products(x, [], 64, form, activations) == []
+
+
+@native
 def test_inputs_with_strides() -> None:
     trits, scales = random_trits(33, 40), random_scales(33, 40, -1)
     x = inputs(40, 6).T

@@ -26,6 +26,7 @@ from ternarize.native import lib
 pytestmark = pytest.mark.skipif(lib is None, reason="lanes need the compiled core")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+X32 = random(3, 200, seed=9)
 COLS, ROWS = 200, 90  # tails of groups, and of blocks of 64 and of 80 rows
 
 
@@ -109,6 +110,16 @@ def test_autocast_chooses_the_dtype() -> None:
         ours, dense = in_lanes(layer)(x), layer(x)  # and made there, out of scales in float16
     assert ours.dtype == dense.dtype == torch.bfloat16
     assert torch.allclose(ours, dense, rtol=2e-2, atol=2e-2)
+
+
+def test_layers_that_share_an_input_give_what_each_gives_alone() -> None:
+    plain = [in_lanes(layer_of(32, bias=False)) for _ in range(3)]
+    turned = [in_lanes(layer_of(32, bias=False, rotation=(4, 7))) for _ in range(2)]
+    other = [nn.Linear(COLS, 7), layer_of(32), in_lanes(layer_of(-1)), in_lanes(layer_of(32, 2))]
+    for layers in (plain, turned, plain + turned, plain + other, [other[2], other[2]], other):
+        with torch.inference_mode():
+            got = linear.products(layers, X32)
+            assert all(torch.equal(y, m(X32)) for y, m in zip(got, layers, strict=True))
 
 
 def test_threads_change_nothing() -> None:

@@ -3,11 +3,16 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
+#include <array>
 #include <cstdlib>
 #include <limits>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "core.h"
@@ -223,28 +228,63 @@ int64_t bind_from_lanes(Flat<const uint8_t> lanes, const std::string& form, int6
 }
 
 // Memory by address: a layer's product takes tens of microseconds, and to look at each tensor through
-// DLPack takes three. The caller, kernels.product, knows dtypes and strides; sizes are checked here.
-void bind_product(int64_t x, const std::string& kind_name, int64_t tokens, int64_t cols,
-                  int64_t lanes, int64_t lanes_size, int64_t scales, int64_t scales_size, bool half,
-                  const std::string& form, int64_t group_size, bool int8, int64_t out,
-                  int64_t rows, int threads) {
+// DLPack takes three. The caller, kernels.products, knows dtypes and strides; sizes are checked here.
+using MatrixArgs = std::tuple<int64_t, int64_t, int64_t, int64_t, bool, int64_t, int64_t>;
+
+void bind_products(int64_t x, const std::string& kind_name, int64_t tokens, int64_t cols,
+                   const std::vector<MatrixArgs>& args, const std::string& form,
+                   int64_t group_size, bool int8, int threads) {
   const Kind kind = kind_of(kind_name);
-  const Lanes l = checked_lanes(form, rows, cols, group_size);
   const auto expect_size = [](const char* name, int64_t has, int64_t size) {
     if (has != size)
       fail(std::string(name) + ": " + std::to_string(has) + " elements; expected " +
            std::to_string(size) + ".");
   };
   if (tokens < 0) fail("tokens is " + std::to_string(tokens) + "; expected 0 or more.");
-  expect_size("lanes", lanes_size, l.size());
-  expect_size("scales", scales_size, l.blocks * l.stored.groups * l.block);
-  if (l.form == Form::Lanes3 && !products().lanes3)
+  if (args.empty()) return;
+  const auto at = [](int64_t address) { return reinterpret_cast<void*>(address); };
+  std::vector<Matrix> matrices;
+  for (const auto& [lanes, lanes_size, scales, scales_size, half, out, rows] : args) {
+    const Lanes l = checked_lanes(form, rows, cols, group_size);
+    expect_size("lanes", lanes_size, l.size());
+    expect_size("scales", scales_size, l.blocks * l.stored.groups * l.block);
+    matrices.push_back({l, static_cast<const uint8_t*>(at(lanes)), {at(scales), half}, at(out)});
+  }
+  if (matrices[0].x.form == Form::Lanes3 && !products().lanes3)
     fail("form is 'lanes3', which '" + std::string(variant().name) +
          "' cannot multiply; expected 'lanes2'.");
+  nb::gil_scoped_release unlocked;
+  product(matrices.data(), static_cast<int>(matrices.size()), kind, int8 ? 1 : 3, tokens, at(x),
+          threads);
+}
+
+// Memory by address as in bind_products; ternarize.decode knows what it is.
+void bind_rms_norm(const std::string& kind_name, int64_t rows, int64_t n, int64_t x,
+                   int64_t weight, float epsilon, int64_t out, int threads) {
+  const Kind kind = kind_of(kind_name);
+  if (rows < 0 || n < 1) fail("rows and n are " + std::to_string(rows) + " and " +
+                              std::to_string(n) + "; expected at least 0 and 1.");
   const auto at = [](int64_t address) { return reinterpret_cast<void*>(address); };
   nb::gil_scoped_release unlocked;
-  product(l, static_cast<const uint8_t*>(at(lanes)), {at(scales), half}, kind, int8 ? 1 : 3,
-          tokens, at(x), at(out), threads);
+  rms_norm(kind, rows, n, at(x), at(weight), epsilon, at(out), threads);
+}
+
+void bind_attend(const std::string& kind_name, int64_t batch, int64_t heads, int64_t kv_heads,
+                 int64_t dim, int64_t capacity, int64_t position, float scaling,
+                 const std::array<int64_t, 8>& memory, int threads) {
+  const Kind kind = kind_of(kind_name);
+  if (batch < 0 || kv_heads < 1 || heads < 1 || heads % kv_heads || dim < 2 || dim % 2)
+    fail("heads of queries, of keys and their numbers are " + std::to_string(heads) + ", " +
+         std::to_string(kv_heads) + " and " + std::to_string(dim) +
+         "; expected a multiple of the second, at least 1, and an even one.");
+  if (position < 0 || position >= capacity)
+    fail("position is " + std::to_string(position) + "; expected less than the capacity " +
+         std::to_string(capacity) + ".");
+  const auto at = [&](size_t i) { return reinterpret_cast<void*>(memory[i]); };
+  const Attention a{batch, heads, kv_heads, dim,   capacity, position, scaling, at(0),
+                    at(1), at(2), at(3),    at(4), at(5),    at(6),    at(7)};
+  nb::gil_scoped_release unlocked;
+  attend(kind, a, threads);
 }
 
 void bind_use_openmp(int64_t parallel) { use_openmp(reinterpret_cast<Parallel>(parallel)); }
@@ -311,10 +351,14 @@ NB_MODULE(_native, m) {
         nb::arg("group_size"), nb::arg("out").noconvert(), nb::arg("threads"));
   m.def("from_lanes", bind_from_lanes, nb::arg("lanes").noconvert(), nb::arg("form"),
         nb::arg("cols"), nb::arg("group_size"), nb::arg("out").noconvert(), nb::arg("threads"));
-  m.def("product", bind_product, nb::arg("x"), nb::arg("kind"), nb::arg("tokens"),
-        nb::arg("cols"), nb::arg("lanes"), nb::arg("lanes_size"), nb::arg("scales"),
-        nb::arg("scales_size"), nb::arg("half"), nb::arg("form"), nb::arg("group_size"),
-        nb::arg("int8"), nb::arg("out"), nb::arg("rows"), nb::arg("threads"));
+  m.def("products", bind_products, nb::arg("x"), nb::arg("kind"), nb::arg("tokens"),
+        nb::arg("cols"), nb::arg("matrices"), nb::arg("form"), nb::arg("group_size"),
+        nb::arg("int8"), nb::arg("threads"));
+  m.def("rms_norm", bind_rms_norm, nb::arg("kind"), nb::arg("rows"), nb::arg("n"), nb::arg("x"),
+        nb::arg("weight"), nb::arg("epsilon"), nb::arg("out"), nb::arg("threads"));
+  m.def("attend", bind_attend, nb::arg("kind"), nb::arg("batch"), nb::arg("heads"),
+        nb::arg("kv_heads"), nb::arg("dim"), nb::arg("capacity"), nb::arg("position"),
+        nb::arg("scaling"), nb::arg("memory"), nb::arg("threads"));
   m.def("use_openmp", bind_use_openmp, nb::arg("parallel"));
   m.def("read_all", bind_read_all, nb::arg("bytes").noconvert(), nb::arg("threads"));
   m.def("dot_peak", bind_dot_peak, nb::arg("rounds"), nb::arg("threads"));

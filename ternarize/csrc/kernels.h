@@ -14,6 +14,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "decode.h"
+
 namespace ternarize {
 
 // Bits of a weight or of an output. 16-bit kinds are handled as their bit patterns.
@@ -101,6 +103,8 @@ struct Kernels {
   void (*distances)(Kind, const Layout&, int64_t first, int64_t last, const void* weights,
                     const int8_t* trits, const double* scales, int64_t rows_per_scale,
                     Distance* distances);
+
+  Decoding decoding;
 };
 
 extern const Kernels kPortable;

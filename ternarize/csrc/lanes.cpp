@@ -202,16 +202,40 @@ int64_t stride_of(const Lanes& x) {
   return bytes % 512 == 0 ? bytes + 64 : bytes;
 }
 
-void product_of_batch(const Lanes& x, const uint8_t* lanes, const Scales& scales, Kind kind,
-                      int parts, int64_t tokens, const void* in, void* out, int threads) {
+// Tasks of the blocks of several matrices: a few for each thread, so that nobody waits long for the
+// last. They are ranges of blocks of one matrix, and where there are few blocks also ranges of tokens.
+struct Tasks {
+  int64_t chunk;               // blocks of a task
+  std::vector<int64_t> first;  // the first chunk of each matrix, and their number behind
+  int64_t tokens;              // of a task
+
+  Tasks(const Matrix* matrices, int count, int64_t all_tokens, int threads) : first{0} {
+    const int64_t wanted = threads > 1 ? threads * 8 : 1;
+    int64_t blocks = 0;
+    for (int m = 0; m < count; ++m) blocks += matrices[m].x.blocks;
+    chunk = std::max<int64_t>(1, ceil_div(blocks, wanted));
+    for (int m = 0; m < count; ++m)
+      first.push_back(first.back() + ceil_div(matrices[m].x.blocks, chunk));
+    tokens = all_tokens;
+    while (tokens > 64 && first.back() * ceil_div(all_tokens, tokens) < wanted / 2)
+      tokens = lines(tokens / 2);
+  }
+};
+
+void product_of_batch(const Matrix* matrices, int count, Kind kind, int parts, int64_t done,
+                      int64_t tokens, const void* in, int threads) {
   const Products& use = products();
-  if (tokens * x.stored.rows * x.stored.cols < kOneThread) threads = 1;
+  const Lanes& x = matrices[0].x;  // what is said of columns below is the same for all
+  int64_t weights = 0, scratch = 0;
+  for (int m = 0; m < count; ++m) weights += matrices[m].x.stored.rows * x.stored.cols;
+  if (tokens * weights < kOneThread) threads = 1;
 
   Levels levels{tokens, parts, stride_of(x), nullptr, nullptr, nullptr};
   const int64_t rows = ceil_div(tokens, kTokens) * kTokens * parts;
   const int64_t q_bytes = rows * levels.stride + 64;
   const int64_t sums_bytes = lines(rows * x.stored.groups * 4), factor_bytes = lines(tokens * 4);
-  const int64_t scratch = use.scratch(x, levels);
+  for (int m = 0; m < count; ++m)
+    scratch = std::max(scratch, use.scratch(matrices[m].x, levels));
   static thread_local Workspace workspace;
   uint8_t* const memory =
       workspace.bytes(q_bytes + sums_bytes + factor_bytes + scratch * threads);
@@ -233,31 +257,31 @@ void product_of_batch(const Lanes& x, const uint8_t* lanes, const Scales& scales
                  std::min(tokens, (task + 1) * kTokensOfTask), levels);
   });
 
-  // A few tasks for each thread, so that nobody waits long for the last: ranges of blocks, and where
-  // there are few blocks also ranges of tokens.
-  const int64_t wanted = threads > 1 ? threads * 8 : 1;
-  const int64_t chunk = ceil_div(x.blocks, wanted);
-  const int64_t chunks = ceil_div(x.blocks, chunk);
-  int64_t few = tokens;
-  while (few > 64 && chunks * ceil_div(tokens, few) < wanted / 2) few = lines(few / 2);
-  run_tasks(threads, chunks * ceil_div(tokens, few), [&](int64_t task, int worker) {
-    const int64_t block = task % chunks * chunk, token = task / chunks * few;
-    use.multiply(x, lanes, scales, levels, token, std::min(tokens, token + few), block,
-                 std::min(x.blocks, block + chunk), kind, out, scratches + worker * scratch);
+  const Tasks tasks(matrices, count, tokens, threads);
+  const int64_t chunks = tasks.first.back(), size = kind == Kind::F32 ? 4 : 2;
+  run_tasks(threads, chunks * ceil_div(tokens, tasks.tokens), [&](int64_t task, int worker) {
+    int m = 0;
+    while (task % chunks >= tasks.first[static_cast<size_t>(m) + 1]) ++m;
+    const Matrix& one = matrices[m];
+    const int64_t block = (task % chunks - tasks.first[static_cast<size_t>(m)]) * tasks.chunk;
+    const int64_t token = task / chunks * tasks.tokens;
+    use.multiply(one.x, one.lanes, one.scales, levels, token,
+                 std::min(tokens, token + tasks.tokens), block,
+                 std::min(one.x.blocks, block + tasks.chunk), kind,
+                 static_cast<uint8_t*>(one.out) + done * one.x.stored.rows * size,
+                 scratches + worker * scratch);
   });
 }
 
 }  // namespace
 
-void product(const Lanes& x, const uint8_t* lanes, const Scales& scales, Kind kind, int parts,
-             int64_t tokens, const void* in, void* out, int threads) {
-  if (x.blocks == 0) return;
+void product(const Matrix* matrices, int count, Kind kind, int parts, int64_t tokens,
+             const void* in, int threads) {
   threads = std::clamp(threads, 1, 256);
-  const int64_t size = kind == Kind::F32 ? 4 : 2;
+  const int64_t row = matrices[0].x.stored.cols * (kind == Kind::F32 ? 4 : 2);
   for (int64_t done = 0; done < tokens; done += kBatch)
-    product_of_batch(x, lanes, scales, kind, parts, std::min(kBatch, tokens - done),
-                     static_cast<const uint8_t*>(in) + done * x.stored.cols * size,
-                     static_cast<uint8_t*>(out) + done * x.stored.rows * size, threads);
+    product_of_batch(matrices, count, kind, parts, done, std::min(kBatch, tokens - done),
+                     static_cast<const uint8_t*>(in) + done * row, threads);
 }
 
 uint64_t read_all(const uint8_t* bytes, int64_t n, int threads) {

@@ -114,10 +114,19 @@ extern const Products kAvxVnniProducts;
 extern const Products kAvx512Products;
 extern const Products kAmxProducts;
 
-// y = x W^T: out (tokens, rows) and x (tokens, cols) of the same kind; parts as in Levels. The
-// instruction set in use must have the form.
-void product(const Lanes&, const uint8_t* lanes, const Scales&, Kind, int parts, int64_t tokens,
-             const void* x, void* out, int threads);
+// A matrix in lanes, and where its product goes: out (tokens, rows).
+struct Matrix {
+  Lanes x;
+  const uint8_t* lanes;
+  Scales scales;
+  void* out;
+};
+
+// y = x W^T for at least one matrix. All have the form, columns and groups of the first, so that x,
+// `in` (tokens, cols), is rounded once for all; `in` and `out` are of one kind; parts as in Levels.
+// The instruction set in use must have the form.
+void product(const Matrix* matrices, int count, Kind, int parts, int64_t tokens, const void* in,
+             int threads);
 
 // The yardsticks on threads: each reads its part of the bytes, or does all rounds.
 uint64_t read_all(const uint8_t* bytes, int64_t n, int threads);

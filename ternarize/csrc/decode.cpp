@@ -1,0 +1,42 @@
+// The threads of norms and attention.
+#include "decode.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "core.h"
+#include "pool.h"
+
+namespace ternarize {
+namespace {
+
+constexpr int64_t kOneThread = 1 << 16;  // multiplications that are not worth a second thread
+
+}  // namespace
+
+void rms_norm(Kind kind, int64_t rows, int64_t n, const void* x, const void* weight, float epsilon,
+              void* out, int threads) {
+  const int64_t row = n * (kind == Kind::F32 ? 4 : 2);
+  const int64_t at_once = std::max<int64_t>(1, kOneThread / std::max<int64_t>(1, n));
+  run_tasks(std::max(1, threads), (rows + at_once - 1) / at_once, [&](int64_t task, int) {
+    const int64_t first = task * at_once;
+    kernels().decoding.rms_norm(kind, std::min(at_once, rows - first), n,
+                                static_cast<const char*>(x) + first * row, weight, epsilon,
+                                static_cast<char*>(out) + first * row);
+  });
+}
+
+void attend(Kind kind, const Attention& a, int threads) {
+  threads = std::clamp(threads, 1, 256);
+  if (2 * a.batch * a.heads * a.dim * (a.position + 1) < kOneThread) threads = 1;
+  static thread_local std::vector<float> scratch;
+  const int64_t each = (a.scratch() + 15) / 16 * 16;
+  if (static_cast<int64_t>(scratch.size()) < each * threads)
+    scratch.resize(static_cast<size_t>(each * threads));
+  float* const memory = scratch.data();  // of this thread: others do not see its thread_local
+  run_tasks(threads, a.batch * a.kv_heads, [&, memory](int64_t pair, int worker) {
+    kernels().decoding.attend(kind, a, pair, pair + 1, memory + worker * each);
+  });
+}
+
+}  // namespace ternarize

@@ -1,0 +1,268 @@
+"""Decoding a token at a time: what the model's own forward gives, with rounding apart."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+import transformers
+from test_evaluate import word_tokenizer
+from torch import Tensor
+
+import ternarize
+from ternarize import decode, generate, kernels
+from ternarize.convert import convert
+from ternarize.decode import Decoder, attend, can_decode, rms_norm
+from ternarize.native import lib
+from ternarize.plan import Recipe
+
+native = pytest.mark.skipif(lib is None, reason="without the compiled core")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CONFIGS = {
+    "llama": transformers.LlamaConfig,
+    "mistral": transformers.MistralConfig,
+    "qwen2": transformers.Qwen2Config,
+    "qwen3": transformers.Qwen3Config,
+    "bitnet": transformers.BitNetConfig,
+}
+
+
+def dense(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    config = CONFIGS[kind](**tiny_models.TEXT, **options)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.no_grad():  # biases and norms that are not all 0 and 1
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+def packed(model: Any, path: Path, recipe: Recipe, **options: Any) -> Any:
+    model.save_pretrained(path / "source")
+    convert(path / "source", path / "packed", recipe)
+    return ternarize.load(path / "packed", **options)
+
+
+def tokens(batch: int, n: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, 160, (batch, n), generator=torch.Generator().manual_seed(seed))
+
+
+def both(model: Any, ids: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """The logits after each of `steps` tokens, by the decoder and by the model's forward."""
+    ours, theirs = [], []
+    more = tokens(len(ids), steps, seed=1)
+    with torch.inference_mode():
+        out = model(ids, use_cache=True, logits_to_keep=1)
+        decoder = Decoder(model, ids, ids.shape[1] + steps)
+        assert torch.equal(decoder.logits, out.logits[:, -1])
+        for i in range(steps):
+            ours.append(decoder.step(more[:, i]))
+            out = model(more[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
+            theirs.append(out.logits[:, -1])
+    return torch.stack(ours), torch.stack(theirs)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_packed_model_gives_the_logits_of_its_forward(
+    kind: str, batch: int, tmp_path: Path
+) -> None:
+    model = packed(dense(kind), tmp_path, Recipe(method="twn", group_size=32))
+    assert can_decode(model, 40)
+    ours, theirs = both(model, tokens(batch, 9), 20)
+    torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_dense_model_does_as_well(kind: str) -> None:
+    model = dense(kind)
+    assert can_decode(model, 40)
+    ours, theirs = both(model, tokens(2, 5), 6)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(method="absmean", group_size=-1, keep=("*.1.*q_proj*",)),
+        Recipe(method="twn", group_size=0, planes=("*up_proj*", "*.k_proj*")),
+        Recipe(method="twn", group_size=64, head="int8", embeddings="int8"),
+    ],
+)
+def test_whatever_the_recipe(recipe: Recipe, tmp_path: Path) -> None:
+    model = packed(dense("llama"), tmp_path, recipe)
+    ours, theirs = both(model, tokens(1, 5), 8)
+    torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "bitnet"])
+def test_numbers_are_rounded_where_the_model_rounds_them(kind: str, dtype: torch.dtype) -> None:
+    model = dense(kind, dtype)
+    ours, theirs = both(model, tokens(1, 5), 8)
+    exact, _ = both(dense(kind, dtype).to(torch.float32), tokens(1, 5), 8)
+    # as near to each other as either is to the model in float32
+    error = (theirs - exact).abs().mean()
+    assert (ours - theirs).abs().mean() < 1.5 * error
+    assert (ours - exact).abs().mean() < 1.5 * error
+
+
+def test_scaled_positions() -> None:
+    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    model = dense("llama", rope_parameters=rope)
+    assert can_decode(model, 40)
+    ours, theirs = both(model, tokens(1, 5), 8)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_what_it_does_not_compute_is_left_to_the_model() -> None:
+    assert can_decode(dense("mistral", sliding_window=40), 40)
+    assert not can_decode(dense("mistral", sliding_window=40), 41)
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    assert not can_decode(dense("llama", rope_parameters=dynamic), 8)
+    gemma = tiny_models.build("gemma3_text", torch.float32)
+    assert not can_decode(gemma, 8)
+    watched = dense("llama")
+    watched.model.layers[1].register_forward_hook(lambda *_: None)
+    assert not can_decode(watched, 8)
+    mixed = dense("llama")
+    mixed.model.norm.to(torch.bfloat16)
+    assert not can_decode(mixed, 8)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.7, "seed": 3},
+        {"temperature": 1.0, "top_k": 5, "seed": 4},
+        {"temperature": 1.5, "top_p": 0.8, "seed": 5},
+        {"temperature": 1.5, "top_k": 20, "top_p": 0.8, "seed": 6},
+    ],
+)
+def test_generate_gives_the_tokens_of_transformers(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = dense("llama")
+    model.generation_config.eos_token_id = [2, 7, 9]
+
+    def text() -> str:
+        return generate.generate(
+            model, word_tokenizer(), "w5 w6 w7", max_new_tokens=30, **options
+        ).text
+
+    fast = text()
+    monkeypatch.setattr(generate, "can_decode", lambda *_: False)
+    assert text() == fast != ""
+
+
+def test_settings_that_it_does_not_know_are_left_to_transformers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = dense("llama")
+    monkeypatch.setattr(generate, "_decode", lambda *_: pytest.fail("not asked for"))
+    model.generation_config.repetition_penalty = 1.5
+    assert generate.generate(model, word_tokenizer(), "w5 w6", max_new_tokens=4).new_tokens > 0
+
+
+# --- the two functions of the compiled core ------------------------------------------------------
+
+
+def operands(batch: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> list[Tensor]:
+    """q, k, v, cosine, sine and caches with room for 300 tokens."""
+    shapes = [(batch, heads * dim), (batch, kv_heads * dim), (batch, kv_heads * dim)]
+    shapes += [(dim,), (dim,), (batch, kv_heads, dim, 300), (batch, kv_heads, 300, dim)]
+    g = torch.Generator().manual_seed(dim)
+    return [torch.randn(shape, generator=g).to(dtype) for shape in shapes]
+
+
+@native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("position", [0, 1, 62, 63, 64, 299])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"), [(4, 4, 16), (6, 2, 64), (8, 1, 80), (3, 3, 130)]
+)
+def test_attention_is_its_twin(
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    position: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = operands(2, heads, kv_heads, dim, dtype)
+    ours = [each.clone() for each in given]
+    got = attend(*ours, position, heads, dim**-0.5)
+    monkeypatch.setattr(decode, "lib", None)
+    want = attend(*given, position, heads, dim**-0.5)
+    epsilon = torch.finfo(dtype).eps * (32 if dtype == torch.float32 else 4)  # sums, or rounding
+    torch.testing.assert_close(got, want, rtol=epsilon, atol=epsilon)
+    for mine, theirs in zip(ours, given, strict=True):  # the caches, and nothing else, are written
+        assert torch.equal(mine, theirs)
+
+
+@native
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_is_the_same_on_every_cpu_and_any_threads(dtype: torch.dtype) -> None:
+    assert lib is not None
+    best, threads = lib.cpu(), torch.get_num_threads()
+    found = []
+    try:
+        for cpu in lib.cpus():
+            lib.use_cpu(cpu)
+            for n in (1, 2, 7):
+                torch.set_num_threads(n)
+                found.append(attend(*operands(3, 8, 2, 72, dtype), 299, 8, 0.1))
+    finally:
+        lib.use_cpu(best)
+        torch.set_num_threads(threads)
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
+@native
+def test_attention_to_one_token_that_stands_out() -> None:
+    q, k, v, cosine, sine, keys, values = operands(1, 1, 1, 64, torch.float32)
+    cosine.fill_(1), sine.fill_(0), keys.zero_()
+    keys[..., 17] = 1000 * q[0]
+    got = attend(q, k, v, cosine, sine, keys, values, 200, 1, 1.0)
+    assert torch.equal(got[0], values[0, 0, 17])  # e^-87 of the others is lost in rounding
+
+
+@native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 15), (2, 5, 64), (1, 2048), (70, 1000), (0, 8)])
+def test_the_norm_is_its_twin(
+    shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert lib is not None
+    g = torch.Generator().manual_seed(1)
+    x, weight = torch.randn(shape, generator=g).to(dtype), torch.randn(shape[-1]).to(dtype)
+    best, found = lib.cpu(), []
+    try:
+        for cpu in lib.cpus():
+            lib.use_cpu(cpu)
+            found.append(rms_norm(x, weight, 1e-5))
+    finally:
+        lib.use_cpu(best)
+    assert all(torch.equal(each, found[0]) for each in found)
+    monkeypatch.setattr(decode, "lib", None)
+    epsilon = torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        found[0], rms_norm(x, weight, 1e-5), rtol=2 * epsilon, atol=2 * epsilon
+    )
+
+
+@native
+def test_wrong_sizes_are_refused() -> None:
+    assert lib is not None and kernels.KINDS[torch.float32] == "F32"
+    with pytest.raises(ValueError, match="position is 3; expected less than the capacity 3"):
+        lib.attend("F32", 1, 2, 1, 8, 3, 3, 1.0, [0] * 8, 1)
+    with pytest.raises(ValueError, match="heads of queries"):
+        lib.attend("F32", 1, 3, 2, 8, 3, 0, 1.0, [0] * 8, 1)
+    with pytest.raises(ValueError, match="rows and n are 1 and 0"):
+        lib.rms_norm("F32", 1, 0, 0, 0, 1e-5, 0, 1)
+    given = operands(1, 2, 1, 8, torch.float32)
+    with pytest.raises(AssertionError):
+        attend(given[0].to(torch.bfloat16), *given[1:], 0, 2, 1.0)
