@@ -23,8 +23,8 @@ from ternarize import kernels
 from ternarize.linear import products
 from ternarize.native import lib
 
-# Models of transformers whose layers are the one above. Where they differ: BitNet has a norm before o
-# and one before down, Qwen3 norms of the heads of queries and keys, Qwen2 biases (in the modules).
+# Models of transformers whose layers are the one above. Where they differ: BitNet has a norm before
+# o and one before down, Qwen3 norms of the heads of queries and keys, Qwen2 biases (in the modules).
 CLASSES = (
     "LlamaForCausalLM",
     "MistralForCausalLM",

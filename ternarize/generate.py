@@ -145,9 +145,7 @@ def _is_plain(config: GenerationConfig) -> bool:
     return set(config.to_diff_dict()) <= _PLAIN | _SILENT
 
 
-def _decode(
-    model: Model, ids: torch.Tensor, config: GenerationConfig, streamer: BaseStreamer
-) -> None:
+def _decode(model: Model, ids: torch.Tensor, config: GenerationConfig, streamer: "_Pieces") -> None:
     """What model.generate does with such a config, by ternarize.decode: the same tokens."""
     warpers: list[Any] = []
     if config.do_sample:

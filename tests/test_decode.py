@@ -31,7 +31,8 @@ CONFIGS = {
 def dense(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     config = CONFIGS[kind](**tiny_models.TEXT, **options)
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    auto: Any = transformers.AutoModelForCausalLM
+    model = auto.from_config(config, dtype=dtype).eval()
     with torch.no_grad():  # biases and norms that are not all 0 and 1
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -170,12 +171,17 @@ def test_settings_that_it_does_not_know_are_left_to_transformers(
 # --- the two functions of the compiled core ------------------------------------------------------
 
 
-def operands(batch: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> list[Tensor]:
+Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def operands(batch: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> Operands:
     """q, k, v, cosine, sine and caches with room for 300 tokens."""
-    shapes = [(batch, heads * dim), (batch, kv_heads * dim), (batch, kv_heads * dim)]
+    shapes: list[tuple[int, ...]] = [(batch, n * dim) for n in (heads, kv_heads, kv_heads)]
     shapes += [(dim,), (dim,), (batch, kv_heads, dim, 300), (batch, kv_heads, 300, dim)]
     g = torch.Generator().manual_seed(dim)
-    return [torch.randn(shape, generator=g).to(dtype) for shape in shapes]
+    q, k, v, *rest = (torch.randn(shape, generator=g).to(dtype) for shape in shapes)
+    cosine, sine, keys, values = rest
+    return q, k, v, cosine, sine, keys, values
 
 
 @native
@@ -193,7 +199,7 @@ def test_attention_is_its_twin(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given = operands(2, heads, kv_heads, dim, dtype)
-    ours = [each.clone() for each in given]
+    ours = operands(2, heads, kv_heads, dim, dtype)
     got = attend(*ours, position, heads, dim**-0.5)
     monkeypatch.setattr(decode, "lib", None)
     want = attend(*given, position, heads, dim**-0.5)
