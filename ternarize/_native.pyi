@@ -160,7 +160,7 @@ def dot_peak(rounds: int, threads: int) -> int:
 def rms_norm(
     kind: Kind, rows: int, n: int, x: int, weight: int, epsilon: float, out: int, threads: int
 ) -> None:
-    """Set out to what ternarize.decode.rms_norm defines, which alone should call this.
+    """Set out to what ternarize.decode.rms_norm defines; for `prepared_norm` there.
 
     x, out  addresses of (rows, n) of `kind`; weight that of (n,)
     """
@@ -172,14 +172,14 @@ def attend(
     kv_heads: int,
     dim: int,
     capacity: int,
-    position: int,
     scaling: float,
     memory: Sequence[int],
     threads: int,
 ) -> None:
-    """Set out to what ternarize.decode.attend defines, which alone should call this.
+    """Set out to what ternarize.decode.attention defines; for `prepared_attention` there.
 
-    memory  the addresses of q, k, v, cosine, sine, keys, values and out, all of `kind`
+    memory  the addresses of q, k, v, cosine, sine, keys, values and out, all of `kind`, and of the
+            position, int64
     """
 
 def use_openmp(parallel: int) -> None:

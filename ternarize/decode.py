@@ -4,7 +4,7 @@ One token needs each weight once, and a small model's products are done in a few
 a general implementation does between them (modules that call modules, a cache that is put together
 anew, a mask, eight operators for a rotary embedding) takes as long again. So for models whose layer
 is the one below this file walks through the layers itself, with the model's own modules for what
-has weights, and two functions of the compiled core for the rest:
+has weights, and two functions of the compiled core for most of the rest:
 
     h = norm(x)     x = x + o(attend(q(h), k(h), v(h)))
     h = norm(x)     x = x + down(act(gate(h)) * up(h))
@@ -13,18 +13,19 @@ Projections that share an input are one call, which rounds it once. The prompt i
 model's own forward. Numbers are rounded where the model rounds them; only sums have another order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ternarize import kernels
-from ternarize.linear import products
+from ternarize.linear import prepared_products
 from ternarize.native import lib
 
 # Models of transformers whose layers are the one above. Where they differ: BitNet has a norm before
-# o and one before down, Qwen3 norms of the heads of queries and keys, Qwen2 biases (in the modules).
+# o and one before down, Qwen3 norms of the queries' and keys' heads, Qwen2 biases (in modules).
 CLASSES = (
     "LlamaForCausalLM",
     "MistralForCausalLM",
@@ -38,7 +39,8 @@ Model = Any
 
 def can_decode(model: Model, capacity: int) -> bool:
     """Whether `Decoder` computes what the model does, for texts of `capacity` tokens."""
-    if type(model).__name__ not in CLASSES or not type(model).__module__.startswith("transformers"):
+    name, module = type(model).__name__, type(model).__module__
+    if lib is None or name not in CLASSES or not module.startswith("transformers."):
         return False
     config = model.config
     window = getattr(config, "sliding_window", None)
@@ -64,90 +66,152 @@ class Decoder:
 
     logits    (batch, vocabulary), of the token that comes next
 
+    What a step does is written down once, as calls with the memory that they work in: there is
+    nothing to look up from token to token. The model's parameters are held as they are now.
     Memory: 2 * layers * batch * key heads * capacity * head size numbers of the model's dtype.
     """
 
     def __init__(self, model: Model, ids: Tensor, capacity: int) -> None:
         out = model(ids, use_cache=True, logits_to_keep=1)
         self.logits: Tensor = out.logits[:, -1]
-        self.model = model
-        self.position = ids.shape[1]
-        batch, config = len(ids), model.config
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.cache: list[tuple[Tensor, Tensor]] = []
-        for layer in out.past_key_values.layers:
-            *_, dim = layer.keys.shape
-            keys = layer.keys.new_empty(batch, self.kv_heads, dim, capacity)
-            values = layer.values.new_empty(batch, self.kv_heads, capacity, dim)
-            keys[..., : self.position] = layer.keys.mT
-            values[:, :, : self.position] = layer.values
-            self.cache.append((keys, values))
-        positions = torch.arange(capacity).unsqueeze(0)
-        cosine, sine = model.model.rotary_emb(self.cache[0][0], position_ids=positions)
-        self.cosine, self.sine = cosine[0].contiguous(), sine[0].contiguous()
+        self.model, self.batch, self.dtype = model, len(ids), model.dtype
+        self.capacity, self.threads = capacity, torch.get_num_threads()
+        self.position = torch.tensor(ids.shape[1])
+        self.calls: list[Callable[[], object]] = []
+        self.held: list[Tensor] = []  # what calls know by its address alone
+
+        body, (_, prompt) = model.model, ids.shape
+        cosine, sine = body.rotary_emb(self.logits, position_ids=torch.arange(capacity)[None])
+        self.rotary = cosine[0].contiguous(), sine[0].contiguous()
+        self.x = self._new(model.config.hidden_size)
+        for layer, filled in zip(body.layers, out.past_key_values.layers, strict=True):
+            _, kv_heads, _, dim = filled.keys.shape
+            keys = filled.keys.new_empty(self.batch, kv_heads, dim, capacity)
+            values = filled.values.new_empty(self.batch, kv_heads, capacity, dim)
+            keys[..., :prompt] = filled.keys.mT
+            values[:, :, :prompt] = filled.values
+            h = self._norm(layer.input_layernorm, self.x)
+            self._add(self._attention(layer.self_attn, h, keys, values))
+            h = self._norm(layer.post_attention_layernorm, self.x)
+            self._add(self._mlp(layer.mlp, h))
+        self.last = self._norm(body.norm, self.x)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Take one more token of each text, (batch,) integers, and return `logits` after it."""
-        x: Tensor = self.model.model.embed_tokens(tokens)
-        for layer, cache in zip(self.model.model.layers, self.cache, strict=True):
-            x = x + self._attention(layer.self_attn, _norm(layer.input_layernorm, x), cache)
-            x = x + _mlp(layer.mlp, _norm(layer.post_attention_layernorm, x))
+        self.x.copy_(self.model.model.embed_tokens(tokens))
+        for call in self.calls:
+            call()
         self.position += 1
-        self.logits = self.model.lm_head(_norm(self.model.model.norm, x))
+        self.logits = self.model.lm_head(self.last)
         return self.logits
 
-    def _attention(self, module: Any, h: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:
-        q, k, v = products((module.q_proj, module.k_proj, module.v_proj), h)
+    # --- each writes down some calls and returns where their result will be --------------------
+
+    def _new(self, n: int) -> Tensor:
+        return torch.empty(self.batch, n, dtype=self.dtype)
+
+    def _attention(self, module: Any, h: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        q, k, v = self._linears([module.q_proj, module.k_proj, module.v_proj], h)
         if hasattr(module, "q_norm"):
-            q = _norm(module.q_norm, q.view(-1, module.head_dim)).view(q.shape)
-            k = _norm(module.k_norm, k.view(-1, module.head_dim)).view(k.shape)
-        rotary = self.cosine[self.position], self.sine[self.position]
-        y = attend(q, k, v, *rotary, *cache, self.position, self.heads, module.scaling)
+            q, k = self._norm(module.q_norm, q), self._norm(module.k_norm, k)
+        y = torch.empty_like(q)
+        given = (q, k, v, *self.rotary, keys, values, y, self.position)
+        self.held += given
+        attend = prepared_attention(*given, module.scaling, self.threads)
+        self.calls.append(attend)
         if hasattr(module, "attn_sub_norm"):
-            y = _norm(module.attn_sub_norm, y)
-        out: Tensor = module.o_proj(y)
+            y = self._norm(module.attn_sub_norm, y)
+        return self._linears([module.o_proj], y)[0]
+
+    def _mlp(self, module: Any, h: Tensor) -> Tensor:
+        gate, up = self._linears([module.gate_proj, module.up_proj], h)
+        gated = torch.empty_like(gate)
+        self.calls.append(lambda: torch.mul(module.act_fn(gate), up, out=gated))
+        y = self._norm(module.ffn_sub_norm, gated) if hasattr(module, "ffn_sub_norm") else gated
+        return self._linears([module.down_proj], y)[0]
+
+    def _add(self, y: Tensor) -> None:
+        self.calls.append(partial(self.x.add_, y))
+
+    def _norm(self, module: Any, x: Tensor) -> Tensor:
+        out, weight = torch.empty_like(x), module.weight.data
+        self.held += (x, weight, out)
+        norm = prepared_norm(x, weight, module.variance_epsilon, out, self.threads)
+        self.calls.append(norm)
         return out
 
+    def _linears(self, modules: list[nn.Linear], x: Tensor) -> list[Tensor]:
+        outs = [self._new(module.out_features) for module in modules]
+        call = prepared_products(modules, x, outs)
+        if call is not None:
+            self.held += (x, *outs, *(p for m in modules for p in m.parameters()))
+            self.calls.append(call)
+            return outs
+        for module, out in zip(modules, outs, strict=True):
+            self.calls.append(partial(_run, module, x, out))
+        return outs
 
-def _mlp(module: Any, h: Tensor) -> Tensor:
-    gate, up = products((module.gate_proj, module.up_proj), h)
-    y = module.act_fn(gate) * up
-    if hasattr(module, "ffn_sub_norm"):
-        y = _norm(module.ffn_sub_norm, y)
-    out: Tensor = module.down_proj(y)
-    return out
+
+def _run(module: nn.Module, x: Tensor, out: Tensor) -> None:
+    out.copy_(module(x))
 
 
-def _norm(module: Any, x: Tensor) -> Tensor:
-    return rms_norm(x, module.weight, module.variance_epsilon)
+# --- the two functions of the compiled core, and what they compute -------------------------------
+
+
+def prepared_norm(
+    x: Tensor, weight: Tensor, epsilon: float, out: Tensor, threads: int
+) -> Callable[[], None]:
+    """A call that sets out to `rms_norm`. It knows the memory only: the caller keeps it."""
+    assert lib is not None
+    n = len(weight)
+    assert all(t.is_contiguous() and t.dtype == x.dtype for t in (x, weight, out))
+    assert x.shape == out.shape and x.shape[-1] % n == 0
+    at = x.data_ptr(), weight.data_ptr(), epsilon, out.data_ptr()
+    return partial(lib.rms_norm, kernels.KINDS[x.dtype], x.numel() // n, n, *at, threads)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """weight * (x / sqrt(mean(x^2) + epsilon)), the bracket rounded to x's dtype first.
 
-    x (..., n) and weight (n,) of one dtype.  RMSNorm, https://arxiv.org/abs/1910.07467, equation 4
+    x       (..., k n) float: k vectors of n behind one another
+    weight  (n,) of the same dtype
+
+    RMSNorm, https://arxiv.org/abs/1910.07467, equation 4.
     """
-    if lib is None:
-        wide = x.to(torch.float32)
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
-        return weight * wide.to(x.dtype)
-    n = x.shape[-1]
-    x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    assert weight.dtype == x.dtype and weight.shape == (n,) and weight.is_contiguous()
-    lib.rms_norm(
-        kernels.KINDS[x.dtype],
-        x.numel() // n,
-        n,
-        x.data_ptr(),
-        weight.data_ptr(),
-        epsilon,
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return out
+    wide = x.view(*x.shape[:-1], -1, len(weight)).to(torch.float32)
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    return (weight * wide.to(x.dtype)).view(x.shape)
 
 
-def attend(
+def prepared_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
+    position: Tensor,
+    scaling: float,
+    threads: int,
+) -> Callable[[], None]:
+    """A call that sets out to `attention`. It knows the memory only: the caller keeps it."""
+    assert lib is not None
+    given = (q, k, v, cosine, sine, keys, values, out)
+    batch, kv_heads, dim, capacity = keys.shape
+    assert all(t.is_contiguous() and t.dtype == q.dtype for t in given)
+    assert k.shape == v.shape == (batch, kv_heads * dim) and q.shape == out.shape
+    assert len(q) == batch and q.shape[1] % (kv_heads * dim) == 0
+    assert cosine.shape == sine.shape == (capacity, dim)
+    assert values.shape == keys.mT.shape and position.dtype == torch.int64
+    shape = batch, q.shape[1] // dim, kv_heads, dim, capacity
+    addresses = [t.data_ptr() for t in (*given, position)]
+    return partial(lib.attend, kernels.KINDS[q.dtype], *shape, scaling, addresses, threads)
+
+
+def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -156,7 +220,6 @@ def attend(
     keys: Tensor,
     values: Tensor,
     position: int,
-    heads: int,
     scaling: float,
 ) -> Tensor:
     """Attention of one new token of each text to it and to all before.
@@ -165,46 +228,29 @@ def attend(
 
     q             (batch, heads * dim); a key's head serves heads / kv_heads of them
     k, v          (batch, kv_heads * dim)
-    cosine, sine  (dim,): of the rotary embedding at `position`
+    cosine, sine  (capacity, dim) of the rotary embedding
     keys          (batch, kv_heads, dim, capacity), after rope, and
     values        (batch, kv_heads, capacity, dim): caches of the tokens before `position`; what
                   belongs there is written
 
     All of one dtype.  Returns (batch, heads * dim).
+    RoPE: https://arxiv.org/abs/2104.09864, in transformers' order of the dimensions.
     """
-    batch, kv_heads, dim, capacity = keys.shape
-    if lib is None:
-        cos, sin = cosine, sine
-        new_q, new_k = (_rotated(each.view(batch, -1, dim), cos, sin) for each in (q, k))
-        keys[..., position], values[:, :, position] = new_k, v.view(batch, -1, dim)
-        y = torch.nn.functional.scaled_dot_product_attention(
-            new_q.unsqueeze(2),
-            keys[..., : position + 1].mT,
-            values[:, :, : position + 1],
-            scale=scaling,
-            enable_gqa=True,
-        )
-        return y.reshape(batch, -1)
-    given: Sequence[Tensor] = (q, k, v, cosine, sine, keys, values)
-    assert all(each.dtype == q.dtype and each.is_contiguous() for each in given)
-    assert q.shape == (batch, heads * dim) and k.shape == v.shape == (batch, kv_heads * dim)
-    assert cosine.shape == sine.shape == (dim,) and values.shape == keys.mT.shape
-    out = torch.empty_like(q)
-    lib.attend(
-        kernels.KINDS[q.dtype],
-        batch,
-        heads,
-        kv_heads,
-        dim,
-        capacity,
-        position,
-        scaling,
-        [each.data_ptr() for each in (*given, out)],
-        torch.get_num_threads(),
+    batch, _, dim, _ = keys.shape
+    cos, sin = cosine[position], sine[position]
+
+    def rope(x: Tensor) -> Tensor:
+        x = x.view(batch, -1, dim)
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat([-second, first], -1) * sin
+
+    keys[..., position], values[:, :, position] = rope(k), v.view(batch, -1, dim)
+    y = torch.nn.functional.scaled_dot_product_attention(
+        rope(q).unsqueeze(2),
+        keys[..., : position + 1].mT,
+        values[:, :, : position + 1],
+        scale=scaling,
+        enable_gqa=True,
     )
+    out: Tensor = y.reshape(batch, -1)
     return out
-
-
-def _rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    first, second = x.chunk(2, -1)
-    return x * cosine + torch.cat([-second, first], -1) * sine

@@ -16,7 +16,8 @@ the layouts and the arithmetic in full.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -222,38 +223,39 @@ def products(
             found.append(y.view(*x.shape[:-1], rows))
         return found
     flat = flat.contiguous()
+    outs = [torch.empty((*x.shape[:-1], rows), dtype=x.dtype) for _, _, rows in matrices]
+    prepared_products(flat, matrices, outs, group_size, form, activations, threads)()
+    return outs
+
+
+def prepared_products(
+    x: Tensor,
+    matrices: Sequence[tuple[Tensor, Tensor, int]],
+    outs: Sequence[Tensor],
+    group_size: int,
+    form: str,
+    activations: str,
+    threads: int,
+) -> Callable[[], None]:
+    """A call of the compiled core that sets outs, (..., rows) of x's dtype, to `products`.
+
+    It knows the memory only: whoever calls it keeps the tensors. They are dense.
+    """
+    assert lib is not None
     # what the core cannot see
-    assert activations in ("int8", "none")
-    outs, addresses = [], []
-    for lanes, scales, rows in matrices:
+    assert activations in ("int8", "none") and x.is_contiguous()
+    cols = x.shape[-1]
+    tokens, addresses = x.numel() // cols if cols else 0, []
+    for (lanes, scales, rows), out in zip(matrices, outs, strict=True):
         half = scales.dtype == torch.float16
         assert lanes.dtype == torch.uint8 and lanes.is_contiguous()
         assert (half or scales.dtype == torch.float32) and scales.is_contiguous()
-        out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
-        outs.append(out)
-        addresses.append(
-            (
-                lanes.data_ptr(),
-                lanes.numel(),
-                scales.data_ptr(),
-                scales.numel(),
-                half,
-                out.data_ptr(),
-                rows,
-            )
-        )
-    lib.products(
-        flat.data_ptr(),
-        KINDS[x.dtype],
-        flat.shape[0],
-        cols,
-        addresses,
-        form,
-        group_size,
-        activations == "int8",
-        threads,
-    )
-    return outs
+        assert out.numel() == tokens * rows and out.dtype == x.dtype and out.is_contiguous()
+        at = lanes.data_ptr(), lanes.numel(), scales.data_ptr(), scales.numel()
+        addresses.append((*at, half, out.data_ptr(), rows))
+    how = form, group_size, activations == "int8", threads
+    kind = KINDS[x.dtype]
+    return partial(lib.products, x.data_ptr(), kind, tokens, cols, addresses, *how)
 
 
 def product_of_trits(

@@ -130,32 +130,33 @@ def product(
     return _product(x, packed, scale, bias, layout)
 
 
-def products(modules: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
-    """The outputs of linear layers, packed or not, that have the same input; without gradients.
+def prepared_products(
+    modules: Sequence[nn.Module], x: Tensor, outs: Sequence[Tensor]
+) -> Callable[[], None] | None:
+    """A call that sets outs to the outputs of layers that share the input x, without gradients.
 
-    x  (..., in_features) float
+    x     (..., in_features) float
+    outs  (..., out_features) of x's dtype, of each layer
 
-    Those in lanes of one kind share its rounding and the threads.
+    None if they are no packed layers in lanes of one kind, which share the rounding of their input
+    and the threads. The call knows the memory only: the caller keeps it.
     """
     shared = {_sharing(module) for module in modules}
     if len(shared) > 1 or None in shared or x.dtype not in _KERNEL_DTYPES:
-        return [module(x) for module in modules]
+        return None
     layout: Layout = cast(TernaryLinear, modules[0]).layouts["weight"]
     assert layout.lanes is not None
-    if layout.rotation[0]:
-        x = _rotated(x, layout)
     matrices: Any = [(m.weight, m.weight_scale, m.out_features) for m in modules]
-    form, threads = layout.lanes.form, torch.get_num_threads()
-    return kernels.products(x, matrices, layout.group_size, form, layout.activations, threads)
+    how = layout.group_size, layout.lanes.form, layout.activations, torch.get_num_threads()
+    return kernels.prepared_products(x, matrices, outs, *how)
 
 
 def _sharing(module: nn.Module) -> tuple[Any, ...] | None:
-    """What layers must have in common for `kernels.products`; None of one that it does not take."""
+    """What layers must have in common for `prepared_products`; None of one that it cannot take."""
     if isinstance(module, TernaryLinear) and module.planes == 1 and module.bias is None:
         layout = module.layouts["weight"]
-        if layout.lanes is not None:
-            form = layout.lanes.form
-            return form, layout.cols, layout.group_size, layout.activations, layout.rotation
+        if layout.lanes is not None and not layout.rotation[0]:
+            return layout.lanes.form, layout.cols, layout.group_size, layout.activations
     return None
 
 

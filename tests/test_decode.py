@@ -11,13 +11,20 @@ from test_evaluate import word_tokenizer
 from torch import Tensor
 
 import ternarize
-from ternarize import decode, generate, kernels
+from ternarize import generate
 from ternarize.convert import convert
-from ternarize.decode import Decoder, attend, can_decode, rms_norm
+from ternarize.decode import (
+    Decoder,
+    attention,
+    can_decode,
+    prepared_attention,
+    prepared_norm,
+    rms_norm,
+)
 from ternarize.native import lib
 from ternarize.plan import Recipe
 
-native = pytest.mark.skipif(lib is None, reason="without the compiled core")
+pytestmark = pytest.mark.skipif(lib is None, reason="it needs the compiled core")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CONFIGS = {
     "llama": transformers.LlamaConfig,
@@ -170,105 +177,107 @@ def test_settings_that_it_does_not_know_are_left_to_transformers(
 
 # --- the two functions of the compiled core ------------------------------------------------------
 
-
 Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def operands(batch: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> Operands:
     """q, k, v, cosine, sine and caches with room for 300 tokens."""
     shapes: list[tuple[int, ...]] = [(batch, n * dim) for n in (heads, kv_heads, kv_heads)]
-    shapes += [(dim,), (dim,), (batch, kv_heads, dim, 300), (batch, kv_heads, 300, dim)]
+    shapes += [(300, dim), (300, dim), (batch, kv_heads, dim, 300), (batch, kv_heads, 300, dim)]
     g = torch.Generator().manual_seed(dim)
     q, k, v, *rest = (torch.randn(shape, generator=g).to(dtype) for shape in shapes)
     cosine, sine, keys, values = rest
     return q, k, v, cosine, sine, keys, values
 
 
-@native
+def attend(given: Operands, position: int, scaling: float, threads: int = 2) -> Tensor:
+    out, at = torch.empty_like(given[0]), torch.tensor(position)
+    prepared_attention(*given, out, at, scaling, threads)()
+    return out
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("position", [0, 1, 62, 63, 64, 299])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim"), [(4, 4, 16), (6, 2, 64), (8, 1, 80), (3, 3, 130)]
 )
-def test_attention_is_its_twin(
-    heads: int,
-    kv_heads: int,
-    dim: int,
-    position: int,
-    dtype: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
+def test_attention_is_its_definition(
+    heads: int, kv_heads: int, dim: int, position: int, dtype: torch.dtype
 ) -> None:
-    given = operands(2, heads, kv_heads, dim, dtype)
-    ours = operands(2, heads, kv_heads, dim, dtype)
-    got = attend(*ours, position, heads, dim**-0.5)
-    monkeypatch.setattr(decode, "lib", None)
-    want = attend(*given, position, heads, dim**-0.5)
+    given, ours = (operands(2, heads, kv_heads, dim, dtype) for _ in range(2))
+    got, want = attend(ours, position, dim**-0.5), attention(*given, position, dim**-0.5)
     epsilon = torch.finfo(dtype).eps * (32 if dtype == torch.float32 else 4)  # sums, or rounding
     torch.testing.assert_close(got, want, rtol=epsilon, atol=epsilon)
     for mine, theirs in zip(ours, given, strict=True):  # the caches, and nothing else, are written
         assert torch.equal(mine, theirs)
 
 
-@native
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_is_the_same_on_every_cpu_and_any_threads(dtype: torch.dtype) -> None:
     assert lib is not None
-    best, threads = lib.cpu(), torch.get_num_threads()
-    found = []
-    try:
-        for cpu in lib.cpus():
-            lib.use_cpu(cpu)
-            for n in (1, 2, 7):
-                torch.set_num_threads(n)
-                found.append(attend(*operands(3, 8, 2, 72, dtype), 299, 8, 0.1))
-    finally:
-        lib.use_cpu(best)
-        torch.set_num_threads(threads)
-    assert all(torch.equal(each, found[0]) for each in found)
-
-
-@native
-def test_attention_to_one_token_that_stands_out() -> None:
-    q, k, v, cosine, sine, keys, values = operands(1, 1, 1, 64, torch.float32)
-    cosine.fill_(1), sine.fill_(0), keys.zero_()
-    keys[..., 17] = 1000 * q[0]
-    got = attend(q, k, v, cosine, sine, keys, values, 200, 1, 1.0)
-    assert torch.equal(got[0], values[0, 0, 17])  # e^-87 of the others is lost in rounding
-
-
-@native
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 15), (2, 5, 64), (1, 2048), (70, 1000), (0, 8)])
-def test_the_norm_is_its_twin(
-    shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert lib is not None
-    g = torch.Generator().manual_seed(1)
-    x, weight = torch.randn(shape, generator=g).to(dtype), torch.randn(shape[-1]).to(dtype)
     best, found = lib.cpu(), []
     try:
         for cpu in lib.cpus():
             lib.use_cpu(cpu)
-            found.append(rms_norm(x, weight, 1e-5))
+            for threads in (1, 2, 7):
+                found.append(attend(operands(3, 8, 2, 72, dtype), 299, 0.1, threads))
     finally:
         lib.use_cpu(best)
     assert all(torch.equal(each, found[0]) for each in found)
-    monkeypatch.setattr(decode, "lib", None)
-    epsilon = torch.finfo(dtype).eps
-    torch.testing.assert_close(
-        found[0], rms_norm(x, weight, 1e-5), rtol=2 * epsilon, atol=2 * epsilon
-    )
 
 
-@native
+def test_attention_to_one_token_that_stands_out() -> None:
+    given = operands(1, 1, 1, 64, torch.float32)
+    q, _, _, cosine, sine, keys, values = given
+    cosine.fill_(1), sine.fill_(0), keys.zero_()
+    keys[..., 17] = 1000 * q[0]
+    got = attend(given, 200, 1.0)
+    assert torch.equal(got[0], values[0, 0, 17])  # e^-87 of the others is lost in rounding
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "n"),
+    [((1, 1), 1), ((3, 15), 15), ((2, 5, 64), 16), ((1, 2048), 2048), ((70, 1000), 1000)],
+)
+def test_the_norm_is_its_definition(shape: tuple[int, ...], n: int, dtype: torch.dtype) -> None:
+    assert lib is not None
+    g = torch.Generator().manual_seed(1)
+    x, weight = torch.randn(shape, generator=g).to(dtype), torch.randn(n, generator=g).to(dtype)
+    best, found = lib.cpu(), []
+    try:
+        for cpu in lib.cpus():
+            lib.use_cpu(cpu)
+            for threads in (1, 3):
+                out = torch.empty_like(x)
+                prepared_norm(x, weight, 1e-5, out, threads)()
+                found.append(out)
+    finally:
+        lib.use_cpu(best)
+    assert all(torch.equal(each, found[0]) for each in found)
+    epsilon = 2 * torch.finfo(dtype).eps
+    want = rms_norm(x, weight, 1e-5)
+    torch.testing.assert_close(found[0], want, rtol=epsilon, atol=epsilon)
+
+
 def test_wrong_sizes_are_refused() -> None:
-    assert lib is not None and kernels.KINDS[torch.float32] == "F32"
-    with pytest.raises(ValueError, match="position is 3; expected less than the capacity 3"):
-        lib.attend("F32", 1, 2, 1, 8, 3, 3, 1.0, [0] * 8, 1)
+    assert lib is not None
+    given = operands(1, 2, 1, 8, torch.float32)
+    with pytest.raises(ValueError, match="position is 300; expected less than the capacity 300"):
+        attend(given, 300, 1.0)
     with pytest.raises(ValueError, match="heads of queries"):
-        lib.attend("F32", 1, 3, 2, 8, 3, 0, 1.0, [0] * 8, 1)
+        lib.attend("F32", 1, 3, 2, 8, 3, 1.0, [0] * 9, 1)
     with pytest.raises(ValueError, match="rows and n are 1 and 0"):
         lib.rms_norm("F32", 1, 0, 0, 0, 1e-5, 0, 1)
-    given = operands(1, 2, 1, 8, torch.float32)
+    q, k, v, cosine, sine, keys, values = given
     with pytest.raises(AssertionError):
-        attend(given[0].to(torch.bfloat16), *given[1:], 0, 2, 1.0)
+        attend((q.to(torch.bfloat16), k, v, cosine, sine, keys, values), 0, 1.0)
+
+
+def test_a_full_cache_is_said() -> None:
+    model = dense("llama")
+    with torch.inference_mode():
+        decoder = Decoder(model, tokens(1, 3), 4)
+        decoder.step(tokens(1, 1)[0])
+        with pytest.raises(ValueError, match="position is 4; expected less than the capacity 4"):
+            decoder.step(tokens(1, 1)[0])

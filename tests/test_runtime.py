@@ -114,12 +114,18 @@ def test_autocast_chooses_the_dtype() -> None:
 
 def test_layers_that_share_an_input_give_what_each_gives_alone() -> None:
     plain = [in_lanes(layer_of(32, bias=False)) for _ in range(3)]
-    turned = [in_lanes(layer_of(32, bias=False, rotation=(4, 7))) for _ in range(2)]
-    other = [nn.Linear(COLS, 7), layer_of(32), in_lanes(layer_of(-1)), in_lanes(layer_of(32, 2))]
-    for layers in (plain, turned, plain + turned, plain + other, [other[2], other[2]], other):
-        with torch.inference_mode():
-            got = linear.products(layers, X32)
-            assert all(torch.equal(y, m(X32)) for y, m in zip(got, layers, strict=True))
+    outs = [torch.empty(3, ROWS) for _ in plain]
+    call = linear.prepared_products(plain, X32, outs)
+    assert call is not None
+    call()
+    assert all(torch.equal(y, m(X32)) for y, m in zip(outs, plain, strict=True))
+    turned = in_lanes(layer_of(32, bias=False, rotation=(4, 7)))
+    other = [nn.Linear(COLS, ROWS), layer_of(32), in_lanes(layer_of(32)), turned]
+    other += [in_lanes(layer_of(32, 2, bias=False))]
+    for module in other:
+        assert linear.prepared_products([module], X32, outs[:1]) is None
+    other_groups = in_lanes(layer_of(-1, bias=False))
+    assert linear.prepared_products([*plain, other_groups], X32, outs) is None
 
 
 def test_threads_change_nothing() -> None:

@@ -258,7 +258,8 @@ void bind_products(int64_t x, const std::string& kind_name, int64_t tokens, int6
           threads);
 }
 
-// Memory by address as in bind_products; ternarize.decode knows what it is.
+// Memory by address as in bind_products; ternarize.decode knows what it is. The
+// position is read from memory too, so that a call can be made again with the same arguments.
 void bind_rms_norm(const std::string& kind_name, int64_t rows, int64_t n, int64_t x,
                    int64_t weight, float epsilon, int64_t out, int threads) {
   const Kind kind = kind_of(kind_name);
@@ -270,19 +271,21 @@ void bind_rms_norm(const std::string& kind_name, int64_t rows, int64_t n, int64_
 }
 
 void bind_attend(const std::string& kind_name, int64_t batch, int64_t heads, int64_t kv_heads,
-                 int64_t dim, int64_t capacity, int64_t position, float scaling,
-                 const std::array<int64_t, 8>& memory, int threads) {
+                 int64_t dim, int64_t capacity, float scaling,
+                 const std::array<int64_t, 9>& memory, int threads) {
   const Kind kind = kind_of(kind_name);
   if (batch < 0 || kv_heads < 1 || heads < 1 || heads % kv_heads || dim < 2 || dim % 2)
     fail("heads of queries, of keys and their numbers are " + std::to_string(heads) + ", " +
          std::to_string(kv_heads) + " and " + std::to_string(dim) +
          "; expected a multiple of the second, at least 1, and an even one.");
+  const int64_t position = *reinterpret_cast<const int64_t*>(memory[8]);
   if (position < 0 || position >= capacity)
     fail("position is " + std::to_string(position) + "; expected less than the capacity " +
          std::to_string(capacity) + ".");
-  const auto at = [&](size_t i) { return reinterpret_cast<void*>(memory[i]); };
-  const Attention a{batch, heads, kv_heads, dim,   capacity, position, scaling, at(0),
-                    at(1), at(2), at(3),    at(4), at(5),    at(6),    at(7)};
+  const auto at = [&](size_t i) { return reinterpret_cast<char*>(memory[i]); };
+  const int64_t rotary = position * dim * (kind == Kind::F32 ? 4 : 2);
+  const Attention a{batch, heads, kv_heads,       dim,            capacity, position, scaling, at(0),
+                    at(1), at(2), at(3) + rotary, at(4) + rotary, at(5),    at(6),    at(7)};
   nb::gil_scoped_release unlocked;
   attend(kind, a, threads);
 }
@@ -357,8 +360,8 @@ NB_MODULE(_native, m) {
   m.def("rms_norm", bind_rms_norm, nb::arg("kind"), nb::arg("rows"), nb::arg("n"), nb::arg("x"),
         nb::arg("weight"), nb::arg("epsilon"), nb::arg("out"), nb::arg("threads"));
   m.def("attend", bind_attend, nb::arg("kind"), nb::arg("batch"), nb::arg("heads"),
-        nb::arg("kv_heads"), nb::arg("dim"), nb::arg("capacity"), nb::arg("position"),
-        nb::arg("scaling"), nb::arg("memory"), nb::arg("threads"));
+        nb::arg("kv_heads"), nb::arg("dim"), nb::arg("capacity"), nb::arg("scaling"),
+        nb::arg("memory"), nb::arg("threads"));
   m.def("use_openmp", bind_use_openmp, nb::arg("parallel"));
   m.def("read_all", bind_read_all, nb::arg("bytes").noconvert(), nb::arg("threads"));
   m.def("dot_peak", bind_dot_peak, nb::arg("rounds"), nb::arg("threads"));
