@@ -1,6 +1,6 @@
-// Every variant of this CPU against the portable one, bit for bit; and the functions for weights. At
-// the end it prints a hash of all that the portable one gave, which is the same on every machine.
-// test_arm.py builds this for this machine and for another one, and runs both.
+// Products of every variant of this CPU against those of the portable one, bit for bit. It prints the
+// names of the variants and a hash of all that the portable one gave, of products and of the functions
+// for weights: the same on every machine. test_arm.py builds and runs this on two of them.
 
 #include <cstdio>
 #include <cstdlib>
@@ -112,8 +112,8 @@ std::vector<uint8_t> product_of(const Matrix& w, const Numbers& x, int64_t token
   return out;
 }
 
-// All others than the portable one, on so many threads, for the first tokens of x. What a token gives does not depend on
-// those beside it.
+// All variants but the portable one, with each number of threads, for the first tokens of x: what a
+// token gives does not depend on those behind it.
 void compare(const Matrix& w, const Numbers& x, const std::vector<int64_t>& tokens, int parts,
              const std::vector<int>& threads) {
   use("portable");
