@@ -169,7 +169,7 @@ def cpus() -> list[str]:
     """
 
 def product_cpus() -> list[str]:
-    """Those for `product`, which are more: also 'avxvnni' and 'amx'. The last is the default.
+    """Those for `product`, which are more: also 'avxvnni', 'amx', 'neon'. The last is the default.
 
     The environment variable TERNARIZE_CPU chooses another at import.
     """

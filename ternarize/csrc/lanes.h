@@ -113,7 +113,7 @@ extern const Products kAvx2Products;  // x86-64 builds only, as the next
 extern const Products kAvxVnniProducts;
 extern const Products kAvx512Products;
 extern const Products kAmxProducts;
-// AArch64 builds only. It has been compared with the others under an emulator, never timed.
+// AArch64 builds only; compared with the others under an emulator, never timed.
 extern const Products kNeonProducts;
 
 // y = x W^T: out (tokens, rows) and x (tokens, cols) of the same kind; parts as in Levels. The
