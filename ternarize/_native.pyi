@@ -198,7 +198,7 @@ def cpus() -> list[str]:
     """
 
 def product_cpus() -> list[str]:
-    """Those for `products`, which are more: also 'avxvnni' and 'amx'. The last is the default.
+    """Those for `products`, which are more: also 'avxvnni', 'amx', 'neon'. The last is in use.
 
     The environment variable TERNARIZE_CPU chooses another at import.
     """

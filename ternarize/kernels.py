@@ -9,6 +9,9 @@ multiply them, in one flat tensor of bytes that takes the place of the stored on
 `to_lanes` makes it from stored bytes and `from_lanes` gives them back, so that memory need not hold
 both. Scales lie beside it in the order of the same blocks of rows (`scale_lanes`, `lane_scales`).
 
+There are products for AVX2, AVX-VNNI, AVX-512 with VNNI and VBMI, AMX, AArch64 with dot products
+(NEON; exact under an emulator, never timed on a processor), and portable ones.
+
 What `product` computes is defined by `product_of_trits`, in torch; the compiled core gives the same
 bits on every CPU and with any number of threads. Inputs become integers (`quantize`), whose sums
 over a group are exact; the float operations after them have one order. ternarize/csrc/lanes.h has

@@ -15,6 +15,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(TERNARIZE_NEON) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 namespace ternarize {
 namespace {
@@ -93,6 +96,20 @@ bool amx_is_there() {
 }
 #endif
 
+#ifdef TERNARIZE_NEON
+// Whether the CPU has Armv8.2's dot products of bytes.
+bool dotprod_is_there() {
+#if defined(__linux__)
+  constexpr unsigned long kDotProd = 1ul << 20;  // HWCAP_ASIMDDP
+  return getauxval(AT_HWCAP) & kDotProd;
+#elif defined(__APPLE__)
+  return true;  // every Mac with an Arm CPU
+#else
+  return false;
+#endif
+}
+#endif
+
 // Sum and count of all |w| above a threshold; the rows' sums are summed in the fixed order too.
 Total tensor_total(Kind kind, const Layout& x, const void* weights, double threshold,
                    Total* totals, int threads) {
@@ -138,6 +155,9 @@ const Variant* variants() {
 #endif
       }
     }
+#endif
+#ifdef TERNARIZE_NEON
+    if (dotprod_is_there()) list[1] = {"neon", &kPortable, &kNeonProducts};
 #endif
     return list;
   }();

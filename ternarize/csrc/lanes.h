@@ -113,6 +113,8 @@ extern const Products kAvx2Products;  // x86-64 builds only, as the next
 extern const Products kAvxVnniProducts;
 extern const Products kAvx512Products;
 extern const Products kAmxProducts;
+// AArch64 builds only; compared with the others under an emulator, never timed.
+extern const Products kNeonProducts;
 
 // A matrix in lanes, and where its product goes: out (tokens, rows).
 struct Matrix {
