@@ -18,9 +18,9 @@ alike. Medians and best; ratios are medians of the ratios within a round.
                another unit for large batches, so it can be above that.
     head       int8 weights as they are stored, 32000 x 2048 with a scale for each row (an output
                head of `--head int8`), times 1 and 128 tokens in bfloat16, beside torch's product
-               with bfloat16 weights, which are twice the bytes, and `read` of the int8 weights. They
-               come out of memory: there are several copies, in turn. ONEDNN_MAX_CPU_ISA=
-               AVX512_CORE_BF16 forbids torch the use of AMX.
+               with bfloat16 weights, which are twice the bytes, and `read` of the int8 weights. All
+               come out of memory: there are several copies, in turn. The environment variable
+               ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 forbids torch the use of AMX.
 
 Ours take float32 inputs and round them to 8 bits in the measured time; "float" are products with
 float activations. Peers are ggml_vec_dot_tq*_q8_K of libggml-cpu over all rows, by a loop in C that
