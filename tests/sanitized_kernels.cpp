@@ -142,7 +142,7 @@ int main() {
         for (const int64_t rows : {1, 32, 97})
           for (const auto& [cols, group_size] :
                {std::pair<int64_t, int64_t>{1, -1}, {37, 0}, {64, 64}, {130, 64}, {75, 7},
-                {300, 128}, {1500, -1}})
+                {40, 32}, {300, 128}, {1500, -1}})
             check_int8(rows, cols, group_size, tokens, parts);
     std::printf("%s\n", one->name);
   }
