@@ -4,7 +4,7 @@
     pip install llama-cpp-python        # for the peers, in this environment or another:
     python benchmarks/kernels.py --llama .../site-packages/llama_cpp/lib
 
-Four tables, each of one run: what is compared runs in turns, so that a noisy machine disturbs all
+Five tables, each of one run: what is compared runs in turns, so that a noisy machine disturbs all
 alike. Medians and best; ratios are medians of the ratios within a round.
 
     vector     matrix times vector out of memory, 261120 x 2048. `read` is a loop that only reads:
@@ -16,6 +16,11 @@ alike. Medians and best; ratios are medians of the ratios within a round.
     matrix     8192 x 2048 times 128 and 512 tokens. `peak` is a loop of the dot-product instruction
                (vpdpbusd, or vpmaddubsw and additions) and nothing else; the variant "amx" has
                another unit for large batches, so it can be above that.
+    head       int8 weights as they are stored, 32000 x 2048 with a scale for each row (an output
+               head of `--head int8`), times 1 and 128 tokens in bfloat16, beside torch's product
+               with bfloat16 weights, which are twice the bytes, and `read` of the int8 weights. All
+               come out of memory: there are several copies, in turn. The environment variable
+               ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 forbids torch the use of AMX.
 
 Ours take float32 inputs and round them to 8 bits in the measured time; "float" are products with
 float activations. Peers are ggml_vec_dot_tq*_q8_K of libggml-cpu over all rows, by a loop in C that
@@ -26,6 +31,7 @@ their inputs are rounded before. Their scales are of groups of 256.
 import argparse
 import ctypes
 import importlib.util
+import itertools
 import json
 import random
 import statistics
@@ -54,6 +60,7 @@ SHAPES = [(2048, 2048), (512, 2048), (512, 2048), (2048, 2048)]
 SHAPES += [(8192, 2048), (8192, 2048), (2048, 8192)]
 PEERS = {"TQ2_0": 66, "TQ1_0": 54}  # bytes of 256 weights
 Q8_K = 292  # bytes of 256 inputs
+TABLES = ("vector", "layers", "batch", "matrix", "head")
 Runs = dict[str, Callable[[], object]]
 
 # The order of ggml_compute_forward_mul_mat: blocks of 16 rows and 16 inputs.
@@ -350,6 +357,31 @@ def matrix_table(
     return table(title, seconds, work, "GMAC/s", {}, ["peak", *PEERS, "torch, bfloat16"])
 
 
+def head_table(threads: int, rounds: int, tokens: int, rows: int = 32000) -> list[dict[str, Any]]:
+    assert lib is not None
+    read: Callable[[Tensor, int], int] = lib.read_all
+    x = torch.randn(tokens, COLS).to(torch.bfloat16)
+    scales = torch.rand(rows, 1).half()
+    ours = [torch.randint(-127, 128, (rows, COLS), dtype=torch.int8) for _ in range(4)]
+    dense = [torch.randn(rows, COLS).to(torch.bfloat16) for _ in range(2)]
+    weights, theirs = itertools.cycle(ours), itertools.cycle(dense)
+
+    def product(activations: str) -> Tensor:
+        return kernels.int8_product(x, next(weights), scales, -1, activations, threads)
+
+    runs: Runs = {
+        "read": lambda: read(next(weights).view(-1).view(torch.uint8), threads),
+        "int8, float": partial(product, "none"),
+        "int8, 8-bit inputs": partial(product, "int8"),
+        "torch, bfloat16": lambda: torch.nn.functional.linear(x, next(theirs)),
+    }
+    moved = dict.fromkeys(runs, ours[0].nbytes) | {"torch, bfloat16": dense[0].nbytes}
+    seconds = timed(runs, rounds)
+    title = f"head: {tokens} tokens, {rows} x {COLS}, {threads} threads"
+    work = rows * COLS * tokens / 1e9
+    return table(title, seconds, work, "GMAC/s", moved, ["read", "torch, bfloat16"])
+
+
 def main() -> None:
     assert lib is not None, "ternarize was installed without its compiled core"
     parser = argparse.ArgumentParser(
@@ -359,11 +391,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--cpu", choices=lib.product_cpus(), default=lib.cpu())
     parser.add_argument("--llama", type=Path, help="the folder of llama_cpp's libraries")
-    parser.add_argument("--only", nargs="+", choices=("vector", "layers", "batch", "matrix"))
+    parser.add_argument("--only", nargs="+", choices=TABLES)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     lib.use_cpu(options.cpu)
-    wanted = options.only or ["vector", "layers", "batch", "matrix"]
+    wanted = options.only or TABLES
     result: dict[str, Any] = {"cpu": options.cpu, "rounds": options.rounds}
     print(f"instruction set {options.cpu}, {options.rounds} rounds\n")
     with tempfile.TemporaryDirectory() as folder:
@@ -379,6 +411,8 @@ def main() -> None:
                 tables[f"{tokens} tokens"] = matrix_table(found, threads, options.rounds, tokens)
             for tokens in (128, 512) if "matrix" in wanted else ():
                 tables[f"{tokens} tokens"] = matrix_table(found, threads, options.rounds, tokens)
+            for tokens in (1, 128) if "head" in wanted else ():
+                tables[f"head, {tokens} tokens"] = head_table(threads, options.rounds, tokens)
             result[f"{threads} threads"] = tables
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")

@@ -142,6 +142,34 @@ def products(
     int8      round inputs to 8 bits for each token; else to 24
     """
 
+def int8_product(
+    x: int,
+    kind: Kind,
+    tokens: int,
+    cols: int,
+    weights: int,
+    weights_size: int,
+    scales: int,
+    scale_rows: int,
+    scales_size: int,
+    scale_kind: Kind,
+    group_size: int,
+    int8: bool,
+    out: int,
+    rows: int,
+    threads: int,
+) -> None:
+    """Set out to x W^T of int8 weights, as ternarize.kernels.int8_product says, with the same bits.
+
+    Memory by address, as in `product`, and only for ternarize.kernels.int8_product.
+
+    x        (tokens, cols) of `kind`
+    weights  (weights_size,) int8: rows x cols
+    scales   (scales_size,) of `scale_kind`: scale_rows x groups; scale_rows divides rows
+    int8     round inputs to 8 bits for each token; else to 24
+    out      (tokens, rows) of `kind`
+    """
+
 def has_lanes3() -> bool:
     """Whether `products` takes "lanes3" with the instruction set in use."""
 

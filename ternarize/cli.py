@@ -61,6 +61,10 @@ class End(str, Enum):
     ternary = "ternary"
 
 
+class RunEnd(str, Enum):
+    int8 = "int8"
+
+
 Model = Annotated[str, typer.Argument(help="Checkpoint directory, or Hub id user/name@revision.")]
 Packed = Annotated[str, typer.Argument(help="Packed checkpoint: directory, or Hub id.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -70,6 +74,10 @@ Device = Annotated[str | None, typer.Option(help="Where to run, e.g. cpu or cuda
 RunDtype = Annotated[Dtype | None, typer.Option(help="Dtype to compute in.")]
 RunActivations = Annotated[
     Activations | None, typer.Option(help="Activations; default: as recorded in the checkpoint.")
+]
+RunHead = Annotated[
+    RunEnd | None,
+    typer.Option(help="Round an output head that was kept; default: as in the checkpoint."),
 ]
 
 
@@ -437,6 +445,7 @@ def eval_(
     max_tokens: Annotated[int | None, typer.Option(help="Read no more than these.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows at a time.")] = None,
     activations: RunActivations = None,
+    head: RunHead = None,
     device: Device = None,
     dtype: RunDtype = None,
     as_json: AsJson = False,
@@ -463,6 +472,7 @@ def eval_(
             device=device,
             dtype=dtype.value if dtype else None,
             activations=activations.value if activations else None,
+            head=head.value if head else None,
             progress=update,
         )
     if as_json:
@@ -489,6 +499,7 @@ def generate(
         bool, typer.Option("--chat", help="Put the prompt into the chat template.")
     ] = False,
     activations: RunActivations = None,
+    head: RunHead = None,
     device: Device = None,
     dtype: RunDtype = None,
     as_json: AsJson = False,
@@ -512,6 +523,7 @@ def generate(
         device=device,
         dtype=dtype.value if dtype else None,
         activations=activations.value if activations else None,
+        head=head.value if head else None,
     )
 
     def stream(piece: str) -> None:
@@ -552,6 +564,7 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Times to measure; medians are shown.")] = 5,
     threads: Annotated[int | None, typer.Option(help="Of the CPU; default: torch's.")] = None,
     activations: RunActivations = None,
+    head: RunHead = None,
     dtype: RunDtype = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -577,6 +590,7 @@ def bench(
         model,
         dtype=dtype.value if dtype else None,
         activations=activations.value if activations else None,
+        head=head.value if head else None,
     )
     result = run(loaded, prompt=prompt, decode=decode, batch=batch, repeats=repeats)
     if as_json:

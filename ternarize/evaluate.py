@@ -71,6 +71,7 @@ def evaluate(
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
     activations: str | None = None,
+    head: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure a packed checkpoint on a text, against its source where that is given.
@@ -84,6 +85,7 @@ def evaluate(
     device       "cpu", "cuda", "auto", ...; None: cpu
     dtype        to compute in; None: float32 on CPU, elsewhere as in the checkpoint
     activations  of the packed model, "none" or "int8"; None: as in the checkpoint
+    head         of the packed model, "int8" or None, as in `ternarize.load`
     progress     called after each batch with (windows or lines done, in all, what is known so far,
                  "evaluating")
 
@@ -138,16 +140,16 @@ def evaluate(
             vocabulary = max(vocabulary_size(checkpoint.config) or 1 for checkpoint in checkpoints)
             batch_size = LOGITS_BYTES // (4 * seq_len * vocabulary)
             batch_size = min(max(1, batch_size), MAX_BATCH)
-        models = [ours.load(device, dtype, activations)]
-        models += [checkpoint.load(device, dtype, None) for checkpoint in checkpoints[1:]]
+        models = [ours.load(device, dtype, activations, head)]
+        models += [checkpoint.load(device, dtype) for checkpoint in checkpoints[1:]]
         measures = compare_windows(models, windows, batch_size, progress)
         result |= {"tokens": windows.numel(), "windows": len(windows)}
     else:
         lines = [line for document in documents for line in document.splitlines() if line.strip()]
         length = min(seq_len, *(longest_text(each.config, tokenizer) for each in checkpoints))
         ids = _encode_lines(lines, tokenizer, length, max_tokens, where=str(text))
-        models = [ours.load(device, dtype, activations)]
-        models += [checkpoint.load(device, dtype, None) for checkpoint in checkpoints[1:]]
+        models = [ours.load(device, dtype, activations, head)]
+        models += [checkpoint.load(device, dtype) for checkpoint in checkpoints[1:]]
         measures = _compare_lines(models, ids, tokenizer, batch_size or MAX_BATCH, progress)
         at = measures["cosine"].pop("at")
         measures["cosine"]["minimum_line"] = lines[at]
@@ -454,10 +456,23 @@ class _Checkpoint:
         packed = isinstance(quantization, dict) and quantization.get("quant_method") == "ternarize"
         return _Checkpoint(directory, config, model_class, _kind(model_class, config), packed)
 
-    def load(self, device: str, dtype: torch.dtype | None, activations: str | None) -> Model:
+    def load(
+        self,
+        device: str,
+        dtype: torch.dtype | None,
+        activations: str | None = None,
+        head: str | None = None,
+    ) -> Model:
         """The model in eval mode; an ordinary checkpoint must have every weight."""
         if self.packed:
-            return load(self.directory, device=device, dtype=dtype, activations=activations)
+            return load(
+                self.directory, device=device, dtype=dtype, activations=activations, head=head
+            )
+        if head is not None:
+            raise UsageError(
+                f"head: {head!r}, but {self.directory} is not packed; expected a packed "
+                "checkpoint. Leave head out."
+            )
         options: dict[str, Any] = {"device_map": device} if device == "auto" else {}
         with _reading(self.directory):
             model, info = self.model_class.from_pretrained(

@@ -1,4 +1,4 @@
-"""Products with packed trits, without a dense matrix: run-time layouts, and y = x W^T from them.
+"""Products with packed weights, without a dense matrix: run-time layouts, and y = x W^T from them.
 
 A run-time layout ("lanes") holds the trits of a matrix in the order in which a processor's vectors
 multiply them, in one flat tensor of bytes that takes the place of the stored ones:
@@ -16,6 +16,9 @@ What `product` computes is defined by `product_of_trits`, in torch; the compiled
 bits on every CPU and with any number of threads. Inputs become integers (`quantize`), whose sums
 over a group are exact; the float operations after them have one order. ternarize/csrc/lanes.h has
 the layouts and the arithmetic in full.
+
+int8 weights are multiplied as they are stored (`int8_product`), by the same definition with them in
+place of the trits.
 """
 
 import ctypes
@@ -261,10 +264,58 @@ def prepared_products(
     return partial(lib.products, x.data_ptr(), kind, tokens, cols, addresses, *how)
 
 
+def int8_product(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    group_size: int,
+    activations: str,
+    threads: int = THREADS,
+) -> Tensor:
+    """y = x W^T from int8 weights and their scales, as they are stored.
+
+    x            (..., cols) float32, bfloat16 or float16
+    weight       (rows, cols) int8; -128 is a number as any other
+    scales       (scale_rows, groups) float32, bfloat16 or float16; scale_rows divides rows
+    group_size   as in ternarize.tensor; groups of at most LONGEST_GROUP columns
+    activations  "int8" or "none", as in `quantize`
+
+    Returns (..., rows) in x's dtype: what `product_of_trits` gives with these weights, bit for bit.
+    """
+    rows, cols = weight.shape[0], x.shape[-1]
+    flat = x.reshape(-1, cols)
+    if lib is None or x.device.type != "cpu":
+        y = product_of_trits(flat, weight, scales, group_size, activations)
+        return y.view(*x.shape[:-1], rows)
+    out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
+    flat = flat.contiguous()
+    # what the core cannot see
+    assert weight.dtype == torch.int8 and weight.is_contiguous() and scales.is_contiguous()
+    assert activations in ("int8", "none")
+    lib.int8_product(
+        flat.data_ptr(),
+        _KINDS[x.dtype],
+        flat.shape[0],
+        cols,
+        weight.data_ptr(),
+        weight.numel(),
+        scales.data_ptr(),
+        scales.shape[0],
+        scales.numel(),
+        _KINDS[scales.dtype],
+        group_size,
+        activations == "int8",
+        out.data_ptr(),
+        rows,
+        threads,
+    )
+    return out
+
+
 def product_of_trits(
     x: Tensor, trits: Tensor, scales: Tensor, group_size: int, activations: str
 ) -> Tensor:
-    """The definition of `product`.
+    """The definition of `product`, and with int8 weights for the trits that of `int8_product`.
 
         s_p[group] = sum over the group's columns of trit * q_p            exact integers
         value      = float(s_0)   or   float(s_2) 65536 + (float(s_1) 256 + float(s_0))

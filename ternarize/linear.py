@@ -5,15 +5,16 @@
 A packed parameter is held in one of two forms, never in both:
 
     stored  the bytes of the file: (rows, width) with scales (scale_rows, groups). W is dequantized
-            for the length of one product and never kept. Works on every device.
+            for the length of one product and never kept. Works on every device. On the CPU the
+            compiled core multiplies int8 weights as they are, without W.
     lanes   the run-time layout of ternarize.kernels, a flat tensor, with scales in the same order.
             The compiled core multiplies it without W, on the CPU.
 
 `use_lanes` turns the first into the second, a module at a time, once a model is loaded, and
 `Layout.lanes` says which it is. Only this file knows: whatever leaves a module (state_dict, a
 pickle, another device) is in the stored form, and so is a state_dict that is loaded. What the
-kernels do not serve (int8 weights, parts of a tensor, parameters that modules share, float64
-inputs) goes the dense way.
+kernels do not serve (parts of a tensor, ternary parameters that modules share, float64 inputs) goes
+the dense way.
 
 `TernaryLinear` is an `nn.Linear`, because that is what other software (PEFT) looks for. Experts
 that a model fuses into one parameter (experts, rows, cols) have no module of their own: their class
@@ -175,8 +176,11 @@ def _rotated(x: Any, layout: Layout) -> Tensor:
 def _product(
     x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, layout: Layout
 ) -> Tensor:
-    if layout.lanes is not None and x.dtype in _KERNEL_DTYPES and x.device.type == "cpu":
-        return _lanes_product(x, packed, scale, bias, layout, layout.lanes)
+    if x.dtype in _KERNEL_DTYPES and x.device.type == "cpu":
+        if layout.lanes is not None:
+            return _lanes_product(x, packed, scale, bias, layout, layout.lanes)
+        if _is_int8_for_kernels(packed, scale, layout):
+            return _int8_kernel_product(x, packed, scale, bias, layout)
     if layout.activations == "none":
         return F.linear(x, _dense(packed, scale, layout, x.dtype), bias)
     y = int8_product(x, _dense(packed, scale, layout, torch.float32))
@@ -190,8 +194,7 @@ def _lanes_product(
     x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, layout: Layout, lanes: Lanes
 ) -> Tensor:
     """`product` by the kernels, the planes and the bias summed in float32 and rounded once."""
-    if layout.activations == "none" and torch.is_autocast_enabled("cpu"):
-        x = x.to(torch.get_autocast_dtype("cpu"))
+    x = _autocast(x, layout)
     rounded = layout.activations == "int8"
     wide = x if bias is None and layout.planes == 1 else x.to(torch.float32)
     multiply: Any = _compiled_multiply if torch.compiler.is_compiling() else _multiply
@@ -201,6 +204,37 @@ def _lanes_product(
         y = part if y is None else y + part
     assert y is not None
     return (y if bias is None else y + bias).to(x.dtype)
+
+
+def _int8_kernel_product(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, layout: Layout
+) -> Tensor:
+    """`_lanes_product` with int8 weights in their stored form."""
+    x = _autocast(x, layout)
+    wide = x if bias is None else x.to(torch.float32)
+    multiply: Any = _compiled_multiply_int8 if torch.compiler.is_compiling() else _multiply_int8
+    y: Tensor = multiply(wide, packed, scale, layout.group_size, layout.activations == "int8")
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def _is_int8_for_kernels(packed: Any, scale: Any, layout: Layout) -> bool:
+    """Whether the compiled core can multiply these int8 weights as they are stored."""
+    return (
+        lib is not None
+        and layout.codec == INT8
+        and not hasattr(packed, "to_local")
+        and packed.device.type == scale.device.type == "cpu"
+        and packed.is_contiguous()
+        and scale.is_contiguous()
+        and group_length(layout.cols, layout.group_size) <= kernels.LONGEST_GROUP
+    )
+
+
+def _autocast(x: Tensor, layout: Layout) -> Tensor:
+    """x as F.linear would take it; what is to be rounded to 8 bits stays as it is."""
+    if layout.activations == "none" and torch.is_autocast_enabled("cpu"):
+        return x.to(torch.get_autocast_dtype("cpu"))
+    return x
 
 
 def _multiply(
@@ -224,6 +258,24 @@ def _(
     x: Tensor, packed: Tensor, scale: Tensor, rows: int, group_size: int, form: str, rounded: bool
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], rows))
+
+
+def _multiply_int8(
+    x: Tensor, packed: Tensor, scale: Tensor, group_size: int, rounded: bool
+) -> Tensor:
+    activations = "int8" if rounded else "none"
+    threads = torch.get_num_threads()
+    return kernels.int8_product(x.detach(), packed, scale, group_size, activations, threads)
+
+
+_compiled_multiply_int8 = torch.library.custom_op(
+    "ternarize::int8_product", _multiply_int8, mutates_args=(), device_types="cpu"
+)
+
+
+@_compiled_multiply_int8.register_fake
+def _(x: Tensor, packed: Tensor, scale: Tensor, group_size: int, rounded: bool) -> Tensor:
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
 def int8_product(x: Tensor, weight: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ def load(
     device: "str | torch.device | dict[str, Any] | None" = None,
     dtype: "str | torch.dtype | None" = None,
     activations: str | None = None,
+    head: str | None = None,
     verify: bool = True,
     dequantize: bool = False,
     revision: str | None = None,
@@ -40,13 +41,17 @@ def load(
     device       "cuda", "cpu", ...; "auto" or a device map spreads the model (needs accelerate)
     dtype        of everything that is not packed; None: as in the checkpoint's config
     activations  "none" or "int8"; None: as in the checkpoint's config
+    head         "int8": round an output head that the checkpoint keeps in floating point, and the
+                 token embedding if the two are tied, to 8 bits as `convert --head int8` does, from
+                 the numbers that they have in `dtype`; None, or packed: as in the checkpoint
     verify       check every code, padding, scale and SHA-256 before anything is loaded
     dequantize   give back an ordinary model with dense weights
     revision     branch, tag or commit on the Hub
     kwargs       go to from_pretrained of the model's class
 
-    Raises CheckpointError when there is nothing to load, FormatError when the checkpoint is not
-    packed, is damaged, lacks a weight or needs a newer ternarize.
+    Raises UsageError on a `head` that cannot be rounded, CheckpointError when there is nothing to
+    load, FormatError when the checkpoint is not packed, is damaged, lacks a weight or needs a newer
+    ternarize.
     """
     from ternarize.checkpoint import locate, read_json
 
@@ -75,7 +80,12 @@ def load(
             f"{directory / 'config.json'}: transformers {transformers.__version__} cannot use it "
             f"({first[:200]}). Install the version that the model needs."
         ) from error
-    switches = {"verify": verify, "dequantize": dequantize or None, "activations": activations}
+    switches = {
+        "verify": verify,
+        "dequantize": dequantize or None,
+        "activations": activations,
+        "head": head,
+    }
     config.quantization_config = table["quantization_config"] | {
         key: value for key, value in switches.items() if value is not None
     }

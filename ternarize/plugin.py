@@ -34,9 +34,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ternarize import container
 from ternarize.checkpoint import DTYPES, Checkpoint, open_files
-from ternarize.codecs import BASE3
+from ternarize.codecs import BASE3, INT8, encode_int8, int8_scales
 from ternarize.container import KEY, SCALE_SUFFIX, Record
-from ternarize.errors import FormatError, UsageError
+from ternarize.errors import FormatError, UsageError, WeightError
 from ternarize.linear import (
     Layout,
     Packed,
@@ -61,6 +61,8 @@ class TernarizeConfig(QuantizationConfigMixin):
     activations  "none" or "int8"; None: as the checkpoint says
     verify       check codes, padding, scales and digests before loading (None: yes)
     dequantize   give back an ordinary model with dense weights (None: no)
+    head         "int8": round an output head that the checkpoint keeps in floating point, and the
+                 token embedding if the two are tied (None: as the checkpoint has it)
 
     What else config.json says (group_size, method, keys of a later version) is kept and saved again
     but not used: the files' headers decide.
@@ -71,6 +73,7 @@ class TernarizeConfig(QuantizationConfigMixin):
         activations: str | None = None,
         verify: bool | None = None,
         dequantize: bool | None = None,
+        head: str | None = None,
         format_version: int = container.FORMAT_VERSION,
         **others: Any,
     ) -> None:
@@ -79,16 +82,19 @@ class TernarizeConfig(QuantizationConfigMixin):
         self.quant_method = KEY  # type: ignore[assignment]
         self.format_version = format_version
         self.activations, self.verify, self.dequantize = activations, verify, dequantize
+        if head not in (None, INT8):
+            raise UsageError(f"head: {head!r}; expected {INT8!r}, or None to leave it as it is.")
+        self.head = head
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What the user's config may change in the checkpoint's."""
-        switches = ("activations", "verify", "dequantize")
+        switches = ("activations", "verify", "dequantize", "head")
         return {key: getattr(self, key) for key in switches if getattr(self, key) is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds: not how this model was loaded."""
         table: dict[str, Any] = super().to_dict()
-        for key in ("verify", "dequantize"):
+        for key in ("verify", "dequantize", "head"):
             table.pop(key, None)
         return {key: value for key, value in table.items() if value is not None}
 
@@ -111,6 +117,7 @@ class TernarizeQuantizer(HfQuantizer):
     serialized_names = {"weight": ["weight", "weight" + SCALE_SUFFIX]}
     quantization_config: TernarizeConfig
     source_transposed: dict[str, bool]
+    to_round: set[str]  # parameters of the head that become int8 once they are loaded
 
     def __init__(self, quantization_config: TernarizeConfig, **kwargs: Any) -> None:
         if not kwargs.get("pre_quantized", True):
@@ -136,10 +143,15 @@ class TernarizeQuantizer(HfQuantizer):
         names = list(packed.tensors)
         sources = _sources(packed, records)
         activations = self.quantization_config.activations or "none"
+        self.to_round = _head_to_round(model) if self.quantization_config.head else set()
         self.source_transposed = _insert_modules(model, sources, names, activations)
+        self.to_round -= self.source_transposed.keys()  # packed in the checkpoint already
         _check_complete(model, names, self)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.to_round:
+            _round_head(model, self.to_round)
+            self.source_transposed |= dict.fromkeys(self.to_round, False)
         for path, module in _packed_modules(model):
             for name, layout in module.layouts.items():
                 packed, scale = getattr(module, name), getattr(module, name + SCALE_SUFFIX)
@@ -502,6 +514,92 @@ def _check_complete(model: Any, names: Iterable[str], quantizer: Any) -> None:
                 f"{name}: {type(model).__name__} needs it, and the checkpoint does not have it. "
                 "The checkpoint is incomplete, or config.json belongs to another model."
             )
+
+
+# --- an output head that becomes int8 ----------------------------------------------------------
+
+
+def _head_to_round(model: Any) -> set[str]:
+    """The output head of a model that is still empty, and what is tied to it.
+
+    Raises UsageError where `convert --head int8` could not pack it.
+    """
+    from ternarize.select import end_family
+
+    family, why = end_family(model, "--head")
+    if not family or why:
+        what = f"{min(family)} cannot be packed ({why})" if family else "there is none to be packed"
+        raise UsageError(
+            f"head int8: {type(model).__name__}: {what}; expected an output head that only "
+            "multiplies. Leave head out."
+        )
+    return family
+
+
+def _round_head(model: Any, family: set[str]) -> None:
+    """Hold an output head, and what is tied to it, as `convert --head int8` would store it."""
+    from ternarize.plan import INT8_GROUP_SIZE
+
+    first = min(family)
+    weight = model.get_parameter(first)
+    if weight.is_meta or hasattr(weight, "to_local"):
+        where = "offloaded" if weight.is_meta else "spread over processes"
+        raise UsageError(
+            f"{first}: is {where}; it has to be in memory to become int8. Leave head out, or "
+            "convert with --head int8."
+        )
+    try:
+        q, scale = _to_int8(weight.detach())
+    except WeightError as error:
+        raise FormatError(f"{first}: {error}") from None
+    layout = Layout(weight.shape[1], INT8_GROUP_SIZE, codec=INT8)
+    shared = [nn.Parameter(tensor, requires_grad=False) for tensor in (q, scale)]
+    tied = model.all_tied_weights_keys
+    for name in sorted(family):
+        path = name.removesuffix(".weight")
+        module = model.get_submodule(path)
+        with torch.device("meta"):
+            if isinstance(module, nn.Embedding):
+                packed_embedding(module, layout, len(scale), scale.dtype)
+            else:
+                linear = TernaryLinear(
+                    layout.cols,
+                    len(q),
+                    group_size=INT8_GROUP_SIZE,
+                    scale_dtype=scale.dtype,
+                    codec=INT8,
+                )
+                linear.bias = module.bias
+                _set_module(model, path, linear.train(module.training))
+                module = linear
+        module.weight, module.weight_scale = shared
+        for parameter in shared:
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        if name in tied:
+            tied[name + SCALE_SUFFIX] = tied[name] + SCALE_SUFFIX
+
+
+def _to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 weights and their scales as a conversion stores them; WeightError if some is not finite.
+
+    A piece at a time, because they are worked out in float64.
+    """
+    from ternarize.plan import INT8_GROUP_SIZE
+
+    assert INT8_GROUP_SIZE == -1  # rows are alone, so that pieces of them can be
+    rows = max(1, _PIECE // max(1, weight.shape[1]))
+    pieces = [weight[first : first + rows] for first in range(0, len(weight), rows)]
+    dtype = torch.float16
+    for piece in pieces:
+        if not bool(piece.isfinite().all()):
+            raise WeightError("has weights that are not finite. Repair the source.")
+        exact = int8_scales(piece, INT8_GROUP_SIZE)
+        dtype = torch.promote_types(dtype, container.store_scales(exact).dtype)
+    parts = [encode_int8(piece, INT8_GROUP_SIZE, dtype) for piece in pieces]
+    return torch.cat([q for q, _ in parts]), torch.cat([scale for _, scale in parts])
+
+
+_PIECE = 1 << 22  # weights
 
 
 # --- after loading ----------------------------------------------------------------------------

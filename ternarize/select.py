@@ -505,6 +505,19 @@ def model_end(model: Any, which: str) -> nn.Module | None:
     return end
 
 
+def end_family(model: PreTrainedModel, option: str) -> tuple[set[str], str]:
+    """The weight of an end of a model and all that are tied to it, and why they cannot be packed.
+
+    model   dense, in memory or on meta
+    option  "--head" or "--embeddings"
+
+    Returns no names where there is no such end, and "" where they can be packed.
+    """
+    skeleton = _Skeleton(model)
+    family = skeleton.family(skeleton.end(option))
+    return family, skeleton.unpackable(family)
+
+
 def _skeleton_or_error(config: dict[str, Any]) -> _Skeleton:
     skeleton = _skeleton(config)
     if isinstance(skeleton, str):

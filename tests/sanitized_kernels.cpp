@@ -96,6 +96,33 @@ void check(Form form, int64_t rows, int64_t cols, int64_t group_size, int64_t to
         fail("product", x, tokens, parts);
 }
 
+// Of int8 weights, each buffer of exactly its size.
+void check_int8(int64_t rows, int64_t cols, int64_t group_size, int64_t tokens, int parts) {
+  const Lanes x = lanes_of(Form::Lanes2, layout_of(rows, cols, group_size));
+  const int64_t groups = x.stored.groups;
+  Exact<int8_t> weights(rows * cols);
+  for (int64_t i = 0; i < weights.size; ++i) weights.at[i] = static_cast<int8_t>(random_bits());
+  Exact<float> scales(rows * groups), in(tokens * cols), out(tokens * rows);
+  for (int64_t i = 0; i < scales.size; ++i)
+    scales.at[i] = static_cast<float>(random_bits() % 1000) / 64.0f;
+  for (int64_t i = 0; i < in.size; ++i)
+    in.at[i] = (static_cast<float>(random_bits() % 20001) - 10000.0f) / 77.0f;
+  int8_product({x, weights.at, scales.at, Kind::F32, 1}, Kind::F32, parts, tokens, in.at, out.at,
+               2);
+  Levels levels{tokens, parts, x.quads * 4, nullptr, nullptr, nullptr};
+  Exact<int8_t> q(tokens * parts * levels.stride);
+  Exact<int32_t> sums(tokens * parts * groups);
+  Exact<float> factors(tokens);
+  levels.q = q.at;
+  levels.sums = sums.at;
+  levels.factors = factors.at;
+  products().quantize(x, Kind::F32, in.at, 0, tokens, levels);
+  for (int64_t token = 0; token < tokens; ++token)
+    for (int64_t row = 0; row < rows; ++row)
+      if (out.at[token * rows + row] != expected(x, weights.at, scales.at, levels, token, row))
+        fail("int8_product", x, tokens, parts);
+}
+
 }  // namespace
 
 int main() {
@@ -111,6 +138,13 @@ int main() {
                   {300, 128}})
               check(form, rows, cols, group_size, tokens, parts);
     }
+    for (const int parts : {1, 3})
+      for (const int64_t tokens : {1, 2, 4, 33})
+        for (const int64_t rows : {1, 32, 97})
+          for (const auto& [cols, group_size] :
+               {std::pair<int64_t, int64_t>{1, -1}, {37, 0}, {64, 64}, {130, 64}, {75, 7},
+                {40, 32}, {300, 128}, {1500, -1}})
+            check_int8(rows, cols, group_size, tokens, parts);
     std::printf("%s\n", one->name);
   }
 }

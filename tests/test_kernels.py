@@ -1,4 +1,4 @@
-"""Products from run-time layouts: every variant of the core equals their definition in torch.
+"""Products with packed weights: every variant of the core equals their definition in torch.
 
 The definition, `product_of_trits`, is compared with float64 and with `linear.int8_product`.
 """
@@ -350,6 +350,163 @@ def test_leading_dimensions() -> None:
 
 
 # ------------------------------------------------------------------------------------------------
+# int8 weights
+
+
+def random_int8(rows: int, cols: int) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(-128, 128, (rows, cols), dtype=torch.int8, generator=generator)
+
+
+def assert_int8(
+    x: Tensor, weight: Tensor, scales: Tensor, group_size: int, activations: str, threads: int = 2
+) -> None:
+    got = kernels.int8_product(x, weight, scales, group_size, activations, threads)
+    want = product_of_trits(x, weight, scales, group_size, activations)
+    assert got.dtype == want.dtype == x.dtype
+    assert torch.equal(got, want), f"{tuple(x.shape)} {tuple(weight.shape)} {group_size}"
+
+
+@every_cpu
+@every_activations
+@pytest.mark.parametrize("group_size", [*GROUP_SIZES, 32, 100])
+def test_int8_groups_and_tails(cpu: str, activations: str, group_size: int) -> None:
+    use(cpu)
+    for rows, cols in ((1, 1), (16, 3), (33, 64), (65, 130), (81, 257)):
+        weight, scales = random_int8(rows, cols), random_scales(rows, cols, group_size)
+        for tokens in (1, 2, 6, 20):
+            assert_int8(inputs(tokens, cols), weight, scales, group_size, activations)
+
+
+@every_cpu
+@every_activations
+@pytest.mark.parametrize("group_size", [-1, 64])
+def test_int8_batches(cpu: str, activations: str, group_size: int) -> None:
+    use(cpu)
+    rows, cols = 83, 200
+    weight, scales = random_int8(rows, cols), random_scales(rows, cols, group_size)
+    most = inputs(300, cols)
+    want = product_of_trits(most, weight, scales, group_size, activations)
+    for tokens in (*range(1, 18), 31, 32, 33, 48, 49, 64, 65, 127, 128, 129, 300):
+        got = kernels.int8_product(most[:tokens], weight, scales, group_size, activations, 2)
+        assert torch.equal(got, want[:tokens]), tokens
+
+
+@every_cpu
+@every_activations
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_dtypes(cpu: str, activations: str, dtype: torch.dtype) -> None:
+    use(cpu)
+    rows, cols = 100, 96
+    weight = random_int8(rows, cols)
+    for scale_dtype, tokens in itertools.product(DTYPES, (5, 17)):
+        scales = (random_scales(rows, cols, 32).float() / 3).to(scale_dtype)
+        for factor in (1.0, 1e-6, 1e4):  # subnormal and infinite results in float16
+            x = (inputs(tokens, cols) * factor).clamp(-6e4, 6e4).to(dtype)
+            assert_int8(x, weight, scales, 32, activations)
+
+
+@every_cpu
+@every_activations
+@pytest.mark.parametrize("scale_rows", [1, 2, 30])
+def test_int8_scales_that_rows_share(cpu: str, activations: str, scale_rows: int) -> None:
+    use(cpu)
+    weight, scales = random_int8(60, 70), random_scales(scale_rows, 70, 32)
+    for tokens in (1, 20):
+        assert_int8(inputs(tokens, 70), weight, scales, 32, activations)
+
+
+@every_cpu
+@every_activations
+def test_the_longest_group_of_int8(cpu: str, activations: str) -> None:
+    use(cpu)
+    cols = kernels.LONGEST_GROUP
+    for number in (127, -128):
+        weight = torch.full((33, cols), number, dtype=torch.int8)
+        for x in (torch.full((1, cols), -1.0), torch.full((20, cols), 1.0)):
+            assert_int8(x, weight, torch.ones(33, 1), -1, activations)
+
+
+@every_cpu
+@every_activations
+def test_int8_threads_change_nothing(cpu: str, activations: str) -> None:
+    use(cpu)
+    weight, scales = random_int8(1100, 512), random_scales(1100, 512, 128)
+    for tokens, threads in itertools.product((1, 3, 70), (1, 2, 3, 7)):
+        assert_int8(inputs(tokens, 512), weight, scales, 128, activations, threads)
+
+
+@every_cpu
+@every_activations
+def test_int8_and_numbers_that_are_none(cpu: str, activations: str) -> None:
+    use(cpu)
+    weight, scales = random_int8(70, 64), random_scales(70, 64, 32)
+    for tokens in (6, 20):
+        x = inputs(tokens, 64)
+        x[1] = 0
+        x[2, 5] = torch.nan
+        x[3, 7] = torch.inf
+        got = kernels.int8_product(x, weight, scales, 32, activations)
+        want = product_of_trits(x, weight, scales, 32, activations)
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+        assert got[1].eq(0).all() and got[2:4].isnan().all()
+
+
+@pytest.mark.usefixtures("without_core")
+@every_activations
+def test_int8_on_torch_alone(activations: str) -> None:
+    assert_int8(inputs(3, 100), random_int8(90, 100), random_scales(90, 100, 48), 48, activations)
+
+
+@native
+def test_int8_of_any_shape_and_stride() -> None:
+    weight, scales = random_int8(33, 40), random_scales(33, 40, -1)
+    x = inputs(6, 40)
+    flat = kernels.int8_product(x, weight, scales, -1, "none")
+    by_three = kernels.int8_product(x.view(2, 3, 40), weight, scales, -1, "none")
+    assert torch.equal(by_three.view(6, 33), flat)
+    turned = kernels.int8_product(x.T.contiguous().T, weight, scales, -1, "none")
+    assert torch.equal(turned, flat)
+    assert kernels.int8_product(x[:0], weight, scales, -1, "none").shape == (0, 33)
+    assert kernels.int8_product(x, weight[:0], scales[:0], -1, "none").shape == (6, 0)
+
+
+@pytest.mark.parametrize("group_size", [-1, 0, 100])
+def test_the_definition_is_a_product_with_int8(group_size: int) -> None:
+    weight, scales = random_int8(50, 700), random_scales(50, 700, group_size)
+    x = inputs(4, 700)
+    dense = codecs.dequantize_int8(weight, scales, group_size, torch.float32).double()
+    got = kernels.int8_product(x, weight, scales, group_size, "none").double()
+    exact = x.double() @ dense.T
+    bound = x.double().abs().amax(-1, keepdim=True) * 2.0**-20 * dense.abs().sum(-1) + 1e-5
+    assert bool(((got - exact).abs() <= bound).all())
+
+
+@native
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x": torch.zeros(2, 65)}, "weights: 4480 elements; expected 4550"),
+        ({"scales": torch.zeros(70, 3)}, "scales: 210 elements; expected 140"),
+        ({"scales": torch.zeros(4, 2)}, "scales: 4 rows do not divide the 70 rows"),
+        ({"scales": torch.zeros(0, 2)}, "scales: 0 rows do not divide the 70 rows"),
+        ({"group_size": -2}, "group_size is -2"),
+    ],
+)
+def test_wrong_int8_is_refused(changed: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {
+        "x": torch.zeros(2, 64),
+        "weight": torch.zeros(70, 64, dtype=torch.int8),
+        "scales": torch.zeros(70, 2),
+        "group_size": 32,
+        "activations": "none",
+    }
+    assert kernels.int8_product(**given).shape == (2, 70)
+    with pytest.raises(ValueError, match=message):
+        kernels.int8_product(**(given | changed))
+
+
+# ------------------------------------------------------------------------------------------------
 # The definition
 
 
@@ -519,7 +676,8 @@ def test_yardsticks() -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="without a C++ compiler")
 def test_no_access_out_of_bounds(tmp_path: Path) -> None:
     csrc = HERE.parent / "ternarize" / "csrc"
-    names = ["core", "lanes", "pool", "portable", "products_portable"]
+    names = ["core", "int8", "lanes", "pool", "portable"]
+    names += ["products_portable", "int8_products_portable"]
     machine = subprocess.run(["g++", "-dumpmachine"], capture_output=True, text=True, check=True)
     # the functions for weights are not what this is about: one build of them, as it is, will do
     flags = {"portable": "-fno-sanitize=all"}
@@ -528,10 +686,16 @@ def test_no_access_out_of_bounds(tmp_path: Path) -> None:
     if machine.stdout.startswith("x86_64"):
         avx512 = "-mavx2 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vnni"
         flags |= {
-            "products_avx2": "-mavx2",
-            "products_avxvnni": "-mavx2 -mavxvnni",
-            "products_avx512": avx512,
-            "products_amx": f"{avx512} -mamx-tile -mamx-int8",
+            f"{kind}products_{cpu}": options
+            for kind in ("", "int8_")
+            for cpu, options in {
+                "avx2": "-mavx2",
+                "avxvnni": "-mavx2 -mavxvnni",
+                "avx512": avx512,
+                "amx": f"{avx512} -mamx-tile -mamx-int8",
+            }.items()
+        }
+        flags |= {
             "core": "-DTERNARIZE_X86_VARIANTS -DTERNARIZE_AVXVNNI -DTERNARIZE_AMX "
             "-DkAvx2=kPortable -DkAvx512=kPortable",
         }

@@ -163,6 +163,68 @@ def test_gradients_are_those_of_the_stored_form(activations: str) -> None:
         assert torch.equal(ours, theirs)
 
 
+# --- int8 weights ----------------------------------------------------------------------------
+
+
+def int8_layer(group_size: int = 32, bias: bool = True) -> TernaryLinear:
+    layer = TernaryLinear(COLS, ROWS, bias, group_size=group_size, codec="int8")
+    q, scale = codecs.encode_int8(random(ROWS, COLS) * 0.1, group_size, torch.float16)
+    layer.weight.data, layer.weight_scale.data = q, scale
+    if bias:
+        layer.bias.data = random(ROWS, seed=5)
+    return layer
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group_size", [32, -1, 0])
+def test_int8_weights_are_multiplied_as_they_are(
+    group_size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = int8_layer(group_size).to(dtype)
+    weight, bias = layer.dequantized(torch.float32).double(), layer.bias.detach().double()
+    monkeypatch.setattr(linear, "_dense", None)
+    for tokens in (1, 37):
+        x = random(tokens, COLS, seed=2).to(dtype)
+        y = layer(x).detach()
+        error = y.double() - F.linear(x.double(), weight, bias)
+        assert y.dtype == dtype
+        assert float(error.abs().max()) <= 8 * torch.finfo(dtype).eps * float(y.abs().max())
+
+
+def test_what_int8_kernels_do_not_take_goes_the_dense_way() -> None:
+    layer, x = int8_layer(bias=False), random(3, COLS)
+    dense = layer.dequantized(torch.float64)
+    assert torch.equal(layer(x.double()), F.linear(x.double(), dense))
+    strided = copy.deepcopy(layer)
+    strided.weight.data = layer.weight.data.T.contiguous().T
+    assert torch.allclose(strided(x), layer(x), atol=1e-5)
+
+
+def test_int8_weights_and_autocast() -> None:
+    layer, x = int8_layer(), random(3, COLS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16 and torch.allclose(y.float(), layer(x), rtol=2e-2, atol=2e-2)
+
+
+def test_gradients_through_int8_weights() -> None:
+    layer, x = int8_layer(), random(3, COLS).requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad is not None and layer.weight.grad is None
+    assert torch.allclose(x.grad, layer.dequantized(torch.float32).sum(0).expand(3, -1), atol=1e-5)
+
+
+def test_int8_weights_compile_into_one_graph() -> None:
+    layer, x = int8_layer(), random(3, COLS)
+    compiled: Any = torch.compile(layer, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), layer(x))
+    weight, scale = layer.weight.detach(), layer.weight_scale.detach()
+    operator = torch.ops.ternarize.int8_product.default
+    for one in (random(2, 3, COLS), random(1, COLS).bfloat16()):
+        torch.library.opcheck(operator, (one, weight, scale, 32, False))
+
+
 # --- the compiler --------------------------------------------------------------------------------
 
 

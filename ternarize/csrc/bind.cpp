@@ -195,12 +195,15 @@ Lanes checked_lanes(const std::string& form, int64_t rows, int64_t cols, int64_t
   return lanes_of(form == "lanes2" ? Form::Lanes2 : Form::Lanes3, stored);
 }
 
-template <class Array>
-void expect_size(const char* name, const Array& array, int64_t size) {
-  const auto has = static_cast<int64_t>(array.shape(0));
+void expect_count(const char* name, int64_t has, int64_t size) {
   if (has != size)
     fail(std::string(name) + ": " + std::to_string(has) + " elements; expected " +
          std::to_string(size) + ".");
+}
+
+template <class Array>
+void expect_size(const char* name, const Array& array, int64_t size) {
+  expect_count(name, static_cast<int64_t>(array.shape(0)), size);
 }
 
 nb::tuple bind_lanes_shape(const std::string& form, int64_t rows, int64_t cols,
@@ -235,19 +238,14 @@ void bind_products(int64_t x, const std::string& kind_name, int64_t tokens, int6
                    const std::vector<MatrixArgs>& args, const std::string& form,
                    int64_t group_size, bool int8, int threads) {
   const Kind kind = kind_of(kind_name);
-  const auto expect_size = [](const char* name, int64_t has, int64_t size) {
-    if (has != size)
-      fail(std::string(name) + ": " + std::to_string(has) + " elements; expected " +
-           std::to_string(size) + ".");
-  };
   if (tokens < 0) fail("tokens is " + std::to_string(tokens) + "; expected 0 or more.");
   if (args.empty()) return;
   const auto at = [](int64_t address) { return reinterpret_cast<void*>(address); };
   std::vector<Matrix> matrices;
   for (const auto& [lanes, lanes_size, scales, scales_size, half, out, rows] : args) {
     const Lanes l = checked_lanes(form, rows, cols, group_size);
-    expect_size("lanes", lanes_size, l.size());
-    expect_size("scales", scales_size, l.blocks * l.stored.groups * l.block);
+    expect_count("lanes", lanes_size, l.size());
+    expect_count("scales", scales_size, l.blocks * l.stored.groups * l.block);
     matrices.push_back({l, static_cast<const uint8_t*>(at(lanes)), {at(scales), half}, at(out)});
   }
   if (matrices[0].x.form == Form::Lanes3 && !products().lanes3)
@@ -288,6 +286,26 @@ void bind_attend(const std::string& kind_name, int64_t batch, int64_t heads, int
                     at(1), at(2), at(3) + rotary, at(4) + rotary, at(5),    at(6),    at(7)};
   nb::gil_scoped_release unlocked;
   attend(kind, a, threads);
+}
+
+// As bind_products, of int8 weights as they are stored.
+void bind_int8_product(int64_t x, const std::string& kind_name, int64_t tokens, int64_t cols,
+                       int64_t weights, int64_t weights_size, int64_t scales, int64_t scale_rows,
+                       int64_t scales_size, const std::string& scale_kind_name, int64_t group_size,
+                       bool int8, int64_t out, int64_t rows, int threads) {
+  const Kind kind = kind_of(kind_name), scale_kind = kind_of(scale_kind_name);
+  const Lanes l = checked_lanes("lanes2", rows, cols, group_size);
+  if (tokens < 0) fail("tokens is " + std::to_string(tokens) + "; expected 0 or more.");
+  expect_count("weights", weights_size, rows * cols);
+  expect_count("scales", scales_size, scale_rows * l.stored.groups);
+  if (rows != 0 && (scale_rows <= 0 || rows % scale_rows != 0))
+    fail("scales: " + std::to_string(scale_rows) + " rows do not divide the " +
+         std::to_string(rows) + " rows of the matrix.");
+  const auto at = [](int64_t address) { return reinterpret_cast<void*>(address); };
+  const Int8Matrix matrix{l, static_cast<const int8_t*>(at(weights)), at(scales), scale_kind,
+                          rows != 0 ? rows / scale_rows : 1};
+  nb::gil_scoped_release unlocked;
+  int8_product(matrix, kind, int8 ? 1 : 3, tokens, at(x), at(out), threads);
 }
 
 void bind_use_openmp(int64_t parallel) { use_openmp(reinterpret_cast<Parallel>(parallel)); }
@@ -363,6 +381,11 @@ NB_MODULE(_native, m) {
         nb::arg("kv_heads"), nb::arg("dim"), nb::arg("capacity"), nb::arg("scaling"),
         nb::arg("memory"), nb::arg("threads"));
   m.def("use_openmp", bind_use_openmp, nb::arg("parallel"));
+  m.def("int8_product", bind_int8_product, nb::arg("x"), nb::arg("kind"), nb::arg("tokens"),
+        nb::arg("cols"), nb::arg("weights"), nb::arg("weights_size"), nb::arg("scales"),
+        nb::arg("scale_rows"), nb::arg("scales_size"), nb::arg("scale_kind"),
+        nb::arg("group_size"), nb::arg("int8"), nb::arg("out"), nb::arg("rows"),
+        nb::arg("threads"));
   m.def("read_all", bind_read_all, nb::arg("bytes").noconvert(), nb::arg("threads"));
   m.def("dot_peak", bind_dot_peak, nb::arg("rounds"), nb::arg("threads"));
   m.def("cpu", bind_cpu);

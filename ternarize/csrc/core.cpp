@@ -135,23 +135,23 @@ Layout layout_of(int64_t rows, int64_t cols, int64_t group_size) {
 
 const Variant* variants() {
   static const Variant* const found = [] {
-    static Variant list[6] = {{"portable", &kPortable, &kPortableProducts}};
+    static Variant list[6] = {{"portable", &kPortable, &kPortableProducts, &kPortableInt8}};
 #ifdef TERNARIZE_X86_VARIANTS
     int n = 1;
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2")) {
-      list[n++] = {"avx2", &kAvx2, &kAvx2Products};
+      list[n++] = {"avx2", &kAvx2, &kAvx2Products, &kAvx2Int8};
 #ifdef TERNARIZE_AVXVNNI
       unsigned a = 0, b = 0, c = 0, d = 0;
       if (__get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4))
-        list[n++] = {"avxvnni", &kAvx2, &kAvxVnniProducts};
+        list[n++] = {"avxvnni", &kAvx2, &kAvxVnniProducts, &kAvxVnniInt8};
 #endif
       if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni")) {
-        list[n++] = {"avx512", &kAvx512, &kAvx512Products};
+        list[n++] = {"avx512", &kAvx512, &kAvx512Products, &kAvx512Int8};
 #ifdef TERNARIZE_AMX
-        if (amx_is_there()) list[n++] = {"amx", &kAvx512, &kAmxProducts};
+        if (amx_is_there()) list[n++] = {"amx", &kAvx512, &kAmxProducts, &kAmxInt8};
 #endif
       }
     }

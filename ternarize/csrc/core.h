@@ -2,6 +2,7 @@
 // Sizes, alignment and kinds are the caller's promise; see kernels.h for the rest of the contract.
 #pragma once
 
+#include "int8.h"
 #include "kernels.h"
 #include "lanes.h"
 
@@ -11,11 +12,13 @@ namespace ternarize {
 // row; 0: the matrix, which is packed like -1.
 Layout layout_of(int64_t rows, int64_t cols, int64_t group_size);
 
-// An instruction set: the functions for weights, and those for products. Some differ in one of them.
+// An instruction set: the functions for weights, and those for products. Some differ in one of them,
+// and what has none for int8 weights has the portable ones.
 struct Variant {
   const char* name;
   const Kernels* kernels;
   const Products* products;
+  const Int8Products* int8 = nullptr;
 };
 // Those of this build that this CPU can run, best last; ends with a null name.
 const Variant* variants();
@@ -23,6 +26,9 @@ const Variant* variants();
 const Variant& variant();
 inline const Kernels& kernels() { return *variant().kernels; }
 inline const Products& products() { return *variant().products; }
+inline const Int8Products& int8_products() {
+  return variant().int8 ? *variant().int8 : kPortableInt8;
+}
 // Uses the named one from now on; false if there is none.
 bool use(const char* name);
 

@@ -5,8 +5,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <vector>
 
 #ifdef __linux__
@@ -15,6 +13,7 @@
 
 #include "core.h"
 #include "pool.h"
+#include "workspace.h"
 
 namespace ternarize {
 namespace {
@@ -168,32 +167,7 @@ int64_t from_lanes(const Lanes& x, const uint8_t* lanes, uint8_t* packed, int th
 
 namespace {
 
-// Memory that a thread keeps from one product to the next, aligned to 64 bytes.
-class Workspace {
- public:
-  uint8_t* bytes(int64_t n) {
-    if (n > size_) {
-      memory_.reset();
-      memory_.reset(static_cast<uint8_t*>(::operator new(static_cast<size_t>(n), kAlign)));
-      size_ = n;
-    }
-    return memory_.get();
-  }
-
- private:
-  static constexpr std::align_val_t kAlign{64};
-  struct Free {
-    void operator()(uint8_t* p) const { ::operator delete(p, kAlign); }
-  };
-  std::unique_ptr<uint8_t, Free> memory_;
-  int64_t size_ = 0;
-};
-
 constexpr int64_t kBatch = 512;                // tokens that are worked on at once
-constexpr int64_t kOneThread = int64_t{1} << 18;  // multiplications that are not worth a second thread
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t lines(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
 
 // Bytes from one row of q to the next: whole cache lines, and no multiple of 512, because the rows
 // that are read together would fall on the same few sets of the cache.
