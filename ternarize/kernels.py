@@ -294,7 +294,7 @@ def int8_product(
     assert activations in ("int8", "none")
     lib.int8_product(
         flat.data_ptr(),
-        _KINDS[x.dtype],
+        KINDS[x.dtype],
         flat.shape[0],
         cols,
         weight.data_ptr(),
@@ -302,7 +302,7 @@ def int8_product(
         scales.data_ptr(),
         scales.shape[0],
         scales.numel(),
-        _KINDS[scales.dtype],
+        KINDS[scales.dtype],
         group_size,
         activations == "int8",
         out.data_ptr(),

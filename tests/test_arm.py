@@ -16,8 +16,8 @@ HERE = Path(__file__).parent
 CSRC = HERE.parent / "ternarize" / "csrc"
 HOST, CROSS, QEMU = "g++", "aarch64-linux-gnu-g++", "qemu-aarch64"
 MISSING = [tool for tool in (HOST, CROSS, QEMU) if shutil.which(tool) is None]
-SOURCES = ("core", "decode", "int8", "lanes", "pool", "portable")
-SOURCES += ("products_portable", "int8_products_portable")
+SOURCES = ["core", "decode", "int8", "lanes", "pool", "portable"]
+SOURCES += ["products_portable", "int8_products_portable"]
 FLAGS = ["-std=c++17", "-pthread", "-Wall", "-Wextra", "-Werror"]
 FLAGS += ["-ffp-contract=off", "-fno-trapping-math"]  # as all flags here, from CMakeLists.txt
 NEON = ["-march=armv8.2-a+dotprod"]
