@@ -205,7 +205,7 @@ void open(const uint8_t* lanes, int64_t quads, uint8_t* panel) {
 
 #ifndef __AMX_INT8__
 
-constexpr int64_t kTile = 5, kSlice = 64;
+constexpr int64_t kTile = 5, kSlice = 64;  // a panel fills less than half of the first cache
 
 struct Session {
   ~Session() { _mm_sfence(); }  // after `stream`
@@ -262,7 +262,8 @@ void tile(int64_t n, const uint8_t* panel, int64_t quads, const int8_t* q, int64
 
 // A tile holds 16 rows of 64 bytes: 16 quads of 16 lanes of one field, 16 quads of 16 tokens, or the
 // sums of 16 tokens and 16 lanes.
-constexpr int64_t kTile = 32, kSlice = 256;
+constexpr int64_t kTile = 32;
+constexpr int64_t kSlice = 256;  // of less, sums would go through memory more often
 
 struct alignas(64) Shapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
