@@ -9,7 +9,8 @@ namespace ternarize {
 namespace {
 
 constexpr bool kLanes3 = false;
-constexpr int64_t kDirect = 3, kFew = 3, kTile = 0;  // 4 fields of 3 rows are 12 of the 16 registers
+constexpr int64_t kDirect = 3, kFew = 3;  // 4 fields of 3 rows are 12 of the 16 registers
+constexpr int64_t kTile = 0, kSlice = 0;
 struct Session {};
 
 TERNARIZE_INLINE __m256i four(const int8_t* q) {

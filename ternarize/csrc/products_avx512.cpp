@@ -163,14 +163,29 @@ void dots(const uint8_t* lanes, int64_t quads, const int8_t* q, int64_t stride, 
   solve_rows<fields>(s, sums, sums_stride, Count<n>{});
 }
 
+// Tiles are filled with 16 rows that follow each other in memory.
+#ifdef __AMX_INT8__
+constexpr bool kInTiles = true;
+#else
+constexpr bool kInTiles = false;
+#endif
+
+template <int fields>
+void stream(const float* all, float factor, float* to) {
+  const __m512 f = _mm512_set1_ps(factor);
+  for (int i = 0; i < 16 * fields; i += 16)
+    _mm512_stream_ps(to + i, _mm512_mul_ps(_mm512_loadu_ps(all + i), f));
+}
+
 // The digits themselves, for many rows of q.
 template <int fields>
 void open(const uint8_t* lanes, int64_t quads, uint8_t* panel) {
+  constexpr int64_t kField = kInTiles ? 1024 : 64;
   const __m512i m0 = bytes(3);
   for (int64_t i = 0; i < (quads + 15) / 16 * 16; ++i) {
-    uint8_t* to = panel + i / 16 * (fields * 1024) + i % 16 * 64;
+    uint8_t* to = panel + (kInTiles ? i / 16 * (fields * 1024) + i % 16 * 64 : i * fields * 64);
     if (i >= quads) {
-      for (int f = 0; f < fields; ++f) _mm512_store_si512(to + f * 1024, _mm512_setzero_si512());
+      for (int f = 0; f < fields; ++f) _mm512_store_si512(to + f * kField, _mm512_setzero_si512());
       continue;
     }
     const __m512i v = _mm512_loadu_si512(lanes + i * 64);
@@ -179,51 +194,67 @@ void open(const uint8_t* lanes, int64_t quads, uint8_t* panel) {
       const __m512i quarter = _mm512_srli_epi16(v, 2);
       low = look_up(kLowerDigits, _mm512_sub_epi8(v, look_up(kUpper, quarter)));
       high = look_up(kUpperDigits, quarter);
-      _mm512_store_si512(to + 4 * 1024, _mm512_and_si512(_mm512_srli_epi16(high, 2), m0));
+      _mm512_store_si512(to + 4 * kField, _mm512_and_si512(_mm512_srli_epi16(high, 2), m0));
     }
     _mm512_store_si512(to, _mm512_and_si512(low, m0));
-    _mm512_store_si512(to + 1024, _mm512_and_si512(_mm512_srli_epi16(low, 2), m0));
-    _mm512_store_si512(to + 2048, _mm512_and_si512(_mm512_srli_epi16(low, 4), m0));
-    _mm512_store_si512(to + 3072, _mm512_and_si512(high, m0));
+    _mm512_store_si512(to + kField, _mm512_and_si512(_mm512_srli_epi16(low, 2), m0));
+    _mm512_store_si512(to + 2 * kField, _mm512_and_si512(_mm512_srli_epi16(low, 4), m0));
+    _mm512_store_si512(to + 3 * kField, _mm512_and_si512(high, m0));
   }
 }
 
 #ifndef __AMX_INT8__
 
-constexpr int64_t kTile = 5;
-struct Session {};
+constexpr int64_t kTile = 5, kSlice = 64;  // a panel fills less than half of the first cache
+
+struct Session {
+  ~Session() { _mm_sfence(); }  // after `stream`
+};
+
+template <int... i>
+TERNARIZE_INLINE void load_all(__m512i* values, const int32_t* from, Indices<i...>) {
+  ((values[i] = _mm512_loadu_si512(from + 16 * i)), ...);
+}
+
+template <int fields, int... r>
+TERNARIZE_INLINE void load_rows(__m512i* s, const int32_t* sums, int64_t stride, Indices<r...>) {
+  (load_all(s + r * fields, sums + r * stride, Count<fields>{}), ...);
+}
 
 template <int... f>
-TERNARIZE_INLINE void load_all(__m512i* digits, const uint8_t* at, Indices<f...>) {
-  ((digits[f] = _mm512_load_si512(at + f * 1024)), ...);
+TERNARIZE_INLINE void load_digits(__m512i* digits, const uint8_t* at, Indices<f...>) {
+  ((digits[f] = _mm512_load_si512(at + f * 64)), ...);
 }
 
 template <int fields, int n>
-void tile_of(const uint8_t* panel, int64_t quads, const int8_t* q, int64_t stride, int32_t* sums,
-             int64_t sums_stride) {
+void tile_of(const uint8_t* panel, int64_t quads, const int8_t* q, int64_t stride, bool more,
+             int32_t* sums, int64_t sums_stride) {
   __m512i s[n * fields];
-  clear(s, Count<n * fields>{});
-  for (int64_t done = 0; done < quads; done += 16, panel += fields * 1024) {
-    const uint8_t* at = panel;
-    const int64_t end = quads - done < 16 ? quads - done : 16;
-    for (int64_t i = 0; i < end; ++i, at += 64, q += 4) {
-      __m512i digits[fields];
-      load_all(digits, at, Count<fields>{});
-      dot_rows<fields>(s, digits, q, stride, Count<n>{});
-    }
+  if (more)
+    load_rows<fields>(s, sums, sums_stride, Count<n>{});
+  else
+    clear(s, Count<n * fields>{});
+  // the next rows
+  for (int r = 0; r < n; ++r)
+    for (int64_t i = 0; i < quads * 4; i += 64)
+      _mm_prefetch(reinterpret_cast<const char*>(q + (n + r) * stride + i), _MM_HINT_T0);
+  for (int64_t i = 0; i < quads; ++i, panel += fields * 64, q += 4) {
+    __m512i digits[fields];
+    load_digits(digits, panel, Count<fields>{});
+    dot_rows<fields>(s, digits, q, stride, Count<n>{});
   }
   store_rows<fields>(s, sums, sums_stride, Count<n>{});
 }
 
 template <int fields>
 void tile(int64_t n, const uint8_t* panel, int64_t quads, const int8_t* q, int64_t stride,
-          int32_t* sums, int64_t sums_stride) {
+          bool more, int32_t* sums, int64_t sums_stride) {
   switch (n) {
-    case 1: return tile_of<fields, 1>(panel, quads, q, stride, sums, sums_stride);
-    case 2: return tile_of<fields, 2>(panel, quads, q, stride, sums, sums_stride);
-    case 3: return tile_of<fields, 3>(panel, quads, q, stride, sums, sums_stride);
-    case 4: return tile_of<fields, 4>(panel, quads, q, stride, sums, sums_stride);
-    default: return tile_of<fields, 5>(panel, quads, q, stride, sums, sums_stride);
+    case 1: return tile_of<fields, 1>(panel, quads, q, stride, more, sums, sums_stride);
+    case 2: return tile_of<fields, 2>(panel, quads, q, stride, more, sums, sums_stride);
+    case 3: return tile_of<fields, 3>(panel, quads, q, stride, more, sums, sums_stride);
+    case 4: return tile_of<fields, 4>(panel, quads, q, stride, more, sums, sums_stride);
+    default: return tile_of<fields, 5>(panel, quads, q, stride, more, sums, sums_stride);
   }
 }
 
@@ -232,6 +263,7 @@ void tile(int64_t n, const uint8_t* panel, int64_t quads, const int8_t* q, int64
 // A tile holds 16 rows of 64 bytes: 16 quads of 16 lanes of one field, 16 quads of 16 tokens, or the
 // sums of 16 tokens and 16 lanes.
 constexpr int64_t kTile = 32;
+constexpr int64_t kSlice = 256;  // of less, sums would go through memory more often
 
 struct alignas(64) Shapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -245,79 +277,61 @@ struct Session {
     static constexpr Shapes shapes{};
     _tile_loadconfig(&shapes);
   }
-  ~Session() { _tile_release(); }
+  ~Session() {
+    _tile_release();
+    _mm_sfence();  // after `stream`
+  }
 };
 
-// 16 tokens and all fields.
-template <int fields>
-void sixteen(const uint8_t* panel, int64_t quads, const int8_t* q, size_t stride, int32_t* sums,
-             size_t to) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  if constexpr (fields == 5) _tile_zero(4);
-  for (int64_t i = 0; i < quads; i += 16, panel += fields * 1024) {
-    _tile_loadd(5, q + i * 4, stride);
-    _tile_loadd(6, panel, 64);
-    _tile_loadd(7, panel + 1024, 64);
-    _tile_dpbsud(0, 5, 6);
-    _tile_dpbsud(1, 5, 7);
-    _tile_loadd(6, panel + 2048, 64);
-    _tile_loadd(7, panel + 3072, 64);
-    _tile_dpbsud(2, 5, 6);
-    _tile_dpbsud(3, 5, 7);
-    if constexpr (fields == 5) {
-      _tile_loadd(6, panel + 4096, 64);
-      _tile_dpbsud(4, 5, 6);
-    }
-  }
-  _tile_stored(0, sums, to);
-  _tile_stored(1, sums + 16, to);
-  _tile_stored(2, sums + 32, to);
-  _tile_stored(3, sums + 48, to);
-  if constexpr (fields == 5) _tile_stored(4, sums + 64, to);
-}
-
-// 32 tokens and one or two fields, those of `panel`: a tile that is loaded is used twice.
-template <int fields, int used>
-void thirty_two(const uint8_t* panel, int64_t quads, const int8_t* q, size_t stride,
-                int32_t* sums, size_t to) {
+// The sums of one or two tiles of tokens and of fields: of two, what is loaded is used twice.
+template <int fields, int tokens, int used>
+TERNARIZE_INLINE void square(const uint8_t* panel, int64_t quads, const int8_t* q, size_t stride,
+                             bool more, int32_t* sums, size_t to) {
   const int8_t* q16 = q + 16 * stride;
   int32_t* sums16 = sums + 16 * to / sizeof(int32_t);
-  _tile_zero(0);
-  _tile_zero(2);
-  if constexpr (used == 2) {
-    _tile_zero(1);
-    _tile_zero(3);
+  if (more) {
+    _tile_loadd(0, sums, to);
+    if constexpr (used == 2) _tile_loadd(1, sums + 16, to);
+    if constexpr (tokens == 2) _tile_loadd(2, sums16, to);
+    if constexpr (tokens == 2 && used == 2) _tile_loadd(3, sums16 + 16, to);
+  } else {
+    _tile_zero(0);
+    if constexpr (used == 2) _tile_zero(1);
+    if constexpr (tokens == 2) _tile_zero(2);
+    if constexpr (tokens == 2 && used == 2) _tile_zero(3);
   }
   for (int64_t i = 0; i < quads; i += 16, panel += fields * 1024) {
     _tile_loadd(4, q + i * 4, stride);
     _tile_loadd(6, panel, 64);
     if constexpr (used == 2) _tile_loadd(7, panel + 1024, 64);
-    _tile_loadd(5, q16 + i * 4, stride);
+    if constexpr (tokens == 2) _tile_loadd(5, q16 + i * 4, stride);
     _tile_dpbsud(0, 4, 6);
     if constexpr (used == 2) _tile_dpbsud(1, 4, 7);
-    _tile_dpbsud(2, 5, 6);
-    if constexpr (used == 2) _tile_dpbsud(3, 5, 7);
+    if constexpr (tokens == 2) _tile_dpbsud(2, 5, 6);
+    if constexpr (tokens == 2 && used == 2) _tile_dpbsud(3, 5, 7);
   }
   _tile_stored(0, sums, to);
-  _tile_stored(2, sums16, to);
-  if constexpr (used == 2) {
-    _tile_stored(1, sums + 16, to);
-    _tile_stored(3, sums16 + 16, to);
-  }
+  if constexpr (used == 2) _tile_stored(1, sums + 16, to);
+  if constexpr (tokens == 2) _tile_stored(2, sums16, to);
+  if constexpr (tokens == 2 && used == 2) _tile_stored(3, sums16 + 16, to);
+}
+
+template <int fields, int tokens>
+void tile_of(const uint8_t* panel, int64_t quads, const int8_t* q, size_t stride, bool more,
+             int32_t* sums, size_t to) {
+  square<fields, tokens, 2>(panel, quads, q, stride, more, sums, to);
+  square<fields, tokens, 2>(panel + 2048, quads, q, stride, more, sums + 32, to);
+  if constexpr (fields == 5)
+    square<fields, tokens, 1>(panel + 4096, quads, q, stride, more, sums + 64, to);
 }
 
 template <int fields>
 void tile(int64_t n, const uint8_t* panel, int64_t quads, const int8_t* q, int64_t stride,
-          int32_t* sums, int64_t sums_stride) {
+          bool more, int32_t* sums, int64_t sums_stride) {
   const auto from = static_cast<size_t>(stride);
   const size_t to = static_cast<size_t>(sums_stride) * sizeof(int32_t);
-  if (n <= 16) return sixteen<fields>(panel, quads, q, from, sums, to);
-  thirty_two<fields, 2>(panel, quads, q, from, sums, to);
-  thirty_two<fields, 2>(panel + 2048, quads, q, from, sums + 32, to);
-  if constexpr (fields == 5) thirty_two<fields, 1>(panel + 4096, quads, q, from, sums + 64, to);
+  if (n <= 16) return tile_of<fields, 1>(panel, quads, q, from, more, sums, to);
+  tile_of<fields, 2>(panel, quads, q, from, more, sums, to);
 }
 
 #endif

@@ -6,7 +6,7 @@ namespace ternarize {
 namespace {
 
 constexpr bool kLanes3 = false;
-constexpr int64_t kDirect = 4, kFew = 4, kTile = 0;
+constexpr int64_t kDirect = 4, kFew = 4, kTile = 0, kSlice = 0;
 struct Session {};
 
 // Numbers of 16 bits, two columns of a lane side by side, because that is what the vectors of every
