@@ -9,7 +9,8 @@ namespace ternarize {
 namespace {
 
 constexpr bool kLanes3 = false;
-constexpr int64_t kDirect = 4, kFew = 12, kTile = 8;  // by counting, see tile_of; never measured
+// By counting, see tile_of; never measured.
+constexpr int64_t kDirect = 4, kFew = 12, kTile = 8, kSlice = 64;
 struct Session {};
 
 // sums += the four products of each lane's bytes, both signed.
@@ -33,6 +34,7 @@ namespace {
 
 // Intrinsics as functions: in some compilers they are macros, which a fold cannot expand.
 TERNARIZE_INLINE int8x16_t load(const int8_t* p) { return vld1q_s8(p); }
+TERNARIZE_INLINE int32x4_t load(const int32_t* p) { return vld1q_s32(p); }
 TERNARIZE_INLINE void store(int32_t* to, int32x4_t x) { vst1q_s32(to, x); }
 
 // sums += the products of u and the four bytes of x that start at 4 lane. An instruction that stays
@@ -146,6 +148,12 @@ void dots(const uint8_t* lanes, int64_t quads, const int8_t* q, int64_t stride, 
                                q + done * 4, stride, sums + v * 4, sums_stride);
 }
 
+// With stores like any others: compilers have no common name for those past the caches.
+template <int fields>
+void stream(const float* all, float factor, float* to) {
+  for (int i = 0; i < 16 * fields; ++i) to[i] = all[i] * factor;
+}
+
 // The digits themselves, for many rows of q.
 template <int fields>
 void open(const uint8_t* lanes, int64_t quads, uint8_t* panel) {
@@ -178,6 +186,17 @@ TERNARIZE_INLINE void add_digits(int32x4_t* s, const int8_t* at, const int8x16_t
 }
 
 template <int... i>
+TERNARIZE_INLINE void load_sums(int32x4_t* s, const int32_t* from, Indices<i...>) {
+  ((s[i] = load(from + i * 4)), ...);
+}
+
+template <int... r>
+TERNARIZE_INLINE void load_sums_of_rows(int32x4_t* s, const int32_t* from, int64_t stride,
+                                        Indices<r...>) {
+  (load_sums(s + r * 4, from + r * stride, Count<4>{}), ...);
+}
+
+template <int... i>
 TERNARIZE_INLINE void store_all(const int32x4_t* s, int32_t* to, Indices<i...>) {
   (store(to + i * 4, s[i]), ...);
 }
@@ -191,13 +210,16 @@ TERNARIZE_INLINE void store_rows(const int32x4_t* s, int32_t* to, int64_t stride
 // n rows of q and all fields, one after the other. Where four rows take 64 vector instructions here,
 // they take 80 in `dots`; `open` takes 40 first. So a panel pays from about 10 rows on.
 template <int n>
-void tile_of(const uint8_t* panel, int64_t quads, const int8_t* q, int64_t stride, int32_t* sums,
-             int64_t sums_stride) {
+void tile_of(const uint8_t* panel, int64_t quads, const int8_t* q, int64_t stride, bool more,
+             int32_t* sums, int64_t sums_stride) {
   const auto* digits = reinterpret_cast<const int8_t*>(panel);
   for (int f = 0; f < 4; ++f) {
     int32x4_t s[n * 4];
     int8x16_t x[n];
-    clear(s, Count<n * 4>{});
+    if (more)
+      load_sums_of_rows(s, sums + f * 16, sums_stride, Count<n>{});
+    else
+      clear(s, Count<n * 4>{});
     for (int64_t done = 0; done < quads; done += 4) {
       const int8_t* at = digits + done / 16 * 4096 + f * 1024 + done % 16 * 64;
       load_rows(x, q + done * 4, stride, Count<n>{});
@@ -212,13 +234,13 @@ void tile_of(const uint8_t* panel, int64_t quads, const int8_t* q, int64_t strid
 
 template <int fields>
 void tile(int64_t n, const uint8_t* panel, int64_t quads, const int8_t* q, int64_t stride,
-          int32_t* sums, int64_t sums_stride) {
+          bool more, int32_t* sums, int64_t sums_stride) {
   static_assert(fields == 4, "Lanes2");
   for (; n >= 4; n -= 4, q += 4 * stride, sums += 4 * sums_stride)
-    tile_of<4>(panel, quads, q, stride, sums, sums_stride);
-  if (n == 1) tile_of<1>(panel, quads, q, stride, sums, sums_stride);
-  if (n == 2) tile_of<2>(panel, quads, q, stride, sums, sums_stride);
-  if (n == 3) tile_of<3>(panel, quads, q, stride, sums, sums_stride);
+    tile_of<4>(panel, quads, q, stride, more, sums, sums_stride);
+  if (n == 1) tile_of<1>(panel, quads, q, stride, more, sums, sums_stride);
+  if (n == 2) tile_of<2>(panel, quads, q, stride, more, sums, sums_stride);
+  if (n == 3) tile_of<3>(panel, quads, q, stride, more, sums, sums_stride);
 }
 
 }  // namespace
