@@ -600,6 +600,92 @@ def bench(
     )
 
 
+@command
+def push(
+    model: Annotated[Path, typer.Argument(help="Packed checkpoint: directory.")],
+    repo: Annotated[str, typer.Argument(help="Where to: user/name on the Hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it private.")] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch to commit to; made where there is none.")
+    ] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request instead.")
+    ] = False,
+    commit_message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(help="Hub id of the source, for the card; default: as on record."),
+    ] = None,
+    shim: Annotated[
+        bool,
+        typer.Option(
+            "--shim",
+            help="Add code by which transformers finds ternarize with trust_remote_code=True.",
+        ),
+    ] = False,
+    token: Annotated[
+        str | None, typer.Option(help="Of the Hub; default: HF_TOKEN, or who is logged in.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be sent; send nothing.")
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Publish a packed checkpoint on the Hub with a model card, in one commit.
+
+    It is verified first. What was uploaded before an interruption is not sent again. A README.md
+    that somebody has edited, here or on the Hub, is left as it is.
+
+    Example: ternarize push packed user/name --private --dry-run
+    """
+    from huggingface_hub.utils import disable_progress_bars
+
+    from ternarize.hub import push as run
+
+    if quiet or not err.is_terminal:
+        disable_progress_bars()
+    with _progress(quiet) as update:
+        result = run(
+            model,
+            repo,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            token=token,
+            base_model=base_model,
+            shim=shim,
+            dry_run=dry_run,
+            progress=update,
+        )
+    if as_json:
+        _print_json(result)
+        return
+    if dry_run:
+        grid = Table("file", "size", box=None)
+        for path, size in result["files"].items():
+            grid.add_row(escape(path), _size(size))
+        _out().print(grid)
+        print(f"\n{len(result['files'])} files, {_size(sum(result['files'].values()))}, to {repo}")
+        if result["card_text"] is not None:
+            print(f"\nREADME.md:\n\n{result['card_text']}", end="")
+    else:
+        for path in result["removed"]:
+            print(f"removed: {path}")
+        print(result["pull_request"] or result["url"])
+    if not quiet:
+        said = {"own": "README.md is your own: sent as it is", "kept": _KEPT_CARD}
+        if result["card"] in said:
+            err.print(said[result["card"]], highlight=False, soft_wrap=True)
+
+
+_KEPT_CARD = (
+    "README.md on the Hub has been edited: left as it is, without the figures of these weights"
+)
+
+
 def _quiet_transformers() -> None:
     """Leave the terminal to us: no bars of transformers' own."""
     import transformers

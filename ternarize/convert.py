@@ -41,8 +41,10 @@ from ternarize.checkpoint import (
     Entry,
     TensorInfo,
     byte_view,
+    hub_commit,
     open_files,
     read_bytes,
+    read_card,
 )
 from ternarize.codecs import (
     INT8,
@@ -863,6 +865,7 @@ def make_record(
 ) -> dict[str, Any]:
     """The record of a conversion: what was done to what, tensor by tensor, and what came out."""
     source = work.source
+    hub, card = hub_commit(work.model, source), read_card(source.directory)
     tensors: dict[str, dict[str, Any]] = {}
     blocks = (calibration or {}).get("blocks", ())
     how = work.recipe.calibrate
@@ -908,6 +911,8 @@ def make_record(
             "files": {file: (source.directory / file).stat().st_size for file in source.files},
             "parameters": sum(i.numel for i in source.tensors.values()),
             "bytes": sum(i.nbytes for i in source.tensors.values()),
+            **({"hub": hub} if hub else {}),
+            **({"card": card} if card else {}),
         },
         "recipe": asdict(work.recipe),
         "coverage": work.coverage(),
