@@ -92,8 +92,7 @@ def _introduction(report: dict[str, Any], base_model: str | None) -> str:
     return (
         f"{of} with ternary weights: {totals['ternary_parameters']:,} of its "
         f"{totals['parameters']:,} parameters are -1, 0 or +1 times a scale, packed five to a "
-        "byte. (Counters that take each byte for a parameter show fewer.) Made with "
-        "[ternarize](https://pypi.org/project/ternarize/)."
+        "byte. (Counters that take each byte for a parameter show fewer.) Made with ternarize."
     )
 
 

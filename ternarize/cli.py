@@ -211,6 +211,13 @@ def convert(
             "kl_divergence, or at least this top1_agreement or cosine.",
         ),
     ] = None,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Fetch a Hub model shard by shard, and delete each shard once it is packed.",
+        ),
+    ] = False,
     device: Device = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Tensors worked on at once.")] = None,
     dry_run: Annotated[
@@ -289,6 +296,7 @@ def convert(
             device=device,
             progress=update,
             min_quality=bounds,
+            stream=stream,
         )
     if as_json:
         _print_json({"output": str(output), **record})
@@ -640,7 +648,7 @@ def push(
 
     Example: ternarize push packed user/name --private --dry-run
     """
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     from ternarize.hub import push as run
 

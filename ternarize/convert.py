@@ -18,8 +18,9 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from io import FileIO
 from pathlib import Path
@@ -424,6 +425,7 @@ def convert(
     device: str | None = None,
     progress: Progress | None = None,
     min_quality: Mapping[str, float] | None = None,
+    stream: bool = False,
 ) -> dict[str, Any]:
     """Convert a checkpoint into a packed one, and return its record (what ternarize.json holds).
 
@@ -436,6 +438,8 @@ def convert(
               before that, with calibration, for each block and part of it, in stages of their own
     min_quality  bounds on the figures that calibration measures: {"kl_divergence": 0.2}; see
                  `ternarize.calibrate.pipeline.check_quality`
+    stream    have one weight file of a Hub model at a time on the disk, beside the output, and
+              delete it once it is packed; not with calibration, which reads them again and again
 
     Raises UsageError for options that cannot be used, CheckpointError (WeightError) or FormatError
     for a source that cannot be read or converted, SelectionError where no rule says what becomes of
@@ -445,11 +449,33 @@ def convert(
     OUTPUT.partial is, and the same call goes on from there.
     """
     check_bounds(recipe, min_quality or {})
+    if stream and recipe.calibrate is not None:
+        raise UsageError(
+            "--stream: with calibration, which reads the weights more than once; expected one of "
+            "the two. Leave out --stream, or --dataset and --method gptq."
+        )
     output = Path(os.path.expanduser(output))
     device = check_device(device)
+    partial = output.with_name(output.name + ".partial")
+    if stream:  # one at a time, already when the headers are fetched
+        folder = output.with_name(output.name + ".source")
+        with _alone(partial):
+            try:
+                work = plan(model, recipe, stream=folder)
+                _check_output(work, output)
+                return _run(work, output, partial, threads, device, progress, {})
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
     work = plan(model, recipe)
     _check_output(work, output)
-    partial = output.with_name(output.name + ".partial")
+    with _alone(partial):
+        _check_output(work, output)  # again: another conversion may just have ended
+        return _run(work, output, partial, threads, device, progress, min_quality or {})
+
+
+@contextmanager
+def _alone(partial: Path) -> Iterator[None]:
+    """Keep other conversions from the same output; raises OutputError if one is at work."""
     lock = FileLock(partial.with_name(partial.name + ".lock"), timeout=0)
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -464,8 +490,7 @@ def convert(
             "Name another output."
         ) from None
     try:
-        _check_output(work, output)  # again: another conversion may just have ended
-        return _run(work, output, partial, threads, device, progress, min_quality or {})
+        yield
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
@@ -547,6 +572,8 @@ def _check_output(work: Plan, output: Path) -> None:
         have += sum(f.stat().st_size for f in partial.rglob("*") if f.is_file())
     small = sum((work.source.directory / f).stat().st_size for f in work.copied)
     need = work.packed_bytes() + small + (1 << 20)
+    if work.source.stream is not None:
+        need += work.source.stream.room()
     how = work.recipe.calibrate
     if how is not None:  # the blocks, as each stage leaves them, until the result is complete
         stages = (how.window if how.reconstruct else 1) + bool(how.distill)
@@ -617,6 +644,8 @@ class _Conversion:
                     self._convert_shard(index, pool)
                     self._seal(self.shards[index])
                     self.unsealed.remove(index)
+                    if self.work.source.stream is not None:
+                        self.work.source.stream.release(self.work.source.files[index])
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
@@ -726,6 +755,9 @@ class _Conversion:
             path, size = self.partial / shard.file, shard.nbytes()
             todo = [t for t in shard.tensors if not t.tied_to and t.name not in self.results]
             self.done = self._bytes_done()
+            stream = self.work.source.stream
+            if stream is not None and todo:
+                stream.fetch(self.work.source.files[index])  # here, where it can be interrupted
             _reserve(path, size)
             layout, base = shard.layout(), shard.data_start()
             futures = {pool.submit(self._one, path, layout, base, t): t for t in todo}
@@ -943,6 +975,8 @@ def relative_error(result: Result) -> float | None:
 
 def _stamps(source: Checkpoint) -> list[list[Any]]:
     """What tells whether a source file has changed since it was looked at."""
+    if source.stream is not None:
+        return source.stream.stamps()
     names = [*source.files, *(["config.json"] if source.config is not None else [])]
     stats = [(name, (source.directory / name).stat()) for name in names]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]

@@ -193,6 +193,8 @@ def _explain(repo: str, revision: str | None, error: Any, goes_on: str) -> tuple
     """One line about an error, and whether it may pass by itself."""
     from huggingface_hub import errors
 
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # "Error while uploading"
+        error = error.__cause__
     at = f"{repo}@{revision}" if revision else repo
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
@@ -260,7 +262,7 @@ class Stream:
     """The weight files of a model on the Hub, on disk only while they are needed.
 
     repo, revision  user/name, and branch, tag or commit (None: main)
-    folder          made here, beside what is going to be written; belongs to the stream alone
+    folder          made here, whatever was there is removed; the caller removes it at the end
 
     Raises CheckpointError where the Hub does not give it, or has no safetensors.
     """
@@ -306,6 +308,13 @@ class Stream:
             stamps.append(["config.json", len(data), hashlib.sha256(data).hexdigest()])
         return stamps
 
+    def room(self) -> int:
+        """Bytes that will yet be taken beside what is here: those of the largest file."""
+        with self._lock:
+            return max(
+                (n for name, (n, _) in self.files.items() if name not in self._here), default=0
+            )
+
     def fetch(self, name: str) -> None:
         """Have a file on the disk, with the bytes that its digest promises."""
         with self._lock:
@@ -319,10 +328,6 @@ class Stream:
             if name in self._here:
                 self._here.remove(name)
                 self._make_hole(name)
-
-    def close(self) -> None:
-        """Remove all of it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _fetch(self, name: str) -> None:
         import huggingface_hub
