@@ -74,9 +74,7 @@ def fetch(repo: str, revision: str | None = None, *, config_only: bool = False) 
     # from here on by commit: somebody may push in between
     revision = directory.name
     for main in (SAFETENSORS, PICKLE):
-        files = [main]
-        if (directory / (main + INDEX)).is_file():
-            files += _indexed(directory / (main + INDEX))
+        files = [main, *_indexed(directory / (main + INDEX))]
         directory = _fetch(repo, revision, files)
         if any((directory / file).is_file() for file in files):
             break
@@ -85,6 +83,8 @@ def fetch(repo: str, revision: str | None = None, *, config_only: bool = False) 
 
 def _indexed(index: Path) -> list[str]:
     """The files that an index names, as far as it can be read: who opens it says what is wrong."""
+    if not index.is_file():
+        return []
     try:
         weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
         return sorted({file for file in weight_map.values() if re.fullmatch(r"[\w.-]+", file)})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -16,7 +15,6 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-import transformers
 from hub import READ, WRITE, Fault, Hub
 from huggingface_hub import constants
 from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -24,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import ternarize
-from ternarize import card, evaluate, fetch
+from ternarize import card, fetch
 from ternarize import hub as publishing
 from ternarize.checkpoint import locate, open_checkpoint
 from ternarize.cli import app
@@ -178,7 +176,8 @@ def test_the_hf_command_and_transformers_push_what_ternarize_accepts(
     env = environment(client, tmp_path / "home")
     run([*HF, "upload", "user/by-hf", str(packed), "."], env)
     assert verify("user/by-hf")["ternary"] == 14
-    ternarize.load("user/by-hf").push_to_hub("user/by-transformers")
+    model: Any = ternarize.load("user/by-hf")
+    model.push_to_hub("user/by-transformers")
     assert verify("user/by-transformers")["ternary"] == 14
 
 
@@ -342,3 +341,329 @@ def test_a_commit_whose_answer_is_lost_is_found_by_the_next_push(client: Hub, pa
     assert len(repo.commits) == 2
     assert push(packed, "user/tiny")["commit"] == repo.refs["main"]
     assert len(repo.commits) == 2
+
+
+# --- the card -----------------------------------------------------------------------------------
+
+
+def test_a_card_that_was_edited_is_never_replaced(client: Hub, packed: Path) -> None:
+    push(packed, "user/tiny")
+    repo = client.repos["user/tiny"]
+    ours = repo.files()["README.md"].data.decode()
+    assert card.is_ours(ours) and card.is_ours(ours.replace("\n", "\r\n"))
+    assert not card.is_ours(ours.replace("# tiny", "# Tiny")) and not card.is_ours("")
+    edited = ours.replace("# tiny", "# My tiny model").encode()
+    client.put("user/tiny", {"README.md": edited})
+    result = push(packed, "user/tiny", shim=True)
+    assert result["card"] == "kept" and repo.files()["README.md"].data == edited
+    assert "auto_map" in json.loads(repo.files()["config.json"].data)
+
+    client.put("user/tiny", {"README.md": ours.encode()})
+    (packed / "README.md").write_text("# My own\n")
+    assert push(packed, "user/tiny")["card"] == "own"
+    assert repo.files()["README.md"].data == b"# My own\n"
+    (packed / "README.md").write_text(ours)  # fetched from the Hub and not touched: written anew
+    assert push(packed, "user/other", dry_run=True)["card"] == "written"
+    assert "# other" in push(packed, "user/other", dry_run=True)["card_text"]
+
+
+def test_the_card_says_what_the_record_says(client: Hub, tmp_path: Path) -> None:
+    source = {path.name: path.read_bytes() for path in EXAMPLE.iterdir()}
+    client.put("user/source", source | {"README.md": SOURCE_CARD})
+    recipe = Recipe("itf", 64, keep=("*.1.*down_proj*",), scale_bits=8, activations="int8")
+    record = convert("user/source@main", tmp_path / "packed", recipe)
+    commit = client.repos["user/source"].refs["main"]
+    assert record["source"]["hub"] == {"id": "user/source", "commit": commit}
+    assert record["source"]["card"] == {"license": "mit", "language": "en"}
+    text = card.make_card(tmp_path / "packed", "user/tiny")
+    path = tmp_path / "README.md"
+    path.write_text(text)
+    data = huggingface_hub.metadata_load(path)
+    assert data == {
+        "base_model": "user/source",
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        "license": "mit",
+        "language": "en",
+        "tags": ["ternarize", "ternary", "1.58-bit"],
+    }
+    assert "| parameters | 1,836,288 |" in text and "| of them ternary | 1,179,648 |" in text
+    assert "not on record" in text and "That of the source: mit." in text
+
+    # the commands that it gives are those that made it, and prove it
+    (make, prove) = re.findall(r"```console\n(ternarize (?:convert|verify packed).*)\n```", text)
+    again = tmp_path / "again"
+    again.mkdir()
+    words = make.split()[1:]
+    words[words.index("packed")] = str(again / "packed")
+    result = CliRunner().invoke(app, [word.strip("'") for word in words])
+    assert result.exit_code == 0, result.output
+    for name in ("model.safetensors", "ternarize.json", "config.json"):
+        assert (again / "packed" / name).read_bytes() == (tmp_path / "packed" / name).read_bytes()
+    words = prove.replace(" packed ", f" {again / 'packed'} ").split()[1:]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0 and "all equal" in result.output, result.output
+
+
+def test_every_option_of_a_recipe_is_in_its_command() -> None:
+    calibrate = Calibrate("texts.jsonl", 8, 32, seed=3, rotation=0, distill=5, target_bpw=1.7)
+    recipe = Recipe(
+        "gptq",
+        -1,
+        ("a*",),
+        ("b*", "c d"),
+        "bfloat16",
+        "int8",
+        8,
+        ("p*",),
+        "int8",
+        "ternary",
+        calibrate,
+    )
+    assert card.command(recipe, "user/source") == (
+        "ternarize convert user/source packed --method gptq --group-size -1 --scale-bits 8 "
+        "--dtype bfloat16 --activations int8 --head int8 --embeddings ternary --keep 'a*' "
+        "--include 'b*' --include 'c d' --planes 'p*' --dataset texts.jsonl --num-samples 8 "
+        "--seq-len 32 --seed 3 --rotation 0 --distill 5 --target-bpw 1.7"
+    )
+
+
+def test_the_quality_of_a_calibrated_model_is_in_its_card(packed: Path) -> None:
+    path = packed / "ternarize.json"
+    record = json.loads(path.read_text())
+    record["calibration"] = {
+        "data": {"dataset": "default", "report_samples": 9},
+        "quality": {"kl_divergence": {"value": 0.25, "standard_error": 0.01}},
+        "forms": {},
+        "uncalibrated": 0,
+        "blocks": [],
+    }
+    path.write_text(json.dumps(record))
+    text = card.make_card(packed, "user/tiny")
+    assert "| KL divergence from the source, nats per token | 0.2500 ± 0.0100 |" in text
+    assert "Measured on 9 samples" in text and "is not on record" not in text.split("## How")[0]
+
+
+def test_a_card_without_a_record(packed: Path) -> None:
+    (packed / "ternarize.json").unlink()
+    text = card.make_card(packed, "user/tiny")
+    assert "has no record of its conversion" in text and "base_model" not in text
+    assert "| of them ternary | 1,310,720 |" in text
+
+
+# --- pull ---------------------------------------------------------------------------------------
+
+
+def test_every_command_takes_a_hub_id_with_its_revision(client: Hub, packed: Path) -> None:
+    push(packed, "user/tiny", revision="v1")
+    commit = client.repos["user/tiny"].refs["v1"]
+    where, text = f"user/tiny@{commit}", str(ROOT / "examples" / "eval.txt")
+    for words in (
+        ["inspect", where],
+        ["verify", "user/tiny@v1"],
+        ["eval", where, "--text", text, "--seq-len", "32", "--max-tokens", "64"],
+        ["generate", where, "--max-new-tokens", "2", "--prompt", "The"],
+        ["bench", where, "--prompt", "4", "--decode", "2", "--repeats", "1"],
+    ):
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, result.output
+    assert isinstance(ternarize.load("user/tiny", revision="v1"), torch.nn.Module)
+    assert client.requests("GET", r"resolve/.*\.safetensors") == 1
+    with pytest.raises(CheckpointError, match="has no such branch, tag or commit"):
+        ternarize.load("user/tiny@v2")
+
+
+PULL_FAULTS: list[tuple[str, str, int | str, dict[str, str]]] = [
+    ("GET", "/api/models/user/tiny/revision", "drop", {}),
+    ("GET", "/api/models/user/tiny/revision", 401, {}),
+    ("GET", "/api/models/user/tiny/revision", 403, {"X-Error-Code": "GatedRepo"}),
+    ("GET", "/api/models/user/tiny/revision", 404, {"X-Error-Code": "RepoNotFound"}),
+    ("GET", "/tree/", 503, {}),
+    ("GET", "/tree/", "cut", {}),
+    ("HEAD", r"config\.json", "drop", {}),
+    ("GET", r"config\.json", "flip", {}),
+    ("GET", r"model\.safetensors", "cut", {}),
+    ("GET", r"model\.safetensors", "drop", {}),
+    ("GET", r"model\.safetensors", "flip", {}),
+    ("GET", r"model\.safetensors", 403, {}),
+    ("GET", r"model\.safetensors", 404, {"X-Error-Code": "EntryNotFound"}),
+    ("GET", r"model\.safetensors", 429, {"Retry-After": "1"}),
+    ("GET", r"model\.safetensors", 503, {}),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "what", "headers"), PULL_FAULTS)
+@pytest.mark.parametrize("times", [1, 100])
+def test_what_is_fetched_is_right_or_refused(
+    client: Hub,
+    packed_once: Path,
+    method: str,
+    path: str,
+    what: int | str,
+    headers: dict[str, str],
+    times: int,
+) -> None:
+    files = {each.name: each.read_bytes() for each in packed_once.iterdir()}
+    client.put("user/tiny", files)
+    client.faults = [Fault(method, path, what, times, headers)]
+    try:
+        found = locate("user/tiny")
+        failed = False
+    except CheckpointError as error:
+        failed = True
+        assert "\n" not in str(error) and str(error).startswith("user/tiny")
+    assert failed or times == 1 or method == "HEAD"  # the client can do without HEAD
+    client.faults.clear()
+    if failed:
+        found = locate("user/tiny")
+    assert {each.name: each.read_bytes() for each in found.iterdir()} == files
+
+
+def test_wrong_bytes_of_the_right_size_are_not_kept(
+    client: Hub, packed_once: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {each.name: each.read_bytes() for each in packed_once.iterdir()}
+    client.put("user/tiny", files)
+    client.faults = [Fault("GET", r"tokenizer\.json", "flip", 2)]
+    with pytest.raises(CheckpointError, match="tokenizer.json came twice with other bytes"):
+        locate("user/tiny")
+    cache = Path(constants.HF_HUB_CACHE)
+    assert not [path for path in cache.rglob("tokenizer.json") if path.exists()]
+    # a cache that another program has filled with wrong bytes
+    client.faults = [Fault("GET", r"model\.safetensors", "flip")]
+    arrived = huggingface_hub.hf_hub_download("user/tiny", "model.safetensors")
+    assert Path(arrived).read_bytes() != files["model.safetensors"]
+    found = locate("user/tiny")
+    assert (found / "model.safetensors").read_bytes() == files["model.safetensors"]
+    # what was checked is not read again
+    monkeypatch.setattr(fetch, "has_digest", lambda path, digest: pytest.fail(f"reads {path}"))
+    locate("user/tiny")
+
+
+def test_without_a_network_the_cache_is_what_there_is(
+    client: Hub, packed_once: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.put("user/tiny", {each.name: each.read_bytes() for each in packed_once.iterdir()})
+    locate("user/tiny", config_only=True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="not in the cache as a whole|no weights"):
+        open_checkpoint(locate("user/tiny"))
+    with pytest.raises(CheckpointError, match="not in the cache as a whole"):
+        locate("user/absent")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    locate("user/tiny")
+    asked = len(client.log)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert verify("user/tiny")["ternary"] == 14
+    assert len(client.log) == asked
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")  # where nobody listens
+    assert verify("user/tiny")["ternary"] == 14
+    with pytest.raises(CheckpointError, match="cannot be reached"):
+        locate("user/absent")
+
+
+def test_a_full_disk_is_said(
+    client: Hub, packed_once: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.put("user/tiny", {each.name: each.read_bytes() for each in packed_once.iterdir()})
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", full)
+    with pytest.raises(CheckpointError, match="the disk is full. Make room"):
+        locate("user/tiny")
+
+
+# --- shard by shard -----------------------------------------------------------------------------
+
+SHARDS = 5
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example in shards, with a copy of the embedding as the head in the last of them."""
+    path = tmp_path_factory.mktemp("sharded") / "source"
+    shutil.copytree(EXAMPLE, path)
+    tensors = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    names = sorted(tensors)
+    weight_map: dict[str, str] = {}
+    for at in range(SHARDS):
+        part = {name: tensors[name] for name in names[at::SHARDS]}
+        if at == SHARDS - 1:
+            part["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        file = f"model-{at + 1:05d}-of-{SHARDS:05d}.safetensors"
+        save_file(part, path / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return path
+
+
+def on_disk(folder: Path) -> int:
+    """Bytes that the files of a folder take on the disk, without their holes."""
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="asks how much room files take")
+def test_a_stream_has_few_shards_on_the_disk_and_gives_the_same_bytes(
+    client: Hub, sharded: Path, tmp_path: Path
+) -> None:
+    client.put("user/source", {path.name: path.read_bytes() for path in sharded.iterdir()})
+    expected, output = tmp_path / "expected", tmp_path / "packed"
+    convert(sharded, expected)
+    most = 0
+
+    def watch(done: int, total: int, name: str, stage: str) -> None:
+        nonlocal most
+        most = max(most, on_disk(tmp_path / "packed.source"))
+
+    convert("user/source", output, progress=watch, stream=True)
+    for path in expected.iterdir():
+        if path.name != "ternarize.json":  # which names the Hub
+            assert (output / path.name).read_bytes() == path.read_bytes()
+    sizes = sorted(path.stat().st_size for path in sharded.glob("*.safetensors"))
+    # a shard, those two that hold copies of one tensor and had to be compared, small files
+    assert 0 < most < sum(sizes[-3:]) + (1 << 18) < sum(sizes)
+    assert not (tmp_path / "packed.source").exists()
+    assert not list(Path(constants.HF_HUB_CACHE).rglob("*.safetensors"))
+    for at in range(SHARDS):  # each once, besides its header
+        assert client.requests("GET", f"resolve/.*model-{at + 1:05d}-of") <= 3
+
+
+def test_a_stream_that_breaks_goes_on_where_it_was(
+    client: Hub, sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.put("user/source", {path.name: path.read_bytes() for path in sharded.iterdir()})
+    output, fourth = tmp_path / "packed", f"model-00004-of-{SHARDS:05d}"
+    client.faults = [Fault("GET", f"resolve/.*{fourth}", 503, 100, skip=2)]  # the header comes
+    with pytest.raises(CheckpointError, match="The same command goes on from here") as caught:
+        convert("user/source", output, stream=True)
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "packed.partial").is_dir() and not (tmp_path / "packed.source").exists()
+    client.faults = [Fault("GET", f"resolve/.*{fourth}", "flip", 100, skip=2)]
+    with pytest.raises(CheckpointError, match="came twice with other bytes"):
+        convert("user/source", output, stream=True)
+    client.faults.clear()
+    before = client.requests("GET", "resolve/.*model-00002-of")
+    convert("user/source", output, stream=True)
+    assert client.requests("GET", "resolve/.*model-00002-of") - before == 2  # its header again
+    assert verify(output, sharded)["compared"]["converted_again"] == 20
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "packed"]
+
+
+def test_what_cannot_be_streamed_is_said(client: Hub, sharded: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="local files are .* never deleted"):
+        convert(sharded, tmp_path / "packed", stream=True)
+    with pytest.raises(UsageError, match="reads the weights more than once"):
+        convert(
+            "user/source", tmp_path / "packed", Recipe("gptq", calibrate=Calibrate()), stream=True
+        )
+    client.put("user/source", {"config.json": b"{}", "pytorch_model.bin": b"x"})
+    with pytest.raises(CheckpointError, match="expected safetensors"):
+        convert("user/source", tmp_path / "packed", stream=True)
+    client.put("user/source", {"model.safetensors": b"\xff" * 100})
+    with pytest.raises(TernarizeError, match="the header's length"):
+        convert("user/source", tmp_path / "packed", stream=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]
