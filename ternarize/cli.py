@@ -435,15 +435,26 @@ def _comparison(source: str, compared: dict[str, int]) -> str:
 def eval_(
     model: Packed,
     text: Annotated[
-        Path,
+        Path | None,
         typer.Option(help="UTF-8 text; documents apart by lines <|doc|>; encoders: one a line."),
-    ],
+    ] = None,
     source: Annotated[
         str | None, typer.Option(help="The checkpoint it was made from, to compare with.")
     ] = None,
-    seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of a window; default: 256.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Read no more than these.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Windows at a time.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Run these tasks of the lm-evaluation-harness, e.g. arc_easy,piqa, in place of a "
+            "text; needs ternarize[lm-eval]."
+        ),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Directory with tasks of your own (.yaml).")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Examples of each task.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows or examples at a time.")] = None,
     activations: RunActivations = None,
     device: Device = None,
     dtype: RunDtype = None,
@@ -453,19 +464,56 @@ def eval_(
 ) -> None:
     """Measure a packed model on a text: perplexity; with --source KL divergence and agreement.
 
-    For encoders: cosine similarity of the embeddings with those of the source.
+    For encoders: cosine similarity of the embeddings with those of the source. With --tasks: what
+    the lm-evaluation-harness finds.
 
     Example: ternarize eval packed --source examples/tiny-llama --text examples/eval.txt
     """
-    from ternarize.evaluate import evaluate
+    if (text is None) == (tasks is None):
+        raise UsageError(
+            f"eval: {'neither' if text is None else 'both'} of --text and --tasks; expected one. "
+            "Name a text, or tasks."
+        )
+    for_text = {"--source": source, "--seq-len": seq_len, "--max-tokens": max_tokens}
+    for_tasks = {"--include-path": include_path, "--limit": limit}
+    for option, value in (for_tasks if tasks is None else for_text).items():
+        if value is not None:
+            raise UsageError(
+                f"{option}: is for {'--tasks' if tasks is None else '--text'}, which is not asked "
+                "for. Leave it out."
+            )
+    from ternarize.evaluate import evaluate, evaluate_tasks
 
     _quiet_transformers()
+    if tasks is not None:
+        found = evaluate_tasks(
+            model,
+            [task.strip() for task in tasks.split(",") if task.strip()],
+            include_path=include_path,
+            limit=limit,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype.value if dtype else None,
+            activations=activations.value if activations else None,
+        )
+        if as_json:
+            _print_json(found)
+            return
+        rows = {
+            f"{task} {metric}": measure
+            for task, metrics in found["tasks"].items()
+            for metric, measure in metrics.items()
+        }
+        _print_measures(rows, spaced=False)
+        _out().print(f"lm_eval {found['harness']}, {found['dtype']} on {found['device']}")
+        return
+    assert text is not None
     with _progress(quiet) as update:
         result = evaluate(
             model,
             source=source,
             text=text,
-            seq_len=seq_len,
+            seq_len=256 if seq_len is None else seq_len,
             max_tokens=max_tokens,
             batch_size=batch_size,
             device=device,
@@ -931,12 +979,12 @@ def _chosen_blocks(blocks: list[dict[str, Any]]) -> list[tuple[str, dict[str, An
     ]
 
 
-def _print_measures(measures: dict[str, dict[str, Any]]) -> None:
+def _print_measures(measures: dict[str, dict[str, Any]], spaced: bool = True) -> None:
     grid = Table("measure", "value", "standard error", box=None)
     for name, measure in measures.items():
         value, error = measure["value"], measure["standard_error"]
         grid.add_row(
-            escape(name.replace("_", " ")),
+            escape(name.replace("_", " ") if spaced else name),
             "?" if value is None else f"{value:.4f}",
             "" if error is None else f"{error:.4f}",
         )

@@ -667,3 +667,74 @@ def test_what_cannot_be_streamed_is_said(client: Hub, sharded: Path, tmp_path: P
     with pytest.raises(TernarizeError, match="the header's length"):
         convert("user/source", tmp_path / "packed", stream=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]
+
+
+# --- the lm-evaluation-harness ------------------------------------------------------------------
+
+TASK = """
+task: local_text
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list:
+  - {metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}
+metadata: {version: 1.0}
+"""
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Path:
+    """A directory with a task of lm_eval whose data is here."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    text = (ROOT / "examples" / "eval.txt").read_text()
+    lines = [line for line in text.split("\n\n") if len(line) > 40][:3]
+    assert len(lines) == 3
+    data = "".join(json.dumps({"text": line.strip()[:200]}) + "\n" for line in lines)
+    (tmp_path / "data.jsonl").write_text(data)
+    (folder / "task.yaml").write_text(TASK.replace("DATA", str(tmp_path / "data.jsonl")))
+    return folder
+
+
+def test_the_harness_runs_on_a_packed_model_with_and_without_ternarize(
+    client: Hub, packed: Path, task: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("lm_eval", reason="needs ternarize[lm-eval]")
+    push(packed, "user/tiny", shim=True)
+    env = environment(client, tmp_path / "home", HF_DATASETS_OFFLINE="1")
+    common = ["--tasks", "local_text", "--include_path", str(task)]
+    arguments = "pretrained=user/tiny,trust_remote_code=True,dtype=float32,max_length=256"
+    words = ["run", "--model", "hf", "--model_args", arguments, *common, "--device", "cpu"]
+    run([sys.executable, "-m", "lm_eval", *words, "--output_path", str(tmp_path / "out")], env)
+    (path,) = (tmp_path / "out").rglob("results_*.json")
+    theirs = json.loads(path.read_text())["results"]["local_text"]["bits_per_byte,none"]
+    words = ["eval", "user/tiny", "--tasks", "local_text", "--include-path", str(task), "--json"]
+    ours = json.loads(run([*TERNARIZE, *words], env))
+    assert ours["tasks"]["local_text"]["bits_per_byte"]["value"] == pytest.approx(theirs, rel=1e-6)
+    assert 0.5 < theirs < 4
+    done = CliRunner().invoke(app, ["eval", str(packed), "--tasks", "no_such_task"])
+    assert done.exit_code == 2 and "'no_such_task' is no task of lm_eval" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tasks", "piqa"], "Run pip install 'ternarize[lm-eval]'"),
+        (["--tasks", "piqa", "--limit", "0"], "limit: 0; expected at least 1"),
+        (["--tasks", "piqa", "--seq-len", "32"], "--seq-len: is for --text"),
+        (["--text", "x", "--limit", "3"], "--limit: is for --tasks"),
+        ([], "neither of --text and --tasks"),
+        (["--tasks", "piqa", "--text", "x"], "both of --text and --tasks"),
+        (["--tasks", "piqa", "--include-path", "absent"], "absent: no such directory"),
+    ],
+)
+def test_tasks_that_cannot_be_run_are_said(
+    packed_once: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
+    result = CliRunner().invoke(app, ["eval", str(packed_once), *words])
+    assert result.exit_code == 2 and message in result.stderr
+    assert result.stderr.count("\n") == 1
