@@ -343,6 +343,28 @@ def test_a_commit_whose_answer_is_lost_is_found_by_the_next_push(client: Hub, pa
     assert len(repo.commits) == 2
 
 
+def test_push_on_the_command_line(client: Hub, packed: Path) -> None:
+    def ternarize(*words: str) -> Any:
+        return CliRunner().invoke(app, ["push", str(packed), "user/tiny", *words])
+
+    dry = ternarize("--dry-run")
+    assert dry.exit_code == 0 and client.log == []
+    assert "model.safetensors" in dry.stdout and "8 files" not in dry.stdout
+    assert "7 files, 1.40 MB, to user/tiny\n\nREADME.md:\n\n---\n" in dry.stdout
+    pushed = ternarize("--private", "--commit-message", "First", "--json")
+    assert pushed.exit_code == 0 and json.loads(pushed.stdout)["card"] == "written"
+    repo = client.repos["user/tiny"]
+    assert repo.private and repo.titles[repo.refs["main"]] == "First"
+    client.put("user/tiny", {"README.md": b"# Mine\n"})
+    again = ternarize("--token", WRITE)
+    assert again.stdout == f"{client.url}/user/tiny/commit/{repo.refs['main']}\n"
+    assert "README.md on the Hub has been edited: left as it is" in again.stderr
+    client.faults = [Fault("POST", "/repos/create", 429, 100)]
+    refused = ternarize()
+    assert refused.exit_code == 1 and refused.stdout == "" and refused.stderr.count("\n") == 1
+    assert "user/tiny: the Hub asks for fewer requests (429)" in refused.stderr
+
+
 # --- the card -----------------------------------------------------------------------------------
 
 
@@ -647,7 +669,8 @@ def test_a_stream_that_breaks_goes_on_where_it_was(
         convert("user/source", output, stream=True)
     client.faults.clear()
     before = client.requests("GET", "resolve/.*model-00002-of")
-    convert("user/source", output, stream=True)
+    words = ["convert", "user/source", str(output), "--stream", "-q"]
+    assert CliRunner().invoke(app, words).exit_code == 0
     assert client.requests("GET", "resolve/.*model-00002-of") - before == 2  # its header again
     assert verify(output, sharded)["compared"]["converted_again"] == 20
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "packed"]
