@@ -218,5 +218,6 @@ def _licence(inherited: dict[str, Any]) -> str:
         return (
             "The source's licence is not on record. Whatever it asks for holds for these weights."
         )
+    licence = ", ".join(licence) if isinstance(licence, list) else licence
     link = inherited.get("license_link")
     return f"That of the source: {licence}" + (f" ({link})." if link else ".")

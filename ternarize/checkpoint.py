@@ -454,7 +454,14 @@ def read_card(directory: Path) -> dict[str, Any]:
         table = metadata_load(path)
     except Exception:  # whatever is wrong in a text for people: nothing is inherited, and that said
         return {}
-    return {key: table[key] for key in INHERITED if table and table.get(key)}
+    said = {key: table.get(key) for key in INHERITED} if table else {}
+    return {key: value for key, value in said.items() if _is_text(value)}
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is text, or a list of texts: YAML makes dates and more of what looks so."""
+    texts = value if isinstance(value, list) and value else [value]
+    return all(isinstance(text, str) and text for text in texts)
 
 
 def hub_commit(model: str | Path, source: Checkpoint) -> dict[str, str] | None:

@@ -7,6 +7,7 @@ Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 fai
 import functools
 import json
 import math
+import os
 import re
 import shlex
 import sys
@@ -62,7 +63,9 @@ class End(str, Enum):
 
 
 Model = Annotated[str, typer.Argument(help="Checkpoint directory, or Hub id user/name@revision.")]
-Packed = Annotated[str, typer.Argument(help="Packed checkpoint: directory, or Hub id.")]
+Packed = Annotated[
+    str, typer.Argument(help="Packed checkpoint: directory, or Hub id user/name@revision.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no hints.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -78,6 +81,8 @@ def command(function: Command) -> Command:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
+        if kwargs.get("quiet") or not err.is_terminal:  # read when the client is imported
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         try:
             function(*args, **kwargs)
         except TernarizeError as error:
@@ -696,12 +701,8 @@ def push(
 
     Example: ternarize push packed user/name --private --dry-run
     """
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
     from ternarize.hub import push as run
 
-    if quiet or not err.is_terminal:
-        disable_progress_bars()
     with _progress(quiet) as update:
         result = run(
             model,

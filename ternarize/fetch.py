@@ -231,7 +231,7 @@ def _explain(repo: str, revision: str | None, error: Any, goes_on: str) -> tuple
     if status is not None and status >= 500:
         return f"{repo}: the Hub is out of order ({status}). {goes_on}", True
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{repo}: the disk is full. Make room (HF_HOME says where). {goes_on}", True
+        return f"{repo}: the disk is full. Make room, or move the cache (HF_HOME). {goes_on}", True
     if isinstance(error, errors.LocalEntryNotFoundError):
         from huggingface_hub import constants
 

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 import ternarize
 from ternarize import card, fetch
 from ternarize import hub as publishing
-from ternarize.checkpoint import locate, open_checkpoint
+from ternarize.checkpoint import locate, open_checkpoint, read_card
 from ternarize.cli import app
 from ternarize.convert import convert
 from ternarize.errors import (
@@ -247,6 +247,9 @@ def test_a_branch_and_a_pull_request(client: Hub, packed: Path) -> None:
     assert result["pull_request"].endswith("/discussions/1")
     assert "model.safetensors" in repo.files("refs/pr/1")
     assert "model.safetensors" not in repo.files()
+    assert "auto_map" not in json.loads(repo.files("refs/pr/1")["config.json"].data)
+    push(packed, "user/tiny", revision="refs/pr/1", shim=True)
+    assert "auto_map" in json.loads(repo.files("refs/pr/1")["config.json"].data)
     push(packed, "user/tiny", revision="v1")
     assert "model.safetensors" in repo.files("v1") and "model.safetensors" not in repo.files()
     assert "user/tiny@v1" in repo.files("v1")["README.md"].data.decode()
@@ -464,6 +467,25 @@ def test_the_quality_of_a_calibrated_model_is_in_its_card(packed: Path) -> None:
     text = card.make_card(packed, "user/tiny")
     assert "| KL divergence from the source, nats per token | 0.2500 ± 0.0100 |" in text
     assert "Measured on 9 samples" in text and "is not on record" not in text.split("## How")[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "inherited"),
+    [
+        (
+            "---\nlicense: [mit, apache-2.0]\nlanguage: no\n---\n",
+            {"license": ["mit", "apache-2.0"]},
+        ),
+        ("---\nlicense: 2024-01-01\npipeline_tag: x\n---\n", {"pipeline_tag": "x"}),
+        ("---\nlicense: [mit, 1]\n---\n", {}),
+        ("---\nlicense: [\n---\n", {}),
+        ("---\n- a\n---\n", {}),
+        ("no metadata", {}),
+    ],
+)
+def test_what_is_inherited_of_a_card(text: str, inherited: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(text)
+    assert read_card(tmp_path) == inherited
 
 
 def test_a_card_without_a_record(packed: Path) -> None:
