@@ -17,9 +17,10 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def _indexed(index: Path) -> list[str]:
         return []
 
 
-def _fetch(repo: str, revision: str | None, patterns: list[str] | tuple[str, ...]) -> Path:
+def _fetch(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
     import huggingface_hub  # slow to import, and needed for Hub ids only
 
     bad: list[Path] = []
@@ -101,7 +102,7 @@ def _fetch(repo: str, revision: str | None, patterns: list[str] | tuple[str, ...
             found = huggingface_hub.snapshot_download(
                 repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]
             )
-        bad = _find_bad(Path(found))
+        bad = _find_bad(Path(found), patterns)
         if not bad:
             return Path(found)
         for path in bad:  # from the cache too: it would be given out again
@@ -117,7 +118,7 @@ def _damaged(repo: str, file: str) -> CheckpointError:
     )
 
 
-def _find_bad(snapshot: Path) -> list[Path]:
+def _find_bad(snapshot: Path, patterns: Sequence[str]) -> list[Path]:
     """Files of a snapshot whose bytes are not those that the names of their blobs promise.
 
     Where the cache is kept without links (Windows without the permission), there is no such name.
@@ -125,12 +126,13 @@ def _find_bad(snapshot: Path) -> list[Path]:
     store = snapshot.parent.parent
     try:
         checked = json.loads((store / CHECKED).read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # not there yet, or cut off: everything is checked again
         checked = {}
     todo: dict[Path, list[int]] = {}
     for path in sorted(snapshot.iterdir()):
         blob = path.resolve()
-        if path.is_symlink() and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
+        ours = any(fnmatchcase(path.name, pattern) for pattern in patterns) and blob.is_file()
+        if ours and path.is_symlink() and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
             stat = blob.stat()
             stamp = [stat.st_size, stat.st_mtime_ns]
             if checked.get(blob.name) != stamp:

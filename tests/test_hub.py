@@ -579,6 +579,11 @@ def test_wrong_bytes_of_the_right_size_are_not_kept(
     assert Path(arrived).read_bytes() != files["model.safetensors"]
     found = locate("user/tiny")
     assert (found / "model.safetensors").read_bytes() == files["model.safetensors"]
+    # what is of no use here is nobody's business
+    client.put("user/tiny", {"other.safetensors": b"other"})
+    client.faults = [Fault("GET", r"other\.safetensors", "flip")]
+    other = Path(huggingface_hub.hf_hub_download("user/tiny", "other.safetensors"))
+    assert locate("user/tiny") == other.parent and other.read_bytes() != b"other"
     # what was checked is not read again
     monkeypatch.setattr(fetch, "has_digest", lambda path, digest: pytest.fail(f"reads {path}"))
     locate("user/tiny")
