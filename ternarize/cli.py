@@ -99,7 +99,11 @@ def command(function: Command) -> Command:
         except KeyboardInterrupt:
             err.print(
                 "interrupted"
-                + ("; the same command goes on from here" if function.__name__ == "convert" else "")
+                + (
+                    "; the same command goes on from here"
+                    if function.__name__ in ("convert", "push")
+                    else ""
+                )
             )
             raise typer.Exit(130) from None
 

@@ -105,10 +105,18 @@ def _fetch(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
         bad = _find_bad(Path(found), patterns)
         if not bad:
             return Path(found)
-        for path in bad:  # from the cache too: it would be given out again
-            path.resolve().unlink(missing_ok=True)
-            path.unlink()
+        for path in bad:
+            _remove(path)
     raise _damaged(repo, bad[0].name)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file of a snapshot with all that its links lead to: it would be given out again."""
+    while path.is_symlink():
+        target = path.parent / os.readlink(path)
+        path.unlink()
+        path = target
+    path.unlink(missing_ok=True)
 
 
 def _damaged(repo: str, file: str) -> CheckpointError:
@@ -128,21 +136,24 @@ def _find_bad(snapshot: Path, patterns: Sequence[str]) -> list[Path]:
         checked = json.loads((store / CHECKED).read_text("utf-8"))
     except (OSError, ValueError):  # not there yet, or cut off: everything is checked again
         checked = {}
-    todo: dict[Path, list[int]] = {}
+    todo: dict[Path, tuple[str, list[int]]] = {}
     for path in sorted(snapshot.iterdir()):
-        blob = path.resolve()
-        ours = any(fnmatchcase(path.name, pattern) for pattern in patterns) and blob.is_file()
-        if ours and path.is_symlink() and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
-            stat = blob.stat()
-            stamp = [stat.st_size, stat.st_mtime_ns]
-            if checked.get(blob.name) != stamp:
-                todo[path] = stamp
+        ours = any(fnmatchcase(path.name, pattern) for pattern in patterns)
+        if not (ours and path.is_symlink() and path.is_file()):
+            continue
+        # the first link leads to the blob of the repository; that may be a link too, to a store
+        # of all repositories where files have other names
+        digest = os.path.basename(os.readlink(path))
+        stat = path.stat()
+        stamp = [stat.st_size, stat.st_mtime_ns]
+        if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", digest) and checked.get(digest) != stamp:
+            todo[path] = digest, stamp
     if not todo:
         return []
     with ThreadPoolExecutor(4) as pool:
-        good = list(pool.map(lambda path: has_digest(path, path.resolve().name), todo))
+        good = list(pool.map(lambda path: has_digest(path, todo[path][0]), todo))
     bad = [path for path, fine in zip(todo, good, strict=True) if not fine]
-    checked |= {path.resolve().name: stamp for path, stamp in todo.items() if path not in bad}
+    checked |= {digest: stamp for path, (digest, stamp) in todo.items() if path not in bad}
     _write(store / CHECKED, json.dumps(checked))
     return bad
 

@@ -334,6 +334,8 @@ def test_a_push_that_meets_a_fault_is_whole_or_nothing(
     weights = (packed_once / "model.safetensors").read_bytes()
     assert files["model.safetensors"].data == weights
     assert len(client.repos["user/tiny"].commits) == 2
+    if path == "/commit/":  # the weights had arrived
+        assert client.requests("PUT", "/lfs/") == 1
 
 
 def test_a_commit_whose_answer_is_lost_is_found_by_the_next_push(client: Hub, packed: Path) -> None:
@@ -564,7 +566,7 @@ def test_what_is_fetched_is_right_or_refused(
 
 
 def test_wrong_bytes_of_the_right_size_are_not_kept(
-    client: Hub, packed_once: Path, monkeypatch: pytest.MonkeyPatch
+    client: Hub, packed_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = {each.name: each.read_bytes() for each in packed_once.iterdir()}
     client.put("user/tiny", files)
@@ -579,6 +581,16 @@ def test_wrong_bytes_of_the_right_size_are_not_kept(
     assert Path(arrived).read_bytes() != files["model.safetensors"]
     found = locate("user/tiny")
     assert (found / "model.safetensors").read_bytes() == files["model.safetensors"]
+    # where the cache keeps files of all repositories together, and this is the second link to one
+    link = found / "model.safetensors"
+    blob, shared = link.resolve(), tmp_path / "cache" / "blobs" / ("0" * 64)
+    shared.parent.mkdir(exist_ok=True)
+    blob.rename(shared)
+    blob.symlink_to(shared)
+    assert locate("user/tiny") == found and blob.is_symlink()
+    shared.write_bytes(b"\0" * shared.stat().st_size)
+    assert locate("user/tiny") == found
+    assert link.read_bytes() == files["model.safetensors"] and not shared.exists()
     # what is of no use here is nobody's business
     client.put("user/tiny", {"other.safetensors": b"other"})
     client.faults = [Fault("GET", r"other\.safetensors", "flip")]
