@@ -79,6 +79,7 @@ from ternarize.tensor import Ternary, check_device, split_groups
 from ternarize.version import __version__
 
 CALIBRATION = ".calibration"  # folder of what calibration found
+SOURCE = ".source"  # folder of the shards of a source that is streamed
 JOURNAL = ".journal.jsonl"  # a dot: nothing copied from the source has such a name
 
 # the checkpoint of a block that holds a calibrated tensor, and its record there
@@ -458,14 +459,15 @@ def convert(
     device = check_device(device)
     partial = output.with_name(output.name + ".partial")
     if stream:  # one at a time, already when the headers are fetched
-        folder = output.with_name(output.name + ".source")
         with _alone(partial):
             try:
-                work = plan(model, recipe, stream=folder)
+                work = plan(model, recipe, stream=partial / SOURCE)
                 _check_output(work, output)
                 return _run(work, output, partial, threads, device, progress, {})
             finally:
-                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(partial / SOURCE, ignore_errors=True)
+                if partial.is_dir() and not any(partial.iterdir()):
+                    partial.rmdir()
     work = plan(model, recipe)
     _check_output(work, output)
     with _alone(partial):
@@ -528,6 +530,8 @@ def _run(
         if work.recipe.calibrate is not None:
             conversion.calibrate(min_quality)
         record = conversion.run()
+        if work.source.stream is not None:
+            shutil.rmtree(partial / SOURCE)
         _sync_files(partial)
         _sync_names(partial)
         partial.rename(output)
@@ -557,7 +561,8 @@ def _any_block(partial: Path) -> bool:
 def _check_output(work: Plan, output: Path) -> None:
     source, target = work.source.directory.resolve(), output.resolve()
     partial = output.with_name(output.name + ".partial").resolve()
-    if target == source or source in target.parents or partial in (source, *source.parents):
+    inside = source in target.parents or partial in (source, *source.parents)
+    if work.source.stream is None and (target == source or inside):
         raise OutputError(
             f"{output}: is the source {work.source.directory} or inside it; expected another "
             "place. The source is never changed."
@@ -569,7 +574,8 @@ def _check_output(work: Plan, output: Path) -> None:
     parent = next(p for p in target.parents if p.exists())
     have = shutil.disk_usage(parent).free
     if partial.is_dir():
-        have += sum(f.stat().st_size for f in partial.rglob("*") if f.is_file())
+        ours = [f for f in partial.rglob("*") if f.is_file() and SOURCE not in f.parts]
+        have += sum(f.stat().st_size for f in ours)
     small = sum((work.source.directory / f).stat().st_size for f in work.copied)
     need = work.packed_bytes() + small + (1 << 20)
     if work.source.stream is not None:
@@ -697,7 +703,7 @@ class _Conversion:
                 self.results[line["name"]] = Result(**line)
         kept = [line for line in lines[1:] if "sha256" not in line]
         if not lines:
-            ours = (path.name, path.with_suffix(".new").name)
+            ours = (path.name, path.with_suffix(".new").name, SOURCE)
             found = [p.name for p in self.partial.iterdir() if p.name not in ours]
             if found:  # the journal is made before anything else, so this is not ours
                 raise OutputError(

@@ -678,16 +678,16 @@ def test_a_stream_has_few_shards_on_the_disk_and_gives_the_same_bytes(
 
     def watch(done: int, total: int, name: str, stage: str) -> None:
         nonlocal most
-        most = max(most, on_disk(tmp_path / "packed.source"))
+        most = max(most, on_disk(tmp_path / "packed.partial" / ".source"))
 
     convert("user/source", output, progress=watch, stream=True)
+    assert sorted(os.listdir(output)) == sorted(os.listdir(expected))
     for path in expected.iterdir():
         if path.name != "ternarize.json":  # which names the Hub
             assert (output / path.name).read_bytes() == path.read_bytes()
     sizes = sorted(path.stat().st_size for path in sharded.glob("*.safetensors"))
     # a shard, those two that hold copies of one tensor and had to be compared, small files
     assert 0 < most < sum(sizes[-3:]) + (1 << 18) < sum(sizes)
-    assert not (tmp_path / "packed.source").exists()
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*.safetensors"))
     for at in range(SHARDS):  # each once, besides its header
         assert client.requests("GET", f"resolve/.*model-{at + 1:05d}-of") <= 3
@@ -702,7 +702,8 @@ def test_a_stream_that_breaks_goes_on_where_it_was(
     with pytest.raises(CheckpointError, match="The same command goes on from here") as caught:
         convert("user/source", output, stream=True)
     assert "\n" not in str(caught.value)
-    assert (tmp_path / "packed.partial").is_dir() and not (tmp_path / "packed.source").exists()
+    assert (tmp_path / "packed.partial").is_dir()
+    assert not (tmp_path / "packed.partial" / ".source").exists()
     client.faults = [Fault("GET", f"resolve/.*{fourth}", "flip", 100, skip=2)]
     with pytest.raises(CheckpointError, match="came twice with other bytes"):
         convert("user/source", output, stream=True)
@@ -729,6 +730,32 @@ def test_what_cannot_be_streamed_is_said(client: Hub, sharded: Path, tmp_path: P
     with pytest.raises(TernarizeError, match="the header's length"):
         convert("user/source", tmp_path / "packed", stream=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]
+
+
+def test_a_stream_asks_for_the_room_that_it_takes(
+    client: Hub, sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.put("user/source", {path.name: path.read_bytes() for path in sharded.iterdir()})
+    convert(sharded, tmp_path / "expected")
+    packed = sum(path.stat().st_size for path in (tmp_path / "expected").iterdir())
+    usage = type("Usage", (), {"free": packed + (1 << 20) + 10_000})
+    monkeypatch.setattr("ternarize.convert.shutil.disk_usage", lambda path: usage)
+    convert(sharded, tmp_path / "enough")
+    with pytest.raises(OutputError, match="GB free; the result needs"):
+        convert("user/source", tmp_path / "packed", stream=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "enough", "expected"]
+
+
+def test_a_directory_in_the_way_of_a_stream_is_left_alone(
+    client: Hub, sharded: Path, tmp_path: Path
+) -> None:
+    client.put("user/source", {path.name: path.read_bytes() for path in sharded.iterdir()})
+    mine = tmp_path / "packed.partial" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(OutputError, match="is no unfinished conversion"):
+        convert("user/source", tmp_path / "packed", stream=True)
+    assert mine.read_text() == "mine" and os.listdir(mine.parent) == ["mine.txt"]
 
 
 # --- the lm-evaluation-harness ------------------------------------------------------------------
