@@ -22,6 +22,10 @@ import torch
 from torch import Tensor
 
 from ternarize.errors import CheckpointError, FormatError, UsageError
+from ternarize.fetch import INDEX as INDEX
+from ternarize.fetch import PICKLE as PICKLE
+from ternarize.fetch import SAFETENSORS as SAFETENSORS
+from ternarize.fetch import Stream, fetch, split_id
 
 # dtype names of safetensors
 DTYPES: dict[str, torch.dtype] = {
@@ -46,9 +50,6 @@ if hasattr(torch, "float8_e8m0fnu"):  # torch >= 2.7
     DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
-SAFETENSORS = "model.safetensors"
-PICKLE = "pytorch_model.bin"
-INDEX = ".index.json"
 
 
 @dataclass(frozen=True)
@@ -243,6 +244,7 @@ class Checkpoint:
     files: list[str]
     tensors: dict[str, TensorInfo]
     metadata: dict[str, dict[str, str]] = field(default_factory=dict)  # of each safetensors file
+    stream: Stream | None = None  # what fetches its files when they are read
     _pickles: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def read(
@@ -256,6 +258,8 @@ class Checkpoint:
         stop = info.numel if stop is None else stop
         if info.file in self._pickles:
             return self._pickles[info.file][name].reshape(-1)[start:stop]
+        if self.stream is not None:
+            self.stream.fetch(info.file)
         dtype = DTYPES[info.dtype]
         offset, nbytes = info.start + start * dtype.itemsize, (stop - start) * dtype.itemsize
         if buffer is not None and buffer.numel() < nbytes:
@@ -409,7 +413,8 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
 def locate(model: str | Path, revision: str | None = None, *, config_only: bool = False) -> Path:
     """The directory of a checkpoint: a path as it is, a Hub id (user/name[@revision]) fetched.
 
-    Only weights, JSON and tokenizer files are fetched, and safetensors rather than pickles.
+    Only weights, JSON, tokenizer and code files are fetched, safetensors rather than pickles, and
+    what arrives is compared with the Hub's digests.
     Raises CheckpointError when neither is there.
     """
     path = os.path.expanduser(model)  # these three, unlike Path's, never raise
@@ -420,38 +425,70 @@ def locate(model: str | Path, revision: str | None = None, *, config_only: bool 
             f"{model}: is a file; expected a checkpoint directory or a Hub id. "
             "Name the directory that holds it."
         )
-    repo, _, at = str(model).partition("@")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo) or repo.startswith((".", "~")):
+    named = split_id(str(model))
+    if named is None:
         raise CheckpointError(
             f"{model}: no such directory; expected a checkpoint directory or a Hub id "
             "(user/name). Check the path."
         )
+    repo, at = named
     if revision and at:
         raise UsageError(f"{model}: names a revision, and so does revision={revision!r}. Name one.")
-    return _fetch(repo, revision or at or None, config_only)
+    return fetch(repo, revision or at, config_only=config_only)
 
 
-_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md", "LICENSE*"]
+INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
 
-def _fetch(repo: str, revision: str | None, config_only: bool) -> Path:
-    import huggingface_hub  # slow to import, and needed for Hub ids only
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def read_card(directory: Path) -> dict[str, Any]:
+    """What the metadata of a checkpoint's model card (README.md) says that its offspring inherits.
 
-    def fetch(patterns: list[str]) -> Path:
-        found = huggingface_hub.snapshot_download(
-            repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
-        )
-        return Path(found)
+    Empty where there is no card, or no metadata that can be read.
+    """
+    from huggingface_hub import metadata_load  # slow to import, and needed for conversions only
 
+    path = directory / "README.md"
+    if not path.is_file():
+        return {}
     try:
-        directory = fetch(_SMALL_FILES if config_only else [*_SMALL_FILES, "*.safetensors"])
-        if not config_only and not any(directory.glob("*.safetensors")):
-            directory = fetch([*_SMALL_FILES, "pytorch_model*.bin"])
-        return directory
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        first = re.sub(r"\s+", " ", str(error))[:200]
-        raise CheckpointError(
-            f"{repo}: no such directory, and the Hub did not give it "
-            f"({type(error).__name__}: {first}). Check the name, the network and your token."
-        ) from None
+        table = metadata_load(path)
+    except Exception:  # whatever is wrong in a text for people: nothing is inherited, and that said
+        return {}
+    said = {key: table.get(key) for key in INHERITED} if table else {}
+    return {key: value for key, value in said.items() if _is_text(value)}
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is text, or a list of texts: YAML makes dates and more of what looks so."""
+    texts = value if isinstance(value, list) and value else [value]
+    return all(isinstance(text, str) and text for text in texts)
+
+
+def hub_commit(model: str | Path, source: Checkpoint) -> dict[str, str] | None:
+    """Where on the Hub a checkpoint came from: {"id": user/name, "commit": ...}; None for a path.
+
+    model  what it was opened by
+    """
+    if source.stream is not None:
+        return {"id": source.stream.repo, "commit": source.stream.commit}
+    named = split_id(str(model))
+    if named is None or source.directory == Path(os.path.expanduser(model)):
+        return None
+    return {"id": named[0], "commit": source.directory.name}
+
+
+def open_stream(model: str | Path, folder: Path) -> Checkpoint:
+    """Open a checkpoint of the Hub whose weight files come when they are read; see `Stream`.
+
+    Raises UsageError for a directory, whose files are nobody's to delete, else as `locate`.
+    """
+    named = split_id(str(model))
+    if named is None or os.path.exists(os.path.expanduser(model)):
+        raise UsageError(
+            f"{model}: is on this disk; expected a Hub id (user/name[@revision]) to stream. "
+            "Leave out --stream: local files are read where they are, and never deleted."
+        )
+    stream = Stream(*named, folder)
+    checkpoint = open_checkpoint(folder)
+    checkpoint.stream = stream
+    return checkpoint

@@ -7,6 +7,7 @@ Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 fai
 import functools
 import json
 import math
+import os
 import re
 import shlex
 import sys
@@ -66,7 +67,9 @@ class RunEnd(str, Enum):
 
 
 Model = Annotated[str, typer.Argument(help="Checkpoint directory, or Hub id user/name@revision.")]
-Packed = Annotated[str, typer.Argument(help="Packed checkpoint: directory, or Hub id.")]
+Packed = Annotated[
+    str, typer.Argument(help="Packed checkpoint: directory, or Hub id user/name@revision.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no hints.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -86,6 +89,8 @@ def command(function: Command) -> Command:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
+        if kwargs.get("quiet") or not err.is_terminal:  # read when the client is imported
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         try:
             function(*args, **kwargs)
         except TernarizeError as error:
@@ -102,7 +107,11 @@ def command(function: Command) -> Command:
         except KeyboardInterrupt:
             err.print(
                 "interrupted"
-                + ("; the same command goes on from here" if function.__name__ == "convert" else "")
+                + (
+                    "; the same command goes on from here"
+                    if function.__name__ in ("convert", "push")
+                    else ""
+                )
             )
             raise typer.Exit(130) from None
 
@@ -219,6 +228,13 @@ def convert(
             "kl_divergence, or at least this top1_agreement or cosine.",
         ),
     ] = None,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Fetch a Hub model shard by shard, and delete each shard once it is packed.",
+        ),
+    ] = False,
     device: Device = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Tensors worked on at once.")] = None,
     dry_run: Annotated[
@@ -297,6 +313,7 @@ def convert(
             device=device,
             progress=update,
             min_quality=bounds,
+            stream=stream,
         )
     if as_json:
         _print_json({"output": str(output), **record})
@@ -435,15 +452,26 @@ def _comparison(source: str, compared: dict[str, int]) -> str:
 def eval_(
     model: Packed,
     text: Annotated[
-        Path,
+        Path | None,
         typer.Option(help="UTF-8 text; documents apart by lines <|doc|>; encoders: one a line."),
-    ],
+    ] = None,
     source: Annotated[
         str | None, typer.Option(help="The checkpoint it was made from, to compare with.")
     ] = None,
-    seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of a window; default: 256.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Read no more than these.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Windows at a time.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Run these tasks of the lm-evaluation-harness, e.g. arc_easy,piqa, in place of a "
+            "text; needs ternarize[lm-eval]."
+        ),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Directory with tasks of your own (.yaml).")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Examples of each task.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows or examples at a time.")] = None,
     activations: RunActivations = None,
     head: RunHead = None,
     device: Device = None,
@@ -454,19 +482,56 @@ def eval_(
 ) -> None:
     """Measure a packed model on a text: perplexity; with --source KL divergence and agreement.
 
-    For encoders: cosine similarity of the embeddings with those of the source.
+    For encoders: cosine similarity of the embeddings with those of the source. With --tasks: what
+    the lm-evaluation-harness finds.
 
     Example: ternarize eval packed --source examples/tiny-llama --text examples/eval.txt
     """
-    from ternarize.evaluate import evaluate
+    if (text is None) == (tasks is None):
+        raise UsageError(
+            f"eval: {'neither' if text is None else 'both'} of --text and --tasks; expected one. "
+            "Name a text, or tasks."
+        )
+    for_text = {"--source": source, "--seq-len": seq_len, "--max-tokens": max_tokens}
+    for_tasks = {"--include-path": include_path, "--limit": limit}
+    for option, value in (for_tasks if tasks is None else for_text).items():
+        if value is not None:
+            raise UsageError(
+                f"{option}: is for {'--tasks' if tasks is None else '--text'}, which is not asked "
+                "for. Leave it out."
+            )
+    from ternarize.evaluate import evaluate, evaluate_tasks
 
     _quiet_transformers()
+    if tasks is not None:
+        found = evaluate_tasks(
+            model,
+            [task.strip() for task in tasks.split(",") if task.strip()],
+            include_path=include_path,
+            limit=limit,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype.value if dtype else None,
+            activations=activations.value if activations else None,
+        )
+        if as_json:
+            _print_json(found)
+            return
+        rows = {
+            f"{task} {metric}": measure
+            for task, metrics in found["tasks"].items()
+            for metric, measure in metrics.items()
+        }
+        _print_measures(rows, spaced=False)
+        _out().print(f"lm_eval {found['harness']}, {found['dtype']} on {found['device']}")
+        return
+    assert text is not None
     with _progress(quiet) as update:
         result = evaluate(
             model,
             source=source,
             text=text,
-            seq_len=seq_len,
+            seq_len=256 if seq_len is None else seq_len,
             max_tokens=max_tokens,
             batch_size=batch_size,
             device=device,
@@ -612,6 +677,88 @@ def bench(
         f"{prompt} tokens read, {decode} written, medians of {repeats}, {result['threads']} "
         f"threads, {result['cpu'] or 'torch alone'}"
     )
+
+
+@command
+def push(
+    model: Annotated[Path, typer.Argument(help="Packed checkpoint: directory.")],
+    repo: Annotated[str, typer.Argument(help="Where to: user/name on the Hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it private.")] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch to commit to; made where there is none.")
+    ] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request instead.")
+    ] = False,
+    commit_message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(help="Hub id of the source, for the card; default: as on record."),
+    ] = None,
+    shim: Annotated[
+        bool,
+        typer.Option(
+            "--shim",
+            help="Add code by which transformers finds ternarize with trust_remote_code=True.",
+        ),
+    ] = False,
+    token: Annotated[
+        str | None, typer.Option(help="Of the Hub; default: HF_TOKEN, or who is logged in.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be sent; send nothing.")
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Publish a packed checkpoint on the Hub with a model card, in one commit.
+
+    It is verified first. What was uploaded before an interruption is not sent again. A README.md
+    that somebody has edited, here or on the Hub, is left as it is.
+
+    Example: ternarize push packed user/name --private --dry-run
+    """
+    from ternarize.hub import push as run
+
+    with _progress(quiet) as update:
+        result = run(
+            model,
+            repo,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            token=token,
+            base_model=base_model,
+            shim=shim,
+            dry_run=dry_run,
+            progress=update,
+        )
+    if as_json:
+        _print_json(result)
+        return
+    if dry_run:
+        grid = Table("file", "size", box=None)
+        for path, size in result["files"].items():
+            grid.add_row(escape(path), _size(size))
+        _out().print(grid)
+        print(f"\n{len(result['files'])} files, {_size(sum(result['files'].values()))}, to {repo}")
+        if result["card_text"] is not None:
+            print(f"\nREADME.md:\n\n{result['card_text']}", end="")
+    else:
+        for path in result["removed"]:
+            print(f"removed: {path}")
+        print(result["pull_request"] or result["url"])
+    if not quiet:
+        said = {"own": "README.md is your own: sent as it is", "kept": _KEPT_CARD}
+        if result["card"] in said:
+            err.print(said[result["card"]], highlight=False, soft_wrap=True)
+
+
+_KEPT_CARD = (
+    "README.md on the Hub has been edited: left as it is, without the figures of these weights"
+)
 
 
 def _quiet_transformers() -> None:
@@ -851,12 +998,12 @@ def _chosen_blocks(blocks: list[dict[str, Any]]) -> list[tuple[str, dict[str, An
     ]
 
 
-def _print_measures(measures: dict[str, dict[str, Any]]) -> None:
+def _print_measures(measures: dict[str, dict[str, Any]], spaced: bool = True) -> None:
     grid = Table("measure", "value", "standard error", box=None)
     for name, measure in measures.items():
         value, error = measure["value"], measure["standard_error"]
         grid.add_row(
-            escape(name.replace("_", " ")),
+            escape(name.replace("_", " ") if spaced else name),
             "?" if value is None else f"{value:.4f}",
             "" if error is None else f"{error:.4f}",
         )

@@ -18,8 +18,9 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from io import FileIO
 from pathlib import Path
@@ -41,8 +42,10 @@ from ternarize.checkpoint import (
     Entry,
     TensorInfo,
     byte_view,
+    hub_commit,
     open_files,
     read_bytes,
+    read_card,
 )
 from ternarize.codecs import (
     INT8,
@@ -76,6 +79,7 @@ from ternarize.tensor import Ternary, check_device, split_groups
 from ternarize.version import __version__
 
 CALIBRATION = ".calibration"  # folder of what calibration found
+SOURCE = ".source"  # folder of the shards of a source that is streamed
 JOURNAL = ".journal.jsonl"  # a dot: nothing copied from the source has such a name
 
 # the checkpoint of a block that holds a calibrated tensor, and its record there
@@ -422,6 +426,7 @@ def convert(
     device: str | None = None,
     progress: Progress | None = None,
     min_quality: Mapping[str, float] | None = None,
+    stream: bool = False,
 ) -> dict[str, Any]:
     """Convert a checkpoint into a packed one, and return its record (what ternarize.json holds).
 
@@ -434,6 +439,8 @@ def convert(
               before that, with calibration, for each block and part of it, in stages of their own
     min_quality  bounds on the figures that calibration measures: {"kl_divergence": 0.2}; see
                  `ternarize.calibrate.pipeline.check_quality`
+    stream    have one weight file of a Hub model at a time on the disk, beside the output, and
+              delete it once it is packed; not with calibration, which reads them again and again
 
     Raises UsageError for options that cannot be used, CheckpointError (WeightError) or FormatError
     for a source that cannot be read or converted, SelectionError where no rule says what becomes of
@@ -443,11 +450,34 @@ def convert(
     OUTPUT.partial is, and the same call goes on from there.
     """
     check_bounds(recipe, min_quality or {})
+    if stream and recipe.calibrate is not None:
+        raise UsageError(
+            "--stream: with calibration, which reads the weights more than once; expected one of "
+            "the two. Leave out --stream, or --dataset and --method gptq."
+        )
     output = Path(os.path.expanduser(output))
     device = check_device(device)
+    partial = output.with_name(output.name + ".partial")
+    if stream:  # one at a time, already when the headers are fetched
+        with _alone(partial):
+            try:
+                work = plan(model, recipe, stream=partial / SOURCE)
+                _check_output(work, output)
+                return _run(work, output, partial, threads, device, progress, {})
+            finally:
+                shutil.rmtree(partial / SOURCE, ignore_errors=True)
+                if partial.is_dir() and not any(partial.iterdir()):
+                    partial.rmdir()
     work = plan(model, recipe)
     _check_output(work, output)
-    partial = output.with_name(output.name + ".partial")
+    with _alone(partial):
+        _check_output(work, output)  # again: another conversion may just have ended
+        return _run(work, output, partial, threads, device, progress, min_quality or {})
+
+
+@contextmanager
+def _alone(partial: Path) -> Iterator[None]:
+    """Keep other conversions from the same output; raises OutputError if one is at work."""
     lock = FileLock(partial.with_name(partial.name + ".lock"), timeout=0)
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -462,8 +492,7 @@ def convert(
             "Name another output."
         ) from None
     try:
-        _check_output(work, output)  # again: another conversion may just have ended
-        return _run(work, output, partial, threads, device, progress, min_quality or {})
+        yield
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
@@ -501,6 +530,8 @@ def _run(
         if work.recipe.calibrate is not None:
             conversion.calibrate(min_quality)
         record = conversion.run()
+        if work.source.stream is not None:
+            shutil.rmtree(partial / SOURCE)
         _sync_files(partial)
         _sync_names(partial)
         partial.rename(output)
@@ -530,7 +561,8 @@ def _any_block(partial: Path) -> bool:
 def _check_output(work: Plan, output: Path) -> None:
     source, target = work.source.directory.resolve(), output.resolve()
     partial = output.with_name(output.name + ".partial").resolve()
-    if target == source or source in target.parents or partial in (source, *source.parents):
+    inside = source in target.parents or partial in (source, *source.parents)
+    if work.source.stream is None and (target == source or inside):
         raise OutputError(
             f"{output}: is the source {work.source.directory} or inside it; expected another "
             "place. The source is never changed."
@@ -542,9 +574,12 @@ def _check_output(work: Plan, output: Path) -> None:
     parent = next(p for p in target.parents if p.exists())
     have = shutil.disk_usage(parent).free
     if partial.is_dir():
-        have += sum(f.stat().st_size for f in partial.rglob("*") if f.is_file())
+        ours = [f for f in partial.rglob("*") if f.is_file() and SOURCE not in f.parts]
+        have += sum(f.stat().st_size for f in ours)
     small = sum((work.source.directory / f).stat().st_size for f in work.copied)
     need = work.packed_bytes() + small + (1 << 20)
+    if work.source.stream is not None:
+        need += work.source.stream.room()
     how = work.recipe.calibrate
     if how is not None:  # the blocks, as each stage leaves them, until the result is complete
         stages = (how.window if how.reconstruct else 1) + bool(how.distill)
@@ -615,6 +650,8 @@ class _Conversion:
                     self._convert_shard(index, pool)
                     self._seal(self.shards[index])
                     self.unsealed.remove(index)
+                    if self.work.source.stream is not None:
+                        self.work.source.stream.release(self.work.source.files[index])
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
@@ -666,7 +703,7 @@ class _Conversion:
                 self.results[line["name"]] = Result(**line)
         kept = [line for line in lines[1:] if "sha256" not in line]
         if not lines:
-            ours = (path.name, path.with_suffix(".new").name)
+            ours = (path.name, path.with_suffix(".new").name, SOURCE)
             found = [p.name for p in self.partial.iterdir() if p.name not in ours]
             if found:  # the journal is made before anything else, so this is not ours
                 raise OutputError(
@@ -724,6 +761,9 @@ class _Conversion:
             path, size = self.partial / shard.file, shard.nbytes()
             todo = [t for t in shard.tensors if not t.tied_to and t.name not in self.results]
             self.done = self._bytes_done()
+            stream = self.work.source.stream
+            if stream is not None and todo:
+                stream.fetch(self.work.source.files[index])  # here, where it can be interrupted
             _reserve(path, size)
             layout, base = shard.layout(), shard.data_start()
             futures = {pool.submit(self._one, path, layout, base, t): t for t in todo}
@@ -863,6 +903,7 @@ def make_record(
 ) -> dict[str, Any]:
     """The record of a conversion: what was done to what, tensor by tensor, and what came out."""
     source = work.source
+    hub, card = hub_commit(work.model, source), read_card(source.directory)
     tensors: dict[str, dict[str, Any]] = {}
     blocks = (calibration or {}).get("blocks", ())
     how = work.recipe.calibrate
@@ -908,6 +949,8 @@ def make_record(
             "files": {file: (source.directory / file).stat().st_size for file in source.files},
             "parameters": sum(i.numel for i in source.tensors.values()),
             "bytes": sum(i.nbytes for i in source.tensors.values()),
+            **({"hub": hub} if hub else {}),
+            **({"card": card} if card else {}),
         },
         "recipe": asdict(work.recipe),
         "coverage": work.coverage(),
@@ -938,6 +981,8 @@ def relative_error(result: Result) -> float | None:
 
 def _stamps(source: Checkpoint) -> list[list[Any]]:
     """What tells whether a source file has changed since it was looked at."""
+    if source.stream is not None:
+        return source.stream.stamps()
     names = [*source.files, *(["config.json"] if source.config is not None else [])]
     stats = [(name, (source.directory / name).stat()) for name in names]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]

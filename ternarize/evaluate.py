@@ -22,8 +22,10 @@ lines), not over tokens; that of the perplexity follows by the delta method, exp
 say how far another text of the same kind may lie, not how far another kind of text may.
 """
 
+import importlib
 import inspect
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -312,6 +314,107 @@ def _exponential(values: Tensor) -> dict[str, float | None]:
 def _exp(value: float) -> float:
     """exp that is infinite where math.exp overflows: a collapsed model can be that bad."""
     return math.exp(value) if value < 709 else math.inf
+
+
+# --- tasks --------------------------------------------------------------------------------------
+
+
+def evaluate_tasks(
+    packed: str | Path,
+    tasks: Sequence[str],
+    *,
+    include_path: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    activations: str | None = None,
+) -> dict[str, Any]:
+    """Run tasks of the lm-evaluation-harness on a packed language model.
+
+    packed        directory or Hub id; an ordinary checkpoint can be measured too
+    tasks         names of its tasks or groups, e.g. ["arc_easy", "piqa"]; most fetch their data
+    include_path  directory with tasks of your own (.yaml)
+    limit         use no more than the first examples of each task
+    batch_size    examples at a time; None: 1
+    others        as in `evaluate`
+
+    Returns {"kind", "model", "harness": its version, "dtype", "device", "limit", "tasks": {task:
+    {metric: {"value", "standard_error"}}}}.
+
+    Raises UsageError where the harness is not installed or knows no such task, CheckpointError when
+    the model cannot be loaded, or the data of a task cannot be had.
+
+    https://github.com/EleutherAI/lm-evaluation-harness
+    """
+    for name, value in (("limit", limit), ("batch size", batch_size)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name}: {value}; expected at least 1. Use a larger number.")
+    if include_path is not None and not Path(include_path).expanduser().is_dir():
+        raise UsageError(f"{include_path}: no such directory; expected one with tasks. Check it.")
+    try:
+        harness = importlib.import_module("lm_eval")
+        models = importlib.import_module("lm_eval.models.huggingface")
+        task_list = importlib.import_module("lm_eval.tasks")
+    except ImportError as error:
+        raise UsageError(
+            f"--tasks: the lm-evaluation-harness cannot be imported ({error}); expected it. "
+            "Run pip install 'ternarize[lm-eval]'."
+        ) from None
+    include = None if include_path is None else str(Path(include_path).expanduser())
+    known = task_list.TaskManager(include_path=include)
+    for task in tasks:
+        if not known.match_tasks([task]):
+            raise UsageError(
+                f"--tasks: {task!r} is no task of lm_eval {harness.__version__}; expected one of "
+                "`lm_eval ls tasks`, or of --include-path. Check the name."
+            )
+    checkpoint = _Checkpoint.at(packed)
+    if checkpoint.kind != CAUSAL:
+        raise UsageError(
+            f"{checkpoint.directory}: is an {checkpoint.kind}; expected a {CAUSAL} to run tasks on."
+        )
+    tokenizer = _shared_tokenizer([checkpoint])
+    device = device if device == "auto" else check_device(device)
+    model = checkpoint.load(device, _dtype(dtype, device), activations)
+    wrapped = models.HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=batch_size or 1,
+        max_length=min(max_positions(checkpoint.config), int(tokenizer.model_max_length)),
+    )
+    try:
+        found = harness.simple_evaluate(
+            model=wrapped, tasks=list(tasks), task_manager=known, limit=limit, log_samples=False
+        )
+    except (OSError, ValueError) as error:  # what loaders of data sets raise
+        first = re.sub(r"\s+", " ", str(error)).strip()[:200]
+        raise CheckpointError(
+            f"--tasks {','.join(tasks)}: cannot be run ({type(error).__name__}: {first}); expected "
+            "its data in the cache or on the network. Check both."
+        ) from error
+    return {
+        "kind": CAUSAL,
+        "model": str(packed),
+        "harness": harness.__version__,
+        "dtype": str(model.dtype)[6:],
+        "device": str(model.device),
+        "limit": limit,
+        "tasks": {task: _metrics(row) for task, row in found["results"].items()},
+    }
+
+
+def _metrics(row: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """{"acc,none": x, "acc_stderr,none": y, ...} -> {"acc": {"value": x, "standard_error": y}}."""
+    metrics = {}
+    for key, value in row.items():
+        metric, _, kept = key.partition(",")
+        if kept and not metric.endswith("_stderr") and isinstance(value, (int, float)):
+            error = row.get(f"{metric}_stderr,{kept}")
+            error = float(error) if isinstance(error, (int, float)) else None
+            name = metric if kept == "none" else f"{metric} ({kept})"
+            metrics[name] = {"value": float(value), "standard_error": error}
+    return metrics
 
 
 # --- encoders -----------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def load(
 ) -> "PreTrainedModel":
     """Load a packed checkpoint: a transformers model in eval mode with ternary layers.
 
-    path         a directory, or a Hub id (user/name)
+    path         a directory, or a Hub id (user/name[@revision])
     device       "cuda", "cpu", ...; "auto" or a device map spreads the model (needs accelerate)
     dtype        of everything that is not packed; None: as in the checkpoint's config
     activations  "none" or "int8"; None: as in the checkpoint's config

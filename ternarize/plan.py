@@ -27,6 +27,7 @@ from ternarize.checkpoint import (
     byte_view,
     locate,
     open_checkpoint,
+    open_stream,
 )
 from ternarize.codecs import INT8, THREADS
 from ternarize.container import SCALE_SUFFIX, Record
@@ -376,16 +377,28 @@ class Plan:
 # --- planning --------------------------------------------------------------------------------
 
 
-def plan(model: str | Path, recipe: Recipe = Recipe(), *, config_only: bool = False) -> Plan:  # noqa: B008
+def plan(
+    model: str | Path,
+    recipe: Recipe = Recipe(),  # noqa: B008
+    *,
+    config_only: bool = False,
+    stream: Path | None = None,
+) -> Plan:
     """Lay out a conversion from headers, without reading weights (except to compare tied copies).
 
     model        directory, or Hub id user/name[@revision]
     config_only  a config.json without weights is enough: names and shapes come from the skeleton
+    stream       folder to fetch weight files to, one by one, when they are read; see `Stream`
 
     Raises CheckpointError, FormatError, SelectionError.
     """
-    directory = locate(model, config_only=config_only)
-    source = open_checkpoint(directory, need_weights=not config_only)
+    if stream is not None:
+        source = open_stream(model, stream)
+    else:
+        source = open_checkpoint(
+            locate(model, config_only=config_only), need_weights=not config_only
+        )
+    directory = source.directory
     _refuse_quantized(source)
     notes = []
     if not source.tensors:

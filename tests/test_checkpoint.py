@@ -623,7 +623,7 @@ def test_what_is_neither_a_directory_nor_a_hub_id_is_refused(
 @pytest.mark.parametrize("model", ["user/absent", "absent", "user/absent@main", "a" * 300, "-/-"])
 @pytest.mark.usefixtures("offline")
 def test_a_hub_id_that_is_not_in_the_cache_fails_offline_in_one_line(model: str) -> None:
-    with pytest.raises(CheckpointError, match="the Hub did not give it") as caught:
+    with pytest.raises(CheckpointError, match="not in the cache|expected user/name") as caught:
         locate(model)
     assert "\n" not in str(caught.value)
 
@@ -636,10 +636,11 @@ def test_a_revision_is_named_once() -> None:
 @pytest.mark.usefixtures("offline")
 def test_a_hub_id_in_the_cache_is_found_offline(tmp_path: Path) -> None:
     repo = tmp_path / "cache" / "models--user--name"
-    snapshot = repo / "snapshots" / "0123456789"
+    commit = "0123456789" * 4
+    snapshot = repo / "snapshots" / commit
     snapshot.mkdir(parents=True)
     (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text("0123456789")
+    (repo / "refs" / "main").write_text(commit)
     save_file({"x": torch.ones(2)}, snapshot / "model.safetensors")
     found = locate("user/name")
     assert found == snapshot
