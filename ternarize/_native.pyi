@@ -97,6 +97,9 @@ def lanes_shape(form: Form, rows: int, cols: int, group_size: int) -> tuple[int,
     ValueError, here and below, if a group has more than 65536 columns: sums could leave 32 bits.
     """
 
+def ask_for_large_pages(bytes: Array) -> None:
+    """Have memory that was not used yet in large pages, where the system gives them."""
+
 def to_lanes(
     packed: Array, form: Form, cols: int, group_size: int, out: Array, threads: int
 ) -> int:
@@ -191,6 +194,20 @@ def rms_norm(
     """Set out to what ternarize.decode.rms_norm defines; for `prepared_norm` there.
 
     x, out  addresses of (rows, n) of `kind`; weight that of (n,)
+    """
+
+def gate(
+    kind: Kind,
+    activation: Literal["silu", "relu2"],
+    n: int,
+    gate: int,
+    up: int,
+    out: int,
+    threads: int,
+) -> None:
+    """Set out to what ternarize.decode.gated defines; for `prepared_gate` there.
+
+    gate, up, out  addresses of n numbers of `kind`
     """
 
 def attend(

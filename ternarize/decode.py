@@ -4,7 +4,7 @@ One token needs each weight once, and a small model's products are done in a few
 a general implementation does between them (modules that call modules, a cache that is put together
 anew, a mask, eight operators for a rotary embedding) takes as long again. So for models whose layer
 is the one below this file walks through the layers itself, with the model's own modules for what
-has weights, and two functions of the compiled core for most of the rest:
+has weights, and functions of the compiled core for the rest:
 
     h = norm(x)     x = x + o(attend(q(h), k(h), v(h)))
     h = norm(x)     x = x + down(act(gate(h)) * up(h))
@@ -33,6 +33,7 @@ CLASSES = (
     "Qwen3ForCausalLM",
     "BitNetForCausalLM",
 )
+ACTIVATIONS = ("silu", "relu2")
 ROPES = ("default", "linear", "llama3", "yarn")  # the same for any length of text
 Model = Any
 
@@ -48,6 +49,7 @@ def can_decode(model: Model, capacity: int) -> bool:
     return (
         model.device.type == "cpu"
         and model.dtype in kernels.KINDS
+        and config.hidden_act in ACTIVATIONS
         and config.rope_parameters.get("rope_type", "default") in ROPES
         and (window is None or window >= capacity)
         and all(norm.weight.dtype == model.dtype for norm in norms)
@@ -125,9 +127,12 @@ class Decoder:
 
     def _mlp(self, module: Any, h: Tensor) -> Tensor:
         gate, up = self._linears([module.gate_proj, module.up_proj], h)
-        gated = torch.empty_like(gate)
-        self.calls.append(lambda: torch.mul(module.act_fn(gate), up, out=gated))
-        y = self._norm(module.ffn_sub_norm, gated) if hasattr(module, "ffn_sub_norm") else gated
+        y = torch.empty_like(gate)
+        self.held += (gate, up, y)
+        kind = self.model.config.hidden_act
+        self.calls.append(prepared_gate(gate, up, kind, y, self.threads))
+        if hasattr(module, "ffn_sub_norm"):
+            y = self._norm(module.ffn_sub_norm, y)
         return self._linears([module.down_proj], y)[0]
 
     def _add(self, y: Tensor) -> None:
@@ -156,7 +161,7 @@ def _run(module: nn.Module, x: Tensor, out: Tensor) -> None:
     out.copy_(module(x))
 
 
-# --- the two functions of the compiled core, and what they compute -------------------------------
+# --- the functions of the compiled core, and what they compute -----------------------------------
 
 
 def prepared_norm(
@@ -182,6 +187,27 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     wide = x.view(*x.shape[:-1], -1, len(weight)).to(torch.float32)
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
     return (weight * wide.to(x.dtype)).view(x.shape)
+
+
+def prepared_gate(
+    gate: Tensor, up: Tensor, activation: str, out: Tensor, threads: int
+) -> Callable[[], None]:
+    """A call that sets out to `gated`. It knows the memory only: the caller keeps it."""
+    assert lib is not None
+    assert all(t.is_contiguous() and t.dtype == gate.dtype for t in (gate, up, out))
+    assert gate.shape == up.shape == out.shape
+    at = gate.data_ptr(), up.data_ptr(), out.data_ptr()
+    return partial(lib.gate, kernels.KINDS[gate.dtype], activation, gate.numel(), *at, threads)
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """activation(gate) * up, both factors in gate's dtype.
+
+    activation  "silu", x / (1 + e^-x) (https://arxiv.org/abs/2002.05202, section 2), or "relu2",
+                max(x, 0)^2
+    """
+    act = torch.nn.functional.silu if activation == "silu" else lambda x: x.relu().square()
+    return act(gate) * up
 
 
 def prepared_attention(

@@ -358,26 +358,31 @@ def _from_lanes(
 
 
 @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
-def _in_lanes(packed: Tensor, scale: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Layout]:
+def _in_lanes(
+    packed: Tensor, scale: Tensor, layout: Layout, memory: Tensor
+) -> tuple[Tensor, Tensor, Layout]:
     """The lanes of a stored parameter, its scales, and the layout that says so.
 
     packed, scale  as in `_stored`
+    memory         (`_lanes_size`,) uint8, where the lanes are to be
     """
     *stack, rows, _ = packed.shape
-    lanes = Lanes(kernels.best_form(), rows, scale.shape[-2], scale.dtype)
-    if stack:
-        parts = [_in_lanes(p, s, layout)[:2] for p, s in zip(packed, scale, strict=True)]
-        bytes_, scales = torch.stack([p for p, _ in parts]), torch.stack([s for _, s in parts])
-    else:
-        planes = [
-            kernels.to_lanes(plane.contiguous(), layout.cols, layout.group_size, lanes.form)
-            for plane in packed.chunk(layout.planes, 1)
-        ]
-        plain = [
-            kernels.scale_lanes(part, rows, lanes.form) for part in scale.chunk(layout.planes, 1)
-        ]
-        bytes_, scales = torch.cat(planes), torch.cat(plain)
-    return bytes_, scales, replace(layout, lanes=lanes)
+    form, cols, group_size = kernels.best_form(), layout.cols, layout.group_size
+    planes = packed.unflatten(-1, (layout.planes, -1)).transpose(-2, -3).flatten(0, -3)
+    lanes = memory.view(len(planes), -1)
+    for plane, out in zip(planes, lanes, strict=True):
+        kernels.to_lanes(plane.contiguous(), cols, group_size, form, out=out)
+    parts = scale.unflatten(-1, (layout.planes, -1)).transpose(-2, -3).flatten(0, -3)
+    scales = torch.cat([kernels.scale_lanes(part, rows, form) for part in parts])
+    how = replace(layout, lanes=Lanes(form, rows, scale.shape[-2], scale.dtype))
+    return memory.view(*stack, -1), scales.view(*stack, -1), how
+
+
+def _lanes_size(packed: Tensor, layout: Layout) -> int:
+    """Bytes of a stored parameter's lanes."""
+    *stack, rows, _ = packed.shape
+    size, _, _ = kernels.lanes_shape(kernels.best_form(), rows, layout.cols, layout.group_size)
+    return math.prod(stack) * layout.planes * size
 
 
 def _fits_lanes(packed: Any, scale: Any, layout: Layout) -> bool:
@@ -443,16 +448,32 @@ class Packed(nn.Module):
 
     layouts: dict[str, Layout]
 
-    def use_lanes(self) -> None:
+    def lanes_size(self) -> int:
+        """Bytes of what `use_lanes` would turn into lanes."""
+        return sum(size for _, size in self._for_lanes())
+
+    def use_lanes(self, memory: Tensor | None = None) -> None:
         """Hold in lanes what can be; `use_stored` is the inverse.
+
+        memory  (`lanes_size`,) uint8 for them; None: memory of its own
 
         Raises FormatError when a byte is no code. Not for a parameter that another module has too:
         this one would not share it any longer. The function of the same name knows.
         """
+        memory = kernels.memory(self.lanes_size()) if memory is None else memory
+        for name, size in self._for_lanes():
+            packed, scale = getattr(self, name).data, getattr(self, f"{name}_scale").data
+            self._hold(name, *_in_lanes(packed, scale, self.layouts[name], memory[:size]))
+            memory = memory[size:]
+
+    def _for_lanes(self) -> list[tuple[str, int]]:
+        """Names of parameters that can be held in lanes but are not, and the bytes of those."""
+        found = []
         for name, layout in self.layouts.items():
-            packed, scale = getattr(self, name), getattr(self, f"{name}_scale")
-            if _fits_lanes(packed, scale, layout):
-                self._hold(name, *_in_lanes(packed.data, scale.data, layout))
+            packed = getattr(self, name)
+            if _fits_lanes(packed, getattr(self, f"{name}_scale"), layout):
+                found.append((name, _lanes_size(packed, layout)))
+        return found
 
     def use_stored(self) -> bool:
         """Hold everything in its stored form; returns whether some of it was not."""
@@ -537,13 +558,21 @@ def use_lanes(model: nn.Module) -> None:
         for leaf in module.layouts:
             key = id(getattr(module, leaf))
             owners[key] = owners.get(key, 0) + 1
-    for name, module in modules.items():
-        alone = all(owners[id(getattr(module, leaf))] == 1 for leaf in module.layouts)
-        if alone and not isinstance(module, PackedEmbedding):
-            try:
-                module.use_lanes()
-            except FormatError as error:
-                raise FormatError(f"{name}: {error}") from None
+    fit = {
+        name: module
+        for name, module in modules.items()
+        if all(owners[id(getattr(module, leaf))] == 1 for leaf in module.layouts)
+        and not isinstance(module, PackedEmbedding)
+    }
+    # in one piece, which large pages can hold: a single matrix is often smaller than a page
+    memory = kernels.memory(sum(module.lanes_size() for module in fit.values()))
+    for name, module in fit.items():
+        size = module.lanes_size()
+        try:
+            module.use_lanes(memory[:size])
+        except FormatError as error:
+            raise FormatError(f"{name}: {error}") from None
+        memory = memory[size:]
 
 
 class Scale(nn.Parameter):

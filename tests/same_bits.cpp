@@ -263,8 +263,12 @@ void decoding() {
         attend(kind, a, threads);
         rms_norm(kind, batch * heads, dim, q.bytes.data(), k.bytes.data(), 1e-5f,
                  norm.bytes.data(), threads);
+        Numbers gated = q;
+        for (const Activation activation : {Activation::Silu, Activation::Relu2})
+          gate(kind, activation, batch * heads * dim, gated.bytes.data(), q.bytes.data(),
+               gated.bytes.data(), threads);
         std::vector<uint8_t> got;
-        for (const Numbers* part : {&new_keys, &new_values, &y, &norm})
+        for (const Numbers* part : {&new_keys, &new_values, &y, &norm, &gated})
           got.insert(got.end(), part->bytes.begin(), part->bytes.end());
         if (want.empty()) want = got;
         if (got == want) continue;

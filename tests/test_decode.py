@@ -17,7 +17,9 @@ from ternarize.decode import (
     Decoder,
     attention,
     can_decode,
+    gated,
     prepared_attention,
+    prepared_gate,
     prepared_norm,
     rms_norm,
 )
@@ -260,6 +262,30 @@ def test_the_norm_is_its_definition(shape: tuple[int, ...], n: int, dtype: torch
     torch.testing.assert_close(found[0], want, rtol=epsilon, atol=epsilon)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["silu", "relu2"])
+def test_the_gate_is_its_definition(activation: str, dtype: torch.dtype) -> None:
+    assert lib is not None
+    x = torch.cat([torch.linspace(-120, 120, 20001), torch.randn(5), torch.tensor([0.0, -0.0])])
+    gate, up = x.to(dtype).view(1, -1), torch.randn(1, len(x)).to(dtype)
+    best, found = lib.cpu(), []
+    try:
+        for cpu in lib.cpus():
+            lib.use_cpu(cpu)
+            out = torch.empty_like(gate)
+            prepared_gate(gate, up, activation, out, 2)()
+            found.append(out)
+    finally:
+        lib.use_cpu(best)
+    assert all(torch.equal(each, found[0]) for each in found)
+    epsilon = 4 * torch.finfo(dtype).eps
+    want = gated(gate, up, activation)
+    torch.testing.assert_close(found[0], want, rtol=epsilon, atol=1e-35)
+    nothing = torch.tensor([[float("nan")]], dtype=dtype)
+    prepared_gate(nothing, nothing, activation, nothing, 1)()
+    assert nothing.isnan()
+
+
 def test_wrong_sizes_are_refused() -> None:
     assert lib is not None
     given = operands(1, 2, 1, 8, torch.float32)
@@ -267,6 +293,8 @@ def test_wrong_sizes_are_refused() -> None:
         attend(given, 300, 1.0)
     with pytest.raises(ValueError, match="heads of queries"):
         lib.attend("F32", 1, 3, 2, 8, 3, 1.0, [0] * 9, 1)
+    with pytest.raises(ValueError, match="activation is 'gelu'"):
+        lib.gate("F32", "gelu", 0, 0, 0, 0, 1)
     with pytest.raises(ValueError, match="rows and n are 1 and 0"):
         lib.rms_norm("F32", 1, 0, 0, 0, 1e-5, 0, 1)
     q, k, v, cosine, sine, keys, values = given

@@ -212,6 +212,10 @@ nb::tuple bind_lanes_shape(const std::string& form, int64_t rows, int64_t cols,
   return nb::make_tuple(x.size(), x.blocks, x.block);
 }
 
+void bind_ask_for_large_pages(Flat<uint8_t> bytes) {
+  ask_for_large_pages(bytes.data(), static_cast<int64_t>(bytes.shape(0)));
+}
+
 int64_t bind_to_lanes(In<uint8_t> packed, const std::string& form, int64_t cols,
                       int64_t group_size, Flat<uint8_t> out, int threads) {
   const Lanes x = checked_lanes(form, static_cast<int64_t>(packed.shape(0)), cols, group_size);
@@ -266,6 +270,18 @@ void bind_rms_norm(const std::string& kind_name, int64_t rows, int64_t n, int64_
   const auto at = [](int64_t address) { return reinterpret_cast<void*>(address); };
   nb::gil_scoped_release unlocked;
   rms_norm(kind, rows, n, at(x), at(weight), epsilon, at(out), threads);
+}
+
+void bind_gate(const std::string& kind_name, const std::string& activation, int64_t n,
+               int64_t gate_at, int64_t up, int64_t out, int threads) {
+  const Kind kind = kind_of(kind_name);
+  if (activation != "silu" && activation != "relu2")
+    fail("activation is '" + activation + "'; expected 'silu' or 'relu2'.");
+  if (n < 0) fail("n is " + std::to_string(n) + "; expected 0 or more.");
+  const auto at = [](int64_t address) { return reinterpret_cast<void*>(address); };
+  nb::gil_scoped_release unlocked;
+  gate(kind, activation == "silu" ? Activation::Silu : Activation::Relu2, n, at(gate_at), at(up),
+       at(out), threads);
 }
 
 void bind_attend(const std::string& kind_name, int64_t batch, int64_t heads, int64_t kv_heads,
@@ -368,6 +384,7 @@ NB_MODULE(_native, m) {
         nb::arg("threads"));
   m.def("lanes_shape", bind_lanes_shape, nb::arg("form"), nb::arg("rows"), nb::arg("cols"),
         nb::arg("group_size"));
+  m.def("ask_for_large_pages", bind_ask_for_large_pages, nb::arg("bytes").noconvert());
   m.def("to_lanes", bind_to_lanes, nb::arg("packed").noconvert(), nb::arg("form"), nb::arg("cols"),
         nb::arg("group_size"), nb::arg("out").noconvert(), nb::arg("threads"));
   m.def("from_lanes", bind_from_lanes, nb::arg("lanes").noconvert(), nb::arg("form"),
@@ -377,6 +394,8 @@ NB_MODULE(_native, m) {
         nb::arg("int8"), nb::arg("threads"));
   m.def("rms_norm", bind_rms_norm, nb::arg("kind"), nb::arg("rows"), nb::arg("n"), nb::arg("x"),
         nb::arg("weight"), nb::arg("epsilon"), nb::arg("out"), nb::arg("threads"));
+  m.def("gate", bind_gate, nb::arg("kind"), nb::arg("activation"), nb::arg("n"), nb::arg("gate"),
+        nb::arg("up"), nb::arg("out"), nb::arg("threads"));
   m.def("attend", bind_attend, nb::arg("kind"), nb::arg("batch"), nb::arg("heads"),
         nb::arg("kv_heads"), nb::arg("dim"), nb::arg("capacity"), nb::arg("scaling"),
         nb::arg("memory"), nb::arg("threads"));

@@ -1,4 +1,4 @@
-// The threads of norms and attention.
+// The threads of norms, gates and attention.
 #include "decode.h"
 
 #include <algorithm>
@@ -23,6 +23,19 @@ void rms_norm(Kind kind, int64_t rows, int64_t n, const void* x, const void* wei
     kernels().decoding.rms_norm(kind, std::min(at_once, rows - first), n,
                                 static_cast<const char*>(x) + first * row, weight, epsilon,
                                 static_cast<char*>(out) + first * row);
+  });
+}
+
+void gate(Kind kind, Activation activation, int64_t n, const void* gate, const void* up, void* out,
+          int threads) {
+  constexpr int64_t kOfTask = 1 << 13;
+  const int64_t size = kind == Kind::F32 ? 4 : 2;
+  run_tasks(std::max(1, threads), (n + kOfTask - 1) / kOfTask, [&](int64_t task, int) {
+    const int64_t first = task * kOfTask;
+    kernels().decoding.gate(kind, activation, std::min(kOfTask, n - first),
+                            static_cast<const char*>(gate) + first * size,
+                            static_cast<const char*>(up) + first * size,
+                            static_cast<char*>(out) + first * size);
   });
 }
 

@@ -1,4 +1,4 @@
-// The contract of what decoding a token needs besides products: norms, and attention to a cache.
+// The contract of what decoding a token needs besides products: norms, gates, attention to a cache.
 //
 // decode.inc is compiled for each instruction set, as part of the tables in kernels.h. Sums have one
 // order: one by one, those of norms and of softmax in 16 lanes first. So all give the same bits. Numbers that a model
@@ -39,17 +39,22 @@ struct Attention {
   }
 };
 
+enum class Activation { Silu, Relu2 };  // x / (1 + e^-x), max(x, 0)^2
+
 struct Decoding {
   // out[row] = weight * (x[row] / sqrt(mean(x[row]^2) + epsilon)), the bracket rounded first.
   void (*rms_norm)(Kind, int64_t rows, int64_t n, const void* x, const void* weight, float epsilon,
                    void* out);
+  // out[i] = activation(gate[i]) * up[i], the first factor rounded first.
+  void (*gate)(Kind, Activation, int64_t n, const void* gate, const void* up, void* out);
   // Of the pairs of text and key head in [first, last).
   void (*attend)(Kind, const Attention&, int64_t first, int64_t last, float* scratch);
 };
 
-// Both on threads.
+// Each on threads.
 void rms_norm(Kind, int64_t rows, int64_t n, const void* x, const void* weight, float epsilon,
               void* out, int threads);
+void gate(Kind, Activation, int64_t n, const void* gate, const void* up, void* out, int threads);
 void attend(Kind, const Attention&, int threads);
 
 }  // namespace ternarize

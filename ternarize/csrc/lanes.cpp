@@ -71,20 +71,6 @@ void for_blocks(const Lanes& x, int threads, int64_t bytes, Work work) {
   });
 }
 
-// Asks for large pages: reading gets faster where the system gives them.
-void advise(uint8_t* bytes, int64_t n) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kLarge = 1 << 21;
-  const auto at = reinterpret_cast<uintptr_t>(bytes);
-  const uintptr_t first = (at + kLarge - 1) / kLarge * kLarge;
-  const uintptr_t last = (at + static_cast<uintptr_t>(n)) / kLarge * kLarge;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  static_cast<void>(bytes);
-  static_cast<void>(n);
-#endif
-}
-
 // The layout of one row of a matrix.
 Layout one_row(const Layout& stored) {
   Layout row = stored;
@@ -102,6 +88,19 @@ Lanes lanes_of(Form form, const Layout& stored) {
   return {form, stored, block, (stored.rows + block - 1) / block, group_quads, quads};
 }
 
+void ask_for_large_pages(uint8_t* bytes, int64_t n) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kLarge = 1 << 21;
+  const auto at = reinterpret_cast<uintptr_t>(bytes);
+  const uintptr_t first = (at + kLarge - 1) / kLarge * kLarge;
+  const uintptr_t last = (at + static_cast<uintptr_t>(n)) / kLarge * kLarge;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  static_cast<void>(bytes);
+  static_cast<void>(n);
+#endif
+}
+
 int64_t to_lanes(const Lanes& x, const uint8_t* packed, uint8_t* lanes, int threads) {
   const Layout row_layout = one_row(x.stored);
   const int64_t cols = x.stored.cols, padded = x.quads * 4, fields = static_cast<int64_t>(x.form);
@@ -109,7 +108,6 @@ int64_t to_lanes(const Lanes& x, const uint8_t* packed, uint8_t* lanes, int thre
   int zeros = 0;  // the byte whose trits are all 0
   for (int f = 0; f < fields; ++f) zeros += powers[f];
   Lowest bad;
-  advise(lanes, x.size());
   for_blocks(x, threads, 16 * padded + cols, [&](int64_t block, uint8_t* codes) {
     auto* trits = reinterpret_cast<int8_t*>(codes + 16 * padded);
     std::memset(codes, zeros, static_cast<size_t>(16 * padded));

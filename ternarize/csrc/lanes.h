@@ -52,6 +52,9 @@ constexpr int64_t kLongestGroup = 1 << 16;
 
 Lanes lanes_of(Form, const Layout&);
 
+// Asks the system for large pages for memory that is not used yet: reading it is faster then.
+void ask_for_large_pages(uint8_t* bytes, int64_t n);
+
 // Stored bytes (formats/base3.md) -> lanes. Returns what unpack does: the flat index of a byte that
 // is not a code or has padding other than zero trits (the lowest one), or kNone.
 int64_t to_lanes(const Lanes&, const uint8_t* packed, uint8_t* lanes, int threads);
