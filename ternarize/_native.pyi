@@ -210,6 +210,14 @@ def gate(
     gate, up, out  addresses of n numbers of `kind`
     """
 
+def dense(
+    kind: Kind, tokens: int, rows: int, cols: int, x: int, weight: int, out: int, threads: int
+) -> None:
+    """Set out to x W^T; for `prepared_dense` in ternarize.decode.
+
+    x, weight, out  addresses of (tokens, cols), (rows, cols) and (tokens, rows) of `kind`
+    """
+
 def attend(
     kind: Kind,
     batch: int,

@@ -33,6 +33,7 @@ CLASSES = (
     "Qwen3ForCausalLM",
     "BitNetForCausalLM",
 )
+FEW = 4  # texts, for which the core multiplies dense weights: more are faster in torch
 ACTIVATIONS = ("silu", "relu2")
 ROPES = ("default", "linear", "llama3", "yarn")  # the same for any length of text
 Model = Any
@@ -96,7 +97,7 @@ class Decoder:
             self._add(self._attention(layer.self_attn, h, keys, values))
             h = self._norm(layer.post_attention_layernorm, self.x)
             self._add(self._mlp(layer.mlp, h))
-        self.last = self._norm(body.norm, self.x)
+        self.head = self._linears([model.lm_head], self._norm(body.norm, self.x))[0]
 
     def step(self, tokens: Tensor) -> Tensor:
         """Take one more token of each text, (batch,) integers, and return `logits` after it."""
@@ -104,7 +105,7 @@ class Decoder:
         for call in self.calls:
             call()
         self.position += 1
-        self.logits = self.model.lm_head(self.last)
+        self.logits = self.head.clone()  # the next step writes there again
         return self.logits
 
     # --- each writes down some calls and returns where their result will be --------------------
@@ -153,7 +154,12 @@ class Decoder:
             self.calls.append(call)
             return outs
         for module, out in zip(modules, outs, strict=True):
-            self.calls.append(partial(_run, module, x, out))
+            if type(module) is nn.Linear and module.bias is None and self.batch <= FEW:
+                weight = module.weight.data
+                self.held += (x, weight, out)
+                self.calls.append(prepared_dense(x, weight, out, self.threads))
+            else:
+                self.calls.append(partial(_run, module, x, out))
         return outs
 
 
@@ -208,6 +214,19 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """
     act = torch.nn.functional.silu if activation == "silu" else lambda x: x.relu().square()
     return act(gate) * up
+
+
+def prepared_dense(x: Tensor, weight: Tensor, out: Tensor, threads: int) -> Callable[[], None]:
+    """A call that sets out to x W^T, with W (rows, cols) and x (tokens, cols) of one dtype.
+
+    For a few tokens, at the speed at which memory gives W. It knows the memory only.
+    """
+    assert lib is not None
+    (tokens, cols), rows = x.shape, len(weight)
+    assert all(t.is_contiguous() and t.dtype == x.dtype for t in (x, weight, out))
+    assert weight.shape == (rows, cols) and out.shape == (tokens, rows)
+    at = x.data_ptr(), weight.data_ptr(), out.data_ptr()
+    return partial(lib.dense, kernels.KINDS[x.dtype], tokens, rows, cols, *at, threads)
 
 
 def prepared_attention(

@@ -22,6 +22,7 @@ place of the trits.
 """
 
 import ctypes
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -82,6 +83,12 @@ def memory(size: int) -> Tensor:
     if lib is not None:
         lib.ask_for_large_pages(out)
     return out
+
+
+def give_back() -> None:
+    """Return memory that was freed to the system, where the C library keeps it (glibc)."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def to_lanes(

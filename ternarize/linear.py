@@ -573,6 +573,7 @@ def use_lanes(model: nn.Module) -> None:
         except FormatError as error:
             raise FormatError(f"{name}: {error}") from None
         memory = memory[size:]
+    kernels.give_back()
 
 
 class Scale(nn.Parameter):

@@ -267,8 +267,10 @@ void decoding() {
         for (const Activation activation : {Activation::Silu, Activation::Relu2})
           gate(kind, activation, batch * heads * dim, gated.bytes.data(), q.bytes.data(),
                gated.bytes.data(), threads);
+        Numbers some(kind, 3 * capacity);
+        dense(kind, 3, capacity, dim, q.bytes.data(), keys.bytes.data(), some.bytes.data(), threads);
         std::vector<uint8_t> got;
-        for (const Numbers* part : {&new_keys, &new_values, &y, &norm, &gated})
+        for (const Numbers* part : {&new_keys, &new_values, &y, &norm, &gated, &some})
           got.insert(got.end(), part->bytes.begin(), part->bytes.end());
         if (want.empty()) want = got;
         if (got == want) continue;

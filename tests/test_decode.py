@@ -19,6 +19,7 @@ from ternarize.decode import (
     can_decode,
     gated,
     prepared_attention,
+    prepared_dense,
     prepared_gate,
     prepared_norm,
     rms_norm,
@@ -286,6 +287,27 @@ def test_the_gate_is_its_definition(activation: str, dtype: torch.dtype) -> None
     assert nothing.isnan()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 500, 64), (3, 70, 200), (4, 33, 1000)])
+def test_dense_products(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    assert lib is not None
+    count, rows, cols = shape
+    x, weight = torch.randn(count, cols).to(dtype), torch.randn(rows, cols).to(dtype)
+    best, found = lib.cpu(), []
+    try:
+        for cpu in lib.cpus():
+            lib.use_cpu(cpu)
+            for threads in (1, 2, 7):
+                out = torch.empty(count, rows, dtype=dtype)
+                prepared_dense(x, weight, out, threads)()
+                found.append(out)
+    finally:
+        lib.use_cpu(best)
+    assert all(torch.equal(each, found[0]) for each in found)
+    want = (x.double() @ weight.double().T).to(dtype)
+    torch.testing.assert_close(found[0], want, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+
+
 def test_wrong_sizes_are_refused() -> None:
     assert lib is not None
     given = operands(1, 2, 1, 8, torch.float32)
@@ -295,6 +317,8 @@ def test_wrong_sizes_are_refused() -> None:
         lib.attend("F32", 1, 3, 2, 8, 3, 1.0, [0] * 9, 1)
     with pytest.raises(ValueError, match="activation is 'gelu'"):
         lib.gate("F32", "gelu", 0, 0, 0, 0, 1)
+    with pytest.raises(ValueError, match="tokens, rows and cols are 1, 1 and 0"):
+        lib.dense("F32", 1, 1, 0, 0, 0, 0, 1)
     with pytest.raises(ValueError, match="rows and n are 1 and 0"):
         lib.rms_norm("F32", 1, 0, 0, 0, 1e-5, 0, 1)
     q, k, v, cosine, sine, keys, values = given

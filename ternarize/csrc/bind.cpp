@@ -284,6 +284,17 @@ void bind_gate(const std::string& kind_name, const std::string& activation, int6
        at(out), threads);
 }
 
+void bind_dense(const std::string& kind_name, int64_t tokens, int64_t rows, int64_t cols, int64_t x,
+                int64_t w, int64_t out, int threads) {
+  const Kind kind = kind_of(kind_name);
+  if (tokens < 0 || rows < 0 || cols < 1)
+    fail("tokens, rows and cols are " + std::to_string(tokens) + ", " + std::to_string(rows) +
+         " and " + std::to_string(cols) + "; expected at least 0, 0 and 1.");
+  const auto at = [](int64_t address) { return reinterpret_cast<void*>(address); };
+  nb::gil_scoped_release unlocked;
+  dense(kind, tokens, rows, cols, at(x), at(w), at(out), threads);
+}
+
 void bind_attend(const std::string& kind_name, int64_t batch, int64_t heads, int64_t kv_heads,
                  int64_t dim, int64_t capacity, float scaling,
                  const std::array<int64_t, 9>& memory, int threads) {
@@ -396,6 +407,8 @@ NB_MODULE(_native, m) {
         nb::arg("weight"), nb::arg("epsilon"), nb::arg("out"), nb::arg("threads"));
   m.def("gate", bind_gate, nb::arg("kind"), nb::arg("activation"), nb::arg("n"), nb::arg("gate"),
         nb::arg("up"), nb::arg("out"), nb::arg("threads"));
+  m.def("dense", bind_dense, nb::arg("kind"), nb::arg("tokens"), nb::arg("rows"), nb::arg("cols"),
+        nb::arg("x"), nb::arg("weight"), nb::arg("out"), nb::arg("threads"));
   m.def("attend", bind_attend, nb::arg("kind"), nb::arg("batch"), nb::arg("heads"),
         nb::arg("kv_heads"), nb::arg("dim"), nb::arg("capacity"), nb::arg("scaling"),
         nb::arg("memory"), nb::arg("threads"));

@@ -1,10 +1,11 @@
-// The threads of norms, gates and attention.
+// The threads of norms, gates, dense products and attention.
 #include "decode.h"
 
 #include <algorithm>
 #include <vector>
 
 #include "core.h"
+#include "floats.inc"
 #include "pool.h"
 
 namespace ternarize {
@@ -36,6 +37,25 @@ void gate(Kind kind, Activation activation, int64_t n, const void* gate, const v
                             static_cast<const char*>(gate) + first * size,
                             static_cast<const char*>(up) + first * size,
                             static_cast<char*>(out) + first * size);
+  });
+}
+
+void dense(Kind kind, int64_t tokens, int64_t rows, int64_t cols, const void* x, const void* w,
+           void* out, int threads) {
+  threads = std::clamp(threads, 1, 256);
+  if (tokens * rows * cols < kOneThread) threads = 1;
+  static thread_local std::vector<float> wide;
+  wide.resize(static_cast<size_t>(tokens * cols));
+  const auto* bits = static_cast<const uint16_t*>(x);
+  for (size_t i = 0; i < wide.size(); ++i)
+    wide[i] = kind == Kind::F32    ? static_cast<const float*>(x)[i]
+              : kind == Kind::BF16 ? from_bfloat16(bits[i])
+                                   : from_float16(bits[i]);
+  const float* const in = wide.data();  // of this thread: others do not see its thread_local
+  const int64_t chunk = std::max<int64_t>(1, rows / (threads > 1 ? 16 * threads : 1));
+  run_tasks(threads, (rows + chunk - 1) / chunk, [=](int64_t task, int) {
+    kernels().decoding.dense(kind, tokens, rows, cols, in, w, task * chunk,
+                             std::min(rows, (task + 1) * chunk), out);
   });
 }
 

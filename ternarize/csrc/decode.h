@@ -1,7 +1,9 @@
-// The contract of what decoding a token needs besides products: norms, gates, attention to a cache.
+// The contract of what decoding a token needs besides products with packed weights: norms, gates,
+// attention to a cache, and products with a few dense weights.
 //
 // decode.inc is compiled for each instruction set, as part of the tables in kernels.h. Sums have one
-// order: one by one, those of norms and of softmax in 16 lanes first. So all give the same bits. Numbers that a model
+// order: one by one, those of norms, softmax and dense products in lanes first. So all give the same
+// bits. Numbers that a model
 // keeps between two operations are rounded to its dtype, as torch does; those inside are floats.
 #pragma once
 
@@ -47,6 +49,10 @@ struct Decoding {
                    void* out);
   // out[i] = activation(gate[i]) * up[i], the first factor rounded first.
   void (*gate)(Kind, Activation, int64_t n, const void* gate, const void* up, void* out);
+  // out[token, row] = the sum of x[token] * w[row] for the rows [first, last) of w[rows, cols], which
+  // is of the kind; x[tokens, cols] are floats.
+  void (*dense)(Kind, int64_t tokens, int64_t rows, int64_t cols, const float* x, const void* w,
+                int64_t first, int64_t last, void* out);
   // Of the pairs of text and key head in [first, last).
   void (*attend)(Kind, const Attention&, int64_t first, int64_t last, float* scratch);
 };
@@ -55,6 +61,8 @@ struct Decoding {
 void rms_norm(Kind, int64_t rows, int64_t n, const void* x, const void* weight, float epsilon,
               void* out, int threads);
 void gate(Kind, Activation, int64_t n, const void* gate, const void* up, void* out, int threads);
+void dense(Kind, int64_t tokens, int64_t rows, int64_t cols, const void* x, const void* w, void* out,
+           int threads);
 void attend(Kind, const Attention&, int threads);
 
 }  // namespace ternarize
