@@ -1,14 +1,29 @@
-"""Speed of a packed model on the CPU, beside torch with the same model in BF16.
+"""How fast a whole model runs on the CPU: ours, torch in BF16, and llama.cpp on the same weights.
 
-    python benchmarks/inference.py --threads 2 --json inference.json
+    python benchmarks/inference.py [--threads 2] [--rounds 7] [--json F]
+    pip install gguf llama-cpp-python       # for llama.cpp; it may lie in another folder:
+    python benchmarks/inference.py --llama .../site-packages
 
-A LLaMA-shaped model of 1 B parameters (16 layers of synthetic.py) with random weights, in groups of
-128, with inputs rounded to 8 bits and not. The runs of all models take turns, so that noise of the
-machine meets all of them.
+The model is LLaMA-shaped, of about 1 B parameters (16 layers of synthetic.py), ternarized without
+data, with a scale per row or groups of 128. Each engine is a process of its own that sleeps until
+it is its turn, so that none disturbs another; in a round each has a turn: a prompt of 128 tokens,
+then 32 tokens one at a time (then ours 8 texts at once). Medians and best of the rounds; the
+ratios are medians of those within a round.
+
+llama.cpp has the head and the embedding in F16, as they are in ours, or in Q8_0 beside our int8.
+Its scales of rows are exact; groups of 128 it cannot have. Resident memory is what a process has
+more after loading than before, when it had already loaded a tiny model.
 """
 
+import argparse
+import gc
+import json
 import statistics
+import subprocess
+import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,64 +33,229 @@ import torch
 import transformers
 
 import ternarize
-from ternarize.bench import bytes_per_step, read_bandwidth, run
+from ternarize.bench import READ_BYTES, bytes_per_step, read_bandwidth, run
 from ternarize.convert import convert
+from ternarize.export import export
 from ternarize.plan import Recipe
+
+PROMPT, DECODE, BATCH = 128, 32, 8
+MB = 1 << 20
+Engine = dict[str, Any]
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--serve"]:
+        return serve(json.loads(sys.argv[2]))
     parser = common.parser(__doc__)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--decode", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--llama", type=Path, help="the folder that llama_cpp is installed in")
+    parser.add_argument("--no-llama", action="store_true", help="without llama.cpp")
+    parser.add_argument("--folder", type=Path, help="where models are kept for the next run")
     args = parser.parse_args()
     common.hide_bars()
-    torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        source, packed = Path(folder) / "source", Path(folder) / "packed"
-        synthetic.write_llama(source, args.layers)
-        convert(source, packed, Recipe(method="absmean"))
-        models: dict[str, Any] = {
-            "packed, int8 activations": ternarize.load(packed, activations="int8"),
-            "packed": ternarize.load(packed),
-            "torch bf16": transformers.AutoModelForCausalLM.from_pretrained(source),
-        }
-        figures = _measure(models, args.prompt, args.decode, args.batch, args.repeats)
-    bandwidth = read_bandwidth(args.repeats)
-    memory = "not measured" if bandwidth is None else f"{bandwidth / 1e9:.2f} GB/s"
-    print(f"{args.threads} threads, memory {memory}")
-    print(f"{'':26}{'prompt':>10}{'decode':>10} tokens/s{'weights':>10} GB/s")
-    for name, each in figures.items():
-        print(
-            f"{name:26}{each['prompt']:10.2f}{each['decode']:10.2f}"
-            f"{each['bytes_per_second'] / 1e9:19.2f}"
-        )
-    options = {key: value for key, value in vars(args).items() if key != "json"}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        figures = measure(make_engines(folder, args), args.rounds)
+    bandwidth = read_bandwidth(args.rounds)
+    for one in figures.values():
+        if bandwidth and "bytes_per_step" in one:
+            one["share_of_bandwidth"] = one["bytes_per_step"] * one["decode"] / bandwidth
+    show(figures, args.threads, bandwidth)
+    options = {"layers": args.layers, "threads": args.threads, "rounds": args.rounds}
     common.write_figures(
-        args.json, __file__, {"options": options, "bandwidth": bandwidth, "models": figures}
+        args.json, __file__, {"options": options, "bandwidth": bandwidth, "engines": figures}
     )
 
 
-def _measure(
-    models: dict[str, Any], prompt: int, decode: int, batch: int, repeats: int
-) -> dict[str, dict[str, float]]:
-    """Tokens per second of each model, medians; the first run of each is not counted."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    for _ in range(repeats + 1):
-        for name, model in models.items():
-            times[name].append(run(model, prompt, decode, batch))
-    figures = {}
-    for name, model in models.items():
-        seconds = [statistics.median(t) for t in zip(*times[name][1:], strict=True)]
-        figures[name] = {
-            "prompt": batch * prompt / seconds[0],
-            "decode": batch * decode / seconds[1],
-            "bytes_per_second": bytes_per_step(model, batch) * decode / seconds[1],
-        }
+def make_engines(folder: Path, args: argparse.Namespace) -> dict[str, Engine]:
+    """Make the models that are not there yet; by name, what each process is to load."""
+    source = folder / "source"
+    if not source.exists():
+        synthetic.write_llama(source, args.layers)
+        synthetic.write_llama(folder / "tiny", 1)
+    packed = {"rows": -1, "groups of 128": 128}
+    for name, group_size in packed.items():
+        if not (folder / name).exists():
+            convert(source, folder / name, Recipe(method="absmean", group_size=group_size))
+    if not (folder / "tiny packed").exists():
+        convert(folder / "tiny", folder / "tiny packed", Recipe(method="absmean"))
+    engines: dict[str, Engine] = {}
+    for name in packed:
+        for activations in ("int8", "none"):
+            for head in (None, "int8"):
+                label = f"{name}, activations {activations}" + (", int8 head" if head else "")
+                options = {"activations": activations, "head": head}
+                engines[label] = {"kind": "ternarize", "path": name, "options": options}
+    engines["torch bf16"] = {"kind": "torch", "path": "source"}
+    if not args.no_llama:
+        for blocks in ("tq2_0", "tq1_0"):
+            for head, kept in (("F16", "f16"), ("Q8_0", "q8_0")):
+                file = folder / f"{blocks}.{kept}.gguf"
+                if not file.exists():
+                    how = {"kind": blocks, "kept_type": kept, "tokenizer": False}
+                    export(folder / "rows", file, "gguf", allow_requantize=True, **how)
+                label = f"llama.cpp {blocks.upper()}, {head} head"
+                engines[label] = {"kind": "llama", "path": file.name}
+    for engine in engines.values():
+        engine |= {"folder": str(folder), "threads": args.threads, "llama": str(args.llama or "")}
+    return engines
+
+
+# ------------------------------------------------------------------------------------------------
+# A process of one engine: answers each line of its input with a line of figures
+
+
+def serve(engine: Engine) -> None:
+    turn, about = LOADERS[engine["kind"]](engine)
+    turn()  # what is done once
+    print(json.dumps(about), flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(turn()), flush=True)
+
+
+def load_transformers(engine: Engine) -> tuple[Callable[[], dict[str, float]], dict[str, Any]]:
+    common.hide_bars()
+    torch.set_num_threads(engine["threads"])
+    folder, options = Path(engine["folder"]), engine.get("options", {})
+    auto: Any = transformers.AutoModelForCausalLM
+    load: Any = ternarize.load if engine["kind"] == "ternarize" else auto.from_pretrained
+    load(folder / ("tiny packed" if engine["kind"] == "ternarize" else "tiny"), **options)
+    gc.collect()
+    before = resident()
+    model = load(folder / engine["path"], **options)
+    after = resident()
+    held = {id(p): p.nbytes for p in (*model.parameters(), *model.buffers())}
+    about = {
+        "bytes_per_step": bytes_per_step(model),
+        "held_mb": sum(held.values()) / MB,
+        "resident_mb": after["now"] - before["now"],
+        "peak_mb": after["peak"] - before["now"],
+    }
+
+    def turn() -> dict[str, float]:
+        prompt, decode = run(model, PROMPT, DECODE)
+        figures = {"prompt": PROMPT / prompt, "decode": DECODE / decode}
+        if engine["kind"] == "ternarize":
+            _, seconds = run(model, 8, 8, BATCH)
+            figures["batch"] = BATCH * 8 / seconds
+        return figures
+
+    return turn, about
+
+
+def load_llama(engine: Engine) -> tuple[Callable[[], dict[str, float]], dict[str, Any]]:
+    if engine["llama"]:
+        sys.path.insert(0, engine["llama"])
+    import llama_cpp
+
+    path, threads = str(Path(engine["folder"]) / engine["path"]), engine["threads"]
+    before = resident()
+    model = llama_cpp.Llama(
+        path, n_ctx=256, n_batch=PROMPT, n_threads=threads, n_threads_batch=threads, verbose=False
+    )
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(synthetic.VOCAB, (PROMPT + DECODE,), generator=generator).tolist()
+
+    def turn() -> dict[str, float]:
+        model.reset()
+        began = time.perf_counter()
+        model.eval(ids[:PROMPT])
+        read = time.perf_counter()
+        for token in ids[PROMPT:]:
+            model.eval([token])
+        done = time.perf_counter()
+        return {"prompt": PROMPT / (read - began), "decode": DECODE / (done - read)}
+
+    turn()
+    after = resident()
+    return turn, {
+        "held_mb": Path(path).stat().st_size / MB,
+        "resident_mb": after["now"] - before["now"],
+    }
+
+
+def resident() -> dict[str, float]:
+    """MB of this process in memory, now and at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    sizes = {key: int(rest.split()[0]) / 1024 for key, rest in _fields(lines) if key[:2] == "Vm"}
+    return {"now": sizes["VmRSS"], "peak": sizes["VmHWM"]}
+
+
+def _fields(lines: list[str]) -> list[tuple[str, str]]:
+    return [(line.split(":")[0], line.split(":")[1]) for line in lines]
+
+
+LOADERS = {"ternarize": load_transformers, "torch": load_transformers, "llama": load_llama}
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def measure(engines: dict[str, Engine], rounds: int) -> dict[str, dict[str, Any]]:
+    """By engine: medians and lists of its figures, and what its process said of itself."""
+    processes: dict[str, subprocess.Popen[str]] = {}
+    figures: dict[str, dict[str, Any]] = {}
+    try:
+        for name, engine in engines.items():
+            command = [sys.executable, "-W", "ignore", __file__, "--serve", json.dumps(engine)]
+            pipe = subprocess.PIPE
+            processes[name] = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+            figures[name] = {**answer(processes[name], name), "rounds": []}
+        for _ in range(rounds):
+            for name, process in processes.items():
+                assert process.stdin is not None
+                process.stdin.write("\n")
+                process.stdin.flush()
+                figures[name]["rounds"].append(answer(process, name))
+    finally:
+        for process in processes.values():
+            process.kill()
+    for one in figures.values():
+        for key in one["rounds"][0]:
+            one[key] = statistics.median(each[key] for each in one["rounds"])
+            one[f"best_{key}"] = max(each[key] for each in one["rounds"])
     return figures
+
+
+def answer(process: "subprocess.Popen[str]", name: str) -> dict[str, Any]:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise SystemExit(f"{name}: its process ended with {process.wait()}")
+    found: dict[str, Any] = json.loads(line)
+    return found
+
+
+def show(figures: dict[str, dict[str, Any]], threads: int, bandwidth: float | None) -> None:
+    memory = "not measured" if bandwidth is None else f"{bandwidth / 1e9:.1f} GB/s"
+    print(f"{threads} threads, reads of {READ_BYTES / MB:.0f} MB: {memory}\n")
+    peers = [name for name in figures if "TQ2_0" in name or name.startswith("torch")]
+    print(
+        "| tokens/s | prompt | decode | best | 8 texts | share | MB held | MB resident | peak |",
+        end="",
+    )
+    print("".join(f" prompt, decode x {name} |" for name in peers))
+    print("|---|" + "---|" * (8 + len(peers)))
+    for name, one in figures.items():
+        cells = [f"{one[key]:.1f}" for key in ("prompt", "decode", "best_decode")]
+        cells.append(f"{one['batch']:.0f}" if "batch" in one else "")
+        share = one.get("share_of_bandwidth")
+        cells.append("" if share is None else f"{share:.2f}")
+        cells += [
+            f"{one[k]:.0f}" if k in one else "" for k in ("held_mb", "resident_mb", "peak_mb")
+        ]
+        for peer in peers:
+            cells.append(
+                ", ".join(f"{ratio(one, figures[peer], key):.2f}" for key in ("prompt", "decode"))
+            )
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def ratio(one: dict[str, Any], other: dict[str, Any], key: str) -> float:
+    pairs = zip(one["rounds"], other["rounds"], strict=True)
+    return statistics.median(a[key] / b[key] for a, b in pairs)
 
 
 if __name__ == "__main__":
