@@ -515,7 +515,7 @@ def export(
         bool, typer.Option("--no-tokenizer", help="gguf: no vocabulary, token numbers alone.")
     ] = False,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="dense: dtype of weights; default: the model's.")
+        Dtype | None, typer.Option(help="dense, mlx: dtype of floats; default: the model's.")
     ] = None,
     allow_requantize: Annotated[
         bool,
@@ -537,20 +537,21 @@ def export(
     """
     from ternarize.export import export as run
 
-    given: dict[str, tuple[Target, Any]] = {
-        "type": (Target.gguf, type_.value if type_ else None),
-        "kept_type": (Target.gguf, kept_type.value if kept_type else None),
-        "no_tokenizer": (Target.gguf, no_tokenizer or None),
-        "dtype": (Target.dense, dtype.value if dtype else None),
+    given: dict[str, tuple[tuple[Target, ...], Any]] = {
+        "type": ((Target.gguf,), type_.value if type_ else None),
+        "kept_type": ((Target.gguf,), kept_type.value if kept_type else None),
+        "no_tokenizer": ((Target.gguf,), no_tokenizer or None),
+        "dtype": ((Target.dense, Target.mlx), dtype.value if dtype else None),
     }
     options = {}
-    for name, (target, value) in given.items():
+    for name, (targets, value) in given.items():
         if value is None:
             continue
-        if target != to:
+        if to not in targets:
             option = "--" + name.replace("_", "-")
+            known = " or ".join(target.value for target in targets)
             raise UsageError(
-                f"{option}: is for --to {target.value}, and this is --to {to.value}; leave it out."
+                f"{option}: is for --to {known}, and this is --to {to.value}; leave it out."
             )
         options[name] = value
     if options.pop("no_tokenizer", False):

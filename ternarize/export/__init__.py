@@ -1,14 +1,27 @@
 """Packed checkpoint -> files that other engines load."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ternarize.errors import UsageError
 from ternarize.export.common import open_verified
 from ternarize.export.gguf import export_gguf
+from ternarize.export.hugging_face import (
+    export_bitnet,
+    export_dense,
+    export_gemma_int2,
+    export_mlx,
+)
 from ternarize.progress import Progress
 
-TARGETS = {"gguf": export_gguf}
+TARGETS: dict[str, Callable[..., dict[str, Any]]] = {
+    "gguf": export_gguf,
+    "dense": export_dense,
+    "bitnet": export_bitnet,
+    "gemma-int2": export_gemma_int2,
+    "mlx": export_mlx,
+}
 
 
 def export(
