@@ -120,17 +120,19 @@ def export_gguf(
     for item in items:
         writer.add_tensor_info(item.name, item.shape, np.dtype(np.void), item.nbytes, item.type)
     with fresh_output(packed, output, folder=False) as partial:
-        writer.write_header_to_file(partial)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for item in items:
-            data = item.read().numpy()
-            assert data.nbytes == item.nbytes, item.name
-            writer.write_tensor_data(data)
-            done += item.nbytes
-            if progress:
-                progress(done, total, item.name, "writing")
-        writer.close()
+        try:
+            writer.write_header_to_file(partial)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for item in items:
+                data = item.read().numpy()
+                assert data.nbytes == item.nbytes, item.name
+                writer.write_tensor_data(data)
+                done += item.nbytes
+                if progress:
+                    progress(done, total, item.name, "writing")
+        finally:
+            writer.close()
     return {"to": "gguf", "type": kind, "tensors": len(items), **losses.report()}
 
 
