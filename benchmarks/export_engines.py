@@ -37,10 +37,11 @@ ROWS: dict[str, tuple[str, dict[str, Any], int, str, str]] = {
     "dense": ("dense", {}, 128, "none", "transformers"),
     "gemma-int2": ("gemma-int2", {}, -1, "none", "transformers"),
     "bitnet": ("bitnet", {}, 0, "int8", "transformers"),
-    "mlx": ("mlx", {"dtype": "float16"}, 128, "none", "mlx"),
     "gguf tq1_0": ("gguf", {"kind": "tq1_0"}, 256, "int8", "llama.cpp"),
     "gguf tq2_0": ("gguf", {"kind": "tq2_0"}, 256, "int8", "llama.cpp"),
     "gguf q2_0": ("gguf", {"kind": "q2_0"}, 128, "int8", "llama.cpp"),
+    # float32: MLX on a CPU has no fast products of float16
+    "mlx": ("mlx", {"dtype": "float32"}, 128, "none", "mlx"),
 }
 
 COMMON = """

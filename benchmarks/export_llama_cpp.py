@@ -13,6 +13,7 @@ the twin in float32 shows. Positions of all windows count for agreement, all but
 for perplexity; `clear` are positions where the first of two likeliest tokens is ahead by 0.1 nats.
 """
 
+import importlib
 import math
 import tempfile
 import time
@@ -20,7 +21,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import llama_cpp  # type: ignore[import-not-found]
 import numpy as np
 import torch
 from common import hide_bars, parser, write_figures
@@ -32,6 +32,8 @@ from ternarize.evaluate import cut_windows, open_tokenizer, read_documents
 from ternarize.export import export
 from ternarize.linear import TernaryLinear
 
+llama_cpp: Any = importlib.import_module("llama_cpp")  # has no types for us
+Engine = Any
 BLOCK = 256
 SEQ_LEN = 256
 PROMPTS = ("The function returns", "This proposal describes")
@@ -100,7 +102,7 @@ def main() -> None:
     write_figures(given.json, __file__, figures)
 
 
-def open_engine(path: Path, threads: int, **options: Any) -> llama_cpp.Llama:
+def open_engine(path: Path, threads: int, **options: Any) -> Engine:
     return llama_cpp.Llama(
         str(path),
         n_ctx=SEQ_LEN,
@@ -142,7 +144,7 @@ def logits_of(model: Any, windows: Tensor) -> Tensor:
         return torch.cat([model(window[None]).logits.float() for window in windows])
 
 
-def engine_logits(engine: llama_cpp.Llama, window: Tensor) -> Tensor:
+def engine_logits(engine: Engine, window: Tensor) -> Tensor:
     engine.reset()
     engine.eval(window.tolist())
     return torch.from_numpy(np.array(engine.scores[: len(window)]))
@@ -166,7 +168,7 @@ def compare(theirs: Tensor, ours: Tensor, windows: Tensor) -> dict[str, float]:
     }
 
 
-def same_tokens(engine: llama_cpp.Llama, tokenizer: Any, documents: list[str]) -> str:
+def same_tokens(engine: Engine, tokenizer: Any, documents: list[str]) -> str:
     """How many documents have the same tokens in both."""
     same = sum(
         engine.tokenize(text.encode(), add_bos=True) == tokenizer(text, verbose=False)["input_ids"]
@@ -175,7 +177,7 @@ def same_tokens(engine: llama_cpp.Llama, tokenizer: Any, documents: list[str]) -
     return f"{same} of {len(documents)} documents"
 
 
-def engine_speed(engine: llama_cpp.Llama, windows: Tensor) -> list[float]:
+def engine_speed(engine: Engine, windows: Tensor) -> list[float]:
     """Tokens per second: reading 128 at once, then writing 64 one by one; medians of 3."""
 
     def run(take: Callable[[list[int]], None]) -> tuple[float, float]:
@@ -192,7 +194,7 @@ def engine_speed(engine: llama_cpp.Llama, windows: Tensor) -> list[float]:
     return [sorted(each)[1] for each in zip(*runs, strict=True)]
 
 
-def continuations(engine: llama_cpp.Llama, model: Any, tokenizer: Any) -> list[dict[str, Any]]:
+def continuations(engine: Engine, model: Any, tokenizer: Any) -> list[dict[str, Any]]:
     """Greedy texts of both, and how many tokens they have in common at the start."""
     rows = []
     for prompt in PROMPTS:

@@ -43,6 +43,7 @@ from ternarize.plan import Recipe
 from ternarize.tensor import Ternary
 
 WORDS = "def function(value: int) -> None:\n    return the value of 123 numbers, it's 42%.\n" * 20
+EXAMPLE_TEXT = Path(__file__).resolve().parent.parent / "examples" / "eval.txt"
 SPECIAL = "<|begin|>"
 # sizes that blocks of 256 divide, with fewer heads for keys than for queries
 WIDE: dict[str, Any] = {
@@ -633,7 +634,7 @@ def test_splits_are_known_by_their_definition(
         (_steps(_regex(r"\d+"), _BYTES), {}, "splits text by .*Regex.*--no-tokenizer"),
         (_steps(_regex(LLAMA3_SPLIT), _BYTES), {}, "splits text by"),  # without ignore_merges
         (tokenizers.pre_tokenizers.Whitespace(), {"unk_token": SPECIAL}, "splits text by"),
-        (None, {"byte_fallback": True}, "is BPE with byte fallback"),
+        (None, {"byte_fallback": True}, "prepares text by .*ByteLevel"),
     ],
 )
 def test_unknown_splits_are_refused(
@@ -642,6 +643,130 @@ def test_unknown_splits_are_refused(
     train_tokenizer(tmp_path, split=split, **options)
     with pytest.raises(CheckpointError, match=message):
         vocabulary.write(Recorder(), tmp_path, 330)
+
+
+def sentencepiece_like(directory: Path, normalizer: Any = None, spoil: str = "") -> Any:
+    """BPE over characters with spaces as U+2581, single bytes, and every merge that is possible."""
+    space = vocabulary.SPACE
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(space)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, show_progress=False)
+    trained.train_from_iterator([WORDS + EXAMPLE_TEXT.read_text()], trainer)
+    learned = sorted(trained.get_vocab().items(), key=lambda item: item[1])
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces = [word for word, _ in learned]
+    vocab = {word: at for at, word in enumerate([*words, *pieces])}
+    merges = [
+        (word[:cut], word[cut:])
+        for word in pieces
+        for cut in range(1, len(word))
+        if word[:cut] in vocab and word[cut:] in vocab
+    ]
+    assert len(merges) > len([word for word in pieces if len(word) > 1])  # some in several ways
+    if spoil == "missing":
+        merges.remove(next(m for m in merges if merges.count(m) == 1 and len("".join(m)) > 3))
+    if spoil == "apart":
+        made = ["".join(merge) for merge in merges]
+        merges.append(merges.pop(next(n for n, w in enumerate(made) if made.count(w) > 1)))
+    if spoil == "byte":
+        vocab["<0x0>"] = vocab.pop("<0x00>")
+    model = tokenizers.models.BPE(
+        vocab, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True
+    )
+    tokenizer = tokenizers.Tokenizer(model)
+    part = tokenizers.normalizers
+    tokenizer.normalizer = normalizer or part.Sequence(
+        [part.Prepend(space), part.Replace(" ", space)]
+    )
+    tokenizer.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace(space, " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+        ]
+    )
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    make: Any = transformers.PreTrainedTokenizerFast
+    wrapped = make(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    wrapped.save_pretrained(directory)
+    return wrapped
+
+
+TEXTS = ["return the value of 42", " two  spaces,\n\na — ünïcode", "functionvalue: numbers, it's"]
+
+
+def test_sentencepiece_vocabularies(tmp_path: Path) -> None:
+    """Merging by the scores that are written gives the tokens of the original."""
+    tokenizer = sentencepiece_like(tmp_path)
+    recorder = Recorder()
+    vocabulary.write(recorder, tmp_path, 600)
+    calls = recorder.calls
+    assert calls["add_tokenizer_model"] == "llama" and calls["add_add_space_prefix"] is True
+    kinds = gguf.TokenType
+    assert calls["add_token_types"][:4] == [kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL, kinds.BYTE]
+    scores = dict(zip(calls["add_token_list"], calls["add_token_scores"], strict=True))
+
+    def merge(text: str) -> list[str]:
+        """As llama.cpp does: of all neighbours that make a token, those of the highest score."""
+        parts = list(vocabulary.SPACE + text.replace(" ", vocabulary.SPACE))
+        while True:
+            pairs = [
+                (-scores[a + b], at)
+                for at, (a, b) in enumerate(zip(parts, parts[1:], strict=False))
+                if a + b in scores
+            ]
+            if not pairs:
+                break
+            _, at = min(pairs)
+            parts[at : at + 2] = ["".join(parts[at : at + 2])]
+        return [
+            token
+            for part in parts
+            for token in ([part] if part in scores else [f"<0x{b:02X}>" for b in part.encode()])
+        ]
+
+    for text in TEXTS:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert merge(text) == tokenizer.convert_ids_to_tokens(ids)
+    assert any(len(token) > 4 for text in TEXTS for token in merge(text))
+
+
+def test_sentencepiece_vocabularies_in_llama_cpp(source: Path, tmp_path: Path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    config = CONFIGS["llama"]()
+    config.vocab_size, config.bos_token_id, config.eos_token_id = 600, 1, 2
+    make_source(tmp_path / "source", config)
+    tokenizer = sentencepiece_like(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "packed", Recipe("absmean", 256))
+    export(tmp_path / "packed", tmp_path / "m.gguf", "gguf")
+    model = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=64, verbose=False)
+    for text in TEXTS:
+        assert model.tokenize(text.encode(), add_bos=True) == tokenizer(text)["input_ids"]
+    model.close()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        ("missing", "does not merge"),
+        ("apart", "merges .* at two places"),
+        ("byte", "has no token <0x00>"),
+    ],
+)
+def test_merges_that_scores_cannot_say_are_refused(
+    tmp_path: Path, spoil: str, message: str
+) -> None:
+    sentencepiece_like(tmp_path, spoil=spoil)
+    with pytest.raises(CheckpointError, match=message):
+        vocabulary.write(Recorder(), tmp_path, 600)
+
+
+def test_other_preparations_of_text_are_refused(tmp_path: Path) -> None:
+    sentencepiece_like(tmp_path, normalizer=tokenizers.normalizers.Lowercase())
+    with pytest.raises(CheckpointError, match="prepares text by .*Lowercase"):
+        vocabulary.write(Recorder(), tmp_path, 600)
 
 
 def test_more_tokens_than_the_model_has_are_refused(tmp_path: Path) -> None:

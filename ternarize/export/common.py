@@ -76,6 +76,20 @@ def open_verified(model: str | Path) -> Packed:
     return Packed(checkpoint, records)
 
 
+def model_config(packed: Packed) -> Any:
+    """The configuration as transformers reads it, without running code of the checkpoint."""
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(packed.directory, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, AttributeError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"{packed.directory / 'config.json'}: transformers {transformers.__version__} cannot "
+            f"use it ({first[:200]}). Export it to dense."
+        ) from error
+
+
 # --- what can be carried -------------------------------------------------------------------------
 
 

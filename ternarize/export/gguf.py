@@ -33,6 +33,7 @@ from ternarize.export.common import (
     carry_or_refit,
     common_scales,
     fresh_output,
+    model_config,
 )
 from ternarize.progress import Progress
 from ternarize.tensor import Ternary
@@ -100,9 +101,7 @@ def export_gguf(
         raise UsageError(f"type: {kind!r}; expected one of {', '.join(blocks.TYPES)}.")
     if kept_type is not None and kept_type not in KEPT_TYPES:
         raise UsageError(f"kept type: {kept_type!r}; expected one of {', '.join(KEPT_TYPES)}.")
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(packed.directory)
+    config = model_config(packed)
     architecture = _architecture(packed, config)
     losses = Losses(kind.upper(), allow_requantize)
     for name, record in packed.records.items():

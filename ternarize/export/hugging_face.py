@@ -33,7 +33,14 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ternarize.checkpoint import DTYPE_NAMES, DTYPES, INDEX, SAFETENSORS, byte_view
 from ternarize.errors import CheckpointError, UsageError, WeightError
-from ternarize.export.common import Losses, Packed, carry, carry_or_refit, fresh_output
+from ternarize.export.common import (
+    Losses,
+    Packed,
+    carry,
+    carry_or_refit,
+    fresh_output,
+    model_config,
+)
 from ternarize.plan import RECORD, small_files
 from ternarize.progress import Progress
 from ternarize.select import config_dtype, locate
@@ -320,7 +327,7 @@ def _split_modules(packed: Packed, losses: Losses) -> tuple[list[str], list[str]
     """
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(packed.directory)
+    config = model_config(packed)
     architecture = (config.architectures or ["none"])[0]
     model_class = getattr(transformers, architecture, None)
     if model_class is None:
