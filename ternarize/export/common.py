@@ -105,7 +105,9 @@ def common_scales(ternary: Ternary, block: int) -> Tensor | None:
     length = group_length(cols, ternary.group_size)
     unit = math.gcd(length, block)  # no group and no block ends within a unit
     scales = ternary.scales.repeat_interleave(length // unit, -1)[..., : cols // unit]
-    used = torch.unflatten(ternary.trits, -1, (-1, unit)).ne(0).any(-1)
+    wide = unit % 8 == 0  # eight trits at a time
+    words = ternary.trits.contiguous().view(torch.int64) if wide else ternary.trits
+    used = torch.unflatten(words, -1, (-1, unit // 8 if wide else unit)).ne(0).any(-1)
     scales = torch.where(used, scales, 0.0)
     scales = torch.unflatten(scales, -1, (cols // block, block // unit))
     largest = scales.amax(-1)
