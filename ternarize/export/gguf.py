@@ -13,6 +13,7 @@ neighbour. With a head's rows as (2, dim / 2), theirs are (dim / 2, 2).
 import importlib
 import logging
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,8 @@ ARCHITECTURES = {
     "MistralForCausalLM": Architecture("llama", permuted=True),
     "Qwen2ForCausalLM": Architecture("qwen2"),
     "Qwen3ForCausalLM": Architecture("qwen3"),
+    "MixtralForCausalLM": Architecture("llama", permuted=True),
+    "Qwen3MoeForCausalLM": Architecture("qwen3moe"),
 }
 
 
@@ -109,7 +112,6 @@ def export_gguf(
             losses.add(carry(packed, name, blocks.TYPES[kind].block, torch.float16)[1], name)
     losses.stop_unless_allowed(packed, _advice(packed, kind))
     writer = gguf.GGUFWriter(None, architecture.name)
-    _write_metadata(gguf, writer, packed, config, kind)
     if tokenizer:
         vocabulary.write(writer, packed.directory, config.vocab_size)
     else:
@@ -118,6 +120,7 @@ def export_gguf(
     total, done = sum(item.nbytes for item in items), 0
     for item in items:
         writer.add_tensor_info(item.name, item.shape, np.dtype(np.void), item.nbytes, item.type)
+    _write_metadata(gguf, writer, packed, config, kind)
     with fresh_output(packed, output, folder=False) as partial:
         try:
             writer.write_header_to_file(partial)
@@ -173,6 +176,10 @@ def _architecture(packed: Packed, config: Any) -> Architecture:
             ("rope_type", rope.get("rope_type", "default"), ("default", "linear", "llama3")),
             ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), (1.0,)),
             ("use_sliding_window", getattr(config, "use_sliding_window", False), (False, None)),
+            # of mixtures of experts: in every layer, with weights that sum to one
+            ("norm_topk_prob", getattr(config, "norm_topk_prob", True), (True,)),
+            ("decoder_sparse_step", getattr(config, "decoder_sparse_step", 1), (1,)),
+            ("mlp_only_layers", getattr(config, "mlp_only_layers", None) or [], ([],)),
         )
         if value not in known
     ]
@@ -191,9 +198,9 @@ def _head_dim(config: Any) -> int:
 
 def _write_metadata(gguf: Any, writer: Any, packed: Packed, config: Any, kind: str) -> None:
     """The keys that llama.cpp reads for a decoder of LLaMA's kind, and those about the model."""
-    parameters = sum(math.prod(packed.info(name)[1]) for name in packed.records)
-    about = gguf.Metadata.load(None, packed.directory, None, parameters)
-    about.size_label = gguf.size_label(parameters, parameters, 0, 0)
+    counts = writer.get_total_parameter_count()
+    about = gguf.Metadata.load(None, packed.directory, None, counts[0])
+    about.size_label = gguf.size_label(*counts)
     writer.add_type(gguf.GGUFType.MODEL)
     about.set_gguf_meta_model(writer)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -205,6 +212,12 @@ def _write_metadata(gguf: Any, writer: Any, packed: Packed, config: Any, kind: s
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
+    experts = getattr(config, "num_local_experts", None)
+    if experts:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        if hasattr(config, "moe_intermediate_size"):
+            writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(_head_dim(config))
@@ -255,10 +268,13 @@ def _items(
     factors = _rope_factors(config)
     if factors is not None:
         items.append(_float_item("rope_freqs.weight", factors, "F32"))
+    stacks: dict[str, dict[int, Item]] = {}
     for name in packed.records:
         if name.endswith(".rotary_emb.inv_freq"):  # old checkpoints; the metadata says the same
             continue
-        new = names.get_name(name, (".weight", ".bias"))
+        # one matrix for each expert here, one tensor of all of a layer there
+        expert = re.fullmatch(r"(.+\.experts)\.(\d+)(\.\w+\.weight)", name)
+        new = names.get_name(expert[1] + expert[3] if expert else name, (".weight", ".bias"))
         if new is None:
             raise CheckpointError(
                 f"{packed.checkpoint.tensors[name].file}: {name} has no name in llama.cpp's "
@@ -266,8 +282,32 @@ def _items(
                 "Export it to dense, and use llama.cpp's own converter."
             )
         order = _order(name, config) if architecture.permuted else None
-        items.append(_item(packed, name, new, order, kind, kept_type, losses))
+        item = _item(packed, name, new, order, kind, kept_type, losses)
+        if expert is None:
+            items.append(item)
+        else:
+            stacks.setdefault(new, {})[int(expert[2])] = item
+    items += [_stack(packed, config, new, found) for new, found in stacks.items()]
     return items
+
+
+def _stack(packed: Packed, config: Any, name: str, experts: dict[int, Item]) -> Item:
+    """The matrices of all experts, one behind the other."""
+    count = config.num_local_experts
+    parts = [experts[number] for number in sorted(experts)]
+    if sorted(experts) != list(range(count)) or len({(p.type, p.shape) for p in parts}) > 1:
+        raise CheckpointError(
+            f"{packed.directory}: {name}: {len(experts)} experts of {count}, in "
+            f"{len({p.type for p in parts})} types; expected all of them in one. Convert the "
+            "source without --keep of single experts."
+        )
+    return Item(
+        name,
+        parts[0].type,
+        (count, *parts[0].shape),
+        sum(part.nbytes for part in parts),
+        lambda: torch.cat([part.read().flatten() for part in parts]),
+    )
 
 
 def _order(name: str, config: Any) -> Tensor | None:
@@ -318,7 +358,9 @@ def _item(
 
         nbytes = math.prod(shape) // 32 * 34
         return Item(new, blocks.Q8_0, shape, nbytes, int8)
-    target = "F32" if len(shape) < 2 else KEPT_TYPES.get(kept_type or "", dtype)
+    # llama.cpp wants vectors, and routers, in F32
+    single = len(shape) < 2 or new.endswith(".ffn_gate_inp.weight")
+    target = "F32" if single else KEPT_TYPES.get(kept_type or "", dtype)
     if record.shape is not None:  # what no block can hold: nothing is lost in float32
         target = KEPT_TYPES.get(kept_type or "", "F32")
     if target not in _FLOATS and target != "Q8_0":
