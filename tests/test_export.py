@@ -39,7 +39,7 @@ from ternarize.convert import convert
 from ternarize.errors import CheckpointError, OutputError, TernarizeError, UsageError
 from ternarize.export import blocks, export, hugging_face, vocabulary
 from ternarize.export import gguf as to_gguf
-from ternarize.export.common import common_scales
+from ternarize.export.common import common_scales, open_verified
 from ternarize.plan import Recipe
 from ternarize.tensor import Ternary
 
@@ -380,10 +380,20 @@ def test_experts_become_one_tensor_in_their_order(tmp_path: Path) -> None:
         if name.startswith("model.layers.1.block_sparse_moe.experts.") and ".w2." in name:
             dense = container.dequantize(stored[name], stored[name + "_scale"], record)
             assert np.array_equal(found[int(name.split(".")[5])], dense.numpy())
-    keep = ("*.experts.2.w2.weight",)
-    with pytest.raises(TernarizeError):  # refused here, or already by the conversion
-        convert(source, tmp_path / "mixed", Recipe("absmean", 256, keep))
-        export(tmp_path / "mixed", tmp_path / "x.gguf", "gguf")
+
+
+def test_experts_of_two_types_are_no_stack(packed: Callable[..., Path]) -> None:
+    model = open_verified(packed(256))
+    config = _config("Mixtral", num_local_experts=2)
+
+    def item(kind: int) -> to_gguf.Item:
+        return to_gguf.Item("x", kind, (1, 256), 66, lambda: torch.zeros(66, dtype=torch.uint8))
+
+    whole = to_gguf._stack(model, config, "x", {1: item(35), 0: item(35)})
+    assert whole.shape == (2, 1, 256) and whole.read().numel() == whole.nbytes == 132
+    for experts in ({0: item(35), 1: item(1)}, {0: item(35)}, {0: item(35), 2: item(35)}):
+        with pytest.raises(CheckpointError, match="experts of 2, in . types"):
+            to_gguf._stack(model, config, "x", experts)
 
 
 @pytest.mark.parametrize("group_size", [-1, 0, 512, 256])
