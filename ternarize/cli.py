@@ -66,6 +66,27 @@ class RunEnd(str, Enum):
     int8 = "int8"
 
 
+class Target(str, Enum):
+    gguf = "gguf"
+    dense = "dense"
+    bitnet = "bitnet"
+    gemma_int2 = "gemma-int2"
+    mlx = "mlx"
+
+
+class GgufType(str, Enum):
+    tq2_0 = "tq2_0"
+    tq1_0 = "tq1_0"
+    q2_0 = "q2_0"
+
+
+class KeptType(str, Enum):
+    f16 = "f16"
+    bf16 = "bf16"
+    f32 = "f32"
+    q8_0 = "q8_0"
+
+
 Model = Annotated[str, typer.Argument(help="Checkpoint directory, or Hub id user/name@revision.")]
 Packed = Annotated[
     str, typer.Argument(help="Packed checkpoint: directory, or Hub id user/name@revision.")
@@ -547,6 +568,101 @@ def eval_(
     out = _out()
     number = f"{result['windows']} windows" if "windows" in result else f"{result['lines']} lines"
     out.print(f"{number}, {result['tokens']:,} tokens, {result['dtype']} on {result['device']}")
+
+
+@command
+def export(
+    model: Packed,
+    output: Annotated[Path, typer.Argument(help="File (gguf) or directory to make.")],
+    to: Annotated[Target, typer.Option(help="Engine or format to export for.")],
+    type_: Annotated[
+        GgufType | None,
+        typer.Option(
+            "--type",
+            help="gguf: blocks of ternary weights: tq2_0 and tq1_0 of 256, q2_0 of 64; default: "
+            "tq2_0.",
+        ),
+    ] = None,
+    kept_type: Annotated[
+        KeptType | None, typer.Option(help="gguf: type of kept matrices; default: as they are.")
+    ] = None,
+    no_tokenizer: Annotated[
+        bool, typer.Option("--no-tokenizer", help="gguf: no vocabulary, token numbers alone.")
+    ] = False,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="dense, mlx: dtype of floats; default: the model's.")
+    ] = None,
+    allow_requantize: Annotated[
+        bool,
+        typer.Option(
+            "--allow-requantize",
+            help="Where the target cannot hold what is packed, take the nearest and measure it.",
+        ),
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a packed checkpoint for another engine.
+
+    gguf is for llama.cpp; dense, bitnet and gemma-int2 load in transformers without ternarize; mlx
+    is MLX's affine layout. What the target cannot carry exactly is refused by name.
+
+    Example: ternarize export packed model.gguf --to gguf --type q2_0
+    """
+    from ternarize.export import export as run
+
+    given: dict[str, tuple[tuple[Target, ...], Any]] = {
+        "type": ((Target.gguf,), type_.value if type_ else None),
+        "kept_type": ((Target.gguf,), kept_type.value if kept_type else None),
+        "no_tokenizer": ((Target.gguf,), no_tokenizer or None),
+        "dtype": ((Target.dense, Target.mlx), dtype.value if dtype else None),
+    }
+    options = {}
+    for name, (targets, value) in given.items():
+        if value is None:
+            continue
+        if to not in targets:
+            option = "--" + name.replace("_", "-")
+            known = " or ".join(target.value for target in targets)
+            raise UsageError(
+                f"{option}: is for --to {known}, and this is --to {to.value}; leave it out."
+            )
+        options[name] = value
+    if options.pop("no_tokenizer", False):
+        options["tokenizer"] = False
+    if "type" in options:
+        options["kind"] = options.pop("type")
+    _quiet_transformers()
+    with _progress(quiet) as update:
+        result = run(
+            model, output, to.value, allow_requantize=allow_requantize, progress=update, **options
+        )
+    if as_json:
+        _print_json({"model": model, **result})
+        return
+    _print_export(result)
+
+
+def _print_export(result: dict[str, Any]) -> None:
+    out = _out()
+    exact = "every weight as packed" if result["exact"] else "not exact"
+    out.print(
+        f"{escape(result['output'])}: {result['tensors']} tensors, {_size(result['bytes'])}, "
+        f"{exact}",
+        soft_wrap=True,
+    )
+    for what in result["lost"]:
+        out.print(f"lost: {escape(what)}", soft_wrap=True)
+    for note in result.get("notes", ()):
+        out.print(f"note: {escape(note)}", soft_wrap=True)
+    if result["errors"]:
+        grid = Table("tensors", "count", "relative error", "worst", box=None)
+        for row in result["errors"]:
+            worst = f"{row['worst_relative_error']:.3g} {row['worst']}"
+            error = f"{row['relative_error']:.3g}"
+            grid.add_row(escape(row["tensors"]), str(row["count"]), error, escape(worst))
+        out.print(grid)
 
 
 @command

@@ -454,7 +454,7 @@ def plan(
         )
         for i, tensors in enumerate(by_file.values(), 1)
     ]
-    copied, left_out = _small_files(directory)
+    copied, left_out = small_files(directory)
     return Plan(source, str(model), recipe, shards, copied, left_out, notes)
 
 
@@ -572,7 +572,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", "
 _COPIED = (".json", ".jsonl", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".vocab", ".bpe")
 
 
-def _small_files(directory: Path) -> tuple[list[str], list[str]]:
+def small_files(directory: Path) -> tuple[list[str], list[str]]:
     """Files to copy byte for byte (tokenizer, generation config, ...), and what is left out."""
     copied: list[str] = []
     left_out: list[str] = []

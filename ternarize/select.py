@@ -219,7 +219,7 @@ def skeleton_shapes(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, .
     unsaved = set(skeleton.model._keys_to_ignore_on_save or ()) | set(skeleton.tied)
     stored = {name: t for name, t in skeleton.parameters.items() if name not in unsaved}
     on_disk = revert_weight_conversion(skeleton.model, stored)
-    dtype = _config_dtype(config)
+    dtype = config_dtype(config)
     return {
         name: (_DTYPES[dtype if tensor.is_floating_point() else tensor.dtype], tuple(tensor.shape))
         for name, tensor in on_disk.items()
@@ -723,7 +723,7 @@ _DTYPES = {
 }
 
 
-def _config_dtype(config: Mapping[str, Any]) -> torch.dtype:
+def config_dtype(config: Mapping[str, Any]) -> torch.dtype:
     """The floating-point dtype that config.json states, for the model or for its text model."""
     for part in (config, config.get("text_config") or {}):
         for key in ("dtype", "torch_dtype"):

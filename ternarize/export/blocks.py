@@ -1,0 +1,107 @@
+"""Blocks of ggml: trits and scales as llama.cpp stores them, without a detour through floats.
+
+A block holds `block` weights of a row and one float16 scale d; weight = d * trit.
+
+    TQ2_0   256 weights, 66 bytes, 2.0625 bits each
+            qs[64]: byte m of half h (0, 1) has weights 128 h + m + {0, 32, 64, 96} in bits
+            0-1, 2-3, 4-5, 6-7, as trit + 1; then d
+    TQ1_0   256 weights, 54 bytes, 1.6875 bits each
+            qs[0..31]: byte m has weights m + {0, 32, 64, 96, 128}
+            qs[32..47]: byte 32 + m has weights 160 + m + {0, 16, 32, 48, 64}
+            qh[0..3]: byte m has weights 240 + m + {0, 4, 8, 12}, as four trits and a fifth of -1
+            each as ceil(v * 256 / 243) with v = sum of (trit_n + 1) * 3^(4 - n); then d
+    Q2_0    64 weights, 18 bytes, 2.25 bits each
+            d; then qs[16]: byte m has weights 4 m + {0, 1, 2, 3} from the low bits, as trit + 1
+    Q8_0    32 weights, 34 bytes, 8.5 bits each: d; then 32 int8
+
+Described in ggml-common.h and ggml-quants.c of llama.cpp; all numbers are little-endian.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ternarize.tensor import Ternary
+
+
+@dataclass(frozen=True)
+class BlockType:
+    """A ternary type of ggml.
+
+    id         ggml's number of the type
+    file_type  general.file_type of a model that is mostly of this type
+    block      weights in a block
+    nbytes     bytes of a block
+    """
+
+    id: int
+    file_type: int
+    block: int
+    nbytes: int
+
+
+TYPES = {
+    "tq1_0": BlockType(34, 36, 256, 54),
+    "tq2_0": BlockType(35, 37, 256, 66),
+    "q2_0": BlockType(42, 41, 64, 18),
+}
+Q8_0 = 8
+Q8_0_BLOCK = 32
+
+
+def encode(ternary: Ternary, kind: str) -> Tensor:
+    """The bytes of a matrix in blocks of a ternary type.
+
+    ternary  trits (rows, cols), scales (rows, cols / block), float16 numbers
+    kind     a name of TYPES
+
+    Returns (rows, cols / block * nbytes) uint8.
+    """
+    rows = ternary.trits.shape[0]
+    digits = (ternary.trits + 1).to(torch.uint8).reshape(-1, TYPES[kind].block)
+    d = _scale_bytes(ternary.scales)
+    parts = {
+        "tq1_0": lambda: [_base3(digits), d],
+        "tq2_0": lambda: [_two_bits(digits.view(-1, 2, 4, 32), 2).flatten(1), d],
+        "q2_0": lambda: [d, _two_bits(digits.view(-1, 16, 4), 2)],
+    }[kind]()
+    return torch.cat(parts, 1).view(rows, -1)
+
+
+def encode_q8_0(values: Tensor, scales: Tensor) -> Tensor:
+    """The bytes of int8 weights in Q8_0.
+
+    values  (rows, cols) int8, cols a multiple of 32
+    scales  (rows, cols / 32) float64, float16 numbers
+
+    Returns (rows, cols / 32 * 34) uint8.
+    """
+    blocks = values.contiguous().view(torch.uint8).reshape(-1, Q8_0_BLOCK)
+    return torch.cat([_scale_bytes(scales), blocks], 1).view(values.shape[0], -1)
+
+
+def _scale_bytes(scales: Tensor) -> Tensor:
+    return scales.to(torch.float16).reshape(-1, 1).contiguous().view(torch.uint8)
+
+
+def _two_bits(digits: Tensor, dim: int) -> Tensor:
+    """Four digits along `dim` in a byte, the first in the low bits."""
+    a, b, c, d = digits.unbind(dim)
+    return a | b << 2 | c << 4 | d << 6
+
+
+def _base3(digits: Tensor) -> Tensor:
+    """(blocks, 256) digits -> the 48 + 4 bytes of TQ1_0."""
+    long, short, rest = digits[:, :160], digits[:, 160:240], digits[:, 240:]
+    padded = torch.nn.functional.pad(rest.reshape(-1, 4, 4), (0, 0, 0, 1))
+    return torch.cat(
+        [_fifths(long.reshape(-1, 5, 32)), _fifths(short.reshape(-1, 5, 16)), _fifths(padded)], 1
+    )
+
+
+def _fifths(digits: Tensor) -> Tensor:
+    """(blocks, 5, n) digits -> (blocks, n) bytes, the first digit the most significant."""
+    powers = torch.tensor([81, 27, 9, 3, 1], dtype=torch.int32)
+    values = (digits.to(torch.int32) * powers.view(5, 1)).sum(1)
+    return ((values * 256 + 242) // 243).to(torch.uint8)
