@@ -12,11 +12,13 @@ ratios are medians of those within a round.
 
 llama.cpp has the head and the embedding in F16, as they are in ours, or in Q8_0 beside our int8.
 Its scales of rows are exact; groups of 128 it cannot have. Resident memory is what a process has
-more after loading than before, when it had already loaded a tiny model.
+more after its first turn than before loading, when it had already loaded a tiny model; pages of the
+file, which the system can drop, count in it, but not in private memory. The peak is that of loading.
 """
 
 import argparse
 import gc
+import importlib
 import json
 import statistics
 import subprocess
@@ -40,6 +42,7 @@ from ternarize.plan import Recipe
 
 PROMPT, DECODE, BATCH = 128, 32, 8
 MB = 1 << 20
+SIZES = ("held_mb", "resident_mb", "private_mb", "peak_mb")
 Engine = dict[str, Any]
 
 
@@ -94,7 +97,7 @@ def make_engines(folder: Path, args: argparse.Namespace) -> dict[str, Engine]:
             for head, kept in (("F16", "f16"), ("Q8_0", "q8_0")):
                 file = folder / f"{blocks}.{kept}.gguf"
                 if not file.exists():
-                    how = {"kind": blocks, "kept_type": kept, "tokenizer": False}
+                    how: Any = {"kind": blocks, "kept_type": kept, "tokenizer": False}
                     export(folder / "rows", file, "gguf", allow_requantize=True, **how)
                 label = f"llama.cpp {blocks.upper()}, {head} head"
                 engines[label] = {"kind": "llama", "path": file.name}
@@ -109,7 +112,6 @@ def make_engines(folder: Path, args: argparse.Namespace) -> dict[str, Engine]:
 
 def serve(engine: Engine) -> None:
     turn, about = LOADERS[engine["kind"]](engine)
-    turn()  # what is done once
     print(json.dumps(about), flush=True)
     for _ in sys.stdin:
         print(json.dumps(turn()), flush=True)
@@ -125,13 +127,12 @@ def load_transformers(engine: Engine) -> tuple[Callable[[], dict[str, float]], d
     gc.collect()
     before = resident()
     model = load(folder / engine["path"], **options)
-    after = resident()
+    peak = resident()["peak"]
     held = {id(p): p.nbytes for p in (*model.parameters(), *model.buffers())}
     about = {
         "bytes_per_step": bytes_per_step(model),
         "held_mb": sum(held.values()) / MB,
-        "resident_mb": after["now"] - before["now"],
-        "peak_mb": after["peak"] - before["now"],
+        "peak_mb": peak - before["now"],
     }
 
     def turn() -> dict[str, float]:
@@ -142,13 +143,17 @@ def load_transformers(engine: Engine) -> tuple[Callable[[], dict[str, float]], d
             figures["batch"] = BATCH * 8 / seconds
         return figures
 
+    turn()
+    after = resident()
+    about["resident_mb"] = after["now"] - before["now"]
+    about["private_mb"] = after["private"] - before["private"]
     return turn, about
 
 
 def load_llama(engine: Engine) -> tuple[Callable[[], dict[str, float]], dict[str, Any]]:
     if engine["llama"]:
         sys.path.insert(0, engine["llama"])
-    import llama_cpp
+    llama_cpp: Any = importlib.import_module("llama_cpp")  # has no types for us
 
     path, threads = str(Path(engine["folder"]) / engine["path"]), engine["threads"]
     before = resident()
@@ -173,18 +178,16 @@ def load_llama(engine: Engine) -> tuple[Callable[[], dict[str, float]], dict[str
     return turn, {
         "held_mb": Path(path).stat().st_size / MB,
         "resident_mb": after["now"] - before["now"],
+        "private_mb": after["private"] - before["private"],
     }
 
 
 def resident() -> dict[str, float]:
-    """MB of this process in memory, now and at most."""
+    """MB of this process in memory: now, at most, and without the pages that are those of files."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    sizes = {key: int(rest.split()[0]) / 1024 for key, rest in _fields(lines) if key[:2] == "Vm"}
-    return {"now": sizes["VmRSS"], "peak": sizes["VmHWM"]}
-
-
-def _fields(lines: list[str]) -> list[tuple[str, str]]:
-    return [(line.split(":")[0], line.split(":")[1]) for line in lines]
+    fields = dict(line.split(":", 1) for line in lines)
+    names = {"now": "VmRSS", "peak": "VmHWM", "private": "RssAnon"}
+    return {key: int(fields[name].split()[0]) / 1024 for key, name in names.items()}
 
 
 LOADERS = {"ternarize": load_transformers, "torch": load_transformers, "llama": load_llama}
@@ -233,19 +236,17 @@ def show(figures: dict[str, dict[str, Any]], threads: int, bandwidth: float | No
     print(f"{threads} threads, reads of {READ_BYTES / MB:.0f} MB: {memory}\n")
     peers = [name for name in figures if "TQ2_0" in name or name.startswith("torch")]
     print(
-        "| tokens/s | prompt | decode | best | 8 texts | share | MB held | MB resident | peak |",
+        "| tokens/s | prompt | decode | best | 8 texts | share | MB held | resident | private | peak |",
         end="",
     )
     print("".join(f" prompt, decode x {name} |" for name in peers))
-    print("|---|" + "---|" * (8 + len(peers)))
+    print("|---|" + "---|" * (9 + len(peers)))
     for name, one in figures.items():
         cells = [f"{one[key]:.1f}" for key in ("prompt", "decode", "best_decode")]
         cells.append(f"{one['batch']:.0f}" if "batch" in one else "")
         share = one.get("share_of_bandwidth")
         cells.append("" if share is None else f"{share:.2f}")
-        cells += [
-            f"{one[k]:.0f}" if k in one else "" for k in ("held_mb", "resident_mb", "peak_mb")
-        ]
+        cells += [f"{one[k]:.0f}" if k in one else "" for k in SIZES]
         for peer in peers:
             cells.append(
                 ", ".join(f"{ratio(one, figures[peer], key):.2f}" for key in ("prompt", "decode"))
@@ -255,7 +256,8 @@ def show(figures: dict[str, dict[str, Any]], threads: int, bandwidth: float | No
 
 def ratio(one: dict[str, Any], other: dict[str, Any], key: str) -> float:
     pairs = zip(one["rounds"], other["rounds"], strict=True)
-    return statistics.median(a[key] / b[key] for a, b in pairs)
+    ratios: list[float] = [a[key] / b[key] for a, b in pairs]
+    return statistics.median(ratios)
 
 
 if __name__ == "__main__":

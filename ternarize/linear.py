@@ -368,11 +368,12 @@ def _in_lanes(
     """
     *stack, rows, _ = packed.shape
     form, cols, group_size = kernels.best_form(), layout.cols, layout.group_size
-    planes = packed.unflatten(-1, (layout.planes, -1)).transpose(-2, -3).flatten(0, -3)
-    lanes = memory.view(len(planes), -1)
-    for plane, out in zip(planes, lanes, strict=True):
+    planes, parts = (
+        [plane for matrix in t.flatten(0, -3) for plane in matrix.chunk(layout.planes, -1)]
+        for t in (packed.unsqueeze(0), scale.unsqueeze(0))
+    )
+    for plane, out in zip(planes, memory.chunk(len(planes)), strict=True):
         kernels.to_lanes(plane.contiguous(), cols, group_size, form, out=out)
-    parts = scale.unflatten(-1, (layout.planes, -1)).transpose(-2, -3).flatten(0, -3)
     scales = torch.cat([kernels.scale_lanes(part, rows, form) for part in parts])
     how = replace(layout, lanes=Lanes(form, rows, scale.shape[-2], scale.dtype))
     return memory.view(*stack, -1), scales.view(*stack, -1), how
