@@ -12,8 +12,8 @@ ratios are medians of those within a round.
 
 llama.cpp has the head and the embedding in F16, as they are in ours, or in Q8_0 beside our int8.
 Its scales of rows are exact; groups of 128 it cannot have. Resident memory is what a process has
-more after its first turn than before loading, when it had already loaded a tiny model; pages of the
-file, which the system can drop, count in it, but not in private memory. The peak is that of loading.
+more after its first turn than before loading, when it had already loaded a tiny model. Pages of the
+file, which the system can drop, count in it, but not in private memory. The peak is of loading.
 """
 
 import argparse
@@ -235,12 +235,11 @@ def show(figures: dict[str, dict[str, Any]], threads: int, bandwidth: float | No
     memory = "not measured" if bandwidth is None else f"{bandwidth / 1e9:.1f} GB/s"
     print(f"{threads} threads, reads of {READ_BYTES / MB:.0f} MB: {memory}\n")
     peers = [name for name in figures if "TQ2_0" in name or name.startswith("torch")]
-    print(
-        "| tokens/s | prompt | decode | best | 8 texts | share | MB held | resident | private | peak |",
-        end="",
-    )
-    print("".join(f" prompt, decode x {name} |" for name in peers))
-    print("|---|" + "---|" * (9 + len(peers)))
+    columns = ["tokens/s", "prompt", "decode", "best", "8 texts", "share of memory's speed"]
+    columns += ["MB held", "resident", "private", "peak"]
+    columns += [f"prompt, decode x {name}" for name in peers]
+    print(f"| {' | '.join(columns)} |")
+    print("|" + "---|" * len(columns))
     for name, one in figures.items():
         cells = [f"{one[key]:.1f}" for key in ("prompt", "decode", "best_decode")]
         cells.append(f"{one['batch']:.0f}" if "batch" in one else "")
