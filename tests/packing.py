@@ -200,11 +200,18 @@ def output(model: PreTrainedModel, seed: int = 0) -> Tensor:
 
 
 def stored(model: Any) -> Any:
-    """The model with packed weights as in the file: it multiplies ternary ones dequantized."""
+    """The model with its packed weights as in the file: ternary ones are multiplied dequantized."""
     for module in model.modules():
         if isinstance(module, Packed):
             module.use_stored()
     return model
+
+
+def dequantized_output(model: Any) -> Tensor:
+    """`output` with every weight dequantized from the stored form, which the model is left in."""
+    # int8 weights have a kernel in their stored form too
+    with mock.patch.object(linear, "_is_int8_for_kernels", return_value=False):
+        return output(stored(model))
 
 
 def assert_near(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
@@ -235,17 +242,11 @@ def assert_products_near(model: nn.Module) -> None:
             layout = replace(layout, activations="none", rotation=(0, 0))
             x = torch.randn(3, layout.cols, generator=generator)
             limit = x.abs().amax(-1, keepdim=True).double() * 2.0**-20
-            for matrix in zip(*map(stacked, (packed, scale)), strict=True):
-                bytes_, scales = linear._stored(*matrix, layout)
-                stored = replace(layout, lanes=None)
-                w = linear._dense(bytes_, scales, stored, torch.float64)
-                error = (linear.product(x, *matrix, None, layout) - x.double() @ w.T).abs()
+            experts = zip(packed, scale, strict=True) if packed.ndim == 2 else [(packed, scale)]
+            for lanes, scales in experts:
+                w = linear._dense(lanes, scales, layout, torch.float64)
+                error = (linear.product(x, lanes, scales, None, layout) - x.double() @ w.T).abs()
                 assert bool((error <= limit * w.abs().sum(-1)).all()), f"{name}.{leaf}"
-
-
-def stacked(lanes: Tensor) -> Tensor:
-    """(matrices, ...): of experts as they are, of one matrix with a dimension more."""
-    return lanes if lanes.ndim == 2 else lanes.unsqueeze(0)
 
 
 def assert_like_dense(model: Any, dense: PreTrainedModel, exact: bool = True) -> None:
@@ -264,9 +265,7 @@ def assert_like_dense(model: Any, dense: PreTrainedModel, exact: bool = True) ->
     theirs = output(dense)
     assert_near(output(model), theirs)
     assert_products_near(model)
-    # int8 weights have a kernel in their stored form too, which is not what is asked for here
-    with mock.patch.object(linear, "_is_int8_for_kernels", return_value=False):
-        ours = output(stored(model))
+    ours = dequantized_output(model)
     if exact:
         assert torch.equal(ours, theirs)
     else:
