@@ -485,7 +485,7 @@ def eval_(
         str | None,
         typer.Option(
             help="Run these tasks of the lm-evaluation-harness, e.g. arc_easy,piqa, in place of a "
-            "text; needs ternarize[lm-eval]."
+            "text; needs ternarize\\[lm-eval]."
         ),
     ] = None,
     include_path: Annotated[

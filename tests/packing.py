@@ -8,8 +8,10 @@ holds the dequantized weights. A model loaded from one must equal a model loaded
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -19,10 +21,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ternarize import container
+from ternarize import container, linear
 from ternarize.checkpoint import open_checkpoint
+from ternarize.codecs import BASE3
 from ternarize.container import Record
+from ternarize.linear import Packed, PackedEmbedding
 from ternarize.methods.absmean import absmean
+from ternarize.native import lib
 from ternarize.plugin import _places, is_rowwise
 from ternarize.select import turns_if_needed
 
@@ -192,3 +197,76 @@ def output(model: PreTrainedModel, seed: int = 0) -> Tensor:
         if result.get(key) is not None
     )
     return first
+
+
+def stored(model: Any) -> Any:
+    """The model with its packed weights as in the file: ternary ones are multiplied dequantized."""
+    for module in model.modules():
+        if isinstance(module, Packed):
+            module.use_stored()
+    return model
+
+
+def dequantized_output(model: Any) -> Tensor:
+    """`output` with every weight dequantized from the stored form, which the model is left in."""
+    # int8 weights have a kernel in their stored form too
+    with mock.patch.object(linear, "_is_int8_for_kernels", return_value=False):
+        return output(stored(model))
+
+
+def assert_near(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
+    """float32 outputs of a model by the kernels, and of its dense twin.
+
+    Each product rounds its inputs, by 2.4e-7 of the largest (`assert_products_near`), and float32
+    sums are off by as much: with the 14 products and more of a tiny model, 3e-6 and more.
+    """
+    assert float((ours - theirs).abs().max()) <= tolerance * float(theirs.abs().max())
+
+
+def assert_products_near(model: nn.Module) -> None:
+    """What the kernels multiply in this model is, product by product, x W^T.
+
+    By the definition (kernels.quantize) each x is off by at most absmax(x) / 2^22, so y by
+
+        absmax(x) / 2^22 * sum of |W| over the row
+
+    and by three times as much if all 12 float32 roundings (2^-24 each) on the way of the first of 8
+    groups add. A trit that is not the right one makes hundreds of times the sum of both.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for name, module in model.named_modules():
+        for leaf, layout in module.layouts.items() if isinstance(module, Packed) else ():
+            if layout.lanes is None:
+                continue
+            packed, scale = getattr(module, leaf), getattr(module, f"{leaf}_scale")
+            layout = replace(layout, activations="none", rotation=(0, 0))
+            x = torch.randn(3, layout.cols, generator=generator)
+            limit = x.abs().amax(-1, keepdim=True).double() * 2.0**-20
+            experts = zip(packed, scale, strict=True) if packed.ndim == 2 else [(packed, scale)]
+            for lanes, scales in experts:
+                w = linear._dense(lanes, scales, layout, torch.float64)
+                error = (linear.product(x, lanes, scales, None, layout) - x.double() @ w.T).abs()
+                assert bool((error <= limit * w.abs().sum(-1)).all()), f"{name}.{leaf}"
+
+
+def assert_like_dense(model: Any, dense: PreTrainedModel, exact: bool = True) -> None:
+    """A model as it was loaded, in float32, is near its dense twin, and in the stored form equal.
+
+    exact  the stored form is equal bit by bit; False where the twin computes x @ W, which sums in
+           another order
+
+    Leaves the model in the stored form.
+    """
+    packed = [module for module in model.modules() if isinstance(module, Packed)]
+    linears = [m for m in packed if not isinstance(m, PackedEmbedding)]
+    layouts = [layout for module in linears for layout in module.layouts.values()]
+    ternary = [layout for layout in layouts if layout.codec == BASE3]
+    assert not ternary or any(layout.lanes for layout in ternary) == (lib is not None)
+    theirs = output(dense)
+    assert_near(output(model), theirs)
+    assert_products_near(model)
+    ours = dequantized_output(model)
+    if exact:
+        assert torch.equal(ours, theirs)
+    else:
+        assert_near(ours, theirs, 2e-6)

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import tiny_models
+import typer
 from rich.console import Console
 from rich.progress import Progress
+from rich.text import Text
 from typer.testing import CliRunner, Result
 
 from ternarize import cli
@@ -193,6 +195,15 @@ def test_the_help_says_what_the_defaults_of_calibration_are() -> None:
     for option in ("num_samples", "seed", "rotation", "reconstruct", "window"):
         flag, value = "--" + option.replace("_", "-"), getattr(defaults, option)
         assert re.search(rf"`{flag} [^`]*`: [^`]*default: {value}\.", text), flag
+
+
+def test_brackets_in_the_help_are_not_taken_for_markup() -> None:
+    commands: Any = typer.main.get_command(app)
+    for command in commands.commands.values():
+        for text in (command.help, *(getattr(option, "help", None) for option in command.params)):
+            shown = Text.from_markup(text or "").plain
+            assert shown == (text or "").replace("\\[", "["), command.name
+    assert "needs ternarize[lm-eval]" in (ROOT / "CLI.md").read_text()
 
 
 # --- calibration -------------------------------------------------------------------------------

@@ -122,16 +122,13 @@ def test_every_parameter_of_the_source_is_accounted_for_and_verifies(
 def test_a_converted_model_computes_what_its_dequantized_weights_do(
     name: str, group_size: int, tmp_path: Path
 ) -> None:
-    """Selection and loading agree on every architecture: bit-equal outputs in float32."""
+    """Selection and loading agree on every architecture."""
     tiny_models.save(name, tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "packed", Recipe("twn", group_size))
     packing.dense_twin(tmp_path / "packed", tmp_path / "source", tmp_path / "dense")
-    ours = packing.output(ternarize.load(tmp_path / "packed", dtype=torch.float32))
-    dense = packing.output(packing.load_dense(tmp_path / "dense", dtype=torch.float32))
-    if name == "gpt_oss":  # its experts compute x @ W, which adds in another order
-        assert torch.allclose(ours, dense, atol=1e-5)
-    else:
-        assert torch.equal(ours, dense)
+    model = ternarize.load(tmp_path / "packed", dtype=torch.float32)
+    dense = packing.load_dense(tmp_path / "dense", dtype=torch.float32)
+    packing.assert_like_dense(model, dense, exact=name != "gpt_oss")  # which computes x @ W
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

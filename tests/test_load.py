@@ -95,18 +95,6 @@ def same_tensors(a: Path, b: Path, but: str = "no name") -> bool:
     )
 
 
-def stored(model: Any) -> Any:
-    """The model with packed weights as in the file: it computes as a dense one, bit for bit."""
-    for module in model.modules():
-        if isinstance(module, Packed):
-            module.use_stored()
-    return model
-
-
-def assert_near(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
-    assert float((ours - theirs).abs().max()) <= tolerance * float(theirs.abs().max())
-
-
 # --- the same numbers, in less memory -----------------------------------------------------------
 
 
@@ -115,13 +103,7 @@ def test_outputs_equal_those_of_the_dense_twin(made: Made, name: str) -> None:
     folder = made(name)
     model = ternarize.load(folder / "packed", dtype=torch.float32)
     dense = packing.load_dense(folder / "dense", dtype=torch.float32)
-    theirs = packing.output(dense)
-    assert_near(packing.output(model), theirs)  # by the kernels, where they are
-    ours = packing.output(stored(model))
-    if name == "gpt_oss":  # it multiplies from the other side, which sums in another order
-        assert torch.allclose(ours, theirs, atol=1e-6)
-    else:
-        assert torch.equal(ours, theirs)
+    packing.assert_like_dense(model, dense, exact=name != "gpt_oss")  # which computes x @ W
     assert not model.training
 
 
@@ -129,7 +111,7 @@ def test_outputs_equal_those_of_the_dense_twin(made: Made, name: str) -> None:
 def test_memory_is_that_of_the_file(made: Made, name: str) -> None:
     """Every parameter has the bytes that the file has for it: no dense copy anywhere."""
     folder = made(name)
-    model = stored(ternarize.load(folder / "packed"))
+    model = packing.stored(ternarize.load(folder / "packed"))
     expected = sum(info.nbytes for info in open_checkpoint(folder / "packed").tensors.values())
     held = {t.data_ptr(): t.numel() * t.element_size() for t in model.parameters()}
     held |= {t.data_ptr(): t.numel() * t.element_size() for _, t in buffers(model)}
@@ -154,7 +136,7 @@ def test_16_bit_models_equal_their_dense_twins(made: Made, name: str, dtype: tor
     exact = packing.output(packing.load_dense(folder / "dense", dtype=torch.float32))
     errors = [float((output.float() - exact).norm()) for output in (ours, theirs)]
     assert errors[0] < 1.5 * errors[1]
-    assert torch.equal(packing.output(stored(model)), theirs)
+    assert torch.equal(packing.output(packing.stored(model)), theirs)
 
 
 @pytest.mark.parametrize("group_size", [-1, 0, 128])
@@ -167,8 +149,7 @@ def test_every_group_size_survives_fusing_and_saving(
     packing.dense_twin(tmp_path / "packed", source, tmp_path / "dense")
     model = ternarize.load(tmp_path / "packed", dtype=torch.float32)
     dense = packing.load_dense(tmp_path / "dense", dtype=torch.float32)
-    assert_near(packing.output(model), packing.output(dense))
-    assert torch.equal(packing.output(stored(model)), packing.output(dense))
+    packing.assert_like_dense(model, dense)
     ternarize.load(tmp_path / "packed").save_pretrained(tmp_path / "saved")
     assert same_tensors(tmp_path / "packed", tmp_path / "saved", but="e_score_correction_bias")
 
@@ -183,7 +164,7 @@ def test_fused_scales_take_the_widest_dtype(made: Made, tmp_path: Path) -> None:
     experts = model.get_submodule("model.layers.0.mlp.experts")
     assert experts.gate_up_proj_scale.dtype == torch.float32  # w1 is float32, w3 float16
     assert experts.down_proj_scale.dtype == torch.float16
-    assert torch.equal(packing.output(stored(model)), packing.output(dense))
+    packing.assert_like_dense(model, dense)
 
 
 @pytest.mark.parametrize("turned", [True, False])
@@ -211,8 +192,7 @@ def test_experts_that_the_hub_stores_the_other_way_round(tmp_path: Path, turned:
     packing.dense_twin(tmp_path / "packed", source, tmp_path / "dense")
     ternary = ternarize.load(tmp_path / "packed", dtype=torch.float32)
     dense = packing.load_dense(tmp_path / "dense", dtype=torch.float32)
-    assert_near(packing.output(ternary), packing.output(dense))
-    assert torch.equal(packing.output(stored(ternary)), packing.output(dense))
+    packing.assert_like_dense(ternary, dense)
     ternary.save_pretrained(tmp_path / "saved")
     assert same_tensors(tmp_path / "packed", tmp_path / "saved")
     assert packing.read_records(tmp_path / "saved") == packing.read_records(tmp_path / "packed")
@@ -252,7 +232,7 @@ def test_rotated_matrices_go_the_whole_way(made: Made, rotated: Made, name: str)
     model: Any = ternarize.load(folder / "packed", dtype=torch.float32)
     dense = packing.load_dense(folder / "dense", dtype=torch.float32)
     ours = packing.output(model)
-    assert_near(ours, packing.output(dense), 2e-5)
+    packing.assert_near(ours, packing.output(dense), 2e-5)
     plain = packing.output(ternarize.load(made(name) / "packed", dtype=torch.float32))
     assert float((ours - plain).abs().max()) > 0.01 * float(plain.abs().max())
     ternarize.load(folder / "packed").save_pretrained(folder / "saved")
@@ -298,7 +278,7 @@ def test_a_rotated_model_compiles(rotated: Made) -> None:
     model = ternarize.load(rotated("llama") / "packed", dtype=torch.float32)
     expected = packing.output(model)
     model.compile(fullgraph=True, backend="eager")
-    assert_near(packing.output(model), expected)
+    packing.assert_near(packing.output(model), expected)
 
 
 def test_tensors_that_the_model_fuses_have_one_rotation(rotated: Made) -> None:
@@ -351,8 +331,8 @@ def test_a_model_offloaded_to_disk_runs_and_saves(made: Made, tmp_path: Path) ->
         device=dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"},
         offload_folder=tmp_path / "offload",
     )
-    whole = stored(ternarize.load(folder / "packed"))
-    assert torch.equal(packing.output(stored(model)), packing.output(whole))
+    whole = packing.stored(ternarize.load(folder / "packed"))
+    assert torch.equal(packing.output(packing.stored(model)), packing.output(whole))
     model.save_pretrained(tmp_path / "saved")
     assert same_tensors(folder / "packed", tmp_path / "saved")
     ternarize.load(tmp_path / "saved")
@@ -503,7 +483,7 @@ def test_a_changed_tensor_is_saved_with_its_new_digest(made: Made, tmp_path: Pat
 @pytest.mark.parametrize("name", SOME)
 def test_a_dequantized_model_is_an_ordinary_model(made: Made, tmp_path: Path, name: str) -> None:
     folder = made(name)
-    expected = packing.output(stored(ternarize.load(folder / "packed")))
+    expected = packing.output(packing.stored(ternarize.load(folder / "packed")))
     model: Any = ternarize.load(folder / "packed", dequantize=True)
     assert not any(isinstance(module, Packed) for module in model.modules())
     assert not hasattr(model.config, "quantization_config")
@@ -520,8 +500,8 @@ def test_a_dequantized_model_is_an_ordinary_model(made: Made, tmp_path: Path, na
 def test_a_model_can_be_dequantized_after_loading(made: Made) -> None:
     model: Any = ternarize.load(made("mixtral") / "packed", dtype=torch.float32)
     near = packing.output(model)
-    expected = packing.output(stored(model))
-    assert_near(near, expected)
+    expected = packing.output(packing.stored(model))
+    packing.assert_near(near, expected)
     assert any(isinstance(module, TernaryExperts) for module in model.modules())
     model.set_experts_implementation("eager")
     assert torch.equal(packing.output(model.dequantize()), expected)

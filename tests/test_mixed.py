@@ -51,7 +51,7 @@ def assert_like_its_twin(folder: Path) -> Any:
     """The packed model gives the logits of its dense twin, and saves what it was loaded from."""
     model: Any = ternarize.load(folder / "packed", dtype=torch.float32)
     dense = packing.load_dense(folder / "dense", dtype=torch.float32)
-    assert torch.equal(packing.output(model), packing.output(dense))
+    packing.assert_like_dense(model, dense)
     assert model.dtype == torch.float32
     model = ternarize.load(folder / "packed")
     model.save_pretrained(folder / "saved")
@@ -117,12 +117,16 @@ def test_8_bit_scales_are_not_touched_by_casting_a_model(tmp_path: Path) -> None
     converted("llama", tmp_path, EIGHT)
     model: Any = ternarize.load(tmp_path / "packed")
     up_proj = model.model.layers[0].mlp.up_proj
-    before = up_proj.weight_scale.clone()
-    for dtype in (torch.float16, torch.float32, torch.bfloat16):
-        model.to(dtype)
-        assert model.dtype == dtype
-        assert up_proj.weight_scale.dtype == torch.uint8
-        assert torch.equal(up_proj.weight_scale, before)
+    for codes in (False, True):  # as they are multiplied, and as they are stored
+        before = (packing.stored(up_proj) if codes else up_proj).weight_scale.clone()
+        assert before.dtype == torch.uint8 or not codes
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            model.to(dtype)
+            assert model.dtype == dtype
+            assert up_proj.weight_scale.dtype == before.dtype
+            assert torch.equal(up_proj.weight_scale, before)
+    (saved,) = {t.dtype for n, t in model.state_dict().items() if n.endswith("_scale")}
+    assert saved == torch.uint8
 
 
 def test_scales_that_8_bits_cannot_hold_take_16_or_32(tmp_path: Path) -> None:
@@ -144,7 +148,7 @@ def test_scales_that_8_bits_cannot_hold_take_16_or_32(tmp_path: Path) -> None:
     packing.dense_twin(tmp_path / "packed", tmp_path / "source", tmp_path / "dense")
     model = ternarize.load(tmp_path / "packed", dtype=torch.float32)
     dense = packing.load_dense(tmp_path / "dense", dtype=torch.float32)
-    assert torch.equal(packing.output(model), packing.output(dense))
+    packing.assert_like_dense(model, dense)
 
 
 def test_a_source_trained_in_ternary_keeps_exact_scales(tmp_path: Path) -> None:
@@ -263,7 +267,7 @@ def test_tied_weights_stay_one_tensor(name: str, tmp_path: Path) -> None:
     for _ in range(2):
         assert head.weight is embedding.weight and head.weight_scale is embedding.weight_scale
         model.to(torch.float32).tie_weights()
-    parameters = list(ternarize.load(tmp_path / "packed").parameters())
+    parameters = list(packing.stored(ternarize.load(tmp_path / "packed")).parameters())
     held = {p.data_ptr(): p.numel() * p.element_size() for p in parameters}
     stored = sum(info.nbytes for info in open_checkpoint(tmp_path / "packed").tensors.values())
     assert sum(held.values()) <= stored
@@ -392,6 +396,8 @@ def test_a_model_with_a_packed_embedding_can_be_copied_and_dequantized(
     again = torch.load(buffer, weights_only=False)
     ids = torch.tensor([3, 5])
     assert torch.equal(again(ids), model.get_input_embeddings()(ids))
+    near, expected = expected, packing.dequantized_output(model)
+    packing.assert_near(near, expected)
     dense = model.dequantize()
     assert not any(isinstance(module, Packed) for module in dense.modules())
     assert torch.equal(packing.output(dense), expected)
