@@ -25,7 +25,7 @@ demo: venv
 	$(BIN)/ternarize generate $(TINY) --prompt "The function returns"
 
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: venv
 	$(BIN)/ruff check .

@@ -606,7 +606,7 @@ def export(
     """Write a packed checkpoint for another engine.
 
     gguf is for llama.cpp; dense, bitnet and gemma-int2 load in transformers without ternarize; mlx
-    is MLX's affine layout. What the target cannot carry exactly is refused by name.
+    is the affine layout of MLX. What the target cannot carry exactly is refused by name.
 
     Example: ternarize export packed model.gguf --to gguf --type q2_0
     """
