@@ -590,7 +590,7 @@ def export(
         bool, typer.Option("--no-tokenizer", help="gguf: no vocabulary, token numbers alone.")
     ] = False,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="dense, mlx: dtype of floats; default: the model's.")
+        Dtype | None, typer.Option(help="dense, mlx: dtype of floats; default: as in the model.")
     ] = None,
     allow_requantize: Annotated[
         bool,
@@ -743,7 +743,7 @@ def bench(
     decode: Annotated[int, typer.Option(help="Tokens to write, one by one.")] = 32,
     batch: Annotated[int, typer.Option(help="Prompts at once.")] = 1,
     repeats: Annotated[int, typer.Option(help="Times to measure; medians are shown.")] = 5,
-    threads: Annotated[int | None, typer.Option(help="Of the CPU; default: torch's.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Of the CPU; default: those of torch.")] = None,
     activations: RunActivations = None,
     head: RunHead = None,
     dtype: RunDtype = None,
