@@ -55,6 +55,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--llama", type=Path, help="the folder that llama_cpp is installed in")
     parser.add_argument("--no-llama", action="store_true", help="without llama.cpp")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="engines that have this in their name"
+    )
     parser.add_argument("--folder", type=Path, help="where models are kept for the next run")
     args = parser.parse_args()
     common.hide_bars()
@@ -101,6 +104,9 @@ def make_engines(folder: Path, args: argparse.Namespace) -> dict[str, Engine]:
                     export(folder / "rows", file, "gguf", allow_requantize=True, **how)
                 label = f"llama.cpp {blocks.upper()}, {head} head"
                 engines[label] = {"kind": "llama", "path": file.name}
+    engines = {
+        name: engine for name, engine in engines.items() if any(part in name for part in args.only)
+    }
     for engine in engines.values():
         engine |= {"folder": str(folder), "threads": args.threads, "llama": str(args.llama or "")}
     return engines
