@@ -24,8 +24,10 @@ demo: venv
 	$(BIN)/ternarize eval $(TINY) --source examples/tiny-llama --text examples/eval.txt --seq-len 64
 	$(BIN)/ternarize generate $(TINY) --prompt "The function returns"
 
+# A process on each core, and in each one thread: two teams of threads on the same cores would wait for
+# one another.
 test: venv
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: venv
 	$(BIN)/ruff check .

@@ -98,6 +98,11 @@ def run(model: Model, prompt: int, decode: int, batch: int = 1) -> tuple[float, 
                 decoder.step(decoder.logits.argmax(-1))
         else:
             out = model(ids, use_cache=True, logits_to_keep=1)
+            if getattr(out, "past_key_values", None) is None:
+                raise UsageError(
+                    f"{type(model).__name__}: keeps no keys and values from token to token; "
+                    "expected a model that does. Measure another."
+                )
             read = time.perf_counter()
             for _ in range(decode):
                 token = out.logits[:, -1].argmax(-1, keepdim=True)

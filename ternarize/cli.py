@@ -743,7 +743,9 @@ def bench(
     decode: Annotated[int, typer.Option(help="Tokens to write, one by one.")] = 32,
     batch: Annotated[int, typer.Option(help="Prompts at once.")] = 1,
     repeats: Annotated[int, typer.Option(help="Times to measure; medians are shown.")] = 5,
-    threads: Annotated[int | None, typer.Option(help="Of the CPU; default: those of torch.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Of the CPU; default: those of torch.")
+    ] = None,
     activations: RunActivations = None,
     head: RunHead = None,
     dtype: RunDtype = None,

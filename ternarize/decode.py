@@ -13,6 +13,7 @@ Projections that share an input are one call, which rounds it once. The prompt i
 model's own forward. Numbers are rounded where the model rounds them; only sums have another order.
 """
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -40,23 +41,46 @@ Model = Any
 
 
 def can_decode(model: Model, capacity: int) -> bool:
-    """Whether `Decoder` computes what the model does, for texts of `capacity` tokens."""
-    name, module = type(model).__name__, type(model).__module__
-    if lib is None or name not in CLASSES or not module.startswith("transformers."):
+    """Whether `Decoder` computes what the model does, for texts of `capacity` tokens.
+
+    So the modules must be those of transformers, and nobody may have changed what they do.
+    """
+    name, module = type(model).__name__, sys.modules[type(model).__module__]
+    if lib is None or name not in CLASSES or not module.__name__.startswith("transformers."):
         return False
-    config = model.config
+    config, body, of = model.config, model.model, name.removesuffix("ForCausalLM")
     window = getattr(config, "sliding_window", None)
     norms = [m for m in model.modules() if hasattr(m, "variance_epsilon")]
+    known = {f"{of}{part}" for part in ("Model", "DecoderLayer", "Attention", "MLP", "RMSNorm")}
+    parts = [body, *norms]
+    parts += [part for layer in body.layers for part in (layer, layer.self_attn, layer.mlp)]
     return (
-        model.device.type == "cpu"
+        all(type(m).__name__ in known and type(m).__module__ == module.__name__ for m in parts)
+        and len(body.layers) == config.num_hidden_layers
+        and not model.training
+        and model.device.type == "cpu"
         and model.dtype in kernels.KINDS
+        and not torch.is_autocast_enabled("cpu")
+        and config._attn_implementation in ("eager", "sdpa")
         and config.hidden_act in ACTIVATIONS
         and config.rope_parameters.get("rope_type", "default") in ROPES
         and (window is None or window >= capacity)
-        and all(norm.weight.dtype == model.dtype for norm in norms)
-        # nobody else wants to see, or to bring, what goes through a module
+        and all(_is_plain(norm.weight, model.dtype) for norm in norms)
+        # nobody else wants to see, to bring or to compute what goes through a module
         and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-        and not any(hasattr(m, "_hf_hook") for m in model.modules())
+        and not any("forward" in vars(m) or hasattr(m, "_hf_hook") for m in model.modules())
+    )
+
+
+def _is_plain(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a tensor is what its address alone says: no subclass, and dense."""
+    data = weight.data
+    return (
+        type(data) is Tensor
+        and data.layout == torch.strided
+        and data.device.type == "cpu"
+        and data.dtype == dtype
+        and data.is_contiguous()
     )
 
 
@@ -74,6 +98,7 @@ class Decoder:
     Memory: 2 * layers * batch * key heads * capacity * head size numbers of the model's dtype.
     """
 
+    @torch.inference_mode()
     def __init__(self, model: Model, ids: Tensor, capacity: int) -> None:
         out = model(ids, use_cache=True, logits_to_keep=1)
         self.logits: Tensor = out.logits[:, -1]
@@ -99,8 +124,14 @@ class Decoder:
             self._add(self._mlp(layer.mlp, h))
         self.head = self._linears([model.lm_head], self._norm(body.norm, self.x))[0]
 
+    @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
-        """Take one more token of each text, (batch,) integers, and return `logits` after it."""
+        """Take one more token of each text, (batch,) integers, and return `logits` after it.
+
+        Raises ValueError when there is no room for it, or there are not as many tokens as texts.
+        """
+        if tokens.shape != (self.batch,):
+            raise ValueError(f"tokens: {tuple(tokens.shape)}; expected ({self.batch},).")
         self.x.copy_(self.model.model.embed_tokens(tokens))
         for call in self.calls:
             call()
@@ -150,11 +181,12 @@ class Decoder:
         outs = [self._new(module.out_features) for module in modules]
         call = prepared_products(modules, x, outs)
         if call is not None:
-            self.held += (x, *outs, *(p for m in modules for p in m.parameters()))
+            self.held += (x, *outs, *(p.data for m in modules for p in m.parameters()))
             self.calls.append(call)
             return outs
         for module, out in zip(modules, outs, strict=True):
-            if type(module) is nn.Linear and module.bias is None and self.batch <= FEW:
+            plain = type(module) is nn.Linear and _is_plain(module.weight, self.dtype)
+            if plain and module.bias is None and self.batch <= FEW:
                 weight = module.weight.data
                 self.held += (x, weight, out)
                 self.calls.append(prepared_dense(x, weight, out, self.threads))
@@ -170,14 +202,24 @@ def _run(module: nn.Module, x: Tensor, out: Tensor) -> None:
 # --- the functions of the compiled core, and what they compute -----------------------------------
 
 
+def _expect(right: bool) -> None:
+    """The core is given memory by its address: what it is taken for it must be."""
+    if not right:
+        raise ValueError("decode: tensors of shapes or dtypes that do not fit one another.")
+
+
+def _expect_plain(*tensors: Tensor) -> None:
+    _expect(all(_is_plain(tensor, tensors[0].dtype) for tensor in tensors))
+
+
 def prepared_norm(
     x: Tensor, weight: Tensor, epsilon: float, out: Tensor, threads: int
 ) -> Callable[[], None]:
     """A call that sets out to `rms_norm`. It knows the memory only: the caller keeps it."""
     assert lib is not None
     n = len(weight)
-    assert all(t.is_contiguous() and t.dtype == x.dtype for t in (x, weight, out))
-    assert x.shape == out.shape and x.shape[-1] % n == 0
+    _expect_plain(x, weight, out)
+    _expect(x.shape == out.shape and x.shape[-1] % n == 0)
     at = x.data_ptr(), weight.data_ptr(), epsilon, out.data_ptr()
     return partial(lib.rms_norm, kernels.KINDS[x.dtype], x.numel() // n, n, *at, threads)
 
@@ -200,8 +242,8 @@ def prepared_gate(
 ) -> Callable[[], None]:
     """A call that sets out to `gated`. It knows the memory only: the caller keeps it."""
     assert lib is not None
-    assert all(t.is_contiguous() and t.dtype == gate.dtype for t in (gate, up, out))
-    assert gate.shape == up.shape == out.shape
+    _expect_plain(gate, up, out)
+    _expect(gate.shape == up.shape == out.shape)
     at = gate.data_ptr(), up.data_ptr(), out.data_ptr()
     return partial(lib.gate, kernels.KINDS[gate.dtype], activation, gate.numel(), *at, threads)
 
@@ -223,8 +265,8 @@ def prepared_dense(x: Tensor, weight: Tensor, out: Tensor, threads: int) -> Call
     """
     assert lib is not None
     (tokens, cols), rows = x.shape, len(weight)
-    assert all(t.is_contiguous() and t.dtype == x.dtype for t in (x, weight, out))
-    assert weight.shape == (rows, cols) and out.shape == (tokens, rows)
+    _expect_plain(x, weight, out)
+    _expect(weight.shape == (rows, cols) and out.shape == (tokens, rows))
     at = x.data_ptr(), weight.data_ptr(), out.data_ptr()
     return partial(lib.dense, kernels.KINDS[x.dtype], tokens, rows, cols, *at, threads)
 
@@ -246,11 +288,11 @@ def prepared_attention(
     assert lib is not None
     given = (q, k, v, cosine, sine, keys, values, out)
     batch, kv_heads, dim, capacity = keys.shape
-    assert all(t.is_contiguous() and t.dtype == q.dtype for t in given)
-    assert k.shape == v.shape == (batch, kv_heads * dim) and q.shape == out.shape
-    assert len(q) == batch and q.shape[1] % (kv_heads * dim) == 0
-    assert cosine.shape == sine.shape == (capacity, dim)
-    assert values.shape == keys.mT.shape and position.dtype == torch.int64
+    _expect_plain(*given)
+    _expect(k.shape == v.shape == (batch, kv_heads * dim) and q.shape == out.shape)
+    _expect(len(q) == batch and q.shape[1] % (kv_heads * dim) == 0)
+    _expect(cosine.shape == sine.shape == (capacity, dim))
+    _expect(values.shape == keys.mT.shape and position.dtype == torch.int64)
     shape = batch, q.shape[1] // dim, kv_heads, dim, capacity
     addresses = [t.data_ptr() for t in (*given, position)]
     return partial(lib.attend, kernels.KINDS[q.dtype], *shape, scaling, addresses, threads)

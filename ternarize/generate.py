@@ -129,7 +129,8 @@ def generate(
     return Generation("".join(pieces), len(ids), streamer.new, first - begin, end_time - first)
 
 
-# What `_decode` knows of a generation's settings, and those that say nothing about the tokens.
+# What `_decode` knows of a generation's settings; those that do not say which tokens come; and the
+# values with which others say nothing.
 _PLAIN = {"max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "eos_token_id"}
 _SILENT = {
     "bos_token_id",
@@ -138,11 +139,31 @@ _SILENT = {
     "use_cache",
     "_from_model_config",
 }
+_NEUTRAL = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "typical_p": 1.0,
+    "guidance_scale": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "no_repeat_ngram_size": 0,
+}
 
 
 def _is_plain(config: GenerationConfig) -> bool:
     """Whether nothing is asked for but to take the likeliest token, or to sample from the best."""
-    return set(config.to_diff_dict()) <= _PLAIN | _SILENT
+    return all(
+        key in _PLAIN | _SILENT
+        or value is None
+        or value is False
+        or (key in _NEUTRAL and value == _NEUTRAL[key])
+        for key, value in config.to_diff_dict().items()
+    )
 
 
 def _decode(model: Model, ids: torch.Tensor, config: GenerationConfig, streamer: "_Pieces") -> None:

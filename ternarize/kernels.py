@@ -269,17 +269,25 @@ def prepared_products(
     It knows the memory only: whoever calls it keeps the tensors. They are dense.
     """
     assert lib is not None
-    # what the core cannot see
-    assert activations in ("int8", "none") and x.is_contiguous()
     cols = x.shape[-1]
     tokens, addresses = x.numel() // cols if cols else 0, []
+    # what the core cannot see
+    right = activations in ("int8", "none") and x.is_contiguous()
     for (lanes, scales, rows), out in zip(matrices, outs, strict=True):
         half = scales.dtype == torch.float16
-        assert lanes.dtype == torch.uint8 and lanes.is_contiguous()
-        assert (half or scales.dtype == torch.float32) and scales.is_contiguous()
-        assert out.numel() == tokens * rows and out.dtype == x.dtype and out.is_contiguous()
+        right = (
+            right
+            and (lanes.dtype == torch.uint8 and lanes.is_contiguous())
+            and ((half or scales.dtype == torch.float32) and scales.is_contiguous())
+            and (out.numel() == tokens * rows and out.dtype == x.dtype and out.is_contiguous())
+        )
         at = lanes.data_ptr(), lanes.numel(), scales.data_ptr(), scales.numel()
         addresses.append((*at, half, out.data_ptr(), rows))
+    if not right:
+        raise ValueError(
+            "product: expected dense x, out of its dtype, lanes in uint8, scales in float16 or "
+            "float32, and activations int8 or none."
+        )
     how = form, group_size, activations == "int8", threads
     kind = KINDS[x.dtype]
     return partial(lib.products, x.data_ptr(), kind, tokens, cols, addresses, *how)

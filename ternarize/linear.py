@@ -194,6 +194,8 @@ def _lanes_product(
     x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, layout: Layout, lanes: Lanes
 ) -> Tensor:
     """`product` by the kernels, the planes and the bias summed in float32 and rounded once."""
+    if x.shape[-1] != layout.cols:
+        raise UsageError(f"input: {x.shape[-1]} columns; the layer has {layout.cols}.")
     x = _autocast(x, layout)
     rounded = layout.activations == "int8"
     wide = x if bias is None and layout.planes == 1 else x.to(torch.float32)
@@ -508,11 +510,28 @@ class Packed(nn.Module):
         for name, tensor in self._stored_parameters().items():
             destination[prefix + name] = tensor
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        had_lanes = self.use_stored()
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        leaves = [leaf for name in self.layouts for leaf in (name, f"{name}_scale")]
+        given = [leaf for leaf in leaves if prefix + leaf in state_dict]
+        had_lanes = False
+        if len(given) == len(leaves):
+            had_lanes = self._forget_lanes()
+        elif given:
+            had_lanes = self.use_stored()
+        super()._load_from_state_dict(state_dict, prefix, *args)
         if had_lanes:
             self.use_lanes()
+
+    def _forget_lanes(self) -> bool:
+        """As `use_stored`, with nothing in it: for what is about to be overwritten."""
+        held = {name: layout for name, layout in self.layouts.items() if layout.lanes is not None}
+        for name, layout in held.items():
+            assert layout.lanes is not None
+            lanes, stack = layout.lanes, tuple(getattr(self, name).shape[:-1])
+            how = replace(layout, lanes=None)
+            parts = _empty((*stack, lanes.rows), how, lanes.scale_rows, lanes.scale_dtype)
+            self._hold(name, parts[0].data, parts[1].data, how)
+        return bool(held)
 
     def _stored_parameters(self) -> dict[str, Tensor]:
         """By name, the stored form of what is held in lanes."""

@@ -9,6 +9,7 @@ import torch
 import transformers
 from test_evaluate import word_tokenizer
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import ternarize
 from ternarize import generate
@@ -128,6 +129,35 @@ def test_scaled_positions() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+class OtherMLP(LlamaMLP):
+    pass
+
+
+def test_weights_that_are_not_dense_go_through_their_module() -> None:
+    model = dense("llama")
+    weight = model.lm_head.weight.data
+    model.lm_head.weight = torch.nn.Parameter(weight.t().contiguous().t())
+    ours, theirs = both(model, tokens(1, 5), 3)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_takes_a_token_of_each_text() -> None:
+    decoder = Decoder(dense("llama"), tokens(3, 4), 8)
+    with pytest.raises(ValueError, match=r"tokens: \(1,\); expected \(3,\)"):
+        decoder.step(torch.tensor([4]))
+
+
+def test_parameters_are_held_as_they_were(tmp_path: Path) -> None:
+    model = packed(dense("llama"), tmp_path, Recipe(method="twn", group_size=32))
+    ids, more = tokens(1, 5), tokens(1, 1)[0]
+    want = Decoder(model, ids, 8).step(more)
+    decoder = Decoder(model, ids, 8)
+    for layer in model.model.layers:
+        for parameter in layer.parameters():
+            parameter.data = torch.zeros_like(parameter.data)
+    assert torch.equal(decoder.step(more), want)
+
+
 def test_what_it_does_not_compute_is_left_to_the_model() -> None:
     assert can_decode(dense("mistral", sliding_window=40), 40)
     assert not can_decode(dense("mistral", sliding_window=40), 41)
@@ -135,6 +165,18 @@ def test_what_it_does_not_compute_is_left_to_the_model() -> None:
     assert not can_decode(dense("llama", rope_parameters=dynamic), 8)
     gemma = tiny_models.build("gemma3_text", torch.float32)
     assert not can_decode(gemma, 8)
+    for change in (
+        lambda m: m.train(),
+        lambda m: setattr(m.config, "num_hidden_layers", 1),
+        lambda m: setattr(m.model.layers[0].mlp, "forward", lambda x: x),
+        lambda m: setattr(m.model.layers[0], "mlp", OtherMLP(m.config)),
+        lambda m: setattr(m.config, "_attn_implementation", "mine"),
+    ):
+        changed = dense("llama")
+        change(changed)
+        assert not can_decode(changed, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not can_decode(dense("llama"), 8)
     watched = dense("llama")
     watched.model.layers[1].register_forward_hook(lambda *_: None)
     assert not can_decode(watched, 8)
@@ -164,9 +206,16 @@ def test_generate_gives_the_tokens_of_transformers(
             model, word_tokenizer(), "w5 w6 w7", max_new_tokens=30, **options
         ).text
 
+    calls = []
+    by_decoder = generate._decode
+    monkeypatch.setattr(
+        generate, "_decode", lambda *given: calls.append(given) or by_decoder(*given)
+    )
     fast = text()
+    assert len(calls) == 1
     monkeypatch.setattr(generate, "can_decode", lambda *_: False)
     assert text() == fast != ""
+    assert len(calls) == 1
 
 
 def test_settings_that_it_does_not_know_are_left_to_transformers(
@@ -322,7 +371,7 @@ def test_wrong_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="rows and n are 1 and 0"):
         lib.rms_norm("F32", 1, 0, 0, 0, 1e-5, 0, 1)
     q, k, v, cosine, sine, keys, values = given
-    with pytest.raises(AssertionError):
+    with pytest.raises(ValueError, match="do not fit"):
         attend((q.to(torch.bfloat16), k, v, cosine, sine, keys, values), 0, 1.0)
 
 

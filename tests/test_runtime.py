@@ -288,6 +288,28 @@ def test_a_state_dict_is_loaded(assign: bool) -> None:
     assert torch.equal(other(x), in_lanes(layer)(x))
 
 
+def test_a_state_dict_of_others_leaves_lanes_where_they_are() -> None:
+    layer = in_lanes(layer_of(32))
+    at = layer.weight.data_ptr()
+    layer.load_state_dict({"bias": torch.zeros(ROWS)}, strict=False)
+    assert layer.weight.data_ptr() == at and not layer.bias.any()
+
+
+def test_a_damaged_layer_can_be_loaded_again() -> None:
+    layer = in_lanes(layer_of(32))
+    good = layer.state_dict()
+    layer.weight.data.fill_(255)
+    layer.load_state_dict(good)
+    assert same_bytes(layer, in_lanes(layer_of(32)))
+    assert layer.layouts["weight"].lanes is not None
+
+
+def test_an_input_of_another_width_is_refused() -> None:
+    layer = in_lanes(layer_of(32))
+    with pytest.raises(UsageError, match="input: 199 columns; the layer has 200"):
+        layer(X32[:, :199])
+
+
 def test_another_device_gets_the_stored_form() -> None:
     layer = in_lanes(layer_of(32)).to("meta")
     assert layer.layouts["weight"].lanes is None and layer.weight.shape == (ROWS, 44)

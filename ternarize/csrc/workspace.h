@@ -13,6 +13,7 @@ class Workspace {
   uint8_t* bytes(int64_t n) {
     if (n > size_) {
       memory_.reset();
+      size_ = 0;  // until there is other memory: new may throw
       memory_.reset(static_cast<uint8_t*>(::operator new(static_cast<size_t>(n), kAlign)));
       size_ = n;
     }
