@@ -18,10 +18,10 @@ the dense way.
 
 `TernaryLinear` is an `nn.Linear`, because that is what other software (PEFT) looks for. Experts
 that a model fuses into one parameter (experts, rows, cols) have no module of their own: their class
-stays what it is, and while its forward runs, `self.gate_up_proj[expert]` is a matrix that is
-dequantized when it meets an input. So only experts that are hit cost anything. Token embeddings
-keep their class in the same way (some multiply their output): of them only the rows that are looked
-up are dequantized.
+stays what it is, and while its forward runs, `self.gate_up_proj[expert]` is a matrix of its own
+(`PackedMatrix`): multiplied by the kernels on the CPU, elsewhere dequantized when it meets an
+input. So only experts that are hit cost anything. Token embeddings keep their class in the same way
+(some multiply their output): of them only the rows that are looked up are dequantized.
 
 With activations "int8" the input of each product is rounded to 8 bits per token, as models trained
 as BitNet b1.58 expect (https://arxiv.org/abs/2402.17764, section 2):

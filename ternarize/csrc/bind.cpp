@@ -235,7 +235,8 @@ int64_t bind_from_lanes(Flat<const uint8_t> lanes, const std::string& form, int6
 }
 
 // Memory by address: a layer's product takes tens of microseconds, and to look at each tensor through
-// DLPack takes three. The caller, kernels.products, knows dtypes and strides; sizes are checked here.
+// DLPack takes three. The caller, kernels.prepared_products, knows dtypes and strides; sizes are
+// checked here.
 using MatrixArgs = std::tuple<int64_t, int64_t, int64_t, int64_t, bool, int64_t, int64_t>;
 
 void bind_products(int64_t x, const std::string& kind_name, int64_t tokens, int64_t cols,
@@ -260,8 +261,8 @@ void bind_products(int64_t x, const std::string& kind_name, int64_t tokens, int6
           threads);
 }
 
-// Memory by address as in bind_products; ternarize.decode knows what it is. The
-// position is read from memory too, so that a call can be made again with the same arguments.
+// Memory by address as in bind_products; ternarize.decode knows what it is. The position is read from
+// memory too, so that a call can be made again with the same arguments.
 void bind_rms_norm(const std::string& kind_name, int64_t rows, int64_t n, int64_t x,
                    int64_t weight, float epsilon, int64_t out, int threads) {
   const Kind kind = kind_of(kind_name);

@@ -3,8 +3,8 @@
 //
 // decode.inc is compiled for each instruction set, as part of the tables in kernels.h. Sums have one
 // order: one by one, those of norms, softmax and dense products in lanes first. So all give the same
-// bits. Numbers that a model
-// keeps between two operations are rounded to its dtype, as torch does; those inside are floats.
+// bits. Numbers that a model keeps between two operations are rounded to its dtype, as torch does;
+// those inside are floats.
 #pragma once
 
 #include <cstdint>
@@ -18,13 +18,13 @@ constexpr int64_t in_chunks(int64_t n) { return (n + kChunk - 1) / kChunk * kChu
 
 // Attention of one new token of each text to all tokens up to it. Everything is of one kind.
 struct Attention {
-  int64_t batch;     // texts
-  int64_t heads;     // of the queries; a multiple of kv_heads
+  int64_t batch;  // texts
+  int64_t heads;  // of the queries; a multiple of kv_heads
   int64_t kv_heads;
-  int64_t dim;       // of a head, even
-  int64_t capacity;  // tokens that the cache has room for
-  int64_t position;  // of the new token: as many are before it
-  float scaling;     // of the products of queries and keys
+  int64_t dim;         // of a head, even
+  int64_t capacity;    // tokens that the cache has room for
+  int64_t position;    // of the new token: as many are before it
+  float scaling;       // of the products of queries and keys
   const void* q;       // [batch, heads, dim]
   const void* k;       // [batch, kv_heads, dim]
   const void* v;       // [batch, kv_heads, dim]
