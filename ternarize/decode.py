@@ -34,7 +34,7 @@ CLASSES = (
     "BitNetForCausalLM",
 )
 FEW = 4  # texts, for which the core multiplies dense weights: more are faster in torch
-ACTIVATIONS = ("silu", "relu2")
+HIDDEN_ACTS = ("silu", "relu2")
 ROPES = ("default", "linear", "llama3", "yarn")  # the same for any length of text
 Model = Any
 
@@ -50,7 +50,7 @@ def can_decode(model: Model, capacity: int) -> bool:
     return (
         model.device.type == "cpu"
         and model.dtype in kernels.KINDS
-        and config.hidden_act in ACTIVATIONS
+        and config.hidden_act in HIDDEN_ACTS
         and config.rope_parameters.get("rope_type", "default") in ROPES
         and (window is None or window >= capacity)
         and all(norm.weight.dtype == model.dtype for norm in norms)

@@ -116,7 +116,7 @@ def generate(
         begin = time.perf_counter()
         with torch.inference_mode():
             if fast:
-                _decode(model, batch, config, streamer)
+                _generate_by_decoder(model, batch, config, streamer)
             else:
                 model.generate(
                     batch,
@@ -129,7 +129,8 @@ def generate(
     return Generation("".join(pieces), len(ids), streamer.new, first - begin, end_time - first)
 
 
-# What `_decode` knows of a generation's settings, and those that say nothing about the tokens.
+# What `_generate_by_decoder` knows of a generation's settings, and those that say nothing about the
+# tokens.
 _PLAIN = {"max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "eos_token_id"}
 _SILENT = {
     "bos_token_id",
@@ -145,7 +146,9 @@ def _is_plain(config: GenerationConfig) -> bool:
     return set(config.to_diff_dict()) <= _PLAIN | _SILENT
 
 
-def _decode(model: Model, ids: torch.Tensor, config: GenerationConfig, streamer: "_Pieces") -> None:
+def _generate_by_decoder(
+    model: Model, ids: torch.Tensor, config: GenerationConfig, streamer: "_Pieces"
+) -> None:
     """What model.generate does with such a config, by ternarize.decode: the same tokens."""
     warpers: list[Any] = []
     if config.do_sample:

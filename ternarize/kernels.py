@@ -365,7 +365,7 @@ def product_of_trits(
 def quantize(x: Tensor, activations: str) -> tuple[Tensor, Tensor]:
     """Inputs as integers with a factor for each token.
 
-    "int8", for models trained so: 8 bits, as linear.int8_product rounds (BitNet b1.58, section 2)
+    "int8", for models trained so: 8 bits, as linear.rounded_linear rounds (BitNet b1.58, section 2)
 
         q_0 = round(127 x / absmax)                     factor = absmax / 127
 

@@ -183,7 +183,7 @@ def _product(
             return _int8_kernel_product(x, packed, scale, bias, layout)
     if layout.activations == "none":
         return F.linear(x, _dense(packed, scale, layout, x.dtype), bias)
-    y = int8_product(x, _dense(packed, scale, layout, torch.float32))
+    y = rounded_linear(x, _dense(packed, scale, layout, torch.float32))
     return y if bias is None else y + bias
 
 
@@ -278,8 +278,8 @@ def _(x: Tensor, packed: Tensor, scale: Tensor, group_size: int, rounded: bool) 
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
-def int8_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T with each token of x rounded to 8 bits: the twin that kernels are tested against.
+def rounded_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T with each token of x rounded to 8 bits: the way without the compiled core.
 
         q = round(x * 127 / absmax)        y = (q W^T) * (absmax / 127)
 

@@ -173,7 +173,7 @@ def test_settings_that_it_does_not_know_are_left_to_transformers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = dense("llama")
-    monkeypatch.setattr(generate, "_decode", lambda *_: pytest.fail("not asked for"))
+    monkeypatch.setattr(generate, "_generate_by_decoder", lambda *_: pytest.fail("not asked for"))
     model.generation_config.repetition_penalty = 1.5
     assert generate.generate(model, word_tokenizer(), "w5 w6", max_new_tokens=4).new_tokens > 0
 

@@ -35,7 +35,7 @@ from ternarize.checkpoint import DTYPE_NAMES, DTYPES, INDEX, SAFETENSORS, byte_v
 from ternarize.errors import CheckpointError, UsageError, WeightError
 from ternarize.export.common import (
     Losses,
-    Packed,
+    PackedCheckpoint,
     carry,
     carry_or_refit,
     fresh_output,
@@ -66,7 +66,7 @@ class Item:
 
 
 def export_dense(
-    packed: Packed,
+    packed: PackedCheckpoint,
     output: Path,
     *,
     dtype: str | None = None,
@@ -94,7 +94,7 @@ def export_dense(
 
 
 def export_bitnet(
-    packed: Packed,
+    packed: PackedCheckpoint,
     output: Path,
     *,
     allow_requantize: bool = False,
@@ -160,7 +160,7 @@ def export_bitnet(
 
 
 def export_gemma_int2(
-    packed: Packed,
+    packed: PackedCheckpoint,
     output: Path,
     *,
     allow_requantize: bool = False,
@@ -217,7 +217,7 @@ def export_gemma_int2(
 
 
 def export_mlx(
-    packed: Packed,
+    packed: PackedCheckpoint,
     output: Path,
     *,
     dtype: str | None = None,
@@ -299,17 +299,17 @@ def export_mlx(
 # --- what is asked of all ------------------------------------------------------------------------
 
 
-def _activations(packed: Packed) -> str:
+def _activations(packed: PackedCheckpoint) -> str:
     quantization = packed.config["quantization_config"]
     return str(quantization.get("activations") or "none")
 
 
-def _check_activations(packed: Packed, losses: Losses) -> None:
+def _check_activations(packed: PackedCheckpoint, losses: Losses) -> None:
     if _activations(packed) != "none":
         losses.general.append(f"activations in {_activations(packed)}")
 
 
-def _dtype(packed: Packed, asked: str | None) -> torch.dtype:
+def _dtype(packed: PackedCheckpoint, asked: str | None) -> torch.dtype:
     if asked is None:
         return config_dtype(packed.config)
     dtype = getattr(torch, asked, None)
@@ -319,7 +319,7 @@ def _dtype(packed: Packed, asked: str | None) -> torch.dtype:
     return dtype
 
 
-def _split_modules(packed: Packed, losses: Losses) -> tuple[list[str], list[str]]:
+def _split_modules(packed: PackedCheckpoint, losses: Losses) -> tuple[list[str], list[str]]:
     """Packed tensors that are a linear layer's weight, and the linear layers that are not packed.
 
     What is packed and is no linear layer's weight (embeddings, experts, heads in int8) goes into
@@ -368,7 +368,7 @@ def _split_modules(packed: Packed, losses: Losses) -> tuple[list[str], list[str]
 
 
 def _items(
-    packed: Packed,
+    packed: PackedCheckpoint,
     packed_names: Sequence[str],
     parts: Callable[[str], list[Item]],
     losses: Losses,
@@ -389,7 +389,9 @@ def _items(
     return items
 
 
-def _dense_item(packed: Packed, name: str, dtype: torch.dtype | None, losses: Losses) -> Item:
+def _dense_item(
+    packed: PackedCheckpoint, name: str, dtype: torch.dtype | None, losses: Losses
+) -> Item:
     """A tensor in floating point (None, or what is no float: as it is stored), as in the source."""
     record = packed.records[name]
     stored, shape = packed.info(name)
@@ -415,7 +417,7 @@ def _dense_item(packed: Packed, name: str, dtype: torch.dtype | None, losses: Lo
 
 
 def _write(
-    packed: Packed,
+    packed: PackedCheckpoint,
     output: Path,
     to: str,
     items: list[Item],
