@@ -23,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ternarize.decode import Decoder, can_decode
 from ternarize.errors import UsageError
+from ternarize.evaluate import max_positions
 
 NEW_TOKENS = 128  # where the model's context has room for them
 CONTEXT_TOKENS = 8  # of the prompt, decoded before the first new token
@@ -79,11 +80,7 @@ def generate(
     the model does not generate.
     """
     _check_options(max_new_tokens, temperature, top_k, top_p)
-    if not model.can_generate() or model.config.is_encoder_decoder:
-        raise UsageError(
-            f"{type(model).__name__}: does not continue a text; expected a causal language model. "
-            "Use another checkpoint."
-        )
+    check_continues(model)
     ids = _encode(tokenizer, prompt, chat)
     new_tokens = _room(model, len(ids), max_new_tokens)
     config = copy.deepcopy(model.generation_config)
@@ -127,6 +124,15 @@ def generate(
         end_time = time.perf_counter()
     first = streamer.first if streamer.first is not None else end_time
     return Generation("".join(pieces), len(ids), streamer.new, first - begin, end_time - first)
+
+
+def check_continues(model: Model) -> None:
+    """Raise UsageError for a model that does not continue a text."""
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise UsageError(
+            f"{type(model).__name__}: does not continue a text; expected a causal language model. "
+            "Use another checkpoint."
+        )
 
 
 # What `_generate_by_decoder` knows of a generation's settings, and those that say nothing about the
@@ -248,9 +254,7 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
 
 def _room(model: Model, prompt: int, new: int | None) -> int:
     """How many tokens to generate: what is asked for, checked against the model's context."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is None:
-        return NEW_TOKENS if new is None else new
+    context = max_positions(model.config)
     if prompt + (new or 1) > context:
         asked = f" and {new} new ones" if new else ""
         raise UsageError(
