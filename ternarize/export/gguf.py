@@ -358,7 +358,7 @@ def _item(
             assert found is not None
             return blocks.encode_q8_0(rows(values), rows(found))
 
-        nbytes = math.prod(shape) // 32 * 34
+        nbytes = math.prod(shape) // blocks.Q8_0_BLOCK * blocks.Q8_0_NBYTES
         return Item(new, blocks.Q8_0, shape, nbytes, int8)
     # llama.cpp wants vectors, and routers, in F32
     single = len(shape) < 2 or new.endswith(".ffn_gate_inp.weight")
@@ -378,7 +378,8 @@ def _item(
                 f"{packed.checkpoint.tensors[name].file}: {name} has {shape[-1]} columns; Q8_0 "
                 "needs a multiple of 32. Use --kept-type f16."
             )
-        return Item(new, blocks.Q8_0, shape, math.prod(shape) // 32 * 34, kept)
+        nbytes = math.prod(shape) // blocks.Q8_0_BLOCK * blocks.Q8_0_NBYTES
+        return Item(new, blocks.Q8_0, shape, nbytes, kept)
     size = _FLOATS[target].itemsize
     return Item(new, _float_id(target), shape, math.prod(shape) * size, kept)
 

@@ -33,6 +33,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ternarize.checkpoint import DTYPE_NAMES, DTYPES, INDEX, SAFETENSORS, byte_view
 from ternarize.errors import CheckpointError, UsageError, WeightError
+from ternarize.export.blocks import two_bits
 from ternarize.export.common import (
     Losses,
     PackedCheckpoint,
@@ -41,6 +42,7 @@ from ternarize.export.common import (
     fresh_output,
     model_config,
 )
+from ternarize.hub import SHIM
 from ternarize.plan import RECORD, small_files
 from ternarize.progress import Progress
 from ternarize.select import config_dtype, locate
@@ -48,7 +50,6 @@ from ternarize.tensor import Ternary
 
 SHARD = 5 * 10**9  # bytes of a file, as save_pretrained has it
 MLX_GROUPS = (128, 64, 32)
-SHIM = "configuration_ternarize"  # code that `push` may add, which would import ternarize
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,8 @@ def export_bitnet(
         rows, cols = packed.info(name)[1]
 
         def weight() -> Tensor:
-            a, b, c, d = (ternary(name).trits + 1).to(torch.uint8).chunk(4)
-            return a | b << 2 | c << 4 | d << 6
+            codes = (ternary(name).trits + 1).to(torch.uint8)
+            return two_bits(codes.view(4, rows // 4, cols), 0)
 
         def scale() -> Tensor:
             found = ternary(name)
@@ -189,8 +190,7 @@ def export_gemma_int2(
 
         def weight() -> Tensor:
             codes = nn.functional.pad((ternary(name).trits + 2).to(torch.uint8), (0, -cols % 4))
-            a, b, c, d = codes.view(rows, -1, 4).unbind(-1)
-            return a | b << 2 | c << 4 | d << 6
+            return two_bits(codes.view(rows, -1, 4), -1)
 
         def scale() -> Tensor:
             losses.measure(name, packed.dense(name), ternary(name).dequantize())
@@ -313,7 +313,7 @@ def _dtype(packed: PackedCheckpoint, asked: str | None) -> torch.dtype:
     if asked is None:
         return config_dtype(packed.config)
     dtype = getattr(torch, asked, None)
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise UsageError(f"dtype: {asked!r}; expected float32, float16 or bfloat16.")
     assert isinstance(dtype, torch.dtype)
     return dtype
@@ -431,7 +431,8 @@ def _write(
     }
     remote = table.get("auto_map")
     if isinstance(remote, dict):
-        remote = {k: v for k, v in remote.items() if not str(v).startswith(SHIM + ".")}
+        shim = SHIM.removesuffix("py")  # code that would import ternarize
+        remote = {k: v for k, v in remote.items() if not str(v).startswith(shim)}
         table.pop("auto_map")
         table |= {"auto_map": remote} if remote else {}
     table |= config
@@ -464,7 +465,7 @@ def _write(
             (partial / (SAFETENSORS + INDEX)).write_text(json.dumps(index, indent=1) + "\n")
         (partial / "config.json").write_text(json.dumps(table, indent=2) + "\n")
         for name in small_files(packed.directory)[0]:
-            if name not in (RECORD, SHIM + ".py"):
+            if name not in (RECORD, SHIM):
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(packed.directory / name, partial / name)
     return {"to": to, "tensors": len(items), **losses.report()}
