@@ -67,7 +67,7 @@ class Decoder:
     ids       (batch, prompt) integers: prompts of one length
     capacity  tokens of each text that there is to be room for, the prompt's among them
 
-    logits    (batch, vocabulary), of the token that comes next
+    logits    (batch, vocabulary) of the model's dtype, of the token that comes next
 
     What a step does is written down once, as calls with the memory that they work in: there is
     nothing to look up from token to token. The model's parameters are held as they are now.
@@ -100,7 +100,10 @@ class Decoder:
         self.head = self._linears([model.lm_head], self._norm(body.norm, self.x))[0]
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Take one more token of each text, (batch,) integers, and return `logits` after it."""
+        """Take one more token of each text, (batch,) integers, and return `logits` after it.
+
+        Raises ValueError when `capacity` tokens are there.
+        """
         self.x.copy_(self.model.model.embed_tokens(tokens))
         for call in self.calls:
             call()

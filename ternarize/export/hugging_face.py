@@ -81,6 +81,8 @@ def export_dense(
 
     Weights are rounded once, from float32. Raises CheckpointError where activations in int8 are on
     record, which such a checkpoint cannot say, WeightError where `dtype` cannot hold a weight.
+
+    Returns {"to", "tensors": how many were written} and `Losses.report`.
     """
     losses = Losses("a dense checkpoint", allow_requantize)
     _check_activations(packed, losses)
@@ -106,6 +108,8 @@ def export_bitnet(
     The layer sums integers in the model's dtype, which overflows float16: such a model is set to
     float32, any other keeps its dtype. Raises CheckpointError where a tensor has more than one
     scale, and where activations are not in int8, which bitnet makes them.
+
+    Returns as `export_dense`.
     """
     losses = Losses("bitnet", allow_requantize)
     if _activations(packed) != "int8":
@@ -171,6 +175,8 @@ def export_gemma_int2(
 
     Exact for rows or tensors that share a scale. Raises CheckpointError for smaller groups, and
     where activations in int8 are on record.
+
+    Returns as `export_dense`.
     """
     losses = Losses("gemma-int2", allow_requantize)
     _check_activations(packed, losses)
@@ -232,6 +238,8 @@ def export_mlx(
     The groups are the largest of 128, 64, 32 that hold every tensor exactly; larger ones are cut,
     each piece with the same scale. Raises CheckpointError for other groups, for scales that `dtype`
     cannot hold, and where activations in int8 are on record.
+
+    Returns as `export_dense`.
     """
     losses = Losses("mlx", allow_requantize)
     _check_activations(packed, losses)
