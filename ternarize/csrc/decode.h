@@ -9,12 +9,23 @@
 
 #include <cstdint>
 
+// For the inner loops, so that what their caller knows of lengths and thresholds is compiled in. And
+// for the functions in headers that sources of one instruction set include: they leave no copy that
+// the linker could take for all (see kernels.inc).
+#ifdef _MSC_VER
+#define TERNARIZE_INLINE __forceinline
+#else
+#define TERNARIZE_INLINE inline __attribute__((always_inline))
+#endif
+
 namespace ternarize {
 
 enum class Kind;
 
 constexpr int64_t kChunk = 64;  // tokens, and numbers of a head, that are worked on at once
-constexpr int64_t in_chunks(int64_t n) { return (n + kChunk - 1) / kChunk * kChunk; }
+constexpr TERNARIZE_INLINE int64_t in_chunks(int64_t n) {
+  return (n + kChunk - 1) / kChunk * kChunk;
+}
 
 // Attention of one new token of each text to all tokens up to it. Everything is of one kind.
 struct Attention {
@@ -35,7 +46,7 @@ struct Attention {
   void* out;           // [batch, heads, dim]
 
   // Floats that `attend` needs for itself.
-  int64_t scratch() const {
+  TERNARIZE_INLINE int64_t scratch() const {
     const int64_t wide = in_chunks(dim);
     return heads / kv_heads * (2 * wide + in_chunks(position + 1)) + (kChunk + 2) * wide;
   }
