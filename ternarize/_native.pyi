@@ -131,8 +131,8 @@ def products(
     """Set each out to x W^T as ternarize.kernels.product_of_trits defines it, with the same bits.
 
     Memory is given by its address, because that is what a call of some microseconds can afford.
-    Only ternarize.kernels.products should call this: it knows that tensors are dense and what they
-    hold. Sizes are checked.
+    Only ternarize.kernels.prepared_products should call this: it knows that tensors are dense and
+    what they hold. Sizes are checked.
 
     x         (tokens, cols) of `kind`
     matrices  (lanes, lanes_size, scales, scales_size, half, out, rows) of each:
@@ -164,7 +164,7 @@ def int8_product(
 ) -> None:
     """Set out to x W^T of int8 weights, as ternarize.kernels.int8_product says, with the same bits.
 
-    Memory by address, as in `product`, and only for ternarize.kernels.int8_product.
+    Memory by address, as in `products`, and only for ternarize.kernels.int8_product.
 
     x        (tokens, cols) of `kind`
     weights  (weights_size,) int8: rows x cols

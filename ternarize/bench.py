@@ -16,6 +16,8 @@ from torch import nn
 from ternarize import kernels
 from ternarize.decode import Decoder, can_decode
 from ternarize.errors import UsageError
+from ternarize.evaluate import max_positions
+from ternarize.generate import check_continues
 from ternarize.linear import PackedEmbedding, TernaryExperts
 from ternarize.native import lib
 
@@ -50,15 +52,11 @@ def bench(
     for name, value in numbers.items():
         if value < 1:
             raise UsageError(f"{name}: {value}; expected at least 1.")
-    if not model.can_generate() or model.config.is_encoder_decoder:
-        raise UsageError(
-            f"{type(model).__name__}: does not continue a text; expected a causal language model. "
-            "Use another checkpoint."
-        )
+    check_continues(model)
     if model.device.type != "cpu":
         raise UsageError(f"device: {model.device}; expected cpu. Load the model there.")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and prompt + decode > context:
+    context = max_positions(model.config)
+    if prompt + decode > context:
         raise UsageError(
             f"prompt: {prompt} tokens and {decode} to decode; expected at most the model's context "
             f"of {context} together. Ask for fewer."

@@ -35,7 +35,7 @@ CLASSES = (
     "BitNetForCausalLM",
 )
 FEW = 4  # texts, for which the core multiplies dense weights: more are faster in torch
-ACTIVATIONS = ("silu", "relu2")
+HIDDEN_ACTS = ("silu", "relu2")
 ROPES = ("default", "linear", "llama3", "yarn")  # the same for any length of text
 Model = Any
 
@@ -62,7 +62,7 @@ def can_decode(model: Model, capacity: int) -> bool:
         and model.dtype in kernels.KINDS
         and not torch.is_autocast_enabled("cpu")
         and config._attn_implementation in ("eager", "sdpa")
-        and config.hidden_act in ACTIVATIONS
+        and config.hidden_act in HIDDEN_ACTS
         and config.rope_parameters.get("rope_type", "default") in ROPES
         and (window is None or window >= capacity)
         and all(_is_plain(norm.weight, model.dtype) for norm in norms)
@@ -91,7 +91,7 @@ class Decoder:
     ids       (batch, prompt) integers: prompts of one length
     capacity  tokens of each text that there is to be room for, the prompt's among them
 
-    logits    (batch, vocabulary), of the token that comes next
+    logits    (batch, vocabulary) of the model's dtype, of the token that comes next
 
     What a step does is written down once, as calls with the memory that they work in: there is
     nothing to look up from token to token. The model's parameters are held as they are now.

@@ -29,20 +29,10 @@ from ternarize.errors import CheckpointError, TernarizeError
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
 INDEX = ".index.json"
-SMALL_FILES = (
-    "*.json",
-    "*.jsonl",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "*.tiktoken",
-    "*.vocab",
-    "*.bpe",
-    "*.py",
-    "README.md",
-    "LICENSE*",
-    "NOTICE*",
-)
+# how names of files end that hold weights, and of those that belong to a model besides
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
+COPIED = (".json", ".jsonl", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".vocab", ".bpe")
+SMALL_FILES = (*(f"*{suffix}" for suffix in COPIED), "README.md", "LICENSE*", "NOTICE*")
 CHECKED = ".ternarize-checked.json"
 CHUNK = 1 << 20
 LOGIN = "Check the name, or log in with `hf auth login`"

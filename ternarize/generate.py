@@ -23,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ternarize.decode import Decoder, can_decode
 from ternarize.errors import UsageError
+from ternarize.evaluate import max_positions
 
 NEW_TOKENS = 128  # where the model's context has room for them
 CONTEXT_TOKENS = 8  # of the prompt, decoded before the first new token
@@ -79,11 +80,7 @@ def generate(
     the model does not generate.
     """
     _check_options(max_new_tokens, temperature, top_k, top_p)
-    if not model.can_generate() or model.config.is_encoder_decoder:
-        raise UsageError(
-            f"{type(model).__name__}: does not continue a text; expected a causal language model. "
-            "Use another checkpoint."
-        )
+    check_continues(model)
     ids = _encode(tokenizer, prompt, chat)
     new_tokens = _room(model, len(ids), max_new_tokens)
     config = copy.deepcopy(model.generation_config)
@@ -116,7 +113,7 @@ def generate(
         begin = time.perf_counter()
         with torch.inference_mode():
             if fast:
-                _decode(model, batch, config, streamer)
+                _generate_by_decoder(model, batch, config, streamer)
             else:
                 model.generate(
                     batch,
@@ -129,7 +126,16 @@ def generate(
     return Generation("".join(pieces), len(ids), streamer.new, first - begin, end_time - first)
 
 
-# What `_decode` knows of a generation's settings; those that do not say which tokens come; and the
+def check_continues(model: Model) -> None:
+    """Raise UsageError for a model that does not continue a text."""
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise UsageError(
+            f"{type(model).__name__}: does not continue a text; expected a causal language model. "
+            "Use another checkpoint."
+        )
+
+
+# What `_generate_by_decoder` knows of a generation's settings; those that do not say which tokens come; and the
 # values with which others say nothing.
 _PLAIN = {"max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "eos_token_id"}
 _SILENT = {
@@ -166,7 +172,9 @@ def _is_plain(config: GenerationConfig) -> bool:
     )
 
 
-def _decode(model: Model, ids: torch.Tensor, config: GenerationConfig, streamer: "_Pieces") -> None:
+def _generate_by_decoder(
+    model: Model, ids: torch.Tensor, config: GenerationConfig, streamer: "_Pieces"
+) -> None:
     """What model.generate does with such a config, by ternarize.decode: the same tokens."""
     warpers: list[Any] = []
     if config.do_sample:
@@ -266,9 +274,7 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
 
 def _room(model: Model, prompt: int, new: int | None) -> int:
     """How many tokens to generate: what is asked for, checked against the model's context."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is None:
-        return NEW_TOKENS if new is None else new
+    context = max_positions(model.config)
     if prompt + (new or 1) > context:
         asked = f" and {new} new ones" if new else ""
         raise UsageError(

@@ -14,7 +14,7 @@ from typing import Any
 from ternarize.card import CARD, is_ours, make_card
 from ternarize.checkpoint import open_checkpoint, read_json
 from ternarize.errors import CheckpointError, OutputError, UsageError
-from ternarize.fetch import INDEX, PICKLE, SAFETENSORS, hub_errors
+from ternarize.fetch import INDEX, PICKLE, SAFETENSORS, WEIGHTS, hub_errors
 from ternarize.progress import Progress
 from ternarize.verify import verify
 from ternarize.version import __version__
@@ -40,7 +40,6 @@ class TernarizeConfigShim:
         table, _ = PretrainedConfig.get_config_dict(path, **wanted)
         return CONFIG_MAPPING[table["model_type"]].from_pretrained(path, **kwargs)
 '''
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".gguf", INDEX)
 
 
 def push(
@@ -141,7 +140,7 @@ def _files(directory: Path) -> dict[str, Path]:
         if hidden or not path.is_file():
             continue
         name = relative.as_posix()
-        if name.endswith(_WEIGHTS) and name not in ours:
+        if name.endswith((*WEIGHTS, INDEX)) and name not in ours:
             raise OutputError(
                 f"{path}: is no part of the packed checkpoint; expected no other weights beside "
                 "it. Move it away."

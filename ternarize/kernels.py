@@ -105,7 +105,8 @@ def to_lanes(
     out     where it is to be, if not in memory of its own
 
     Returns (bytes,) uint8, of the size that `lanes_shape` says. Raises FormatError as codecs.unpack
-    does: every byte is checked.
+    does: every byte is checked. The compiled core raises ValueError for groups of more than
+    LONGEST_GROUP columns.
     """
     rows = packed.shape[0]
     size, blocks, block = lanes_shape(form, rows, cols, group_size)
@@ -221,7 +222,8 @@ def product(
     lanes        of `to_lanes`; scales of `scale_lanes`
     activations  "int8" or "none", as in `quantize`
 
-    Returns (..., rows) in x's dtype: what `product_of_trits` gives, bit for bit.
+    Returns (..., rows) in x's dtype: what `product_of_trits` gives, bit for bit. The compiled core
+    raises ValueError for groups of more than LONGEST_GROUP columns.
     """
     return products(x, [(lanes, scales, rows)], group_size, form, activations, threads)[0]
 
@@ -236,7 +238,7 @@ def products(
 ) -> list[Tensor]:
     """`product` with several matrices, (lanes, scales, rows) of each, whose inputs are the same.
 
-    The inputs are rounded once, and the threads share the rows of all.
+    The inputs are rounded once, and the threads share the rows of all. Raises as `product`.
     """
     cols = x.shape[-1]
     flat = x.reshape(-1, cols)
@@ -306,10 +308,11 @@ def int8_product(
     x            (..., cols) float32, bfloat16 or float16
     weight       (rows, cols) int8; -128 is a number as any other
     scales       (scale_rows, groups) float32, bfloat16 or float16; scale_rows divides rows
-    group_size   as in ternarize.tensor; groups of at most LONGEST_GROUP columns
+    group_size   as in ternarize.tensor
     activations  "int8" or "none", as in `quantize`
 
     Returns (..., rows) in x's dtype: what `product_of_trits` gives with these weights, bit for bit.
+    The compiled core raises ValueError for groups of more than LONGEST_GROUP columns.
     """
     rows, cols = weight.shape[0], x.shape[-1]
     flat = x.reshape(-1, cols)
@@ -373,7 +376,7 @@ def product_of_trits(
 def quantize(x: Tensor, activations: str) -> tuple[Tensor, Tensor]:
     """Inputs as integers with a factor for each token.
 
-    "int8", for models trained so: 8 bits, as linear.int8_product rounds (BitNet b1.58, section 2)
+    "int8", for models trained so: 8 bits, as linear.rounded_linear rounds (BitNet b1.58, section 2)
 
         q_0 = round(127 x / absmax)                     factor = absmax / 127
 

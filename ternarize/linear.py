@@ -18,10 +18,10 @@ the dense way.
 
 `TernaryLinear` is an `nn.Linear`, because that is what other software (PEFT) looks for. Experts
 that a model fuses into one parameter (experts, rows, cols) have no module of their own: their class
-stays what it is, and while its forward runs, `self.gate_up_proj[expert]` is a matrix that is
-dequantized when it meets an input. So only experts that are hit cost anything. Token embeddings
-keep their class in the same way (some multiply their output): of them only the rows that are looked
-up are dequantized.
+stays what it is, and while its forward runs, `self.gate_up_proj[expert]` is a matrix of its own
+(`PackedMatrix`): multiplied by the kernels on the CPU, elsewhere dequantized when it meets an
+input. So only experts that are hit cost anything. Token embeddings keep their class in the same way
+(some multiply their output): of them only the rows that are looked up are dequantized.
 
 With activations "int8" the input of each product is rounded to 8 bits per token, as models trained
 as BitNet b1.58 expect (https://arxiv.org/abs/2402.17764, section 2):
@@ -183,7 +183,7 @@ def _product(
             return _int8_kernel_product(x, packed, scale, bias, layout)
     if layout.activations == "none":
         return F.linear(x, _dense(packed, scale, layout, x.dtype), bias)
-    y = int8_product(x, _dense(packed, scale, layout, torch.float32))
+    y = rounded_linear(x, _dense(packed, scale, layout, torch.float32))
     return y if bias is None else y + bias
 
 
@@ -280,8 +280,8 @@ def _(x: Tensor, packed: Tensor, scale: Tensor, group_size: int, rounded: bool) 
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
-def int8_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T with each token of x rounded to 8 bits: the twin that kernels are tested against.
+def rounded_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T with each token of x rounded to 8 bits: the way without the compiled core.
 
         q = round(x * 127 / absmax)        y = (q W^T) * (absmax / 127)
 

@@ -1,8 +1,8 @@
 """The compiled core, or None.
 
 `lib` is the extension module `ternarize._native` where it was built, else None: the package works
-without a compiler, on torch alone, with the same bytes and the same numbers. Set the environment
-variable TERNARIZE_NATIVE=0 before the import to go without it (the tests compare both).
+without a compiler, on torch alone: the same bytes, and the same results up to rounding. Set the
+environment variable TERNARIZE_NATIVE=0 before the import to go without it (the tests compare both).
 """
 
 import importlib

@@ -32,6 +32,7 @@ from ternarize.checkpoint import (
 from ternarize.codecs import INT8, THREADS
 from ternarize.container import SCALE_SUFFIX, Record
 from ternarize.errors import CheckpointError, SelectionError, UsageError
+from ternarize.fetch import COPIED, WEIGHTS
 from ternarize.linear import ACTIVATIONS
 from ternarize.methods import METHODS
 from ternarize.native import lib
@@ -568,10 +569,6 @@ def _tied_copies(source: Checkpoint, config: dict[str, Any]) -> dict[str, str]:
     return copies
 
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
-_COPIED = (".json", ".jsonl", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".vocab", ".bpe")
-
-
 def small_files(directory: Path) -> tuple[list[str], list[str]]:
     """Files to copy byte for byte (tokenizer, generation config, ...), and what is left out."""
     copied: list[str] = []
@@ -581,15 +578,15 @@ def small_files(directory: Path) -> tuple[list[str], list[str]]:
         top = "/" not in name
         if any(part.startswith(".") for part in path.relative_to(directory).parts):
             continue
-        weights_beside = any(p.suffix in _WEIGHTS for p in path.parent.iterdir())
-        if not path.is_file() or (top and (path.suffix in _WEIGHTS or name.endswith(INDEX))):
+        weights_beside = any(p.suffix in WEIGHTS for p in path.parent.iterdir())
+        if not path.is_file() or (top and (path.suffix in WEIGHTS or name.endswith(INDEX))):
             continue
         if top and name in ("config.json", RECORD):
             continue
-        wanted = path.suffix in _COPIED or path.name.upper().startswith(("LICENSE", "NOTICE"))
+        wanted = path.suffix in COPIED or path.name.upper().startswith(("LICENSE", "NOTICE"))
         (copied if wanted and (top or not weights_beside) else left_out).append(name)
     main = {"model.safetensors", "pytorch_model.bin"}
     for path in sorted(directory.iterdir()):
-        if path.suffix in _WEIGHTS and path.name not in main and "-of-" not in path.name:
+        if path.suffix in WEIGHTS and path.name not in main and "-of-" not in path.name:
             left_out.append(path.name)
     return copied, left_out

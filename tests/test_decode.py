@@ -207,13 +207,13 @@ def test_generate_gives_the_tokens_of_transformers(
         ).text
 
     calls = []
-    by_decoder = generate._decode
+    by_decoder = generate._generate_by_decoder
 
     def counted(*given: Any) -> None:
         calls.append(given)
         by_decoder(*given)
 
-    monkeypatch.setattr(generate, "_decode", counted)
+    monkeypatch.setattr(generate, "_generate_by_decoder", counted)
     fast = text()
     assert len(calls) == 1
     monkeypatch.setattr(generate, "can_decode", lambda *_: False)
@@ -225,7 +225,7 @@ def test_settings_that_it_does_not_know_are_left_to_transformers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = dense("llama")
-    monkeypatch.setattr(generate, "_decode", lambda *_: pytest.fail("not asked for"))
+    monkeypatch.setattr(generate, "_generate_by_decoder", lambda *_: pytest.fail("not asked for"))
     model.generation_config.repetition_penalty = 1.5
     assert generate.generate(model, word_tokenizer(), "w5 w6", max_new_tokens=4).new_tokens > 0
 

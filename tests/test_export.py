@@ -990,6 +990,13 @@ def test_small_files_come_along_and_records_do_not(
     assert written.keys().isdisjoint({"quantization_config", "auto_map"})
 
 
+def test_a_dtype_that_no_engine_wants(packed: Callable[..., Path], tmp_path: Path) -> None:
+    for to in ("dense", "mlx"):
+        with pytest.raises(UsageError, match="'float64'; expected float32, float16 or bfloat16"):
+            export(packed(128), tmp_path / "out", to, dtype="float64")
+    assert not any(tmp_path.iterdir())
+
+
 # --- outputs -------------------------------------------------------------------------------------
 
 

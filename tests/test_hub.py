@@ -213,13 +213,14 @@ def test_a_dry_run_and_a_damaged_directory_ask_nobody(client: Hub, packed: Path)
     assert client.log == []
 
 
-def test_weights_that_are_not_the_models_are_not_sent(client: Hub, packed: Path) -> None:
-    (packed / "pytorch_model.bin").write_bytes(b"old")
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "flax_model.msgpack", "model.onnx"])
+def test_weights_that_are_not_the_models_are_not_sent(client: Hub, packed: Path, name: str) -> None:
+    (packed / name).write_bytes(b"old")
     with pytest.raises(OutputError, match="is no part of the packed checkpoint"):
         push(packed, "user/tiny")
     assert client.log == []
-    (packed / "pytorch_model.bin").rename(packed / ".pytorch_model.bin")
-    assert ".pytorch_model.bin" not in push(packed, "user/tiny", dry_run=True)["files"]
+    (packed / name).rename(packed / f".{name}")
+    assert f".{name}" not in push(packed, "user/tiny", dry_run=True)["files"]
 
 
 def test_weights_that_would_be_taken_for_the_models_are_removed(client: Hub, packed: Path) -> None:

@@ -1,6 +1,6 @@
 """Products with packed weights: every variant of the core equals their definition in torch.
 
-The definition, `product_of_trits`, is compared with float64 and with `linear.int8_product`.
+The definition, `product_of_trits`, is compared with float64 and with `linear.rounded_linear`.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from torch import Tensor
 from ternarize import codecs, kernels
 from ternarize.errors import FormatError
 from ternarize.kernels import LANES2, LANES3, from_lanes, product, product_of_trits, to_lanes
-from ternarize.linear import int8_product
+from ternarize.linear import rounded_linear
 from ternarize.native import lib
 from ternarize.tensor import group_count
 
@@ -544,7 +544,7 @@ def test_8_bits_as_linear_layers_have_them(group_size: int) -> None:
     packed = codecs.pack(trits, group_size)
     dense = codecs.dequantize(packed, scales, 700, group_size, torch.float32)
     got = product_of_trits(x, trits, scales, group_size, "int8")
-    torch.testing.assert_close(got, int8_product(x, dense), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(got, rounded_linear(x, dense), rtol=1e-5, atol=1e-4)
 
 
 @settings(max_examples=200, deadline=None)

@@ -20,7 +20,7 @@ from ternarize.linear import (
     TernaryLinear,
     check_part,
     dense_experts,
-    int8_product,
+    rounded_linear,
     ternary_experts,
 )
 from ternarize.methods.absmean import absmean
@@ -307,7 +307,7 @@ def test_16_bit_inputs_meet_a_rotated_matrix(dtype: torch.dtype) -> None:
 def test_rounded_activations_are_those_of_the_rotated_input() -> None:
     layer, stored = rotated(64, activations="int8", bias=False)
     x = random(5, 256, seed=2)
-    expected = int8_product(rotate(x, 64, 7), stored)
+    expected = rounded_linear(rotate(x, 64, 7), stored)
     assert torch.equal(layer(x), expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(layer(x), expected)
@@ -399,7 +399,7 @@ def test_int8_activations_follow_their_definition(dtype: torch.dtype) -> None:
 
 def test_halves_round_to_even_and_the_range_is_symmetric() -> None:
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -127.0]])
-    assert int8_product(x, torch.eye(7)).tolist() == [[127, 0, 2, 2, 0, -2, -127]]
+    assert rounded_linear(x, torch.eye(7)).tolist() == [[127, 0, 2, 2, 0, -2, -127]]
 
 
 def test_a_token_of_zeros_gives_the_bias() -> None:
@@ -560,8 +560,8 @@ def test_int8_activations_reach_the_experts() -> None:
     expected = torch.zeros_like(X)
     for expert in (0, 2):
         hit = expert == HIT
-        inner = int8_product(X[hit], dense.up_proj[expert]).relu()
-        expected[hit] = int8_product(inner, dense.down_proj[expert])
+        inner = rounded_linear(X[hit], dense.up_proj[expert]).relu()
+        expected[hit] = rounded_linear(inner, dense.down_proj[expert])
     assert torch.equal(experts(X, HIT), expected)
     assert not torch.equal(experts(X, HIT), dense(X, HIT))
     other, dense = packed_and_dense(Transposed, "int8")

@@ -235,7 +235,10 @@ int64_t bind_from_lanes(Flat<const uint8_t> lanes, const std::string& form, int6
 }
 
 // Memory by address: a layer's product takes tens of microseconds, and to look at each tensor through
-// DLPack takes three. The caller, kernels.products, knows dtypes and strides; sizes are checked here.
+// DLPack takes three. The caller, kernels.prepared_products, knows dtypes and strides; sizes are
+// checked here.
+void* at(int64_t address) { return reinterpret_cast<void*>(address); }
+
 using MatrixArgs = std::tuple<int64_t, int64_t, int64_t, int64_t, bool, int64_t, int64_t>;
 
 void bind_products(int64_t x, const std::string& kind_name, int64_t tokens, int64_t cols,
@@ -244,7 +247,6 @@ void bind_products(int64_t x, const std::string& kind_name, int64_t tokens, int6
   const Kind kind = kind_of(kind_name);
   if (tokens < 0) fail("tokens is " + std::to_string(tokens) + "; expected 0 or more.");
   if (args.empty()) return;
-  const auto at = [](int64_t address) { return reinterpret_cast<void*>(address); };
   std::vector<Matrix> matrices;
   for (const auto& [lanes, lanes_size, scales, scales_size, half, out, rows] : args) {
     const Lanes l = checked_lanes(form, rows, cols, group_size);
@@ -260,14 +262,13 @@ void bind_products(int64_t x, const std::string& kind_name, int64_t tokens, int6
           threads);
 }
 
-// Memory by address as in bind_products; ternarize.decode knows what it is. The
-// position is read from memory too, so that a call can be made again with the same arguments.
+// Memory by address as in bind_products; ternarize.decode knows what it is. The position is read from
+// memory too, so that a call can be made again with the same arguments.
 void bind_rms_norm(const std::string& kind_name, int64_t rows, int64_t n, int64_t x,
                    int64_t weight, float epsilon, int64_t out, int threads) {
   const Kind kind = kind_of(kind_name);
   if (rows < 0 || n < 1) fail("rows and n are " + std::to_string(rows) + " and " +
                               std::to_string(n) + "; expected at least 0 and 1.");
-  const auto at = [](int64_t address) { return reinterpret_cast<void*>(address); };
   nb::gil_scoped_release unlocked;
   rms_norm(kind, rows, n, at(x), at(weight), epsilon, at(out), threads);
 }
@@ -278,7 +279,6 @@ void bind_gate(const std::string& kind_name, const std::string& activation, int6
   if (activation != "silu" && activation != "relu2")
     fail("activation is '" + activation + "'; expected 'silu' or 'relu2'.");
   if (n < 0) fail("n is " + std::to_string(n) + "; expected 0 or more.");
-  const auto at = [](int64_t address) { return reinterpret_cast<void*>(address); };
   nb::gil_scoped_release unlocked;
   gate(kind, activation == "silu" ? Activation::Silu : Activation::Relu2, n, at(gate_at), at(up),
        at(out), threads);
@@ -290,7 +290,6 @@ void bind_dense(const std::string& kind_name, int64_t tokens, int64_t rows, int6
   if (tokens < 0 || rows < 0 || cols < 1)
     fail("tokens, rows and cols are " + std::to_string(tokens) + ", " + std::to_string(rows) +
          " and " + std::to_string(cols) + "; expected at least 0, 0 and 1.");
-  const auto at = [](int64_t address) { return reinterpret_cast<void*>(address); };
   nb::gil_scoped_release unlocked;
   dense(kind, tokens, rows, cols, at(x), at(w), at(out), threads);
 }
@@ -307,10 +306,11 @@ void bind_attend(const std::string& kind_name, int64_t batch, int64_t heads, int
   if (position < 0 || position >= capacity)
     fail("position is " + std::to_string(position) + "; expected less than the capacity " +
          std::to_string(capacity) + ".");
-  const auto at = [&](size_t i) { return reinterpret_cast<char*>(memory[i]); };
-  const int64_t rotary = position * dim * (kind == Kind::F32 ? 4 : 2);
-  const Attention a{batch, heads, kv_heads,       dim,            capacity, position, scaling, at(0),
-                    at(1), at(2), at(3) + rotary, at(4) + rotary, at(5),    at(6),    at(7)};
+  const auto part = [&](size_t i) { return static_cast<char*>(at(memory[i])); };
+  const int64_t rotary = position * dim * size_of(kind);
+  const Attention a{
+      batch,   heads,   kv_heads,         dim,              capacity, position, scaling, part(0),
+      part(1), part(2), part(3) + rotary, part(4) + rotary, part(5),  part(6),  part(7)};
   nb::gil_scoped_release unlocked;
   attend(kind, a, threads);
 }
@@ -328,7 +328,6 @@ void bind_int8_product(int64_t x, const std::string& kind_name, int64_t tokens, 
   if (rows != 0 && (scale_rows <= 0 || rows % scale_rows != 0))
     fail("scales: " + std::to_string(scale_rows) + " rows do not divide the " +
          std::to_string(rows) + " rows of the matrix.");
-  const auto at = [](int64_t address) { return reinterpret_cast<void*>(address); };
   const Int8Matrix matrix{l, static_cast<const int8_t*>(at(weights)), at(scales), scale_kind,
                           rows != 0 ? rows / scale_rows : 1};
   nb::gil_scoped_release unlocked;

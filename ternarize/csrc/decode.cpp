@@ -17,7 +17,7 @@ constexpr int64_t kOneThread = 1 << 16;  // multiplications that are not worth a
 
 void rms_norm(Kind kind, int64_t rows, int64_t n, const void* x, const void* weight, float epsilon,
               void* out, int threads) {
-  const int64_t row = n * (kind == Kind::F32 ? 4 : 2);
+  const int64_t row = n * size_of(kind);
   const int64_t at_once = std::max<int64_t>(1, kOneThread / std::max<int64_t>(1, n));
   run_tasks(std::max(1, threads), (rows + at_once - 1) / at_once, [&](int64_t task, int) {
     const int64_t first = task * at_once;
@@ -30,7 +30,7 @@ void rms_norm(Kind kind, int64_t rows, int64_t n, const void* x, const void* wei
 void gate(Kind kind, Activation activation, int64_t n, const void* gate, const void* up, void* out,
           int threads) {
   constexpr int64_t kOfTask = 1 << 13;
-  const int64_t size = kind == Kind::F32 ? 4 : 2;
+  const int64_t size = size_of(kind);
   run_tasks(std::max(1, threads), (n + kOfTask - 1) / kOfTask, [&](int64_t task, int) {
     const int64_t first = task * kOfTask;
     kernels().decoding.gate(kind, activation, std::min(kOfTask, n - first),

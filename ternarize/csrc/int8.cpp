@@ -67,7 +67,7 @@ void int8_product(const Int8Matrix& x, Kind kind, int parts, int64_t tokens, con
                   void* out, int threads) {
   if (x.rows() == 0) return;
   threads = std::clamp(threads, 1, 256);
-  const int64_t size = kind == Kind::F32 ? 4 : 2;
+  const int64_t size = size_of(kind);
   for (int64_t done = 0; done < tokens; done += kBatch)
     product_of_batch(x, kind, parts, std::min(kBatch, tokens - done),
                      static_cast<const uint8_t*>(in) + done * x.cols() * size,

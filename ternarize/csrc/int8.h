@@ -17,8 +17,8 @@ struct Int8Matrix {
   Kind scale_kind;
   int64_t rows_per_scale;
 
-  int64_t rows() const { return lanes.stored.rows; }
-  int64_t cols() const { return lanes.stored.cols; }
+  TERNARIZE_INLINE int64_t rows() const { return lanes.stored.rows; }
+  TERNARIZE_INLINE int64_t cols() const { return lanes.stored.cols; }
 };
 
 // Levels in another order, for many tokens: kLanes tokens of one part side by side.
@@ -30,12 +30,14 @@ struct Int8Matrix {
 constexpr int64_t kLanes = 16;
 
 // Columns of a row of a panel, and of its groups but the last.
-inline int64_t panel_group(const Lanes& x) { return (x.group_quads + 15) / 16 * 64; }
-inline int64_t panel_cols(const Lanes& x) {
+TERNARIZE_INLINE int64_t panel_group(const Lanes& x) { return (x.group_quads + 15) / 16 * 64; }
+TERNARIZE_INLINE int64_t panel_cols(const Lanes& x) {
   const int64_t last = x.stored.groups - 1;
   return last < 0 ? 0 : last * panel_group(x) + (x.quads_of(last) + 15) / 16 * 64;
 }
-inline int64_t panel_size(const Lanes& x, int parts) { return panel_cols(x) * kLanes * parts; }
+TERNARIZE_INLINE int64_t panel_size(const Lanes& x, int parts) {
+  return panel_cols(x) * kLanes * parts;
+}
 
 // The functions of one instruction set.
 struct Int8Products {

@@ -20,6 +20,7 @@ namespace ternarize {
 
 // Bits of a weight or of an output. 16-bit kinds are handled as their bit patterns.
 enum class Kind { F32, BF16, F16 };
+constexpr TERNARIZE_INLINE int64_t size_of(Kind kind) { return kind == Kind::F32 ? 4 : 2; }  // bytes
 
 // How a float tensor becomes trits; the formulas stand in kernels.inc.
 enum class Method { Absmean, Twn, Itf };

@@ -230,7 +230,7 @@ void product_of_batch(const Matrix* matrices, int count, Kind kind, int parts, i
   });
 
   const Tasks tasks(matrices, count, tokens, threads);
-  const int64_t chunks = tasks.first.back(), size = kind == Kind::F32 ? 4 : 2;
+  const int64_t chunks = tasks.first.back(), size = size_of(kind);
   run_tasks(threads, chunks * ceil_div(tokens, tasks.tokens), [&](int64_t task, int worker) {
     int m = 0;
     while (task % chunks >= tasks.first[static_cast<size_t>(m) + 1]) ++m;
@@ -250,7 +250,7 @@ void product_of_batch(const Matrix* matrices, int count, Kind kind, int parts, i
 void product(const Matrix* matrices, int count, Kind kind, int parts, int64_t tokens,
              const void* in, int threads) {
   threads = std::clamp(threads, 1, 256);
-  const int64_t row = matrices[0].x.stored.cols * (kind == Kind::F32 ? 4 : 2);
+  const int64_t row = matrices[0].x.stored.cols * size_of(kind);
   for (int64_t done = 0; done < tokens; done += kBatch)
     product_of_batch(matrices, count, kind, parts, done, std::min(kBatch, tokens - done),
                      static_cast<const uint8_t*>(in) + done * row, threads);

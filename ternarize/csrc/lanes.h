@@ -35,13 +35,13 @@ struct Lanes {
   int64_t group_quads;  // quads of a group; the last group of a row may have fewer
   int64_t quads;        // quads of a row, all its groups together
 
-  int64_t size() const { return blocks * quads * 64; }
+  TERNARIZE_INLINE int64_t size() const { return blocks * quads * 64; }
   // Quads, and columns, of group g.
-  int64_t quads_of(int64_t g) const {
+  TERNARIZE_INLINE int64_t quads_of(int64_t g) const {
     const int64_t left = quads - g * group_quads;
     return left < group_quads ? left : group_quads;
   }
-  int64_t cols_of(int64_t g) const {
+  TERNARIZE_INLINE int64_t cols_of(int64_t g) const {
     const int64_t left = stored.cols - g * stored.group;
     return left < stored.group ? left : stored.group;
   }

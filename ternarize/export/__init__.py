@@ -32,12 +32,20 @@ def export(
     progress: Progress | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Write a packed checkpoint for another engine; returns what was written and what was lost.
+    """Write a packed checkpoint for another engine.
 
     model    packed directory or Hub id; every digest is checked
     output   file (gguf) or directory that must not exist yet
     to       a name of TARGETS
-    options  of the target's function
+    options  of the target's function: allow_requantize (all), dtype (dense, mlx), kind, kept_type
+             and tokenizer (gguf)
+
+    Returns {"output", "bytes"} and what the target's function returns: what was written and what
+    was lost.
+
+    Raises UsageError for a target or an option's value that is none; FormatError (DigestError) for
+    what `verify` refuses; CheckpointError for what the target cannot carry; WeightError where a
+    dtype cannot hold a weight; OutputError where the output cannot be put.
     """
     if to not in TARGETS:
         raise UsageError(f"to: {to!r}; expected one of {', '.join(TARGETS)}.")

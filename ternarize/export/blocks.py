@@ -47,7 +47,8 @@ TYPES = {
     "q2_0": BlockType(42, 41, 64, 18),
 }
 Q8_0 = 8
-Q8_0_BLOCK = 32
+Q8_0_BLOCK = 32  # weights
+Q8_0_NBYTES = 34
 
 
 def encode(ternary: Ternary, kind: str) -> Tensor:
@@ -63,8 +64,8 @@ def encode(ternary: Ternary, kind: str) -> Tensor:
     d = _scale_bytes(ternary.scales)
     parts = {
         "tq1_0": lambda: [_base3(digits), d],
-        "tq2_0": lambda: [_two_bits(digits.view(-1, 2, 4, 32), 2).flatten(1), d],
-        "q2_0": lambda: [d, _two_bits(digits.view(-1, 16, 4), 2)],
+        "tq2_0": lambda: [two_bits(digits.view(-1, 2, 4, 32), 2).flatten(1), d],
+        "q2_0": lambda: [d, two_bits(digits.view(-1, 16, 4), 2)],
     }[kind]()
     return torch.cat(parts, 1).view(rows, -1)
 
@@ -85,8 +86,13 @@ def _scale_bytes(scales: Tensor) -> Tensor:
     return scales.to(torch.float16).reshape(-1, 1).contiguous().view(torch.uint8)
 
 
-def _two_bits(digits: Tensor, dim: int) -> Tensor:
-    """Four digits along `dim` in a byte, the first in the low bits."""
+def two_bits(digits: Tensor, dim: int) -> Tensor:
+    """Four digits in a byte, the first in the low bits.
+
+    digits  uint8 of 0 to 3, four along `dim`
+
+    Returns uint8 without `dim`.
+    """
     a, b, c, d = digits.unbind(dim)
     return a | b << 2 | c << 4 | d << 6
 

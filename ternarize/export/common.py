@@ -32,7 +32,7 @@ from ternarize.verify import open_packed
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedCheckpoint:
     """A packed checkpoint that is about to be exported, with every digest checked."""
 
     checkpoint: Checkpoint
@@ -69,14 +69,14 @@ class Packed:
         return container.dequantize(*self.stored(name), self.records[name])
 
 
-def open_verified(model: str | Path) -> Packed:
+def open_verified(model: str | Path) -> PackedCheckpoint:
     """Open a packed checkpoint and check every byte of it; raises as `verify` does."""
     checkpoint, records = open_packed(model)
     container.check(checkpoint, records)
-    return Packed(checkpoint, records)
+    return PackedCheckpoint(checkpoint, records)
 
 
-def model_config(packed: Packed) -> Any:
+def model_config(packed: PackedCheckpoint) -> Any:
     """The configuration as transformers reads it, without running code of the checkpoint."""
     import transformers
 
@@ -116,7 +116,7 @@ def common_scales(ternary: Ternary, block: int) -> Tensor | None:
 
 
 def carry(
-    packed: Packed, name: str, group_size: int, dtype: torch.dtype
+    packed: PackedCheckpoint, name: str, group_size: int, dtype: torch.dtype
 ) -> tuple[Ternary | None, str]:
     """A ternary tensor in groups of `group_size`, with scales that `dtype` holds.
 
@@ -148,7 +148,9 @@ def carry(
     return Ternary(plane.trits, rounded, group_size), lost
 
 
-def carry_or_refit(packed: Packed, name: str, group_size: int, dtype: torch.dtype) -> Ternary:
+def carry_or_refit(
+    packed: PackedCheckpoint, name: str, group_size: int, dtype: torch.dtype
+) -> Ternary:
     """What `carry` gives, or the dense weight ternarized again by `itf`, whatever is lost."""
     carried, _ = carry(packed, name, group_size, dtype)
     if carried is not None:
@@ -179,7 +181,7 @@ class Losses:
         if reason:
             self.reasons.setdefault(reason, []).append(name)
 
-    def stop_unless_allowed(self, packed: Packed, advice: str) -> None:
+    def stop_unless_allowed(self, packed: PackedCheckpoint, advice: str) -> None:
         """Raise CheckpointError if something would be lost and the user has not allowed it."""
         if self.allowed or not (self.reasons or self.general):
             return
@@ -230,7 +232,7 @@ class Losses:
 
 
 @contextmanager
-def fresh_output(packed: Packed, output: Path, *, folder: bool) -> Iterator[Path]:
+def fresh_output(packed: PackedCheckpoint, output: Path, *, folder: bool) -> Iterator[Path]:
     """A place beside `output` to write to, which gets its name when all is written, or goes away.
 
     folder  whether a directory is made, or a file

@@ -29,7 +29,7 @@ from ternarize.errors import CheckpointError, UsageError, WeightError
 from ternarize.export import blocks, vocabulary
 from ternarize.export.common import (
     Losses,
-    Packed,
+    PackedCheckpoint,
     carry,
     carry_or_refit,
     common_scales,
@@ -79,7 +79,7 @@ class Item:
 
 
 def export_gguf(
-    packed: Packed,
+    packed: PackedCheckpoint,
     output: Path,
     *,
     kind: str = "tq2_0",
@@ -150,7 +150,7 @@ def _import_gguf() -> Any:
     return module
 
 
-def _advice(packed: Packed, kind: str) -> str:
+def _advice(packed: PackedCheckpoint, kind: str) -> str:
     record = [r for r in packed.records.values() if r.kind == "ternary"]
     if kind != "q2_0" and all(r.planes == 1 and not r.rotation[0] for r in record):
         return "Use --type q2_0, or convert the source with --group-size 256."
@@ -160,7 +160,7 @@ def _advice(packed: Packed, kind: str) -> str:
 # --- architecture and metadata -------------------------------------------------------------------
 
 
-def _architecture(packed: Packed, config: Any) -> Architecture:
+def _architecture(packed: PackedCheckpoint, config: Any) -> Architecture:
     where = f"{packed.directory / 'config.json'}"
     names = config.architectures or ["none"]
     if names[0] not in ARCHITECTURES:
@@ -196,7 +196,9 @@ def _head_dim(config: Any) -> int:
     return int(explicit or config.hidden_size // config.num_attention_heads)
 
 
-def _write_metadata(gguf: Any, writer: Any, packed: Packed, config: Any, kind: str) -> None:
+def _write_metadata(
+    gguf: Any, writer: Any, packed: PackedCheckpoint, config: Any, kind: str
+) -> None:
     """The keys that llama.cpp reads for a decoder of LLaMA's kind, and those about the model."""
     counts = writer.get_total_parameter_count()
     about = gguf.Metadata.load(None, packed.directory, None, counts[0])
@@ -255,7 +257,7 @@ def _rope_factors(config: Any) -> Tensor | None:
 
 def _items(
     gguf: Any,
-    packed: Packed,
+    packed: PackedCheckpoint,
     config: Any,
     architecture: Architecture,
     kind: str,
@@ -291,7 +293,7 @@ def _items(
     return items
 
 
-def _stack(packed: Packed, config: Any, name: str, experts: dict[int, Item]) -> Item:
+def _stack(packed: PackedCheckpoint, config: Any, name: str, experts: dict[int, Item]) -> Item:
     """The matrices of all experts, one behind the other."""
     count = config.num_local_experts
     parts = [experts[number] for number in sorted(experts)]
@@ -323,7 +325,7 @@ def _order(name: str, config: Any) -> Tensor | None:
 
 
 def _item(
-    packed: Packed,
+    packed: PackedCheckpoint,
     name: str,
     new: str,
     order: Tensor | None,
@@ -356,7 +358,7 @@ def _item(
             assert found is not None
             return blocks.encode_q8_0(rows(values), rows(found))
 
-        nbytes = math.prod(shape) // 32 * 34
+        nbytes = math.prod(shape) // blocks.Q8_0_BLOCK * blocks.Q8_0_NBYTES
         return Item(new, blocks.Q8_0, shape, nbytes, int8)
     # llama.cpp wants vectors, and routers, in F32
     single = len(shape) < 2 or new.endswith(".ffn_gate_inp.weight")
@@ -376,12 +378,13 @@ def _item(
                 f"{packed.checkpoint.tensors[name].file}: {name} has {shape[-1]} columns; Q8_0 "
                 "needs a multiple of 32. Use --kept-type f16."
             )
-        return Item(new, blocks.Q8_0, shape, math.prod(shape) // 32 * 34, kept)
+        nbytes = math.prod(shape) // blocks.Q8_0_BLOCK * blocks.Q8_0_NBYTES
+        return Item(new, blocks.Q8_0, shape, nbytes, kept)
     size = _FLOATS[target].itemsize
     return Item(new, _float_id(target), shape, math.prod(shape) * size, kept)
 
 
-def _q8_0_scales(packed: Packed, name: str) -> Tensor | None:
+def _q8_0_scales(packed: PackedCheckpoint, name: str) -> Tensor | None:
     """Scales of an int8 tensor's blocks in Q8_0; None where it cannot be carried."""
     record = packed.records[name]
     values, scales = packed.stored(name)
@@ -404,7 +407,9 @@ def _float_item(name: str, values: Tensor, kind: str) -> Item:
     )
 
 
-def _encode_kept(packed: Packed, name: str, dense: Tensor, target: str, losses: Losses) -> Tensor:
+def _encode_kept(
+    packed: PackedCheckpoint, name: str, dense: Tensor, target: str, losses: Losses
+) -> Tensor:
     """The bytes of a floating-point tensor in `target`, measured where that rounds."""
     if target == "Q8_0":
         gguf = importlib.import_module("gguf")

@@ -33,14 +33,16 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ternarize.checkpoint import DTYPE_NAMES, DTYPES, INDEX, SAFETENSORS, byte_view
 from ternarize.errors import CheckpointError, UsageError, WeightError
+from ternarize.export.blocks import two_bits
 from ternarize.export.common import (
     Losses,
-    Packed,
+    PackedCheckpoint,
     carry,
     carry_or_refit,
     fresh_output,
     model_config,
 )
+from ternarize.hub import SHIM
 from ternarize.plan import RECORD, small_files
 from ternarize.progress import Progress
 from ternarize.select import config_dtype, locate
@@ -48,7 +50,6 @@ from ternarize.tensor import Ternary
 
 SHARD = 5 * 10**9  # bytes of a file, as save_pretrained has it
 MLX_GROUPS = (128, 64, 32)
-SHIM = "configuration_ternarize"  # code that `push` may add, which would import ternarize
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Item:
 
 
 def export_dense(
-    packed: Packed,
+    packed: PackedCheckpoint,
     output: Path,
     *,
     dtype: str | None = None,
@@ -80,6 +81,8 @@ def export_dense(
 
     Weights are rounded once, from float32. Raises CheckpointError where activations in int8 are on
     record, which such a checkpoint cannot say, WeightError where `dtype` cannot hold a weight.
+
+    Returns {"to", "tensors": how many were written} and `Losses.report`.
     """
     losses = Losses("a dense checkpoint", allow_requantize)
     _check_activations(packed, losses)
@@ -94,7 +97,7 @@ def export_dense(
 
 
 def export_bitnet(
-    packed: Packed,
+    packed: PackedCheckpoint,
     output: Path,
     *,
     allow_requantize: bool = False,
@@ -105,6 +108,8 @@ def export_bitnet(
     The layer sums integers in the model's dtype, which overflows float16: such a model is set to
     float32, any other keeps its dtype. Raises CheckpointError where a tensor has more than one
     scale, and where activations are not in int8, which bitnet makes them.
+
+    Returns as `export_dense`.
     """
     losses = Losses("bitnet", allow_requantize)
     if _activations(packed) != "int8":
@@ -126,8 +131,8 @@ def export_bitnet(
         rows, cols = packed.info(name)[1]
 
         def weight() -> Tensor:
-            a, b, c, d = (ternary(name).trits + 1).to(torch.uint8).chunk(4)
-            return a | b << 2 | c << 4 | d << 6
+            codes = (ternary(name).trits + 1).to(torch.uint8)
+            return two_bits(codes.view(4, rows // 4, cols), 0)
 
         def scale() -> Tensor:
             found = ternary(name)
@@ -160,7 +165,7 @@ def export_bitnet(
 
 
 def export_gemma_int2(
-    packed: Packed,
+    packed: PackedCheckpoint,
     output: Path,
     *,
     allow_requantize: bool = False,
@@ -170,6 +175,8 @@ def export_gemma_int2(
 
     Exact for rows or tensors that share a scale. Raises CheckpointError for smaller groups, and
     where activations in int8 are on record.
+
+    Returns as `export_dense`.
     """
     losses = Losses("gemma-int2", allow_requantize)
     _check_activations(packed, losses)
@@ -189,8 +196,7 @@ def export_gemma_int2(
 
         def weight() -> Tensor:
             codes = nn.functional.pad((ternary(name).trits + 2).to(torch.uint8), (0, -cols % 4))
-            a, b, c, d = codes.view(rows, -1, 4).unbind(-1)
-            return a | b << 2 | c << 4 | d << 6
+            return two_bits(codes.view(rows, -1, 4), -1)
 
         def scale() -> Tensor:
             losses.measure(name, packed.dense(name), ternary(name).dequantize())
@@ -217,7 +223,7 @@ def export_gemma_int2(
 
 
 def export_mlx(
-    packed: Packed,
+    packed: PackedCheckpoint,
     output: Path,
     *,
     dtype: str | None = None,
@@ -232,6 +238,8 @@ def export_mlx(
     The groups are the largest of 128, 64, 32 that hold every tensor exactly; larger ones are cut,
     each piece with the same scale. Raises CheckpointError for other groups, for scales that `dtype`
     cannot hold, and where activations in int8 are on record.
+
+    Returns as `export_dense`.
     """
     losses = Losses("mlx", allow_requantize)
     _check_activations(packed, losses)
@@ -299,27 +307,27 @@ def export_mlx(
 # --- what is asked of all ------------------------------------------------------------------------
 
 
-def _activations(packed: Packed) -> str:
+def _activations(packed: PackedCheckpoint) -> str:
     quantization = packed.config["quantization_config"]
     return str(quantization.get("activations") or "none")
 
 
-def _check_activations(packed: Packed, losses: Losses) -> None:
+def _check_activations(packed: PackedCheckpoint, losses: Losses) -> None:
     if _activations(packed) != "none":
         losses.general.append(f"activations in {_activations(packed)}")
 
 
-def _dtype(packed: Packed, asked: str | None) -> torch.dtype:
+def _dtype(packed: PackedCheckpoint, asked: str | None) -> torch.dtype:
     if asked is None:
         return config_dtype(packed.config)
     dtype = getattr(torch, asked, None)
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise UsageError(f"dtype: {asked!r}; expected float32, float16 or bfloat16.")
     assert isinstance(dtype, torch.dtype)
     return dtype
 
 
-def _split_modules(packed: Packed, losses: Losses) -> tuple[list[str], list[str]]:
+def _split_modules(packed: PackedCheckpoint, losses: Losses) -> tuple[list[str], list[str]]:
     """Packed tensors that are a linear layer's weight, and the linear layers that are not packed.
 
     What is packed and is no linear layer's weight (embeddings, experts, heads in int8) goes into
@@ -368,7 +376,7 @@ def _split_modules(packed: Packed, losses: Losses) -> tuple[list[str], list[str]
 
 
 def _items(
-    packed: Packed,
+    packed: PackedCheckpoint,
     packed_names: Sequence[str],
     parts: Callable[[str], list[Item]],
     losses: Losses,
@@ -389,7 +397,9 @@ def _items(
     return items
 
 
-def _dense_item(packed: Packed, name: str, dtype: torch.dtype | None, losses: Losses) -> Item:
+def _dense_item(
+    packed: PackedCheckpoint, name: str, dtype: torch.dtype | None, losses: Losses
+) -> Item:
     """A tensor in floating point (None, or what is no float: as it is stored), as in the source."""
     record = packed.records[name]
     stored, shape = packed.info(name)
@@ -415,7 +425,7 @@ def _dense_item(packed: Packed, name: str, dtype: torch.dtype | None, losses: Lo
 
 
 def _write(
-    packed: Packed,
+    packed: PackedCheckpoint,
     output: Path,
     to: str,
     items: list[Item],
@@ -429,7 +439,8 @@ def _write(
     }
     remote = table.get("auto_map")
     if isinstance(remote, dict):
-        remote = {k: v for k, v in remote.items() if not str(v).startswith(SHIM + ".")}
+        shim = SHIM.removesuffix("py")  # code that would import ternarize
+        remote = {k: v for k, v in remote.items() if not str(v).startswith(shim)}
         table.pop("auto_map")
         table |= {"auto_map": remote} if remote else {}
     table |= config
@@ -462,7 +473,7 @@ def _write(
             (partial / (SAFETENSORS + INDEX)).write_text(json.dumps(index, indent=1) + "\n")
         (partial / "config.json").write_text(json.dumps(table, indent=2) + "\n")
         for name in small_files(packed.directory)[0]:
-            if name not in (RECORD, SHIM + ".py"):
+            if name not in (RECORD, SHIM):
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(packed.directory / name, partial / name)
     return {"to": to, "tensors": len(items), **losses.report()}
