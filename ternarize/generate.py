@@ -135,8 +135,8 @@ def check_continues(model: Model) -> None:
         )
 
 
-# What `_generate_by_decoder` knows of a generation's settings; those that do not say which tokens come; and the
-# values with which others say nothing.
+# What `_generate_by_decoder` knows of a generation's settings; those that do not say which tokens
+# come; and the values with which others say nothing.
 _PLAIN = {"max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "eos_token_id"}
 _SILENT = {
     "bos_token_id",
