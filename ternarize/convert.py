@@ -460,14 +460,15 @@ def convert(
     partial = output.with_name(output.name + ".partial")
     if stream:  # one at a time, already when the headers are fetched
         with _alone(partial):
+            _claim(partial)
             try:
                 work = plan(model, recipe, stream=partial / SOURCE)
                 _check_output(work, output)
                 return _run(work, output, partial, threads, device, progress, {})
             finally:
                 shutil.rmtree(partial / SOURCE, ignore_errors=True)
-                if partial.is_dir() and not any(partial.iterdir()):
-                    partial.rmdir()
+                if partial.is_dir() and _is_empty(partial):
+                    shutil.rmtree(partial)
     work = plan(model, recipe)
     _check_output(work, output)
     with _alone(partial):
@@ -498,6 +499,39 @@ def _alone(partial: Path) -> Iterator[None]:
         lock.release()
 
 
+def _claim(partial: Path) -> None:
+    """Make `partial` with a journal, the mark of what is ours; OutputError if it is another's."""
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+        raise OutputError(
+            f"{partial}: exists and is no directory; expected a free name. Move it away, or name "
+            "another output."
+        )
+    try:
+        partial.mkdir(exist_ok=True)
+        if not (partial / JOURNAL).is_file():
+            found = sorted(os.listdir(partial))
+            if found:
+                raise _foreign(partial, found[0])
+            (partial / JOURNAL).touch()
+    except OSError as error:
+        raise OutputError(
+            f"{partial}: cannot be made ({error.strerror or error}); expected a place to write. "
+            "Name another output."
+        ) from None
+
+
+def _is_empty(partial: Path) -> bool:
+    """Whether nothing has been done in `partial` since it was claimed."""
+    return os.listdir(partial) == [JOURNAL] and (partial / JOURNAL).stat().st_size == 0
+
+
+def _foreign(partial: Path, file: str) -> OutputError:
+    return OutputError(
+        f"{partial}: exists and is no unfinished conversion ({file}); expected a free name. Move "
+        "it away, or name another output."
+    )
+
+
 def check_bounds(recipe: Recipe, bounds: Mapping[str, float]) -> None:
     """Raise UsageError for a bound that no figure of the conversion would be compared with."""
     if bounds and recipe.calibrate is None:
@@ -523,14 +557,14 @@ def _run(
     min_quality: Mapping[str, float],
 ) -> dict[str, Any]:
     """Convert into `partial` and rename it to `output`."""
+    _claim(partial)
     try:
-        partial.mkdir(exist_ok=True)
         conversion = _Conversion(work, partial, threads, device, progress)
         conversion.resume()
         if work.recipe.calibrate is not None:
             conversion.calibrate(min_quality)
         record = conversion.run()
-        if work.source.stream is not None:
+        if (partial / SOURCE).exists():  # of this stream, or of an earlier one that was killed
             shutil.rmtree(partial / SOURCE)
         _sync_files(partial)
         _sync_names(partial)
@@ -541,7 +575,7 @@ def _run(
         _sync_names(output)
         _sync_names(output.parent)
     except (CheckpointError, FormatError, UsageError) as error:
-        # a disk may come back, bad weights do not; blocks that are calibrated are worth keeping
+        # a disk or the Hub may come back, bad weights do not; calibrated blocks are worth keeping
         useless = isinstance(error, WeightError) or not _any_block(partial)
         if useless and not isinstance(error.__cause__, OSError):
             shutil.rmtree(partial)
@@ -705,11 +739,8 @@ class _Conversion:
         if not lines:
             ours = (path.name, path.with_suffix(".new").name, SOURCE)
             found = [p.name for p in self.partial.iterdir() if p.name not in ours]
-            if found:  # the journal is made before anything else, so this is not ours
-                raise OutputError(
-                    f"{self.partial}: exists and is no unfinished conversion ({found[0]}); "
-                    "expected a free name. Move it away, or name another output."
-                )
+            if found:  # the journal is written before anything else, so this is not ours
+                raise _foreign(self.partial, found[0])
         for shard in self.shards:
             self._drop_unwritten(shard)
         done = [asdict(result) for result in self.results.values()]

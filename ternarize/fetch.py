@@ -264,8 +264,12 @@ def _explain(repo: str, revision: str | None, error: Any, goes_on: str) -> tuple
 
 
 def _line(error: Any) -> str:
-    """The beginning of an error's text, in one line."""
-    return re.sub(r"\s+", " ", str(error)).strip()[:160].rstrip(". ")
+    """The beginning of an error's text, in one line, without tokens and signed queries."""
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    text = re.sub(r"(?i)\b(bearer) \S+", r"\1 ***", text)
+    text = re.sub(r"\bhf_\w+", "hf_***", text)
+    text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\")]*", r"\1", text)
+    return text[:160].rstrip(". ")
 
 
 # --- shard by shard --------------------------------------------------------------------------
@@ -275,7 +279,8 @@ class Stream:
     """The weight files of a model on the Hub, on disk only while they are needed.
 
     repo, revision  user/name, and branch, tag or commit (None: main)
-    folder          made here, whatever was there is removed; the caller removes it at the end
+    folder          made here, whatever was there is removed, so the caller must know that it is its
+                    own; the caller removes it at the end
 
     Raises CheckpointError where the Hub does not give it, or has no safetensors.
     """
@@ -289,8 +294,9 @@ class Stream:
         small = fetch(repo, revision, config_only=True)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        for path in small.iterdir():
-            if path.is_file():
+        for path in small.iterdir():  # where weights may lie too, of an earlier fetch
+            ours = any(fnmatchcase(path.name, pattern) for pattern in SMALL_FILES)
+            if ours and path.is_file():
                 shutil.copyfile(path, folder / path.name)
         self.commit = small.name
         with hub_errors(repo, revision, CheckpointError):
@@ -346,13 +352,21 @@ class Stream:
         import huggingface_hub
 
         arriving = self.folder / ".arriving"
-        for _ in range(2):
-            with hub_errors(
-                self.repo, self.commit, CheckpointError, "The same command goes on from here."
-            ):
-                huggingface_hub.hf_hub_download(
-                    self.repo, name, revision=self.commit, local_dir=arriving
-                )
+        for attempt in range(2):
+            try:
+                with hub_errors(
+                    self.repo, self.commit, CheckpointError, "The same command goes on from here."
+                ):
+                    huggingface_hub.hf_hub_download(
+                        self.repo,
+                        name,
+                        revision=self.commit,
+                        local_dir=arriving,
+                        force_download=attempt > 0,
+                    )
+            except CheckpointError as error:
+                # what is done is kept, even if a person has to do something first (a new token)
+                raise error from (error.__cause__ or OSError("the Hub refuses"))
             path = arriving / name
             good = has_digest(path, self.files[name][1])
             if good:

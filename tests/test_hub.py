@@ -707,6 +707,11 @@ def test_a_stream_that_breaks_goes_on_where_it_was(
     client.faults = [Fault("GET", f"resolve/.*{fourth}", "flip", 100, skip=2)]
     with pytest.raises(CheckpointError, match="came twice with other bytes"):
         convert("user/source", output, stream=True)
+    for status in (401, 403):  # a person must do something first; what is done is kept
+        client.faults = [Fault("GET", f"resolve/.*{fourth}", status, 100, skip=2)]
+        with pytest.raises(CheckpointError, match=str(status)):
+            convert("user/source", output, stream=True)
+        assert (tmp_path / "packed.partial" / f"model-00003-of-{SHARDS:05d}.safetensors").is_file()
     client.faults.clear()
     before = client.requests("GET", "resolve/.*model-00002-of")
     words = ["convert", "user/source", str(output), "--stream", "-q"]
@@ -756,6 +761,39 @@ def test_a_directory_in_the_way_of_a_stream_is_left_alone(
     with pytest.raises(OutputError, match="is no unfinished conversion"):
         convert("user/source", tmp_path / "packed", stream=True)
     assert mine.read_text() == "mine" and os.listdir(mine.parent) == ["mine.txt"]
+    mine.unlink()
+    theirs = mine.parent / ".source" / "mine.txt"
+    theirs.parent.mkdir()
+    theirs.write_text("mine")
+    for stream in (True, False):
+        with pytest.raises(OutputError, match="is no unfinished conversion"):
+            convert("user/source", tmp_path / "packed", stream=stream)
+    assert theirs.read_text() == "mine"
+    shutil.rmtree(mine.parent)
+    mine.parent.write_text("mine")
+    for stream in (True, False):
+        with pytest.raises(OutputError, match="is no directory") as caught:
+            convert("user/source", tmp_path / "packed", stream=stream)
+        assert "\n" not in str(caught.value)
+    assert mine.parent.read_text() == "mine"
+
+
+def test_what_a_killed_stream_leaves_is_not_in_the_result(
+    client: Hub, sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.put("user/source", {path.name: path.read_bytes() for path in sharded.iterdir()})
+    left = tmp_path / "packed.partial" / ".source"
+    left.mkdir(parents=True)
+    (left.parent / ".journal.jsonl").touch()  # with which a stream begins
+    (left / "model.safetensors").write_bytes(b"left")
+    convert("user/source", tmp_path / "packed")
+    assert not (tmp_path / "packed" / ".source").exists() and not left.parent.exists()
+    # the weights are in the cache now: a stream does not copy them
+    copied: list[str] = []
+    monkeypatch.setattr(fetch.shutil, "copyfile", lambda a, b: copied.append(Path(a).name))
+    with pytest.raises(CheckpointError):  # nothing was copied in truth
+        fetch.Stream("user/source", None, left)
+    assert "config.json" in copied and not [name for name in copied if "safetensors" in name[-11:]]
 
 
 # --- the lm-evaluation-harness ------------------------------------------------------------------
