@@ -266,7 +266,7 @@ def _explain(repo: str, revision: str | None, error: Any, goes_on: str) -> tuple
 def _line(error: Any) -> str:
     """The beginning of an error's text, in one line, without tokens and signed queries."""
     text = re.sub(r"\s+", " ", str(error)).strip()
-    text = re.sub(r"(?i)\b(bearer) \S+", r"\1 ***", text)
+    text = re.sub(r"(?i)\b(bearer) ([^'\"]*(?=['\"])|\S+)", r"\1 ***", text)
     text = re.sub(r"\bhf_\w+", "hf_***", text)
     text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\")]*", r"\1", text)
     return text[:160].rstrip(". ")

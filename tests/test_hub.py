@@ -232,12 +232,47 @@ def test_weights_that_would_be_taken_for_the_models_are_removed(client: Hub, pac
             "pytorch_model.bin": b"3",
             "adapter_model.safetensors": b"4",
             "notes.txt": b"5",
+            "model-00001-of-00002.gguf": b"6",
+            "model-of-the-year-of-2026.md": b"7",
+            "pytorch_model-out-of-date.txt": b"8",
         },
     )
     result = push(packed, "user/tiny")
     files = client.repos["user/tiny"].files()
     assert len(result["removed"]) == 4 and files.keys().isdisjoint(result["removed"])
     assert {"adapter_model.safetensors", "notes.txt", "model.safetensors"} <= files.keys()
+    assert {"model-00001-of-00002.gguf", "pytorch_model-out-of-date.txt"} <= files.keys()
+    assert "model-of-the-year-of-2026.md" in files
+
+
+@pytest.mark.parametrize("path", ["model.safetensors", "config.json"])
+def test_a_push_that_the_hub_would_take_in_part_is_refused(
+    client: Hub, packed: Path, path: str
+) -> None:
+    repo = client.put("user/tiny", {"pytorch_model.bin": b"old"})
+    client.ignored = {path}
+    with pytest.raises(OutputError, match=rf"\.gitignore on the Hub leaves out {path};"):
+        push(packed, "user/tiny")
+    assert client.requests("POST", "/commit/") == 0 and "pytorch_model.bin" in repo.files()
+    client.ignored = set()
+    push(packed, "user/tiny")
+    assert path in repo.files() and "pytorch_model.bin" not in repo.files()
+
+
+@pytest.mark.parametrize("token", ["hf_secret x", "hf_secret\nx", "hf_secr\u00e9t", " "])
+def test_a_token_that_cannot_be_one_is_not_shown(
+    client: Hub, packed: Path, token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        push(packed, "user/tiny", token=token)
+    assert "secr" not in str(caught.value) and client.log == []
+    monkeypatch.setenv("HF_TOKEN", f" {WRITE}\n")
+    assert push(packed, "user/tiny", token=f"{WRITE} \n")["commit"]
+
+
+def test_errors_show_neither_tokens_nor_queries() -> None:
+    text = "Illegal header b'Bearer hf_abc def' from https://x.y/z?sig=s3cret&a=b, hf_0123\nagain"
+    assert fetch._line(text) == "Illegal header b'Bearer ***' from https://x.y/z hf_*** again"
 
 
 def test_a_branch_and_a_pull_request(client: Hub, packed: Path) -> None:
