@@ -238,8 +238,7 @@ def fresh_output(packed: Packed, output: Path, *, folder: bool) -> Iterator[Path
     Raises OutputError where something has the name already, or nothing can be written.
     """
     source = packed.directory.resolve()
-    if output.exists() or output.is_symlink():
-        raise OutputError(f"{output}: exists already; expected a new name. Remove it or change it.")
+    _check_free(output)
     if source in output.resolve().parents:
         raise OutputError(
             f"{output}: is inside the model {source}; expected another place. The source is never "
@@ -260,6 +259,7 @@ def fresh_output(packed: Packed, output: Path, *, folder: bool) -> Iterator[Path
     try:
         yield partial
         _sync(partial)
+        _check_free(output)  # again: a rename would replace what has come in the meantime
         partial.rename(output)
     except OSError as error:
         raise OutputError(
@@ -270,6 +270,11 @@ def fresh_output(packed: Packed, output: Path, *, folder: bool) -> Iterator[Path
             shutil.rmtree(partial)
         else:
             partial.unlink(missing_ok=True)
+
+
+def _check_free(output: Path) -> None:
+    if output.exists() or output.is_symlink():
+        raise OutputError(f"{output}: exists already; expected a new name. Remove it or change it.")
 
 
 def _sync(path: Path) -> None:
