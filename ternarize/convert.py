@@ -31,6 +31,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ternarize import container
+from ternarize.calibrate.data import DEFAULT, SELF
 from ternarize.calibrate.pipeline import FIGURES, calibrate, check_quality
 from ternarize.calibrate.run import read_solved
 from ternarize.checkpoint import (
@@ -58,6 +59,7 @@ from ternarize.codecs import (
 )
 from ternarize.container import FORMAT_VERSION, SCALE_SUFFIX, Record
 from ternarize.errors import CheckpointError, FormatError, OutputError, UsageError, WeightError
+from ternarize.fetch import split_id
 from ternarize.methods import METHODS, levels
 from ternarize.methods.grouped import distance, fixed_sum
 from ternarize.plan import (
@@ -894,7 +896,7 @@ class _Conversion:
         }
 
     def _config(self, source: Mapping[str, Any]) -> dict[str, Any]:
-        config = dict(source)
+        config: dict[str, Any] = _without_paths(source)
         recipe = self.work.recipe
         if recipe.dtype:
             config["dtype" if "torch_dtype" not in config else "torch_dtype"] = recipe.dtype
@@ -910,6 +912,34 @@ class _Conversion:
     def _write_json(self, name: str, table: Mapping[str, Any]) -> None:
         text = json.dumps(table, indent=2, ensure_ascii=False) + "\n"
         (self.partial / name).write_text(text, "utf-8")
+
+
+def _without_paths(table: Any) -> Any:
+    """A configuration without the folders that the source was once loaded from."""
+    if isinstance(table, list):
+        return [_without_paths(each) for each in table]
+    if not isinstance(table, Mapping):
+        return table
+    return {
+        key: _without_paths(value)
+        for key, value in table.items()
+        if key != "_name_or_path" or _is_hub_id(value)
+    }
+
+
+def _is_hub_id(value: Any) -> bool:
+    return isinstance(value, str) and split_id(value) is not None and not os.path.exists(value)
+
+
+def _recorded(recipe: Recipe) -> dict[str, Any]:
+    """A recipe for the public record: of a data set on this disk, the last part of its path."""
+    how = recipe.calibrate
+    if how is not None and how.dataset not in (DEFAULT, SELF):
+        path = Path(os.path.expanduser(how.dataset))
+        if path.exists():
+            name = (path.resolve() if path.is_dir() else path).name
+            recipe = replace(recipe, calibrate=replace(how, dataset=name))
+    return asdict(recipe)
 
 
 def _relaid(tensor: TensorPlan, asking: TensorPlan, change: Mapping[str, Any]) -> TensorPlan:
@@ -983,7 +1013,7 @@ def make_record(
             **({"hub": hub} if hub else {}),
             **({"card": card} if card else {}),
         },
-        "recipe": asdict(work.recipe),
+        "recipe": _recorded(work.recipe),
         "coverage": work.coverage(),
         **({"calibration": calibration} if calibration is not None else {}),
         "tensors": tensors,

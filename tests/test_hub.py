@@ -525,6 +525,18 @@ def test_what_is_inherited_of_a_card(text: str, inherited: dict[str, Any], tmp_p
     assert read_card(tmp_path) == inherited
 
 
+def test_folders_that_a_source_was_loaded_from_are_not_published(tmp_path: Path) -> None:
+    source = Path(shutil.copytree(EXAMPLE, tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    named = {"_name_or_path": "user/text", "more": [{"_name_or_path": "/home/me/part"}]}
+    config |= {"_name_or_path": str(tmp_path / "mine"), "other_config": named}
+    (source / "config.json").write_text(json.dumps(config))
+    convert(source, tmp_path / "packed")
+    packed = json.loads((tmp_path / "packed" / "config.json").read_text())
+    assert "_name_or_path" not in packed
+    assert packed["other_config"] == {"_name_or_path": "user/text", "more": [{}]}
+
+
 def test_a_card_without_a_record(packed: Path) -> None:
     (packed / "ternarize.json").unlink()
     text = card.make_card(packed, "user/tiny")
