@@ -94,20 +94,66 @@ def _indexed(index: Path) -> list[str]:
 
 
 def _fetch(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    found = _snapshot(repo, revision, patterns)
+    bad = _find_bad(found, patterns)
+    if not bad:
+        return found
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise _edited(repo, bad[0])
+    aside = {path: _set_aside(path) for path in bad}
+    try:
+        found = _snapshot(repo, found.name, patterns)
+    finally:  # what has not arrived is put back
+        missing = [path for path in bad if not path.exists()]
+        for path, moved in aside.items():
+            for name, kept in moved:
+                if path in missing:
+                    kept.replace(name)
+                else:
+                    kept.unlink()
+    if missing:  # the Hub was not reached, and the client took what there is
+        raise _edited(repo, missing[0])
+    bad = _find_bad(found, patterns)
+    for path in bad:
+        _remove(path)
+    if bad:
+        raise _damaged(repo, bad[0].name)
+    return found
+
+
+def _snapshot(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
     import huggingface_hub  # slow to import, and needed for Hub ids only
 
-    bad: list[Path] = []
-    for _ in range(2):
-        with hub_errors(repo, revision, CheckpointError):
-            found = huggingface_hub.snapshot_download(
+    with hub_errors(repo, revision, CheckpointError):
+        return Path(
+            huggingface_hub.snapshot_download(
                 repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]
             )
-        bad = _find_bad(Path(found), patterns)
-        if not bad:
-            return Path(found)
-        for path in bad:
-            _remove(path)
-    raise _damaged(repo, bad[0].name)
+        )
+
+
+def _set_aside(path: Path) -> list[tuple[Path, Path]]:
+    """Rename a file of a snapshot and all that its links lead to; returns (old, new) names."""
+    moved = []
+    while os.path.lexists(path):
+        target = path.parent / os.readlink(path) if path.is_symlink() else None
+        aside = path.with_name(path.name + ".aside")
+        path.replace(aside)
+        moved.append((path, aside))
+        if target is None:
+            break
+        path = target
+    return moved
+
+
+def _edited(repo: str, path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: has other bytes than the Hub's digest of it promises, and {repo} cannot be "
+        "asked for the right ones; expected the file that was uploaded. It was left as it is: "
+        "fetch it with a network, or copy the folder elsewhere and use it by its path."
+    )
 
 
 def _remove(path: Path) -> None:

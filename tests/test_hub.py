@@ -516,6 +516,12 @@ def test_the_quality_of_a_calibrated_model_is_in_its_card(packed: Path) -> None:
         ("---\nlicense: 2024-01-01\npipeline_tag: x\n---\n", {"pipeline_tag": "x"}),
         ("---\nlicense: [mit, 1]\n---\n", {}),
         ("---\nlicense: [\n---\n", {}),
+        ('---\nlicense: "mit\\n# Mine"\nlanguage: en\n---\n', {"language": "en"}),
+        ("---\nlicense: <b>\nlicense_link: 'javascript:x'\n---\n", {}),
+        (
+            "---\nlicense_link: https://x.y/L?a=b#c\nlibrary_name: z\nbase_model: z\n---\n",
+            {"license_link": "https://x.y/L?a=b#c"},
+        ),
         ("---\n- a\n---\n", {}),
         ("no metadata", {}),
     ],
@@ -535,6 +541,20 @@ def test_folders_that_a_source_was_loaded_from_are_not_published(tmp_path: Path)
     packed = json.loads((tmp_path / "packed" / "config.json").read_text())
     assert "_name_or_path" not in packed
     assert packed["other_config"] == {"_name_or_path": "user/text", "more": [{}]}
+
+
+def test_what_is_wrong_in_a_record_is_not_in_its_card(packed: Path) -> None:
+    path = packed / "ternarize.json"
+    record = json.loads(path.read_text())
+    record["source"]["hub"] = {"id": "user/x", "commit": "main; rm -rf x"}
+    record["source"]["card"] = {"license": "mit\n# Bad", "library_name": "bad", "language": "en"}
+    record["tool"]["version"] = "`bad`"
+    record["recipe"]["keep"] = ["*\n```\n# Bad"]
+    path.write_text(json.dumps(record))
+    text = card.make_card(packed, "user/tiny")
+    outside = re.sub(r"(?ms)^(`{3,})\w+\n.*?\n\1$", "", text)
+    assert "bad" not in outside.lower() and "rm -rf" not in text and "user/x" not in text
+    assert "library_name: transformers" in text and "language: en" in text
 
 
 def test_a_card_without_a_record(packed: Path) -> None:
@@ -669,6 +689,35 @@ def test_without_a_network_the_cache_is_what_there_is(
     assert verify("user/tiny")["ternary"] == 14
     with pytest.raises(CheckpointError, match="cannot be reached"):
         locate("user/absent")
+
+
+def test_an_edited_file_is_not_lost_without_a_network(
+    client: Hub, packed_once: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {each.name: each.read_bytes() for each in packed_once.iterdir()}
+    client.put("user/tiny", files)
+    path = locate("user/tiny") / "config.json"
+    edited = files["config.json"] + b" \n"
+    path.resolve().write_bytes(edited)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="It was left as it is"):
+        locate("user/tiny")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with monkeypatch.context() as patch:
+        nobody = "http://127.0.0.1:1"
+        template = nobody + "/{repo_id}/resolve/{revision}/{filename}"
+        patch.setattr(constants, "ENDPOINT", nobody)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        with pytest.raises(CheckpointError):
+            locate("user/tiny")
+        assert path.read_bytes() == edited
+    client.faults = [Fault("GET", r"resolve/.*config\.json", 403, 100)]
+    with pytest.raises(CheckpointError):
+        locate("user/tiny")
+    assert path.read_bytes() == edited
+    client.faults.clear()
+    assert (locate("user/tiny") / "config.json").read_bytes() == files["config.json"]
+    assert not list(Path(constants.HF_HUB_CACHE).rglob("*.aside"))
 
 
 def test_a_full_disk_is_said(
