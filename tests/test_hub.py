@@ -886,7 +886,7 @@ def test_what_a_killed_stream_leaves_is_not_in_the_result(
     assert not (tmp_path / "packed" / ".source").exists() and not left.parent.exists()
     # the weights are in the cache now: a stream does not copy them
     copied: list[str] = []
-    monkeypatch.setattr(fetch.shutil, "copyfile", lambda a, b: copied.append(Path(a).name))
+    monkeypatch.setattr("shutil.copyfile", lambda a, b: copied.append(Path(a).name))
     with pytest.raises(CheckpointError):  # nothing was copied in truth
         fetch.Stream("user/source", None, left)
     assert "config.json" in copied and not [name for name in copied if "safetensors" in name[-11:]]
