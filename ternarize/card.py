@@ -5,10 +5,14 @@ Its last line holds a digest of what stands above it, which tells a card that no
 """
 
 import hashlib
+import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
 
+from ternarize.checkpoint import inherit
+from ternarize.fetch import split_id
 from ternarize.plan import RECORD, Recipe
 from ternarize.report import inspect
 from ternarize.verify import check_record, open_packed, read_recipe
@@ -55,12 +59,12 @@ def make_card(
     report = inspect(directory)
     record = check_record(packed, records) or {}
     source = _table_of(record, "source")
-    hub, inherited = _table_of(source, "hub"), _table_of(source, "card")
+    hub, inherited = _hub(source), inherit(_table_of(source, "card"))
     base_model = base_model or hub.get("id")
     data: dict[str, Any] = {
+        **inherited,  # first: what follows wins
         **({"base_model": base_model, "base_model_relation": "quantized"} if base_model else {}),
         "library_name": "transformers",
-        **inherited,
         "tags": ["ternarize", "ternary", "1.58-bit"],
     }
     name = where.partition("@")[0].rpartition("/")[2]
@@ -84,6 +88,14 @@ def _table_of(table: dict[str, Any], key: str) -> dict[str, Any]:
     """The table under a key of the record, empty if there is none: anything may be there."""
     value = table.get(key)
     return value if isinstance(value, dict) else {}
+
+
+def _hub(source: dict[str, Any]) -> dict[str, str]:
+    """Id and commit of a source of the Hub, as on record; empty where they cannot be such."""
+    hub = _table_of(source, "hub")
+    name, commit = str(hub.get("id")), str(hub.get("commit"))
+    good = split_id(name) == (name, None) and re.fullmatch(r"[0-9a-f]{40}", commit)
+    return {"id": name, "commit": commit} if hub and good else {}
 
 
 def _introduction(report: dict[str, Any], base_model: str | None) -> str:
@@ -132,17 +144,19 @@ def _table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _how(record: dict[str, Any], hub: dict[str, Any]) -> list[str]:
+def _how(record: dict[str, Any], hub: dict[str, str]) -> list[str]:
     if not record:
         return [f"The checkpoint has no record of its conversion ({RECORD})."]
-    source = f"{hub.get('id')}@{hub.get('commit')}" if hub else SOURCE
-    version = _table_of(record, "tool").get("version", "(of unknown version)")
+    source = f"{hub['id']}@{hub['commit']}" if hub else SOURCE
+    version = str(_table_of(record, "tool").get("version"))
+    if not re.fullmatch(r"\d[\w.+-]*", version):
+        version = "(of unknown version)"
     parts = [
         f"With ternarize {version}:",
         _code("console", command(read_recipe(record), source)),
         f"`{RECORD}` is the record of it, tensor by tensor. To check it against the source, "
         "byte by byte:",
-        _code("console", f"ternarize verify packed --source {source}"),
+        _code("console", shlex.join(["ternarize", "verify", "packed", "--source", source])),
     ]
     if not hub:
         parts.append(f"({SOURCE} was a directory, whose name is not on record.)")
@@ -176,18 +190,22 @@ def _option(name: str) -> str:
 
 def _loading(where: str, architectures: list[str], shim: bool) -> list[str]:
     repo, _, revision = where.partition("@")
-    arguments = f'"{repo}"' + (f', revision="{revision}"' if revision else "")
-    model_class = architectures[0] if architectures else "AutoModel"
+    arguments = json.dumps(repo) + (f", revision={json.dumps(revision)}" if revision else "")
+    model_class = str(architectures[0]) if architectures else "AutoModel"
+    if not re.fullmatch(r"[A-Za-z_]\w*", model_class):
+        model_class = "AutoModel"
     causal = model_class.endswith("ForCausalLM")
     if causal:
         model_class = "AutoModelForCausalLM"
-    line = f"generate {where} --prompt 'Once upon a time'" if causal else f"verify {where}"
+    line = f"verify {shlex.quote(where)}"
+    if causal:
+        line = f"generate {shlex.quote(where)} --prompt 'Once upon a time'"
     install = "`pip install ternarize`, then"
     parts = [
         f"{install} on the command line:",
         _code("console", "ternarize " + line),
         "in Python:",
-        _code("python", f'import ternarize\n\nmodel = ternarize.load("{where}")'),
+        _code("python", f"import ternarize\n\nmodel = ternarize.load({json.dumps(where)})"),
         "or through transformers:",
         _code(
             "python",
@@ -209,7 +227,9 @@ def _loading(where: str, architectures: list[str], shim: bool) -> list[str]:
 
 
 def _code(kind: str, text: str) -> str:
-    return f"```{kind}\n{text}\n```"
+    inside = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, inside + 1)  # longer than any in the text, which would end it
+    return f"{fence}{kind}\n{text}\n{fence}"
 
 
 def _licence(inherited: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -454,14 +454,25 @@ def read_card(directory: Path) -> dict[str, Any]:
         table = metadata_load(path)
     except Exception:  # whatever is wrong in a text for people: nothing is inherited, and that said
         return {}
-    said = {key: table.get(key) for key in INHERITED} if table else {}
-    return {key: value for key, value in said.items() if _is_text(value)}
+    return inherit(table or {})
 
 
-def _is_text(value: Any) -> bool:
-    """Whether a value is text, or a list of texts: YAML makes dates and more of what looks so."""
+def inherit(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a card's metadata that go on to its offspring, if they can stand in any card.
+
+    They are plain text of one line, or lists of it: YAML makes dates and more of what looks so,
+    and other signs could be read as markup.
+    """
+    said = {key: table.get(key) for key in INHERITED}
+    return {key: value for key, value in said.items() if _is_text(key, value)}
+
+
+def _is_text(key: str, value: Any) -> bool:
     texts = value if isinstance(value, list) and value else [value]
-    return all(isinstance(text, str) and text for text in texts)
+    pattern = r"[\w.:/ -]+"
+    if key == "license_link":  # an address, or a file of the repository
+        pattern = r"https?://[\w.:/?=&%#~+-]+|[\w./-]+"
+    return all(isinstance(text, str) and re.fullmatch(pattern, text) for text in texts)
 
 
 def hub_commit(model: str | Path, source: Checkpoint) -> dict[str, str] | None:

@@ -31,6 +31,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ternarize import container
+from ternarize.calibrate.data import DEFAULT, SELF
 from ternarize.calibrate.pipeline import FIGURES, calibrate, check_quality
 from ternarize.calibrate.run import read_solved
 from ternarize.checkpoint import (
@@ -58,6 +59,7 @@ from ternarize.codecs import (
 )
 from ternarize.container import FORMAT_VERSION, SCALE_SUFFIX, Record
 from ternarize.errors import CheckpointError, FormatError, OutputError, UsageError, WeightError
+from ternarize.fetch import split_id
 from ternarize.methods import METHODS, levels
 from ternarize.methods.grouped import distance, fixed_sum
 from ternarize.plan import (
@@ -460,14 +462,15 @@ def convert(
     partial = output.with_name(output.name + ".partial")
     if stream:  # one at a time, already when the headers are fetched
         with _alone(partial):
+            _claim(partial)
             try:
                 work = plan(model, recipe, stream=partial / SOURCE)
                 _check_output(work, output)
                 return _run(work, output, partial, threads, device, progress, {})
             finally:
                 shutil.rmtree(partial / SOURCE, ignore_errors=True)
-                if partial.is_dir() and not any(partial.iterdir()):
-                    partial.rmdir()
+                if partial.is_dir() and _is_empty(partial):
+                    shutil.rmtree(partial)
     work = plan(model, recipe)
     _check_output(work, output)
     with _alone(partial):
@@ -498,6 +501,39 @@ def _alone(partial: Path) -> Iterator[None]:
         lock.release()
 
 
+def _claim(partial: Path) -> None:
+    """Make `partial` with a journal, the mark of what is ours; OutputError if it is another's."""
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+        raise OutputError(
+            f"{partial}: exists and is no directory; expected a free name. Move it away, or name "
+            "another output."
+        )
+    try:
+        partial.mkdir(exist_ok=True)
+        if not (partial / JOURNAL).is_file():
+            found = sorted(os.listdir(partial))
+            if found:
+                raise _foreign(partial, found[0])
+            (partial / JOURNAL).touch()
+    except OSError as error:
+        raise OutputError(
+            f"{partial}: cannot be made ({error.strerror or error}); expected a place to write. "
+            "Name another output."
+        ) from None
+
+
+def _is_empty(partial: Path) -> bool:
+    """Whether nothing has been done in `partial` since it was claimed."""
+    return os.listdir(partial) == [JOURNAL] and (partial / JOURNAL).stat().st_size == 0
+
+
+def _foreign(partial: Path, file: str) -> OutputError:
+    return OutputError(
+        f"{partial}: exists and is no unfinished conversion ({file}); expected a free name. Move "
+        "it away, or name another output."
+    )
+
+
 def check_bounds(recipe: Recipe, bounds: Mapping[str, float]) -> None:
     """Raise UsageError for a bound that no figure of the conversion would be compared with."""
     if bounds and recipe.calibrate is None:
@@ -523,14 +559,14 @@ def _run(
     min_quality: Mapping[str, float],
 ) -> dict[str, Any]:
     """Convert into `partial` and rename it to `output`."""
+    _claim(partial)
     try:
-        partial.mkdir(exist_ok=True)
         conversion = _Conversion(work, partial, threads, device, progress)
         conversion.resume()
         if work.recipe.calibrate is not None:
             conversion.calibrate(min_quality)
         record = conversion.run()
-        if work.source.stream is not None:
+        if (partial / SOURCE).exists():  # of this stream, or of an earlier one that was killed
             shutil.rmtree(partial / SOURCE)
         _sync_files(partial)
         _sync_names(partial)
@@ -541,7 +577,7 @@ def _run(
         _sync_names(output)
         _sync_names(output.parent)
     except (CheckpointError, FormatError, UsageError) as error:
-        # a disk may come back, bad weights do not; blocks that are calibrated are worth keeping
+        # a disk or the Hub may come back, bad weights do not; calibrated blocks are worth keeping
         useless = isinstance(error, WeightError) or not _any_block(partial)
         if useless and not isinstance(error.__cause__, OSError):
             shutil.rmtree(partial)
@@ -705,11 +741,8 @@ class _Conversion:
         if not lines:
             ours = (path.name, path.with_suffix(".new").name, SOURCE)
             found = [p.name for p in self.partial.iterdir() if p.name not in ours]
-            if found:  # the journal is made before anything else, so this is not ours
-                raise OutputError(
-                    f"{self.partial}: exists and is no unfinished conversion ({found[0]}); "
-                    "expected a free name. Move it away, or name another output."
-                )
+            if found:  # the journal is written before anything else, so this is not ours
+                raise _foreign(self.partial, found[0])
         for shard in self.shards:
             self._drop_unwritten(shard)
         done = [asdict(result) for result in self.results.values()]
@@ -863,7 +896,7 @@ class _Conversion:
         }
 
     def _config(self, source: Mapping[str, Any]) -> dict[str, Any]:
-        config = dict(source)
+        config: dict[str, Any] = _without_paths(source)
         recipe = self.work.recipe
         if recipe.dtype:
             config["dtype" if "torch_dtype" not in config else "torch_dtype"] = recipe.dtype
@@ -879,6 +912,34 @@ class _Conversion:
     def _write_json(self, name: str, table: Mapping[str, Any]) -> None:
         text = json.dumps(table, indent=2, ensure_ascii=False) + "\n"
         (self.partial / name).write_text(text, "utf-8")
+
+
+def _without_paths(table: Any) -> Any:
+    """A configuration without the folders that the source was once loaded from."""
+    if isinstance(table, list):
+        return [_without_paths(each) for each in table]
+    if not isinstance(table, Mapping):
+        return table
+    return {
+        key: _without_paths(value)
+        for key, value in table.items()
+        if key != "_name_or_path" or _is_hub_id(value)
+    }
+
+
+def _is_hub_id(value: Any) -> bool:
+    return isinstance(value, str) and split_id(value) is not None and not os.path.exists(value)
+
+
+def _recorded(recipe: Recipe) -> dict[str, Any]:
+    """A recipe for the public record: of a data set on this disk, the last part of its path."""
+    how = recipe.calibrate
+    if how is not None and how.dataset not in (DEFAULT, SELF):
+        path = Path(os.path.expanduser(how.dataset))
+        if path.exists():
+            name = (path.resolve() if path.is_dir() else path).name
+            recipe = replace(recipe, calibrate=replace(how, dataset=name))
+    return asdict(recipe)
 
 
 def _relaid(tensor: TensorPlan, asking: TensorPlan, change: Mapping[str, Any]) -> TensorPlan:
@@ -952,7 +1013,7 @@ def make_record(
             **({"hub": hub} if hub else {}),
             **({"card": card} if card else {}),
         },
-        "recipe": asdict(work.recipe),
+        "recipe": _recorded(work.recipe),
         "coverage": work.coverage(),
         **({"calibration": calibration} if calibration is not None else {}),
         "tensors": tensors,

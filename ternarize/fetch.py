@@ -84,20 +84,66 @@ def _indexed(index: Path) -> list[str]:
 
 
 def _fetch(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    found = _snapshot(repo, revision, patterns)
+    bad = _find_bad(found, patterns)
+    if not bad:
+        return found
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise _edited(repo, bad[0])
+    aside = {path: _set_aside(path) for path in bad}
+    try:
+        found = _snapshot(repo, found.name, patterns)
+    finally:  # what has not arrived is put back
+        missing = [path for path in bad if not path.exists()]
+        for path, moved in aside.items():
+            for name, kept in moved:
+                if path in missing:
+                    kept.replace(name)
+                else:
+                    kept.unlink()
+    if missing:  # the Hub was not reached, and the client took what there is
+        raise _edited(repo, missing[0])
+    bad = _find_bad(found, patterns)
+    for path in bad:
+        _remove(path)
+    if bad:
+        raise _damaged(repo, bad[0].name)
+    return found
+
+
+def _snapshot(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
     import huggingface_hub  # slow to import, and needed for Hub ids only
 
-    bad: list[Path] = []
-    for _ in range(2):
-        with hub_errors(repo, revision, CheckpointError):
-            found = huggingface_hub.snapshot_download(
+    with hub_errors(repo, revision, CheckpointError):
+        return Path(
+            huggingface_hub.snapshot_download(
                 repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]
             )
-        bad = _find_bad(Path(found), patterns)
-        if not bad:
-            return Path(found)
-        for path in bad:
-            _remove(path)
-    raise _damaged(repo, bad[0].name)
+        )
+
+
+def _set_aside(path: Path) -> list[tuple[Path, Path]]:
+    """Rename a file of a snapshot and all that its links lead to; returns (old, new) names."""
+    moved = []
+    while os.path.lexists(path):
+        target = path.parent / os.readlink(path) if path.is_symlink() else None
+        aside = path.with_name(path.name + ".aside")
+        path.replace(aside)
+        moved.append((path, aside))
+        if target is None:
+            break
+        path = target
+    return moved
+
+
+def _edited(repo: str, path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: has other bytes than the Hub's digest of it promises, and {repo} cannot be "
+        "asked for the right ones; expected the file that was uploaded. It was left as it is: "
+        "fetch it with a network, or copy the folder elsewhere and use it by its path."
+    )
 
 
 def _remove(path: Path) -> None:
@@ -254,8 +300,12 @@ def _explain(repo: str, revision: str | None, error: Any, goes_on: str) -> tuple
 
 
 def _line(error: Any) -> str:
-    """The beginning of an error's text, in one line."""
-    return re.sub(r"\s+", " ", str(error)).strip()[:160].rstrip(". ")
+    """The beginning of an error's text, in one line, without tokens and signed queries."""
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    text = re.sub(r"(?i)\b(bearer) ([^'\"]*(?=['\"])|\S+)", r"\1 ***", text)
+    text = re.sub(r"\bhf_\w+", "hf_***", text)
+    text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\")]*", r"\1", text)
+    return text[:160].rstrip(". ")
 
 
 # --- shard by shard --------------------------------------------------------------------------
@@ -265,7 +315,8 @@ class Stream:
     """The weight files of a model on the Hub, on disk only while they are needed.
 
     repo, revision  user/name, and branch, tag or commit (None: main)
-    folder          made here, whatever was there is removed; the caller removes it at the end
+    folder          made here, whatever was there is removed, so the caller must know that it is its
+                    own; the caller removes it at the end
 
     Raises CheckpointError where the Hub does not give it, or has no safetensors.
     """
@@ -279,8 +330,9 @@ class Stream:
         small = fetch(repo, revision, config_only=True)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        for path in small.iterdir():
-            if path.is_file():
+        for path in small.iterdir():  # where weights may lie too, of an earlier fetch
+            ours = any(fnmatchcase(path.name, pattern) for pattern in SMALL_FILES)
+            if ours and path.is_file():
                 shutil.copyfile(path, folder / path.name)
         self.commit = small.name
         with hub_errors(repo, revision, CheckpointError):
@@ -336,13 +388,21 @@ class Stream:
         import huggingface_hub
 
         arriving = self.folder / ".arriving"
-        for _ in range(2):
-            with hub_errors(
-                self.repo, self.commit, CheckpointError, "The same command goes on from here."
-            ):
-                huggingface_hub.hf_hub_download(
-                    self.repo, name, revision=self.commit, local_dir=arriving
-                )
+        for attempt in range(2):
+            try:
+                with hub_errors(
+                    self.repo, self.commit, CheckpointError, "The same command goes on from here."
+                ):
+                    huggingface_hub.hf_hub_download(
+                        self.repo,
+                        name,
+                        revision=self.commit,
+                        local_dir=arriving,
+                        force_download=attempt > 0,
+                    )
+            except CheckpointError as error:
+                # what is done is kept, even if a person has to do something first (a new token)
+                raise error from (error.__cause__ or OSError("the Hub refuses"))
             path = arriving / name
             good = has_digest(path, self.files[name][1])
             if good:

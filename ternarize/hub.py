@@ -8,6 +8,7 @@ the weights of another.)
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ def push(
     "removed": paths, "card": "written", "own" or "kept", "card_text"}.
 
     Raises FormatError (DigestError) for a directory that `verify` refuses, before the network is
-    asked; UsageError for options that do not go together; OutputError for all that the Hub answers.
+    asked; UsageError for options that do not go together and a token that cannot be one;
+    OutputError for all that the Hub answers.
     """
     directory = Path(os.path.expanduser(directory))
     if create_pr and revision is not None:
@@ -87,6 +89,7 @@ def push(
             f"--create-pr: with --revision {revision}; a pull request goes to the main branch. "
             "Leave one out."
         )
+    token = None if dry_run else _check_token(token)
     if not directory.is_dir():
         raise CheckpointError(
             f"{directory}: no such directory; expected a packed checkpoint. Check the path."
@@ -123,6 +126,19 @@ def push(
         return result | _upload(
             repo, sent, card, private, revision, create_pr, commit_message, token
         )
+
+
+def _check_token(token: str | None) -> str | None:
+    """The token that will be sent, without spaces around it; UsageError, which does not show it."""
+    from huggingface_hub import get_token
+
+    found = get_token() if token is None else token.strip()
+    if found is not None and not re.fullmatch(r"[!-~]+", found):
+        raise UsageError(
+            "token: is empty, or has a space or another character that no token has; expected "
+            "visible ASCII. Copy it again from huggingface.co/settings/tokens."
+        )
+    return found
 
 
 def _files(directory: Path) -> dict[str, Path]:
@@ -194,11 +210,20 @@ def _upload(
             sent = {path: data for path, data in sent.items() if path != CARD}
             card = "kept"
     removed = sorted(path for path in there - sent.keys() if _is_model(path))
-    operations: list[Any] = [CommitOperationDelete(path) for path in removed]
-    operations += [CommitOperationAdd(path, data) for path, data in sent.items()]
+    additions = [CommitOperationAdd(path, data) for path, data in sent.items()]
+    api.preupload_lfs_files(
+        repo, additions, revision=revision, create_pr=create_pr, free_memory=False
+    )
+    # what a .gitignore on the Hub names would silently be left out of the commit
+    ignored = [each.path_in_repo for each in additions if each._should_ignore]
+    if ignored:
+        raise OutputError(
+            f"{repo}: its .gitignore on the Hub leaves out {', '.join(ignored)}; expected all "
+            "files to be taken. Nothing was published: change that file, then push again."
+        )
     commit = api.create_commit(
         repo,
-        operations,
+        [*(CommitOperationDelete(path) for path in removed), *additions],
         commit_message=commit_message or f"Upload weights packed by ternarize {__version__}",
         revision=revision,
         create_pr=create_pr,
@@ -215,7 +240,6 @@ def _upload(
 
 def _is_model(path: str) -> bool:
     """Whether transformers may take this file for the weights of the repository's model."""
-    stem = path.removesuffix(INDEX)
-    return stem in (SAFETENSORS, PICKLE) or (
-        "-of-" in path and path.startswith(("model-", "pytorch_model-")) and "/" not in path
+    return path.removesuffix(INDEX) in (SAFETENSORS, PICKLE) or bool(
+        re.fullmatch(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)", path)
     )

@@ -99,6 +99,7 @@ class Hub:
         self.repos: dict[str, Repo] = {}
         self.lfs: dict[str, bytes] = {}
         self.faults: list[Fault] = []
+        self.ignored: set[str] = set()  # paths that a .gitignore is said to name
         self.log: list[tuple[str, str]] = []  # (method, path)
         self.lock = threading.Lock()
         self.server = _Server(("127.0.0.1", 0), _Handler)
@@ -360,7 +361,8 @@ class _Handler(BaseHTTPRequestHandler):
         for each in wanted:
             lfs = each["path"].endswith(LFS_SUFFIXES) or each["size"] > LFS_SIZE
             mode = "lfs" if lfs else "regular"
-            answer = {"path": each["path"], "uploadMode": mode, "shouldIgnore": False}
+            ignored = each["path"] in self.server.hub.ignored
+            answer = {"path": each["path"], "uploadMode": mode, "shouldIgnore": ignored}
             present = repo.commits[sha].get(each["path"])
             if present is not None:
                 answer["oid"] = present.sha256 if present.lfs else present.oid

@@ -247,6 +247,10 @@ def test_with_another_bound_the_same_command_goes_on_without_calibrating_again(
     assert done.exit_code == 0, done.output
     assert not directory.with_name("packed.partial").exists()
     assert not list(directory.glob(".*"))
+    record = json.loads((directory / "ternarize.json").read_text())
+    assert record["recipe"]["calibrate"]["dataset"] == "eval.txt"
+    for path in directory.glob("*.json"):  # what may be published names no folder of this disk
+        assert str(ROOT) not in path.read_text("utf-8")
 
 
 def test_a_calibrated_conversion_prints_what_it_measured(

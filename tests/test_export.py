@@ -601,6 +601,10 @@ def test_linear_rope_and_a_window(tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"norm_topk_prob": False}, "norm_topk_prob False"),
         (
+            {"architectures": ["Qwen3ForCausalLM"], "attention_bias": True},
+            "attention_bias True",
+        ),
+        (
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
             "rope_type 'yarn'",
         ),
@@ -821,6 +825,34 @@ def test_other_preparations_of_text_are_refused(tmp_path: Path) -> None:
         vocabulary.write(Recorder(), tmp_path, 600)
 
 
+@pytest.mark.parametrize("switch", ["lstrip", "rstrip", "single_word"])
+def test_added_tokens_that_take_spaces_or_want_a_word_are_refused(
+    tmp_path: Path, switch: str
+) -> None:
+    tokenizer = sentencepiece_like(tmp_path)
+    switches: Any = {switch: True}
+    tokenizer.add_tokens([tokenizers.AddedToken("<x>", **switches)])
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=f"has '<x>' with {switch}"):
+        vocabulary.write(Recorder(), tmp_path, 600)
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_only_a_metaspace_that_adds_nothing_is_known(tmp_path: Path, scheme: Any) -> None:
+    tokenizer = sentencepiece_like(tmp_path)
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = None
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
+        vocabulary.SPACE, prepend_scheme=scheme, split=False
+    )
+    definition = json.loads(backend.to_str())
+    if scheme == "never":
+        assert vocabulary._space_prefix(tmp_path, definition) is False
+    else:
+        with pytest.raises(CheckpointError, match="prepares text by .*Metaspace"):
+            vocabulary._space_prefix(tmp_path, definition)
+
+
 def test_more_tokens_than_the_model_has_are_refused(tmp_path: Path) -> None:
     tokenizer = train_tokenizer(tmp_path)
     with pytest.raises(CheckpointError, match=rf"a token {len(tokenizer) - 1}; .* at most 9,"):
@@ -1017,6 +1049,14 @@ def test_an_output_appears_whole_or_not_at_all(
         export(packed(256), tmp_path / "out", to)
     with pytest.raises(OutputError, match="inside the model"):
         export(packed(256), packed(256) / "out", to)
+
+    def come_first(done: int, total: int, name: str, stage: str) -> None:
+        (tmp_path / "late").touch()
+
+    with pytest.raises(OutputError, match="exists already"):
+        export(packed(256), tmp_path / "late", to, progress=come_first)
+    assert (tmp_path / "late").stat().st_size == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["late", "out"]
 
 
 def test_damage_is_found_first(packed: Callable[..., Path], tmp_path: Path) -> None:

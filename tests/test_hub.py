@@ -233,12 +233,47 @@ def test_weights_that_would_be_taken_for_the_models_are_removed(client: Hub, pac
             "pytorch_model.bin": b"3",
             "adapter_model.safetensors": b"4",
             "notes.txt": b"5",
+            "model-00001-of-00002.gguf": b"6",
+            "model-of-the-year-of-2026.md": b"7",
+            "pytorch_model-out-of-date.txt": b"8",
         },
     )
     result = push(packed, "user/tiny")
     files = client.repos["user/tiny"].files()
     assert len(result["removed"]) == 4 and files.keys().isdisjoint(result["removed"])
     assert {"adapter_model.safetensors", "notes.txt", "model.safetensors"} <= files.keys()
+    assert {"model-00001-of-00002.gguf", "pytorch_model-out-of-date.txt"} <= files.keys()
+    assert "model-of-the-year-of-2026.md" in files
+
+
+@pytest.mark.parametrize("path", ["model.safetensors", "config.json"])
+def test_a_push_that_the_hub_would_take_in_part_is_refused(
+    client: Hub, packed: Path, path: str
+) -> None:
+    repo = client.put("user/tiny", {"pytorch_model.bin": b"old"})
+    client.ignored = {path}
+    with pytest.raises(OutputError, match=rf"\.gitignore on the Hub leaves out {path};"):
+        push(packed, "user/tiny")
+    assert client.requests("POST", "/commit/") == 0 and "pytorch_model.bin" in repo.files()
+    client.ignored = set()
+    push(packed, "user/tiny")
+    assert path in repo.files() and "pytorch_model.bin" not in repo.files()
+
+
+@pytest.mark.parametrize("token", ["hf_secret x", "hf_secret\nx", "hf_secr\u00e9t", " "])
+def test_a_token_that_cannot_be_one_is_not_shown(
+    client: Hub, packed: Path, token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        push(packed, "user/tiny", token=token)
+    assert "secr" not in str(caught.value) and client.log == []
+    monkeypatch.setenv("HF_TOKEN", f" {WRITE}\n")
+    assert push(packed, "user/tiny", token=f"{WRITE} \n")["commit"]
+
+
+def test_errors_show_neither_tokens_nor_queries() -> None:
+    text = "Illegal header b'Bearer hf_abc def' from https://x.y/z?sig=s3cret&a=b, hf_0123\nagain"
+    assert fetch._line(text) == "Illegal header b'Bearer ***' from https://x.y/z hf_*** again"
 
 
 def test_a_branch_and_a_pull_request(client: Hub, packed: Path) -> None:
@@ -482,6 +517,12 @@ def test_the_quality_of_a_calibrated_model_is_in_its_card(packed: Path) -> None:
         ("---\nlicense: 2024-01-01\npipeline_tag: x\n---\n", {"pipeline_tag": "x"}),
         ("---\nlicense: [mit, 1]\n---\n", {}),
         ("---\nlicense: [\n---\n", {}),
+        ('---\nlicense: "mit\\n# Mine"\nlanguage: en\n---\n', {"language": "en"}),
+        ("---\nlicense: <b>\nlicense_link: 'javascript:x'\n---\n", {}),
+        (
+            "---\nlicense_link: https://x.y/L?a=b#c\nlibrary_name: z\nbase_model: z\n---\n",
+            {"license_link": "https://x.y/L?a=b#c"},
+        ),
         ("---\n- a\n---\n", {}),
         ("no metadata", {}),
     ],
@@ -489,6 +530,32 @@ def test_the_quality_of_a_calibrated_model_is_in_its_card(packed: Path) -> None:
 def test_what_is_inherited_of_a_card(text: str, inherited: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(text)
     assert read_card(tmp_path) == inherited
+
+
+def test_folders_that_a_source_was_loaded_from_are_not_published(tmp_path: Path) -> None:
+    source = Path(shutil.copytree(EXAMPLE, tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    named = {"_name_or_path": "user/text", "more": [{"_name_or_path": "/home/me/part"}]}
+    config |= {"_name_or_path": str(tmp_path / "mine"), "other_config": named}
+    (source / "config.json").write_text(json.dumps(config))
+    convert(source, tmp_path / "packed")
+    packed = json.loads((tmp_path / "packed" / "config.json").read_text())
+    assert "_name_or_path" not in packed
+    assert packed["other_config"] == {"_name_or_path": "user/text", "more": [{}]}
+
+
+def test_what_is_wrong_in_a_record_is_not_in_its_card(packed: Path) -> None:
+    path = packed / "ternarize.json"
+    record = json.loads(path.read_text())
+    record["source"]["hub"] = {"id": "user/x", "commit": "main; rm -rf x"}
+    record["source"]["card"] = {"license": "mit\n# Bad", "library_name": "bad", "language": "en"}
+    record["tool"]["version"] = "`bad`"
+    record["recipe"]["keep"] = ["*\n```\n# Bad"]
+    path.write_text(json.dumps(record))
+    text = card.make_card(packed, "user/tiny")
+    outside = re.sub(r"(?ms)^(`{3,})\w+\n.*?\n\1$", "", text)
+    assert "bad" not in outside.lower() and "rm -rf" not in text and "user/x" not in text
+    assert "library_name: transformers" in text and "language: en" in text
 
 
 def test_a_card_without_a_record(packed: Path) -> None:
@@ -625,6 +692,35 @@ def test_without_a_network_the_cache_is_what_there_is(
         locate("user/absent")
 
 
+def test_an_edited_file_is_not_lost_without_a_network(
+    client: Hub, packed_once: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {each.name: each.read_bytes() for each in packed_once.iterdir()}
+    client.put("user/tiny", files)
+    path = locate("user/tiny") / "config.json"
+    edited = files["config.json"] + b" \n"
+    path.resolve().write_bytes(edited)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="It was left as it is"):
+        locate("user/tiny")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with monkeypatch.context() as patch:
+        nobody = "http://127.0.0.1:1"
+        template = nobody + "/{repo_id}/resolve/{revision}/{filename}"
+        patch.setattr(constants, "ENDPOINT", nobody)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        with pytest.raises(CheckpointError):
+            locate("user/tiny")
+        assert path.read_bytes() == edited
+    client.faults = [Fault("GET", r"resolve/.*config\.json", 403, 100)]
+    with pytest.raises(CheckpointError):
+        locate("user/tiny")
+    assert path.read_bytes() == edited
+    client.faults.clear()
+    assert (locate("user/tiny") / "config.json").read_bytes() == files["config.json"]
+    assert not list(Path(constants.HF_HUB_CACHE).rglob("*.aside"))
+
+
 def test_a_full_disk_is_said(
     client: Hub, packed_once: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -708,6 +804,11 @@ def test_a_stream_that_breaks_goes_on_where_it_was(
     client.faults = [Fault("GET", f"resolve/.*{fourth}", "flip", 100, skip=2)]
     with pytest.raises(CheckpointError, match="came twice with other bytes"):
         convert("user/source", output, stream=True)
+    for status in (401, 403):  # a person must do something first; what is done is kept
+        client.faults = [Fault("GET", f"resolve/.*{fourth}", status, 100, skip=2)]
+        with pytest.raises(CheckpointError, match=str(status)):
+            convert("user/source", output, stream=True)
+        assert (tmp_path / "packed.partial" / f"model-00003-of-{SHARDS:05d}.safetensors").is_file()
     client.faults.clear()
     before = client.requests("GET", "resolve/.*model-00002-of")
     words = ["convert", "user/source", str(output), "--stream", "-q"]
@@ -757,6 +858,39 @@ def test_a_directory_in_the_way_of_a_stream_is_left_alone(
     with pytest.raises(OutputError, match="is no unfinished conversion"):
         convert("user/source", tmp_path / "packed", stream=True)
     assert mine.read_text() == "mine" and os.listdir(mine.parent) == ["mine.txt"]
+    mine.unlink()
+    theirs = mine.parent / ".source" / "mine.txt"
+    theirs.parent.mkdir()
+    theirs.write_text("mine")
+    for stream in (True, False):
+        with pytest.raises(OutputError, match="is no unfinished conversion"):
+            convert("user/source", tmp_path / "packed", stream=stream)
+    assert theirs.read_text() == "mine"
+    shutil.rmtree(mine.parent)
+    mine.parent.write_text("mine")
+    for stream in (True, False):
+        with pytest.raises(OutputError, match="is no directory") as caught:
+            convert("user/source", tmp_path / "packed", stream=stream)
+        assert "\n" not in str(caught.value)
+    assert mine.parent.read_text() == "mine"
+
+
+def test_what_a_killed_stream_leaves_is_not_in_the_result(
+    client: Hub, sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.put("user/source", {path.name: path.read_bytes() for path in sharded.iterdir()})
+    left = tmp_path / "packed.partial" / ".source"
+    left.mkdir(parents=True)
+    (left.parent / ".journal.jsonl").touch()  # with which a stream begins
+    (left / "model.safetensors").write_bytes(b"left")
+    convert("user/source", tmp_path / "packed")
+    assert not (tmp_path / "packed" / ".source").exists() and not left.parent.exists()
+    # the weights are in the cache now: a stream does not copy them
+    copied: list[str] = []
+    monkeypatch.setattr("shutil.copyfile", lambda a, b: copied.append(Path(a).name))
+    with pytest.raises(CheckpointError):  # nothing was copied in truth
+        fetch.Stream("user/source", None, left)
+    assert "config.json" in copied and not [name for name in copied if "safetensors" in name[-11:]]
 
 
 # --- the lm-evaluation-harness ------------------------------------------------------------------

@@ -240,8 +240,7 @@ def fresh_output(packed: PackedCheckpoint, output: Path, *, folder: bool) -> Ite
     Raises OutputError where something has the name already, or nothing can be written.
     """
     source = packed.directory.resolve()
-    if output.exists() or output.is_symlink():
-        raise OutputError(f"{output}: exists already; expected a new name. Remove it or change it.")
+    _check_free(output)
     if source in output.resolve().parents:
         raise OutputError(
             f"{output}: is inside the model {source}; expected another place. The source is never "
@@ -262,6 +261,7 @@ def fresh_output(packed: PackedCheckpoint, output: Path, *, folder: bool) -> Ite
     try:
         yield partial
         _sync(partial)
+        _check_free(output)  # again: a rename would replace what has come in the meantime
         partial.rename(output)
     except OSError as error:
         raise OutputError(
@@ -272,6 +272,11 @@ def fresh_output(packed: PackedCheckpoint, output: Path, *, folder: bool) -> Ite
             shutil.rmtree(partial)
         else:
             partial.unlink(missing_ok=True)
+
+
+def _check_free(output: Path) -> None:
+    if output.exists() or output.is_symlink():
+        raise OutputError(f"{output}: exists already; expected a new name. Remove it or change it.")
 
 
 def _sync(path: Path) -> None:

@@ -169,6 +169,8 @@ def _architecture(packed: PackedCheckpoint, config: Any) -> Architecture:
             "Export it to dense, and use llama.cpp's own converter."
         )
     rope = config.rope_parameters
+    # llama.cpp refuses a file of qwen3 that has these biases
+    biased = names[0].startswith("Qwen3") and getattr(config, "attention_bias", False)
     unknown = [
         f"{key} {value!r}"
         for key, value, known in (
@@ -176,6 +178,7 @@ def _architecture(packed: PackedCheckpoint, config: Any) -> Architecture:
             ("rope_type", rope.get("rope_type", "default"), ("default", "linear", "llama3")),
             ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), (1.0,)),
             ("use_sliding_window", getattr(config, "use_sliding_window", False), (False, None)),
+            ("attention_bias", biased, (False, None)),
             # of mixtures of experts: in every layer, with weights that sum to one
             ("norm_topk_prob", getattr(config, "norm_topk_prob", True), (True,)),
             ("decoder_sparse_step", getattr(config, "decoder_sparse_step", 1), (1,)),

@@ -96,8 +96,11 @@ def _space_prefix(directory: Path, definition: dict[str, Any]) -> bool:
     if not pre and steps in (prepend + replace, replace):
         return bool(steps != replace)
     plain = pre.get("type") == "Metaspace" and pre.get("split") is False
-    if not steps and plain and pre.get("replacement") == SPACE:
-        return bool(pre.get("prepend_scheme") in ("always", "first"))
+    never = pre.get("prepend_scheme") == "never"
+    # "always" and "first" add no space where a text begins with one or behind a special token,
+    # where llama.cpp does
+    if not steps and plain and pre.get("replacement") == SPACE and never:
+        return False
     shown = json.dumps([normalizer, pre], ensure_ascii=False)
     raise _unknown(directory, f"prepares text by {shown:.200}", "spaces as U+2581, no splits")
 
@@ -154,6 +157,14 @@ def _tokens(directory: Path, definition: dict[str, Any], size: int) -> tuple[lis
     added = {each["id"]: each for each in definition["added_tokens"]}
     words = {number: word for word, number in definition["model"]["vocab"].items()}
     words |= {number: each["content"] for number, each in added.items()}
+    for each in added.values():
+        for switch in ("lstrip", "rstrip", "single_word"):
+            if each.get(switch):
+                raise _unknown(
+                    directory,
+                    f"has {each['content']!r} with {switch}",
+                    "added tokens that are found everywhere, and leave the spaces beside them",
+                )
     largest = max(words, default=-1)
     if largest >= size:
         raise _unknown(directory, f"has a token {largest}", f"at most {size - 1}, as the model")
