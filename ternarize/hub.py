@@ -15,7 +15,7 @@ from typing import Any
 from ternarize.card import CARD, is_ours, make_card
 from ternarize.checkpoint import open_checkpoint, read_json
 from ternarize.errors import CheckpointError, OutputError, UsageError
-from ternarize.fetch import INDEX, PICKLE, SAFETENSORS, WEIGHTS, hub_errors
+from ternarize.fetch import INDEX, PICKLE, SAFETENSORS, WEIGHTS, hub_errors, split_id
 from ternarize.progress import Progress
 from ternarize.verify import verify
 from ternarize.version import __version__
@@ -88,6 +88,10 @@ def push(
         raise UsageError(
             f"--create-pr: with --revision {revision}; a pull request goes to the main branch. "
             "Leave one out."
+        )
+    if split_id(repo) != (repo, None):
+        raise UsageError(
+            f"{repo}: is no name of a repository; expected user/name. A branch goes into --revision."
         )
     token = None if dry_run else _check_token(token)
     if not directory.is_dir():

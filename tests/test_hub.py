@@ -198,6 +198,12 @@ def test_a_push_sends_one_commit_and_sends_nothing_twice(client: Hub, packed: Pa
     assert len(repo.commits) == 2 and client.requests("PUT", "/lfs/") == 1
 
 
+@pytest.mark.parametrize("name", ["a/b/c", "user/name@main", "", "../name", "user/na me"])
+def test_a_name_that_is_none_of_a_repository_is_refused(name: str, packed: Path) -> None:
+    with pytest.raises(UsageError, match="is no name of a repository; expected user/name"):
+        push(packed, name, dry_run=True)
+
+
 def test_a_dry_run_and_a_damaged_directory_ask_nobody(client: Hub, packed: Path) -> None:
     dry = push(packed, "user/tiny", dry_run=True)
     assert dry["commit"] is None and dry["card_text"].startswith("---\nlibrary_name: transf")
