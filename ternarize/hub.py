@@ -91,7 +91,8 @@ def push(
         )
     if split_id(repo) != (repo, None):
         raise UsageError(
-            f"{repo}: is no name of a repository; expected user/name. A branch goes into --revision."
+            f"{repo}: is no name of a repository; expected user/name. "
+            "A branch goes into --revision."
         )
     token = None if dry_run else _check_token(token)
     if not directory.is_dir():
