@@ -4,6 +4,9 @@
 
 #include <cstdint>
 
+#ifdef __AMX_INT8__
+#include "amx.inc"
+#endif
 #include "indices.inc"
 
 namespace ternarize {
@@ -155,20 +158,7 @@ void tile(const int8_t* weights, int64_t weights_stride, int64_t cols, const uin
 constexpr int64_t kTileRows = 32;
 constexpr int32_t kPanelOffset = 0;
 
-struct alignas(64) Shapes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// While it lives, the thread's tiles have these shapes.
-struct Session {
-  Session() {
-    static constexpr Shapes shapes{};
-    _tile_loadconfig(&shapes);
-  }
-  ~Session() { _tile_release(); }
-};
+using Session = Tiles;
 
 template <int n>
 void tile(const int8_t* weights, int64_t weights_stride, int64_t cols, const uint8_t* panel,

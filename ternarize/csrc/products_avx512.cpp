@@ -4,6 +4,9 @@
 
 #include <cstdint>
 
+#ifdef __AMX_INT8__
+#include "amx.inc"
+#endif
 #include "floats.inc"
 
 namespace ternarize {
@@ -265,22 +268,9 @@ void tile(int64_t n, const uint8_t* panel, int64_t quads, const int8_t* q, int64
 constexpr int64_t kTile = 32;
 constexpr int64_t kSlice = 256;  // of less, sums would go through memory more often
 
-struct alignas(64) Shapes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// While it lives, the thread's tiles have these shapes.
 struct Session {
-  Session() {
-    static constexpr Shapes shapes{};
-    _tile_loadconfig(&shapes);
-  }
-  ~Session() {
-    _tile_release();
-    _mm_sfence();  // after `stream`
-  }
+  Tiles tiles;
+  ~Session() { _mm_sfence(); }  // after `stream`
 };
 
 // The sums of one or two tiles of tokens and of fields: of two, what is loaded is used twice.
