@@ -244,6 +244,7 @@ class Checkpoint:
     files: list[str]
     tensors: dict[str, TensorInfo]
     metadata: dict[str, dict[str, str]] = field(default_factory=dict)  # of each safetensors file
+    stamps: dict[str, list[int]] = field(default_factory=dict)  # of each file as it was opened
     stream: Stream | None = None  # what fetches its files when they are read
     _pickles: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
@@ -351,12 +352,22 @@ def _open_sharded(directory: Path, config: dict[str, Any] | None, index: str) ->
     return checkpoint
 
 
+def stamp_of(path: Path) -> list[int]:
+    """What tells whether a file has changed: size and time of the last change; [] if it is gone."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return []
+    return [stat.st_size, stat.st_mtime_ns]
+
+
 def open_files(
     directory: Path, files: list[str], config: dict[str, Any] | None = None
 ) -> Checkpoint:
     """List the tensors of the named files of a directory; FormatError if one is in two files."""
     checkpoint = Checkpoint(directory, config, files, {})
     for file in files:
+        checkpoint.stamps[file] = stamp_of(directory / file)
         for info in _list_tensors(checkpoint, file):
             if info.name in checkpoint.tensors:
                 raise FormatError(

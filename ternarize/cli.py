@@ -1,7 +1,8 @@
 """The command line: parse, call one function, print.
 
 Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 failed, 2 usage,
-130 interrupted. Everything slow (torch, transformers) is imported by the command that needs it.
+130 interrupted, 143 terminated. Everything slow (torch, transformers) is imported by the command
+that needs it.
 """
 
 import functools
@@ -10,7 +11,9 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -105,6 +108,14 @@ RunHead = Annotated[
 ]
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: as Ctrl-C, so that locks are released and what is done is kept."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise Terminated
+
+
 def command(function: Command) -> Command:
     """Register a command whose errors become one line on stderr and an exit code."""
 
@@ -112,6 +123,9 @@ def command(function: Command) -> Command:
     def run(*args: Any, **kwargs: Any) -> None:
         if kwargs.get("quiet") or not err.is_terminal:  # read when the client is imported
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        # only a main thread may; elsewhere the program that we are in decides
+        main_thread = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, _terminate) if main_thread else None
         try:
             function(*args, **kwargs)
         except TernarizeError as error:
@@ -125,7 +139,7 @@ def command(function: Command) -> Command:
             what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
             err.print(f"[bold red]error:[/] {escape(what)}", soft_wrap=True, highlight=False)
             raise typer.Exit(1) from None
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             err.print(
                 "interrupted"
                 + (
@@ -134,7 +148,10 @@ def command(function: Command) -> Command:
                     else ""
                 )
             )
-            raise typer.Exit(130) from None
+            raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
+        finally:
+            if before is not None:
+                signal.signal(signal.SIGTERM, before)
 
     app.command(name=function.__name__.rstrip("_"))(run)
     return function

@@ -20,7 +20,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from io import FileIO
 from pathlib import Path
@@ -47,6 +47,7 @@ from ternarize.checkpoint import (
     open_files,
     read_bytes,
     read_card,
+    stamp_of,
 )
 from ternarize.codecs import (
     INT8,
@@ -466,7 +467,8 @@ def convert(
             try:
                 work = plan(model, recipe, stream=partial / SOURCE)
                 _check_output(work, output)
-                return _run(work, output, partial, threads, device, progress, {})
+                record = _finished(work, output)
+                return record or _run(work, output, partial, threads, device, progress, {})
             finally:
                 shutil.rmtree(partial / SOURCE, ignore_errors=True)
                 if partial.is_dir() and _is_empty(partial):
@@ -475,15 +477,19 @@ def convert(
     _check_output(work, output)
     with _alone(partial):
         _check_output(work, output)  # again: another conversion may just have ended
-        return _run(work, output, partial, threads, device, progress, min_quality or {})
+        record = _finished(work, output)
+        return record or _run(work, output, partial, threads, device, progress, min_quality or {})
 
 
 @contextmanager
 def _alone(partial: Path) -> Iterator[None]:
     """Keep other conversions from the same output; raises OutputError if one is at work."""
     lock = FileLock(partial.with_name(partial.name + ".lock"), timeout=0)
+    made = [folder for folder in partial.parents if not folder.exists()]
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
+        for folder in made:
+            _sync_names(folder.parent)
         lock.acquire()
     except Timeout:
         raise OutputError(
@@ -497,7 +503,8 @@ def _alone(partial: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
+        with suppress(OSError):  # a lock that nobody holds may stay: the next one takes it
+            Path(lock.lock_file).unlink()
         lock.release()
 
 
@@ -569,25 +576,64 @@ def _run(
         if (partial / SOURCE).exists():  # of this stream, or of an earlier one that was killed
             shutil.rmtree(partial / SOURCE)
         _sync_files(partial)
-        _sync_names(partial)
         partial.rename(output)
-        (output / JOURNAL).unlink()  # until the rename, a break must find it
-        if (output / CALIBRATION).exists():
-            shutil.rmtree(output / CALIBRATION)
-        _sync_names(output)
-        _sync_names(output.parent)
+        _tidy(output)
     except (CheckpointError, FormatError, UsageError) as error:
         # a disk or the Hub may come back, bad weights do not; calibrated blocks are worth keeping
         useless = isinstance(error, WeightError) or not _any_block(partial)
         if useless and not isinstance(error.__cause__, OSError):
-            shutil.rmtree(partial)
+            _remove(partial)
         raise
     except OSError as error:
         raise OutputError(
-            f"{partial}: cannot be written ({error.strerror or error}); what is done is kept. "
-            "Make room or permission, then run the same command again."
+            f"{error.filename or partial}: cannot be written ({error.strerror or error}); what is "
+            f"done is kept. {_REMEDY.get(error.errno or 0, 'Look after the disk')}, then run the "
+            "same command again."
         ) from error
     return record
+
+
+_REMEDY = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Get the permission to write"),
+    **dict.fromkeys(
+        (errno.EMFILE, errno.ENFILE), "Allow more open files (ulimit -n) or use fewer --threads"
+    ),
+}
+
+
+def _tidy(output: Path) -> None:
+    """Bring the final name to the disk, and only then remove what a resumed run would need."""
+    _sync_names(output.parent)
+    if (output / CALIBRATION).exists():
+        shutil.rmtree(output / CALIBRATION)
+    (output / JOURNAL).unlink()  # last: it tells that this has not been done
+    _sync_names(output)
+
+
+def _finished(work: Plan, output: Path) -> dict[str, Any] | None:
+    """The record of this conversion if it ended right after the rename; nothing is left to do."""
+    if not (output / JOURNAL).is_file():
+        return None
+    try:
+        _tidy(output)
+        record: dict[str, Any] = json.loads((output / RECORD).read_text("utf-8"))
+    except OSError as error:
+        raise OutputError(
+            f"{output}: is complete, but cannot be tidied up ({error.strerror or error}). Get the "
+            "permission to write, then run the same command again."
+        ) from error
+    return record
+
+
+def _remove(partial: Path) -> None:
+    """Remove an unfinished conversion; what a break leaves of it can still be told from others'."""
+    for path in partial.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != JOURNAL:
+            path.unlink()
+    shutil.rmtree(partial)
 
 
 def _any_block(partial: Path) -> bool:
@@ -603,7 +649,7 @@ def _check_output(work: Plan, output: Path) -> None:
             f"{output}: is the source {work.source.directory} or inside it; expected another "
             "place. The source is never changed."
         )
-    if output.exists() or output.is_symlink():
+    if (output.exists() or output.is_symlink()) and not _is_of(work, output):
         raise OutputError(
             f"{output}: exists already; expected a new directory. Remove it or name another."
         )
@@ -626,6 +672,22 @@ def _check_output(work: Plan, output: Path) -> None:
         )
 
 
+def _identity(work: Plan) -> dict[str, Any]:
+    """What tells a conversion from others, in the first line of its journal."""
+    recipe = asdict(work.recipe)
+    table = {"ternarize": __version__, "recipe": recipe, "source": _stamps(work)}
+    identity: dict[str, Any] = json.loads(json.dumps(table))  # tuples are lists there
+    return identity
+
+
+def _is_of(work: Plan, folder: Path) -> bool:
+    """Whether the journal in a folder is one of this conversion."""
+    if not (folder / JOURNAL).is_file():
+        return False
+    line = (folder / JOURNAL).read_bytes().split(b"\n")[0]
+    return line == json.dumps(_identity(work)).encode()
+
+
 class _Conversion:
     """The state of one run: the shards as laid out, what is done, and the journal of it."""
 
@@ -642,7 +704,7 @@ class _Conversion:
         self.calibration: dict[str, Any] | None = None
         self.total = sum(t.info.nbytes for t in work.tensors)
         self.done = 0
-        self.stamps = _stamps(work.source)
+        self.identity = _identity(work)
 
     def calibrate(self, min_quality: Mapping[str, float]) -> None:
         """Calibrate what is not ternary already; the layout changes to what comes of it."""
@@ -692,9 +754,10 @@ class _Conversion:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
         record = self._write_small_files()
-        if _stamps(self.work.source) != self.stamps:
+        changed = _changed(_stamps(self.work, now=True), self.identity["source"])
+        if changed:
             raise CheckpointError(
-                f"{self.work.source.directory}: its files changed during the conversion; expected "
+                f"{self.work.source.directory}: {changed} changed during the conversion; expected "
                 "a source at rest. Convert it again."
             )
         with ThreadPoolExecutor(1) as disk:  # the disk works while the processors check
@@ -715,11 +778,6 @@ class _Conversion:
     def resume(self) -> None:
         """Take up what an earlier run has left, or begin; raises OutputError if it is another's."""
         path = self.partial / JOURNAL
-        identity = {
-            "ternarize": __version__,
-            "recipe": asdict(self.work.recipe),
-            "source": self.stamps,
-        }
         lines = []
         if path.is_file():
             for line in path.read_bytes().split(b"\n")[:-1]:
@@ -727,10 +785,15 @@ class _Conversion:
                     lines.append(json.loads(line))
                 except ValueError:  # cut off in the middle of writing: nothing after it counts
                     break
-        if lines and lines[0] != json.loads(json.dumps(identity)):
+        if lines and lines[0] != self.identity:
+            before, now = ({**line, "source": 0} for line in (lines[0], self.identity))
+            changed = _changed(self.identity["source"], lines[0].get("source", []))
+            why = f"of another source ({changed} differs)" if changed else "with other options"
+            if changed and before != now:
+                why += " and with other options"
             raise OutputError(
-                f"{self.partial}: holds an unfinished conversion with other options or of another "
-                "source; expected none. Finish it with its own command, or remove it."
+                f"{self.partial}: holds an unfinished conversion {why}; expected none. Finish it "
+                "with its own command, or remove it."
             )
         for line in lines[1:]:
             if "sha256" not in line:
@@ -746,7 +809,7 @@ class _Conversion:
         for shard in self.shards:
             self._drop_unwritten(shard)
         done = [asdict(result) for result in self.results.values()]
-        text = "".join(json.dumps(line) + "\n" for line in [identity, *kept, *done])
+        text = "".join(json.dumps(line) + "\n" for line in [self.identity, *kept, *done])
         temporary = path.with_suffix(".new")
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -1040,13 +1103,23 @@ def relative_error(result: Result) -> float | None:
     return round(result.squared_error / result.energy, 6)
 
 
-def _stamps(source: Checkpoint) -> list[list[Any]]:
-    """What tells whether a source file has changed since it was looked at."""
+def _stamps(work: Plan, *, now: bool = False) -> list[list[Any]]:
+    """What tells whether a source file has changed since it was opened, or up to now."""
+    source = work.source
     if source.stream is not None:
         return source.stream.stamps()
-    names = [*source.files, *(["config.json"] if source.config is not None else [])]
-    stats = [(name, (source.directory / name).stat()) for name in names]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    names = [*(["config.json"] if source.config is not None else []), *work.copied]
+    names += source.files if now else []
+    stamps = {**source.stamps, **{name: stamp_of(source.directory / name) for name in names}}
+    return [[name, *stamp] for name, stamp in sorted(stamps.items())]
+
+
+def _changed(stamps: list[list[Any]], before: list[list[Any]]) -> str:
+    """The names of files whose stamps differ, or that are in one list alone; at most three."""
+    names = sorted(
+        {str(stamp[0]) for stamp in [*stamps, *before] if not (stamp in stamps and stamp in before)}
+    )
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _reserve(path: Path, size: int) -> None:
@@ -1069,11 +1142,14 @@ def _write_all(file: FileIO, data: Tensor) -> None:
 
 
 def _sync_files(directory: Path) -> None:
-    """Bring the small files of a directory to the disk."""
+    """Bring the small files of a directory to the disk, and the names of all."""
     for path in directory.rglob("*"):
-        if path.is_file() and path.suffix != ".safetensors":
+        if path.is_dir():
+            _sync_names(path)
+        elif path.is_file() and path.suffix != ".safetensors":
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
+    _sync_names(directory)
 
 
 def _sync_names(directory: Path) -> None:

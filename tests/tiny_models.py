@@ -263,9 +263,12 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
 MORE: dict[str, Callable[[], PretrainedConfig]] = {"albert": _albert, "gptj": _gptj, "neox": _neox}
 
 
-def build(name: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> PreTrainedModel:
-    """The model `name` with random weights that depend on the seed alone."""
+def build(
+    name: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **sizes: int
+) -> PreTrainedModel:
+    """The model `name` with random weights that depend on the seed alone; `sizes`: other ones."""
     config = (CONFIGS | MORE)[name]()
+    config.update(sizes)  # type: ignore[no-untyped-call]
     architecture = getattr(transformers, (config.architectures or [""])[0])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -286,9 +289,10 @@ def save(
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
     max_shard_size: str | int | None = None,
+    **sizes: int,
 ) -> PreTrainedModel:
     """Build the model `name` and save it as a checkpoint in `directory`; return the model."""
-    model = build(name, dtype, seed)
+    model = build(name, dtype, seed, **sizes)
     shards: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     model.save_pretrained(directory, **shards)
     return model

@@ -1,0 +1,380 @@
+"""Conversions that are killed, and power cuts: `python -m tests.campaigns.kill --count 200`.
+
+    random     SIGKILL after a time drawn uniformly from the duration of a whole run
+    boundary   SIGKILL before each call that changes a file, and in the middle of each write
+    power      the disk as a power cut may leave it: any part of what no fsync has brought there
+    signal     SIGINT and SIGTERM at random times
+    calibrated all these in small, with --dataset
+
+After each: the final directory is absent or verifies, the same command completes it, all files are
+those of a run that was left alone, the source is as it was, and nothing is left lying about.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .runs import (
+    KILL,
+    SOURCES,
+    TEAR,
+    Faults,
+    Run,
+    command,
+    convert,
+    digests,
+    fork,
+    listed,
+    make_source,
+    preloaded,
+    report,
+    stamp,
+    warm_up,
+    workshop,
+)
+
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-llama"  # it has a tokenizer
+CALIBRATED = ("--dataset", "default", "--num-samples", "4", "--seq-len", "32")
+
+
+class Trial:
+    """A source, the result of a run that was left alone, and what is checked against both."""
+
+    def __init__(self, name: str, shop: Path, options: Sequence[str] = ()) -> None:
+        self.name, self.options = name, tuple(options)
+        self.source = shop / name
+        self.before = stamp(self.source)
+        self.place = shop / f"{name}{'-calibrated' if options else ''}-out"
+        self.place.mkdir()
+        self.output = self.place / "out"
+        self.log = shop / f"{name}.calls"
+        self.whole: dict[str, str] = {}
+        times = []
+        for _ in range(3):
+            run = self.run()
+            assert run.code == 0, run.said
+            times.append(run.seconds)
+            found = digests(self.output)
+            assert self.whole in ({}, found), f"{name}: two runs gave different files"
+            self.whole = found
+            self.clear()
+        self.seconds = sorted(times)[1]
+
+    def run(self, faults: Faults | None = None, after: float | None = None, number: int = 9) -> Run:
+        work = convert(self.source, self.output, *self.options)
+        return fork(work, faults=faults, kill_after=after, number=number)
+
+    def clear(self) -> None:
+        shutil.rmtree(self.place)
+        self.place.mkdir()
+
+    def faults(self, at: int = 0, action: int = 0, **more: Any) -> Faults:
+        return Faults(self.place, at, action, **more)
+
+    def wrong(self) -> str:
+        """What is not as it must be after a run was stopped, and one that went through."""
+        complete = False
+        if self.output.exists():
+            run = fork(command("verify", str(self.output), "--source", str(self.source)))
+            if run.code:
+                return f"the final directory does not verify: {run.line}"
+            complete = digests(self.output) == self.whole
+        run = self.run()
+        if run.code and not (complete and "exists already" in run.said):
+            return f"the same command ends with {run.code}: {run.line}"
+        if digests(self.output) != self.whole:
+            found = digests(self.output)
+            names = {n for n in {*found, *self.whole} if found.get(n) != self.whole.get(n)}
+            return f"other files than those of a whole run: {sorted(names)}"
+        if stamp(self.source) != self.before:
+            return "the source has changed"
+        left = {path.name for path in self.place.iterdir()} - {"out"}
+        # of a process that died when all was done; no later conversion of this name minds it
+        if left - ({"out.partial.lock"} if complete else set()):
+            return f"left over: {sorted(left)}"
+        return ""
+
+
+def random_kills(trial: Trial, count: int, chance: random.Random) -> dict[str, Any]:
+    failures, hit, finals = [], 0, 0
+    for i in range(count):
+        run = trial.run(after=chance.uniform(0, trial.seconds))
+        hit += run.code == -signal.SIGKILL
+        finals += trial.output.exists()
+        wrong = trial.wrong()
+        if wrong or run.code not in (0, -signal.SIGKILL):
+            failures.append(f"{trial.name} random kill {i}: {wrong or run.said}")
+        trial.clear()
+    return _row(trial, "random", count, failures, killed=hit, final_there=finals)
+
+
+def boundary_kills(trial: Trial, every: int = 1) -> dict[str, Any]:
+    """With one thread, so that each run makes the same calls in the same order."""
+    one = Trial.__new__(Trial)
+    one.__dict__ = {**trial.__dict__, "options": (*trial.options, "--threads", "1")}
+    calls = _calls(one)
+    writes = [i for i, call in enumerate(calls, 1) if call[0] == "write" and int(call[4]) > 1]
+    points = [(i, KILL) for i in range(1, len(calls) + 1)] + [(i, TEAR) for i in writes]
+    failures, hit, finals, tried = [], 0, 0, points[::every]
+    for at, action in tried:
+        run = one.run(one.faults(at, action))
+        hit += run.code == -signal.SIGKILL
+        finals += one.output.exists()
+        wrong = one.wrong() if run.code == -signal.SIGKILL else "was not killed"
+        if wrong:
+            call = calls[at - 1]
+            when = "in" if action == TEAR else "before"
+            failures.append(
+                f"{one.name} kill {when} call {at}, {call[0]} {Path(call[1]).name}: {wrong}"
+            )
+        one.clear()
+    return _row(one, "boundary", len(tried), failures, killed=hit, final_there=finals)
+
+
+def _calls(trial: Trial, contents: bool = False) -> list[list[str]]:
+    run = trial.run(trial.faults(log=trial.log, contents=contents))
+    assert run.code == 0, run.said
+    calls = listed(trial.log)
+    trial.clear()
+    return calls
+
+
+def signals(trial: Trial, count: int, chance: random.Random) -> dict[str, Any]:
+    failures, hit = [], 0
+    for i in range(count):
+        number = (signal.SIGINT, signal.SIGTERM)[i % 2]
+        run = trial.run(after=chance.uniform(0, trial.seconds), number=number)
+        wrong = ""
+        if run.code == 128 + number:
+            hit += 1
+            begun = trial.output.with_name("out.partial").exists()
+            if begun and run.line != "interrupted; the same command goes on from here":
+                wrong = f"says {run.said!r}"
+            if any(path.name.endswith(".lock") for path in trial.place.iterdir()):
+                wrong = "the lock is left"
+        elif run.code not in (0, -number):  # before the program has begun
+            wrong = f"ends with {run.code}: {run.said}"
+        wrong = wrong or trial.wrong()
+        if wrong:
+            failures.append(f"{trial.name} {number.name} {i}: {wrong}")
+        trial.clear()
+    return _row(trial, "signal", count, failures, killed=hit)
+
+
+# --- power cuts
+
+
+def power_cuts(trial: Trial, count: int, chance: random.Random) -> dict[str, Any]:
+    """Runs the command on what a disk may hold after a power cut, built from the list of calls."""
+    calls = _calls(trial, contents=True)
+    failures = [f"{trial.name} order: {wrong}" for wrong in order(calls, trial.output)]
+    finals = 0
+    last = [i for i, call in enumerate(calls) if call[0] == "rename"][-1]
+    for i in range(count):
+        # every other one at the end, where the final name appears
+        cut = chance.randrange(last - 4, len(calls) + 1) if i % 2 else chance.randrange(len(calls))
+        disk = Disk(trial.place)
+        for call in calls[:cut]:
+            disk.do(call)
+        disk.cut(chance, trial.place)
+        finals += trial.output.exists()
+        wrong = trial.wrong()
+        if wrong:
+            failures.append(f"{trial.name} power cut {i} after call {cut}: {wrong}")
+        trial.clear()
+    return _row(trial, "power", count, failures, final_there=finals)
+
+
+def order(calls: Sequence[Sequence[str]], output: Path) -> list[str]:
+    """What is not on the disk when the final name appears, or when the program ends."""
+    disk = Disk(output.parent)
+    for call in calls:
+        if call[0] == "rename" and call[2] == str(output):
+            loose = disk.loose(Path(call[1]))
+            if loose:
+                return [f"not synced before the rename: {loose}"]
+        disk.do(call)
+    loose = disk.loose(output)
+    return [f"not synced at the end: {loose}"] if loose else []
+
+
+class Node:
+    """A file or folder: what a program sees, what is on the disk, and the changes in between."""
+
+    def __init__(self, folder: bool) -> None:
+        self.folder = folder
+        self.names: dict[str, Node] = {}
+        self.kept_names: dict[str, Node] = {}
+        self.data = b""
+        self.kept_data = b""
+        self.changes: list[
+            Any
+        ] = []  # of names: (name, node or None)s at once; of data: (at, bytes)
+
+
+class Disk:
+    """Files whose changes reach the disk by fsync alone: those of a folder's names in their order,
+
+    as journals of file systems keep it, and a file's pages in any.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.top = root, Node(True)
+
+    def find(self, path: Path) -> Node:
+        node = self.top
+        for part in path.relative_to(self.root).parts:
+            node = node.names[part]
+        return node
+
+    def do(self, call: Sequence[str]) -> None:
+        what, path, other, a, b = call[0], Path(call[1]), call[2], int(call[3]), int(call[4])
+        if path == self.root and what == "mkdir":
+            return  # is there
+        if what in ("create", "mkdir"):
+            folder = self.find(path.parent)
+            if path.name not in folder.names:
+                self._name(folder, [(path.name, Node(what == "mkdir"))])
+        elif what in ("unlink", "rmdir"):
+            folder = self.find(path.parent)
+            if path.name in folder.names:
+                self._name(folder, [(path.name, None)])
+        elif what == "rename":
+            assert path.parent == Path(other).parent, "only names of one folder are renamed"
+            node = self.find(path)
+            self._name(self.find(path.parent), [(path.name, None), (Path(other).name, node)])
+        elif what == "fsync":
+            node = self.find(path)
+            node.kept_names, node.kept_data, node.changes = dict(node.names), node.data, []
+        elif what == "write":
+            self._data(self.find(path), a, bytes.fromhex(call[5] if len(call) > 5 else ""))
+        elif what == "allocate":
+            node = self.find(path)
+            self._size(node, max(len(node.data), a + b))
+        elif what in ("truncate", "cut"):
+            self._size(self.find(path), a)
+        else:
+            raise AssertionError(what)
+
+    def _name(self, folder: Node, changes: list[tuple[str, Node | None]]) -> None:
+        _rename(folder.names, changes)
+        folder.changes.append(changes)
+
+    def _data(self, node: Node, at: int, data: bytes) -> None:
+        node.data = _written(node.data, at, data)
+        node.changes.append((at, data))
+
+    def _size(self, node: Node, size: int) -> None:
+        node.data = node.data[:size].ljust(size, b"\0")
+        node.changes.append((size, None))
+
+    def loose(self, path: Path) -> list[str]:
+        """What below a path is not on the disk as the program sees it."""
+        found, todo = [], [(path.name, self.find(path))]
+        while todo:
+            name, node = todo.pop()
+            if node.changes and not name.endswith(".journal.jsonl"):
+                found.append(name)
+            todo += [(f"{name}/{each}", child) for each, child in node.names.items()]
+        return sorted(found)
+
+    def cut(self, chance: random.Random, place: Path) -> None:
+        """Write into `place` what the disk holds now."""
+        self._cut(self.top, chance, place)
+
+    def _cut(self, folder: Node, chance: random.Random, place: Path) -> None:
+        names = dict(folder.kept_names)
+        for changes in folder.changes[: chance.randint(0, len(folder.changes))]:
+            _rename(names, changes)
+        for name, node in names.items():
+            if node.folder:
+                (place / name).mkdir()
+                self._cut(node, chance, place / name)
+                continue
+            data = node.kept_data
+            for at, written in node.changes:
+                if chance.random() < 0.5:
+                    data = (
+                        data[:at].ljust(at, b"\0")
+                        if written is None
+                        else _written(data, at, written)
+                    )
+            (place / name).write_bytes(data)
+
+
+def _rename(names: dict[str, Node], changes: list[tuple[str, Node | None]]) -> None:
+    for name, node in changes:
+        if node is None:
+            names.pop(name, None)
+        else:
+            names[name] = node
+
+
+def _written(old: bytes, at: int, data: bytes) -> bytes:
+    return old[:at].ljust(at, b"\0") + data + old[at + len(data) :]
+
+
+# --- the campaign
+
+
+def _row(trial: Trial, kind: str, count: int, failures: list[str], **more: int) -> dict[str, Any]:
+    passed = count - len(failures)
+    options = "calibrated" if "--dataset" in trial.options else ""
+    return {
+        "source": f"{trial.name} {options}".strip(),
+        "kind": kind,
+        "tried": count,
+        "passed": passed,
+        **more,
+        "failures": failures,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--count", type=int, default=200, help="random kills for each source")
+    parser.add_argument("--every", type=int, default=1, help="of the boundaries, each n-th")
+    parser.add_argument("--sources", nargs="*", choices=SOURCES, default=SOURCES)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--where", type=Path, help="a fast disk, such as /dev/shm")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(argv)
+    preloaded("tests.campaigns.kill")
+    rows: list[dict[str, Any]] = []
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print({k: v for k, v in row.items() if k != "failures"}, *row["failures"][:3], flush=True)
+
+    with workshop(args.where) as shop:
+        for name in args.sources:
+            make_source(name, shop / name)
+        warm_up(EXAMPLE, *(shop / name for name in args.sources))
+        few = -(-args.count // 4)
+        for name in args.sources:
+            chance = random.Random(f"{args.seed} {name}")
+            trial = Trial(name, shop)
+            add(random_kills(trial, args.count, chance))
+            add(boundary_kills(trial, args.every))
+            add(power_cuts(trial, few, chance))
+            add(signals(trial, few, chance))
+        shutil.copytree(EXAMPLE, shop / "example")
+        chance = random.Random(f"{args.seed} calibrated")
+        trial = Trial("example", shop, CALIBRATED)
+        add(random_kills(trial, few, chance))
+        add(boundary_kills(trial, 10 * args.every))
+        add(power_cuts(trial, few, chance))
+        add(signals(trial, few, chance))
+    failures = [failure for row in rows for failure in row.pop("failures")]
+    return report("kill", rows, failures, args.json, seed=args.seed, count=args.count)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
