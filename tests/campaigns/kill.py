@@ -39,7 +39,6 @@ from .runs import (
     workshop,
 )
 
-
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-llama"  # it has a tokenizer
 CALIBRATED = ("--dataset", "default", "--num-samples", "4", "--seq-len", "32")
 
