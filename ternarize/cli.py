@@ -467,9 +467,10 @@ def verify(
         return
     same = _comparison(source, result["compared"]) if source else ""
     int8 = f", {result['int8']} int8" if result["int8"] else ""
+    listed = f", SHA256SUMS too ({result['listed']} files)" if result["listed"] is not None else ""
     print(
         f"ok: {result['ternary']} ternary{int8} and {result['kept']} kept tensors "
-        f"in {result['files']} files, {_size(result['bytes'])}, digests match{same}"
+        f"in {result['files']} files, {_size(result['bytes'])}, digests match{listed}{same}"
     )
 
 

@@ -78,6 +78,7 @@ from ternarize.plan import (
 )
 from ternarize.progress import Progress
 from ternarize.rotation import rotate
+from ternarize.sums import SUMS, make_sums
 from ternarize.tensor import Ternary, check_device, split_groups
 from ternarize.version import __version__
 
@@ -760,11 +761,13 @@ class _Conversion:
                 f"{self.work.source.directory}: {changed} changed during the conversion; expected "
                 "a source at rest. Convert it again."
             )
-        with ThreadPoolExecutor(1) as disk:  # the disk works while the processors check
-            synced = disk.submit(self._sync_shards)
+        with ThreadPoolExecutor(2) as beside:  # the disk works while the processors check
+            synced = beside.submit(self._sync_shards)
+            sums = beside.submit(make_sums, self.partial, self.threads)
             packed = open_files(self.partial, [shard.file for shard in self.shards])
             container.check(packed, container.records_of(packed), threads=self.threads)
             synced.result()
+            (self.partial / SUMS).write_text(sums.result(), "utf-8", newline="\n")
         return record
 
     def _sync_shards(self) -> None:

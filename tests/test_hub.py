@@ -36,6 +36,7 @@ from ternarize.errors import (
 )
 from ternarize.hub import push
 from ternarize.plan import Calibrate, Recipe
+from ternarize.sums import SUMS, make_sums
 from ternarize.verify import verify
 
 # of the client's HTTP library, against the client
@@ -179,6 +180,19 @@ def test_the_hf_command_and_transformers_push_what_ternarize_accepts(
     model: Any = ternarize.load("user/by-hf")
     model.push_to_hub("user/by-transformers")
     assert verify("user/by-transformers")["ternary"] == 14
+
+
+def test_a_list_of_digests_holds_on_the_hub_with_a_shim_and_folders(
+    client: Hub, packed: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(packed, tmp_path / "copy"))
+    (copy / "templates").mkdir()
+    for name in ("templates/[a].jinja", "terms"):  # neither is fetched unless it is listed
+        (copy / name).write_text("text")
+    (copy / SUMS).write_text(make_sums(copy, 1))
+    sent = push(copy, "user/tiny", shim=True)["files"]
+    listed = verify("user/tiny")["listed"]
+    assert listed == len(sent.keys() - {SUMS, "README.md"}) > verify(packed)["listed"]
 
 
 # --- push ---------------------------------------------------------------------------------------
@@ -396,8 +410,8 @@ def test_push_on_the_command_line(client: Hub, packed: Path) -> None:
 
     dry = ternarize("--dry-run")
     assert dry.exit_code == 0 and client.log == []
-    assert "model.safetensors" in dry.stdout and "8 files" not in dry.stdout
-    assert "7 files, 1.40 MB, to user/tiny\n\nREADME.md:\n\n---\n" in dry.stdout
+    assert "model.safetensors" in dry.stdout and "9 files" not in dry.stdout
+    assert "8 files, 1.41 MB, to user/tiny\n\nREADME.md:\n\n---\n" in dry.stdout
     pushed = ternarize("--private", "--commit-message", "First", "--json")
     assert pushed.exit_code == 0 and json.loads(pushed.stdout)["card"] == "written"
     repo = client.repos["user/tiny"]
@@ -786,7 +800,7 @@ def test_a_stream_has_few_shards_on_the_disk_and_gives_the_same_bytes(
     convert("user/source", output, progress=watch, stream=True)
     assert sorted(os.listdir(output)) == sorted(os.listdir(expected))
     for path in expected.iterdir():
-        if path.name != "ternarize.json":  # which names the Hub
+        if path.name not in ("ternarize.json", SUMS):  # the record names the Hub
             assert (output / path.name).read_bytes() == path.read_bytes()
     sizes = sorted(path.stat().st_size for path in sharded.glob("*.safetensors"))
     # a shard, those two that hold copies of one tensor and had to be compared, small files
