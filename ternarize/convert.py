@@ -567,6 +567,8 @@ def _run(
     min_quality: Mapping[str, float],
 ) -> dict[str, Any]:
     """Convert into `partial` and rename it to `output`."""
+    if work.recipe.calibrate is None:  # of what calibration needs there is no prediction
+        threads = threads_that_fit(work, threads)
     _claim(partial)
     try:
         conversion = _Conversion(work, partial, threads, device, progress)
@@ -591,9 +593,75 @@ def _run(
             f"done is kept. {_REMEDY.get(error.errno or 0, 'Look after the disk')}, then run the "
             "same command again."
         ) from error
+    except (MemoryError, RuntimeError) as error:
+        if not _is_no_memory(error):
+            raise
+        need = work.convert_memory(threads)
+        raise OutputError(
+            f"{partial}: out of memory; {threads} threads were expected to need "
+            f"{need / 1e9:.3f} GB beside the program itself; what is done is kept. Make room or "
+            "use fewer --threads, then run the same command again."
+        ) from error
     return record
 
 
+def _is_no_memory(error: Exception) -> bool:
+    """Whether an exception says that memory, on the CPU or a device, or threads have run out."""
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    words = ("can't allocate memory", "can't start new thread", "Resource temporarily unavailable")
+    return any(each in str(error) for each in words)
+
+
+def threads_that_fit(work: Plan, threads: int) -> int:
+    """How many threads the memory that is left to this process is enough for, up to `threads`.
+
+    Raises OutputError if it is not enough for one.
+    """
+    memory, addresses = memory_left()
+    for n in range(threads, 0, -1):
+        need = work.convert_memory(n)
+        if need <= memory and need + (n + 2) * _ADDRESSES <= addresses:
+            return n
+    need = work.convert_memory(1)
+    if need <= memory:  # then it is a limit of addresses
+        memory, need = addresses, need + 3 * _ADDRESSES
+    raise OutputError(
+        f"memory: {memory / 1e9:.3f} GB are left to this process; the conversion needs "
+        f"{need / 1e9:.3f} GB. Allow it more (ulimit, or the container's limit)."
+    )
+
+
+# of each thread, for its stack and its arena of malloc: they take addresses, hardly memory
+_ADDRESSES = 72 << 20
+
+
+def memory_left() -> tuple[float, float]:
+    """Bytes of memory, and of addresses, that limits leave to this process; inf: any number."""
+    memory, addresses = [math.inf], math.inf
+    try:
+        import resource
+
+        total, _, _, _, _, data, _ = map(int, Path("/proc/self/statm").read_text().split())
+    except (ImportError, FileNotFoundError):  # Windows, macOS
+        return math.inf, math.inf
+    if (most := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
+        addresses = most - total * resource.getpagesize()
+    if (most := resource.getrlimit(resource.RLIMIT_DATA)[0]) != resource.RLIM_INFINITY:
+        memory.append(most - data * resource.getpagesize())
+    for limit, stat, name in (  # the container's own, version 2 and 1
+        ("memory.max", "memory.stat", "anon"),
+        ("memory/memory.limit_in_bytes", "memory/memory.stat", "total_rss"),
+    ):
+        if (_CGROUP / limit).is_file():
+            text = (_CGROUP / limit).read_text().strip()
+            table = dict(line.split() for line in (_CGROUP / stat).read_text().splitlines())
+            if text != "max":
+                memory.append(int(text) - int(table[name]))
+    return min(memory), addresses
+
+
+_CGROUP = Path("/sys/fs/cgroup")
 _REMEDY = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Get the permission to write"),
@@ -648,7 +716,7 @@ def _check_output(work: Plan, output: Path) -> None:
     if work.source.stream is None and (target == source or inside):
         raise OutputError(
             f"{output}: is the source {work.source.directory} or inside it; expected another "
-            "place. The source is never changed."
+            "place, since the source is never changed. Name another output."
         )
     if (output.exists() or output.is_symlink()) and not _is_of(work, output):
         raise OutputError(

@@ -335,13 +335,13 @@ class Plan:
         assert sum(parts.values()) == total, "a tensor of the source is unaccounted for"
         return {**parts, "total": total}
 
-    def convert_memory(self) -> int:
+    def convert_memory(self, threads: int = THREADS) -> int:
         """Predicted peak of the conversion, bytes above the interpreter with torch loaded."""
         per_weight = 12 if lib is not None else 80  # copies in flight: see convert._ternarize
         if any(t.planes > 1 or (t.packed and not t.ternary) for t in self.tensors):
             per_weight += 32  # remainders, and int8 weights, are worked out in float64
         largest = max((min(t.info.numel, t.piece_numel()) for t in self.tensors), default=0)
-        return (64 << 20) + THREADS * largest * per_weight
+        return (64 << 20) + threads * largest * per_weight
 
     def load_memory(self) -> int:
         """Predicted peak of loading and one forward pass on CPU, weights and one dense matrix."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import io
 import json
 import os
 import resource
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,13 +86,13 @@ def preloaded(module: str) -> None:
 
 def warm_up(*sources: Path) -> None:
     """Import here what every run would import, as far as no thread is begun by it."""
-    import ternarize.cli
+    import ternarize.report
     import ternarize.verify  # noqa: F401
     from ternarize.checkpoint import read_card
-    from ternarize.convert import plan
 
     for source in sources:
-        plan(source)
+        with redirect_stdout(io.StringIO()), suppress(SystemExit):
+            command("convert", str(source), "nowhere", "--dry-run")()
         read_card(source)
 
 
