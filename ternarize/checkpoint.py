@@ -13,6 +13,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -78,10 +79,10 @@ def read_header(path: Path) -> Header:
     JSON object without repeated keys, known dtypes, sizes that agree with shapes, and data that
     covers the rest of the file without gap or overlap.
 
-    Raises FormatError, naming the file.
+    Raises FormatError, or CheckpointError where it cannot be read, naming the file.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with _readable(path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         if len(prefix) < 8:
             raise _broken(path, f"{size} bytes", "a safetensors file has at least 8")
@@ -182,19 +183,25 @@ def read_bytes(path: Path, start: int, nbytes: int, buffer: Tensor | None = None
     buffer  memory to use, overwritten and part of the result: fresh pages cost as much as reading
     """
     buffer = torch.empty(nbytes, dtype=torch.uint8) if buffer is None else buffer[:nbytes]
-    try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(start)
-            done = _read_into(file, buffer.numpy().data)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror or error}). Check the file, then try again."
-        ) from error
+    with _readable(path), path.open("rb", buffering=0) as file:
+        file.seek(start)
+        done = _read_into(file, buffer.numpy().data)
     if done < nbytes:
         raise _broken(
             path, f"it ends at byte {start + done}", f"data was expected up to {start + nbytes}"
         )
     return buffer
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """CheckpointError, naming the file, where the system does not let it be read."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror or error}). Check the file, then try again."
+        ) from error
 
 
 def _read_into(file: FileIO, view: memoryview) -> int:
@@ -309,7 +316,8 @@ def read_json(path: Path, *, strict: bool = False) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        text = path.read_text("utf-8")
+        with _readable(path):
+            text = path.read_text("utf-8")
         table = strict_json(text) if strict else json.loads(text)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path.name}: not valid JSON ({error}). Repair the file.") from None

@@ -588,10 +588,13 @@ def _run(
             _remove(partial)
         raise
     except OSError as error:
+        where, verb = Path(error.filename or partial), "written"
+        if work.source.directory in where.parents and work.source.stream is None:
+            verb = "read"
         raise OutputError(
-            f"{error.filename or partial}: cannot be written ({error.strerror or error}); what is "
-            f"done is kept. {_REMEDY.get(error.errno or 0, 'Look after the disk')}, then run the "
-            "same command again."
+            f"{where}: cannot be {verb} ({error.strerror or error}); what is done is kept. "
+            f"{_REMEDY.get(error.errno or 0, 'Look after the disk')}, then run the same command "
+            "again."
         ) from error
     except (MemoryError, RuntimeError) as error:
         if not _is_no_memory(error):
@@ -664,7 +667,7 @@ def memory_left() -> tuple[float, float]:
 _CGROUP = Path("/sys/fs/cgroup")
 _REMEDY = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Get the permission to write"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Get the permission"),
     **dict.fromkeys(
         (errno.EMFILE, errno.ENFILE), "Allow more open files (ulimit -n) or use fewer --threads"
     ),

@@ -40,6 +40,7 @@ from .runs import (
 )
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-llama"  # it has a tokenizer
+KINDS = ("random", "boundary", "power", "signal")
 CALIBRATED = ("--dataset", "default", "--num-samples", "4", "--seq-len", "32")
 
 
@@ -102,8 +103,10 @@ class Trial:
 
 
 def random_kills(trial: Trial, count: int, chance: random.Random) -> dict[str, Any]:
-    failures, hit, finals = [], 0, 0
-    for i in range(count):
+    """Until `count` were killed: some end before their time comes, and count as tried only."""
+    failures, hit, finals, i = [], 0, 0, 0
+    while hit < count and i < 4 * count:
+        i += 1
         run = trial.run(after=chance.uniform(0, trial.seconds))
         hit += run.code == -signal.SIGKILL
         finals += trial.output.exists()
@@ -111,7 +114,7 @@ def random_kills(trial: Trial, count: int, chance: random.Random) -> dict[str, A
         if wrong or run.code not in (0, -signal.SIGKILL):
             failures.append(f"{trial.name} random kill {i}: {wrong or run.said}")
         trial.clear()
-    return _row(trial, "random", count, failures, killed=hit, final_there=finals)
+    return _row(trial, "random", i, failures, killed=hit, final_there=finals)
 
 
 def boundary_kills(trial: Trial, every: int = 1) -> dict[str, Any]:
@@ -146,8 +149,9 @@ def _calls(trial: Trial, contents: bool = False) -> list[list[str]]:
 
 
 def signals(trial: Trial, count: int, chance: random.Random) -> dict[str, Any]:
-    failures, hit = [], 0
-    for i in range(count):
+    failures, hit, i = [], 0, 0
+    while hit < count and i < 6 * count:
+        i += 1
         number = (signal.SIGINT, signal.SIGTERM)[i % 2]
         run = trial.run(after=chance.uniform(0, trial.seconds), number=number)
         wrong = ""
@@ -164,7 +168,7 @@ def signals(trial: Trial, count: int, chance: random.Random) -> dict[str, Any]:
         if wrong:
             failures.append(f"{trial.name} {number.name} {i}: {wrong}")
         trial.clear()
-    return _row(trial, "signal", count, failures, killed=hit)
+    return _row(trial, "signal", i, failures, killed=hit)
 
 
 # --- power cuts
@@ -340,6 +344,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--count", type=int, default=200, help="random kills for each source")
     parser.add_argument("--every", type=int, default=1, help="of the boundaries, each n-th")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--calibrated", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--sources", nargs="*", choices=SOURCES, default=SOURCES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--where", type=Path, help="a fast disk, such as /dev/shm")
@@ -357,20 +363,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             make_source(name, shop / name)
         warm_up(EXAMPLE, *(shop / name for name in args.sources))
         few = -(-args.count // 4)
-        for name in args.sources:
-            chance = random.Random(f"{args.seed} {name}")
-            trial = Trial(name, shop)
-            add(random_kills(trial, args.count, chance))
-            add(boundary_kills(trial, args.every))
-            add(power_cuts(trial, few, chance))
-            add(signals(trial, few, chance))
-        shutil.copytree(EXAMPLE, shop / "example")
-        chance = random.Random(f"{args.seed} calibrated")
-        trial = Trial("example", shop, CALIBRATED)
-        add(random_kills(trial, few, chance))
-        add(boundary_kills(trial, 10 * args.every))
-        add(power_cuts(trial, few, chance))
-        add(signals(trial, few, chance))
+        trials = [Trial(name, shop) for name in args.sources]
+        if args.calibrated:
+            shutil.copytree(EXAMPLE, shop / "example")
+            trials.append(Trial("example", shop, CALIBRATED))
+        for trial in trials:
+            chance = random.Random(f"{args.seed} {trial.name}")
+            slow = bool(trial.options)
+            if "random" in args.kinds:
+                add(random_kills(trial, few if slow else args.count, chance))
+            if "boundary" in args.kinds:
+                add(boundary_kills(trial, (5 if slow else 1) * args.every))
+            if "power" in args.kinds:
+                add(power_cuts(trial, few, chance))
+            if "signal" in args.kinds:
+                add(signals(trial, few, chance))
     failures = [failure for row in rows for failure in row.pop("failures")]
     return report("kill", rows, failures, args.json, seed=args.seed, count=args.count)
 
