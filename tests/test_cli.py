@@ -2,10 +2,13 @@
 
 import io
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -172,15 +175,20 @@ def test_debug_shows_where_an_error_came_from(tmp_path: Path) -> None:
     assert result.exit_code == 1 and type(result.exception).__name__ == "CheckpointError"
 
 
-def test_an_interruption_exits_with_130_and_says_how_to_go_on(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_exits_with_128_and_its_number_and_says_how_to_go_on(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
     def interrupt(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
+        time.sleep(1)  # handled by the main thread, meanwhile
 
     monkeypatch.setattr("ternarize.convert.convert_tensor", interrupt)
     result = run("convert", source, tmp_path / "packed")
-    assert result.exit_code == 130
+    assert result.exit_code == 128 + number
+    assert signal.getsignal(signal.SIGTERM) is before
     assert "same command goes on" in result.stderr
     assert not (tmp_path / "packed").exists()
 

@@ -580,7 +580,85 @@ def test_an_unfinished_conversion_with_other_options_is_not_touched(
     before = digest_of(tmp_path / "out.partial")
     with pytest.raises(OutputError, match="unfinished conversion with other options"):
         convert(source, tmp_path / "out", Recipe("twn"))
+    os.utime(source / "model.safetensors", ns=(1, 1))
+    with pytest.raises(OutputError, match=r"another source \(model.safetensors differs\); exp"):
+        convert(source, tmp_path / "out")
     assert digest_of(tmp_path / "out.partial") == before
+
+
+def test_a_break_after_the_last_rename_is_tidied_up_by_the_same_command_alone(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = convert(source, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_tidy", _die)
+        with pytest.raises(Break):
+            convert(source, tmp_path / "out")
+    assert (tmp_path / "out" / pipeline.JOURNAL).is_file()
+    with pytest.raises(OutputError, match="exists already"):
+        convert(source, tmp_path / "out", Recipe("twn"))
+    assert convert(source, tmp_path / "out") == record
+    assert digest_of(tmp_path / "out") == digest_of(tmp_path / "whole")
+    with pytest.raises(OutputError, match="exists already"):
+        convert(source, tmp_path / "out")
+
+
+def test_a_break_while_a_useless_conversion_is_removed_does_not_make_it_a_strangers(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damage(*_: Any) -> Any:
+        raise WeightError("bad")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "convert_tensor", damage)
+        patch.setattr(shutil, "rmtree", _die)  # the last step, when other files are gone
+        with pytest.raises(Break):
+            convert(source, tmp_path / "out")
+    assert os.listdir(tmp_path / "out.partial") == [pipeline.JOURNAL]
+    convert(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("x: can't allocate memory: 12")])
+def test_too_little_memory_keeps_what_is_done(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "convert_tensor", fail)
+        with pytest.raises(OutputError, match="out of memory; 2 threads .* the same command again"):
+            convert(source, tmp_path / "out", threads=2)
+    convert(source, tmp_path / "out")
+
+
+def test_the_memory_that_is_left_decides_how_many_threads_convert(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, no_limit = plan(llama), float("inf")
+    assert pipeline.threads_that_fit(work, 8) == 8
+    for memory, fit in ((work.convert_memory(3), 3), (work.convert_memory(1), 1)):
+        monkeypatch.setattr(pipeline, "memory_left", lambda memory=memory: (memory, no_limit))
+        assert pipeline.threads_that_fit(work, 8) == fit
+    for left in ((work.convert_memory(1) - 1, no_limit), (no_limit, work.convert_memory(1))):
+        monkeypatch.setattr(pipeline, "memory_left", lambda left=left: left)
+        with pytest.raises(OutputError, match="left to this process; the conversion needs"):
+            convert(llama, tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_source_that_may_not_be_read_is_named(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deny(path: Any, target: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(shutil, "copyfile", deny)
+    (source / "vocab.json").write_text("{}")
+    with pytest.raises(
+        OutputError, match=r"source/\S+: cannot be read \(Permission denied\); what"
+    ):
+        convert(source, tmp_path / "out")
 
 
 def test_a_source_that_changes_during_the_conversion_is_refused(
@@ -593,7 +671,7 @@ def test_a_source_that_changes_during_the_conversion_is_refused(
         return real(self)
 
     monkeypatch.setattr(pipeline._Conversion, "_write_small_files", touch)
-    with pytest.raises(CheckpointError, match="changed during the conversion"):
+    with pytest.raises(CheckpointError, match=": model.safetensors changed during the conversion"):
         convert(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

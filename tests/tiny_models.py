@@ -268,7 +268,7 @@ def build(
 ) -> PreTrainedModel:
     """The model `name` with random weights that depend on the seed alone; `sizes`: other ones."""
     config = (CONFIGS | MORE)[name]()
-    config.update(sizes)  # type: ignore[no-untyped-call]
+    config.update(sizes)
     architecture = getattr(transformers, (config.architectures or [""])[0])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -108,7 +108,7 @@ def _make_source(name: str, folder: Path) -> int:
     import tiny_models
     from safetensors.torch import load_file, save_file
 
-    sizes = {**_SIZES, "num_hidden_layers": 2} if name == "moe" else _SIZES
+    sizes: dict[str, Any] = {**_SIZES, "num_hidden_layers": 2} if name == "moe" else _SIZES
     kind = {"tied": "llama_tied", "moe": "mixtral"}.get(name, "llama")
     tiny_models.save(kind, folder, **sizes)
     if name == "shards":

@@ -288,7 +288,8 @@ def files(starved: Starved, count: int) -> dict[str, Any]:
 
 def memory(starved: Starved, count: int) -> dict[str, Any]:
     """`count` numbers of threads, each at three limits of memory and three of addresses."""
-    from ternarize.convert import _ADDRESSES, plan
+    from ternarize.convert import _ADDRESSES
+    from ternarize.plan import plan
 
     trial, worst, fewer = starved.trial, 0.0, 0
     work = plan(trial.source)
@@ -433,7 +434,7 @@ def _changing(trial: Trial, at: int, change: Callable[[], None]) -> Callable[[],
                 change()
             return real(*args)
 
-        module.convert_tensor = counting
+        vars(module)["convert_tensor"] = counting
 
     return convert(trial.source, trial.output, *trial.options, before=before)
 
@@ -481,7 +482,11 @@ def make_wide(folder: Path) -> Path:
         sys.path.insert(0, str(Path(__file__).parents[1]))
         import tiny_models
 
-        sizes = {"hidden_size": 2048, "intermediate_size": 4104, "num_hidden_layers": 1}
+        sizes: dict[str, Any] = {
+            "hidden_size": 2048,
+            "intermediate_size": 4104,
+            "num_hidden_layers": 1,
+        }
         tiny_models.save("llama", folder, **sizes, head_dim=512)
         return 0
 
