@@ -597,7 +597,7 @@ def test_a_break_after_the_last_rename_is_tidied_up_by_the_same_command_alone(
     assert (tmp_path / "out" / pipeline.JOURNAL).is_file()
     with pytest.raises(OutputError, match="exists already"):
         convert(source, tmp_path / "out", Recipe("twn"))
-    assert convert(source, tmp_path / "out") == record
+    assert convert(source, tmp_path / "out") == json.loads(json.dumps(record))
     assert digest_of(tmp_path / "out") == digest_of(tmp_path / "whole")
     with pytest.raises(OutputError, match="exists already"):
         convert(source, tmp_path / "out")

@@ -399,7 +399,8 @@ def changes(starved: Starved, count: int, chance: random.Random) -> dict[str, An
         name = shard.name
         shutil.copy2(shard, kept)
         if i % 2:  # between a break and the resumed run
-            trial.run(trial.faults(chance.randrange(8, calls), KILL))
+            at = chance.randrange(12, calls)  # the journal is there: the conversion has begun
+            trial.run(trial.faults(at, KILL))
             _flip(shard, chance)
             run = trial.run()
         else:
@@ -407,7 +408,7 @@ def changes(starved: Starved, count: int, chance: random.Random) -> dict[str, An
             run = fork(_changing(trial, at, partial(_flip, shard, chance)))
         os.utime(shard)  # seen as another file, and then put back
         shutil.copy2(kept, shard)
-        starved.check(f"change {i} of {name}", run, must_fail=True, says=name)
+        starved.check(f"change {i} of {name} at {at}", run, must_fail=True, says=name)
     return starved.row("changes")
 
 
