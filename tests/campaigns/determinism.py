@@ -47,7 +47,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "itf, tensors": ("--method", "itf", "--group-size", "0"),
     "two planes, 8-bit scales, int8 head": (
         *("--method", "itf", "--scale-bits", "8"),
-        *("--planes", "*.down_proj.weight", "--head", "int8"),
+        *("--planes", "*.o_proj.weight", "--head", "int8"),
     ),
 }
 
