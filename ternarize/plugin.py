@@ -32,7 +32,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ternarize import container
+from ternarize import adapters, container
 from ternarize.checkpoint import DTYPES, Checkpoint, open_files
 from ternarize.codecs import BASE3, INT8, encode_int8, int8_scales
 from ternarize.container import KEY, SCALE_SUFFIX, Record
@@ -676,6 +676,8 @@ def _dense_linear(module: TernaryLinear, dtype: torch.dtype) -> nn.Module:
 
 
 # --- registration -----------------------------------------------------------------------------
+
+adapters.watch()
 
 if KEY not in auto.AUTO_QUANTIZER_MAPPING:
     auto.register_quantization_config(KEY)(TernarizeConfig)
