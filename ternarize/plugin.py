@@ -558,6 +558,7 @@ def _round_head(model: Any, family: set[str]) -> None:
     for name in sorted(family):
         path = name.removesuffix(".weight")
         module = model.get_submodule(path)
+        hook = _taken_hook(module)
         with torch.device("meta"):
             if isinstance(module, nn.Embedding):
                 packed_embedding(module, layout, len(scale), scale.dtype)
@@ -575,8 +576,26 @@ def _round_head(model: Any, family: set[str]) -> None:
         module.weight, module.weight_scale = shared
         for parameter in shared:
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        if hook is not None:
+            from accelerate.hooks import add_hook_to_module  # type: ignore[import-untyped]
+
+            add_hook_to_module(module, hook)
         if name in tied:
             tied[name + SCALE_SUFFIX] = tied[name] + SCALE_SUFFIX
+
+
+def _taken_hook(module: nn.Module) -> Any:
+    """The hook of accelerate on a module (of a model that is spread over devices), taken off.
+
+    It holds the forward of the class that the module had when the hook was put there.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        from accelerate.hooks import remove_hook_from_module
+
+        remove_hook_from_module(module)
+        module.__dict__.pop("forward", None)  # else it stays there, bound to the class
+    return hook
 
 
 def _to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:

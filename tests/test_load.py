@@ -340,6 +340,39 @@ def test_a_model_offloaded_to_disk_runs_and_saves(made: Made, tmp_path: Path) ->
         model.dequantize()
 
 
+@pytest.mark.parametrize(
+    ("name", "memory", "head"),
+    [
+        ("llama", 20_000, None),  # nothing fits
+        ("mixtral", 90_000, None),  # the token embedding does
+        ("llama_tied", 60_000, None),  # and the head that is tied to it
+        ("llama_tied", 60_000, "int8"),
+    ],
+)
+def test_what_does_not_fit_in_memory_runs_from_the_disk(
+    made: Made, tmp_path: Path, name: str, memory: int, head: str | None
+) -> None:
+    whole: Any = ternarize.load(made(name) / "packed", dtype=torch.float32, head=head)
+    model: Any = ternarize.load(
+        made(name) / "packed",
+        dtype=torch.float32,
+        head=head,
+        device="auto",
+        max_memory={"cpu": memory},
+        offload_folder=tmp_path / "offload",
+    )
+    places = set(model.hf_device_map.values())
+    assert places == ({"disk"} if memory == 20_000 else {"cpu", "disk"})
+    assert model.model.layers[0].self_attn.q_proj.weight.is_meta
+    packing.assert_near(packing.output(model), packing.output(whole))
+
+
+def test_a_head_on_the_disk_is_not_rounded(made: Made, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"device": "auto", "max_memory": {"cpu": 20_000}}
+    with pytest.raises(UsageError, match="is offloaded; it has to be in memory to become int8"):
+        ternarize.load(made("llama") / "packed", head="int8", offload_folder=tmp_path, **options)
+
+
 def test_a_copied_model_is_the_same(made: Made) -> None:
     model = ternarize.load(made("mixtral") / "packed")
     assert torch.equal(packing.output(copy.deepcopy(model)), packing.output(model))
