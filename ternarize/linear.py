@@ -420,7 +420,7 @@ def check_part(name: str, packed: Any, scale: Any, layout: Layout) -> None:
         return
     part, scales = packed.to_local(), scale.to_local()
     cols = _cols(scales, layout)
-    fits = layout.group_size > 0 and part.shape[-1] == layout.width(cols)
+    fits = layout.group_size != 0 and part.shape[-1] == layout.width(cols)
     # a cut through the columns of two planes parts the planes, not their columns; a rotation needs
     # inputs that other processes have
     if cols != layout.cols and (layout.planes > 1 or layout.rotation[0]):

@@ -7,6 +7,7 @@ own way to name, fuse and transpose them.
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,9 +28,11 @@ import ternarize
 from ternarize import container
 from ternarize.checkpoint import open_checkpoint
 from ternarize.container import Record
+from ternarize.convert import convert
 from ternarize.errors import CheckpointError, DigestError, FormatError, UsageError
 from ternarize.linear import Packed, TernaryExperts, TernaryLinear
 from ternarize.methods.absmean import absmean
+from ternarize.plan import Recipe
 from ternarize.plugin import TernarizeConfig
 from ternarize.rotation import block_size
 
@@ -393,25 +396,39 @@ def test_only_what_is_not_packed_can_be_trained(made: Made) -> None:
         assert parameter.requires_grad != is_packed, name
 
 
-def test_a_model_cut_into_two_processes_runs_and_saves(tmp_path: Path) -> None:
+def turn_rows(tensors: dict[str, Tensor], records: dict[str, Record]) -> None:
+    """`turn` what tensor parallelism cuts into rows."""
+    rows = {name: r for name, r in records.items() if not re.search("o_proj|down_proj", name)}
+    turn(tensors, rows)
+    records |= rows
+
+
+def test_models_cut_into_two_processes_run_and_save(tmp_path: Path) -> None:
     # 128 columns: two groups of 32 for each process
     sizes = tiny_models.TEXT | {"intermediate_size": 128, "num_key_value_heads": 4}
     config = transformers.LlamaConfig(**sizes, architectures=["LlamaForCausalLM"])
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "source")
-    packing.pack_checkpoint(tmp_path / "source", tmp_path / "packed")
+    source = tmp_path / "source"
+    transformers.LlamaForCausalLM(config).save_pretrained(source)
+    convert(source, tmp_path / "int8_head", Recipe("itf", 32, head="int8"))
+    for name in ("plain", "rotated", "rotated_rows", "rows_of_one_group"):
+        packing.pack_checkpoint(source, tmp_path / name, -1 if name == "rows_of_one_group" else 32)
+    rewrite(tmp_path / "rotated", turn)
+    rewrite(tmp_path / "rotated_rows", turn_rows)
     script = Path(__file__).with_name("parallel_run.py")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     root = str(script.parents[1])
     subprocess.run(
-        [*torchrun, str(script), str(tmp_path / "packed"), str(tmp_path / "saved")],
+        [*torchrun, str(script), str(tmp_path)],
         check=True,
         cwd=root,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root},
     )
-    saved, packed = (packing.read_checkpoint(tmp_path / d) for d in ("saved", "packed"))
-    assert saved.keys() == packed.keys()
-    assert all(torch.equal(saved[name].to(packed[name].dtype), packed[name]) for name in packed)
-    ternarize.load(tmp_path / "saved")
+    for name in ("plain", "int8_head", "rotated_rows"):
+        folders = tmp_path / f"{name}_saved", tmp_path / name
+        saved, packed = (packing.read_checkpoint(folder) for folder in folders)
+        assert saved.keys() == packed.keys()
+        assert all(torch.equal(saved[key].to(packed[key].dtype), packed[key]) for key in packed)
+        ternarize.load(folders[0])
 
 
 def test_int8_activations_are_taken_from_the_config_and_from_the_caller(
