@@ -626,6 +626,8 @@ _PIECE = 1 << 22  # weights
 
 def _saved_records(model: Any, transposed: Mapping[str, bool]) -> dict[str, Record]:
     """The record of each tensor that save_pretrained writes, under the name in the file."""
+    from transformers import __version__ as transformers_version
+
     tensors = _saved_tensors(model)
     layouts = {
         f"{path}.{name}": layout
@@ -637,6 +639,12 @@ def _saved_records(model: Any, transposed: Mapping[str, bool]) -> dict[str, Reco
         layout = layouts.get(place.targets[0])
         if layout is not None:
             packed, scale = tensors[name], tensors[name + SCALE_SUFFIX]
+            if scale.ndim != packed.ndim:
+                raise UsageError(
+                    f"{name}: transformers {transformers_version} drops a dimension of its scales "
+                    f"as it saves them; expected {packed.ndim}. Install transformers >= 5.23, or "
+                    "copy the packed directory."
+                )
             records[name] = Record(
                 container.digest(packed, scale),
                 (*packed.shape[:-1], layout.cols),

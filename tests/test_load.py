@@ -153,7 +153,13 @@ def test_every_group_size_survives_fusing_and_saving(
     model = ternarize.load(tmp_path / "packed", dtype=torch.float32)
     dense = packing.load_dense(tmp_path / "dense", dtype=torch.float32)
     packing.assert_like_dense(model, dense)
-    ternarize.load(tmp_path / "packed").save_pretrained(tmp_path / "saved")
+    model = ternarize.load(tmp_path / "packed")
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if version < (5, 23) and group_size < 32 and name in ("mixtral", "deepseek_v3"):
+        with pytest.raises(UsageError, match="Install transformers >= 5.23"):
+            model.save_pretrained(tmp_path / "saved")
+        return
+    model.save_pretrained(tmp_path / "saved")
     assert same_tensors(tmp_path / "packed", tmp_path / "saved", but="e_score_correction_bias")
 
 
