@@ -112,8 +112,9 @@ def export_gguf(
             losses.add(carry(packed, name, blocks.TYPES[kind].block, torch.float16)[1], name)
     losses.stop_unless_allowed(packed, _advice(packed, kind))
     writer = gguf.GGUFWriter(None, architecture.name)
+    notes = []
     if tokenizer:
-        vocabulary.write(writer, packed.directory, config.vocab_size)
+        notes = vocabulary.write(writer, packed.directory, config.vocab_size)
     else:
         writer.add_tokenizer_model("none")
     items = _items(gguf, packed, config, architecture, kind, kept_type, losses)
@@ -135,7 +136,7 @@ def export_gguf(
                     progress(done, total, item.name, "writing")
         finally:
             writer.close()
-    return {"to": "gguf", "type": kind, "tensors": len(items), **losses.report()}
+    return {"to": "gguf", "type": kind, "tensors": len(items), "notes": notes, **losses.report()}
 
 
 def _import_gguf() -> Any:
