@@ -68,7 +68,8 @@ def write(writer: Any, directory: Path, size: int) -> list[str]:
 
     size  tokens of the model; where the tokenizer has fewer, the rest is marked as unused
 
-    Returns for which texts llama.cpp gives other tokens, in words, if there are any. Raises CheckpointError where there is no tokenizer or llama.cpp would split text differently.
+    Returns for which texts llama.cpp gives other tokens, in words, if there are any. Raises
+    CheckpointError where there is no tokenizer or llama.cpp would split text differently.
     """
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise CheckpointError(
