@@ -112,7 +112,7 @@ def export_gguf(
             losses.add(carry(packed, name, blocks.TYPES[kind].block, torch.float16)[1], name)
     losses.stop_unless_allowed(packed, _advice(packed, kind))
     writer = gguf.GGUFWriter(None, architecture.name)
-    notes = []
+    notes: list[str] = []
     if tokenizer:
         notes = vocabulary.write(writer, packed.directory, config.vocab_size)
     else:

@@ -88,7 +88,7 @@ def write(writer: Any, directory: Path, size: int) -> list[str]:
         raise _unknown(directory, "drops merges at random", "none that does")
     tokens, types = _tokens(directory, definition, size)
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    notes = []
+    notes: list[str] = []
     if model.get("byte_fallback"):
         writer.add_tokenizer_model("llama")
         prefix, notes = _space_prefix(directory, definition)
