@@ -13,7 +13,7 @@ from typing import Any
 
 from ternarize.checkpoint import inherit
 from ternarize.fetch import split_id
-from ternarize.plan import RECORD, Recipe
+from ternarize.plan import GROUP_SIZE, RECORD, Recipe
 from ternarize.report import inspect
 from ternarize.verify import check_record, open_packed, read_recipe
 
@@ -166,11 +166,11 @@ def _how(record: dict[str, Any], hub: dict[str, str]) -> list[str]:
 def command(recipe: Recipe, source: str) -> str:
     """The command line of a conversion by this recipe, into `packed`."""
     words = ["ternarize", "convert", source, "packed"]
-    default = Recipe()
+    default = Recipe(group_size=GROUP_SIZE, activations="none")
     words += ["--method", recipe.method]
     for name in ("group_size", "scale_bits", "dtype", "activations", "head", "embeddings"):
         value = getattr(recipe, name)
-        if value != getattr(default, name):
+        if value not in (None, getattr(default, name)):
             words += [_option(name), str(value)]
     for name in ("keep", "include", "planes"):
         for glob in getattr(recipe, name):

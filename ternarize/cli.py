@@ -169,9 +169,12 @@ def convert(
         ),
     ] = None,
     group_size: Annotated[
-        int,
-        typer.Option(help="Weights per scale; -1: one group per row; 0: one scale per tensor."),
-    ] = 128,
+        int | None,
+        typer.Option(
+            help="Weights per scale; -1: one group per row; 0: one scale per tensor. Default: 128; "
+            "of weights that are ternary already their own."
+        ),
+    ] = None,
     keep: Annotated[
         list[str] | None, typer.Option(help="Leave tensors that match this glob as they are.")
     ] = None,
@@ -193,8 +196,12 @@ def convert(
         Dtype | None, typer.Option(help="Dtype of kept weights; default: as in the source.")
     ] = None,
     activations: Annotated[
-        Activations, typer.Option(help="Recorded for the loader: int8 per token, or none.")
-    ] = Activations.none,
+        Activations | None,
+        typer.Option(
+            help="Recorded for the loader: int8 per token, or none. Default: none; of imported "
+            "models what they were trained with."
+        ),
+    ] = None,
     dataset: Annotated[
         str | None,
         typer.Option(
@@ -308,7 +315,7 @@ def convert(
         tuple(keep or ()),
         tuple(include or ()),
         dtype.value if dtype else None,
-        activations.value,
+        activations.value if activations else None,
         scale_bits,
         tuple(planes or ()),
         head.value,

@@ -60,6 +60,7 @@ from ternarize.codecs import (
 from ternarize.container import FORMAT_VERSION, SCALE_SUFFIX, Record
 from ternarize.errors import CheckpointError, FormatError, OutputError, UsageError, WeightError
 from ternarize.fetch import split_id
+from ternarize.imports import Imported
 from ternarize.methods import METHODS, levels
 from ternarize.methods.grouped import distance, fixed_sum
 from ternarize.plan import (
@@ -73,7 +74,12 @@ from ternarize.plan import (
     TensorPlan,
     calibrated_plan,
     header_bytes,
+    is_lossless,
+    logical,
+    not_lossless,
+    own_groups,
     plan,
+    said_group_size,
 )
 from ternarize.progress import Progress
 from ternarize.rotation import rotate
@@ -175,13 +181,18 @@ def _ternarize(
     device: str,
     solved: Solved | None,
 ) -> Result:
-    lossless = solved is None and is_ternary(source, tensor)
+    if isinstance(source, Imported) and tensor.name in source.group_sizes:
+        lossless = is_lossless(source, tensor, tensor.group_size)
+        if not lossless:
+            raise not_lossless(source, tensor, tensor.group_size)
+    else:
+        lossless = solved is None and is_ternary(source, tensor)
     method = METHODS[WITHOUT_DATA if recipe.method == GPTQ else recipe.method]
     whole = None if solved is None else read_solved(solved[0], tensor.name, solved[1])
     sha, buffer = hashlib.sha256(), _buffer()
     all_scales, done, nonzero, error, energy = [], 0, 0, 0.0, 0.0
     for start, stop in tensor.pieces():
-        weight = _logical(source.read(tensor.name, start, stop, buffer).to(device), tensor)
+        weight = logical(source.read(tensor.name, start, stop, buffer).to(device), tensor)
         if whole is None:
             planes, rest = _fit(weight, tensor, method, lossless)
         else:
@@ -265,11 +276,7 @@ def is_ternary(source: Checkpoint, tensor: TensorPlan) -> bool:
             return False
     finer = {0: (0, -1, 128), -1: (-1, 128)}.get(tensor.group_size, (tensor.group_size,))
     for group_size in finer:
-        trial = replace(tensor, group_size=group_size)
-        exact = all(
-            levels(_logical(source.read(tensor.name, start, stop), trial), group_size) is not None
-            for start, stop in trial.pieces()
-        )
+        exact = is_lossless(source, tensor, group_size)
         if exact and group_size != tensor.group_size:
             raise Relayout(tensor.name, group_size, tensor.scale_dtype)
         if exact:
@@ -316,7 +323,7 @@ def _to_int8(source: Checkpoint, tensor: TensorPlan, write: Write, device: str) 
     all_scales, done, error, energy = [], 0, 0.0, 0.0
     dtype = DTYPES[tensor.scale_dtype]
     for start, stop in tensor.pieces():
-        weight = _logical(source.read(tensor.name, start, stop, buffer).to(device), tensor)
+        weight = logical(source.read(tensor.name, start, stop, buffer).to(device), tensor)
         _check_finite(weight)
         exact = int8_scales(weight, tensor.group_size)
         # a piece that float16 cannot serve: all scales of the tensor become float32
@@ -369,14 +376,6 @@ def _representable(ternary: Ternary) -> Ternary:
     scales = ternary.scales.masked_fill(lost, 0)
     trits = Ternary(ternary.trits, scales, ternary.group_size).dequantize(torch.float64).sign()
     return Ternary(trits.to(torch.int8), scales, ternary.group_size)
-
-
-def _logical(raw: Tensor, tensor: TensorPlan) -> Tensor:
-    """Flat elements as read -> (rows, cols), the input dimension last."""
-    rows, cols = tensor.shape[-2:]
-    if tensor.choice.transposed:
-        return raw.reshape(cols, rows).t().contiguous()
-    return raw.reshape(-1, cols)
 
 
 # exponent bits of the 16- and 32-bit floats: all set means NaN or infinity
@@ -790,13 +789,15 @@ class _Conversion:
     def _convert_shard(self, index: int, pool: ThreadPoolExecutor) -> None:
         """Convert the tensors of a shard that are not done; again if one changes the layout."""
         while True:
-            shard = self.shards[index]
-            path, size = self.partial / shard.file, shard.nbytes()
-            todo = [t for t in shard.tensors if not t.tied_to and t.name not in self.results]
-            self.done = self._bytes_done()
             stream = self.work.source.stream
+            todo = self._undone(index)
             if stream is not None and todo:
                 stream.fetch(self.work.source.files[index])  # here, where it can be interrupted
+                self._own_groups(index)
+                todo = self._undone(index)
+            shard = self.shards[index]
+            path, size = self.partial / shard.file, shard.nbytes()
+            self.done = self._bytes_done()
             _reserve(path, size)
             layout, base = shard.layout(), shard.data_start()
             futures = {pool.submit(self._one, path, layout, base, t): t for t in todo}
@@ -806,6 +807,21 @@ class _Conversion:
             for change in changes:
                 self._change_layout(change)
                 self._note(change)
+
+    def _undone(self, index: int) -> list[TensorPlan]:
+        tensors = self.shards[index].tensors
+        return [t for t in tensors if not t.tied_to and t.name not in self.results]
+
+    def _own_groups(self, index: int) -> None:
+        """Give a shard's tensors their own groups, which only its weights tell; `own_groups`."""
+        shard = self.shards[index]
+        if self.work.recipe.group_size is None:
+            found = own_groups(self.work.source, shard.tensors, self.work.tensors, read=True)
+            for tensor, own in zip(shard.tensors, found, strict=True):
+                if own.group_size != tensor.group_size and tensor.name not in self.results:
+                    change = Relayout(tensor.name, own.group_size, tensor.scale_dtype).change
+                    self._change_layout(change)
+                    self._note(change)
 
     def _one(
         self, path: Path, layout: Mapping[str, Entry], base: int, tensor: TensorPlan
@@ -900,11 +916,12 @@ class _Conversion:
         recipe = self.work.recipe
         if recipe.dtype:
             config["dtype" if "torch_dtype" not in config else "torch_dtype"] = recipe.dtype
+        tensors = [t for shard in self.shards for t in shard.tensors]
         config["quantization_config"] = {
             "quant_method": container.KEY,
             "format_version": FORMAT_VERSION,
             "method": recipe.method,
-            "group_size": recipe.group_size,
+            "group_size": said_group_size(self.work, tensors),
             "activations": recipe.activations,
         }
         return config
@@ -971,6 +988,7 @@ def make_record(
     if how is not None and (how.reconstruct or how.distill):
         blocks = ()  # what calibration has not seen has been trained since
     unseen = {name for block in blocks for name in block["uncalibrated"]}
+    group_size = said_group_size(work, [t for shard in shards for t in shard.tensors])
     for shard in shards:
         for t in shard.tensors:
             row: dict[str, Any] = {
@@ -1009,11 +1027,12 @@ def make_record(
         "source": {
             "files": {file: (source.directory / file).stat().st_size for file in source.files},
             "parameters": sum(i.numel for i in source.tensors.values()),
-            "bytes": sum(i.nbytes for i in source.tensors.values()),
+            "bytes": source.stored_bytes,
+            **({"imported": source.about()} if isinstance(source, Imported) else {}),
             **({"hub": hub} if hub else {}),
             **({"card": card} if card else {}),
         },
-        "recipe": _recorded(work.recipe),
+        "recipe": _recorded(replace(work.recipe, group_size=group_size)),
         "coverage": work.coverage(),
         **({"calibration": calibration} if calibration is not None else {}),
         "tensors": tensors,

@@ -1,0 +1,136 @@
+"""A foreign ternary checkpoint behind the face of an ordinary one.
+
+`Imported` lists logical tensors in floating point, under the names of Hugging Face, and decodes
+rows of them as they are read: what plans, converts and verifies a checkpoint reads it like any
+other. No reader of a format holds more than the rows that it is asked for.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ternarize.checkpoint import Checkpoint, TensorInfo
+from ternarize.errors import CheckpointError
+
+# rows [first, last) of a logical tensor -> (last - first, cols) in its dtype
+Decode = Callable[[int, int], Tensor]
+
+
+@dataclass
+class Imported(Checkpoint):
+    """A checkpoint whose ternary weights are stored in a format of others.
+
+    format       what it is, for people and for the record
+    scale        what its scale means and how a weight is computed, likewise
+    raw          the checkpoint as it is stored; None where a reader needs none
+    decode       logical name -> how its rows are read; other tensors are read from `raw`
+    group_sizes  logical name -> the groups in which it is ternary at the source, as in
+                 ternarize.tensor; a weight that is not here is dense at the source, and stays so
+    activations  what the model was trained with: "none", or "int8" per token
+    """
+
+    format: str = ""
+    scale: str = ""
+    raw: Checkpoint | None = None
+    decode: dict[str, Decode] = field(default_factory=dict, repr=False)
+    group_sizes: dict[str, int] = field(default_factory=dict, repr=False)
+    activations: str = "none"
+
+    def read(
+        self, name: str, start: int = 0, stop: int | None = None, buffer: Tensor | None = None
+    ) -> Tensor:
+        """As `Checkpoint.read`: elements of the logical tensor."""
+        info = self.tensors[name]
+        if name not in self.decode:
+            assert self.raw is not None
+            return self.raw.read(name, start, stop, buffer)
+        stop, cols = info.numel if stop is None else stop, max(1, info.shape[-1])
+        first, last = start // cols, -(-stop // cols)
+        return self.decode[name](first, last).reshape(-1)[
+            start - first * cols : stop - first * cols
+        ]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the tensors as they are stored."""
+        return super().stored_bytes if self.raw is None else self.raw.stored_bytes
+
+    def about(self) -> dict[str, Any]:
+        """What the record of a conversion says of the import."""
+        return {
+            "format": self.format,
+            "scale": self.scale,
+            "activations": self.activations,
+            "tensors": len(self.group_sizes),
+        }
+
+
+def imported(
+    raw: Checkpoint,
+    tensors: Mapping[str, TensorInfo],
+    decode: dict[str, Decode],
+    group_sizes: dict[str, int],
+    *,
+    format: str,
+    scale: str,
+    activations: str = "none",
+) -> Imported:
+    """An import of the tensors of a directory, with a config.json that speaks of none."""
+    config = {
+        key: value
+        for key, value in (raw.config or {}).items()
+        if key not in ("quantization_config", "quantization")
+    }
+    return Imported(
+        raw.directory,
+        config,
+        raw.files,
+        dict(tensors),
+        raw.metadata,
+        raw.stream,
+        format=format,
+        scale=scale,
+        raw=raw,
+        decode=decode,
+        group_sizes=group_sizes,
+        activations=activations,
+    )
+
+
+def refuse(raw: Checkpoint, what: str, advice: str) -> CheckpointError:
+    """The error for a foreign checkpoint that cannot be brought in exactly."""
+    return CheckpointError(f"{raw.directory}: {what}. {advice}")
+
+
+def expect(
+    raw: Checkpoint, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...] | None
+) -> TensorInfo:
+    """A tensor that a format must have, with one of these dtypes and (unless None) this shape."""
+    info = raw.tensors.get(name)
+    wanted = f"{' or '.join(dtypes)}{'' if shape is None else f' {list(shape)}'}"
+    if info is None:
+        found = "is not there"
+    elif info.dtype not in dtypes or (shape is not None and info.shape != shape):
+        found = f"is {info.dtype} {list(info.shape)}"
+    else:
+        return info
+    raise refuse(raw, f"{name} {found}; expected {wanted}", "Fetch it again, or from its maker.")
+
+
+def read_rows(raw: Checkpoint, name: str, first: int, last: int) -> Tensor:
+    """Rows [first, last) of a stored matrix, as it is stored."""
+    cols = raw.tensors[name].shape[-1]
+    return raw.read(name, first * cols, last * cols).reshape(last - first, cols)
+
+
+def fields(words: Tensor, bits: int) -> Tensor:
+    """The fields of `bits` bits in unsigned words, from the low bits: (..., n) -> (..., n * k).
+
+    uint8 or uint32; returns uint8.
+    """
+    step = torch.arange(0, words.dtype.itemsize * 8, bits)
+    wide = words.to(torch.int64).unsqueeze(-1)
+    return ((wide >> step) & ((1 << bits) - 1)).to(torch.uint8).flatten(-2)
