@@ -596,8 +596,11 @@ def _any_block(partial: Path) -> bool:
 def _check_output(work: Plan, output: Path) -> None:
     source, target = work.source.directory.resolve(), output.resolve()
     partial = output.with_name(output.name + ".partial").resolve()
-    inside = source in target.parents or partial in (source, *source.parents)
-    if work.source.stream is None and (target == source or inside):
+    # the conversion of a file may lie beside it
+    alone = isinstance(work.source, Imported) and work.source.alone
+    inside = not alone and source in (target, *target.parents)
+    inside = inside or partial in (source, *source.parents)
+    if work.source.stream is None and inside:
         raise OutputError(
             f"{output}: is the source {work.source.directory} or inside it; expected another "
             "place. The source is never changed."
@@ -892,6 +895,8 @@ class _Conversion:
             target = self.partial / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(directory / name, target)
+        for name, content in self._made().items():
+            (self.partial / name).write_bytes(content)
         if len(self.shards) > 1:
             self._write_json(SAFETENSORS + INDEX, self._index())
         # also where the source has none: it is what says that the weights are packed
@@ -899,6 +904,12 @@ class _Conversion:
         record = make_record(self.work, self.shards, self.results, self.calibration)
         self._write_json(RECORD, record)
         return record
+
+    def _made(self) -> dict[str, bytes]:
+        """Tokenizer files that an import makes; those of the source itself come first."""
+        source = self.work.source
+        its_own = {"tokenizer.json", "tokenizer.model"} & set(self.work.copied)
+        return source.made if isinstance(source, Imported) and not its_own else {}
 
     def _index(self) -> dict[str, Any]:
         weight_map = {name: shard.file for shard in self.shards for name in sorted(shard.layout())}
@@ -981,7 +992,9 @@ def make_record(
 ) -> dict[str, Any]:
     """The record of a conversion: what was done to what, tensor by tensor, and what came out."""
     source = work.source
-    hub, card = hub_commit(work.model, source), read_card(source.directory)
+    alone = isinstance(source, Imported) and source.alone
+    hub = None if alone else hub_commit(work.model, source)
+    card = {} if alone else read_card(source.directory)
     tensors: dict[str, dict[str, Any]] = {}
     blocks = (calibration or {}).get("blocks", ())
     how = work.recipe.calibrate
@@ -1063,7 +1076,9 @@ def _stamps(source: Checkpoint) -> list[list[Any]]:
     """What tells whether a source file has changed since it was looked at."""
     if source.stream is not None:
         return source.stream.stamps()
-    names = [*source.files, *(["config.json"] if source.config is not None else [])]
+    # an import may have no config.json
+    config = source.config is not None and (source.directory / "config.json").is_file()
+    names = [*source.files, *(["config.json"] if config else [])]
     stats = [(name, (source.directory / name).stat()) for name in names]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 

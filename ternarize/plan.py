@@ -478,6 +478,10 @@ def plan(
         for i, tensors in enumerate(by_file.values(), 1)
     ]
     copied, left_out = small_files(directory)
+    if isinstance(source, Imported):
+        copied = [] if source.alone else copied
+        left_out = [] if source.alone else [n for n in left_out if n not in source.files]
+        notes += source.notes
     return Plan(source, str(model), recipe, shards, copied, left_out, notes)
 
 

@@ -569,7 +569,7 @@ def test_llama3_rope_factors_are_those_of_transformers(tmp_path: Path) -> None:
         _config("Llama", rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
     )
     expected = default.model.rotary_emb.inv_freq / model.model.rotary_emb.inv_freq
-    found = to_gguf._rope_factors(config)
+    found = to_gguf.rope_factors(config.rope_parameters, 32)
     assert found is not None and expected.unique().numel() > 2
     assert_near(found, expected, 1e-5)
     source = make_source(tmp_path / "source", config)

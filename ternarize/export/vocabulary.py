@@ -23,11 +23,12 @@ from typing import Any
 from ternarize.errors import CheckpointError
 from ternarize.evaluate import open_tokenizer
 
-_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-_BYTES_SPLIT = {**_BYTES, "use_regex": True}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+_BYTES_SPLIT = {**BYTES, "use_regex": True}
 
 
-def _split(pattern: str) -> dict[str, Any]:
+def regex_split(pattern: str) -> dict[str, Any]:
+    """The step that cuts text at a regular expression, as tokenizers defines it."""
     return {
         "type": "Split",
         "pattern": {"Regex": pattern},
@@ -44,11 +45,15 @@ _WORDS = (
 # llama.cpp's name -> the steps of the split, as tokenizers defines them
 SPLITS: dict[str, list[dict[str, Any]]] = {
     "gpt-2": [_BYTES_SPLIT],
-    "llama-bpe": [_split(_WORDS.format(digits="{1,3}")), _BYTES],
-    "qwen2": [_split(_WORDS.format(digits="")), _BYTES],
+    "llama-bpe": [regex_split(_WORDS.format(digits="{1,3}")), BYTES],
+    "qwen2": [regex_split(_WORDS.format(digits="")), BYTES],
     "smollm": [{"type": "Digits", "individual_digits": True}, _BYTES_SPLIT],
 }
+# those by which a word that is a token is not merged up from its letters
+WHOLE_WORDS = ("llama-bpe",)
 SPACE = "\u2581"
+PREPEND = [{"type": "Prepend", "prepend": SPACE}]
+REPLACE = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
 # a Metaspace's prepend_scheme -> which texts get one more space in llama.cpp
 _DIFFERENT = {
     "never": [],
@@ -111,10 +116,8 @@ def _space_prefix(directory: Path, definition: dict[str, Any]) -> tuple[bool, li
     """
     normalizer, pre = definition["normalizer"] or {}, definition["pre_tokenizer"] or {}
     steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
-    prepend = [{"type": "Prepend", "prepend": SPACE}]
-    replace = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
-    if not pre and steps in (prepend + replace, replace):
-        return bool(steps != replace), []
+    if not pre and steps in (PREPEND + REPLACE, REPLACE):
+        return bool(steps != REPLACE), []
     plain = pre.get("type") == "Metaspace" and pre.get("split") is False
     scheme = pre.get("prepend_scheme")
     if not steps and plain and pre.get("replacement") == SPACE and scheme in _DIFFERENT:
@@ -159,9 +162,7 @@ def _split_name(directory: Path, definition: dict[str, Any]) -> str:
     steps = [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]
     for name, known in SPLITS.items():
         if steps == known:
-            # with this switch a word that is a token is not merged up from its letters;
-            # llama.cpp does so for llama-bpe alone
-            if bool(definition["model"].get("ignore_merges")) != (name == "llama-bpe"):
+            if bool(definition["model"].get("ignore_merges")) != (name in WHOLE_WORDS):
                 continue
             return name
     shown = json.dumps(steps, ensure_ascii=False)

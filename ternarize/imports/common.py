@@ -30,6 +30,9 @@ class Imported(Checkpoint):
     group_sizes  logical name -> the groups in which it is ternary at the source, as in
                  ternarize.tensor; a weight that is not here is dense at the source, and stays so
     activations  what the model was trained with: "none", or "int8" per token
+    alone        whether the small files beside the weights are not the model's
+    made         small files that the reader makes, unless they are there: name -> content
+    notes        what there is to say about it, in words
     """
 
     format: str = ""
@@ -38,6 +41,9 @@ class Imported(Checkpoint):
     decode: dict[str, Decode] = field(default_factory=dict, repr=False)
     group_sizes: dict[str, int] = field(default_factory=dict, repr=False)
     activations: str = "none"
+    alone: bool = False
+    made: dict[str, bytes] = field(default_factory=dict, repr=False)
+    notes: list[str] = field(default_factory=list)
 
     def read(
         self, name: str, start: int = 0, stop: int | None = None, buffer: Tensor | None = None
@@ -56,7 +62,9 @@ class Imported(Checkpoint):
     @property
     def stored_bytes(self) -> int:
         """Bytes of the tensors as they are stored."""
-        return super().stored_bytes if self.raw is None else self.raw.stored_bytes
+        if self.raw is None:
+            return sum((self.directory / file).stat().st_size for file in self.files)
+        return self.raw.stored_bytes
 
     def about(self) -> dict[str, Any]:
         """What the record of a conversion says of the import."""

@@ -21,7 +21,7 @@ import os
 import re
 import struct
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ternarize.checkpoint import DTYPE_NAMES, DTYPES, MAX_HEADER, TensorInfo, read_bytes
+from ternarize.checkpoint import DTYPE_NAMES, MAX_HEADER, TensorInfo, read_bytes
 from ternarize.errors import CheckpointError, FormatError, UsageError
 from ternarize.export import blocks
 from ternarize.export.gguf import import_gguf, rope_factors
@@ -41,7 +41,6 @@ from ternarize.select import skeleton_shapes
 # ggml's numbers of floating-point types
 _FLOATS = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 _TERNARY = {block.id: kind for kind, block in blocks.TYPES.items()}
-PIECE = 1 << 22  # weights that are read at a time to find scales
 
 
 # --- the container -------------------------------------------------------------------------------
@@ -302,9 +301,7 @@ class Architecture:
     int8: bool = False
 
 
-_BITNET = Architecture(
-    "bitnet", "BitNetForCausalLM", _SUB_NORM, {"hidden_act": "relu2"}, int8=True
-)
+_BITNET = Architecture("bitnet", "BitNetForCausalLM", _SUB_NORM, {"hidden_act": "relu2"}, int8=True)
 ARCHITECTURES = {
     "llama": Architecture("llama", "LlamaForCausalLM", {}, {}, permuted=True),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", {}, {}),
@@ -446,9 +443,7 @@ def _shape(keys: _Keys, tensors: Mapping[str, Stored], name: str) -> tuple[int, 
     return tensors[name].shape
 
 
-def _rope(
-    keys: _Keys, config: Mapping[str, Any], tensors: Mapping[str, Stored]
-) -> dict[str, Any]:
+def _rope(keys: _Keys, config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> dict[str, Any]:
     """rope_parameters: the base, and how positions are scaled."""
     base = keys.get("rope.freq_base", 10000.0, float)
     base = float(np.format_float_positional(np.float32(base)))
@@ -487,7 +482,8 @@ def _llama3(
     rope["factor"] = float(found.max())
     for power in range(4, 24):
         rope["original_max_position_embeddings"] = 1 << power
-        if torch.allclose(rope_factors(rope, 2 * half), found, rtol=1e-5, atol=0):
+        made = rope_factors(rope, 2 * half)
+        if made is not None and torch.allclose(made, found, rtol=1e-5, atol=0):
             return rope
     raise keys.wrong("factors of frequencies", "those of Llama 3.1's rule")
 
@@ -495,16 +491,16 @@ def _llama3(
 # --- tensors -------------------------------------------------------------------------------------
 
 
-def open_gguf(model: str | Path) -> Imported:
+def open_gguf(path: Path, layout: str | None = None, alone: bool = True) -> Imported:
     """A GGUF file, or the set of files that it belongs to, as a checkpoint of logical tensors.
 
-    model  the file, with @x86, @arm or @rows behind its name if it has weights in I2_S
+    layout  of weights in I2_S, a name of blocks.I2_S
+    alone   the small files beside it are not the model's
 
-    Nothing but its head and, to find equal scales, its ternary blocks are read. Raises FormatError
+    Nothing but heads is read, and the scales of I2_S. Raises FormatError
     for what is broken, CheckpointError for what cannot be brought in exactly, UsageError where the
     package `gguf` is not installed or the layout of I2_S is missing.
     """
-    path, layout = split_layout(model)
     keys, stored = _read_all(path)
     by_name = {tensor.name: tensor for tensor in stored}
     if len(by_name) != len(stored):
@@ -520,6 +516,11 @@ def open_gguf(model: str | Path) -> Imported:
     if named == "llama" and lookup.get("expert_count", 0):
         arch = _MIXTURE
     config = _config(lookup, arch, by_name, keys)
+    if not any(_is_ternary(tensor) for tensor in stored):
+        raise CheckpointError(
+            f"{path.name}: has no weights in TQ1_0, TQ2_0, Q2_0 or I2_S; expected some. Convert an "
+            "ordinary model from its maker's checkpoint."
+        )
     i2_s = any(tensor.type == blocks.I2_S_TYPE for tensor in stored)
     if i2_s and layout is None:
         raise UsageError(
@@ -541,8 +542,8 @@ def open_gguf(model: str | Path) -> Imported:
                 logical.name, DTYPE_NAMES[logical.dtype], logical.shape, tensor.path.name
             )
             decode[logical.name] = logical.rows
-            if logical.ternary:
-                group_sizes[logical.name] = _group_size(logical)
+            if logical.group_size is not None:
+                group_sizes[logical.name] = logical.group_size
         if tensor.type not in _FLOATS and tensor.type not in _TERNARY and tensor.type != 36:
             rounded[import_gguf().GGMLQuantizationType(tensor.type).name] += 1
     _check_whole(path.name, config, tensors)
@@ -571,30 +572,21 @@ def open_gguf(model: str | Path) -> Imported:
         decode=decode,
         group_sizes=group_sizes,
         activations="int8" if int8 else "none",
+        alone=alone,
         made=files,
         notes=notes,
     )
 
 
-def split_layout(model: str | Path) -> tuple[Path, str | None]:
-    """FILE.gguf@x86 -> the file and the layout; None where the name has none."""
-    path = Path(os.path.expanduser(model))
-    name, at, layout = path.name.rpartition("@")
-    if at and layout in blocks.I2_S and not path.exists():
-        return path.with_name(name), layout
-    return path, None
-
-
 @dataclass(frozen=True)
 class _Logical:
-    """A tensor by its name in transformers; `rows` decodes [first, last) of its last but one."""
+    """A tensor by its name in transformers, how its rows are read, and its groups if ternary."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     rows: Decode
-    stored: Stored
-    ternary: bool
+    group_size: int | None
 
 
 def _is_ternary(tensor: Stored) -> bool:
@@ -614,6 +606,9 @@ def _logical(
         heads = config[{"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}[kind]]
     permuted = arch.permuted and kind in ("attn_q", "attn_k")
     base = _decoder(tensor, layout, where)
+    group_size = None  # of vectors and floats; those of I2_S are whole
+    if len(shape) > 1 and _is_ternary(tensor):
+        group_size = 0 if layout and tensor.type == blocks.I2_S_TYPE else tensor.block[0]
     if "{}" in name:
         if len(shape) != 3:
             raise FormatError(f"{where}: {tensor.name} has shape {list(shape)}; expected experts.")
@@ -628,8 +623,7 @@ def _logical(
                 shape[1:],
                 dtype,
                 _shifted(base, expert * shape[1]),
-                tensor,
-                _is_ternary(tensor),
+                group_size,
             )
             for expert in range(shape[0])
         ]
@@ -647,7 +641,7 @@ def _logical(
                 "Fetch it again."
             )
         base = _halves(base, dim) if len(shape) == 2 else _halves_of_bias(base, dim)
-    return [_Logical(name, shape, dtype, base, tensor, _is_ternary(tensor) and len(shape) == 2)]
+    return [_Logical(name, shape, dtype, base, group_size)]
 
 
 def _named(tensor: Stored, arch: Architecture, where: str) -> tuple[str, str]:
@@ -750,36 +744,14 @@ def _halves_of_bias(base: Decode, dim: int) -> Decode:
     )
 
 
-def _group_size(logical: _Logical) -> int:
-    """The groups that hold a tensor's scales in the fewest bits: tensor, rows, or blocks."""
-    if logical.stored.type == blocks.I2_S_TYPE:
-        return 0
-    kind = blocks.TYPES[_TERNARY[logical.stored.type]]
-    rows, cols = logical.shape
-    step = max(1, PIECE // cols)
-    of_tensor: set[float] = set()
-    for first in range(0, rows, step):
-        weights = logical.rows(first, min(first + step, rows))
-        # blocks of zeros have any scale
-        scales = weights.abs().view(len(weights), -1, kind.block).amax(-1)
-        low = torch.where(scales > 0, scales, torch.inf).amin(-1)
-        high = scales.amax(-1)
-        if bool((low < high).any()):
-            return kind.block
-        of_tensor |= set(high[high > 0].tolist()) if len(of_tensor) < 2 else set()
-    return 0 if len(of_tensor) < 2 else -1
-
-
-def _check_whole(
-    where: str, config: dict[str, Any], tensors: Mapping[str, TensorInfo]
-) -> None:
+def _check_whole(where: str, config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
     """Raise FormatError unless a checkpoint of this config.json has these tensors, so shaped."""
     expected = {name: shape for name, (_, shape) in skeleton_shapes(config).items()}
     for name in sorted(expected.keys() | tensors.keys()):
         found = tensors[name].shape if name in tensors else None
         if expected.get(name) != found:
             raise FormatError(
-                f"{where}: {name} {f'has shape {list(found)}' if found else 'is missing'}; expected "
-                f"{list(expected[name]) if name in expected else 'none of this name'}, by what the "
-                "file says of its architecture. Fetch it again."
+                f"{where}: {name} {'is missing' if found is None else f'is {list(found)}'}; "
+                f"expected {list(expected[name]) if name in expected else 'no such tensor'}, by "
+                "what the file says of its architecture. Fetch it again."
             )
