@@ -424,7 +424,7 @@ def plan(
         embeddings=recipe.embeddings,
     )
     if isinstance(source, Imported):
-        choices = _keep_dense(source, choices)
+        choices = _keep_dense(source, choices, recipe.include)
         notes.append(f"ternary already ({source.format}): packed without loss")
         if recipe.calibrate is not None:
             raise UsageError(
@@ -570,16 +570,15 @@ def _coarsest(source: Checkpoint, tensor: TensorPlan) -> int | None:
     return next((n for n in likely if is_lossless(source, tensor, n)), None)
 
 
-def _keep_dense(source: Imported, choices: list[Choice]) -> list[Choice]:
+def _keep_dense(source: Imported, choices: list[Choice], include: Iterable[str]) -> list[Choice]:
     """Linear weights that the source itself has in floating point stay so, unless asked for."""
-    kept = [
-        replace(choice, codec="", reason=f"not ternary at the source ({source.format})")
-        if choice.ternary
-        and choice.name not in source.group_sizes
-        and not choice.reason.startswith("--")
-        else choice
-        for choice in choices
-    ]
+    reason = f"not ternary at the source ({source.format})"
+    kept = []
+    for choice in choices:
+        asked = choice.reason.startswith("--") or any(fnmatchcase(choice.name, g) for g in include)
+        if choice.ternary and choice.name not in source.group_sizes and not asked:
+            choice = replace(choice, codec="", reason=reason)
+        kept.append(choice)
     check_fused_choices(kept)
     return kept
 
