@@ -127,7 +127,7 @@ def check_same(packed: Path, source: Path, dtype: torch.dtype) -> None:
 def stock(source: Path, dtype: torch.dtype) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(
         source, dtype=dtype, device_map="cpu"
-    ).eval()
+    ).eval()  # type: ignore[no-untyped-call]
 
 
 # --- bitnet -----------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ def _used(tensors: Tensors, name: str, form: str) -> Tensor:
     """What transformers multiplies with, by its own functions; float64 where it divides later."""
     weight = tensors[name]
     if form == "online":
-        used: Tensor = theirs.WeightQuant.apply(weight)
+        used: Tensor = theirs.WeightQuant.apply(weight)  # type: ignore[no-untyped-call]
         return used.float()
     scale = tensors[name + "_scale"]
     if form != "unpacked":
@@ -315,7 +315,7 @@ def int2(tensors: Tensors, name: str) -> None:
 
 
 GEMMA = {"quantization_config": {"quant_method": "gemma", "num_bits": 2}}
-WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 
 
 def _metal(group: int) -> dict[str, Any]:
@@ -414,7 +414,7 @@ def trilm(tensors: Tensors, name: str) -> None:
 
 
 def test_a_scale_for_each_shard_takes_the_fewest_bits(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 192, "intermediate_size": 384, "head_dim": 48}
+    sizes: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 384, "head_dim": 48}
     source = make(tmp_path / "source", "Llama", None, trilm, torch.float16, **sizes)
     work = plan(source)
     assert work.to_dict()["recipe"]["group_size"] is None
@@ -457,7 +457,7 @@ EXPORTS = {
 def test_what_is_exported_comes_back(to: str, dtype: torch.dtype, tmp_path: Path) -> None:
     source = make(tmp_path / "source", "Llama", None, master, dtype, **WIDE)
     record = convert(source, tmp_path / "first", EXPORTS[to])
-    options = {"dtype": "float32"} if to in ("mlx", "dense") else {}
+    options: dict[str, Any] = {"dtype": "float32"} if to in ("mlx", "dense") else {}
     export(tmp_path / "first", tmp_path / "there", to, **options)
     back = convert(tmp_path / "there", tmp_path / "back")
     before, after = (tensors_of(tmp_path / name) for name in ("first", "back"))
@@ -577,15 +577,9 @@ REFUSED: dict[str, tuple[str, Callable[[Path], None], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_come_in_exactly_is_refused(case: str, tmp_path: Path) -> None:
     form, change, match = REFUSED[case]
-    more: dict[str, Any] = {}
-    if form == "gemma":
-        kind, quantization, layout = "Llama", GEMMA, int2
-    elif form == "mlx":
-        how = {"bits": 2, "group_size": 64}
-        kind, quantization, layout, more = "Llama", {"quantization": how}, affine(64), WIDE
-    else:
-        kind, quantization, layout = BITNETS[form]
-    source = make(tmp_path / "source", kind, quantization, layout, **more)
+    mlx = {"quantization": {"bits": 2, "group_size": 64}}
+    forms = {**BITNETS, "gemma": ("Llama", GEMMA, int2), "mlx": ("Llama", mlx, affine(64))}
+    source = make(tmp_path / "source", *forms[form], **(WIDE if form == "mlx" else {}))
     change(source)
     with pytest.raises(TernarizeError, match=match) as caught:
         convert(source, tmp_path / "out")
