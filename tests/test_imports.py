@@ -17,14 +17,15 @@ import tiny_models
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from test_evaluate import word_tokenizer
 from torch import Tensor, nn
 
 import ternarize
 from ternarize.convert import convert
 from ternarize.errors import CheckpointError, TernarizeError
+from ternarize.evaluate import evaluate
 from ternarize.export import export
 from ternarize.export.common import open_verified
-from ternarize.imports import FILES, Imported, open_source
 from ternarize.imports.bitnet import inverse
 from ternarize.plan import Recipe, plan
 from ternarize.verify import verify
@@ -442,6 +443,26 @@ def test_ordinary_weights_keep_the_usual_groups(tmp_path: Path) -> None:
     assert {r["group_size"] for r in record["tensors"].values() if "group_size" in r} == {128}
 
 
+# --- measured against its source ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["online", "inverse", "mlx"])
+def test_an_import_measures_as_its_source(form: str, tmp_path: Path) -> None:
+    mlx = {"quantization": {"bits": 2, "group_size": 64}}
+    forms = {**BITNETS, "mlx": ("Llama", mlx, affine(64))}
+    source = make(tmp_path / "source", *forms[form], torch.bfloat16, **WIDE)
+    word_tokenizer().save_pretrained(source)
+    convert(source, tmp_path / "out")
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{at * at % 40}" for at in range(400)))
+    found = evaluate(tmp_path / "out", source=source, text=text, seq_len=16)
+    assert found["kl_divergence"]["value"] < 1e-4
+    assert found["top1_agreement"]["value"] > 0.95
+    rounding = evaluate(tmp_path / "out", source=source, text=text, seq_len=16, activations="none")
+    # a source that rounds its activations is told from one that does not
+    assert (rounding["kl_divergence"]["value"] > 1e-6) == (form != "mlx")
+
+
 # --- there and back ---------------------------------------------------------------------------
 
 EXPORTS = {
@@ -595,14 +616,3 @@ def test_groups_that_lose_something_are_refused(recipe: Recipe, tmp_path: Path) 
         plan(source, recipe)
     record = convert(source, tmp_path / "out", Recipe(group_size=32))
     assert {r.get("method") for r in record["tensors"].values()} == {"lossless", None}
-
-
-def test_a_file_is_opened_by_its_suffix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = make(tmp_path / "source", *BITNETS["packed"])
-    expected = open_source(source)
-    assert isinstance(expected, Imported)
-    monkeypatch.setitem(FILES, ".other", lambda path: expected)
-    (tmp_path / "model.other").write_bytes(b"x")
-    assert open_source(tmp_path / "model.other") is expected
-    with pytest.raises(CheckpointError, match="is a file"):
-        open_source(tmp_path / "source" / "config.json")
