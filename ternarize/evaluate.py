@@ -25,6 +25,7 @@ say how far another text of the same kind may lie, not how far another kind of t
 import importlib
 import inspect
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ternarize.checkpoint import locate, read_json
 from ternarize.errors import CheckpointError, UsageError
 from ternarize.imports import Imported, open_source
 from ternarize.load import load
@@ -540,9 +542,7 @@ class _Checkpoint:
     @staticmethod
     def at(model: str | Path) -> "_Checkpoint":
         """Find a checkpoint and what can be measured of it; raises CheckpointError."""
-        source = open_source(model)
-        directory, table = source.directory, source.config
-        imported = source if isinstance(source, Imported) else None
+        directory, table, imported = _look(model)
         if table is None:
             raise CheckpointError(
                 f"{directory}: no config.json; expected a Hugging Face checkpoint. "
@@ -611,6 +611,19 @@ class _Checkpoint:
                     module = model.get_submodule(parameter.rpartition(".")[0])
                     module.register_forward_pre_hook(_rounded)
         return model if device == "auto" else model.to(device)
+
+
+def _look(model: str | Path) -> tuple[Path, dict[str, Any] | None, Imported | None]:
+    """Directory and config.json of a checkpoint, and how it is imported if it has to be."""
+    if not os.path.isfile(os.path.expanduser(model)):
+        directory = locate(model)
+        table = read_json(directory / "config.json")
+        how = {} if table is None else table.get("quantization_config") or table.get("quantization")
+        packed = isinstance(how, dict) and how.get("quant_method") == "ternarize"
+        if packed or not (how or any(directory.glob("*.gguf"))):
+            return directory, table, None
+    source = open_source(model)
+    return source.directory, source.config, source if isinstance(source, Imported) else None
 
 
 def _rounded(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -296,7 +296,8 @@ def affine(group: int, first: int = 0, biases: str = "biases") -> Callable[[Tens
         rows, cols = weight.shape
         groups = weight.view(rows, -1, group)
         scales = groups.abs().float().mean(-1).to(weight.dtype)
-        trits = (groups / scales.unsqueeze(-1)).round().clamp(-1, 1).view(rows, cols)
+        trits = (groups / scales.unsqueeze(-1)).nan_to_num().round().clamp(-1, 1)
+        trits = trits.view(rows, cols)  # the row of a padding token is 0, with a scale of 0
         parts = _mlx_parts(trits, scales, first)
         tensors[f"{name}.weight"], tensors[f"{name}.scales"], tensors[f"{name}.{biases}"] = parts
 
@@ -392,6 +393,32 @@ def test_mlx_with_some_tensors_in_more_bits(tmp_path: Path) -> None:
     scale, bias = stored[f"{path}.scales"][5, 3], stored[f"{path}.biases"][5, 3]
     q = int(stored[f"{path}.weight"][5, 12].to(torch.int64)) >> 8 & 15  # column 12 * 8 + 2, group 3
     assert kept[5, 98] == (q * scale.double() + bias.double()).float()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_and_an_embedding_in_2_bits_stay_so(tied: bool, tmp_path: Path) -> None:
+    """mlx-lm packs them as well: in floating point they would take most of a small model."""
+    how = {"quantization": {"group_size": 64, "bits": 2}}
+    options: dict[str, Any] = {"tie_word_embeddings": tied, **WIDE}
+    source = make(tmp_path / "source", "Llama", how, affine(64), torch.float16, **options)
+    ends = ["model.embed_tokens"] if tied else ["model.embed_tokens", "lm_head"]
+
+    def pack(tensors: Tensors) -> None:
+        for name in ends:
+            affine(64)(tensors, name)
+
+    change_tensors(source, pack)
+    record = convert(source, tmp_path / "out")
+    for name in ends:
+        assert record["tensors"][f"{name}.weight"]["becomes"] == "ternary"
+        assert record["tensors"][f"{name}.weight"]["method"] == "lossless"
+    assert record["recipe"]["head"] == "ternary" and record["recipe"]["embeddings"] == "ternary"
+    verify(tmp_path / "out", source)
+    convert(source, tmp_path / "kept", Recipe(embeddings="keep", head="keep"))
+    # the same model, whatever form the ends have
+    found = logits(ternarize.load(tmp_path / "out", dtype=torch.float32))
+    expected = logits(ternarize.load(tmp_path / "kept", dtype=torch.float32))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 # --- ternary in floating point -----------------------------------------------------------------

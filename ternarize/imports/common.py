@@ -30,6 +30,8 @@ class Imported(Checkpoint):
     group_sizes  logical name -> the groups in which it is ternary at the source, as in
                  ternarize.tensor; a weight that is not here is dense at the source, and stays so
     activations  what the model was trained with: "none", or "int8" per token
+    ternary_ends tensors that become ternary by themselves if they are the output head or the token
+                 embedding, which are kept otherwise
     """
 
     format: str = ""
@@ -38,6 +40,7 @@ class Imported(Checkpoint):
     decode: dict[str, Decode] = field(default_factory=dict, repr=False)
     group_sizes: dict[str, int] = field(default_factory=dict, repr=False)
     activations: str = "none"
+    ternary_ends: set[str] = field(default_factory=set, repr=False)
 
     def read(
         self, name: str, start: int = 0, stop: int | None = None, buffer: Tensor | None = None
@@ -77,6 +80,7 @@ def imported(
     format: str,
     scale: str,
     activations: str = "none",
+    ternary_ends: set[str] | None = None,
 ) -> Imported:
     """An import of the tensors of a directory, with a config.json that speaks of none."""
     config = {
@@ -97,6 +101,7 @@ def imported(
         decode=decode,
         group_sizes=group_sizes,
         activations=activations,
+        ternary_ends=ternary_ends or set(),
     )
 
 
