@@ -15,6 +15,7 @@ from ternarize.checkpoint import inherit
 from ternarize.fetch import split_id
 from ternarize.plan import GROUP_SIZE, RECORD, Recipe
 from ternarize.report import inspect
+from ternarize.select import KEEP
 from ternarize.verify import check_record, open_packed, read_recipe
 
 CARD = "README.md"
@@ -158,6 +159,8 @@ def _how(record: dict[str, Any], hub: dict[str, str]) -> list[str]:
         "byte by byte:",
         _code("console", shlex.join(["ternarize", "verify", "packed", "--source", source])),
     ]
+    if _table_of(_table_of(record, "source"), "imported"):
+        parts.append("The source was ternary already, and is packed without loss.")
     if not hub:
         parts.append(f"({SOURCE} was a directory, whose name is not on record.)")
     return parts
@@ -166,7 +169,7 @@ def _how(record: dict[str, Any], hub: dict[str, str]) -> list[str]:
 def command(recipe: Recipe, source: str) -> str:
     """The command line of a conversion by this recipe, into `packed`."""
     words = ["ternarize", "convert", source, "packed"]
-    default = Recipe(group_size=GROUP_SIZE, activations="none")
+    default = Recipe(group_size=GROUP_SIZE, activations="none", head=KEEP, embeddings=KEEP)
     words += ["--method", recipe.method]
     for name in ("group_size", "scale_bits", "dtype", "activations", "head", "embeddings"):
         value = getattr(recipe, name)

@@ -187,11 +187,20 @@ def convert(
         list[str] | None,
         typer.Option(help="Make tensors that match this glob the sum of two ternary ones."),
     ] = None,
-    head: Annotated[End, typer.Option(help="What becomes of the output head.")] = End.keep,
+    head: Annotated[
+        End | None,
+        typer.Option(
+            help="What becomes of the output head. Default: keep; ternary if the source has it in "
+            "2 bits."
+        ),
+    ] = None,
     embeddings: Annotated[
-        End,
-        typer.Option(help="What becomes of the token embedding; if tied to the head, of both."),
-    ] = End.keep,
+        End | None,
+        typer.Option(
+            help="What becomes of the token embedding; if tied to the head, of both. Default: as "
+            "of the head."
+        ),
+    ] = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Dtype of kept weights; default: as in the source.")
     ] = None,
@@ -318,8 +327,8 @@ def convert(
         activations.value if activations else None,
         scale_bits,
         tuple(planes or ()),
-        head.value,
-        embeddings.value,
+        head.value if head else None,
+        embeddings.value if embeddings else None,
         Calibrate("default" if dataset is None else dataset, **given)
         if chosen == Method.gptq
         else None,

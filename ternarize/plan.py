@@ -41,6 +41,7 @@ from ternarize.select import (
     TERNARY,
     Choice,
     check_fused_choices,
+    end_tensors,
     select,
     skeleton_shapes,
     tied,
@@ -128,7 +129,8 @@ class Recipe:
                  with, as far as its format says that, else none
     scale_bits   16 or 8, of the scales of ternary weights
     planes       globs of ternary tensors that become the sum of two ternary matrices
-    head         keep, int8 or ternary: the output head
+    head         keep, int8 or ternary: the output head; None: ternary if the source has it in a
+                 ternary format, else keep
     embeddings   likewise the token embedding; tied to the head, both become what either says
     calibrate    None: weights are ternarized without data
     """
@@ -141,8 +143,8 @@ class Recipe:
     activations: str | None = None
     scale_bits: int = 16
     planes: tuple[str, ...] = ()
-    head: str = KEEP
-    embeddings: str = KEEP
+    head: str | None = None
+    embeddings: str | None = None
     calibrate: Calibrate | None = None
 
     def __post_init__(self) -> None:
@@ -159,8 +161,8 @@ class Recipe:
             ("dtype", self.dtype, (None, *KEPT_DTYPES)),
             ("activations", self.activations, (None, *ACTIVATIONS)),
             ("scale bits", self.scale_bits, (16, 8)),
-            ("head", self.head, ENDS),
-            ("embeddings", self.embeddings, ENDS),
+            ("head", self.head, (None, *ENDS)),
+            ("embeddings", self.embeddings, (None, *ENDS)),
         ):
             if value not in known:
                 names = ", ".join(str(k) for k in known if k is not None)
@@ -415,16 +417,18 @@ def plan(
         }
         notes.append("no weights here: names and shapes are those of the architecture")
     shapes = {name: info.shape for name, info in source.tensors.items()}
+    ends = _ends(source, recipe, shapes)
+    recipe = replace(recipe, head=ends["head"], embeddings=ends["embeddings"])
     choices = select(
         shapes,
         source.config,
         keep=recipe.keep,
         include=recipe.include,
-        head=recipe.head,
-        embeddings=recipe.embeddings,
+        head=ends["head"],
+        embeddings=ends["embeddings"],
     )
     if isinstance(source, Imported):
-        choices = _keep_dense(source, choices)
+        choices = _keep_dense(source, choices, recipe.include)
         notes.append(f"ternary already ({source.format}): packed without loss")
         if recipe.calibrate is not None:
             raise UsageError(
@@ -574,16 +578,38 @@ def _coarsest(source: Checkpoint, tensor: TensorPlan) -> int | None:
     return next((n for n in likely if is_lossless(source, tensor, n)), None)
 
 
-def _keep_dense(source: Imported, choices: list[Choice]) -> list[Choice]:
+def _ends(
+    source: Checkpoint, recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, str]:
+    """What becomes of the "head" and the "embeddings", KEEP where nothing says it.
+
+    TERNARY where an import has them in a ternary format, unless --keep speaks of them.
+    """
+    said = {"head": recipe.head, "embeddings": recipe.embeddings}
+    found = {end: what or KEEP for end, what in said.items()}
+    unsaid = [end for end, what in said.items() if what is None]
+    if not isinstance(source, Imported) or not unsaid:
+        return found
+    names = end_tensors(shapes, source.config)
+    if names["--head"] == names["--embeddings"] and len(unsaid) == 1:
+        return found  # one tensor, of which the other option speaks
+    for end in unsaid:
+        tensors = names[f"--{end}"]
+        kept = any(fnmatchcase(name, glob) for name in tensors for glob in recipe.keep)
+        if tensors and not kept and tensors <= source.ternary_ends:
+            found[end] = TERNARY
+    return found
+
+
+def _keep_dense(source: Imported, choices: list[Choice], include: Iterable[str]) -> list[Choice]:
     """Linear weights that the source itself has in floating point stay so, unless asked for."""
-    kept = [
-        replace(choice, codec="", reason=f"not ternary at the source ({source.format})")
-        if choice.ternary
-        and choice.name not in source.group_sizes
-        and not choice.reason.startswith("--")
-        else choice
-        for choice in choices
-    ]
+    reason = f"not ternary at the source ({source.format})"
+    kept = []
+    for choice in choices:
+        asked = choice.reason.startswith("--") or any(fnmatchcase(choice.name, g) for g in include)
+        if choice.ternary and choice.name not in source.group_sizes and not asked:
+            choice = replace(choice, codec="", reason=reason)
+        kept.append(choice)
     check_fused_choices(kept)
     return kept
 

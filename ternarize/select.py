@@ -228,6 +228,24 @@ def skeleton_shapes(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, .
     }
 
 
+def end_tensors(
+    shapes: Mapping[str, tuple[int, ...]], config: dict[str, Any] | None
+) -> dict[str, set[str]]:
+    """Option ("--head", "--embeddings") -> the tensors on disk that it is about.
+
+    The same tensors for both where the two are tied; none without a skeleton.
+    """
+    skeleton = _skeleton(config)
+    if isinstance(skeleton, str):
+        return {"--head": set(), "--embeddings": set()}
+    places = locate(skeleton.model, shapes)
+    families = {which: skeleton.family(skeleton.end(which)) for which in ("--head", "--embeddings")}
+    return {
+        which: {name for name, at in places.items() if not family.isdisjoint(at.parameters)}
+        for which, family in families.items()
+    }
+
+
 def linear_layers(
     config: dict[str, Any], names: Iterable[str], listed: Sequence[str] | None
 ) -> dict[str, tuple[int, int]] | str:

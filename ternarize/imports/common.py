@@ -33,6 +33,8 @@ class Imported(Checkpoint):
     alone        whether the small files beside the weights are not the model's
     made         small files that the reader makes, unless they are there: name -> content
     notes        what there is to say about it, in words
+    ternary_ends tensors that become ternary by themselves if they are the output head or the token
+                 embedding, which are kept otherwise
     """
 
     format: str = ""
@@ -44,6 +46,7 @@ class Imported(Checkpoint):
     alone: bool = False
     made: dict[str, bytes] = field(default_factory=dict, repr=False)
     notes: list[str] = field(default_factory=list)
+    ternary_ends: set[str] = field(default_factory=set, repr=False)
 
     def read(
         self, name: str, start: int = 0, stop: int | None = None, buffer: Tensor | None = None
@@ -85,6 +88,7 @@ def imported(
     format: str,
     scale: str,
     activations: str = "none",
+    ternary_ends: set[str] | None = None,
 ) -> Imported:
     """An import of the tensors of a directory, with a config.json that speaks of none."""
     config = {
@@ -105,6 +109,7 @@ def imported(
         decode=decode,
         group_sizes=group_sizes,
         activations=activations,
+        ternary_ends=ternary_ends or set(),
     )
 
 

@@ -572,6 +572,7 @@ def open_gguf(path: Path, layout: str | None = None, alone: bool = True) -> Impo
         decode=decode,
         group_sizes=group_sizes,
         activations="int8" if int8 else "none",
+        ternary_ends=set(group_sizes),
         alone=alone,
         made=files,
         notes=notes,

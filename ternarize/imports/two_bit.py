@@ -57,6 +57,7 @@ def mlx(raw: Checkpoint) -> Imported | None:
         )
     tensors, decode = dict(raw.tensors), dict[str, Decode]()
     groups: dict[str, int] = {}
+    two = set()
     for scales in [each for each in raw.tensors if each.endswith(".scales")]:
         base = scales.removesuffix(".scales")
         mine = how.get(base)
@@ -80,6 +81,8 @@ def mlx(raw: Checkpoint) -> Imported | None:
         tensors[weight.name] = TensorInfo(weight.name, info.dtype, shape, weight.file)
         del tensors[scales], tensors[base + biases]
         groups[weight.name] = group
+        if bits == 2:
+            two.add(weight.name)
     if raw.tensors and not groups:
         raise refuse(
             raw, "config.json says that it is quantized, but it has no scales", "Fetch it again."
@@ -91,6 +94,7 @@ def mlx(raw: Checkpoint) -> Imported | None:
         groups,
         format=f"{name}, affine",
         scale="q scale + bias, a scale for each group",
+        ternary_ends=two,
     )
 
 
