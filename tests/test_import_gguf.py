@@ -161,6 +161,7 @@ BITNET = transformers.BitNetConfig(
     num_key_value_heads=2,
     max_position_embeddings=128,
     hidden_act="relu2",
+    tie_word_embeddings=True,
     rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
     architectures=["BitNetForCausalLM"],
 )
