@@ -253,7 +253,7 @@ def bitnet(layout: str = "x86") -> tuple[dict[str, Any], dict[str, Any], dict[st
             ("ffn_up", "mlp.up_proj", 512, 256),
             ("ffn_down", "mlp.down_proj", 256, 512),
         ):
-            add(f"blk.{at}.{name}", f"layers.{at}.{new}", *shape)  # type: ignore[arg-type]
+            add(f"blk.{at}.{name}", f"layers.{at}.{new}", *shape)
     return keys, tensors, weights
 
 
