@@ -181,12 +181,8 @@ def _ternarize(
     device: str,
     solved: Solved | None,
 ) -> Result:
-    if isinstance(source, Imported) and tensor.name in source.group_sizes:
-        lossless = is_lossless(source, tensor, tensor.group_size)
-        if not lossless:
-            raise not_lossless(source, tensor, tensor.group_size)
-    else:
-        lossless = solved is None and is_ternary(source, tensor)
+    foreign = isinstance(source, Imported) and tensor.name in source.group_sizes
+    lossless = foreign or (solved is None and is_ternary(source, tensor))
     method = METHODS[WITHOUT_DATA if recipe.method == GPTQ else recipe.method]
     whole = None if solved is None else read_solved(solved[0], tensor.name, solved[1])
     sha, buffer = hashlib.sha256(), _buffer()
@@ -194,7 +190,11 @@ def _ternarize(
     for start, stop in tensor.pieces():
         weight = logical(source.read(tensor.name, start, stop, buffer).to(device), tensor)
         if whole is None:
-            planes, rest = _fit(weight, tensor, method, lossless)
+            exact = levels(weight, tensor.group_size) if lossless else None
+            if lossless and exact is None:  # what is_ternary has looked through is
+                assert isinstance(source, Imported)
+                raise not_lossless(source, tensor, tensor.group_size)
+            planes, rest = _fit(weight, tensor, method, exact)
         else:
             planes = [_rows(plane, tensor, start, stop) for plane in whole]
             weight = _rotated(weight, tensor)
@@ -293,16 +293,20 @@ def _trained_ternary(source: Checkpoint, tensor: TensorPlan) -> bool:
 
 
 def _fit(
-    weight: Tensor, tensor: TensorPlan, method: Callable[[Tensor, int], Ternary], lossless: bool
+    weight: Tensor,
+    tensor: TensorPlan,
+    method: Callable[[Tensor, int], Ternary],
+    exact: Ternary | None,
 ) -> tuple[list[Ternary], Tensor]:
     """The planes of a piece, each by the method on what those before it leave of the weight.
 
-    Returns also what the last plane was made of. The first plane of a lossless tensor is all of it.
+    exact  the weight itself, if it is ternary: the first plane is then all of it
+
+    Returns also what the last plane was made of.
     """
-    exact = levels(weight, tensor.group_size) if lossless else None
     planes, rest = [_representable(exact or method(weight, tensor.group_size))], weight
     while len(planes) < tensor.planes:
-        left = None if lossless else _remainder(rest, planes[-1], tensor.scale_dtype)
+        left = None if exact else _remainder(rest, planes[-1], tensor.scale_dtype)
         rest = torch.zeros_like(weight) if left is None else left
         planes.append(_representable(method(rest, tensor.group_size)))
     return planes, rest

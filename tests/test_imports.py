@@ -251,7 +251,8 @@ def test_groups_and_activations_that_are_asked_for(tmp_path: Path) -> None:
     source = make(tmp_path / "source", *BITNETS["packed"])
     for number, group_size in enumerate((64, -1)):
         out = tmp_path / str(number)
-        record = convert(source, out, Recipe(group_size=group_size, activations="none"))
+        recipe = Recipe(group_size=group_size, activations="none", scale_bits=8 if number else 16)
+        record = convert(source, out, recipe)
         rows = [row for row in record["tensors"].values() if row["becomes"] == "ternary"]
         assert {row["group_size"] for row in rows} == {group_size}
         assert {row["method"] for row in rows} == {"lossless"}

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ternarize.checkpoint import Checkpoint, TensorInfo
+from ternarize.checkpoint import DTYPES, Checkpoint, TensorInfo
 from ternarize.errors import CheckpointError
 
+ROWS = 1 << 18  # weights decoded at a time, in whole rows
 # rows [first, last) of a logical tensor -> (last - first, cols) in its dtype
 Decode = Callable[[int, int], Tensor]
 
@@ -58,9 +59,12 @@ class Imported(Checkpoint):
             return self.raw.read(name, start, stop, buffer)
         stop, cols = info.numel if stop is None else stop, max(1, info.shape[-1])
         first, last = start // cols, -(-stop // cols)
-        return self.decode[name](first, last).reshape(-1)[
-            start - first * cols : stop - first * cols
-        ]
+        found = torch.empty(last - first, cols, dtype=DTYPES[info.dtype])
+        step = max(1, ROWS // cols)  # a few rows at a time: decoding takes more than its result
+        for at in range(first, last, step):
+            end = min(at + step, last)
+            found[at - first : end - first] = self.decode[name](at, end)
+        return found.view(-1)[start - first * cols : stop - first * cols]
 
     @property
     def stored_bytes(self) -> int:
