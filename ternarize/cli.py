@@ -361,6 +361,8 @@ def convert(
     _print_totals(report)
     _print_calibration(report)
     if not quiet:
+        for note in record["source"].get("imported", {}).get("notes", ()):
+            err.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
         _hint(model, output, report)
 
 

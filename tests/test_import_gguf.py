@@ -459,6 +459,7 @@ def test_dense_tensors_are_decoded_by_gguf(tmp_path: Path, kind: str) -> None:
         expected = gguf.dequantize(made[old] if kind == "BF16" else raw, number)
         assert np.array_equal(found[f"model.{new}.weight"].float().numpy(), expected)
     record = json.loads((tmp_path / "packed/ternarize.json").read_text())
+    assert record["source"]["imported"].get("notes", []) == open_source(f"{path}@x86").notes  # type: ignore[attr-defined]
     assert "method" not in record["tensors"]["model.layers.1.mlp.down_proj.weight"]
 
 

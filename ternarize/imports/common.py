@@ -80,6 +80,7 @@ class Imported(Checkpoint):
             "scale": self.scale,
             "activations": self.activations,
             "tensors": len(self.group_sizes),
+            **({"notes": self.notes} if self.notes else {}),
         }
 
 
