@@ -486,22 +486,42 @@ def llama3_split(directory: Path) -> Any:
     return exporting.train_tokenizer(directory, split=split, begin=True, ignore_merges=True)
 
 
-@pytest.mark.parametrize(
-    ("tokenizer", "size"),
-    [
-        (exporting.sentencepiece_like, 600),
-        (metaspace_never, 600),
-        (llama3_split, 330),
-    ],
-)
+VOCABULARIES: list[tuple[Callable[[Path], Any], int]] = [
+    (exporting.sentencepiece_like, 600),
+    (metaspace_never, 600),
+    (llama3_split, 330),
+]
+MORE_TEXTS = [*exporting.TEXTS, *exporting.ODD_TEXTS, "  of the", "1234567 12", "\u2581of the"]
+
+
+@pytest.mark.parametrize(("tokenizer", "size"), VOCABULARIES)
 def test_tokens_of_other_vocabularies(tmp_path: Path, tokenizer: Any, size: int) -> None:
     path = packed_with(tmp_path, tokenizer, size)
     convert(path, tmp_path / "back")
     ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "packed")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
-    texts = [*exporting.TEXTS, *exporting.ODD_TEXTS, "  of the", "a</s> b", "1234567 12"]
-    for text in texts:
+    for text in [*MORE_TEXTS, "a</s> b"]:
         assert theirs(text)["input_ids"] == ours(text)["input_ids"], text
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "size"),
+    [*VOCABULARIES, (lambda directory: exporting.use_metaspace(directory, "first"), 600)],
+)
+def test_tokens_are_those_of_llama_cpp(tmp_path: Path, tokenizer: Any, size: int) -> None:
+    """Also where LLaMA's tokenizer in transformers puts one space less."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    path = packed_with(tmp_path, tokenizer, size)
+    source = open_source(path)
+    assert isinstance(source, Imported)
+    for name, content in source.made.items():
+        (tmp_path / name).write_bytes(content)
+    ours = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    model = llama_cpp.Llama(str(path), n_ctx=64, verbose=False)
+    for text in [*MORE_TEXTS, f"a{ours.eos_token}", f"a{ours.eos_token}of the"]:
+        found = model.tokenize(text.encode(), add_bos=True, special=True)
+        assert ours(text)["input_ids"] == found, text
+    model.close()
 
 
 def test_an_unknown_split_is_left_out_with_a_note(tmp_path: Path) -> None:
