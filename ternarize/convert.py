@@ -73,6 +73,7 @@ from ternarize.plan import (
     Shard,
     TensorPlan,
     calibrated_plan,
+    finer,
     header_bytes,
     is_lossless,
     logical,
@@ -194,7 +195,8 @@ def _ternarize(
             exact = levels(weight, tensor.group_size) if lossless else None
             if lossless and exact is None:  # what is_ternary has looked through is
                 assert isinstance(source, Imported)
-                raise not_lossless(source, tensor, tensor.group_size)
+                own = source.group_sizes[tensor.name]
+                raise not_lossless(source, tensor, tensor.group_size, own)
             planes, rest = _fit(weight, tensor, method, exact)
         else:
             planes = [_rows(plane, tensor, start, stop) for plane in whole]
@@ -275,8 +277,7 @@ def is_ternary(source: Checkpoint, tensor: TensorPlan) -> bool:
         first_row = source.read(tensor.name, 0, min(cols, tensor.info.numel)).reshape(-1, cols)
         if levels(first_row, 128 if tensor.group_size <= 0 else tensor.group_size) is None:
             return False
-    finer = {0: (0, -1, 128), -1: (-1, 128)}.get(tensor.group_size, (tensor.group_size,))
-    for group_size in finer:
+    for group_size in finer(tensor.group_size):
         exact = is_lossless(source, tensor, group_size)
         if exact and group_size != tensor.group_size:
             raise Relayout(tensor.name, group_size, tensor.scale_dtype)
@@ -844,7 +845,10 @@ class _Conversion:
 
             solved = self.solved.get(tensor.name)
             source, recipe = self.work.source, self.work.recipe
-            return convert_tensor(source, tensor, recipe, write, self.device, solved)
+            try:
+                return convert_tensor(source, tensor, recipe, write, self.device, solved)
+            except Relayout as found:  # without its frames, which hold the tensor until all end
+                raise found.with_traceback(None) from None
 
     def _collect(self, futures: dict[Future[Result], TensorPlan]) -> list[dict[str, Any]]:
         """Note the results as they come; returns the changes of layout that tensors ask for."""

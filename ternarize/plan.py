@@ -462,7 +462,7 @@ def plan(
             file: own_groups(source, tensors, everything, read=here)
             for file, tensors in by_file.items()
         }
-    elif here and isinstance(source, Imported):
+    elif here and recipe.calibrate is None:
         for tensors in by_file.values():
             _check_lossless(source, tensors, recipe.group_size)
     check_fused([t for tensors in by_file.values() for t in tensors])
@@ -614,28 +614,42 @@ def _keep_dense(source: Imported, choices: list[Choice], include: Iterable[str])
     return kept
 
 
-def _check_lossless(source: Imported, tensors: Iterable[TensorPlan], group_size: int) -> None:
-    """Raise UsageError where an import would lose something in the groups that were asked for."""
+def finer(group_size: int) -> tuple[int, ...]:
+    """Groups to try, in turn, for an ordinary source that is ternary; the first is as asked for."""
+    return {0: (0, -1, GROUP_SIZE), -1: (-1, GROUP_SIZE)}.get(group_size, (group_size,))
+
+
+def _check_lossless(source: Checkpoint, tensors: Iterable[TensorPlan], group_size: int) -> None:
+    """Raise CheckpointError where ternary weights would lose something in these groups."""
     for tensor in tensors:
-        own = source.group_sizes.get(tensor.name)
-        if own is None or not tensor.ternary or tensor.tied_to:
+        if not tensor.ternary or tensor.tied_to:
             continue
-        finer = own == group_size or own == 0 or (own == -1 and group_size != 0)
-        finer = finer or (own > 0 and group_size > 0 and own % group_size == 0)
-        if not finer and not is_lossless(source, tensor, group_size):
-            raise not_lossless(source, tensor, group_size)
+        foreign = isinstance(source, Imported) and tensor.name in source.group_sizes
+        if isinstance(source, Imported):
+            own = source.group_sizes.get(tensor.name)
+        else:
+            own = _coarsest(source, tensor)
+        tried = (group_size,) if foreign else finer(group_size)
+        if own is None or own == 0 or (own == -1 and tried != (0,)):
+            continue
+        if own > 0 and group_size > 0 and own % group_size == 0:
+            continue
+        if not any(is_lossless(source, tensor, each) for each in tried):
+            raise not_lossless(source, tensor, group_size, own)
 
 
-def not_lossless(source: Imported, tensor: TensorPlan, group_size: int) -> CheckpointError:
-    """The error for a weight of an import that is not ternary in these groups."""
-    own = source.group_sizes[tensor.name]
+def not_lossless(
+    source: Checkpoint, tensor: TensorPlan, group_size: int, own: int
+) -> CheckpointError:
+    """The error for a weight that is ternary in the groups `own`, and not in these."""
+    what = source.format if isinstance(source, Imported) else "ternary in floating point"
     advice = (
         "Leave out --group-size."
         if group_size != own
         else "Convert the checkpoint it was made from, or leave it in floating point with --keep."
     )
     return CheckpointError(
-        f"{tensor.info.file}: {tensor.name}: has other values ({source.format}) than -s, 0 and s "
+        f"{tensor.info.file}: {tensor.name}: has other values ({what}) than -s, 0 and s "
         f"with one s {_GROUPS.get(group_size, f'for {group_size} weights')}; expected these alone, "
         f"so that nothing is lost. {advice}"
     )

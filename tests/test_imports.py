@@ -463,6 +463,20 @@ def test_a_scale_for_each_shard_takes_the_fewest_bits(tmp_path: Path) -> None:
     check_same(tmp_path / "out", source, torch.float32)
 
 
+def test_groups_that_cut_across_shards_are_refused(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 192, "intermediate_size": 384, "head_dim": 48}
+    source = make(tmp_path / "source", "Llama", None, trilm, torch.float16, **sizes)
+    with pytest.raises(CheckpointError, match="ternary in floating point.*for 48 weights"):
+        plan(source, Recipe(group_size=48))
+    for group_size in (32, -1, 0):  # rows and tensors fall back to finer groups, as ever
+        if group_size > 0:
+            record = convert(source, tmp_path / str(group_size), Recipe(group_size=group_size))
+            assert {r.get("method") for r in record["tensors"].values()} == {"lossless", None}
+        else:
+            with pytest.raises(CheckpointError, match="Leave out --group-size"):
+                plan(source, Recipe(group_size=group_size))
+
+
 def test_ordinary_weights_keep_the_usual_groups(tmp_path: Path) -> None:
     source = make(tmp_path / "source", "Llama", None, master)
     record = convert(source, tmp_path / "out")
@@ -545,6 +559,11 @@ def _config(**keys: Any) -> Callable[[Path], None]:
 REFUSED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "class": ("packed", _config(**_bitnet("other", "offline")), "linear_class 'other'"),
     "mode": ("packed", _config(**_bitnet("bitlinear", "online")), "quantization_mode 'online'"),
+    "code of its own": (
+        "packed",
+        _config(quantization_config=None, weight_bits=1, input_bits=8),
+        "weights in 1 and inputs in 8 bits by code of its own",
+    ),
     "norms": (
         "packed",
         _config(**_bitnet("autobitlinear", "offline", use_rms_norm=True)),

@@ -45,6 +45,14 @@ def bitnet(raw: Checkpoint) -> Imported | None:
     """
     config = raw.config or {}
     how = config.get("quantization_config")
+    if not how and {"weight_bits", "input_bits"} <= config.keys():
+        raise refuse(
+            raw,
+            f"trained with weights in {config['weight_bits']} and inputs in "
+            f"{config['input_bits']} bits by code of its own, which no class of transformers "
+            "stands for; expected a config.json with a quantization_config of bitnet",
+            "Use a variant of the model that transformers runs.",
+        )
     if not isinstance(how, dict) or how.get("quant_method") != "bitnet":
         return None
     kind, mode = how.get("linear_class", "bitlinear"), how.get("quantization_mode", "offline")
