@@ -251,9 +251,9 @@ class Checkpoint:
     files: list[str]
     tensors: dict[str, TensorInfo]
     metadata: dict[str, dict[str, str]] = field(default_factory=dict)  # of each safetensors file
-    stamps: dict[str, list[int]] = field(default_factory=dict)  # of each file as it was opened
     stream: Stream | None = None  # what fetches its files when they are read
     _pickles: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
+    stamps: dict[str, list[int]] = field(default_factory=dict)  # of each file as it was opened
 
     def read(
         self, name: str, start: int = 0, stop: int | None = None, buffer: Tensor | None = None

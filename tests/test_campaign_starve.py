@@ -4,6 +4,7 @@ from pathlib import Path
 
 from test_campaign_kill import campaign, needs_linux
 
+
 @needs_linux
 def test_starved_conversions_say_why_and_are_completed_to_the_same_bytes(tmp_path: Path) -> None:
     rows = campaign("starve", tmp_path / "out.json", "--count", "1")

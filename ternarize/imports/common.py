@@ -108,6 +108,7 @@ def imported(
         dict(tensors),
         raw.metadata,
         raw.stream,
+        stamps=raw.stamps,
         format=format,
         scale=scale,
         raw=raw,
