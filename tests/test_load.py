@@ -155,7 +155,8 @@ def test_every_group_size_survives_fusing_and_saving(
     packing.assert_like_dense(model, dense)
     model = ternarize.load(tmp_path / "packed")
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    if version < (5, 23) and group_size < 32 and name in ("mixtral", "deepseek_v3"):
+    # all of them are one scale a row, or fewer: 128 is longer than these rows
+    if version < (5, 23) and name in ("mixtral", "deepseek_v3"):
         with pytest.raises(UsageError, match="Install transformers >= 5.23"):
             model.save_pretrained(tmp_path / "saved")
         return

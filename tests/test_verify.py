@@ -203,7 +203,7 @@ HOSTILE: list[tuple[str, Any]] = [
     ("group_size", -5),
     ("keep", "*.weight"),
     ("keep", [1]),
-    ("head", None),
+    ("head", "int4"),
     ("unheard_of", 1),
 ]
 
