@@ -208,6 +208,18 @@ def _read_into(file: FileIO, view: memoryview) -> int:
     return done
 
 
+def stamp(path: Path) -> list[int]:
+    """What tells whether a file has been changed or replaced; empty where there is none.
+
+    The time of its last change of any kind is among it, which no program can set back.
+    """
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return []
+    return [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
 def byte_view(tensor: Tensor) -> Tensor:
     """The bytes of a tensor in row-major order, uint8."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

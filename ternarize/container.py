@@ -200,7 +200,13 @@ def dump_metadata(records: Mapping[str, Record]) -> dict[str, str]:
                 entry["transposed"] = True
         tensors[name] = {**entry, "sha256": record.sha256}
     table = {"format_version": FORMAT_VERSION, "features": sorted(features), "tensors": tensors}
-    return {"format": "pt", KEY: json.dumps(table, separators=(",", ":"))}
+    text = json.dumps(table, separators=(",", ":")).removesuffix("}")
+    return {"format": "pt", KEY: text + _seal(hashlib.sha256(text.encode()).hexdigest())}
+
+
+def _seal(digest: str) -> str:
+    """The end of the metadata, with the digest of all before it."""
+    return f',"sha256":"{digest}"}}'
 
 
 # --- reading ---------------------------------------------------------------------------------
@@ -258,10 +264,38 @@ def _table(file: str, metadata: Mapping[str, str]) -> tuple[set[str], dict[str, 
     if not isinstance(table, dict):
         raise _damaged(file, "its ternarize metadata is not an object")
     check_version(file, table.get("format_version"), table.get("features"))
+    if "sha256" in table:  # else written by save_pretrained of others, or by hand
+        text, end = metadata[KEY], _seal(str(table["sha256"]))
+        digest = hashlib.sha256(text.removesuffix(end).encode()).hexdigest()
+        if not text.endswith(end) or digest != table["sha256"]:
+            raise DigestError(
+                f"{file}: its ternarize metadata has another SHA-256 than it says "
+                f"({str(table['sha256'])[:12]!r}); it has changed since it was written. "
+                "Fetch the file again."
+            )
     tensors = table.get("tensors")
     if not isinstance(tensors, dict):
         raise _damaged(file, "its ternarize metadata has no table of tensors")
     return set(table["features"]), tensors
+
+
+def check_listed(where: str, table: Any, records: Mapping[str, Record], files: Any) -> None:
+    """Raise DigestError where a tensor is not the one that the record of the conversion lists.
+
+    where  name of the record, for messages
+    table  its table of tensors; what it does not list is not compared
+    files  tensor name -> TensorInfo
+
+    Every file proves itself; that all of them are of one conversion is known by this alone.
+    """
+    for name, row in table.items() if isinstance(table, dict) else ():
+        said = row.get("sha256") if isinstance(row, dict) else None
+        if said is not None and name in records and said != records[name].sha256:
+            raise DigestError(
+                f"{files[name].file}: {name}: is not the tensor that {where} lists; expected files "
+                f"of one conversion. Fetch the checkpoint again; if it was saved again, remove "
+                f"{where}."
+            )
 
 
 def check_version(where: str, version: Any, features: Any) -> None:

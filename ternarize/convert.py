@@ -985,6 +985,7 @@ def make_record(
                     row["reason"] += ", fitted by calibration"
                     row["fitted"] = True
                 row["stored_bytes"] = t.stored_bytes()
+                row["sha256"] = result.sha256
                 if t.packed:
                     size = max(1, t.info.numel)
                     row["method"] = t.choice.codec

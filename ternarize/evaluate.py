@@ -26,20 +26,18 @@ import importlib
 import inspect
 import math
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ternarize.checkpoint import locate, read_json
 from ternarize.errors import CheckpointError, UsageError
-from ternarize.load import load
+from ternarize.load import load, usable
 from ternarize.progress import Progress
 from ternarize.tensor import check_device
 
@@ -545,7 +543,7 @@ class _Checkpoint:
                 f"{directory}: no config.json; expected a Hugging Face checkpoint. "
                 "Copy config.json from the source of the model."
             )
-        with _reading(directory / "config.json"):
+        with usable(directory / "config.json"):
             config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
         known = [name for name in config.architectures or [] if hasattr(transformers, name)]
         if not known:
@@ -577,7 +575,7 @@ class _Checkpoint:
                 "checkpoint. Leave head out."
             )
         options: dict[str, Any] = {"device_map": device} if device == "auto" else {}
-        with _reading(self.directory):
+        with usable(self.directory):
             model, info = self.model_class.from_pretrained(
                 self.directory,
                 dtype=dtype or "auto",
@@ -593,20 +591,6 @@ class _Checkpoint:
                 f"expected all of {self.model_class.__name__}. Complete the checkpoint."
             )
         return model if device == "auto" else model.to(device)
-
-
-@contextmanager
-def _reading(where: Path) -> Iterator[None]:
-    """Turns what transformers raises on a checkpoint that it cannot use into one line."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise CheckpointError(
-            f"{where}: transformers {transformers.__version__} cannot use it "
-            f"({type(error).__name__}: {first[:200]}); expected a complete checkpoint. "
-            "Repair it, or install what it needs."
-        ) from error
 
 
 def _kind(model_class: Any, config: Any) -> str:
@@ -638,7 +622,7 @@ def _kind(model_class: Any, config: Any) -> str:
 def open_tokenizer(directory: str | Path) -> Any:
     """The tokenizer of a checkpoint; raises CheckpointError when it has none that can be used."""
     directory = Path(directory)
-    with _reading(directory / "tokenizer.json"):
+    with usable(directory / "tokenizer.json"):
         return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
 
 

@@ -7,14 +7,15 @@ that `import ternarize` costs nothing.
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ternarize.errors import CheckpointError, FormatError
+from ternarize.errors import CheckpointError, FormatError, TernarizeError
 
 if TYPE_CHECKING:
     import torch
@@ -66,20 +67,17 @@ def load(
 
     import transformers
 
+    from ternarize import unmapped
     from ternarize.tensor import check_device
 
+    unmapped.install()
     if isinstance(device, str) and device != "auto":
         check_device(device)
-    try:
-        trust = {"trust_remote_code": kwargs.get("trust_remote_code")}
+    with usable(directory / "config.json"):
+        # never asked on the terminal: code that comes with a checkpoint runs on the caller's word
+        trust = {"trust_remote_code": kwargs.get("trust_remote_code") or False}
         config = transformers.AutoConfig.from_pretrained(directory, **trust)
         model_class = _model_class(directory, config)
-    except (ValueError, KeyError, OSError, AttributeError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise CheckpointError(
-            f"{directory / 'config.json'}: transformers {transformers.__version__} cannot use it "
-            f"({first[:200]}). Install the version that the model needs."
-        ) from error
     switches = {
         "verify": verify,
         "dequantize": dequantize or None,
@@ -93,10 +91,33 @@ def load(
         kwargs["dtype"] = dtype
     if isinstance(device, dict) or device == "auto":
         kwargs["device_map"] = device
-    model: PreTrainedModel = model_class.from_pretrained(directory, config=config, **kwargs)
+    with usable(directory):
+        model: PreTrainedModel = model_class.from_pretrained(directory, config=config, **kwargs)
     if device is not None and "device_map" not in kwargs:
         model.to(device)  # type: ignore[arg-type]
     return model
+
+
+@contextmanager
+def usable(where: Path) -> Iterator[None]:
+    """Turns what transformers raises on a checkpoint that it cannot use into one line.
+
+    It raises whatever a wrong value leads to. What a checkpoint cannot cause goes on as it is.
+    """
+    import torch
+    import transformers
+
+    try:
+        yield
+    except (TernarizeError, MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:
+        first = (str(error).strip() or "no message").split("\n")[0]
+        raise CheckpointError(
+            f"{where}: transformers {transformers.__version__} cannot use it "
+            f"({type(error).__name__}: {first[:200]}); expected a complete checkpoint. "
+            "Repair it, or install what it needs."
+        ) from error
 
 
 def _check_is_packed(directory: Path, config: dict[str, Any]) -> None:

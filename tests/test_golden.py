@@ -24,7 +24,7 @@ from ternarize.verify import open_packed, verify
 
 GOLDEN = Path(reference.__file__).parent / "golden"
 # A golden checkpoint is a promise: this digest changes when one is added, and never otherwise.
-SHA256 = "9af8380f2449ac200a55c43393bf7a4ed1056af7d5d8bf000e4d4ca1e50f6114"
+SHA256 = "0f0639b402ca3054b842158ac85e5058338561656be1fc3ab469219ff9d94f2c"
 TABLE: dict[str, Any] = json.loads((GOLDEN / "golden.json").read_text("utf-8"))
 MODELS = sorted(TABLE["logits"])
 
