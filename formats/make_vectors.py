@@ -692,6 +692,7 @@ def valid_files() -> Files:
     files["unknown-members-rotation"] = draft.file()
 
     draft = Draft(base())
+    draft.document["sealed"] = True
     draft.document["sha256"] = sha256(compact(draft.document)[:-1].encode())
     files["metadata-digest"] = draft.file()
 
@@ -829,6 +830,7 @@ def invalid_records() -> Files:
         ("-other", f'{text},"sha256":"{right}"}}'.replace('"group_size":6', '"group_size":5')),
         ("-number", f'{text},"sha256":1}}'),
         ("-upper-case", f'{text},"sha256":"{right.upper()}"}}'),
+        ("-missing", f'{text},"sealed":true}}'),
         ("-not-last", f'{text},"sha256":"{right}","note":0}}'),
     ):
         metadata = {"format": "pt", "ternarize": sealed_text}

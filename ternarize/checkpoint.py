@@ -50,6 +50,8 @@ if hasattr(torch, "float8_e8m0fnu"):  # torch >= 2.7
     DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+MAX_JSON = 100_000_000  # bytes of config.json, an index, a record
+MAX_LAYERS = 4096  # more than any model has
 
 
 @dataclass(frozen=True)
@@ -258,6 +260,7 @@ class Checkpoint:
     metadata: dict[str, dict[str, str]] = field(default_factory=dict)  # of each safetensors file
     stream: Stream | None = None  # what fetches its files when they are read
     _pickles: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
+    _mapped: dict[str, int] = field(default_factory=dict, repr=False)  # their sizes
 
     def read(
         self, name: str, start: int = 0, stop: int | None = None, buffer: Tensor | None = None
@@ -269,6 +272,13 @@ class Checkpoint:
         info = self.tensors[name]
         stop = info.numel if stop is None else stop
         if info.file in self._pickles:
+            size = os.path.getsize(self.directory / info.file)
+            if size < self._mapped[info.file]:  # beyond the end of a mapping the process is killed
+                raise _broken(
+                    self.directory / info.file,
+                    f"it has shrunk to {size} bytes",
+                    f"expected {self._mapped[info.file]}",
+                )
             return self._pickles[info.file][name].reshape(-1)[start:stop]
         if self.stream is not None:
             self.stream.fetch(info.file)
@@ -291,7 +301,7 @@ def open_checkpoint(directory: Path, *, need_weights: bool = True) -> Checkpoint
             f"{directory}: no such directory; expected a Hugging Face checkpoint. "
             "Check the path or the Hub id."
         )
-    config = read_json(directory / "config.json")
+    config = read_config(directory)
     for main in (SAFETENSORS, PICKLE):
         if not need_weights and not any(directory.glob(f"*{Path(main).suffix}")):
             continue  # an index may be there without its shards
@@ -312,6 +322,36 @@ def open_checkpoint(directory: Path, *, need_weights: bool = True) -> Checkpoint
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 
+def read_config(directory: Path) -> dict[str, Any] | None:
+    """The config.json of a checkpoint, None without one; FormatError where it would do harm.
+
+    transformers builds as many layers as it says, before it looks at a weight: a number that no
+    model has would keep it busy for days. And it fetches and runs compiled code where an
+    implementation is the name of a Hub repository, which is not asked about as other code is.
+    """
+    table = read_json(directory / "config.json")
+
+    def walk(value: dict[str, Any]) -> None:
+        for key, each in value.items():
+            if key.endswith(("attn_implementation", "experts_implementation")):
+                names = each.values() if isinstance(each, dict) else [each]
+                if not all(name is None or re.fullmatch(r"\w+", str(name)) for name in names):
+                    raise FormatError(
+                        f"config.json: {key} is {each!r:.80}; expected one of transformers' own. "
+                        "It names code of the Hub: do not trust this checkpoint."
+                    )
+            if isinstance(each, dict):
+                walk(each)
+            many = isinstance(each, int) and each > MAX_LAYERS
+            if many and re.search(r"layers?$|blocks?$|depth", key):
+                raise FormatError(
+                    f"config.json: {key} is {each}; expected at most {MAX_LAYERS}. Repair the file."
+                )
+
+    walk(table or {})
+    return table
+
+
 def read_json(path: Path, *, strict: bool = False) -> dict[str, Any] | None:
     """A JSON object, or None where there is no such file; FormatError if it is not an object.
 
@@ -319,6 +359,11 @@ def read_json(path: Path, *, strict: bool = False) -> dict[str, Any] | None:
     """
     if not path.is_file():
         return None
+    if path.stat().st_size > MAX_JSON:
+        raise FormatError(
+            f"{path.name}: {path.stat().st_size} bytes; expected at most {MAX_JSON}. "
+            "Repair the file."
+        )
     try:
         text = path.read_text("utf-8")
         table = strict_json(text) if strict else json.loads(text)
@@ -388,6 +433,7 @@ def _list_tensors(checkpoint: Checkpoint, file: str) -> Iterator[TensorInfo]:
             start = header.data_start + entry.start
             yield TensorInfo(name, entry.dtype, entry.shape, file, start)
         return
+    checkpoint._mapped[file] = path.stat().st_size
     for name, tensor in checkpoint._pickles.setdefault(file, _load_pickle(path)).items():
         yield TensorInfo(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), file)
 

@@ -199,7 +199,12 @@ def dump_metadata(records: Mapping[str, Record]) -> dict[str, str]:
             if record.transposed:
                 entry["transposed"] = True
         tensors[name] = {**entry, "sha256": record.sha256}
-    table = {"format_version": FORMAT_VERSION, "features": sorted(features), "tensors": tensors}
+    table = {
+        "format_version": FORMAT_VERSION,
+        "sealed": True,  # that there is a digest at the end
+        "features": sorted(features),
+        "tensors": tensors,
+    }
     text = json.dumps(table, separators=(",", ":")).removesuffix("}")
     return {"format": "pt", KEY: text + _seal(hashlib.sha256(text.encode()).hexdigest())}
 
@@ -264,13 +269,14 @@ def _table(file: str, metadata: Mapping[str, str]) -> tuple[set[str], dict[str, 
     if not isinstance(table, dict):
         raise _damaged(file, "its ternarize metadata is not an object")
     check_version(file, table.get("format_version"), table.get("features"))
-    if "sha256" in table:  # else written by save_pretrained of others, or by hand
-        text, end = metadata[KEY], _seal(str(table["sha256"]))
+    if not table.keys().isdisjoint({"sealed", "sha256"}):  # without them it is not sealed
+        text, said = metadata[KEY], table.get("sha256")
+        end = _seal(str(said))
         digest = hashlib.sha256(text.removesuffix(end).encode()).hexdigest()
-        if not text.endswith(end) or digest != table["sha256"]:
+        if not text.endswith(end) or digest != said:
             raise DigestError(
                 f"{file}: its ternarize metadata has another SHA-256 than it says "
-                f"({str(table['sha256'])[:12]!r}); it has changed since it was written. "
+                f"({str(said)[:12]!r}); it has changed since it was written. "
                 "Fetch the file again."
             )
     tensors = table.get("tensors")
@@ -295,6 +301,17 @@ def check_listed(where: str, table: Any, records: Mapping[str, Record], files: A
                 f"{files[name].file}: {name}: is not the tensor that {where} lists; expected files "
                 f"of one conversion. Fetch the checkpoint again; if it was saved again, remove "
                 f"{where}."
+            )
+
+
+def check_format(checkpoint: Checkpoint) -> None:
+    """Raise FormatError where a file of a model does not say for whom it is, as all writers do."""
+    for file in checkpoint.files:
+        said = checkpoint.metadata[file].get("format")
+        if said != "pt":
+            raise FormatError(
+                f"{file}: its metadata has the format {said!r:.80}; expected 'pt', by which other "
+                "programs know it. Fetch the file again."
             )
 
 

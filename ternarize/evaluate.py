@@ -35,7 +35,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from ternarize.checkpoint import locate, read_json
+from ternarize.checkpoint import locate, read_config
 from ternarize.errors import CheckpointError, UsageError
 from ternarize.load import load, usable
 from ternarize.progress import Progress
@@ -537,7 +537,7 @@ class _Checkpoint:
     def at(model: str | Path) -> "_Checkpoint":
         """Find a checkpoint and what can be measured of it; raises CheckpointError."""
         directory = locate(model)
-        table = read_json(directory / "config.json")
+        table = read_config(directory)
         if table is None:
             raise CheckpointError(
                 f"{directory}: no config.json; expected a Hugging Face checkpoint. "
@@ -545,7 +545,12 @@ class _Checkpoint:
             )
         with usable(directory / "config.json"):
             config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        known = [name for name in config.architectures or [] if hasattr(transformers, name)]
+        known = [
+            name
+            for name in config.architectures or []
+            if inspect.isclass(getattr(transformers, name, None))
+            and issubclass(getattr(transformers, name), transformers.PreTrainedModel)
+        ]
         if not known:
             raise CheckpointError(
                 f"{directory / 'config.json'}: architectures {config.architectures}; expected a "

@@ -6,6 +6,7 @@ that `import ternarize` costs nothing.
 """
 
 import importlib
+import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -54,10 +55,10 @@ def load(
     load, FormatError when the checkpoint is not packed, is damaged, lacks a weight or needs a newer
     ternarize.
     """
-    from ternarize.checkpoint import locate, read_json
+    from ternarize.checkpoint import locate, read_config
 
     directory = locate(path, revision)
-    table = read_json(directory / "config.json")
+    table = read_config(directory)
     if table is None:
         raise CheckpointError(
             f"{directory}: no config.json; expected a Hugging Face checkpoint. "
@@ -129,17 +130,24 @@ def _check_is_packed(directory: Path, config: dict[str, Any]) -> None:
             f"{directory / 'config.json'}: {what}; expected quant_method 'ternarize'. "
             "Pack the model with `ternarize convert`, or load it with transformers."
         )
+    said = quantization.get("activations", "none") if isinstance(quantization, dict) else None
+    if said not in ("none", "int8"):
+        raise FormatError(
+            f"{directory / 'config.json'}: activations {said!r:.80}; expected 'none' or 'int8'. "
+            "Repair the file, or install a newer ternarize."
+        )
 
 
 def _model_class(directory: Path, config: Any) -> Any:
     import transformers
 
     for name in config.architectures or []:
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
+        found = getattr(transformers, name, None)
+        if inspect.isclass(found) and issubclass(found, transformers.PreTrainedModel):
+            return found
     # code that comes with the checkpoint; from_pretrained asks for trust_remote_code=True
     for name in getattr(config, "auto_map", None) or {}:
-        if name.startswith("AutoModel"):
+        if name.startswith("AutoModel") and hasattr(transformers, name):
             return getattr(transformers, name)
     raise AttributeError(f"no model class for architectures {config.architectures}")
 

@@ -143,6 +143,7 @@ class TernarizeQuantizer(HfQuantizer):
         self.stamps = {file: stamp(file) for file in files}
         packed = open_files(files[0].parent, [file.name for file in files])
         records = container.records_of(packed)
+        container.check_format(packed)
         said = read_json(packed.directory / RECORD) or {}
         container.check_listed(RECORD, said.get("tensors"), records, packed.tensors)
         if self.quantization_config.verify is not False:

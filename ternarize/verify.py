@@ -62,12 +62,7 @@ def open_packed(model: str | Path) -> tuple[Checkpoint, dict[str, Record]]:
         if not file.endswith(".safetensors"):
             raise FormatError(f"{file}: a packed checkpoint is in safetensors. Fetch it again.")
     records = container.records_of(packed)
-    for file in packed.files:
-        if packed.metadata[file].get("format") != "pt":
-            raise FormatError(
-                f"{file}: its metadata has the format {packed.metadata[file].get('format')!r}; "
-                "expected 'pt', without which transformers refuses it. Fetch it again."
-            )
+    container.check_format(packed)
     return packed, records
 
 

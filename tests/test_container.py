@@ -154,7 +154,7 @@ def test_metadata_is_canonical_to_the_byte() -> None:
         "näme": Record("2" * 64),
     }
     text = (
-        '{"format_version":1,"features":[],"tensors":{'
+        '{"format_version":1,"sealed":true,"features":[],"tensors":{'
         '"b.weight":{"shape":[2,12],"group_size":6,"codec":"base3","sha256":"' + "0" * 64 + '"},'
         '"a.weight":{"shape":[3,2,12],"group_size":-1,"codec":"base3","transposed":true,'
         '"sha256":"' + "1" * 64 + '"},'
@@ -186,7 +186,7 @@ def test_the_features_are_those_that_the_records_need() -> None:
 
 
 def test_metadata_of_nothing_is_still_that_of_a_packed_file() -> None:
-    text = '{"format_version":1,"features":[],"tensors":{},"sha256":'
+    text = '{"format_version":1,"sealed":true,"features":[],"tensors":{},"sha256":'
     assert dump_metadata({})["ternarize"].startswith(text)
 
 
@@ -470,7 +470,8 @@ def change_document(directory: Path, change: Any) -> None:
     data_start = 8 + struct.unpack("<Q", whole[:8])[0]
     header = json.loads(whole[8:data_start])
     document = json.loads(header["__metadata__"]["ternarize"])
-    document.pop("sha256", None)  # that the metadata was changed is not what is tested
+    for key in ("sealed", "sha256"):  # that the metadata was changed is not what is tested
+        document.pop(key, None)
     change(document)
     header["__metadata__"]["ternarize"] = json.dumps(document)
     text = json.dumps(header).encode()

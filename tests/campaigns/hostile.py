@@ -230,7 +230,7 @@ class Row:
     memory: int = 0
     faults: list[str] = field(default_factory=list)
 
-    def add(self, action: str, found: Found) -> None:
+    def add(self, action: str, found: Found, label: str) -> None:
         self.executions += 1
         self.refused += found.outcome in ("refused", "badly said")
         self.accepted += found.outcome == "accepted"
@@ -240,7 +240,7 @@ class Row:
         self.slowest = max(self.slowest, found.seconds)
         self.memory = max(self.memory, found.memory)
         if found.outcome not in ("refused", "accepted"):
-            self.faults.append(f"{action} {found.outcome}: {found.message}"[:300])
+            self.faults.append(f"{label} {action} {found.outcome}: {found.message}"[:300])
 
 
 def run(cases: Iterable[Case], limit: float | None = None) -> dict[str, Row]:
@@ -255,7 +255,7 @@ def run(cases: Iterable[Case], limit: float | None = None) -> dict[str, Row]:
         for action in case.act:
             found = child.ask(number, action, refusals % SAMPLE == 0)
             refusals += found.outcome == "refused"
-            rows.setdefault(case.group, Row()).add(action, found)
+            rows.setdefault(case.group, Row()).add(action, found, case.label)
             if found.outcome not in ("refused", "accepted"):
                 print(f"{case.group}: {rows[case.group].faults[-1]}", file=sys.stderr, flush=True)
     child.close()

@@ -48,6 +48,7 @@ class Case:
     accept: tuple[str, ...] = ()
     act: tuple[str, ...] = ALL
     named: bool = True
+    label: str = ""
 
 
 def golden(name: str) -> Files:
@@ -67,7 +68,7 @@ def join(header: Any, data: bytes) -> bytes:
 
 def sealed(table: dict[str, Any]) -> str:
     """The metadata with its own digest at the end."""
-    table = {key: value for key, value in table.items() if key != "sha256"}
+    table = {key: value for key, value in table.items() if key != "sha256"} | {"sealed": True}
     text = json.dumps(table, separators=(",", ":"))[:-1]
     return f'{text},"sha256":"{hashlib.sha256(text.encode()).hexdigest()}"}}'
 
@@ -396,6 +397,7 @@ def flips(rng: random.Random, count: int) -> Iterator[Case]:
             lambda seed=seed, data=data: replaced(seed, data),
             refuse=("load", "verify"),
             act=("load", "verify") if i % 10 else ALL,
+            label=f"{seed}, bit {bit}",
         )
 
 
@@ -557,13 +559,19 @@ def configurations(rng: random.Random, count: int) -> Iterator[Case]:
         ("quantization_config", {"quant_method": "ternarize", "activations": "int3"}),
         ("quantization_config", {"quant_method": "bitsandbytes"}),
         ("pad_token_id", 10**9),
-        ("attn_implementation", "kernels-evil/repo"),
+        ("pad_token_id", -5),
     ):
         config = json.loads(bytes(golden("rows")["config.json"]))  # type: ignore[arg-type]
         config[key] = value
         raw = json.dumps(config).encode()
         make = lambda raw=raw: golden("rows") | {"config.json": raw}  # noqa: E731
         yield Case("values of config.json", make, refuse=(), act=("load", "verify", "export"))
+    config = json.loads(bytes(golden("rows")["config.json"]))  # type: ignore[arg-type]
+    for key in ("attn_implementation", "_attn_implementation", "_experts_implementation"):
+        for value in ("evil/kernel", "flash|evil/kernel:f", {"": "evil/kernel"}, ["evil/kernel"]):
+            raw = json.dumps(config | {key: value}).encode()
+            make = lambda raw=raw: golden("rows") | {"config.json": raw}  # noqa: E731
+            yield Case("code of the Hub in config.json", make, ("load", "verify", "inspect", "export"))
     for raw in (b"", b"[]", b"\xff", b"[" * 100_000, b"{" * 10, b"null"):
         make = lambda raw=raw: golden("rows") | {"config.json": raw}  # noqa: E731
         yield Case("values of config.json", make, ("load", "verify", "inspect", "export"))
