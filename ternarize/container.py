@@ -373,7 +373,8 @@ def dequantize(packed: Tensor, scales: Tensor, record: Record) -> Tensor:
         dense = planes[0].dequantize()
         for plane in planes[1:]:
             dense = dense + plane.dequantize()
-        return unrotate(dense, *record.rotation) if record.rotation[0] else dense
+        turned = record.rotation[0] and dense.numel()  # of no rows, cols can be any number
+        return unrotate(dense, *record.rotation) if turned else dense
     _check_scales(scales, _used(packed, record), record)
     count = math.prod(record.shape[:-2])
     matrices = zip(

@@ -259,9 +259,15 @@ def many(rng: random.Random, count: int) -> Iterator[Case]:
         return golden("rows") | {WEIGHTS: join(header, body)}
 
     # in the order of cost; the last is above the limit of a header by itself
-    for number, size, length in ((100_000, 1, 0), (200, 1, 65536), (300_000, 0, 0), (1_000_000, 0, 0)):
+    for number, size, length in (
+        (100_000, 1, 0),
+        (200, 1, 65536),
+        (300_000, 0, 0),
+        (1_000_000, 0, 0),
+    ):
         yield Case(
-            f"{number:,} tensors" + (" with names of 64 kB" if length else " of no bytes" * (not size)),
+            f"{number:,} tensors"
+            + (" with names of 64 kB" if length else " of no bytes" * (not size)),
             lambda n=number, s=size, k=length: tensors(n, s, lambda i: f"t{i}".ljust(k, "x")),
             refuse=("load",),
             named=False,
@@ -270,7 +276,10 @@ def many(rng: random.Random, count: int) -> Iterator[Case]:
     longest = json.dumps(plain)[:-1] + "".join(
         f',"{i}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for i in range(1_000_000)
     )
-    yield Case("1,000,000 tensors without record", lambda: replaced("rows", join((longest + "}").encode(), body)))
+    yield Case(
+        "1,000,000 tensors without record",
+        lambda: replaced("rows", join((longest + "}").encode(), body)),
+    )
 
 
 HOSTILE_NAMES = (
@@ -362,8 +371,13 @@ def scales(rng: random.Random, count: int) -> Iterator[Case]:
     def missing(parts: Parts) -> None:
         del parts.tensors[parts.packed()[0] + "_scale"]
 
-    assert Parts.of(weights("rows")).tensors[Parts.of(weights("rows")).packed()[0] + "_scale"][0] == "F16"
-    rows = Parts.of(weights("rows")).table["tensors"][Parts.of(weights("rows")).packed()[0]]["shape"][0]
+    assert (
+        Parts.of(weights("rows")).tensors[Parts.of(weights("rows")).packed()[0] + "_scale"][0]
+        == "F16"
+    )
+    rows = Parts.of(weights("rows")).table["tensors"][Parts.of(weights("rows")).packed()[0]][
+        "shape"
+    ][0]
     for bits in bad.values():
         for at in (0, rows - 1):
             make = lambda b=bits, a=at: rebuilt("rows", lambda p: value(p, b, a))  # noqa: E731
@@ -404,23 +418,23 @@ def flips(rng: random.Random, count: int) -> Iterator[Case]:
 def swaps(rng: random.Random, count: int) -> Iterator[Case]:
     """Tensors of one shape in each other's place, and shards that are not there or not ours."""
 
-    def pair(parts: Parts) -> tuple[str, str]:
+    def pair(parts: Parts) -> tuple[str, str] | None:
         shapes: dict[str, str] = {}
         for name in parts.packed():
             key = json.dumps(parts.tensors[name][1])
             if key in shapes:
                 return shapes[key], name
             shapes[key] = name
-        raise AssertionError("no two tensors of one shape")
+        return None
 
     def data(parts: Parts) -> None:
-        a, b = pair(parts)
+        a, b = pair(parts) or ("", "")
         for end in ("", "_scale"):
             one, two = parts.tensors[a + end], parts.tensors[b + end]
             one[2], two[2] = two[2], one[2]
 
     def records(parts: Parts) -> None:
-        a, b = pair(parts)
+        a, b = pair(parts) or ("", "")
         table = parts.table["tensors"]
         table[a], table[b] = table[b], table[a]
 
@@ -428,7 +442,7 @@ def swaps(rng: random.Random, count: int) -> Iterator[Case]:
         data(parts)
         records(parts)
 
-    for seed in SEEDS:
+    for seed in (each for each in SEEDS if pair(Parts.of(weights(each)))):
         for change in (data, records):
             make = lambda s=seed, c=change: rebuilt(s, c, seal=False)  # noqa: E731
             yield Case("swapped tensors", make, refuse=BYTES)
@@ -450,13 +464,20 @@ def swaps(rng: random.Random, count: int) -> Iterator[Case]:
         old = files[file]
         assert isinstance(old, bytes)
         parts = Parts.of(old)
-        name = next(n for n, r in parts.table["tensors"].items() if n in parts.tensors)
+        table = parts.table["tensors"]
+        name = next(n for n in parts.tensors if n in table and "codec" not in table[n])
         parts.tensors[name][2] = parts.tensors[name][2][::-1]
         files[file] = parts.bytes(seal)
 
     yield Case("shards", lambda: shards(lambda f: foreign(f, False)), refuse=BYTES)
-    yield Case("shards of another conversion", lambda: shards(lambda f: foreign(f, True)), ("load", "verify"))
-    yield Case("shards", lambda: golden("groups") | {"model-00001-of-00002.safetensors": weights("rows")})
+    yield Case(
+        "shards of another conversion",
+        lambda: shards(lambda f: foreign(f, True)),
+        ("load", "verify"),
+    )
+    yield Case(
+        "shards", lambda: golden("groups") | {"model-00001-of-00002.safetensors": weights("rows")}
+    )
 
 
 def index_paths(rng: random.Random, count: int) -> Iterator[Case]:
@@ -485,7 +506,13 @@ def index_paths(rng: random.Random, count: int) -> Iterator[Case]:
         yield Case("paths of the index", lambda raw=raw: files | {INDEX: raw})
     for raw in (b"{}", b"[]", b"", b'{"weight_map":{}}', b'{"weight_map":[]}', b"[" * 100_000):
         yield Case("paths of the index", lambda raw=raw: files | {INDEX: raw})
-    for link in (Link("/etc/passwd"), Link("/dev/zero"), Link("/dev/null"), Link("nowhere"), Link(WEIGHTS)):
+    for link in (
+        Link("/etc/passwd"),
+        Link("/dev/zero"),
+        Link("/dev/null"),
+        Link("nowhere"),
+        Link(WEIGHTS),
+    ):
         yield Case("links out of the directory", lambda link=link: golden("rows") | {WEIGHTS: link})
 
 
@@ -571,7 +598,9 @@ def configurations(rng: random.Random, count: int) -> Iterator[Case]:
         for value in ("evil/kernel", "flash|evil/kernel:f", {"": "evil/kernel"}, ["evil/kernel"]):
             raw = json.dumps(config | {key: value}).encode()
             make = lambda raw=raw: golden("rows") | {"config.json": raw}  # noqa: E731
-            yield Case("code of the Hub in config.json", make, ("load", "verify", "inspect", "export"))
+            yield Case(
+                "code of the Hub in config.json", make, ("load", "verify", "inspect", "export")
+            )
     for raw in (b"", b"[]", b"\xff", b"[" * 100_000, b"{" * 10, b"null"):
         make = lambda raw=raw: golden("rows") | {"config.json": raw}  # noqa: E731
         yield Case("values of config.json", make, ("load", "verify", "inspect", "export"))
@@ -600,7 +629,9 @@ def conversions(rng: random.Random, count: int) -> Iterator[Case]:
             place[path[-1]] = value
             raw = json.dumps(table).encode()
             make = lambda raw=raw: golden("rotation") | {"ternarize.json": raw}  # noqa: E731
-            yield Case("values of ternarize.json", make, (), act=("load", "verify", "inspect", "cli"))
+            yield Case(
+                "values of ternarize.json", make, (), act=("load", "verify", "inspect", "cli")
+            )
 
 
 def cases(seed: int, count: int) -> Iterator[Case]:

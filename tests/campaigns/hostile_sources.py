@@ -24,7 +24,7 @@ from torch import Tensor
 
 import ternarize
 from ternarize import container
-from ternarize.checkpoint import open_checkpoint
+from ternarize.checkpoint import open_checkpoint, read_bytes
 from ternarize.convert import convert
 from ternarize.errors import TernarizeError
 from ternarize.evaluate import evaluate
@@ -133,16 +133,33 @@ def numbers(rng: random.Random, count: int) -> Iterator[Case]:
         yield Case("shapes", lambda f=files: f, (), ("convert experts",), ("convert experts",))
     for dtype in (torch.float64, torch.bool, torch.int8, torch.float8_e4m3fn, torch.complex64):
         yield case("types that are no weights", normal(8, 40).to(dtype), False)
-    for method in ("fp8", "gptq", "awq", "bitsandbytes", "compressed-tensors", "ternarize", "x" * 9999):
-        files = source({NAME: normal(8, 40)}, UNKNOWN | {"quantization_config": {"quant_method": method}})
-        yield Case("quantized sources", lambda f=files: f, ("convert",), (), ("convert",), named=False)
+    for method in (
+        "fp8",
+        "gptq",
+        "awq",
+        "bitsandbytes",
+        "compressed-tensors",
+        "ternarize",
+        "x" * 9999,
+    ):
+        files = source(
+            {NAME: normal(8, 40)}, UNKNOWN | {"quantization_config": {"quant_method": method}}
+        )
+        yield Case(
+            "quantized sources", lambda f=files: f, ("convert",), (), ("convert",), named=False
+        )
     packed = "model.layers.0.mlp.up_proj."
     for parts in (
         {packed + "qweight": torch.ones(8, 8, dtype=torch.int32), packed + "scales": normal(1, 8)},
-        {packed + "weight": normal(8, 8).to(torch.float8_e4m3fn), packed + "weight_scale_inv": normal(1, 1)},
+        {
+            packed + "weight": normal(8, 8).to(torch.float8_e4m3fn),
+            packed + "weight_scale_inv": normal(1, 1),
+        },
         {packed + "weight_packed": torch.ones(8, 8, dtype=torch.int32)},
     ):
-        yield Case("quantized sources", lambda p=parts: source(p), (), (), ("convert",), named=False)
+        yield Case(
+            "quantized sources", lambda p=parts: source(p), (), (), ("convert",), named=False
+        )
 
 
 # --- code that comes with a checkpoint --------------------------------------------------------
@@ -172,7 +189,6 @@ def evil(files: Files, mark: Path) -> Files:
             "AutoModelForCausalLM": "evil.Evil",
             "AutoTokenizer": ["evil.Evil", "evil.Evil"],
         },
-        "_attn_implementation": "evil/kernel",
     }
     tokenizer: dict[str, Any] = {"chat_template": command, "auto_map": table["auto_map"]}
     if "tokenizer_config.json" in files:
@@ -327,12 +343,12 @@ def while_verifying(folder: Path) -> None:
     """Files that change while they are verified are refused."""
     for how in ("shrink", "empty", "change"):
         copy = Path(shutil.copytree(folder, folder.parent / how))
-        original, calls = container.read_bytes, iter(range(10**6))
+        calls = iter(range(10**6))
 
         def read(*args: Any, how: str = how, copy: Path = copy, calls: Any = calls) -> Tensor:
             if next(calls) == 1:  # after the first tensor
                 damage(copy, how)
-            return original(*args)
+            return read_bytes(*args)
 
         with mock.patch.object(container, "read_bytes", read):
             expect_refusal(lambda copy=copy: verify(copy, threads=1), how)
@@ -353,7 +369,9 @@ def while_converting(folder: Path) -> None:
                 (copy / "config.json").write_text(json.dumps(UNKNOWN))
             calls = iter(range(10**6))
 
-            def progress(*args: Any, how: str = how, copy: Path = copy) -> None:
+            def progress(
+                *args: Any, how: str = how, copy: Path = copy, calls: Iterator[int] = calls
+            ) -> None:
                 if next(calls) == 0:
                     damage(copy, how)
                     for path in copy.glob("*.bin"):
@@ -415,7 +433,13 @@ def damaged(rng: random.Random, count: int) -> Iterator[Case]:
     data = whole[WEIGHTS]
     assert isinstance(data, bytes)
     for at in rng.sample(range(len(data)), min(len(data), max(10, count // 50))):
-        yield Case("damaged sources", lambda at=at: whole | {WEIGHTS: data[:at]}, ("convert",), (), ("convert",))
+        yield Case(
+            "damaged sources",
+            lambda at=at: whole | {WEIGHTS: data[:at]},
+            ("convert",),
+            (),
+            ("convert",),
+        )
     for tail in (b"\0", b"\0" * 7, b"\0" * 4096):
         make = lambda t=tail: whole | {WEIGHTS: data + t}  # noqa: E731
         yield Case("damaged sources", make, ("convert",), (), ("convert",))
