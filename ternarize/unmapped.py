@@ -22,7 +22,7 @@ def install() -> None:
     """Let transformers open files with `open_file` from now on."""
     from transformers import modeling_utils
 
-    modeling_utils.safe_open = open_file  # type: ignore[attr-defined]
+    vars(modeling_utils)["safe_open"] = open_file
 
 
 def open_file(path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import ternarize
 from ternarize import cli, errors, report, unmapped
-from ternarize.checkpoint import read_config
+from ternarize.checkpoint import read_bytes, read_config
 from ternarize.errors import DigestError, FormatError, TernarizeError
 from ternarize.verify import open_packed, verify
 
@@ -157,13 +157,12 @@ def test_a_file_that_changes_while_it_is_loaded_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = put(tmp_path / "model", golden("rows"))
-    original = unmapped.read_bytes
 
     def read(path: Path, start: int, nbytes: int) -> torch.Tensor:
         with path.open("r+b") as file:
             file.seek(-1, os.SEEK_END)
             file.write(b"\x01")
-        return original(path, start, nbytes)
+        return read_bytes(path, start, nbytes)
 
     monkeypatch.setattr(unmapped, "read_bytes", read)
     with pytest.raises(FormatError, match="changed while it was loaded"):

@@ -12,6 +12,7 @@ import random
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +132,16 @@ def rebuilt(seed: str, change: Callable[[Parts], Any], seal: bool = True) -> Fil
     return alone(golden(seed)) | {WEIGHTS: parts.bytes(seal)}
 
 
+def with_file(seed: str, name: str, data: bytes | Link) -> Files:
+    return golden(seed) | {name: data}
+
+
+def without(seed: str, name: str) -> Files:
+    return {file: data for file, data in golden(seed).items() if file != name}
+
+
 def replaced(seed: str, data: bytes) -> Files:
-    return golden(seed) | {WEIGHTS: data}
+    return with_file(seed, WEIGHTS, data)
 
 
 # --- the cases, by the row of the table -------------------------------------------------------
@@ -144,21 +153,21 @@ def truncations(rng: random.Random, count: int) -> Iterator[Case]:
     start = 8 + int.from_bytes(whole[:8], "little")
     heads = range(start) if count >= 1000 else sorted(rng.sample(range(start), count // 10))
     for at in heads:
-        yield Case("cut in the header", lambda at=at: replaced("rows", whole[:at]))
+        yield Case("cut in the header", partial(replaced, "rows", whole[:at]))
     for _ in range(min(1000, max(10, count // 10))):
         at = rng.randrange(start, len(whole))
-        yield Case("cut in the data", lambda at=at: replaced("rows", whole[:at]))
+        yield Case("cut in the data", partial(replaced, "rows", whole[:at]))
     for size in (1, 7, 4096):
         for fill in (b"\0", b"\xff"):
             tail = fill * size
-            yield Case("bytes at the end", lambda tail=tail: replaced("rows", whole + tail))
+            yield Case("bytes at the end", partial(replaced, "rows", whole + tail))
 
 
 def lengths(rng: random.Random, count: int) -> Iterator[Case]:
     whole = weights("rows")
     for length in (0, 1, len(whole), 100_000_001, 2**31, 2**63, 2**64 - 1):
         data = struct.pack("<Q", length) + whole[8:]
-        yield Case("length of the header", lambda data=data: replaced("rows", data))
+        yield Case("length of the header", partial(replaced, "rows", data))
 
 
 def malformed(rng: random.Random, count: int) -> Iterator[Case]:
@@ -193,7 +202,7 @@ def malformed(rng: random.Random, count: int) -> Iterator[Case]:
         text.replace(b'"shape": [', b'"shape": [1e2, ', 1),
         text.replace(b"weight", b"w\\ud800eight", 1),
     ):
-        yield Case("malformed JSON", lambda raw=raw: replaced("rows", join(raw, body)))
+        yield Case("malformed JSON", partial(replaced, "rows", join(raw, body)))
 
 
 def sizes(rng: random.Random, count: int) -> Iterator[Case]:
@@ -243,10 +252,14 @@ def sizes(rng: random.Random, count: int) -> Iterator[Case]:
 def many(rng: random.Random, count: int) -> Iterator[Case]:
     """Headers that take time and memory: each is read in 2 s and 1 GB, or refused."""
 
-    def tensors(number: int, size: int, name: Callable[[int], str]) -> Files:
+    def tensors(number: int, size: int, length: int) -> Files:
         body = b"\0" * number * size
         header: dict[str, Any] = {
-            name(i): {"dtype": "U8", "shape": [size], "data_offsets": [i * size, i * size + size]}
+            f"t{i}".ljust(length, "x"): {
+                "dtype": "U8",
+                "shape": [size],
+                "data_offsets": [i * size, i * size + size],
+            }
             for i in range(number)
         }
         digest = hashlib.sha256(b"\0" * size).hexdigest()
@@ -268,7 +281,7 @@ def many(rng: random.Random, count: int) -> Iterator[Case]:
         yield Case(
             f"{number:,} tensors"
             + (" with names of 64 kB" if length else " of no bytes" * (not size)),
-            lambda n=number, s=size, k=length: tensors(n, s, lambda i: f"t{i}".ljust(k, "x")),
+            partial(tensors, number, size, length),
             refuse=("load",),
             named=False,
         )
@@ -308,7 +321,7 @@ def names(rng: random.Random, count: int) -> Iterator[Case]:
             parts.tensors = {name if n == old else n: t for n, t in parts.tensors.items()}
             parts.table["tensors"][name] = parts.table["tensors"].pop(old)
 
-        make = lambda change=renamed: rebuilt("rows", change)  # noqa: E731
+        make = partial(rebuilt, "rows", renamed)
         yield Case("hostile names", make, refuse=("load",), named=False)
 
 
@@ -325,7 +338,7 @@ def bytes_of_trits(rng: random.Random, count: int) -> Iterator[Case]:
         last = len(Parts.of(weights(seed)).tensors[name][2]) - 1
         for at in (0, last // 2, last):
             for value in range(243, 256):
-                make = lambda s=seed, n=name, a=at, v=value: rebuilt(s, lambda p: put(p, n, a, v))  # noqa: E731
+                make = partial(rebuilt, seed, partial(put, name=name, at=at, value=value))
                 yield Case("byte codes", make, refuse=BYTES)
 
     def wide(parts: Parts, cols: int, digit: int, value: int) -> None:
@@ -342,7 +355,7 @@ def bytes_of_trits(rng: random.Random, count: int) -> Iterator[Case]:
     for cols in (6, 7, 8, 9):
         for value in (1, -1):
             for digit in (cols, 9):
-                make = lambda c=cols, d=digit, v=value: rebuilt("rows", lambda p: wide(p, c, d, v))  # noqa: E731
+                make = partial(rebuilt, "rows", partial(wide, cols=cols, digit=digit, value=value))
                 yield Case("padding", make, refuse=BYTES)
 
 
@@ -380,7 +393,7 @@ def scales(rng: random.Random, count: int) -> Iterator[Case]:
     ][0]
     for bits in bad.values():
         for at in (0, rows - 1):
-            make = lambda b=bits, a=at: rebuilt("rows", lambda p: value(p, b, a))  # noqa: E731
+            make = partial(rebuilt, "rows", partial(value, bits=bits, at=at))
             yield Case("scales", make, refuse=BYTES)
     for dtype, shape, size in (
         ("F64", [rows, 1], 8 * rows),
@@ -393,7 +406,7 @@ def scales(rng: random.Random, count: int) -> Iterator[Case]:
         ("F16", [rows], 2 * rows),
         ("F16", [0, 1], 0),
     ):
-        make = lambda d=dtype, s=shape, n=size: rebuilt("rows", lambda p: form(p, d, s, n))  # noqa: E731
+        make = partial(rebuilt, "rows", partial(form, dtype=dtype, shape=shape, size=size))
         yield Case("scales", make)
     yield Case("scales", lambda: rebuilt("rows", missing))
 
@@ -408,7 +421,7 @@ def flips(rng: random.Random, count: int) -> Iterator[Case]:
         data = bytes(whole)
         yield Case(
             "flipped bits",
-            lambda seed=seed, data=data: replaced(seed, data),
+            partial(replaced, seed, data),
             refuse=("load", "verify"),
             act=("load", "verify") if i % 10 else ALL,
             label=f"{seed}, bit {bit}",
@@ -442,12 +455,15 @@ def swaps(rng: random.Random, count: int) -> Iterator[Case]:
         data(parts)
         records(parts)
 
+    def consistent(seed: str) -> Files:
+        return golden(seed) | rebuilt(seed, both, seal=False)
+
     for seed in (each for each in SEEDS if pair(Parts.of(weights(each)))):
         for change in (data, records):
-            make = lambda s=seed, c=change: rebuilt(s, c, seal=False)  # noqa: E731
+            make = partial(rebuilt, seed, change, seal=False)
             yield Case("swapped tensors", make, refuse=BYTES)
         # consistent by itself: what tells is the record of the conversion, and the source
-        whole = lambda s=seed: golden(s) | rebuilt(s, both, seal=False)  # noqa: E731
+        whole = partial(consistent, seed)
         yield Case("swapped with records", whole, ("load", "verify"))
 
     def shards(change: Callable[[Files], None], name: str = "groups") -> Files:
@@ -456,7 +472,7 @@ def swaps(rng: random.Random, count: int) -> Iterator[Case]:
         return files
 
     for file in [name for name in golden("experts") if name.endswith(".safetensors")]:
-        yield Case("shards", lambda f=file: shards(lambda files: files.pop(f) and None, "experts"))
+        yield Case("shards", partial(without, "experts", file))
 
     def foreign(files: Files, seal: bool) -> None:
         """A shard of another conversion: one weight is another, and all digests are right."""
@@ -503,9 +519,9 @@ def index_paths(rng: random.Random, count: int) -> Iterator[Case]:
         table = json.loads(index)
         table["weight_map"][next(iter(table["weight_map"]))] = path
         raw = json.dumps(table).encode()
-        yield Case("paths of the index", lambda raw=raw: files | {INDEX: raw})
+        yield Case("paths of the index", partial(with_file, "groups", INDEX, raw))
     for raw in (b"{}", b"[]", b"", b'{"weight_map":{}}', b'{"weight_map":[]}', b"[" * 100_000):
-        yield Case("paths of the index", lambda raw=raw: files | {INDEX: raw})
+        yield Case("paths of the index", partial(with_file, "groups", INDEX, raw))
     for link in (
         Link("/etc/passwd"),
         Link("/dev/zero"),
@@ -513,7 +529,7 @@ def index_paths(rng: random.Random, count: int) -> Iterator[Case]:
         Link("nowhere"),
         Link(WEIGHTS),
     ):
-        yield Case("links out of the directory", lambda link=link: golden("rows") | {WEIGHTS: link})
+        yield Case("links out of the directory", partial(with_file, "rows", WEIGHTS, link))
 
 
 def versions(rng: random.Random, count: int) -> Iterator[Case]:
@@ -548,7 +564,7 @@ def versions(rng: random.Random, count: int) -> Iterator[Case]:
     for version in (2, "1", None):
         config["quantization_config"]["format_version"] = version
         raw = json.dumps(config).encode()
-        make = lambda raw=raw: golden("rows") | {"config.json": raw}  # noqa: E731
+        make = partial(with_file, "rows", "config.json", raw)
         yield Case("versions and features", make, ("load", "verify", "inspect", "export"))
 
 
@@ -591,18 +607,18 @@ def configurations(rng: random.Random, count: int) -> Iterator[Case]:
         config = json.loads(bytes(golden("rows")["config.json"]))  # type: ignore[arg-type]
         config[key] = value
         raw = json.dumps(config).encode()
-        make = lambda raw=raw: golden("rows") | {"config.json": raw}  # noqa: E731
+        make = partial(with_file, "rows", "config.json", raw)
         yield Case("values of config.json", make, refuse=(), act=("load", "verify", "export"))
     config = json.loads(bytes(golden("rows")["config.json"]))  # type: ignore[arg-type]
     for key in ("attn_implementation", "_attn_implementation", "_experts_implementation"):
         for value in ("evil/kernel", "flash|evil/kernel:f", {"": "evil/kernel"}, ["evil/kernel"]):
             raw = json.dumps(config | {key: value}).encode()
-            make = lambda raw=raw: golden("rows") | {"config.json": raw}  # noqa: E731
+            make = partial(with_file, "rows", "config.json", raw)
             yield Case(
                 "code of the Hub in config.json", make, ("load", "verify", "inspect", "export")
             )
     for raw in (b"", b"[]", b"\xff", b"[" * 100_000, b"{" * 10, b"null"):
-        make = lambda raw=raw: golden("rows") | {"config.json": raw}  # noqa: E731
+        make = partial(with_file, "rows", "config.json", raw)
         yield Case("values of config.json", make, ("load", "verify", "inspect", "export"))
 
 
@@ -621,14 +637,15 @@ def conversions(rng: random.Random, count: int) -> Iterator[Case]:
 
     paths = [path for path in places(said) if path]
     for path in rng.sample(paths, min(len(paths), max(5, count // 100))):
-        for value in (None, [], {}, "x", -1, 1e308, "\x1b[2J\n"):
+        values: tuple[Any, ...] = (None, [], {}, "x", -1, 1e308, "\x1b[2J\n")
+        for value in values:
             table = json.loads(json.dumps(said))
             place = table
             for step in path[:-1]:
                 place = place[step]
             place[path[-1]] = value
             raw = json.dumps(table).encode()
-            make = lambda raw=raw: golden("rotation") | {"ternarize.json": raw}  # noqa: E731
+            make = partial(with_file, "rotation", "ternarize.json", raw)
             yield Case(
                 "values of ternarize.json", make, (), act=("load", "verify", "inspect", "cli")
             )

@@ -12,6 +12,7 @@ import pickle
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -130,7 +131,7 @@ def numbers(rng: random.Random, count: int) -> Iterator[Case]:
     expert = "model.layers.0.mlp.experts.gate_up_proj"
     for shape in ((3, 16, 40), (1, 1, 1), (2, 3, 130)):
         files = source({expert: normal(*shape)})
-        yield Case("shapes", lambda f=files: f, (), ("convert experts",), ("convert experts",))
+        yield Case("shapes", partial(dict, files), (), ("convert experts",), ("convert experts",))
     for dtype in (torch.float64, torch.bool, torch.int8, torch.float8_e4m3fn, torch.complex64):
         yield case("types that are no weights", normal(8, 40).to(dtype), False)
     for method in (
@@ -146,7 +147,7 @@ def numbers(rng: random.Random, count: int) -> Iterator[Case]:
             {NAME: normal(8, 40)}, UNKNOWN | {"quantization_config": {"quant_method": method}}
         )
         yield Case(
-            "quantized sources", lambda f=files: f, ("convert",), (), ("convert",), named=False
+            "quantized sources", partial(dict, files), ("convert",), (), ("convert",), named=False
         )
     packed = "model.layers.0.mlp.up_proj."
     for parts in (
@@ -157,9 +158,7 @@ def numbers(rng: random.Random, count: int) -> Iterator[Case]:
         },
         {packed + "weight_packed": torch.ones(8, 8, dtype=torch.int32)},
     ):
-        yield Case(
-            "quantized sources", lambda p=parts: source(p), (), (), ("convert",), named=False
-        )
+        yield Case("quantized sources", partial(source, parts), (), (), ("convert",), named=False)
 
 
 # --- code that comes with a checkpoint --------------------------------------------------------
@@ -211,9 +210,10 @@ def with_code(use: Callable[[Path], Any]) -> Callable[[Path], None]:
     def run(folder: Path) -> None:
         place = folder.parent / "with-code"
         mark = folder.parent / MARK
-        files = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+        files: Files = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
         try:
-            for name, data in evil(dict(files), mark).items():
+            for name, data in evil(files, mark).items():
+                assert isinstance(data, bytes)
                 (place / name).parent.mkdir(parents=True, exist_ok=True)
                 (place / name).write_bytes(data)
             use(place)
@@ -266,7 +266,7 @@ def code(rng: random.Random, count: int) -> Iterator[Case]:
         yield Case("code and templates", lambda: dict(example), (), (action,), (action,))
     loads = tuple(f"code: {what}" for what in ("load", "verify", "inspect"))
     for seed in SEEDS[:3]:
-        yield Case("code and templates", lambda s=seed: golden(s), (), loads, loads)
+        yield Case("code and templates", partial(golden, seed), (), loads, loads)
     empty: Files = {"config.json": json.dumps(UNKNOWN).encode()}
     yield Case("pickles", lambda: empty, (), ("code: pickle",), ("code: pickle",))
     pickles = golden("rows") | {"pytorch_model.bin": golden("rows")[WEIGHTS]}
@@ -324,7 +324,7 @@ def while_loading(folder: Path) -> None:
             damage(copy, how)
 
         with patched(check):
-            expect_refusal(lambda copy=copy: ternarize.load(copy), how)
+            expect_refusal(partial(ternarize.load, copy), how)
         shutil.rmtree(copy)
 
 
@@ -351,7 +351,7 @@ def while_verifying(folder: Path) -> None:
             return read_bytes(*args)
 
         with mock.patch.object(container, "read_bytes", read):
-            expect_refusal(lambda copy=copy: verify(copy, threads=1), how)
+            expect_refusal(partial(verify, copy, threads=1), how)
         shutil.rmtree(copy)
 
 
@@ -379,7 +379,7 @@ def while_converting(folder: Path) -> None:
 
             output = folder.parent / "converted"
             expect_refusal(
-                lambda c=copy, p=progress, o=output: convert(c, o, threads=1, progress=p),
+                partial(convert, copy, output, threads=1, progress=progress),
                 f"{kind}: {how}",
             )
             assert not output.exists()
@@ -399,7 +399,7 @@ def expect_refusal(act: Callable[[], Any], how: str) -> None:
 def motion(rng: random.Random, count: int) -> Iterator[Case]:
     acts = ("motion: loaded", "motion: load", "motion: verify")
     for seed in ("rows", "tensor", "groups", "experts", "rotation"):
-        yield Case("files in motion", lambda s=seed: golden(s), (), acts, acts)
+        yield Case("files in motion", partial(golden, seed), (), acts, acts)
     generator = torch.Generator().manual_seed(0)
     tensors = {
         f"model.layers.{i}.mlp.up_proj.weight": torch.randn(64, 300, generator=generator)
@@ -435,21 +435,21 @@ def damaged(rng: random.Random, count: int) -> Iterator[Case]:
     for at in rng.sample(range(len(data)), min(len(data), max(10, count // 50))):
         yield Case(
             "damaged sources",
-            lambda at=at: whole | {WEIGHTS: data[:at]},
+            partial(dict, whole | {WEIGHTS: data[:at]}),
             ("convert",),
             (),
             ("convert",),
         )
     for tail in (b"\0", b"\0" * 7, b"\0" * 4096):
-        make = lambda t=tail: whole | {WEIGHTS: data + t}  # noqa: E731
+        make: Callable[[], Files] = partial(dict, whole | {WEIGHTS: data + tail})
         yield Case("damaged sources", make, ("convert",), (), ("convert",))
     for raw in (b"", b"[]", b"\xff", b"[" * 100_000):
-        make = lambda r=raw: whole | {"config.json": r}  # noqa: E731
+        make = partial(dict, whole | {"config.json": raw})
         yield Case("damaged sources", make, ("convert",), (), ("convert",))
     config = json.loads(bytes(golden("rows")["config.json"]))  # type: ignore[arg-type]
     del config["quantization_config"]
     for key, value in (("num_hidden_layers", 10**9), ("hidden_size", -5), ("vocab_size", "x")):
-        make = lambda k=key, v=value: source(tensors, config | {k: v})  # noqa: E731
+        make = partial(source, tensors, config | {key: value})
         yield Case("damaged sources", make, ("convert",), (), ("convert",))
 
 
