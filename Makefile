@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TINY := build/tiny-llama-ternary
 
-.PHONY: venv demo test test-oldest lint types docs clean
+.PHONY: venv demo test test-oldest lint types audit docs clean
 
 venv: .venv/.stamp
 
@@ -50,6 +50,11 @@ lint: venv
 
 types: venv
 	$(BIN)/mypy
+
+# Known faults of the dependencies. The list of them is on the network.
+audit: venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/pip-audit --local --skip-editable --progress-spinner off
 
 # CLI.md, from the program itself.
 docs: venv

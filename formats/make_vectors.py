@@ -692,6 +692,11 @@ def valid_files() -> Files:
     files["unknown-members-rotation"] = draft.file()
 
     draft = Draft(base())
+    draft.document["sealed"] = True
+    draft.document["sha256"] = sha256(compact(draft.document)[:-1].encode())
+    files["metadata-digest"] = draft.file()
+
+    draft = Draft(base())
     draft.entries["w.weight"]["note"] = "ignored"
     draft.records["w.weight"]["note"] = {"threshold": 0.5}
     draft.document["note"] = ["ignored"]
@@ -818,6 +823,20 @@ def invalid_records() -> Files:
     document_change("version-unknown-float", "format_version", 1.0)
     document_change("version-unknown-missing", "format_version", None)
     document_change("feature-unknown", "features", ["a-feature-of-a-later-version"])
+    text = compact(Draft(base()).document)[:-1]
+    right = sha256(text.encode())
+    for variant, sealed_text in (
+        ("", f'{text},"sha256":"{"0" * 64}"}}'),
+        ("-other", f'{text},"sha256":"{right}"}}'.replace('"group_size":6', '"group_size":5')),
+        ("-number", f'{text},"sha256":1}}'),
+        ("-upper-case", f'{text},"sha256":"{right.upper()}"}}'),
+        ("-missing", f'{text},"sealed":true}}'),
+        ("-not-last", f'{text},"sha256":"{right}","note":0}}'),
+    ):
+        metadata = {"format": "pt", "ternarize": sealed_text}
+        header = compact({"__metadata__": metadata, **draft.entries})
+        files[f"metadata-digest-wrong{variant}"] = draft.file(header)
+
     document_change("metadata-incomplete-features", "features", None)
     document_change("metadata-incomplete-features-string", "features", "")
     document_change("metadata-incomplete-tensors", "tensors", None)

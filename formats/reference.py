@@ -249,8 +249,10 @@ def read_entry(name: str, fields: Any, first: int) -> Entry:
     require(isinstance(dtype, str), "entry-bad", f"{name}: dtype is not a string")
     require(dtype in DTYPE_SIZES, "dtype-unknown", f"{name}: dtype {dtype}")
     size = DTYPE_SIZES[dtype]
-    fits = math.prod(max(number, 1) for number in shape) * size <= MAX_BYTES
-    require(fits, "product-wrap", f"{name}: shape {shape} does not fit 63 bits")
+    total = size
+    for number in shape:  # one by one: the product of a million large numbers would take hours
+        total *= max(number, 1)
+        require(total <= MAX_BYTES, "product-wrap", f"{name}: its shape does not fit 63 bits")
     begin, end = offsets
     require(begin <= end, "offsets-reversed", f"{name}: from {begin} to {end}")
     expected = math.prod(shape) * size
@@ -275,6 +277,11 @@ def read_records(metadata: dict[str, str]) -> tuple[dict[str, Any], set[str]]:
     require(listed, "metadata-incomplete", "`features` is not a list of strings")
     unknown = sorted(set(features or []) - FEATURES)
     require(not unknown, "feature-unknown", f"needs {unknown}; known are {sorted(FEATURES)}")
+    if "sealed" in document or "sha256" in document:
+        digest = document.get("sha256")
+        body = metadata["ternarize"].removesuffix(f',"sha256":"{digest}"}}')
+        same = hashlib.sha256(body.encode("utf-8")).hexdigest() == digest
+        require(same, "metadata-digest-wrong", "metadata is not what its SHA-256 says")
     records = document.get("tensors")
     require(isinstance(records, dict), "metadata-incomplete", "`tensors` is not an object")
     return dict(document["tensors"]), set(features or [])

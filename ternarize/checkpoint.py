@@ -51,6 +51,8 @@ if hasattr(torch, "float8_e8m0fnu"):  # torch >= 2.7
     DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+MAX_JSON = 100_000_000  # bytes of config.json, an index, a record
+MAX_LAYERS = 4096  # more than any model has
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,18 @@ def _read_into(file: FileIO, view: memoryview) -> int:
     return done
 
 
+def stamp(path: Path) -> list[int]:
+    """What tells whether a file has been changed or replaced; empty where there is none.
+
+    The time of its last change of any kind is among it, which no program can set back.
+    """
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return []
+    return [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
 def byte_view(tensor: Tensor) -> Tensor:
     """The bytes of a tensor in row-major order, uint8."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -265,6 +279,14 @@ class Checkpoint:
         info = self.tensors[name]
         stop = info.numel if stop is None else stop
         if info.file in self._pickles:
+            size = os.path.getsize(self.directory / info.file)
+            _, before, *_ = self.stamps[info.file]
+            if size < before:  # beyond the end of a mapping the process is killed
+                raise _broken(
+                    self.directory / info.file,
+                    f"it has shrunk to {size} bytes",
+                    f"expected {before}",
+                )
             return self._pickles[info.file][name].reshape(-1)[start:stop]
         if self.stream is not None:
             self.stream.fetch(info.file)
@@ -292,7 +314,7 @@ def open_checkpoint(directory: Path, *, need_weights: bool = True) -> Checkpoint
             f"{directory}: no such directory; expected a Hugging Face checkpoint. "
             "Check the path or the Hub id."
         )
-    config = read_json(directory / "config.json")
+    config = read_config(directory)
     for main in (SAFETENSORS, PICKLE):
         if not need_weights and not any(directory.glob(f"*{Path(main).suffix}")):
             continue  # an index may be there without its shards
@@ -313,6 +335,36 @@ def open_checkpoint(directory: Path, *, need_weights: bool = True) -> Checkpoint
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 
+def read_config(directory: Path) -> dict[str, Any] | None:
+    """The config.json of a checkpoint, None without one; FormatError where it would do harm.
+
+    transformers builds as many layers as it says, before it looks at a weight: a number that no
+    model has would keep it busy for days. And it fetches and runs compiled code where an
+    implementation is the name of a Hub repository, which is not asked about as other code is.
+    """
+    table = read_json(directory / "config.json")
+
+    def walk(value: dict[str, Any]) -> None:
+        for key, each in value.items():
+            if key.endswith(("attn_implementation", "experts_implementation")):
+                names = each.values() if isinstance(each, dict) else [each]
+                if not all(name is None or re.fullmatch(r"\w+", str(name)) for name in names):
+                    raise FormatError(
+                        f"config.json: {key} is {each!r:.80}; expected one of transformers' own. "
+                        "It names code of the Hub: do not trust this checkpoint."
+                    )
+            if isinstance(each, dict):
+                walk(each)
+            many = isinstance(each, int) and each > MAX_LAYERS
+            if many and re.search(r"layers?$|blocks?$|depth", key):
+                raise FormatError(
+                    f"config.json: {key} is {each}; expected at most {MAX_LAYERS}. Repair the file."
+                )
+
+    walk(table or {})
+    return table
+
+
 def read_json(path: Path, *, strict: bool = False) -> dict[str, Any] | None:
     """A JSON object, or None where there is no such file; FormatError if it is not an object.
 
@@ -320,6 +372,11 @@ def read_json(path: Path, *, strict: bool = False) -> dict[str, Any] | None:
     """
     if not path.is_file():
         return None
+    if path.stat().st_size > MAX_JSON:
+        raise FormatError(
+            f"{path.name}: {path.stat().st_size} bytes; expected at most {MAX_JSON}. "
+            "Repair the file."
+        )
     try:
         with _readable(path):
             text = path.read_text("utf-8")
@@ -365,22 +422,13 @@ def _open_sharded(directory: Path, config: dict[str, Any] | None, index: str) ->
     return checkpoint
 
 
-def stamp_of(path: Path) -> list[int]:
-    """What tells whether a file has changed: size and time of the last change; [] if it is gone."""
-    try:
-        stat = path.stat()
-    except FileNotFoundError:
-        return []
-    return [stat.st_size, stat.st_mtime_ns]
-
-
 def open_files(
     directory: Path, files: list[str], config: dict[str, Any] | None = None
 ) -> Checkpoint:
     """List the tensors of the named files of a directory; FormatError if one is in two files."""
     checkpoint = Checkpoint(directory, config, files, {})
     for file in files:
-        checkpoint.stamps[file] = stamp_of(directory / file)
+        checkpoint.stamps[file] = stamp(directory / file)
         for info in _list_tensors(checkpoint, file):
             if info.name in checkpoint.tensors:
                 raise FormatError(

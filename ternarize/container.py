@@ -199,8 +199,19 @@ def dump_metadata(records: Mapping[str, Record]) -> dict[str, str]:
             if record.transposed:
                 entry["transposed"] = True
         tensors[name] = {**entry, "sha256": record.sha256}
-    table = {"format_version": FORMAT_VERSION, "features": sorted(features), "tensors": tensors}
-    return {"format": "pt", KEY: json.dumps(table, separators=(",", ":"))}
+    table = {
+        "format_version": FORMAT_VERSION,
+        "sealed": True,  # that there is a digest at the end
+        "features": sorted(features),
+        "tensors": tensors,
+    }
+    text = json.dumps(table, separators=(",", ":")).removesuffix("}")
+    return {"format": "pt", KEY: text + _seal(hashlib.sha256(text.encode()).hexdigest())}
+
+
+def _seal(digest: str) -> str:
+    """The end of the metadata, with the digest of all before it."""
+    return f',"sha256":"{digest}"}}'
 
 
 # --- reading ---------------------------------------------------------------------------------
@@ -258,10 +269,50 @@ def _table(file: str, metadata: Mapping[str, str]) -> tuple[set[str], dict[str, 
     if not isinstance(table, dict):
         raise _damaged(file, "its ternarize metadata is not an object")
     check_version(file, table.get("format_version"), table.get("features"))
+    if not table.keys().isdisjoint({"sealed", "sha256"}):  # without them it is not sealed
+        text, said = metadata[KEY], table.get("sha256")
+        end = _seal(str(said))
+        digest = hashlib.sha256(text.removesuffix(end).encode()).hexdigest()
+        if not text.endswith(end) or digest != said:
+            raise DigestError(
+                f"{file}: its ternarize metadata has another SHA-256 than it says "
+                f"({str(said)[:12]!r}); it has changed since it was written. "
+                "Fetch the file again."
+            )
     tensors = table.get("tensors")
     if not isinstance(tensors, dict):
         raise _damaged(file, "its ternarize metadata has no table of tensors")
     return set(table["features"]), tensors
+
+
+def check_listed(where: str, table: Any, records: Mapping[str, Record], files: Any) -> None:
+    """Raise DigestError where a tensor is not the one that the record of the conversion lists.
+
+    where  name of the record, for messages
+    table  its table of tensors; what it does not list is not compared
+    files  tensor name -> TensorInfo
+
+    Every file proves itself; that all of them are of one conversion is known by this alone.
+    """
+    for name, row in table.items() if isinstance(table, dict) else ():
+        said = row.get("sha256") if isinstance(row, dict) else None
+        if said is not None and name in records and said != records[name].sha256:
+            raise DigestError(
+                f"{files[name].file}: {name}: is not the tensor that {where} lists; expected files "
+                f"of one conversion. Fetch the checkpoint again; if it was saved again, remove "
+                f"{where}."
+            )
+
+
+def check_format(checkpoint: Checkpoint) -> None:
+    """Raise FormatError where a file of a model does not say for whom it is, as all writers do."""
+    for file in checkpoint.files:
+        said = checkpoint.metadata[file].get("format")
+        if said != "pt":
+            raise FormatError(
+                f"{file}: its metadata has the format {said!r:.80}; expected 'pt', by which other "
+                "programs know it. Fetch the file again."
+            )
 
 
 def check_version(where: str, version: Any, features: Any) -> None:
@@ -322,7 +373,8 @@ def dequantize(packed: Tensor, scales: Tensor, record: Record) -> Tensor:
         dense = planes[0].dequantize()
         for plane in planes[1:]:
             dense = dense + plane.dequantize()
-        return unrotate(dense, *record.rotation) if record.rotation[0] else dense
+        turned = record.rotation[0] and dense.numel()  # of no rows, cols can be any number
+        return unrotate(dense, *record.rotation) if turned else dense
     _check_scales(scales, _used(packed, record), record)
     count = math.prod(record.shape[:-2])
     matrices = zip(

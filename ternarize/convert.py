@@ -47,7 +47,7 @@ from ternarize.checkpoint import (
     open_files,
     read_bytes,
     read_card,
-    stamp_of,
+    stamp,
 )
 from ternarize.codecs import (
     INT8,
@@ -1161,6 +1161,7 @@ def make_record(
                     row["reason"] += ", fitted by calibration"
                     row["fitted"] = True
                 row["stored_bytes"] = t.stored_bytes()
+                row["sha256"] = result.sha256
                 if t.packed:
                     size = max(1, t.info.numel)
                     row["method"] = t.choice.codec
@@ -1218,14 +1219,17 @@ def relative_error(result: Result) -> float | None:
 
 
 def _stamps(work: Plan, *, now: bool = False) -> list[list[Any]]:
-    """What tells whether a source file has changed since it was opened, or up to now."""
+    """What tells whether a source file has changed since it was opened, or up to now.
+
+    Its size and the time of its last change: a copy of the source that keeps these is the same.
+    """
     source = work.source
     if source.stream is not None:
         return source.stream.stamps()
     names = [*(["config.json"] if source.config is not None else []), *work.copied]
     names += [file for file in source.files if now or file not in source.stamps]
-    stamps = {**source.stamps, **{name: stamp_of(source.directory / name) for name in names}}
-    return [[name, *stamp] for name, stamp in sorted(stamps.items())]
+    stamps = {**source.stamps, **{name: stamp(source.directory / name) for name in names}}
+    return [[name, *found[1:3]] for name, found in sorted(stamps.items())]
 
 
 def _changed(stamps: list[list[Any]], before: list[list[Any]]) -> str:

@@ -27,21 +27,19 @@ import inspect
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor
 
-from ternarize.checkpoint import locate, read_json
+from ternarize.checkpoint import locate, read_config
 from ternarize.errors import CheckpointError, UsageError
 from ternarize.imports import Imported, open_source
-from ternarize.load import load
+from ternarize.load import load, usable
 from ternarize.progress import Progress
 from ternarize.select import locate as locate_tensors
 from ternarize.tensor import check_device
@@ -548,12 +546,17 @@ class _Checkpoint:
                 f"{directory}: no config.json; expected a Hugging Face checkpoint. "
                 "Copy config.json from the source of the model."
             )
-        with _reading(directory / "config.json"):
+        with usable(directory / "config.json"):
             if imported is not None:  # without the quantization that it is stored in
                 config = transformers.CONFIG_MAPPING[table["model_type"]].from_dict(table)
             else:
                 config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        known = [name for name in config.architectures or [] if hasattr(transformers, name)]
+        known = [
+            name
+            for name in config.architectures or []
+            if inspect.isclass(getattr(transformers, name, None))
+            and issubclass(getattr(transformers, name), transformers.PreTrainedModel)
+        ]
         if not known:
             raise CheckpointError(
                 f"{directory / 'config.json'}: architectures {config.architectures}; expected a "
@@ -590,7 +593,7 @@ class _Checkpoint:
             options["state_dict"] = {
                 name: source.read(name).view(info.shape) for name, info in source.tensors.items()
             }
-        with _reading(self.directory):
+        with usable(self.directory):
             model, info = self.model_class.from_pretrained(
                 self.directory if source is None else None,
                 dtype=dtype or "auto",
@@ -617,7 +620,7 @@ def _look(model: str | Path) -> tuple[Path, dict[str, Any] | None, Imported | No
     """Directory and config.json of a checkpoint, and how it is imported if it has to be."""
     if not os.path.isfile(os.path.expanduser(model)):
         directory = locate(model)
-        table = read_json(directory / "config.json")
+        table = read_config(directory)
         how = {} if table is None else table.get("quantization_config") or table.get("quantization")
         packed = isinstance(how, dict) and how.get("quant_method") == "ternarize"
         if packed or not (how or any(directory.glob("*.gguf"))):
@@ -634,20 +637,6 @@ def _rounded(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tenso
     x = inputs[0].float()
     scale = 127 / x.abs().amax(-1, keepdim=True).clamp(min=1e-5)
     return ((x * scale).round().clamp(-128, 127).div(scale).to(inputs[0].dtype), *inputs[1:])
-
-
-@contextmanager
-def _reading(where: Path) -> Iterator[None]:
-    """Turns what transformers raises on a checkpoint that it cannot use into one line."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise CheckpointError(
-            f"{where}: transformers {transformers.__version__} cannot use it "
-            f"({type(error).__name__}: {first[:200]}); expected a complete checkpoint. "
-            "Repair it, or install what it needs."
-        ) from error
 
 
 def _kind(model_class: Any, config: Any) -> str:
@@ -679,7 +668,7 @@ def _kind(model_class: Any, config: Any) -> str:
 def open_tokenizer(directory: str | Path) -> Any:
     """The tokenizer of a checkpoint; raises CheckpointError when it has none that can be used."""
     directory = Path(directory)
-    with _reading(directory / "tokenizer.json"):
+    with usable(directory / "tokenizer.json"):
         return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
 
 

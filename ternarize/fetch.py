@@ -434,7 +434,7 @@ class Stream:
         if path.is_file():
             with path.open("rb") as file:
                 head = file.read(8)
-                head += file.read(int.from_bytes(head, "little"))
+                head += file.read(min(int.from_bytes(head, "little"), 100_000_000))
         else:
             head = self._read_head(name)
         path.unlink(missing_ok=True)

@@ -6,15 +6,17 @@ that `import ternarize` costs nothing.
 """
 
 import importlib
+import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ternarize.errors import CheckpointError, FormatError
+from ternarize.errors import CheckpointError, FormatError, TernarizeError
 
 if TYPE_CHECKING:
     import torch
@@ -53,10 +55,10 @@ def load(
     load, FormatError when the checkpoint is not packed, is damaged, lacks a weight or needs a newer
     ternarize.
     """
-    from ternarize.checkpoint import locate, read_json
+    from ternarize.checkpoint import locate, read_config
 
     directory = locate(path, revision)
-    table = read_json(directory / "config.json")
+    table = read_config(directory)
     if table is None:
         raise CheckpointError(
             f"{directory}: no config.json; expected a Hugging Face checkpoint. "
@@ -66,20 +68,17 @@ def load(
 
     import transformers
 
+    from ternarize import unmapped
     from ternarize.tensor import check_device
 
+    unmapped.install()
     if isinstance(device, str) and device != "auto":
         check_device(device)
-    try:
-        trust = {"trust_remote_code": kwargs.get("trust_remote_code")}
+    with usable(directory / "config.json"):
+        # never asked on the terminal: code that comes with a checkpoint runs on the caller's word
+        trust = {"trust_remote_code": kwargs.get("trust_remote_code") or False}
         config = transformers.AutoConfig.from_pretrained(directory, **trust)
         model_class = _model_class(directory, config)
-    except (ValueError, KeyError, OSError, AttributeError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise CheckpointError(
-            f"{directory / 'config.json'}: transformers {transformers.__version__} cannot use it "
-            f"({first[:200]}). Install the version that the model needs."
-        ) from error
     switches = {
         "verify": verify,
         "dequantize": dequantize or None,
@@ -93,10 +92,33 @@ def load(
         kwargs["dtype"] = dtype
     if isinstance(device, dict) or device == "auto":
         kwargs["device_map"] = device
-    model: PreTrainedModel = model_class.from_pretrained(directory, config=config, **kwargs)
+    with usable(directory):
+        model: PreTrainedModel = model_class.from_pretrained(directory, config=config, **kwargs)
     if device is not None and "device_map" not in kwargs:
         model.to(device)  # type: ignore[arg-type]
     return model
+
+
+@contextmanager
+def usable(where: Path) -> Iterator[None]:
+    """Turns what transformers raises on a checkpoint that it cannot use into one line.
+
+    It raises whatever a wrong value leads to. What a checkpoint cannot cause goes on as it is.
+    """
+    import torch
+    import transformers
+
+    try:
+        yield
+    except (TernarizeError, MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:
+        first = (str(error).strip() or "no message").split("\n")[0]
+        raise CheckpointError(
+            f"{where}: transformers {transformers.__version__} cannot use it "
+            f"({type(error).__name__}: {first[:200]}); expected a complete checkpoint. "
+            "Repair it, or install what it needs."
+        ) from error
 
 
 def _check_is_packed(directory: Path, config: dict[str, Any]) -> None:
@@ -108,17 +130,24 @@ def _check_is_packed(directory: Path, config: dict[str, Any]) -> None:
             f"{directory / 'config.json'}: {what}; expected quant_method 'ternarize'. "
             "Pack the model with `ternarize convert`, or load it with transformers."
         )
+    said = quantization.get("activations", "none") if isinstance(quantization, dict) else None
+    if said not in ("none", "int8"):
+        raise FormatError(
+            f"{directory / 'config.json'}: activations {said!r:.80}; expected 'none' or 'int8'. "
+            "Repair the file, or install a newer ternarize."
+        )
 
 
 def _model_class(directory: Path, config: Any) -> Any:
     import transformers
 
     for name in config.architectures or []:
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
+        found = getattr(transformers, name, None)
+        if inspect.isclass(found) and issubclass(found, transformers.PreTrainedModel):
+            return found
     # code that comes with the checkpoint; from_pretrained asks for trust_remote_code=True
     for name in getattr(config, "auto_map", None) or {}:
-        if name.startswith("AutoModel"):
+        if name.startswith("AutoModel") and hasattr(transformers, name):
             return getattr(transformers, name)
     raise AttributeError(f"no model class for architectures {config.architectures}")
 

@@ -32,8 +32,8 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ternarize import adapters, container
-from ternarize.checkpoint import DTYPES, Checkpoint, open_files
+from ternarize import adapters, container, unmapped
+from ternarize.checkpoint import DTYPES, Checkpoint, open_files, read_json, stamp
 from ternarize.codecs import BASE3, INT8, encode_int8, int8_scales
 from ternarize.container import KEY, SCALE_SUFFIX, Record
 from ternarize.errors import FormatError, UsageError, WeightError
@@ -116,6 +116,7 @@ class TernarizeQuantizer(HfQuantizer):
     # earlier ones match them by themselves)
     serialized_names = {"weight": ["weight", "weight" + SCALE_SUFFIX]}
     quantization_config: TernarizeConfig
+    stamps: dict[Path, list[int]]  # of the files, before they were looked at
     source_transposed: dict[str, bool]
     to_round: set[str]  # parameters of the head that become int8 once they are loaded
 
@@ -130,14 +131,21 @@ class TernarizeQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        from ternarize.plan import RECORD
+
+        unmapped.install()
         files = [Path(file) for file in checkpoint_files or []]
         if not files or any(file.suffix != ".safetensors" for file in files):
             raise FormatError(
                 f"{', '.join(file.name for file in files) or 'no files'}: a packed checkpoint is "
                 "stored in safetensors. Load it from its directory."
             )
+        self.stamps = {file: stamp(file) for file in files}
         packed = open_files(files[0].parent, [file.name for file in files])
         records = container.records_of(packed)
+        container.check_format(packed)
+        said = read_json(packed.directory / RECORD) or {}
+        container.check_listed(RECORD, said.get("tensors"), records, packed.tensors)
         if self.quantization_config.verify is not False:
             container.check(packed, records)
         names = list(packed.tensors)
@@ -149,6 +157,12 @@ class TernarizeQuantizer(HfQuantizer):
         _check_complete(model, names, self)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for file, before in self.stamps.items():  # what was verified is what was loaded
+            if stamp(file) != before:
+                raise FormatError(
+                    f"{file.name}: changed while it was loaded; expected a file at rest. "
+                    "Load it again."
+                )
         if self.to_round:
             _round_head(model, self.to_round)
             self.source_transposed |= dict.fromkeys(self.to_round, False)

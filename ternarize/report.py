@@ -12,7 +12,7 @@ from typing import Any
 from ternarize.checkpoint import Checkpoint
 from ternarize.codecs import INT8, unpack
 from ternarize.container import SCALE_SUFFIX, Record
-from ternarize.errors import OutputError, UsageError
+from ternarize.errors import FormatError, OutputError, UsageError
 from ternarize.verify import check_record, open_packed
 
 
@@ -114,7 +114,10 @@ def _count_zeros(packed: Checkpoint, name: str, record: Record) -> int:
         if record.codec == INT8:
             zeros += rows.numel() - int(rows.count_nonzero())
             continue
-        trits = unpack(rows.view(-1, width // record.planes), cols, record.group_size)
+        try:
+            trits = unpack(rows.view(-1, width // record.planes), cols, record.group_size)
+        except FormatError as error:
+            raise FormatError(f"{packed.tensors[name].file}: {name}: {error}") from None
         zeros += trits.numel() - int(trits.count_nonzero())
     return zeros
 

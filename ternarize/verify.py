@@ -63,6 +63,7 @@ def open_packed(model: str | Path) -> tuple[Checkpoint, dict[str, Record]]:
         if not file.endswith(".safetensors"):
             raise FormatError(f"{file}: a packed checkpoint is in safetensors. Fetch it again.")
     records = container.records_of(packed)
+    container.check_format(packed)
     return packed, records
 
 
@@ -134,6 +135,7 @@ def check_record(packed: Checkpoint, records: dict[str, Record]) -> dict[str, An
                 f"{RECORD}: {name} is {said.get(name, 'missing')} there and "
                 f"{found.get(name, 'missing')} in the files. Fetch the checkpoint again."
             )
+    container.check_listed(RECORD, rows, records, packed.tensors)
     if not _is_calibration(record.get("calibration")):
         raise FormatError(
             f"{RECORD}: its calibration cannot be read; expected data, quality, forms and blocks, "

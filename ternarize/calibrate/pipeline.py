@@ -29,6 +29,7 @@ from ternarize.evaluate import (
     pool,
     summarize,
 )
+from ternarize.load import usable
 from ternarize.plan import Calibrate, Plan, TensorPlan
 from ternarize.progress import Progress
 
@@ -158,7 +159,8 @@ def _check_same(folder: Path, inputs: Mapping[str, str]) -> None:
 
 def _samples(work: Plan, how: Calibrate) -> Samples:
     directory = work.source.directory
-    settings = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    with usable(directory / "config.json"):
+        settings = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
     model_class = getattr(transformers, (settings.architectures or [""])[0], None)
     if model_class is None:
         raise CheckpointError(

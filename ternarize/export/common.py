@@ -26,6 +26,7 @@ from ternarize.checkpoint import Checkpoint
 from ternarize.codecs import BASE3, to_float
 from ternarize.container import SCALE_SUFFIX, Record
 from ternarize.errors import CheckpointError, OutputError
+from ternarize.load import usable
 from ternarize.methods import itf
 from ternarize.tensor import Ternary, group_length
 from ternarize.verify import open_packed
@@ -80,14 +81,8 @@ def model_config(packed: PackedCheckpoint) -> Any:
     """The configuration as transformers reads it, without running code of the checkpoint."""
     import transformers
 
-    try:
+    with usable(packed.directory / "config.json"):
         return transformers.AutoConfig.from_pretrained(packed.directory, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, AttributeError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise CheckpointError(
-            f"{packed.directory / 'config.json'}: transformers {transformers.__version__} cannot "
-            f"use it ({first[:200]}). Export it to dense."
-        ) from error
 
 
 # --- what can be carried -------------------------------------------------------------------------

@@ -1,0 +1,231 @@
+"""Write the golden checkpoints: small models as this version of the package converts them.
+
+    python formats/make_golden.py [--output FOLDER] [--force]
+
+The vectors say what a file means; the golden checkpoints are what users have: whole directories,
+with config.json, ternarize.json and an index, of models that load. Each was converted once from
+random weights and is never made again: a later version must read these bytes, whatever it would
+write itself. Calibration depends on the machine, so that a second run may differ; golden.json has
+the digest of every file, and what readers must find in it:
+
+    files       path below golden/: SHA-256
+    tensors     checkpoint: {tensor: [kind, logical shape, SHA-256 of the decoded numbers]}, where
+                those are trits or int8 weights, row-major, or the bytes of a kept tensor
+    logits      checkpoint: the first outputs of the loaded model on the tokens 1, 2, ... 8
+
+Nothing is replaced without --force.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import reference
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+
+import ternarize
+from ternarize import container
+from ternarize.checkpoint import DTYPES
+from ternarize.convert import convert
+from ternarize.plan import Calibrate, Recipe
+
+HERE = Path(__file__).resolve().parent
+TABLE = "golden.json"
+TOKENS = 8
+SIZES: dict[str, Any] = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 68,  # a multiple of no group size: rows end in a short group
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 32,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def llama(**more: Any) -> Any:
+    return transformers.LlamaConfig(**{**SIZES, **more}, architectures=["LlamaForCausalLM"])
+
+
+def mixtral() -> Any:
+    return transformers.MixtralConfig(
+        **SIZES, num_local_experts=2, num_experts_per_tok=1, architectures=["MixtralForCausalLM"]
+    )
+
+
+def gpt_oss() -> Any:
+    """Experts in one tensor of three dimensions, turned."""
+    return transformers.GptOssConfig(
+        **{**SIZES, "intermediate_size": 20},
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        sliding_window=8,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        architectures=["GptOssForCausalLM"],
+    )
+
+
+def gpt2() -> Any:
+    """Matrices that are stored turned."""
+    return transformers.GPT2Config(
+        vocab_size=48,
+        n_embd=32,
+        n_inner=68,
+        n_layer=1,
+        n_head=2,
+        n_positions=32,
+        bos_token_id=1,
+        eos_token_id=2,
+        architectures=["GPT2LMHeadModel"],
+    )
+
+
+def every_scale_type(tensors: dict[str, Tensor]) -> None:
+    """Weights that are ternary already, with scales that only F32, or BF16, or F16 holds."""
+    for part, scale in (("q", 1 + 2.0**-20), ("k", 1.5 * 2.0**-26), ("v", 0.75)):
+        name = f"model.layers.0.self_attn.{part}_proj.weight"
+        tensors[name] = tensors[name].float().sign() * scale
+    down = "model.layers.0.mlp.down_proj.weight"
+    tensors[down] = tensors[down].float() * 2.0**30  # ordinary ones, beyond F16
+    tensors["model.layers.0.mlp.up_proj.weight"][:, :16] = 0  # a group of zeros in each row
+
+
+Change = Callable[[dict[str, Tensor]], None]
+CASES: dict[str, tuple[Callable[[], Any], Recipe, str | None, Change | None]] = {
+    "groups": (llama, Recipe(group_size=16), "16KB", None),
+    "rows": (lambda: llama(tie_word_embeddings=True), Recipe("twn", -1), None, None),
+    "tensor": (llama, Recipe("itf", 0, activations="int8"), None, None),
+    "scale-types": (llama, Recipe(group_size=16), None, every_scale_type),
+    "planes-scale8": (
+        llama,
+        Recipe("itf", 16, scale_bits=8, planes=("*_proj.weight",), head="int8", embeddings="int8"),
+        None,
+        None,
+    ),
+    "rotation": (
+        llama,
+        Recipe("gptq", 16, embeddings="ternary", calibrate=Calibrate("samples.safetensors")),
+        None,
+        None,
+    ),
+    "experts": (mixtral, Recipe(group_size=-1), "16KB", None),
+    "stacked-experts": (gpt_oss, Recipe(group_size=16), None, None),
+    "transposed": (gpt2, Recipe(group_size=16, head="ternary", embeddings="ternary"), None, None),
+}
+
+
+def save_source(config: Any, folder: Path, shard: str | None, change: Change | None) -> None:
+    """A model of random weights, as save_pretrained writes it."""
+    model_class = getattr(transformers, config.architectures[0])
+    torch.manual_seed(0)
+    model = model_class._from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.1 * torch.randn(parameter.shape) + float(parameter.ndim == 1))
+    model.save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
+    if change is not None:
+        file = folder / "model.safetensors"
+        tensors = {name: t.clone() for name, t in model.state_dict().items()}
+        change(tensors)
+        save_file(tensors, file, metadata={"format": "pt"})
+
+
+def make_models(folder: Path) -> None:
+    """Convert every case into a directory of `folder`."""
+    for name, (config, recipe, shard, change) in CASES.items():
+        with tempfile.TemporaryDirectory() as work:
+            source = Path(work) / "source"
+            save_source(config(), source, shard, change)
+            if recipe.calibrate is not None:
+                ids = torch.randint(3, 48, (16, 16), generator=torch.Generator().manual_seed(0))
+                samples = Path(work) / recipe.calibrate.dataset
+                save_file({"input_ids": ids}, samples)
+                how = Calibrate(str(samples), num_samples=12, rotation=16)
+                recipe = replace(recipe, calibrate=how)
+            convert(source, folder / name, recipe, threads=1)
+
+
+def make_kept(path: Path) -> None:
+    """A file of kept tensors, one of each type, and none that is packed."""
+    tensors = {
+        name: torch.arange(1, 1 + 8 * dtype.itemsize, dtype=torch.uint8).view(dtype)
+        for name, dtype in DTYPES.items()
+        if dtype != torch.bool
+    }
+    tensors["BOOL"] = torch.tensor([True, False] * 4)
+    records = {name: container.Record(container.digest(t)) for name, t in tensors.items()}
+    save_file(tensors, path, metadata=container.dump_metadata(records))
+
+
+def logits(folder: Path) -> list[float]:
+    """The first outputs of a loaded checkpoint for each of the tokens 1 to 8."""
+    model = ternarize.load(folder, dtype="float32", activations="none")
+    with torch.inference_mode():
+        found = model(input_ids=torch.arange(1, 1 + TOKENS).unsqueeze(0)).logits
+    return [round(float(value), 5) for value in found[0, :, 0]]
+
+
+def describe(path: Path) -> dict[str, list[Any]]:
+    """What the reference decoder finds: {tensor: [kind, shape, SHA-256]}."""
+    found: dict[str, list[Any]] = {}
+    for name, tensor in reference.decode(path).items():
+        words = reference.describe("-", tensor)
+        kind, _, rest = words.removeprefix("- ").partition(" ")
+        shape, _, rest = rest.partition("]")
+        found[name] = [kind, json.loads(shape + "]"), rest.split()[2]]
+    return dict(sorted(found.items()))
+
+
+def make(folder: Path) -> None:
+    """Write all golden checkpoints and their table to an empty folder."""
+    make_models(folder)
+    make_kept(folder / "kept-types.safetensors")
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    tops = sorted(path.name for path in folder.iterdir())
+    table = {
+        "format_version": container.FORMAT_VERSION,
+        "files": {
+            path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in paths
+        },
+        "tensors": {name: describe(folder / name) for name in tops},
+        "logits": {name: logits(folder / name) for name in CASES},
+    }
+    (folder / TABLE).write_text(json.dumps(table, indent=1) + "\n", "utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Write the golden checkpoints.")
+    parser.add_argument("--output", type=Path, default=HERE / "golden")
+    parser.add_argument("--force", action="store_true", help="replace what is there")
+    arguments = parser.parse_args()
+    output: Path = arguments.output
+    if output.exists():
+        if not arguments.force:
+            print(f"{output}: is there; golden files are never made again", file=sys.stderr)
+            return 1
+        shutil.rmtree(output)
+    output.mkdir(parents=True)
+    make(output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

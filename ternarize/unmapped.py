@@ -1,0 +1,80 @@
+"""Packed checkpoints for transformers' loading, read instead of mapped.
+
+transformers opens a file with `safetensors.safe_open`, which maps it, and the model's parameters
+are then that mapping. A file that shrinks afterwards kills the process by a signal, and one that is
+changed in place changes weights that have been verified. `install` puts `open_file` in its place:
+for packed files tensors are read into memory of their own, for any other file nothing changes.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from torch import Tensor
+
+from ternarize.checkpoint import DTYPES, Entry, Header, read_bytes, read_header
+from ternarize.container import KEY
+from ternarize.errors import FormatError
+
+
+def install() -> None:
+    """Let transformers open files with `open_file` from now on."""
+    from transformers import modeling_utils
+
+    vars(modeling_utils)["safe_open"] = open_file
+
+
+def open_file(path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+    """`safetensors.safe_open`, which does not map a packed file."""
+    try:
+        header = read_header(Path(path))
+    except (FormatError, OSError):  # whatever is wrong, the library says it in its own words
+        header = None
+    if header is None or KEY not in header.metadata:
+        return safetensors.safe_open(path, *args, **kwargs)
+    return _File(Path(path), header)
+
+
+class _File:
+    """What transformers uses of an open safetensors file. It is opened again for each tensor."""
+
+    def __init__(self, path: Path, header: Header) -> None:
+        self.path, self.header = path, header
+
+    def __enter__(self) -> "_File":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def metadata(self) -> dict[str, str]:
+        return self.header.metadata
+
+    def keys(self) -> list[str]:
+        return list(self.header.entries)
+
+    def get_slice(self, name: str) -> "_Slice":
+        return _Slice(self.path, self.header.entries[name], self.header.data_start)
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self.get_slice(name)[...]
+
+
+class _Slice:
+    """A tensor that is read when it is indexed."""
+
+    def __init__(self, path: Path, entry: Entry, data_start: int) -> None:
+        self.path, self.entry, self.start = path, entry, data_start + entry.start
+
+    def get_shape(self) -> list[int]:
+        return list(self.entry.shape)
+
+    def get_dtype(self) -> str:
+        return self.entry.dtype
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """The whole tensor for `...`, else what the slices leave of it; on the CPU."""
+        shape, dtype = self.entry.shape, DTYPES[self.entry.dtype]
+        data = read_bytes(self.path, self.start, self.entry.nbytes).view(dtype).reshape(shape)
+        return data if index is Ellipsis else data[index].clone()
