@@ -14,9 +14,32 @@ Every message is one line: `where: what is, with its value; what is expected. Wh
 The class names are stable; the wording is not.
 """
 
+LONGEST = 2000  # characters of a message; names of a hostile file can have any length
+
 
 class TernarizeError(Exception):
     """Base of all errors that a user or a file can cause."""
+
+    def __str__(self) -> str:
+        """The message in one line, and nothing in it that a terminal would act on.
+
+        Names come from files: line breaks, escape sequences and marks that turn the direction of
+        writing are shown as their codes.
+        """
+        text = printable(super().__str__())
+        if len(text) <= LONGEST:
+            return text
+        half = LONGEST // 2
+        return f"{text[:half]} [...] {text[-half:]}"
+
+
+def printable(text: str) -> str:
+    """A text from a file, as one line that can be printed."""
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )
 
 
 class UsageError(TernarizeError):
