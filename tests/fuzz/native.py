@@ -16,8 +16,8 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "ternarize" / "csrc"
 TARGETS = ("codec", "ternarize", "products", "decode")
 SANITIZERS = "address,undefined"
-# Of the core alone: the plain loops that it is compared with are no code to be covered. Comparisons
-# are not traced: they take half of the time, and sizes have no magic numbers.
+# Of the core alone, as are the sanitizers: the plain loops that it is compared with are no code to be
+# tested. Comparisons are not traced: they take half of the time, and sizes have no magic numbers.
 COVERAGE = ["-fsanitize-coverage=inline-8bit-counters,pc-table"]
 _AVX512 = "-mavx2 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi"
 _PRODUCTS = {
@@ -34,12 +34,14 @@ def compiler() -> str | None:
     return next((found for name in names if (found := shutil.which(name))), None)
 
 
-def _sources() -> dict[str, list[str]]:
+def _sources(variants: bool) -> dict[str, list[str]]:
     """The core's sources by name, with what CMakeLists.txt compiles each with."""
     names = ["core", "decode", "int8", "lanes", "pool", "portable"]
     names += ["products_portable", "int8_products_portable"]
     options: dict[str, str] = dict.fromkeys(names, "")
-    if platform.machine() in ("x86_64", "AMD64"):
+    if not variants:
+        pass
+    elif platform.machine() in ("x86_64", "AMD64"):
         options |= {"avx2": "-mavx2", "avx512": f"{_AVX512} -mprefer-vector-width=512"}
         for kind in ("", "int8_"):
             options |= {f"{kind}products_{cpu}": flags for cpu, flags in _PRODUCTS.items()}
@@ -49,8 +51,13 @@ def _sources() -> dict[str, list[str]]:
     return {name: flags.split() for name, flags in options.items()}
 
 
-def build(folder: Path, targets: tuple[str, ...] = TARGETS, jobs: int = 2) -> dict[str, Path]:
+def build(
+    folder: Path, targets: tuple[str, ...] = TARGETS, *, variants: bool = True, jobs: int = 2
+) -> dict[str, Path]:
     """Compile the fuzzers into `folder`; returns the program of each target.
+
+    variants  for all instruction sets of this CPU; False: for none but the portable one, which
+              takes a tenth of the time
 
     Raises FileNotFoundError without clang, CalledProcessError where it fails.
     """
@@ -59,7 +66,8 @@ def build(folder: Path, targets: tuple[str, ...] = TARGETS, jobs: int = 2) -> di
         raise FileNotFoundError("clang++: not found")
     folder.mkdir(parents=True, exist_ok=True)
     flags = ["-std=c++17", "-O2", "-g1", "-ffp-contract=off", "-fno-trapping-math", "-pthread"]
-    flags += [f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all", f"-I{CSRC}"]
+    flags.append(f"-I{CSRC}")
+    sanitized = [f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all"]
 
     def compile_one(source: Path, options: list[str], out: Path) -> Path:
         command = [clang, *flags, *options, "-c", str(source), "-o", str(out)]
@@ -71,10 +79,10 @@ def build(folder: Path, targets: tuple[str, ...] = TARGETS, jobs: int = 2) -> di
             pool.submit(
                 compile_one,
                 CSRC / f"{name}.cpp",
-                [*COVERAGE, *options],
+                [*sanitized, *COVERAGE, *options],
                 folder / f"{name}.o",
             )
-            for name, options in _sources().items()
+            for name, options in _sources(variants).items()
         ]
         harness = {
             name: pool.submit(compile_one, HERE / f"{name}.cpp", [], folder / f"fuzz_{name}.o")
@@ -85,7 +93,16 @@ def build(folder: Path, targets: tuple[str, ...] = TARGETS, jobs: int = 2) -> di
     programs = {}
     for name, main in mains.items():
         programs[name] = folder / f"fuzz_{name}"
-        link = [clang, *flags, "-fsanitize=fuzzer", main, *objects, "-o", str(programs[name])]
+        link = [
+            clang,
+            *flags,
+            *sanitized,
+            "-fsanitize=fuzzer",
+            main,
+            *objects,
+            "-o",
+            str(programs[name]),
+        ]
         subprocess.run(link, check=True)
     return programs
 

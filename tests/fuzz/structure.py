@@ -20,13 +20,49 @@ SIZES = dict(zip(DTYPES, [8, 4, 2, 2, 1, 1, 1, 8, 4, 2, 1, 8, 4, 2, 1, 1, 8], st
 NUMBERS = [-(2**63), -2, -1, 0, 1, 2, 3, 4, 5, 6, 7, 15, 16, 63, 64, 65, 127, 128, 256, 1024]
 NUMBERS += [2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**60, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64]
 WORDS = ["", "base3", "int8", "U8", "F16", "__metadata__", "weight", "w.weight", "w.weight_scale"]
-WORDS += ["a_scale", "..", "../x", "/etc/x", "a\\b", "model.safetensors", "é", "\x00", "\ud800", "1"]
+WORDS += [
+    "a_scale",
+    "..",
+    "../x",
+    "/etc/x",
+    "a\\b",
+    "model.safetensors",
+    "é",
+    "\x00",
+    "\ud800",
+    "1",
+]
 WORDS += ["ternary", "kept", "tied", "scale8", "planes", "rotation", "shape", "sha256", "\n", "C:"]
 KEYS = "shape group_size codec planes rotation transposed sha256 block seed features".split()
 KEYS += "format_version tensors dtype data_offsets weight_map quantization_config recipe".split()
 KEYS += "quant_method calibration becomes data quality forms blocks metadata total_size".split()
-TEXTS = ['{"a":1,"a":2}', "NaN", "Infinity", "-Infinity", "1e999", "[" * 2000, "\\ud800", '"\\ud800"']
-TEXTS += ["\ufeff", "null", "true", "{}", "[]", " ", "\n", "\t", ",", ":", "}", "{", "0x1", "1.0", "-0"]
+TEXTS = [
+    '{"a":1,"a":2}',
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "1e999",
+    "[" * 2000,
+    "\\ud800",
+    '"\\ud800"',
+]
+TEXTS += [
+    "\ufeff",
+    "null",
+    "true",
+    "{}",
+    "[]",
+    " ",
+    "\n",
+    "\t",
+    ",",
+    ":",
+    "}",
+    "{",
+    "0x1",
+    "1.0",
+    "-0",
+]
 TEXTS += ["1E400", "9" * 30, "-1", '"', "\\u0000", "//", "'"]
 
 
@@ -78,7 +114,9 @@ def change_json(value: Any, rng: random.Random) -> Any:
         parent[key] += rng.choice([-1, 1])
     elif what == 4 and isinstance(parent[key], str) and parent[key]:
         at = rng.randrange(len(parent[key]))
-        parent[key] = parent[key][:at] + rng.choice(["", "0", "/", "\x00", "é"]) + parent[key][at + 1 :]
+        parent[key] = (
+            parent[key][:at] + rng.choice(["", "0", "/", "\x00", "é"]) + parent[key][at + 1 :]
+        )
     else:
         parent[key] = grown(rng)
     return value
@@ -338,7 +376,9 @@ def _change_header(header: dict[str, Any], rng: random.Random) -> None:
         at = rng.randrange(len(entry["data_offsets"]))
         entry["data_offsets"][at] += rng.choice([-4, -1, 1, 2, 4, 2**31, 2**63])
     else:
-        entry["shape"] = grown(rng) if rng.random() < 0.3 else [rng.choice(NUMBERS) for _ in range(2)]
+        entry["shape"] = (
+            grown(rng) if rng.random() < 0.3 else [rng.choice(NUMBERS) for _ in range(2)]
+        )
 
 
 def change_file(data: bytes, rng: random.Random) -> bytes:

@@ -177,7 +177,8 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any], checkpoint: Checkpoint
         require(np.array_equal(numbers.numpy(), what), f"{name}: numbers")
         require(scales.shape == expected.scales.shape, f"{name}: shape of scales")
         require(np.array_equal(scales.numpy(), expected.scales), f"{name}: scales")
-        require(record.group_size == expected.group_size, f"{name}: group size")
+        group_size = min(expected.group_size, 2**63 - 1)  # longer than any row
+        require(record.group_size == group_size, f"{name}: group size")
         require(record.transposed == expected.transposed, f"{name}: transposed")
         stored = expected.stored() if ternary else expected.dequantize()
         same = plain.numpy().tobytes() == stored.tobytes()
@@ -291,7 +292,8 @@ def _records() -> list[bytes]:
     packed = {"reason": "linear in a repeated block", "source_dtype": "F16", "stored_bytes": 10}
     said = {"method": "gptq", "bpw": 1.75, "sparsity": 0.46, "relative_error": 0.19}
     tensors: dict[str, Any] = {
-        name: {"becomes": "ternary", **packed, **said} for name in ("w.weight", "a.weight", "b.weight")
+        name: {"becomes": "ternary", **packed, **said}
+        for name in ("w.weight", "a.weight", "b.weight")
     }
     tensors["c.weight"] = {"becomes": "int8", **packed}
     tensors["norm.weight"] = {"becomes": "kept", "reason": "norm", "fitted": True}
@@ -300,7 +302,11 @@ def _records() -> list[bytes]:
     plain = {
         "format_version": 1,
         "tool": {"name": "ternarize", "version": "0.1.0"},
-        "source": {"bytes": 4000, "card": {"license": "mit"}, "hub": {"id": "a/b", "commit": "0" * 40}},
+        "source": {
+            "bytes": 4000,
+            "card": {"license": "mit"},
+            "hub": {"id": "a/b", "commit": "0" * 40},
+        },
         "recipe": {**recipe, "calibrate": None},
         "tensors": tensors,
     }
@@ -326,7 +332,9 @@ def _records() -> list[bytes]:
 
 
 def _texts() -> list[bytes]:
-    texts = [structure.TEXTS[i].encode("utf-8", "surrogatepass") for i in range(len(structure.TEXTS))]
+    texts = [
+        structure.TEXTS[i].encode("utf-8", "surrogatepass") for i in range(len(structure.TEXTS))
+    ]
     for data in _directories():
         texts += [v for k, v in structure.split_files(data).items() if k.endswith(".json")]
     return texts
@@ -359,6 +367,8 @@ TARGETS: dict[str, Target] = {
         ("verify", "report", "card"),
     ),
 }
+
+
 @dataclass
 class Limits:
     """What the slowest and the hungriest input took so far."""
@@ -371,9 +381,9 @@ class Limits:
 def run_one(target: Target, data: bytes, folder: Folder, limits: Limits) -> None:
     """Run a target on an input; raises Finding, or what the target let out."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    start = time.perf_counter()
+    start = time.process_time()  # not disturbed by others on the machine
     target.run(data, folder)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     limits.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     if seconds > limits.seconds:
         limits.seconds, limits.slowest = seconds, data

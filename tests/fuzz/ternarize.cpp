@@ -7,16 +7,16 @@ using namespace fuzz;
 namespace {
 
 // Blocks of 128, halves added to halves, until one number is left; then the same over the blocks.
-double fixed_sum(std::vector<double> values) {
+// Uses up the values.
+double fixed_sum(std::vector<double>& values) {
   do {
     values.resize((std::max<size_t>(1, values.size()) + 127) / 128 * 128, 0.0);
-    std::vector<double> sums;
     for (size_t at = 0; at < values.size(); at += 128) {
       for (size_t half = 64; half; half /= 2)
         for (size_t i = 0; i < half; ++i) values[at + i] += values[at + i + half];
-      sums.push_back(values[at]);
+      values[at / 128] = values[at];
     }
-    values = sums;
+    values.resize(values.size() / 128);
   } while (values.size() > 1);
   return values[0];
 }
@@ -31,10 +31,11 @@ struct Found {
 };
 
 Found above(const Rows& rows, double threshold) {
-  std::vector<double> sums;
+  static std::vector<double> sums, magnitudes;
+  sums.clear();
   int64_t count = 0;
   for (const auto& row : rows) {
-    std::vector<double> magnitudes;
+    magnitudes.clear();
     for (const double w : row) {
       const bool in = std::fabs(w) > threshold;
       magnitudes.push_back(in ? std::fabs(w) : 0.0);
