@@ -16,7 +16,7 @@ from campaigns import fuzz as campaign
 from fuzz import native, structure, targets
 
 FOUND = sorted(path for path in targets.FINDINGS.glob("*/*") if path.parent.name in targets.TARGETS)
-EXECUTIONS = {"header": 4000, "json": 2000, "file": 1500, "directory": 600, "record": 400}
+EXECUTIONS = {"header": 3000, "json": 1500, "file": 1000, "directory": 300, "record": 150}
 
 
 @pytest.mark.parametrize("name", targets.TARGETS)
@@ -49,35 +49,35 @@ def test_mutations_reach_behind_the_first_checks() -> None:
     seeds, valid = targets.TARGETS["file"].seeds(), 0
     try:
         for _ in range(300):
-            path = folder.write({"x": structure.change_file(rng.choice(seeds), rng)}) / "x"
-            valid += targets.outcome(lambda: targets.reference.decode(path), Exception)[1] is None
+            folder.write({"x": structure.change_file(rng.choice(seeds), rng)})
+            error = targets.outcome(lambda: targets.reference.decode(folder.path / "x"), Exception)[
+                1
+            ]
+            valid += error is None
     finally:
         folder.remove()
     assert 20 <= valid <= 250
 
 
-@pytest.mark.parametrize("guided", [False, True])
-def test_campaign_reports(guided: bool, tmp_path: Path) -> None:
-    if guided:
-        pytest.importorskip("atheris")
+def test_campaign_reports(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     arguments = ["--count", "400", "--target", "header", "--work", str(tmp_path / "work")]
-    arguments += ["--json", str(report), *([] if guided else ["--plain"])]
-    assert campaign.main(arguments) == 0
+    assert campaign.main([*arguments, "--json", str(report)]) == 0
     found = json.loads(report.read_text())
-    assert found["guided"] is guided and found["executions"] == 400 and found["findings"] == 0
+    assert found["executions"] == 400 and found["findings"] == 0
     reached, lines = found["targets"]["header"]["lines"]["checkpoint"]
     assert 50 < reached < lines
 
 
 def test_what_is_wrong_is_found(tmp_path: Path) -> None:
     """A reader that lets everything through is caught, and the input is kept."""
-    program = (
-        "import sys; sys.argv = ['x', 'header', '--plain', '--count', '2000', '--corpus', sys.argv[1]]\n"
-        "from fuzz import targets, worker\n"
-        "targets.read_header = lambda path: targets.reference.read_header(path.open('rb'), 1 << 40)\n"
-        "worker.main()"
-    )
+    program = """
+import sys
+from fuzz import targets, worker
+targets.read_header = lambda path: targets.reference.read_header(path.open("rb"), 1 << 40)
+sys.argv[1:] = ["header", "--plain", "--count", "2000", "--corpus", *sys.argv[1:]]
+worker.main()
+"""
     corpus = tmp_path / "work" / "corpus"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(campaign.PATHS)}
     command = [sys.executable, "-c", program, str(corpus)]
@@ -88,17 +88,16 @@ def test_what_is_wrong_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(bool(campaign.without_clang()), reason=str(campaign.without_clang()))
 def test_compiled_core(tmp_path: Path) -> None:
-    """The portable variant of the core under sanitizers, on earlier findings and a few inputs more."""
-    for name, program in native.build(tmp_path, ("codec", "decode"), variants=False).items():
-        work = tmp_path / name
-        for path in sorted((targets.FINDINGS / name).glob("*")):
-            subprocess.run([program, str(path)], check=True, capture_output=True)
-        row = campaign.fuzz_native(program, 2000, 1, work)
-        assert row["executions"] == 2000 and row["findings"] == [], row
+    """The portable variant under sanitizers: earlier findings, and a few inputs more."""
+    program = native.build(tmp_path, ("codec",), variants=False)["codec"]
+    for path in sorted((targets.FINDINGS / "codec").iterdir()):
+        subprocess.run([program, str(path)], check=True, capture_output=True)
+    row = campaign.fuzz_native(program, 2000, 1, tmp_path / "codec")
+    assert row["executions"] == 2000 and row["findings"] == [], row
 
 
 def test_decoders_agree() -> None:
-    report = differential.campaign(150, most=6)
+    report = differential.campaign(150, most=3)
     assert report["tensors"] == 150
     assert min(report["compared"][name] for name in ("reference", "q2_0", "tq1_0")) > 5
-    assert report["bytes"]["refused"] > report["bytes"]["accepted"] > 1000
+    assert report["bytes"] == {"accepted": 120, "refused": 2952}

@@ -217,7 +217,7 @@ def check_blocks(plane: Ternary, done: Counter[str]) -> None:
 
 
 def check_all_bytes(most: int, done: Counter[str]) -> None:
-    """Every byte in every place of rows of up to `most` trits, by all: the same, or refused by all."""
+    """Every byte in every place of rows of up to `most` trits: the same, or refused by all."""
     for cols in range(1, most + 1):
         for group_size in (-1, *range(1, most + 1)):
             width = codecs.packed_width(cols, group_size)

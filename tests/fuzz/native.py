@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "ternarize" / "csrc"
 TARGETS = ("codec", "ternarize", "products", "decode")
 SANITIZERS = "address,undefined"
-# Of the core alone, as are the sanitizers: the plain loops that it is compared with are no code to be
+# Of the core alone, as are the sanitizers: the plain loops that it is compared with are not what is
 # tested. Comparisons are not traced: they take half of the time, and sizes have no magic numbers.
 COVERAGE = ["-fsanitize-coverage=inline-8bit-counters,pc-table"]
 _AVX512 = "-mavx2 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi"

@@ -5,8 +5,8 @@
 
 With atheris, inputs are chosen by the coverage that they reach, and FOLDER keeps those that reached
 something new. Without it (or with --plain) the same mutations are applied to inputs drawn from the
-seeds and from results that were accepted, with no coverage to guide them. The first finding ends the
-run with an exception; its input is left in FOLDER/../crash-*. The last lines say what was done, in
+seeds and from earlier results, with no coverage to guide them. The first finding ends the run with
+an exception; its input is left in FOLDER/../crash-*. The last lines say what was done, in
 libFuzzer's words. --lines fuzzes nothing: it runs what FOLDER holds, and prints how many lines of
 the target's modules were reached, as JSON.
 """
