@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TINY := build/tiny-llama-ternary
 
-.PHONY: venv demo test lint types docs clean
+.PHONY: venv demo test test-oldest lint types docs clean
 
 venv: .venv/.stamp
 
@@ -29,6 +29,21 @@ demo: venv
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
+# Loading, converting and the Hub with the oldest versions that pyproject.toml takes, and on torch
+# alone, without the compiled core. What those versions warn of is theirs.
+OLDEST := .venv-oldest
+test-oldest: $(OLDEST)/.stamp
+	HF_HUB_OFFLINE=1 PYTHONPATH=. OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto \
+		--dist worksteal -W default -k "not deepseek and not compile and not two_processes" \
+		tests/test_load.py tests/test_convert.py tests/test_hub.py
+
+$(OLDEST)/.stamp: pyproject.toml constraints.txt constraints-oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-c constraints-oldest.txt accelerate filelock hypothesis huggingface_hub numpy pyarrow \
+		pytest pytest-xdist rich safetensors torch transformers typer
+	touch $@
+
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,4 +56,4 @@ docs: venv
 	$(BIN)/typer ternarize.cli utils docs --name ternarize --title "The command line" --output CLI.md
 
 clean:
-	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv $(OLDEST) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

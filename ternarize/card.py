@@ -13,8 +13,9 @@ from typing import Any
 
 from ternarize.checkpoint import inherit
 from ternarize.fetch import split_id
-from ternarize.plan import RECORD, Recipe
+from ternarize.plan import GROUP_SIZE, RECORD, Recipe
 from ternarize.report import inspect
+from ternarize.select import KEEP
 from ternarize.verify import check_record, open_packed, read_recipe
 
 CARD = "README.md"
@@ -158,6 +159,8 @@ def _how(record: dict[str, Any], hub: dict[str, str]) -> list[str]:
         "byte by byte:",
         _code("console", shlex.join(["ternarize", "verify", "packed", "--source", source])),
     ]
+    if _table_of(_table_of(record, "source"), "imported"):
+        parts.append("The source was ternary already, and is packed without loss.")
     if not hub:
         parts.append(f"({SOURCE} was a directory, whose name is not on record.)")
     return parts
@@ -166,11 +169,11 @@ def _how(record: dict[str, Any], hub: dict[str, str]) -> list[str]:
 def command(recipe: Recipe, source: str) -> str:
     """The command line of a conversion by this recipe, into `packed`."""
     words = ["ternarize", "convert", source, "packed"]
-    default = Recipe()
+    default = Recipe(group_size=GROUP_SIZE, activations="none", head=KEEP, embeddings=KEEP)
     words += ["--method", recipe.method]
     for name in ("group_size", "scale_bits", "dtype", "activations", "head", "embeddings"):
         value = getattr(recipe, name)
-        if value != getattr(default, name):
+        if value not in (None, getattr(default, name)):
             words += [_option(name), str(value)]
     for name in ("keep", "include", "planes"):
         for glob in getattr(recipe, name):

@@ -266,6 +266,11 @@ class Checkpoint:
             buffer = None
         return read_bytes(self.directory / info.file, offset, nbytes, buffer).view(dtype)
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors, as they are stored."""
+        return sum(info.nbytes for info in self.tensors.values())
+
 
 def open_checkpoint(directory: Path, *, need_weights: bool = True) -> Checkpoint:
     """List the tensors of a checkpoint directory from its index and headers.

@@ -169,9 +169,12 @@ def convert(
         ),
     ] = None,
     group_size: Annotated[
-        int,
-        typer.Option(help="Weights per scale; -1: one group per row; 0: one scale per tensor."),
-    ] = 128,
+        int | None,
+        typer.Option(
+            help="Weights per scale; -1: one group per row; 0: one scale per tensor. Default: 128; "
+            "of weights that are ternary already their own."
+        ),
+    ] = None,
     keep: Annotated[
         list[str] | None, typer.Option(help="Leave tensors that match this glob as they are.")
     ] = None,
@@ -184,17 +187,30 @@ def convert(
         list[str] | None,
         typer.Option(help="Make tensors that match this glob the sum of two ternary ones."),
     ] = None,
-    head: Annotated[End, typer.Option(help="What becomes of the output head.")] = End.keep,
+    head: Annotated[
+        End | None,
+        typer.Option(
+            help="What becomes of the output head. Default: keep; ternary if the source has it in "
+            "2 bits."
+        ),
+    ] = None,
     embeddings: Annotated[
-        End,
-        typer.Option(help="What becomes of the token embedding; if tied to the head, of both."),
-    ] = End.keep,
+        End | None,
+        typer.Option(
+            help="What becomes of the token embedding; if tied to the head, of both. Default: as "
+            "of the head."
+        ),
+    ] = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Dtype of kept weights; default: as in the source.")
     ] = None,
     activations: Annotated[
-        Activations, typer.Option(help="Recorded for the loader: int8 per token, or none.")
-    ] = Activations.none,
+        Activations | None,
+        typer.Option(
+            help="Recorded for the loader: int8 per token, or none. Default: none; of imported "
+            "models what they were trained with."
+        ),
+    ] = None,
     dataset: Annotated[
         str | None,
         typer.Option(
@@ -308,11 +324,11 @@ def convert(
         tuple(keep or ()),
         tuple(include or ()),
         dtype.value if dtype else None,
-        activations.value,
+        activations.value if activations else None,
         scale_bits,
         tuple(planes or ()),
-        head.value,
-        embeddings.value,
+        head.value if head else None,
+        embeddings.value if embeddings else None,
         Calibrate("default" if dataset is None else dataset, **given)
         if chosen == Method.gptq
         else None,
@@ -345,6 +361,8 @@ def convert(
     _print_totals(report)
     _print_calibration(report)
     if not quiet:
+        for note in record["source"].get("imported", {}).get("notes", ()):
+            err.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
         _hint(model, output, report)
 
 
@@ -450,9 +468,10 @@ def verify(
         return
     same = _comparison(source, result["compared"]) if source else ""
     int8 = f", {result['int8']} int8" if result["int8"] else ""
+    listed = f", SHA256SUMS too ({result['listed']} files)" if result["listed"] is not None else ""
     print(
         f"ok: {result['ternary']} ternary{int8} and {result['kept']} kept tensors "
-        f"in {result['files']} files, {_size(result['bytes'])}, digests match{same}"
+        f"in {result['files']} files, {_size(result['bytes'])}, digests match{listed}{same}"
     )
 
 

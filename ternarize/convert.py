@@ -60,6 +60,7 @@ from ternarize.codecs import (
 from ternarize.container import FORMAT_VERSION, SCALE_SUFFIX, Record
 from ternarize.errors import CheckpointError, FormatError, OutputError, UsageError, WeightError
 from ternarize.fetch import split_id
+from ternarize.imports import Imported
 from ternarize.methods import METHODS, levels
 from ternarize.methods.grouped import distance, fixed_sum
 from ternarize.plan import (
@@ -72,11 +73,18 @@ from ternarize.plan import (
     Shard,
     TensorPlan,
     calibrated_plan,
+    finer,
     header_bytes,
+    is_lossless,
+    logical,
+    not_lossless,
+    own_groups,
     plan,
+    said_group_size,
 )
 from ternarize.progress import Progress
 from ternarize.rotation import rotate
+from ternarize.sums import SUMS, make_sums
 from ternarize.tensor import Ternary, check_device, split_groups
 from ternarize.version import __version__
 
@@ -175,15 +183,21 @@ def _ternarize(
     device: str,
     solved: Solved | None,
 ) -> Result:
-    lossless = solved is None and is_ternary(source, tensor)
+    foreign = isinstance(source, Imported) and tensor.name in source.group_sizes
+    lossless = foreign or (solved is None and is_ternary(source, tensor))
     method = METHODS[WITHOUT_DATA if recipe.method == GPTQ else recipe.method]
     whole = None if solved is None else read_solved(solved[0], tensor.name, solved[1])
     sha, buffer = hashlib.sha256(), _buffer()
     all_scales, done, nonzero, error, energy = [], 0, 0, 0.0, 0.0
     for start, stop in tensor.pieces():
-        weight = _logical(source.read(tensor.name, start, stop, buffer).to(device), tensor)
+        weight = logical(source.read(tensor.name, start, stop, buffer).to(device), tensor)
         if whole is None:
-            planes, rest = _fit(weight, tensor, method, lossless)
+            exact = levels(weight, tensor.group_size) if lossless else None
+            if lossless and exact is None:  # what is_ternary has looked through is
+                assert isinstance(source, Imported)
+                own = source.group_sizes[tensor.name]
+                raise not_lossless(source, tensor, tensor.group_size, own)
+            planes, rest = _fit(weight, tensor, method, exact)
         else:
             planes = [_rows(plane, tensor, start, stop) for plane in whole]
             weight = _rotated(weight, tensor)
@@ -263,13 +277,8 @@ def is_ternary(source: Checkpoint, tensor: TensorPlan) -> bool:
         first_row = source.read(tensor.name, 0, min(cols, tensor.info.numel)).reshape(-1, cols)
         if levels(first_row, 128 if tensor.group_size <= 0 else tensor.group_size) is None:
             return False
-    finer = {0: (0, -1, 128), -1: (-1, 128)}.get(tensor.group_size, (tensor.group_size,))
-    for group_size in finer:
-        trial = replace(tensor, group_size=group_size)
-        exact = all(
-            levels(_logical(source.read(tensor.name, start, stop), trial), group_size) is not None
-            for start, stop in trial.pieces()
-        )
+    for group_size in finer(tensor.group_size):
+        exact = is_lossless(source, tensor, group_size)
         if exact and group_size != tensor.group_size:
             raise Relayout(tensor.name, group_size, tensor.scale_dtype)
         if exact:
@@ -286,16 +295,20 @@ def _trained_ternary(source: Checkpoint, tensor: TensorPlan) -> bool:
 
 
 def _fit(
-    weight: Tensor, tensor: TensorPlan, method: Callable[[Tensor, int], Ternary], lossless: bool
+    weight: Tensor,
+    tensor: TensorPlan,
+    method: Callable[[Tensor, int], Ternary],
+    exact: Ternary | None,
 ) -> tuple[list[Ternary], Tensor]:
     """The planes of a piece, each by the method on what those before it leave of the weight.
 
-    Returns also what the last plane was made of. The first plane of a lossless tensor is all of it.
+    exact  the weight itself, if it is ternary: the first plane is then all of it
+
+    Returns also what the last plane was made of.
     """
-    exact = levels(weight, tensor.group_size) if lossless else None
     planes, rest = [_representable(exact or method(weight, tensor.group_size))], weight
     while len(planes) < tensor.planes:
-        left = None if lossless else _remainder(rest, planes[-1], tensor.scale_dtype)
+        left = None if exact else _remainder(rest, planes[-1], tensor.scale_dtype)
         rest = torch.zeros_like(weight) if left is None else left
         planes.append(_representable(method(rest, tensor.group_size)))
     return planes, rest
@@ -316,7 +329,7 @@ def _to_int8(source: Checkpoint, tensor: TensorPlan, write: Write, device: str) 
     all_scales, done, error, energy = [], 0, 0.0, 0.0
     dtype = DTYPES[tensor.scale_dtype]
     for start, stop in tensor.pieces():
-        weight = _logical(source.read(tensor.name, start, stop, buffer).to(device), tensor)
+        weight = logical(source.read(tensor.name, start, stop, buffer).to(device), tensor)
         _check_finite(weight)
         exact = int8_scales(weight, tensor.group_size)
         # a piece that float16 cannot serve: all scales of the tensor become float32
@@ -369,14 +382,6 @@ def _representable(ternary: Ternary) -> Ternary:
     scales = ternary.scales.masked_fill(lost, 0)
     trits = Ternary(ternary.trits, scales, ternary.group_size).dequantize(torch.float64).sign()
     return Ternary(trits.to(torch.int8), scales, ternary.group_size)
-
-
-def _logical(raw: Tensor, tensor: TensorPlan) -> Tensor:
-    """Flat elements as read -> (rows, cols), the input dimension last."""
-    rows, cols = tensor.shape[-2:]
-    if tensor.choice.transposed:
-        return raw.reshape(cols, rows).t().contiguous()
-    return raw.reshape(-1, cols)
 
 
 # exponent bits of the 16- and 32-bit floats: all set means NaN or infinity
@@ -597,8 +602,11 @@ def _any_block(partial: Path) -> bool:
 def _check_output(work: Plan, output: Path) -> None:
     source, target = work.source.directory.resolve(), output.resolve()
     partial = output.with_name(output.name + ".partial").resolve()
-    inside = source in target.parents or partial in (source, *source.parents)
-    if work.source.stream is None and (target == source or inside):
+    # the conversion of a file may lie beside it
+    alone = isinstance(work.source, Imported) and work.source.alone
+    inside = not alone and source in (target, *target.parents)
+    inside = inside or partial in (source, *source.parents)
+    if work.source.stream is None and inside:
         raise OutputError(
             f"{output}: is the source {work.source.directory} or inside it; expected another "
             "place. The source is never changed."
@@ -697,11 +705,13 @@ class _Conversion:
                 f"{self.work.source.directory}: its files changed during the conversion; expected "
                 "a source at rest. Convert it again."
             )
-        with ThreadPoolExecutor(1) as disk:  # the disk works while the processors check
-            synced = disk.submit(self._sync_shards)
+        with ThreadPoolExecutor(2) as beside:  # the disk works while the processors check
+            synced = beside.submit(self._sync_shards)
+            sums = beside.submit(make_sums, self.partial, self.threads)
             packed = open_files(self.partial, [shard.file for shard in self.shards])
             container.check(packed, container.records_of(packed), threads=self.threads)
             synced.result()
+            (self.partial / SUMS).write_text(sums.result(), "utf-8", newline="\n")
         return record
 
     def _sync_shards(self) -> None:
@@ -790,13 +800,15 @@ class _Conversion:
     def _convert_shard(self, index: int, pool: ThreadPoolExecutor) -> None:
         """Convert the tensors of a shard that are not done; again if one changes the layout."""
         while True:
-            shard = self.shards[index]
-            path, size = self.partial / shard.file, shard.nbytes()
-            todo = [t for t in shard.tensors if not t.tied_to and t.name not in self.results]
-            self.done = self._bytes_done()
             stream = self.work.source.stream
+            todo = self._undone(index)
             if stream is not None and todo:
                 stream.fetch(self.work.source.files[index])  # here, where it can be interrupted
+                self._own_groups(index)
+                todo = self._undone(index)
+            shard = self.shards[index]
+            path, size = self.partial / shard.file, shard.nbytes()
+            self.done = self._bytes_done()
             _reserve(path, size)
             layout, base = shard.layout(), shard.data_start()
             futures = {pool.submit(self._one, path, layout, base, t): t for t in todo}
@@ -806,6 +818,21 @@ class _Conversion:
             for change in changes:
                 self._change_layout(change)
                 self._note(change)
+
+    def _undone(self, index: int) -> list[TensorPlan]:
+        tensors = self.shards[index].tensors
+        return [t for t in tensors if not t.tied_to and t.name not in self.results]
+
+    def _own_groups(self, index: int) -> None:
+        """Give a shard's tensors their own groups, which only its weights tell; `own_groups`."""
+        shard = self.shards[index]
+        if self.work.recipe.group_size is None:
+            found = own_groups(self.work.source, shard.tensors, self.work.tensors, read=True)
+            for tensor, own in zip(shard.tensors, found, strict=True):
+                if own.group_size != tensor.group_size and tensor.name not in self.results:
+                    change = Relayout(tensor.name, own.group_size, tensor.scale_dtype).change
+                    self._change_layout(change)
+                    self._note(change)
 
     def _one(
         self, path: Path, layout: Mapping[str, Entry], base: int, tensor: TensorPlan
@@ -818,7 +845,10 @@ class _Conversion:
 
             solved = self.solved.get(tensor.name)
             source, recipe = self.work.source, self.work.recipe
-            return convert_tensor(source, tensor, recipe, write, self.device, solved)
+            try:
+                return convert_tensor(source, tensor, recipe, write, self.device, solved)
+            except Relayout as found:  # without its frames, which hold the tensor until all end
+                raise found.with_traceback(None) from None
 
     def _collect(self, futures: dict[Future[Result], TensorPlan]) -> list[dict[str, Any]]:
         """Note the results as they come; returns the changes of layout that tensors ask for."""
@@ -876,6 +906,8 @@ class _Conversion:
             target = self.partial / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(directory / name, target)
+        for name, content in self._made().items():
+            (self.partial / name).write_bytes(content)
         if len(self.shards) > 1:
             self._write_json(SAFETENSORS + INDEX, self._index())
         # also where the source has none: it is what says that the weights are packed
@@ -883,6 +915,12 @@ class _Conversion:
         record = make_record(self.work, self.shards, self.results, self.calibration)
         self._write_json(RECORD, record)
         return record
+
+    def _made(self) -> dict[str, bytes]:
+        """Tokenizer files that an import makes; those of the source itself come first."""
+        source = self.work.source
+        its_own = {"tokenizer.json", "tokenizer.model"} & set(self.work.copied)
+        return source.made if isinstance(source, Imported) and not its_own else {}
 
     def _index(self) -> dict[str, Any]:
         weight_map = {name: shard.file for shard in self.shards for name in sorted(shard.layout())}
@@ -900,11 +938,12 @@ class _Conversion:
         recipe = self.work.recipe
         if recipe.dtype:
             config["dtype" if "torch_dtype" not in config else "torch_dtype"] = recipe.dtype
+        tensors = [t for shard in self.shards for t in shard.tensors]
         config["quantization_config"] = {
             "quant_method": container.KEY,
             "format_version": FORMAT_VERSION,
             "method": recipe.method,
-            "group_size": recipe.group_size,
+            "group_size": said_group_size(self.work, tensors),
             "activations": recipe.activations,
         }
         return config
@@ -964,13 +1003,16 @@ def make_record(
 ) -> dict[str, Any]:
     """The record of a conversion: what was done to what, tensor by tensor, and what came out."""
     source = work.source
-    hub, card = hub_commit(work.model, source), read_card(source.directory)
+    alone = isinstance(source, Imported) and source.alone
+    hub = None if alone else hub_commit(work.model, source)
+    card = {} if alone else read_card(source.directory)
     tensors: dict[str, dict[str, Any]] = {}
     blocks = (calibration or {}).get("blocks", ())
     how = work.recipe.calibrate
     if how is not None and (how.reconstruct or how.distill):
         blocks = ()  # what calibration has not seen has been trained since
     unseen = {name for block in blocks for name in block["uncalibrated"]}
+    group_size = said_group_size(work, [t for shard in shards for t in shard.tensors])
     for shard in shards:
         for t in shard.tensors:
             row: dict[str, Any] = {
@@ -1009,11 +1051,12 @@ def make_record(
         "source": {
             "files": {file: (source.directory / file).stat().st_size for file in source.files},
             "parameters": sum(i.numel for i in source.tensors.values()),
-            "bytes": sum(i.nbytes for i in source.tensors.values()),
+            "bytes": source.stored_bytes,
+            **({"imported": source.about()} if isinstance(source, Imported) else {}),
             **({"hub": hub} if hub else {}),
             **({"card": card} if card else {}),
         },
-        "recipe": _recorded(work.recipe),
+        "recipe": _recorded(replace(work.recipe, group_size=group_size)),
         "coverage": work.coverage(),
         **({"calibration": calibration} if calibration is not None else {}),
         "tensors": tensors,
@@ -1044,7 +1087,9 @@ def _stamps(source: Checkpoint) -> list[list[Any]]:
     """What tells whether a source file has changed since it was looked at."""
     if source.stream is not None:
         return source.stream.stamps()
-    names = [*source.files, *(["config.json"] if source.config is not None else [])]
+    # an import may have no config.json
+    config = source.config is not None and (source.directory / "config.json").is_file()
+    names = [*source.files, *(["config.json"] if config else [])]
     stats = [(name, (source.directory / name).stat()) for name in names]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 

@@ -25,6 +25,7 @@ say how far another text of the same kind may lie, not how far another kind of t
 import importlib
 import inspect
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,8 +40,10 @@ from torch import Tensor
 
 from ternarize.checkpoint import locate, read_json
 from ternarize.errors import CheckpointError, UsageError
+from ternarize.imports import Imported, open_source
 from ternarize.load import load
 from ternarize.progress import Progress
+from ternarize.select import locate as locate_tensors
 from ternarize.tensor import check_device
 
 SEPARATOR = "<|doc|>"
@@ -534,19 +537,22 @@ class _Checkpoint:
     model_class: Any
     kind: str
     packed: bool
+    imported: Imported | None = None
 
     @staticmethod
     def at(model: str | Path) -> "_Checkpoint":
         """Find a checkpoint and what can be measured of it; raises CheckpointError."""
-        directory = locate(model)
-        table = read_json(directory / "config.json")
+        directory, table, imported = _look(model)
         if table is None:
             raise CheckpointError(
                 f"{directory}: no config.json; expected a Hugging Face checkpoint. "
                 "Copy config.json from the source of the model."
             )
         with _reading(directory / "config.json"):
-            config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+            if imported is not None:  # without the quantization that it is stored in
+                config = transformers.CONFIG_MAPPING[table["model_type"]].from_dict(table)
+            else:
+                config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
         known = [name for name in config.architectures or [] if hasattr(transformers, name)]
         if not known:
             raise CheckpointError(
@@ -557,7 +563,8 @@ class _Checkpoint:
         model_class = getattr(transformers, known[0])
         quantization = table.get("quantization_config")
         packed = isinstance(quantization, dict) and quantization.get("quant_method") == "ternarize"
-        return _Checkpoint(directory, config, model_class, _kind(model_class, config), packed)
+        kind = _kind(model_class, config)
+        return _Checkpoint(directory, config, model_class, kind, packed, imported)
 
     def load(
         self,
@@ -577,9 +584,15 @@ class _Checkpoint:
                 "checkpoint. Leave head out."
             )
         options: dict[str, Any] = {"device_map": device} if device == "auto" else {}
+        source = self.imported
+        if source is not None:  # as what it decodes to: not all such formats run everywhere
+            options["config"] = self.config
+            options["state_dict"] = {
+                name: source.read(name).view(info.shape) for name, info in source.tensors.items()
+            }
         with _reading(self.directory):
             model, info = self.model_class.from_pretrained(
-                self.directory,
+                self.directory if source is None else None,
                 dtype=dtype or "auto",
                 output_loading_info=True,
                 trust_remote_code=False,
@@ -592,7 +605,35 @@ class _Checkpoint:
                 f"{self.directory}: {len(missing)} weights are missing, first {missing[0]}; "
                 f"expected all of {self.model_class.__name__}. Complete the checkpoint."
             )
+        if source is not None and source.activations == "int8":
+            for place in locate_tensors(model, source.group_sizes).values():
+                for parameter in place.parameters:
+                    module = model.get_submodule(parameter.rpartition(".")[0])
+                    module.register_forward_pre_hook(_rounded)
         return model if device == "auto" else model.to(device)
+
+
+def _look(model: str | Path) -> tuple[Path, dict[str, Any] | None, Imported | None]:
+    """Directory and config.json of a checkpoint, and how it is imported if it has to be."""
+    if not os.path.isfile(os.path.expanduser(model)):
+        directory = locate(model)
+        table = read_json(directory / "config.json")
+        how = {} if table is None else table.get("quantization_config") or table.get("quantization")
+        packed = isinstance(how, dict) and how.get("quant_method") == "ternarize"
+        if packed or not (how or any(directory.glob("*.gguf"))):
+            return directory, table, None
+    source = open_source(model)
+    return source.directory, source.config, source if isinstance(source, Imported) else None
+
+
+def _rounded(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Round the input of a layer to int8 per token: BitNet b1.58, equation 4 of BitNet's paper.
+
+    https://arxiv.org/abs/2310.11453
+    """
+    x = inputs[0].float()
+    scale = 127 / x.abs().amax(-1, keepdim=True).clamp(min=1e-5)
+    return ((x * scale).round().clamp(-128, 127).div(scale).to(inputs[0].dtype), *inputs[1:])
 
 
 @contextmanager

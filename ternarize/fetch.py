@@ -11,6 +11,7 @@ read and becomes a hole again when it is released.
 """
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -24,7 +25,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from ternarize.errors import CheckpointError, TernarizeError
+from ternarize.errors import CheckpointError, FormatError, TernarizeError
+from ternarize.sums import SUMS, hash_file, read_sums
 
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
@@ -32,9 +34,8 @@ INDEX = ".index.json"
 # how names of files end that hold weights, and of those that belong to a model besides
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
 COPIED = (".json", ".jsonl", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".vocab", ".bpe")
-SMALL_FILES = (*(f"*{suffix}" for suffix in COPIED), "README.md", "LICENSE*", "NOTICE*")
+SMALL_FILES = (*(f"*{suffix}" for suffix in COPIED), "README.md", "LICENSE*", "NOTICE*", SUMS)
 CHECKED = ".ternarize-checked.json"
-CHUNK = 1 << 20
 LOGIN = "Check the name, or log in with `hf auth login`"
 
 
@@ -54,8 +55,9 @@ def fetch(repo: str, revision: str | None = None, *, config_only: bool = False) 
     config_only  without weights
 
     Safetensors are fetched rather than pickles, and only the weight files that are read (an index
-    names them). A file with the right size and wrong bytes is fetched once more. Without network
-    (or with HF_HUB_OFFLINE=1) the cache is what there is.
+    names them); of folders below the top only what a SHA256SUMS names. A file with the right size
+    and wrong bytes is fetched once more. Without network (or with HF_HUB_OFFLINE=1) the cache is
+    what there is.
 
     Raises CheckpointError, in one line, for all that the Hub or the network answers.
     """
@@ -64,6 +66,8 @@ def fetch(repo: str, revision: str | None = None, *, config_only: bool = False) 
         return directory
     # from here on by commit: somebody may push in between
     revision = directory.name
+    if others := _listed(directory):
+        _fetch(repo, revision, others)
     for main in (SAFETENSORS, PICKLE):
         files = [main, *_indexed(directory / (main + INDEX))]
         directory = _fetch(repo, revision, files)
@@ -81,6 +85,16 @@ def _indexed(index: Path) -> list[str]:
         return sorted({file for file in weight_map.values() if re.fullmatch(r"[\w.-]+", file)})
     except (ValueError, KeyError, TypeError, AttributeError):
         return []
+
+
+def _listed(directory: Path) -> list[str]:
+    """What SHA256SUMS names and is not there, but for weights; as patterns."""
+    try:
+        names = read_sums(directory) or {}
+    except FormatError:  # perhaps of another tool: who needs it says what is wrong
+        return []
+    missing = (name for name in names if not (directory / name).exists())
+    return [glob.escape(name) for name in missing if not name.endswith(WEIGHTS)]
 
 
 def _fetch(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
@@ -119,7 +133,11 @@ def _snapshot(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
     with hub_errors(repo, revision, CheckpointError):
         return Path(
             huggingface_hub.snapshot_download(
-                repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]
+                repo,
+                revision=revision,
+                allow_patterns=list(patterns),
+                # only who names a folder wants it
+                ignore_patterns=None if any("/" in each for each in patterns) else ["*/*"],
             )
         )
 
@@ -173,8 +191,9 @@ def _find_bad(snapshot: Path, patterns: Sequence[str]) -> list[Path]:
     except (OSError, ValueError):  # not there yet, or cut off: everything is checked again
         checked = {}
     todo: dict[Path, tuple[str, list[int]]] = {}
-    for path in sorted(snapshot.iterdir()):
-        ours = any(fnmatchcase(path.name, pattern) for pattern in patterns)
+    for path in sorted(snapshot.rglob("*")):
+        name = path.relative_to(snapshot).as_posix()
+        ours = any(fnmatchcase(name, pattern) for pattern in patterns)
         if not (ours and path.is_symlink() and path.is_file()):
             continue
         # the first link leads to the blob of the repository; that may be a link too, to a store
@@ -209,10 +228,7 @@ def has_digest(path: Path, digest: str) -> bool:
     sha = hashlib.sha256()
     if len(digest) == 40:
         sha = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            sha.update(chunk)
-    return sha.hexdigest() == digest
+    return hash_file(path, sha) == digest
 
 
 @contextmanager

@@ -6,6 +6,7 @@ in several parts if that takes long, so that for a while the config of one model
 the weights of another.)
 """
 
+import hashlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from ternarize.checkpoint import open_checkpoint, read_json
 from ternarize.errors import CheckpointError, OutputError, UsageError
 from ternarize.fetch import INDEX, PICKLE, SAFETENSORS, WEIGHTS, hub_errors, split_id
 from ternarize.progress import Progress
+from ternarize.sums import SUMS, format_sums, read_sums
 from ternarize.verify import verify
 from ternarize.version import __version__
 
@@ -109,6 +111,14 @@ def push(
         contents[CARD] = make_card(directory, where, base_model=base_model, shim=shim).encode()
     if shim:
         contents |= _shim(directory)
+        digests = read_sums(directory)
+        if digests is not None:
+            digests |= {
+                path: hashlib.sha256(data).hexdigest()
+                for path, data in contents.items()
+                if path != CARD
+            }
+            contents[SUMS] = format_sums(digests).encode()
     sent: dict[str, Path | bytes] = {**files, **contents}
     sizes = {
         path: len(data) if isinstance(data, bytes) else data.stat().st_size

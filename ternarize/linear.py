@@ -420,7 +420,7 @@ def check_part(name: str, packed: Any, scale: Any, layout: Layout) -> None:
         return
     part, scales = packed.to_local(), scale.to_local()
     cols = _cols(scales, layout)
-    fits = layout.group_size > 0 and part.shape[-1] == layout.width(cols)
+    fits = layout.group_size != 0 and part.shape[-1] == layout.width(cols)
     # a cut through the columns of two planes parts the planes, not their columns; a rotation needs
     # inputs that other processes have
     if cols != layout.cols and (layout.planes > 1 or layout.rotation[0]):
@@ -451,6 +451,12 @@ class Packed(nn.Module):
 
     layouts: dict[str, Layout]
 
+    def held(self, name: str) -> nn.Parameter:
+        """A parameter as it is, also where an attribute shows others something else (adapters)."""
+        parameter = self._parameters[name]
+        assert parameter is not None
+        return parameter
+
     def lanes_size(self) -> int:
         """Bytes of what `use_lanes` would turn into lanes."""
         return sum(size for _, size in self._for_lanes())
@@ -465,7 +471,7 @@ class Packed(nn.Module):
         """
         memory = kernels.memory(self.lanes_size()) if memory is None else memory
         for name, size in self._for_lanes():
-            packed, scale = getattr(self, name).data, getattr(self, f"{name}_scale").data
+            packed, scale = self.held(name).data, self.held(f"{name}_scale").data
             self._hold(name, *_in_lanes(packed, scale, self.layouts[name], memory[:size]))
             memory = memory[size:]
 
@@ -473,8 +479,8 @@ class Packed(nn.Module):
         """Names of parameters that can be held in lanes but are not, and the bytes of those."""
         found = []
         for name, layout in self.layouts.items():
-            packed = getattr(self, name)
-            if _fits_lanes(packed, getattr(self, f"{name}_scale"), layout):
+            packed = self.held(name)
+            if _fits_lanes(packed, self.held(f"{name}_scale"), layout):
                 found.append((name, _lanes_size(packed, layout)))
         return found
 
@@ -482,14 +488,14 @@ class Packed(nn.Module):
         """Hold everything in its stored form; returns whether some of it was not."""
         held = {name: layout for name, layout in self.layouts.items() if layout.lanes is not None}
         for name, layout in held.items():
-            stored = _stored(getattr(self, name).data, getattr(self, f"{name}_scale").data, layout)
+            stored = _stored(self.held(name).data, self.held(f"{name}_scale").data, layout)
             self._hold(name, *stored, replace(layout, lanes=None))
         return bool(held)
 
     def _hold(self, name: str, packed: Tensor, scale: Tensor, layout: Layout) -> None:
         # new parameters: the old ones may belong to a state_dict that was loaded with assign
         for leaf, tensor in ((name, packed), (f"{name}_scale", scale)):
-            parameter = type(getattr(self, leaf))
+            parameter = type(self.held(leaf))
             setattr(self, leaf, parameter(tensor, requires_grad=False))
         self.layouts = {**self.layouts, name: layout}
 
@@ -497,10 +503,10 @@ class Packed(nn.Module):
         """Move, but never cast the scales: model.to(bfloat16) would change every weight."""
         if fn(torch.empty(0, dtype=torch.uint8)).device.type != "cpu":
             self.use_stored()
-        before = {f"{name}_scale": getattr(self, f"{name}_scale").data for name in self.layouts}
+        before = {f"{name}_scale": self.held(f"{name}_scale").data for name in self.layouts}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, scale in before.items():
-            after = getattr(self, name)
+            after = self.held(name)
             if after.dtype != scale.dtype:
                 after.data = scale.to(after.device)
         return self
@@ -527,7 +533,7 @@ class Packed(nn.Module):
         held = {name: layout for name, layout in self.layouts.items() if layout.lanes is not None}
         for name, layout in held.items():
             assert layout.lanes is not None
-            lanes, stack = layout.lanes, tuple(getattr(self, name).shape[:-1])
+            lanes, stack = layout.lanes, tuple(self.held(name).shape[:-1])
             how = replace(layout, lanes=None)
             parts = _empty((*stack, lanes.rows), how, lanes.scale_rows, lanes.scale_dtype)
             self._hold(name, parts[0].data, parts[1].data, how)
@@ -539,7 +545,7 @@ class Packed(nn.Module):
         for name, layout in self.layouts.items():
             if layout.lanes is not None:
                 leaves = name, f"{name}_scale"
-                packed, scale = (getattr(self, leaf).data for leaf in leaves)
+                packed, scale = (self.held(leaf).data for leaf in leaves)
                 found |= dict(zip(leaves, _stored(packed, scale, layout), strict=True))
         return found
 
@@ -549,7 +555,7 @@ class Packed(nn.Module):
         if not stored:
             return self.__dict__
         parameters = self._parameters | {
-            name: type(getattr(self, name))(tensor, requires_grad=False)
+            name: type(self.held(name))(tensor, requires_grad=False)
             for name, tensor in stored.items()
         }
         layouts = {name: replace(layout, lanes=None) for name, layout in self.layouts.items()}
@@ -576,12 +582,12 @@ def use_lanes(model: nn.Module) -> None:
     modules = {name: m for name, m in model.named_modules() if isinstance(m, Packed)}
     for module in modules.values():
         for leaf in module.layouts:
-            key = id(getattr(module, leaf))
+            key = id(module.held(leaf))
             owners[key] = owners.get(key, 0) + 1
     fit = {
         name: module
         for name, module in modules.items()
-        if all(owners[id(getattr(module, leaf))] == 1 for leaf in module.layouts)
+        if all(owners[id(module.held(leaf))] == 1 for leaf in module.layouts)
         and not isinstance(module, PackedEmbedding)
     }
     # in one piece, which large pages can hold: a single matrix is often smaller than a page
@@ -656,11 +662,13 @@ class TernaryLinear(Packed, nn.Linear):
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The dense weight (out_features, in_features)."""
-        return _weight(self.weight, self.weight_scale, self.layouts["weight"], dtype)
+        return _weight(self.held("weight"), self.weight_scale, self.layouts["weight"], dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) float -> (..., out_features), as `product`."""
-        return product(input, self.weight, self.weight_scale, self.bias, self.layouts["weight"])
+        return product(
+            input, self.held("weight"), self.weight_scale, self.bias, self.layouts["weight"]
+        )
 
     def extra_repr(self) -> str:
         codec = "" if self.codec == BASE3 else f", codec={self.codec}"

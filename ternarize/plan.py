@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ternarize import container
 from ternarize.checkpoint import (
@@ -25,22 +26,22 @@ from ternarize.checkpoint import (
     Entry,
     TensorInfo,
     byte_view,
-    locate,
-    open_checkpoint,
-    open_stream,
 )
 from ternarize.codecs import INT8, THREADS
 from ternarize.container import SCALE_SUFFIX, Record
 from ternarize.errors import CheckpointError, SelectionError, UsageError
 from ternarize.fetch import COPIED, WEIGHTS
+from ternarize.imports import Imported, open_source
 from ternarize.linear import ACTIVATIONS
-from ternarize.methods import METHODS
+from ternarize.methods import METHODS, levels
 from ternarize.native import lib
 from ternarize.rotation import BLOCKS, block_size
 from ternarize.select import (
     KEEP,
     TERNARY,
     Choice,
+    check_fused_choices,
+    end_tensors,
     select,
     skeleton_shapes,
     tied,
@@ -50,6 +51,7 @@ from ternarize.tensor import check_group_size
 
 PIECE = 1 << 21  # weights read, ternarized and written at a time by one thread
 RECORD = "ternarize.json"
+GROUP_SIZE = 128  # of weights that are not ternary yet
 GPTQ = "gptq"  # the calibrated method
 WITHOUT_DATA = "itf"  # the method of what a calibrated conversion cannot calibrate
 ENDS = (KEEP, INT8, TERNARY)  # what the output head and the token embedding may become
@@ -118,28 +120,31 @@ class Recipe:
     """What is done to a checkpoint; with the source it determines every byte of the result.
 
     method       a name of ternarize.methods.METHODS, or "gptq" with `calibrate`
-    group_size   weights per scale; -1 one group per row; 0 one scale per tensor
+    group_size   weights per scale; -1 one group per row; 0 one scale per tensor; None: 128, and of
+                 weights that are ternary already the largest groups in which they are
     keep         globs of tensors to leave in floating point
     include      globs of tensors to ternarize although they are kept by default
     dtype        float32, float16 or bfloat16 for kept floating-point tensors; None: as they are
-    activations  none, or int8 per token; recorded for the loader
+    activations  none, or int8 per token; recorded for the loader; None: what the model was trained
+                 with, as far as its format says that, else none
     scale_bits   16 or 8, of the scales of ternary weights
     planes       globs of ternary tensors that become the sum of two ternary matrices
-    head         keep, int8 or ternary: the output head
+    head         keep, int8 or ternary: the output head; None: ternary if the source has it in a
+                 ternary format, else keep
     embeddings   likewise the token embedding; tied to the head, both become what either says
     calibrate    None: weights are ternarized without data
     """
 
     method: str = "absmean"
-    group_size: int = 128
+    group_size: int | None = None
     keep: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     dtype: str | None = None
-    activations: str = "none"
+    activations: str | None = None
     scale_bits: int = 16
     planes: tuple[str, ...] = ()
-    head: str = KEEP
-    embeddings: str = KEEP
+    head: str | None = None
+    embeddings: str | None = None
     calibrate: Calibrate | None = None
 
     def __post_init__(self) -> None:
@@ -149,14 +154,15 @@ class Recipe:
                 f"calibrate on; expected {GPTQ!r} with, and any other without. Use --method gptq, "
                 "or leave out the options of calibration."
             )
-        check_group_size(self.group_size)
+        if self.group_size is not None:
+            check_group_size(self.group_size)
         for what, value, known in (
             ("method", self.method, (*METHODS, GPTQ)),
             ("dtype", self.dtype, (None, *KEPT_DTYPES)),
-            ("activations", self.activations, ACTIVATIONS),
+            ("activations", self.activations, (None, *ACTIVATIONS)),
             ("scale bits", self.scale_bits, (16, 8)),
-            ("head", self.head, ENDS),
-            ("embeddings", self.embeddings, ENDS),
+            ("head", self.head, (None, *ENDS)),
+            ("embeddings", self.embeddings, (None, *ENDS)),
         ):
             if value not in known:
                 names = ", ".join(str(k) for k in known if k is not None)
@@ -352,9 +358,9 @@ class Plan:
         """The plan as plain data, for --json."""
         return {
             "model": self.model,
-            "recipe": asdict(self.recipe),
+            "recipe": asdict(replace(self.recipe, group_size=said_group_size(self))),
             "coverage": self.coverage(),
-            "source_bytes": sum(i.nbytes for i in self.source.tensors.values()),
+            "source_bytes": self.source.stored_bytes,
             "packed_bytes": self.packed_bytes(),
             "convert_memory_bytes": self.convert_memory(),
             "load_memory_bytes": self.load_memory(),
@@ -393,15 +399,11 @@ def plan(
 
     Raises CheckpointError, FormatError, SelectionError.
     """
-    if stream is not None:
-        source = open_stream(model, stream)
-    else:
-        source = open_checkpoint(
-            locate(model, config_only=config_only), need_weights=not config_only
-        )
+    source = open_source(model, config_only=config_only, stream=stream)
     directory = source.directory
     _refuse_quantized(source)
     notes = []
+    here = bool(source.tensors) and stream is None  # weights can be looked at without a download
     if not source.tensors:
         if source.config is None:
             raise CheckpointError(
@@ -415,14 +417,29 @@ def plan(
         }
         notes.append("no weights here: names and shapes are those of the architecture")
     shapes = {name: info.shape for name, info in source.tensors.items()}
+    ends = _ends(source, recipe, shapes)
+    recipe = replace(recipe, head=ends["head"], embeddings=ends["embeddings"])
     choices = select(
         shapes,
         source.config,
         keep=recipe.keep,
         include=recipe.include,
-        head=recipe.head,
-        embeddings=recipe.embeddings,
+        head=ends["head"],
+        embeddings=ends["embeddings"],
     )
+    if isinstance(source, Imported):
+        choices = _keep_dense(source, choices, recipe.include)
+        notes.append(f"ternary already ({source.format}): packed without loss")
+        if recipe.calibrate is not None:
+            raise UsageError(
+                f"{model}: is ternary already ({source.format}); expected weights that "
+                "calibration can fit. Leave out --dataset and --method gptq."
+            )
+    if recipe.calibrate is not None and recipe.group_size is None:
+        recipe = replace(recipe, group_size=GROUP_SIZE)
+    if recipe.activations is None:
+        trained = source.activations if isinstance(source, Imported) else "none"
+        recipe = replace(recipe, activations=trained)
     _check_planes(recipe, choices)
     why = why_no_skeleton(source.config)
     if why and recipe.calibrate is not None:
@@ -439,6 +456,15 @@ def plan(
         info = source.tensors[choice.name]
         by_file[info.file].append(_plan_tensor(info, choice, recipe, copies.get(info.name)))
     _check_copies(source, choices, copies)
+    if recipe.group_size is None:
+        everything = [t for tensors in by_file.values() for t in tensors]
+        by_file = {
+            file: own_groups(source, tensors, everything, read=here)
+            for file, tensors in by_file.items()
+        }
+    elif here and recipe.calibrate is None:
+        for tensors in by_file.values():
+            _check_lossless(source, tensors, recipe.group_size)
     check_fused([t for tensors in by_file.values() for t in tensors])
     if not any(t.ternary for tensors in by_file.values() for t in tensors):
         raise SelectionError(
@@ -456,6 +482,10 @@ def plan(
         for i, tensors in enumerate(by_file.values(), 1)
     ]
     copied, left_out = small_files(directory)
+    if isinstance(source, Imported):
+        copied = [] if source.alone else copied
+        left_out = [] if source.alone else [n for n in left_out if n not in source.files]
+        notes += source.notes
     return Plan(source, str(model), recipe, shards, copied, left_out, notes)
 
 
@@ -480,12 +510,167 @@ def _plan_tensor(
         info,
         choice,
         shape,
-        recipe.group_size,
+        GROUP_SIZE if recipe.group_size is None else recipe.group_size,
         dtype,
         "U8" if recipe.scale_bits == 8 else "F16",
         tied_to,
         2 if any(fnmatchcase(info.name, glob) for glob in recipe.planes) else 1,
     )
+
+
+# --- weights that are ternary already ------------------------------------------------------------
+
+
+def logical(raw: Tensor, tensor: TensorPlan) -> Tensor:
+    """Flat elements as read -> (rows, cols), the input dimension last."""
+    rows, cols = tensor.shape[-2:]
+    if tensor.choice.transposed:
+        return raw.reshape(cols, rows).t().contiguous()
+    return raw.reshape(-1, cols)
+
+
+def is_lossless(source: Checkpoint, tensor: TensorPlan, group_size: int) -> bool:
+    """Whether a tensor is ternary in these groups, exactly; reads it up to where it is not."""
+    trial = replace(tensor, group_size=group_size)
+    return all(
+        levels(logical(source.read(tensor.name, start, stop), trial), group_size) is not None
+        for start, stop in trial.pieces()
+    )
+
+
+def own_groups(
+    source: Checkpoint, tensors: Iterable[TensorPlan], everything: Iterable[TensorPlan], read: bool
+) -> list[TensorPlan]:
+    """Give tensors that are ternary at the source the largest groups in which they are.
+
+    everything  all tensors of the checkpoint: those that share a parameter must have equal groups,
+                and keep what they have
+    read        look at weights (the first row of each tensor, and all of those that are ternary);
+                else what the source's format says decides
+    """
+    filled = Counter(p for t in everything if t.ternary for p in t.choice.parameters)
+    found = []
+    for tensor in tensors:
+        group_size = None
+        if tensor.ternary and not tensor.tied_to:
+            alone = all(filled[p] == 1 for p in tensor.choice.parameters)
+            if isinstance(source, Imported):
+                group_size = source.group_sizes.get(tensor.name)
+            if read and alone and (group_size is None or group_size > 0):
+                group_size = _coarsest(source, tensor) or group_size
+        found.append(tensor if group_size is None else replace(tensor, group_size=group_size))
+    return found
+
+
+def _coarsest(source: Checkpoint, tensor: TensorPlan) -> int | None:
+    """The largest groups in which a tensor is ternary; None if it is in none that is tried.
+
+    Tensors, rows, equal parts of rows (models trained with their matrices split over devices have a
+    scale for each part), powers of two down to 32. An ordinary weight is told from its first row.
+    """
+    cols = tensor.shape[-1]
+    if tensor.choice.transposed or tensor.info.numel == 0:
+        return None
+    row = source.read(tensor.name, 0, cols).reshape(1, cols)
+    parts = {cols // n for n in range(2, 17) if cols % n == 0} | {256, 128, 64, 32}
+    sizes = (0, -1, *sorted((n for n in parts if 32 <= n < cols), reverse=True))
+    likely = (n for n in sizes if levels(row, n) is not None)
+    return next((n for n in likely if is_lossless(source, tensor, n)), None)
+
+
+def _ends(
+    source: Checkpoint, recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, str]:
+    """What becomes of the "head" and the "embeddings", KEEP where nothing says it.
+
+    TERNARY where an import has them in a ternary format, unless --keep speaks of them.
+    """
+    said = {"head": recipe.head, "embeddings": recipe.embeddings}
+    found = {end: what or KEEP for end, what in said.items()}
+    unsaid = [end for end, what in said.items() if what is None]
+    if not isinstance(source, Imported) or not unsaid:
+        return found
+    names = end_tensors(shapes, source.config)
+    if names["--head"] == names["--embeddings"] and len(unsaid) == 1:
+        return found  # one tensor, of which the other option speaks
+    for end in unsaid:
+        tensors = names[f"--{end}"]
+        kept = any(fnmatchcase(name, glob) for name in tensors for glob in recipe.keep)
+        if tensors and not kept and tensors <= source.ternary_ends:
+            found[end] = TERNARY
+    return found
+
+
+def _keep_dense(source: Imported, choices: list[Choice], include: Iterable[str]) -> list[Choice]:
+    """Linear weights that the source itself has in floating point stay so, unless asked for."""
+    reason = f"not ternary at the source ({source.format})"
+    kept = []
+    for choice in choices:
+        asked = choice.reason.startswith("--") or any(fnmatchcase(choice.name, g) for g in include)
+        if choice.ternary and choice.name not in source.group_sizes and not asked:
+            choice = replace(choice, codec="", reason=reason)
+        kept.append(choice)
+    check_fused_choices(kept)
+    return kept
+
+
+def finer(group_size: int) -> tuple[int, ...]:
+    """Groups to try, in turn, for an ordinary source that is ternary; the first is as asked for."""
+    return {0: (0, -1, GROUP_SIZE), -1: (-1, GROUP_SIZE)}.get(group_size, (group_size,))
+
+
+def _check_lossless(source: Checkpoint, tensors: Iterable[TensorPlan], group_size: int) -> None:
+    """Raise CheckpointError where ternary weights would lose something in these groups."""
+    for tensor in tensors:
+        if not tensor.ternary or tensor.tied_to:
+            continue
+        foreign = isinstance(source, Imported) and tensor.name in source.group_sizes
+        if isinstance(source, Imported):
+            own = source.group_sizes.get(tensor.name)
+        else:
+            own = _coarsest(source, tensor)
+        tried = (group_size,) if foreign else finer(group_size)
+        if own is None or own == 0 or (own == -1 and tried != (0,)):
+            continue
+        if own > 0 and group_size > 0 and own % group_size == 0:
+            continue
+        if not any(is_lossless(source, tensor, each) for each in tried):
+            raise not_lossless(source, tensor, group_size, own)
+
+
+def not_lossless(
+    source: Checkpoint, tensor: TensorPlan, group_size: int, own: int
+) -> CheckpointError:
+    """The error for a weight that is ternary in the groups `own`, and not in these."""
+    what = source.format if isinstance(source, Imported) else "ternary in floating point"
+    advice = (
+        "Leave out --group-size."
+        if group_size != own
+        else "Convert the checkpoint it was made from, or leave it in floating point with --keep."
+    )
+    return CheckpointError(
+        f"{tensor.info.file}: {tensor.name}: has other values ({what}) than -s, 0 and s "
+        f"with one s {_GROUPS.get(group_size, f'for {group_size} weights')}; expected these alone, "
+        f"so that nothing is lost. {advice}"
+    )
+
+
+_GROUPS = {0: "for the tensor", -1: "for each row"}
+
+
+def said_group_size(work: Plan, tensors: Iterable[TensorPlan] | None = None) -> int | None:
+    """The group size for the record of a conversion: None where tensors have their own.
+
+    tensors  as laid out in the end; None: as planned
+    """
+    if work.recipe.group_size is not None:
+        return work.recipe.group_size
+    found = work.tensors if tensors is None else tensors
+    usual = all(t.group_size == GROUP_SIZE for t in found if t.ternary)
+    return GROUP_SIZE if usual else None
+
+
+# --- the rest of a plan ---------------------------------------------------------------------------
 
 
 def calibrated_plan(tensor: TensorPlan, recipe: Recipe) -> TensorPlan:

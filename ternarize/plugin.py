@@ -32,7 +32,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ternarize import container
+from ternarize import adapters, container
 from ternarize.checkpoint import DTYPES, Checkpoint, open_files
 from ternarize.codecs import BASE3, INT8, encode_int8, int8_scales
 from ternarize.container import KEY, SCALE_SUFFIX, Record
@@ -558,6 +558,7 @@ def _round_head(model: Any, family: set[str]) -> None:
     for name in sorted(family):
         path = name.removesuffix(".weight")
         module = model.get_submodule(path)
+        hook = _taken_hook(module)
         with torch.device("meta"):
             if isinstance(module, nn.Embedding):
                 packed_embedding(module, layout, len(scale), scale.dtype)
@@ -575,8 +576,26 @@ def _round_head(model: Any, family: set[str]) -> None:
         module.weight, module.weight_scale = shared
         for parameter in shared:
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        if hook is not None:
+            from accelerate.hooks import add_hook_to_module  # type: ignore[import-untyped]
+
+            add_hook_to_module(module, hook)
         if name in tied:
             tied[name + SCALE_SUFFIX] = tied[name] + SCALE_SUFFIX
+
+
+def _taken_hook(module: nn.Module) -> Any:
+    """The hook of accelerate on a module (of a model that is spread over devices), taken off.
+
+    It holds the forward of the class that the module had when the hook was put there.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        from accelerate.hooks import remove_hook_from_module
+
+        remove_hook_from_module(module)
+        module.__dict__.pop("forward", None)  # else it stays there, bound to the class
+    return hook
 
 
 def _to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -607,6 +626,8 @@ _PIECE = 1 << 22  # weights
 
 def _saved_records(model: Any, transposed: Mapping[str, bool]) -> dict[str, Record]:
     """The record of each tensor that save_pretrained writes, under the name in the file."""
+    from transformers import __version__ as transformers_version
+
     tensors = _saved_tensors(model)
     layouts = {
         f"{path}.{name}": layout
@@ -618,6 +639,12 @@ def _saved_records(model: Any, transposed: Mapping[str, bool]) -> dict[str, Reco
         layout = layouts.get(place.targets[0])
         if layout is not None:
             packed, scale = tensors[name], tensors[name + SCALE_SUFFIX]
+            if scale.ndim != packed.ndim:
+                raise UsageError(
+                    f"{name}: transformers {transformers_version} drops a dimension of its scales "
+                    f"as it saves them; expected {packed.ndim}. Install transformers >= 5.23, or "
+                    "copy the packed directory."
+                )
             records[name] = Record(
                 container.digest(packed, scale),
                 (*packed.shape[:-1], layout.cols),
@@ -676,6 +703,8 @@ def _dense_linear(module: TernaryLinear, dtype: torch.dtype) -> nn.Module:
 
 
 # --- registration -----------------------------------------------------------------------------
+
+adapters.watch()
 
 if KEY not in auto.AUTO_QUANTIZER_MAPPING:
     auto.register_quantization_config(KEY)(TernarizeConfig)

@@ -61,6 +61,8 @@ from transformers.core_model_loading import (
 )
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ternarize.codecs import BASE3, INT8
 from ternarize.errors import SelectionError, UsageError
@@ -199,7 +201,7 @@ def select(
     if unexplained:
         more = f" ({len(unexplained) - 1} more such tensors.)" if len(unexplained) > 1 else ""
         raise SelectionError(unexplained[0] + more)
-    _check_fused(choices)
+    check_fused_choices(choices)
     return choices
 
 
@@ -224,6 +226,64 @@ def skeleton_shapes(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, .
         name: (_DTYPES[dtype if tensor.is_floating_point() else tensor.dtype], tuple(tensor.shape))
         for name, tensor in on_disk.items()
     }
+
+
+def end_tensors(
+    shapes: Mapping[str, tuple[int, ...]], config: dict[str, Any] | None
+) -> dict[str, set[str]]:
+    """Option ("--head", "--embeddings") -> the tensors on disk that it is about.
+
+    The same tensors for both where the two are tied; none without a skeleton.
+    """
+    skeleton = _skeleton(config)
+    if isinstance(skeleton, str):
+        return {"--head": set(), "--embeddings": set()}
+    places = locate(skeleton.model, shapes)
+    families = {which: skeleton.family(skeleton.end(which)) for which in ("--head", "--embeddings")}
+    return {
+        which: {name for name, at in places.items() if not family.isdisjoint(at.parameters)}
+        for which, family in families.items()
+    }
+
+
+def linear_layers(
+    config: dict[str, Any], names: Iterable[str], listed: Sequence[str] | None
+) -> dict[str, tuple[int, int]] | str:
+    """The weights that a quantizer of transformers replaces: name on disk -> (rows, cols).
+
+    names   of the tensors on disk; none: they are those that the architecture stores
+    listed  the modules_to_not_convert of its configuration; None: what transformers then leaves out
+            (output head, tied weights, the last module)
+
+    In words why not, where there is no skeleton. Raises SelectionError where a layer that it means
+    is not stored as one matrix.
+    """
+    skeleton = _skeleton(config)
+    if isinstance(skeleton, str):
+        return skeleton
+    model = skeleton.model
+    left = get_keys_to_not_convert(model) if listed is None else list(listed)
+    left += list(model._keep_in_fp32_modules or ())
+    layers = {
+        f"{path}.weight": (module.out_features, module.in_features)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and should_convert_module(path, left)
+    }
+    if not (places := locate(model, names)):
+        return {_disk_name(skeleton, name): shape for name, shape in layers.items()}
+    stored = {
+        place.parameters[0]: name
+        for name, place in places.items()
+        if place.converter is None and len(place.parameters) == 1
+    }
+    for name in layers:
+        if name not in stored or name in skeleton.sharing:
+            why = "is tied to another" if name in skeleton.sharing else "has no matrix of its own"
+            raise SelectionError(
+                f"{name}: is quantized by config.json, but {why}; expected a weight of its own. "
+                "List it in modules_to_not_convert, or complete the checkpoint."
+            )
+    return {stored[name]: shape for name, shape in layers.items()}
 
 
 def tied(config: dict[str, Any]) -> dict[str, str]:
@@ -312,8 +372,8 @@ def _check_include(
         )
 
 
-def _check_fused(choices: Iterable[Choice]) -> None:
-    """Tensors that load into one parameter are all ternary or all kept."""
+def check_fused_choices(choices: Iterable[Choice]) -> None:
+    """Raise SelectionError unless tensors of one parameter are all ternary, or all kept."""
     by_parameter: dict[str, Choice] = {}
     for choice in choices:
         for parameter in choice.parameters:

@@ -1,8 +1,8 @@
 """Proof that a packed checkpoint is whole, and that it is what its source gives.
 
-Without the source: every file's structure, codes, padding, scales and digests, and that the files
-agree with each other. With the source: every tensor is converted again, by the recipe on record,
-and its digest compared. Nothing is written.
+Without the source: every file's structure, codes, padding, scales and digests, that the files
+agree with each other, and with SHA256SUMS where there is one. With the source: every tensor is
+converted again, by the recipe on record, and its digest compared. Nothing is written.
 
 What calibration has found cannot be derived again without its data, which may be gone and would
 take hours. Of such a checkpoint each tensor is compared as far as it can be:
@@ -37,6 +37,7 @@ from ternarize.convert import Relayout, Result, convert_tensor, relative_error
 from ternarize.errors import DigestError, FormatError, UsageError
 from ternarize.plan import RECORD, Calibrate, Recipe, TensorPlan, calibrated_plan, plan
 from ternarize.progress import Progress
+from ternarize.sums import check_sums
 
 AGAIN, ERROR, SHAPE = "converted_again", "by_error", "in_shape"  # ways to compare with the source
 # A relative error on record has six digits; another machine may add float32 in another order.
@@ -78,7 +79,8 @@ def verify(
     source    the checkpoint that it was made from; needs the record (ternarize.json)
     progress  called after each tensor
 
-    Returns counts of what was checked; "compared" holds, with a source, how many tensors were
+    Returns counts of what was checked: "listed" the files named by SHA256SUMS, None without that
+    list (a model saved by save_pretrained); "compared" holds, with a source, how many tensors were
     "converted_again", compared "by_error" or only "in_shape" (see above). Raises FormatError or
     DigestError on the first fault, CheckpointError if the source cannot be read.
     """
@@ -94,6 +96,8 @@ def verify(
 
     container.check(packed, records, threads=threads, done=checked)
     check_record(packed, records)
+    small = [name for name in ("config.json", RECORD) if (packed.directory / name).exists()]
+    listed = check_sums(packed.directory, [*packed.files, *small], threads)
     kinds = Counter(record.kind for record in records.values())
     result: dict[str, Any] = {
         "files": len(packed.files),
@@ -101,6 +105,7 @@ def verify(
         "ternary": kinds["ternary"],
         "int8": kinds["int8"],
         "kept": kinds["kept"],
+        "listed": listed,
         "source_compared": source is not None,
         "compared": None,
     }

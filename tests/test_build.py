@@ -6,6 +6,7 @@ those of the test environment.
 
 import importlib.util
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -19,6 +20,18 @@ ROOT = Path(__file__).parents[1]
 for tool in ("pip", "nanobind", "scikit_build_core"):
     if importlib.util.find_spec(tool) is None:
         pytest.skip(f"{tool} is not installed (the extra `dev` has it)", allow_module_level=True)
+
+
+def test_the_oldest_versions_are_those_that_are_tested() -> None:
+    """constraints-oldest.txt, with which `make test-oldest` runs, has pyproject.toml's bounds."""
+    bounds = dict(
+        re.findall(r'^ +"([\w-]+)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text(), re.M)
+    )
+    lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
+    tested = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert {"transformers", "huggingface_hub", "safetensors"} <= tested.keys()
+    for name, version in tested.items():
+        assert version == f"{bounds[name]}.0", name
 
 
 def install(target: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -479,7 +479,7 @@ def test_a_truncated_shard_is_refused(source: Path, tmp_path: Path, cut: int) ->
     refused(FormatError, "model.safetensors: .* bytes", source, tmp_path / "out")
 
 
-@pytest.mark.parametrize("method", ["gptq", "bitnet", "autobitlinear", "fp8", "ternarize"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "autobitlinear", "fp8", "ternarize"])
 def test_quantized_sources_are_refused_by_name(source: Path, tmp_path: Path, method: str) -> None:
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"] = {"quant_method": method}

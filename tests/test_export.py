@@ -569,7 +569,7 @@ def test_llama3_rope_factors_are_those_of_transformers(tmp_path: Path) -> None:
         _config("Llama", rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
     )
     expected = default.model.rotary_emb.inv_freq / model.model.rotary_emb.inv_freq
-    found = to_gguf._rope_factors(config)
+    found = to_gguf.rope_factors(config.rope_parameters, 32)
     assert found is not None and expected.unique().numel() > 2
     assert_near(found, expected, 1e-5)
     source = make_source(tmp_path / "source", config)
@@ -752,6 +752,14 @@ def sentencepiece_like(directory: Path, normalizer: Any = None, spoil: str = "")
 
 TEXTS = ["return the value of 42", " two  spaces,\n\na — ünïcode", "functionvalue: numbers, it's"]
 
+ODD_TEXTS = [
+    TEXTS[0],
+    "two  spaces,\n\na — ünïcode\t\u00a0\u3000 end ",
+    "functionvalue: 你好 🙂 e\u0301\r\n",
+    "\nof the value",
+    "",
+]
+
 
 def test_sentencepiece_vocabularies(tmp_path: Path) -> None:
     """Merging by the scores that are written gives the tokens of the original."""
@@ -837,20 +845,63 @@ def test_added_tokens_that_take_spaces_or_want_a_word_are_refused(
         vocabulary.write(Recorder(), tmp_path, 600)
 
 
-@pytest.mark.parametrize("scheme", ["always", "first", "never"])
-def test_only_a_metaspace_that_adds_nothing_is_known(tmp_path: Path, scheme: Any) -> None:
-    tokenizer = sentencepiece_like(tmp_path)
+def use_metaspace(directory: Path, scheme: Any) -> Any:
+    """Change sentencepiece_like's tokenizer into what transformers makes of LlamaTokenizer."""
+    tokenizer = sentencepiece_like(directory)
     backend = tokenizer.backend_tokenizer
     backend.normalizer = None
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
         vocabulary.SPACE, prepend_scheme=scheme, split=False
     )
-    definition = json.loads(backend.to_str())
+    tokenizer.save_pretrained(directory)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("scheme", "note"),
+    [("always", "begins with a space"), ("first", "behind a special token"), ("never", None)],
+)
+def test_a_metaspace_that_adds_a_space(
+    source: Path, tmp_path: Path, scheme: str, note: str | None
+) -> None:
+    """Its tokens are llama.cpp's but for the texts that the note is about."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    config = CONFIGS["llama"]()
+    config.vocab_size, config.bos_token_id, config.eos_token_id = 600, 1, 2
+    make_source(tmp_path / "source", config)
+    tokenizer = use_metaspace(tmp_path / "source", scheme)
+    convert(tmp_path / "source", tmp_path / "packed", Recipe("absmean", 256))
+    report = export(tmp_path / "packed", tmp_path / "m.gguf", "gguf")
+    assert report["notes"] == vocabulary._DIFFERENT[scheme]
+    assert note is None or note in report["notes"][0]
+    model = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=64, verbose=False)
+
+    def theirs(text: str) -> list[int]:
+        found: list[int] = model.tokenize(text.encode(), add_bos=True, special=True)
+        return found
+
+    for text in [*ODD_TEXTS, "a value</s>", "</s>"]:
+        assert theirs(text) == tokenizer(text)["input_ids"], text
+    # and where they differ, by that space alone
+    behind, spaced = theirs("a</s>of the value"), theirs(" of the value")
     if scheme == "never":
-        assert vocabulary._space_prefix(tmp_path, definition) is False
+        assert spaced == tokenizer(" of the value")["input_ids"]
     else:
-        with pytest.raises(CheckpointError, match="prepares text by .*Metaspace"):
-            vocabulary._space_prefix(tmp_path, definition)
+        assert spaced == tokenizer("  of the value")["input_ids"]
+        expected = "a</s> of the value" if scheme == "first" else "a</s>of the value"
+        assert behind == tokenizer(expected)["input_ids"]
+    model.close()
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_metaspaces_are_known_by_their_scheme(tmp_path: Path, scheme: str) -> None:
+    tokenizer = use_metaspace(tmp_path, scheme)
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    prefix, notes = vocabulary._space_prefix(tmp_path, definition)
+    assert prefix is (scheme != "never") and bool(notes) is prefix
+    definition["pre_tokenizer"]["split"] = True
+    with pytest.raises(CheckpointError, match="prepares text by .*Metaspace"):
+        vocabulary._space_prefix(tmp_path, definition)
 
 
 def test_more_tokens_than_the_model_has_are_refused(tmp_path: Path) -> None:

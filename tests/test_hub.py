@@ -19,12 +19,13 @@ from hub import READ, WRITE, Fault, Hub
 from huggingface_hub import constants
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from safetensors.torch import load_file, save_file
+from test_imports import BITNETS, make, trilm
 from typer.testing import CliRunner
 
 import ternarize
 from ternarize import card, fetch
 from ternarize import hub as publishing
-from ternarize.checkpoint import locate, open_checkpoint, read_card
+from ternarize.checkpoint import INDEX, SAFETENSORS, locate, open_checkpoint, read_card
 from ternarize.cli import app
 from ternarize.convert import convert
 from ternarize.errors import (
@@ -35,7 +36,8 @@ from ternarize.errors import (
     UsageError,
 )
 from ternarize.hub import push
-from ternarize.plan import Calibrate, Recipe
+from ternarize.plan import RECORD, Calibrate, Recipe
+from ternarize.sums import SUMS, make_sums
 from ternarize.verify import verify
 
 # of the client's HTTP library, against the client
@@ -179,6 +181,19 @@ def test_the_hf_command_and_transformers_push_what_ternarize_accepts(
     model: Any = ternarize.load("user/by-hf")
     model.push_to_hub("user/by-transformers")
     assert verify("user/by-transformers")["ternary"] == 14
+
+
+def test_a_list_of_digests_holds_on_the_hub_with_a_shim_and_folders(
+    client: Hub, packed: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(packed, tmp_path / "copy"))
+    (copy / "templates").mkdir()
+    for name in ("templates/[a].jinja", "terms"):  # neither is fetched unless it is listed
+        (copy / name).write_text("text")
+    (copy / SUMS).write_text(make_sums(copy, 1))
+    sent = push(copy, "user/tiny", shim=True)["files"]
+    listed = verify("user/tiny")["listed"]
+    assert listed == len(sent.keys() - {SUMS, "README.md"}) > verify(packed)["listed"]
 
 
 # --- push ---------------------------------------------------------------------------------------
@@ -396,8 +411,8 @@ def test_push_on_the_command_line(client: Hub, packed: Path) -> None:
 
     dry = ternarize("--dry-run")
     assert dry.exit_code == 0 and client.log == []
-    assert "model.safetensors" in dry.stdout and "8 files" not in dry.stdout
-    assert "7 files, 1.40 MB, to user/tiny\n\nREADME.md:\n\n---\n" in dry.stdout
+    assert "model.safetensors" in dry.stdout and "9 files" not in dry.stdout
+    assert "8 files, 1.41 MB, to user/tiny\n\nREADME.md:\n\n---\n" in dry.stdout
     pushed = ternarize("--private", "--commit-message", "First", "--json")
     assert pushed.exit_code == 0 and json.loads(pushed.stdout)["card"] == "written"
     repo = client.repos["user/tiny"]
@@ -786,7 +801,7 @@ def test_a_stream_has_few_shards_on_the_disk_and_gives_the_same_bytes(
     convert("user/source", output, progress=watch, stream=True)
     assert sorted(os.listdir(output)) == sorted(os.listdir(expected))
     for path in expected.iterdir():
-        if path.name != "ternarize.json":  # which names the Hub
+        if path.name not in ("ternarize.json", SUMS):  # the record names the Hub
             assert (output / path.name).read_bytes() == path.read_bytes()
     sizes = sorted(path.stat().st_size for path in sharded.glob("*.safetensors"))
     # a shard, those two that hold copies of one tensor and had to be compared, small files
@@ -794,6 +809,36 @@ def test_a_stream_has_few_shards_on_the_disk_and_gives_the_same_bytes(
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*.safetensors"))
     for at in range(SHARDS):  # each once, besides its header
         assert client.requests("GET", f"resolve/.*model-{at + 1:05d}-of") <= 3
+
+
+@pytest.mark.parametrize("form", ["trilm", "inverse"])
+def test_a_stream_of_what_is_ternary_gives_the_same_bytes(
+    form: str, client: Hub, tmp_path: Path
+) -> None:
+    kind, quantization, change = {**BITNETS, "trilm": ("Llama", None, trilm)}[form]
+    sizes = {"hidden_size": 192, "intermediate_size": 384, "head_dim": 48}
+    source = make(tmp_path / "source", kind, quantization, change, torch.float16, **sizes)
+    split(source, 3)  # which parts a weight from its scale
+    client.put("user/source", {path.name: path.read_bytes() for path in source.iterdir()})
+    convert(source, tmp_path / "expected")
+    convert("user/source", tmp_path / "packed", stream=True)
+    for path in (tmp_path / "expected").iterdir():
+        if path.name != RECORD:  # which names the source
+            assert (tmp_path / "packed" / path.name).read_bytes() == path.read_bytes()
+    assert verify(tmp_path / "packed", source)["compared"]["converted_again"] > 14
+
+
+def split(directory: Path, count: int) -> None:
+    """Cut model.safetensors into shards, tensor by tensor in turn."""
+    tensors = load_file(directory / SAFETENSORS)
+    (directory / SAFETENSORS).unlink()
+    names = [f"model-{at + 1:05d}-of-{count:05d}.safetensors" for at in range(count)]
+    for at, name in enumerate(names):
+        part = {key: tensors[key] for key in sorted(tensors)[at::count]}
+        save_file(part, directory / name, metadata={"format": "pt"})
+    weight_map = {key: names[at % count] for at, key in enumerate(sorted(tensors))}
+    table = {"metadata": {}, "weight_map": weight_map}
+    (directory / (SAFETENSORS + INDEX)).write_text(json.dumps(table))
 
 
 def test_a_stream_that_breaks_goes_on_where_it_was(

@@ -209,6 +209,8 @@ class Part:
         (64, (24, 13), (24, 1), True),
         (128, (24, 13), (24, 1), False),  # half of the only group
         (-1, (24, 13), (24, 1), False),
+        (-1, (24, 13), (24, 0), False),  # the other half, which has no scale
+        (-1, (12, 26), (12, 1), True),
         (0, (12, 26), (1, 1), False),
     ],
 )

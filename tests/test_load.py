@@ -7,6 +7,7 @@ own way to name, fuse and transpose them.
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,9 +28,11 @@ import ternarize
 from ternarize import container
 from ternarize.checkpoint import open_checkpoint
 from ternarize.container import Record
+from ternarize.convert import convert
 from ternarize.errors import CheckpointError, DigestError, FormatError, UsageError
 from ternarize.linear import Packed, TernaryExperts, TernaryLinear
 from ternarize.methods.absmean import absmean
+from ternarize.plan import Recipe
 from ternarize.plugin import TernarizeConfig
 from ternarize.rotation import block_size
 
@@ -150,7 +153,13 @@ def test_every_group_size_survives_fusing_and_saving(
     model = ternarize.load(tmp_path / "packed", dtype=torch.float32)
     dense = packing.load_dense(tmp_path / "dense", dtype=torch.float32)
     packing.assert_like_dense(model, dense)
-    ternarize.load(tmp_path / "packed").save_pretrained(tmp_path / "saved")
+    model = ternarize.load(tmp_path / "packed")
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if version < (5, 23) and group_size < 32 and name in ("mixtral", "deepseek_v3"):
+        with pytest.raises(UsageError, match="Install transformers >= 5.23"):
+            model.save_pretrained(tmp_path / "saved")
+        return
+    model.save_pretrained(tmp_path / "saved")
     assert same_tensors(tmp_path / "packed", tmp_path / "saved", but="e_score_correction_bias")
 
 
@@ -340,6 +349,39 @@ def test_a_model_offloaded_to_disk_runs_and_saves(made: Made, tmp_path: Path) ->
         model.dequantize()
 
 
+@pytest.mark.parametrize(
+    ("name", "memory", "head"),
+    [
+        ("llama", 20_000, None),  # nothing fits
+        ("mixtral", 90_000, None),  # the token embedding does
+        ("llama_tied", 60_000, None),  # and the head that is tied to it
+        ("llama_tied", 60_000, "int8"),
+    ],
+)
+def test_what_does_not_fit_in_memory_runs_from_the_disk(
+    made: Made, tmp_path: Path, name: str, memory: int, head: str | None
+) -> None:
+    whole: Any = ternarize.load(made(name) / "packed", dtype=torch.float32, head=head)
+    model: Any = ternarize.load(
+        made(name) / "packed",
+        dtype=torch.float32,
+        head=head,
+        device="auto",
+        max_memory={"cpu": memory},
+        offload_folder=tmp_path / "offload",
+    )
+    places = set(model.hf_device_map.values())
+    assert places == ({"disk"} if memory == 20_000 else {"cpu", "disk"})
+    assert model.model.layers[0].self_attn.q_proj.weight.is_meta
+    packing.assert_near(packing.output(model), packing.output(whole))
+
+
+def test_a_head_on_the_disk_is_not_rounded(made: Made, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"device": "auto", "max_memory": {"cpu": 20_000}}
+    with pytest.raises(UsageError, match="is offloaded; it has to be in memory to become int8"):
+        ternarize.load(made("llama") / "packed", head="int8", offload_folder=tmp_path, **options)
+
+
 def test_a_copied_model_is_the_same(made: Made) -> None:
     model = ternarize.load(made("mixtral") / "packed")
     assert torch.equal(packing.output(copy.deepcopy(model)), packing.output(model))
@@ -360,25 +402,39 @@ def test_only_what_is_not_packed_can_be_trained(made: Made) -> None:
         assert parameter.requires_grad != is_packed, name
 
 
-def test_a_model_cut_into_two_processes_runs_and_saves(tmp_path: Path) -> None:
+def turn_rows(tensors: dict[str, Tensor], records: dict[str, Record]) -> None:
+    """`turn` what tensor parallelism cuts into rows."""
+    rows = {name: r for name, r in records.items() if not re.search("o_proj|down_proj", name)}
+    turn(tensors, rows)
+    records |= rows
+
+
+def test_models_cut_into_two_processes_run_and_save(tmp_path: Path) -> None:
     # 128 columns: two groups of 32 for each process
     sizes = tiny_models.TEXT | {"intermediate_size": 128, "num_key_value_heads": 4}
     config = transformers.LlamaConfig(**sizes, architectures=["LlamaForCausalLM"])
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "source")
-    packing.pack_checkpoint(tmp_path / "source", tmp_path / "packed")
+    source = tmp_path / "source"
+    transformers.LlamaForCausalLM(config).save_pretrained(source)
+    convert(source, tmp_path / "int8_head", Recipe("itf", 32, head="int8"))
+    for name in ("plain", "rotated", "rotated_rows", "rows_of_one_group"):
+        packing.pack_checkpoint(source, tmp_path / name, -1 if name == "rows_of_one_group" else 32)
+    rewrite(tmp_path / "rotated", turn)
+    rewrite(tmp_path / "rotated_rows", turn_rows)
     script = Path(__file__).with_name("parallel_run.py")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     root = str(script.parents[1])
     subprocess.run(
-        [*torchrun, str(script), str(tmp_path / "packed"), str(tmp_path / "saved")],
+        [*torchrun, str(script), str(tmp_path)],
         check=True,
         cwd=root,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root},
     )
-    saved, packed = (packing.read_checkpoint(tmp_path / d) for d in ("saved", "packed"))
-    assert saved.keys() == packed.keys()
-    assert all(torch.equal(saved[name].to(packed[name].dtype), packed[name]) for name in packed)
-    ternarize.load(tmp_path / "saved")
+    for name in ("plain", "int8_head", "rotated_rows"):
+        folders = tmp_path / f"{name}_saved", tmp_path / name
+        saved, packed = (packing.read_checkpoint(folder) for folder in folders)
+        assert saved.keys() == packed.keys()
+        assert all(torch.equal(saved[key].to(packed[key].dtype), packed[key]) for key in packed)
+        ternarize.load(folders[0])
 
 
 def test_int8_activations_are_taken_from_the_config_and_from_the_caller(

@@ -21,6 +21,7 @@ from ternarize.container import SCALE_SUFFIX
 from ternarize.convert import convert
 from ternarize.errors import DigestError, FormatError
 from ternarize.plan import RECORD, Calibrate, Recipe
+from ternarize.sums import SUMS
 from ternarize.verify import read_recipe, verify
 
 
@@ -147,8 +148,9 @@ def test_another_source_is_refused(llama: tuple[Path, Path], tmp_path: Path) -> 
 
 
 def edit(packed: Path, target: Path, how: Callable[[dict[str, Any]], None]) -> Path:
-    """A copy of a packed checkpoint with another record."""
+    """A copy of a packed checkpoint with another record, and no list of digests to betray it."""
     shutil.copytree(packed, target)
+    (target / SUMS).unlink()
     record = json.loads((packed / RECORD).read_text())
     how(record)
     (target / RECORD).write_text(json.dumps(record))

@@ -1,4 +1,4 @@
-"""Blocks of ggml: trits and scales as llama.cpp stores them, without a detour through floats.
+"""Blocks of ggml: trits and scales as llama.cpp stores them, written and read.
 
 A block holds `block` weights of a row and one float16 scale d; weight = d * trit.
 
@@ -15,6 +15,16 @@ A block holds `block` weights of a row and one float16 scale d; weight = d * tri
     Q8_0    32 weights, 34 bytes, 8.5 bits each: d; then 32 int8
 
 Described in ggml-common.h and ggml-quants.c of llama.cpp; all numbers are little-endian.
+
+I2_S of bitnet.cpp, which is read only, has one float32 scale d behind all weights of a matrix and
+32 bytes there for it. What lies before depends on the machine that wrote it, and the file does not
+say which (quantize_i2_s in src/ggml-bitnet-mad.cpp of microsoft/BitNet). A byte has four weights in
+its bits 7-6, 5-4, 3-2 and 1-0, as trit + 1:
+
+    x86     128 weights of a row in 32 bytes: byte m has weights m + {0, 32, 64, 96}
+    arm     64 weights of a row in 16 bytes: byte m has weights m + {0, 16, 32, 48}
+    rows    four rows in one: byte m of rows 4 r + {0, 1, 2, 3} has their weights m
+            (x86, built without ACT_PARALLEL)
 """
 
 from dataclasses import dataclass
@@ -70,6 +80,49 @@ def encode(ternary: Ternary, kind: str) -> Tensor:
     return torch.cat(parts, 1).view(rows, -1)
 
 
+def decode(data: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """The weights that blocks of a ternary type hold, as they are stored.
+
+    data  (blocks, nbytes) uint8
+    kind  a name of TYPES
+
+    Returns digits (blocks, block) uint8, trit + 1, or 3 where a type of two bits has more than
+    trits; and d (blocks,) float16.
+    """
+    blocks, block = data.shape[0], TYPES[kind].block
+    d = (data[:, :2] if kind == "q2_0" else data[:, -2:]).contiguous().view(torch.float16)
+    digits = {
+        "tq1_0": lambda: torch.cat(
+            [
+                _of_fifths(data[:, :32]).flatten(1),
+                _of_fifths(data[:, 32:48]).flatten(1),
+                _of_fifths(data[:, 48:52])[:, :4].flatten(1),
+            ],
+            1,
+        ),
+        "tq2_0": lambda: _of_two_bits(data[:, :64].reshape(blocks, 2, 1, 32), 2),
+        "q2_0": lambda: _of_two_bits(data[:, 2:].reshape(blocks, 16, 1), 2),
+    }[kind]()
+    return digits.reshape(blocks, block), d.flatten()
+
+
+# what bitnet.cpp calls by one name -> the weights that share bytes: (of a row, rows)
+I2_S = {"x86": (128, 1), "arm": (64, 1), "rows": (1, 4)}
+I2_S_TYPE = 36
+I2_S_TAIL = 32  # bytes behind the weights, the first four of which are the scale
+
+
+def decode_i2_s(data: Tensor, layout: str, cols: int) -> Tensor:
+    """Digits (rows, cols) uint8 of rows of I2_S; 3 is none that it may have.
+
+    data    (rows * cols / 4) uint8; in the layout "rows" a multiple of four rows
+    layout  a name of I2_S
+    """
+    block, _ = I2_S[layout]
+    quarter = data.view(-1, 1, cols) if layout == "rows" else data.view(-1, 1, block // 4)
+    return _of_two_bits(quarter, 1, (6, 4, 2, 0)).reshape(-1, cols)
+
+
 def encode_q8_0(values: Tensor, scales: Tensor) -> Tensor:
     """The bytes of int8 weights in Q8_0.
 
@@ -95,6 +148,20 @@ def two_bits(digits: Tensor, dim: int) -> Tensor:
     """
     a, b, c, d = digits.unbind(dim)
     return a | b << 2 | c << 4 | d << 6
+
+
+def _of_two_bits(data: Tensor, dim: int, shifts: tuple[int, ...] = (0, 2, 4, 6)) -> Tensor:
+    """Bytes, with one place along `dim` -> digits of 0 to 3, four along it."""
+    size = [1] * data.ndim
+    size[dim] = 4
+    return data >> torch.tensor(shifts, dtype=torch.uint8).view(size) & 3
+
+
+def _of_fifths(data: Tensor) -> Tensor:
+    """(blocks, n) bytes -> (blocks, 5, n) digits: the upper digit of the fraction, times powers."""
+    powers = torch.tensor([1, 3, 9, 27, 81], dtype=torch.int32).view(1, 5, 1)
+    fractions = data.unsqueeze(1).to(torch.int32) * powers & 255
+    return (fractions * 3 >> 8).to(torch.uint8)
 
 
 def _base3(digits: Tensor) -> Tensor:

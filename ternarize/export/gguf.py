@@ -14,7 +14,7 @@ import importlib
 import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ def export_gguf(
     architecture or a tokenizer that is not known, or a tensor that cannot be carried; UsageError
     where gguf is not installed; OutputError where the file cannot be put.
     """
-    gguf = _import_gguf()
+    gguf = import_gguf()
     if kind not in blocks.TYPES:
         raise UsageError(f"type: {kind!r}; expected one of {', '.join(blocks.TYPES)}.")
     if kept_type is not None and kept_type not in KEPT_TYPES:
@@ -112,8 +112,9 @@ def export_gguf(
             losses.add(carry(packed, name, blocks.TYPES[kind].block, torch.float16)[1], name)
     losses.stop_unless_allowed(packed, _advice(packed, kind))
     writer = gguf.GGUFWriter(None, architecture.name)
+    notes: list[str] = []
     if tokenizer:
-        vocabulary.write(writer, packed.directory, config.vocab_size)
+        notes = vocabulary.write(writer, packed.directory, config.vocab_size)
     else:
         writer.add_tokenizer_model("none")
     items = _items(gguf, packed, config, architecture, kind, kept_type, losses)
@@ -135,15 +136,16 @@ def export_gguf(
                     progress(done, total, item.name, "writing")
         finally:
             writer.close()
-    return {"to": "gguf", "type": kind, "tensors": len(items), **losses.report()}
+    return {"to": "gguf", "type": kind, "tensors": len(items), "notes": notes, **losses.report()}
 
 
-def _import_gguf() -> Any:
+def import_gguf() -> Any:
+    """The package `gguf`; UsageError where it is not installed."""
     try:
         module = importlib.import_module("gguf")
     except ImportError:
         raise UsageError(
-            "gguf: the package is not installed; expected it for this export. "
+            "gguf: the package is not installed; expected it for GGUF files. "
             "Run pip install 'ternarize[gguf]'."
         ) from None
     logging.getLogger("gguf").setLevel(logging.ERROR)  # it announces every key
@@ -236,18 +238,16 @@ def _write_metadata(
         writer.add_rope_scaling_factor(rope["factor"])
 
 
-def _rope_factors(config: Any) -> Tensor | None:
-    """What rope_type llama3 divides each frequency by, float32; None for other types.
+def rope_factors(rope: Mapping[str, Any], dim: int) -> Tensor | None:
+    """What rope_type llama3 divides each frequency by, (dim / 2) float32; None for other types.
 
     With the wavelength w = 2 pi / frequency and the original context c: 1 where w < c / high,
     `factor` where w > c / low, and between them 1 / ((1 - s) / factor + s), s = (c / w - low) /
     (high - low).  Llama 3.1; transformers, modeling_rope_utils.py.
     """
-    rope = config.rope_parameters
     if rope.get("rope_type") != "llama3":
         return None
-    dim, factor = _head_dim(config), rope["factor"]
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
     frequencies = rope["rope_theta"] ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     smooth = ((turns - low) / (high - low)).clamp(0, 1)
@@ -270,7 +270,7 @@ def _items(
     number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
     names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
     items = []
-    factors = _rope_factors(config)
+    factors = rope_factors(config.rope_parameters, _head_dim(config))
     if factors is not None:
         items.append(_float_item("rope_freqs.weight", factors, "F32"))
     stacks: dict[str, dict[int, Item]] = {}

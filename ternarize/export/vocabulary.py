@@ -10,7 +10,9 @@ near to it gives wrong tokens without a word:
               token, the one of the highest score first. So the merges must be all that the tokens
               allow, and those of a token must follow each other.
 
-What counts is the tokenizer that transformers runs, not what files say that it overrides.
+What counts is the tokenizer that transformers runs, not what files say that it overrides. One
+difference is told, not refused: LLaMA's tokenizers in transformers put no space before a text that
+begins with one, where SentencePiece and llama.cpp do.
 """
 
 import json
@@ -21,11 +23,12 @@ from typing import Any
 from ternarize.errors import CheckpointError
 from ternarize.evaluate import open_tokenizer
 
-_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-_BYTES_SPLIT = {**_BYTES, "use_regex": True}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+_BYTES_SPLIT = {**BYTES, "use_regex": True}
 
 
-def _split(pattern: str) -> dict[str, Any]:
+def regex_split(pattern: str) -> dict[str, Any]:
+    """The step that cuts text at a regular expression, as tokenizers defines it."""
     return {
         "type": "Split",
         "pattern": {"Regex": pattern},
@@ -42,20 +45,36 @@ _WORDS = (
 # llama.cpp's name -> the steps of the split, as tokenizers defines them
 SPLITS: dict[str, list[dict[str, Any]]] = {
     "gpt-2": [_BYTES_SPLIT],
-    "llama-bpe": [_split(_WORDS.format(digits="{1,3}")), _BYTES],
-    "qwen2": [_split(_WORDS.format(digits="")), _BYTES],
+    "llama-bpe": [regex_split(_WORDS.format(digits="{1,3}")), BYTES],
+    "qwen2": [regex_split(_WORDS.format(digits="")), BYTES],
     "smollm": [{"type": "Digits", "individual_digits": True}, _BYTES_SPLIT],
 }
+# those by which a word that is a token is not merged up from its letters
+WHOLE_WORDS = ("llama-bpe",)
 SPACE = "\u2581"
+PREPEND = [{"type": "Prepend", "prepend": SPACE}]
+REPLACE = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
+# a Metaspace's prepend_scheme -> which texts get one more space in llama.cpp
+_DIFFERENT = {
+    "never": [],
+    "always": [
+        "llama.cpp puts one more space than transformers before text that begins with a space"
+    ],
+    "first": [
+        "llama.cpp puts one more space than transformers before text that begins with a space, "
+        "and before text behind a special token"
+    ],
+}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # of llama.cpp
 
 
-def write(writer: Any, directory: Path, size: int) -> None:
+def write(writer: Any, directory: Path, size: int) -> list[str]:
     """Add the vocabulary of a checkpoint to a GGUFWriter.
 
     size  tokens of the model; where the tokenizer has fewer, the rest is marked as unused
 
-    Raises CheckpointError where there is no tokenizer or llama.cpp would split text differently.
+    Returns for which texts llama.cpp gives other tokens, in words, if there are any. Raises
+    CheckpointError where there is no tokenizer or llama.cpp would split text differently.
     """
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise CheckpointError(
@@ -74,9 +93,11 @@ def write(writer: Any, directory: Path, size: int) -> None:
         raise _unknown(directory, "drops merges at random", "none that does")
     tokens, types = _tokens(directory, definition, size)
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    notes: list[str] = []
     if model.get("byte_fallback"):
         writer.add_tokenizer_model("llama")
-        writer.add_add_space_prefix(_space_prefix(directory, definition))
+        prefix, notes = _space_prefix(directory, definition)
+        writer.add_add_space_prefix(prefix)
         writer.add_token_scores(_scores(directory, tokens, types, merges))
     else:
         writer.add_tokenizer_model("gpt2")
@@ -85,22 +106,22 @@ def write(writer: Any, directory: Path, size: int) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     _write_specials(writer, directory, tokenizer)
+    return notes
 
 
-def _space_prefix(directory: Path, definition: dict[str, Any]) -> bool:
-    """Whether a text gets a space in front; refuses what does not just write spaces as U+2581."""
+def _space_prefix(directory: Path, definition: dict[str, Any]) -> tuple[bool, list[str]]:
+    """Whether a text gets a space in front, and for which texts llama.cpp's rule is another.
+
+    Refuses what does not just write spaces as U+2581.
+    """
     normalizer, pre = definition["normalizer"] or {}, definition["pre_tokenizer"] or {}
     steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
-    prepend = [{"type": "Prepend", "prepend": SPACE}]
-    replace = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
-    if not pre and steps in (prepend + replace, replace):
-        return bool(steps != replace)
+    if not pre and steps in (PREPEND + REPLACE, REPLACE):
+        return bool(steps != REPLACE), []
     plain = pre.get("type") == "Metaspace" and pre.get("split") is False
-    never = pre.get("prepend_scheme") == "never"
-    # "always" and "first" add no space where a text begins with one or behind a special token,
-    # where llama.cpp does
-    if not steps and plain and pre.get("replacement") == SPACE and never:
-        return False
+    scheme = pre.get("prepend_scheme")
+    if not steps and plain and pre.get("replacement") == SPACE and scheme in _DIFFERENT:
+        return scheme != "never", _DIFFERENT[scheme]
     shown = json.dumps([normalizer, pre], ensure_ascii=False)
     raise _unknown(directory, f"prepares text by {shown:.200}", "spaces as U+2581, no splits")
 
@@ -141,9 +162,7 @@ def _split_name(directory: Path, definition: dict[str, Any]) -> str:
     steps = [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]
     for name, known in SPLITS.items():
         if steps == known:
-            # with this switch a word that is a token is not merged up from its letters;
-            # llama.cpp does so for llama-bpe alone
-            if bool(definition["model"].get("ignore_merges")) != (name == "llama-bpe"):
+            if bool(definition["model"].get("ignore_merges")) != (name in WHOLE_WORDS):
                 continue
             return name
     shown = json.dumps(steps, ensure_ascii=False)
