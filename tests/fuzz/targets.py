@@ -4,6 +4,7 @@
     json        strict_json and read_json of any text
     file        a packed file alone: header, records, payload, decoded
     directory   a packed directory: config, index, shards, ternarize.json, through `verify`
+    gguf        the head of a GGUF file, and what is made of it
     record      ternarize.json and config.json of a valid checkpoint: verify, inspect, the card
 
 In each: only a TernarizeError may come out; what formats/reference.py refuses is refused and the
@@ -24,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 
@@ -43,10 +45,11 @@ from ternarize.checkpoint import (  # noqa: E402
     strict_json,
 )
 from ternarize.errors import TernarizeError  # noqa: E402
+from ternarize.imports.gguf import open_gguf, read_gguf  # noqa: E402
 from ternarize.report import inspect  # noqa: E402
 from ternarize.verify import check_record, open_packed, read_recipe, verify  # noqa: E402
 
-from . import structure  # noqa: E402
+from . import gguf_files, structure  # noqa: E402
 
 VECTORS = Path(reference.__file__).resolve().parent / "vectors"
 FINDINGS = HERE / "findings"
@@ -239,6 +242,21 @@ def fuzz_record(data: bytes, folder: Folder) -> None:
     outcome(all_of_it, TernarizeError)
 
 
+def fuzz_gguf(data: bytes, folder: Folder) -> None:
+    path = folder.write({"model-00001-of-00001.gguf": data}) / "model-00001-of-00001.gguf"
+    found, _ = outcome(lambda: read_gguf(path), TernarizeError)
+    if found is not None:
+        for tensor in found[1]:
+            require(tensor.start + tensor.nbytes <= len(data), f"{tensor.name} ends outside")
+        # what the package gguf reads as well, it reads alike (it has rules of its own)
+        other, _ = outcome(lambda: gguf.GGUFReader(path), Exception)
+        if other is not None:
+            listed = {t.name: (int(t.tensor_type), tuple(map(int, t.shape))) for t in other.tensors}
+            ours = {t.name: (t.type, t.shape[::-1]) for t in found[1]}
+            require(ours == listed, f"{ours}, not {listed}")
+    outcome(lambda: open_gguf(path), TernarizeError)
+
+
 MODEL = VECTORS / "valid" / "all-features.safetensors"
 
 
@@ -360,6 +378,7 @@ TARGETS: dict[str, Target] = {
         _directories,
         ("checkpoint", "container", "codecs", "verify"),
     ),
+    "gguf": Target(fuzz_gguf, gguf_files.change, gguf_files.seeds, ("imports.gguf",)),
     "record": Target(
         fuzz_record,
         structure.change_directory,

@@ -38,11 +38,20 @@ HANG = 120  # seconds on the clock; what counts as slow is in `targets`, in seco
 def load(atheris: ModuleType | None) -> ModuleType:
     """The module `targets`; with atheris the code that is fuzzed is instrumented."""
     sys.path.insert(0, str(HERE.parents[1] / "formats"))
-    for heavy in ("torch", "transformers", "rich.console", "typer", "huggingface_hub"):
+    for heavy in ("torch", "gguf", "transformers", "rich.console", "typer", "huggingface_hub"):
         importlib.import_module(heavy)  # not instrumented
     guide: Any = contextlib.nullcontext()
     if atheris is not None:
-        names = ["checkpoint", "container", "codecs", "tensor", "verify", "report", "card"]
+        names = [
+            "checkpoint",
+            "container",
+            "codecs",
+            "tensor",
+            "verify",
+            "report",
+            "card",
+            "imports",
+        ]
         guide = atheris.instrument_imports(
             include=[f"ternarize.{n}" for n in names] + ["reference"]
         )
