@@ -12,7 +12,7 @@ import math
 import random
 import struct
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 MOST = 1 << 14  # bytes of payload that a repair may make
 DTYPES = "F64 F32 F16 BF16 F8_E4M3 F8_E5M2 F8_E8M0 I64 I32 I16 I8 U64 U32 U16 U8 BOOL C64".split()
@@ -198,7 +198,7 @@ def put_together(header: dict[str, Any], table: Any, payload: bytes) -> bytes:
     return struct.pack("<Q", len(raw)) + raw + payload
 
 
-def _sizes(value: Any) -> bool:
+def _sizes(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 40 for n in value)
 
 
@@ -301,11 +301,12 @@ def fit(header: dict[str, Any], table: Any, payload: bytes, rng: random.Random) 
         rng.shuffle(names)
     joined, at = [], 0
     for name in names:
-        data = parts[name] if isinstance(header[name], dict) else b""
-        if isinstance(header[name], dict):
-            header[name]["data_offsets"] = [at, at + len(data)]
-        joined.append(data)
-        at += len(data)
+        entry = header[name]
+        part = parts[name] if isinstance(entry, dict) else b""
+        if isinstance(entry, dict):
+            entry["data_offsets"] = [at, at + len(part)]
+        joined.append(part)
+        at += len(part)
     return b"".join(joined)
 
 
