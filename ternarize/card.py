@@ -77,7 +77,7 @@ def make_card(
         "## How it was made",
         *_how(record, hub),
         "## How to load it",
-        *_loading(where, (packed.config or {}).get("architectures") or [], shim),
+        *_loading(where, (packed.config or {}).get("architectures"), shim),
         "## Licence",
         _licence(inherited),
     ]
@@ -191,10 +191,11 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _loading(where: str, architectures: list[str], shim: bool) -> list[str]:
+def _loading(where: str, architectures: Any, shim: bool) -> list[str]:
     repo, _, revision = where.partition("@")
     arguments = json.dumps(repo) + (f", revision={json.dumps(revision)}" if revision else "")
-    model_class = str(architectures[0]) if architectures else "AutoModel"
+    listed = isinstance(architectures, list) and architectures  # as in any config.json
+    model_class = str(architectures[0]) if listed else "AutoModel"
     if not re.fullmatch(r"[A-Za-z_]\w*", model_class):
         model_class = "AutoModel"
     causal = model_class.endswith("ForCausalLM")

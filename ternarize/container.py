@@ -60,6 +60,7 @@ SCALE_DTYPES = {  # of scales that are floating-point numbers; a ternary tensor'
     INT8: ("F16", "F32"),
 }
 CHUNK = 1 << 22  # bytes read and hashed at a time
+LONGEST = 2**63 - 1  # a group that is longer than this, and so than any row, is the row as well
 
 _PACKED_MEMBERS = {"shape", "group_size", "codec", "transposed", "planes", "rotation"}
 _F16_NORMAL = (2.0**-14, 65504.0)  # below, float16 loses digits; above, it is infinite
@@ -533,8 +534,9 @@ def _record(where: str, value: Any) -> Record:
     codec, transposed = value.get("codec"), value.get("transposed", False)
     if not _is_matrix(shape):
         raise _damaged(where, f"its shape is {shape!r:.80}; expected two or three sizes")
-    if type(group_size) is not int or not -1 <= group_size < 2**63:
+    if type(group_size) is not int or group_size < -1:
         raise _damaged(where, f"its group_size is {group_size!r:.80}; expected -1, 0 or more")
+    group_size = min(group_size, LONGEST)
     if not isinstance(codec, str) or codec not in CODECS:
         raise FormatError(
             f"{where}: codec {codec!r}; this reader knows {', '.join(CODECS)}. Install a newer "

@@ -61,6 +61,7 @@ class Lowest {
 // Calls work(block, scratch) for all blocks; `bytes` of scratch for each thread.
 template <class Work>
 void for_blocks(const Lanes& x, int threads, int64_t bytes, Work work) {
+  if (x.size() == 0) return;  // no columns: there would be no memory, which memset must have
   if (threads < 1) threads = 1;
   const int64_t chunk = std::max<int64_t>(1, x.blocks / (8 * threads));
   std::vector<uint8_t> scratch(static_cast<size_t>(bytes * threads));

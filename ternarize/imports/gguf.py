@@ -217,10 +217,10 @@ def _read_all(path: Path) -> tuple[dict[str, Any], list[Stored]]:
     """The keys and tensors of a file, or of all the files of a set that it belongs to."""
     keys, tensors = read_gguf(path)
     total = keys.get("split.count", 1)
-    if total in (0, 1):
+    if type(total) is int and total in (0, 1):  # it can be anything, an array too
         return keys, tensors
     match = _PART.fullmatch(path.name)
-    if match is None or int(match[3]) != total:
+    if match is None or type(total) is not int or int(match[3]) != total:
         raise FormatError(
             f"{path.name}: is one of {total!r:.20} files; expected a name that ends in "
             "-00001-of-0000N.gguf. Give the files their names again, or merge them."
@@ -231,17 +231,19 @@ def _read_all(path: Path) -> tuple[dict[str, Any], list[Stored]]:
         if not part.is_file():
             raise CheckpointError(f"{path.name}: {part.name} is missing beside it. Fetch it too.")
         keys, found = read_gguf(part)
-        if keys.get("split.no") != number or keys.get("split.count") != total:
+        place = keys.get("split.no"), keys.get("split.count")
+        if not all(type(each) is int for each in place) or place != (number, total):
             raise FormatError(
                 f"{part.name}: says it is file {keys.get('split.no')!r:.20} of "
                 f"{keys.get('split.count')!r:.20}; expected {number} of {total}. Fetch it again."
             )
         first = keys if number == 0 else first
         tensors += found
-    if first.get("split.tensors.count", len(tensors)) != len(tensors):
+    listed = first.get("split.tensors.count", len(tensors))
+    if type(listed) is not int or listed != len(tensors):
         raise FormatError(
             f"{path.name}: {len(tensors)} tensors in {total} files; expected "
-            f"{first['split.tensors.count']!r:.20}. Fetch them again."
+            f"{listed!r:.20}. Fetch them again."
         )
     return first, tensors
 

@@ -1,0 +1,104 @@
+"""The fuzzers run, find what is put there to be found, and no more; earlier findings stay mended.
+
+The campaign itself is `python -m tests.campaigns.fuzz`; here each target has a short one.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from campaigns import differential
+from campaigns import fuzz as campaign
+from fuzz import native, structure, targets
+
+FOUND = sorted(path for path in targets.FINDINGS.glob("*/*") if path.parent.name in targets.TARGETS)
+EXECUTIONS = {"header": 3000, "json": 1500, "file": 1000, "directory": 300, "record": 150}
+EXECUTIONS["gguf"] = 400
+
+
+@pytest.mark.parametrize("name", targets.TARGETS)
+def test_short_run(name: str) -> None:
+    target, rng = targets.TARGETS[name], random.Random(name)
+    folder, limits = targets.Folder(), targets.Limits()
+    seeds = target.seeds()
+    try:
+        for at in range(EXECUTIONS[name]):
+            data = target.mutate(rng.choice(seeds), rng) if at >= len(seeds) else seeds[at]
+            targets.run_one(target, data, folder, limits)
+    finally:
+        folder.remove()
+
+
+@pytest.mark.parametrize("path", FOUND, ids=lambda path: f"{path.parent.name}-{path.name}")
+def test_earlier_findings(path: Path) -> None:
+    folder = targets.Folder()
+    try:
+        targets.run_one(
+            targets.TARGETS[path.parent.name], path.read_bytes(), folder, targets.Limits()
+        )
+    finally:
+        folder.remove()
+
+
+def test_mutations_reach_behind_the_first_checks() -> None:
+    """Enough of the files that mutations make are valid, and enough are not."""
+    rng, folder = random.Random(1), targets.Folder()
+    seeds, valid = targets.TARGETS["file"].seeds(), 0
+    try:
+        for _ in range(300):
+            folder.write({"x": structure.change_file(rng.choice(seeds), rng)})
+            error = targets.outcome(lambda: targets.reference.decode(folder.path / "x"), Exception)[
+                1
+            ]
+            valid += error is None
+    finally:
+        folder.remove()
+    assert 20 <= valid <= 250
+
+
+def test_campaign_reports(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    arguments = ["--count", "400", "--target", "header", "--work", str(tmp_path / "work")]
+    assert campaign.main([*arguments, "--json", str(report)]) == 0
+    found = json.loads(report.read_text())
+    assert found["executions"] == 400 and found["findings"] == 0
+    reached, lines = found["targets"]["header"]["lines"]["checkpoint"]
+    assert 50 < reached < lines
+
+
+def test_what_is_wrong_is_found(tmp_path: Path) -> None:
+    """A reader that lets everything through is caught, and the input is kept."""
+    program = """
+import sys
+from fuzz import targets, worker
+targets.read_header = lambda path: targets.reference.read_header(path.open("rb"), 1 << 40)
+sys.argv[1:] = ["header", "--plain", "--count", "2000", "--corpus", *sys.argv[1:]]
+worker.main()
+"""
+    corpus = tmp_path / "work" / "corpus"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(campaign.PATHS)}
+    command = [sys.executable, "-c", program, str(corpus)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode != 0
+    assert len(list(corpus.parent.glob("crash-*"))) == 1
+
+
+@pytest.mark.skipif(bool(campaign.without_clang()), reason=str(campaign.without_clang()))
+def test_compiled_core(tmp_path: Path) -> None:
+    """The portable variant under sanitizers: earlier findings, and a few inputs more."""
+    program = native.build(tmp_path, ("codec",), variants=False)["codec"]
+    for path in sorted((targets.FINDINGS / "codec").iterdir()):
+        subprocess.run([program, str(path)], check=True, capture_output=True)
+    row = campaign.fuzz_native(program, 2000, 1, tmp_path / "codec")
+    assert row["executions"] == 2000 and row["findings"] == [], row
+
+
+def test_decoders_agree() -> None:
+    report = differential.campaign(150, most=3)
+    assert report["tensors"] == 150
+    assert min(report["compared"][name] for name in ("reference", "q2_0", "tq1_0")) > 5
+    assert report["bytes"] == {"accepted": 120, "refused": 2952}
