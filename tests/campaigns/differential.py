@@ -23,6 +23,7 @@ import json
 import math
 import sys
 import time
+import unittest.mock
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -40,6 +41,7 @@ sys.path[:0] = [path for path in (FORMATS,) if path not in sys.path]
 import reference  # noqa: E402
 
 from ternarize import codecs, container  # noqa: E402
+from ternarize.checkpoint import byte_view  # noqa: E402
 from ternarize.container import Record  # noqa: E402
 from ternarize.errors import FormatError  # noqa: E402
 from ternarize.export import blocks  # noqa: E402
@@ -65,12 +67,8 @@ def same(a: Any, b: Any, what: str) -> None:
 @contextlib.contextmanager
 def engine(name: str) -> Iterator[None]:
     """Use the compiled core or torch inside."""
-    before = codecs.lib
-    codecs.lib = lib if name == "native" else None
-    try:
+    with unittest.mock.patch.object(codecs, "lib", lib if name == "native" else None):
         yield
-    finally:
-        codecs.lib = before
 
 
 def random_scales(shape: Sequence[int], kind: str, draw: torch.Generator) -> Tensor:
@@ -150,7 +148,7 @@ def check_tensor(number: int, done: Counter[str]) -> None:
             values.view(torch.uint8), dense[ENGINES[0], dtype].view(torch.uint8), f"{dtype}, {name}"
         )
 
-    codes, held = (container.byte_view(t).numpy().tobytes() for t in (packed[0], scales))
+    codes, held = (byte_view(t).numpy().tobytes() for t in (packed[0], scales))
     expected = reference.decode_packed(
         "w",
         {
@@ -175,11 +173,9 @@ def check_tensor(number: int, done: Counter[str]) -> None:
         same(dense[ENGINES[0], torch.float32], stored.reshape(-1, cols), "weights at run time")
     done["reference"] += 1
     if trits.dim() == 2 and trits.numel():
-        for at, plane in enumerate(planes):
-            values = container.split_planes(
-                codecs.scale_values(scales, torch.float64), record.planes
-            )
-            check_blocks(Ternary(plane, values[at], group_size), done)
+        parts = container.split_planes(codecs.scale_values(scales, torch.float64), record.planes)
+        for plane, part in zip(planes, parts, strict=True):
+            check_blocks(Ternary(plane, part, group_size), done)
 
 
 def q2_0(data: NDArray[np.uint8], cols: int) -> NDArray[np.float32]:

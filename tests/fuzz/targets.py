@@ -44,6 +44,7 @@ from ternarize.checkpoint import (  # noqa: E402
     read_json,
     strict_json,
 )
+from ternarize.codecs import BASE3, scale_values  # noqa: E402
 from ternarize.errors import TernarizeError  # noqa: E402
 from ternarize.imports.gguf import open_gguf, read_gguf  # noqa: E402
 from ternarize.report import inspect  # noqa: E402
@@ -129,8 +130,8 @@ def fuzz_header(data: bytes, folder: Folder) -> None:
 
 def fuzz_json(data: bytes, folder: Folder) -> None:
     path = folder.write({"x.json": data}) / "x.json"
-    for strict in (False, True):
-        table, _ = outcome(lambda strict=strict: read_json(path, strict=strict), TernarizeError)
+    outcome(lambda: read_json(path), TernarizeError)
+    table, _ = outcome(lambda: read_json(path, strict=True), TernarizeError)
     theirs, error = outcome(
         lambda: reference.parse_object(data, "not-json", "x.json"), reference.Invalid
     )
@@ -154,12 +155,12 @@ def decoded(checkpoint: Checkpoint, *, whole: bool) -> dict[str, Any]:
         scales = checkpoint.read(name + container.SCALE_SUFFIX)
         scales = scales.reshape(checkpoint.tensors[name + container.SCALE_SUFFIX].shape)
         numbers = data
-        if record.codec == container.BASE3:
+        if record.codec == BASE3:
             planes = container.decode_planes(data, scales, record)
             numbers = torch.cat([plane.trits for plane in planes], -1)
         plain = container.dequantize(data, scales, replace(record, rotation=(0, 0)))
         turned = container.dequantize(data, scales, record)
-        found[name] = (numbers, container.scale_values(scales), plain, turned, record)
+        found[name] = (numbers, scale_values(scales), plain, turned, record)
     return found
 
 
