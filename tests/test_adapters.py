@@ -235,6 +235,51 @@ def test_adapters_that_need_more_than_a_layer_are_refused(
         peft.get_peft_model(base, lora(targets, **options))
 
 
+WRITES: dict[str, Callable[[Any], Any]] = {
+    "item": lambda weight: weight.__setitem__((0, 0), 1.0),
+    "row": lambda weight: weight[0].zero_(),
+    "flat": lambda weight: weight.view(-1).add_(1),
+    "part": lambda weight: weight.chunk(2)[1].mul_(2),
+    "view of a view": lambda weight: weight.t().detach()[0].fill_(1),
+    "out": lambda weight: torch.neg(weight, out=weight.t()),
+    "list": lambda weight: torch._foreach_add_([weight], 1),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_writes_through_a_view_of_the_weight_are_refused(made: Made, write: str) -> None:
+    base: Any = ternarize.load(made("llama") / "packed", dtype=torch.float32)
+    peft.get_peft_model(base, lora())
+    weight = base.model.layers[0].self_attn.q_proj.base_layer.weight
+    dense = weight.clone()
+    with torch.no_grad(), pytest.raises(UsageError, match="packed and cannot be changed"):
+        WRITES[write](weight)
+    assert torch.equal(weight.t().contiguous(), dense.t()) and torch.equal(weight[1:], dense[1:])
+
+
+def test_a_dense_parameter_cannot_take_the_place_of_the_weight(made: Made) -> None:
+    base: Any = ternarize.load(made("llama") / "packed", dtype=torch.float32)
+    model = peft.get_peft_model(base, lora())
+    before, layer = packed_bytes(base), base.model.layers[0].self_attn.q_proj.base_layer
+    for weight in (nn.Parameter(torch.zeros(64, 64)), layer.weight, None):
+        with pytest.raises(UsageError, match="packed and cannot be changed"):
+            layer.weight = weight
+    model.load_state_dict({n: t.clone() for n, t in model.state_dict().items()}, assign=True)
+    assert same(packed_bytes(base), before)
+
+
+def test_osf_which_would_train_nothing_is_refused(made: Made) -> None:
+    base = ternarize.load(made("llama") / "packed")
+    with pytest.raises(UsageError, match="^OSF: the model has packed layers"):
+        peft.get_peft_model(base, peft.OSFConfig(target_modules=TARGETS, effective_rank=4))
+
+
+def test_a_base_model_is_not_saved_while_an_adapter_is_on_it(made: Made, tmp_path: Path) -> None:
+    model = peft.get_peft_model(ternarize.load(made("llama") / "packed"), lora())
+    with pytest.raises(UsageError, match="q_proj.base_layer: an adapter wraps it"):
+        model.get_base_model().save_pretrained(tmp_path)
+
+
 def test_packed_ends_of_a_model(made: Made, tmp_path: Path) -> None:
     """A head in int8 takes an adapter; an embedding in int8, tied to it, does not."""
     folder = made("llama_tied")
