@@ -66,7 +66,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def train(model: Any, steps: int = 8) -> list[float]:
+def train(model: Any, steps: int = 5) -> list[float]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
     losses = []
@@ -95,8 +95,7 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize(("name", "loader"), [("llama", "transformers"), ("mixtral", "ternarize")])
 def test_lora_trains_saves_and_loads(made: Made, tmp_path: Path, name: str, loader: str) -> None:
     packed = made(name) / "packed"
     model: Any = peft.get_peft_model(LOADERS[loader](packed), lora()).train()
@@ -144,7 +143,6 @@ def changed(model: Any) -> Any:
 
 METHODS: dict[str, Callable[[], Any]] = {
     "lora": lora,
-    "rslora": lambda: lora(use_rslora=True),
     "dora": lambda: lora(use_dora=True),
     "ia3": lambda: peft.IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
     "loha": lambda: peft.LoHaConfig(target_modules=TARGETS, r=4),
@@ -178,7 +176,7 @@ def test_adapters_compute_what_they_do_beside_dense_weights(made: Made, method: 
         assert float((gradient - their_gradients[name]).abs().max()) < 1e-4 * largest, name
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "oft"])
 def test_merging_is_refused_and_changes_nothing(made: Made, method: str) -> None:
     base = ternarize.load(made("llama") / "packed", dtype=torch.float32)
     model = changed(peft.get_peft_model(base, METHODS[method]()))
@@ -196,9 +194,8 @@ def test_merging_is_refused_and_changes_nothing(made: Made, method: str) -> None
     assert torch.equal(model(IDS).logits, output)
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_a_dequantized_model_takes_the_adapter_in(made: Made, tmp_path: Path, name: str) -> None:
-    packed = made(name) / "packed"
+def test_a_dequantized_model_takes_the_adapter_in(made: Made, tmp_path: Path) -> None:
+    packed = made("mixtral") / "packed"
     model = changed(peft.get_peft_model(ternarize.load(packed, dtype=torch.float32), lora()))
     expected = model(IDS).logits.detach()
     model.save_pretrained(tmp_path / "adapter")
@@ -313,8 +310,7 @@ def test_layers_of_every_kind_take_adapters(made: Made, name: str) -> None:
     assert torch.equal(packing.output(packing.stored(model)), packing.output(packing.stored(again)))
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize(("name", "reentrant"), [("llama", True), ("mixtral", False)])
 def test_gradient_checkpointing_gives_the_same_gradients(
     made: Made, name: str, reentrant: bool
 ) -> None:
@@ -339,7 +335,7 @@ def test_trainer_trains_an_adapter(made: Made, tmp_path: Path) -> None:
     base = ternarize.load(made("llama") / "packed", dtype=torch.float32)
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path / "out"),
-        max_steps=6,
+        max_steps=4,
         per_device_train_batch_size=2,
         learning_rate=1e-2,
         gradient_checkpointing=True,
@@ -359,7 +355,7 @@ def test_trainer_trains_an_adapter(made: Made, tmp_path: Path) -> None:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
     assert same(packed_bytes(model), before)
-    assert (tmp_path / "out/checkpoint-6/adapter_model.safetensors").exists()
+    assert (tmp_path / "out/checkpoint-4/adapter_model.safetensors").exists()
 
 
 def test_an_adapter_of_transformers_own(made: Made, tmp_path: Path) -> None:
