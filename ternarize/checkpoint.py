@@ -335,6 +335,10 @@ def open_checkpoint(directory: Path, *, need_weights: bool = True) -> Checkpoint
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 
+# what configurations call the number of layers
+_LAYERS = r"(\w+_)?n?layers?|(encoder_|decoder_)?depth|n_blocks"
+
+
 def read_config(directory: Path) -> dict[str, Any] | None:
     """The config.json of a checkpoint, None without one; FormatError where it would do harm.
 
@@ -348,7 +352,7 @@ def read_config(directory: Path) -> dict[str, Any] | None:
         for key, each in value.items():
             if key.endswith(("attn_implementation", "experts_implementation")):
                 names = each.values() if isinstance(each, dict) else [each]
-                if not all(name is None or re.fullmatch(r"\w+", str(name)) for name in names):
+                if not all(name in (None, "") or re.fullmatch(r"\w+", str(name)) for name in names):
                     raise FormatError(
                         f"config.json: {key} is {each!r:.80}; expected one of transformers' own. "
                         "It names code of the Hub: do not trust this checkpoint."
@@ -356,7 +360,7 @@ def read_config(directory: Path) -> dict[str, Any] | None:
             if isinstance(each, dict):
                 walk(each)
             many = isinstance(each, int) and each > MAX_LAYERS
-            if many and re.search(r"layers?$|blocks?$|depth", key):
+            if many and re.fullmatch(_LAYERS, key):
                 raise FormatError(
                     f"config.json: {key} is {each}; expected at most {MAX_LAYERS}. Repair the file."
                 )

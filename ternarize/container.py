@@ -179,8 +179,11 @@ def digest(*tensors: Tensor) -> str:
     return sha.hexdigest()
 
 
-def dump_metadata(records: Mapping[str, Record]) -> dict[str, str]:
-    """The `__metadata__` of a file with these tensors; equal records give equal bytes."""
+def dump_metadata(records: Mapping[str, Record], *, recorded: bool = False) -> dict[str, str]:
+    """The `__metadata__` of a file with these tensors; equal records give equal bytes.
+
+    recorded  the record of the conversion lists the digests of this file, until it is saved again
+    """
     tensors: dict[str, dict[str, Any]] = {}
     features: set[str] = set()
     for name, record in records.items():
@@ -203,6 +206,7 @@ def dump_metadata(records: Mapping[str, Record]) -> dict[str, str]:
     table = {
         "format_version": FORMAT_VERSION,
         "sealed": True,  # that there is a digest at the end
+        **({"recorded": True} if recorded else {}),
         "features": sorted(features),
         "tensors": tensors,
     }
@@ -286,22 +290,27 @@ def _table(file: str, metadata: Mapping[str, str]) -> tuple[set[str], dict[str, 
     return set(table["features"]), tensors
 
 
-def check_listed(where: str, table: Any, records: Mapping[str, Record], files: Any) -> None:
+def check_listed(where: str, table: Any, records: Mapping[str, Record], packed: Checkpoint) -> None:
     """Raise DigestError where a tensor is not the one that the record of the conversion lists.
 
     where  name of the record, for messages
     table  its table of tensors; what it does not list is not compared
-    files  tensor name -> TensorInfo
 
-    Every file proves itself; that all of them are of one conversion is known by this alone.
+    Every file proves itself; that all of them are of one conversion is known by this alone. A model
+    that has been saved again says in no file that the record speaks of it.
     """
-    for name, row in table.items() if isinstance(table, dict) else ():
-        said = row.get("sha256") if isinstance(row, dict) else None
-        if said is not None and name in records and said != records[name].sha256:
+    said = {file: strict_json(packed.metadata[file][KEY]).get("recorded") for file in packed.files}
+    if not isinstance(table, dict) or True not in said.values():
+        return
+    for name, row in table.items():
+        digest = row.get("sha256") if isinstance(row, dict) else None
+        if digest is None or name not in records:
+            continue
+        file = packed.tensors[name].file
+        if said[file] is not True or digest != records[name].sha256:
             raise DigestError(
-                f"{files[name].file}: {name}: is not the tensor that {where} lists; expected files "
-                f"of one conversion. Fetch the checkpoint again; if it was saved again, remove "
-                f"{where}."
+                f"{file}: {name}: is not the tensor that {where} lists; expected files of one "
+                "conversion. Fetch the checkpoint again."
             )
 
 

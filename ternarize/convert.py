@@ -660,11 +660,10 @@ def memory_left() -> tuple[float, float]:
         ("memory.max", "memory.stat", "anon"),
         ("memory/memory.limit_in_bytes", "memory/memory.stat", "total_rss"),
     ):
-        if (_CGROUP / limit).is_file():
-            text = (_CGROUP / limit).read_text().strip()
-            table = dict(line.split() for line in (_CGROUP / stat).read_text().splitlines())
-            if text != "max":
-                memory.append(int(text) - int(table[name]))
+        with suppress(OSError, ValueError, KeyError):  # none; "max"; a system that has no such file
+            most = int((_CGROUP / limit).read_text())
+            lines = (_CGROUP / stat).read_text().splitlines()
+            memory.append(most - int(dict(line.split() for line in lines)[name]))
     return min(memory), addresses
 
 
@@ -833,19 +832,22 @@ class _Conversion:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
         record = self._write_small_files()
-        changed = _changed(_stamps(self.work, now=True), self.identity["source"])
+        stamps = _stamps(self.work, now=True)
+        changed = _changed(stamps, self.identity["source"])
         if changed:
+            # what is away may come back, and what has been done is then worth keeping
+            away = FileNotFoundError() if any(len(each) == 1 for each in stamps) else None
             raise CheckpointError(
                 f"{self.work.source.directory}: {changed} changed during the conversion; expected "
                 "a source at rest. Convert it again."
-            )
+            ) from away
         with ThreadPoolExecutor(2) as beside:  # the disk works while the processors check
             synced = beside.submit(self._sync_shards)
             sums = beside.submit(make_sums, self.partial, self.threads)
             packed = open_files(self.partial, [shard.file for shard in self.shards])
             container.check(packed, container.records_of(packed), threads=self.threads)
             synced.result()
-            (self.partial / SUMS).write_text(sums.result(), "utf-8", newline="\n")
+            (self.partial / SUMS).write_bytes(os.fsencode(sums.result()))
         return record
 
     def _sync_shards(self) -> None:

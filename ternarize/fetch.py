@@ -28,6 +28,7 @@ from typing import Any
 from ternarize.errors import CheckpointError, FormatError, TernarizeError
 from ternarize.sums import SUMS, hash_file, read_sums
 
+RECORD = "ternarize.json"
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
 INDEX = ".index.json"
@@ -88,10 +89,12 @@ def _indexed(index: Path) -> list[str]:
 
 
 def _listed(directory: Path) -> list[str]:
-    """What SHA256SUMS names and is not there, but for weights; as patterns."""
+    """What SHA256SUMS of a packed checkpoint names and is not there, but for weights; patterns."""
+    if not (directory / RECORD).is_file():  # the list of another tool, of who knows what
+        return []
     try:
         names = read_sums(directory) or {}
-    except FormatError:  # perhaps of another tool: who needs it says what is wrong
+    except FormatError:  # who needs it says what is wrong
         return []
     missing = (name for name in names if not (directory / name).exists())
     return [glob.escape(name) for name in missing if not name.endswith(WEIGHTS)]
@@ -193,7 +196,11 @@ def _find_bad(snapshot: Path, patterns: Sequence[str]) -> list[Path]:
     todo: dict[Path, tuple[str, list[int]]] = {}
     for path in sorted(snapshot.rglob("*")):
         name = path.relative_to(snapshot).as_posix()
-        ours = any(fnmatchcase(name, pattern) for pattern in patterns)
+        # as in _snapshot: what lies in a folder is ours only by a pattern that names folders
+        ours = any(
+            fnmatchcase(name, pattern) and ("/" in pattern or "/" not in name)
+            for pattern in patterns
+        )
         if not (ours and path.is_symlink() and path.is_file()):
             continue
         # the first link leads to the blob of the repository; that may be a link too, to a store

@@ -16,7 +16,7 @@ from typing import Any
 from ternarize.card import CARD, is_ours, make_card
 from ternarize.checkpoint import open_checkpoint, read_json
 from ternarize.errors import CheckpointError, OutputError, UsageError
-from ternarize.fetch import INDEX, PICKLE, SAFETENSORS, WEIGHTS, hub_errors, split_id
+from ternarize.fetch import INDEX, PICKLE, RECORD, SAFETENSORS, WEIGHTS, hub_errors, split_id
 from ternarize.progress import Progress
 from ternarize.sums import SUMS, format_sums, read_sums
 from ternarize.verify import verify
@@ -118,7 +118,7 @@ def push(
                 for path, data in contents.items()
                 if path != CARD
             }
-            contents[SUMS] = format_sums(digests).encode()
+            contents[SUMS] = os.fsencode(format_sums(digests))
     sent: dict[str, Path | bytes] = {**files, **contents}
     sizes = {
         path: len(data) if isinstance(data, bytes) else data.stat().st_size
@@ -224,7 +224,9 @@ def _upload(
         if not is_ours(Path(published).read_text("utf-8", "replace")):
             sent = {path: data for path, data in sent.items() if path != CARD}
             card = "kept"
-    removed = sorted(path for path in there - sent.keys() if _is_model(path))
+    # what another conversion has left there does not speak of this one
+    stale = {RECORD, SUMS}
+    removed = sorted(path for path in there - sent.keys() if _is_model(path) or path in stale)
     additions = [CommitOperationAdd(path, data) for path, data in sent.items()]
     api.preupload_lfs_files(
         repo, additions, revision=revision, create_pr=create_pr, free_memory=False

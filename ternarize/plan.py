@@ -31,6 +31,7 @@ from ternarize.codecs import INT8, THREADS
 from ternarize.container import SCALE_SUFFIX, Record
 from ternarize.errors import CheckpointError, SelectionError, UsageError
 from ternarize.fetch import COPIED, WEIGHTS
+from ternarize.fetch import RECORD as RECORD
 from ternarize.imports import Imported, open_source
 from ternarize.linear import ACTIVATIONS
 from ternarize.methods import METHODS, levels
@@ -50,7 +51,6 @@ from ternarize.select import (
 from ternarize.tensor import check_group_size
 
 PIECE = 1 << 21  # weights read, ternarized and written at a time by one thread
-RECORD = "ternarize.json"
 GROUP_SIZE = 128  # of weights that are not ternary yet
 GPTQ = "gptq"  # the calibrated method
 WITHOUT_DATA = "itf"  # the method of what a calibrated conversion cannot calibrate
@@ -302,7 +302,7 @@ def header_bytes(entries: Mapping[str, Entry], records: Mapping[str, Record]) ->
     entries  name -> where it lies, in the order of the file
     records  name -> what the metadata says of it
     """
-    table: dict[str, Any] = {"__metadata__": container.dump_metadata(records)}
+    table: dict[str, Any] = {"__metadata__": container.dump_metadata(records, recorded=True)}
     for name, entry in entries.items():
         table[name] = {
             "dtype": entry.dtype,

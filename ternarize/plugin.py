@@ -146,7 +146,7 @@ class TernarizeQuantizer(HfQuantizer):
         records = container.records_of(packed)
         container.check_format(packed)
         said = read_json(packed.directory / RECORD) or {}
-        container.check_listed(RECORD, said.get("tensors"), records, packed.tensors)
+        container.check_listed(RECORD, said.get("tensors"), records, packed)
         if self.quantization_config.verify is not False:
             container.check(packed, records)
         names = list(packed.tensors)

@@ -6,6 +6,7 @@ since people edit their model cards, and so is what begins with a dot.
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ SUMS = "SHA256SUMS"
 CARD = "README.md"
 CHUNK = 1 << 20
 MAX_BYTES = 1 << 26  # of the file; a million lines
-_LINE = re.compile(r"(\\?)([0-9a-f]{64})  (.+)")
+_LINE = re.compile(r"(\\?)([0-9a-f]{64}) [ *](?:\./)?(.+?)\r?")
 _ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}
 _UNESCAPED = {escaped: char for char, escaped in _ESCAPES.items()}
 
@@ -59,8 +60,10 @@ def read_sums(directory: Path) -> dict[str, str] | None:
     that leave the directory; CheckpointError where the file cannot be read.
     """
     path = directory / SUMS
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
+    if not path.is_file():
+        raise _broken("is no file")
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
@@ -70,10 +73,7 @@ def read_sums(directory: Path) -> dict[str, str] | None:
         ) from error
     if len(raw) > MAX_BYTES:
         raise _broken(f"more than {MAX_BYTES} bytes")
-    try:
-        lines = raw.decode("utf-8").split("\n")
-    except UnicodeDecodeError:
-        raise _broken("not UTF-8") from None
+    lines = os.fsdecode(raw).split("\n")  # names may be any bytes
     if lines.pop():
         raise _broken("its last line does not end")
     digests: dict[str, str] = {}

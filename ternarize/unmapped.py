@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ternarize.checkpoint import DTYPES, Entry, Header, read_bytes, read_header
 from ternarize.container import KEY
-from ternarize.errors import FormatError
+from ternarize.errors import CheckpointError, FormatError
 
 
 def install() -> None:
@@ -25,15 +25,19 @@ def install() -> None:
     vars(modeling_utils)["safe_open"] = open_file
 
 
-def open_file(path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+def open_file(filename: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
     """`safetensors.safe_open`, which does not map a packed file."""
     try:
-        header = read_header(Path(path))
-    except (FormatError, OSError):  # whatever is wrong, the library says it in its own words
+        header = read_header(Path(filename))
+    except (
+        FormatError,
+        CheckpointError,
+        OSError,
+    ):  # whatever is wrong, the library says it in its own words
         header = None
     if header is None or KEY not in header.metadata:
-        return safetensors.safe_open(path, *args, **kwargs)
-    return _File(Path(path), header)
+        return safetensors.safe_open(filename, *args, **kwargs)
+    return _File(Path(filename), header)
 
 
 class _File:
@@ -53,6 +57,9 @@ class _File:
 
     def keys(self) -> list[str]:
         return list(self.header.entries)
+
+    def offset_keys(self) -> list[str]:
+        return self.keys()  # they are in the order of their data
 
     def get_slice(self, name: str) -> "_Slice":
         return _Slice(self.path, self.header.entries[name], self.header.data_start)

@@ -135,7 +135,7 @@ def check_record(packed: Checkpoint, records: dict[str, Record]) -> dict[str, An
                 f"{RECORD}: {name} is {said.get(name, 'missing')} there and "
                 f"{found.get(name, 'missing')} in the files. Fetch the checkpoint again."
             )
-    container.check_listed(RECORD, rows, records, packed.tensors)
+    container.check_listed(RECORD, rows, records, packed)
     if not _is_calibration(record.get("calibration")):
         raise FormatError(
             f"{RECORD}: its calibration cannot be read; expected data, quality, forms and blocks, "
