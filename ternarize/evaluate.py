@@ -564,10 +564,8 @@ class _Checkpoint:
                 "checkpoint is not run here; install the version that has the class."
             )
         model_class = getattr(transformers, known[0])
-        quantization = table.get("quantization_config")
-        packed = isinstance(quantization, dict) and quantization.get("quant_method") == "ternarize"
         kind = _kind(model_class, config)
-        return _Checkpoint(directory, config, model_class, kind, packed, imported)
+        return _Checkpoint(directory, config, model_class, kind, _is_packed(table), imported)
 
     def load(
         self,
@@ -621,12 +619,17 @@ def _look(model: str | Path) -> tuple[Path, dict[str, Any] | None, Imported | No
     if not os.path.isfile(os.path.expanduser(model)):
         directory = locate(model)
         table = read_config(directory)
-        how = {} if table is None else table.get("quantization_config") or table.get("quantization")
-        packed = isinstance(how, dict) and how.get("quant_method") == "ternarize"
-        if packed or not (how or any(directory.glob("*.gguf"))):
+        known = table or {}
+        foreign = known.get("quantization_config") or known.get("quantization")
+        if _is_packed(known) or not (foreign or any(directory.glob("*.gguf"))):
             return directory, table, None
     source = open_source(model)
     return source.directory, source.config, source if isinstance(source, Imported) else None
+
+
+def _is_packed(table: dict[str, Any]) -> bool:
+    how = table.get("quantization_config")
+    return isinstance(how, dict) and how.get("quant_method") == "ternarize"
 
 
 def _rounded(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -566,12 +566,15 @@ def _coarsest(source: Checkpoint, tensor: TensorPlan) -> int | None:
     """The largest groups in which a tensor is ternary; None if it is in none that is tried.
 
     Tensors, rows, equal parts of rows (models trained with their matrices split over devices have a
-    scale for each part), powers of two down to 32. An ordinary weight is told from its first row.
+    scale for each part), powers of two down to 32. An ordinary weight is told from its first 32
+    elements, which are of one group in all of these.
     """
     cols = tensor.shape[-1]
     if tensor.choice.transposed or tensor.info.numel == 0:
         return None
     row = source.read(tensor.name, 0, cols).reshape(1, cols)
+    if levels(row[:, :32], -1) is None:
+        return None
     parts = {cols // n for n in range(2, 17) if cols % n == 0} | {256, 128, 64, 32}
     sizes = (0, -1, *sorted((n for n in parts if 32 <= n < cols), reverse=True))
     likely = (n for n in sizes if levels(row, n) is not None)
@@ -621,15 +624,14 @@ def finer(group_size: int) -> tuple[int, ...]:
 
 def _check_lossless(source: Checkpoint, tensors: Iterable[TensorPlan], group_size: int) -> None:
     """Raise CheckpointError where ternary weights would lose something in these groups."""
+    tried = (group_size,) if isinstance(source, Imported) else finer(group_size)
     for tensor in tensors:
         if not tensor.ternary or tensor.tied_to:
             continue
-        foreign = isinstance(source, Imported) and tensor.name in source.group_sizes
         if isinstance(source, Imported):
             own = source.group_sizes.get(tensor.name)
         else:
             own = _coarsest(source, tensor)
-        tried = (group_size,) if foreign else finer(group_size)
         if own is None or own == 0 or (own == -1 and tried != (0,)):
             continue
         if own > 0 and group_size > 0 and own % group_size == 0:

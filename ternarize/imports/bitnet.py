@@ -21,19 +21,17 @@ transformers/integrations/bitnet.py; BitNet b1.58, equations 1 to 3:
 https://arxiv.org/abs/2402.17764
 """
 
-from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from ternarize.checkpoint import Checkpoint, TensorInfo
-from ternarize.imports.common import Decode, Imported, expect, imported, read_rows, refuse
+from ternarize.imports.common import FLOATS, Decode, Imported, expect, imported, read_rows, refuse
 from ternarize.methods.grouped import fixed_sum
 from ternarize.select import linear_layers
 
 KINDS = ("bitlinear offline", "autobitlinear offline", "autobitlinear online")
-FLOATS = ("F32", "F16", "BF16")
 SUM = 1 << 20  # weights whose magnitudes are added at a time; the sum depends on it
 SCALE = ".weight_scale"
 
@@ -56,11 +54,7 @@ def bitnet(raw: Checkpoint) -> Imported | None:
     if not isinstance(how, dict) or how.get("quant_method") != "bitnet":
         return None
     kind, mode = how.get("linear_class", "bitlinear"), how.get("quantization_mode", "offline")
-    if f"{kind} {mode}" not in (
-        "bitlinear offline",
-        "autobitlinear offline",
-        "autobitlinear online",
-    ):
+    if f"{kind} {mode}" not in KINDS:
         raise refuse(
             raw,
             f"bitnet with linear_class {kind!r} and quantization_mode {mode!r}; expected "
@@ -168,7 +162,7 @@ def _offline(
             )
         return found
 
-    trits = quarters(raw, name) if packed else _ternary_rows(raw, name)
+    trits = _quarters(raw, name) if packed else partial(read_rows, raw, name)
 
     def rows(first: int, last: int) -> Tensor:
         return trits(first, last).to(scale().dtype) * scale()
@@ -180,7 +174,7 @@ def _offline(
     decode[name] = rows
 
 
-def quarters(raw: Checkpoint, name: str) -> Decode:
+def _quarters(raw: Checkpoint, name: str) -> Decode:
     """Rows of trits (and 2, for the code that is none) packed by quarters of the rows, int8."""
     quarter = raw.tensors[name].shape[0]
 
@@ -193,13 +187,6 @@ def quarters(raw: Checkpoint, name: str) -> Decode:
             parts.append((stored >> (2 * part) & 3).to(torch.int8) - 1)
             first += count
         return torch.cat(parts) if parts else torch.empty(0, raw.tensors[name].shape[1])
-
-    return rows
-
-
-def _ternary_rows(raw: Checkpoint, name: str) -> Callable[[int, int], Tensor]:
-    def rows(first: int, last: int) -> Tensor:
-        return read_rows(raw, name, first, last)
 
     return rows
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ternarize.checkpoint import DTYPES, Checkpoint, TensorInfo
 from ternarize.errors import CheckpointError
 
+FLOATS = ("F32", "F16", "BF16")  # dtypes of scales and master weights
 ROWS = 1 << 18  # weights decoded at a time, in whole rows
 # rows [first, last) of a logical tensor -> (last - first, cols) in its dtype
 Decode = Callable[[int, int], Tensor]
@@ -143,13 +144,3 @@ def read_rows(raw: Checkpoint, name: str, first: int, last: int) -> Tensor:
     """Rows [first, last) of a stored matrix, as it is stored."""
     cols = raw.tensors[name].shape[-1]
     return raw.read(name, first * cols, last * cols).reshape(last - first, cols)
-
-
-def fields(words: Tensor, bits: int) -> Tensor:
-    """The fields of `bits` bits in unsigned words, from the low bits: (..., n) -> (..., n * k).
-
-    uint8 or uint32; returns uint8.
-    """
-    step = torch.arange(0, words.dtype.itemsize * 8, bits)
-    wide = words.to(torch.int64).unsqueeze(-1)
-    return ((wide >> step) & ((1 << bits) - 1)).to(torch.uint8).flatten(-2)

@@ -546,7 +546,7 @@ def open_gguf(path: Path, layout: str | None = None, alone: bool = True) -> Impo
             decode[logical.name] = logical.rows
             if logical.group_size is not None:
                 group_sizes[logical.name] = logical.group_size
-        if tensor.type not in _FLOATS and tensor.type not in _TERNARY and tensor.type != 36:
+        if tensor.type not in _FLOATS and not _is_ternary(tensor):
             rounded[import_gguf().GGMLQuantizationType(tensor.type).name] += 1
     _check_whole(path.name, config, tensors)
     files, notes = tokenizer_files(path.name, keys, config["vocab_size"])
@@ -566,11 +566,8 @@ def open_gguf(path: Path, layout: str | None = None, alone: bool = True) -> Impo
         config,
         sorted({tensor.path.name for tensor in stored}),
         tensors,
-        format=f"GGUF, {', '.join(sorted(kinds)) or 'no ternary type'}"
-        + (f" as on {layout}" if layout else ""),
-        scale="weight = scale * trit, a scale for each block"
-        if not i2_s
-        else "weight = scale * trit, a scale for each tensor",
+        format=f"GGUF, {', '.join(sorted(kinds))}" + (f" as on {layout}" if layout else ""),
+        scale=f"weight = scale * trit, a scale for each {'tensor' if i2_s else 'block'}",
         decode=decode,
         group_sizes=group_sizes,
         activations="int8" if int8 else "none",
@@ -601,12 +598,8 @@ def _logical(
 ) -> list[_Logical]:
     """What a stored tensor is in transformers: itself, or each of its experts."""
     name, kind = _named(tensor, arch, where)
-    dtype = {**_FLOATS, 36: torch.float32}.get(tensor.type, torch.float32)
-    if tensor.type in _TERNARY:
-        dtype = torch.float16
+    dtype = torch.float16 if tensor.type in _TERNARY else _FLOATS.get(tensor.type, torch.float32)
     shape = tensor.shape
-    if kind == "attn_q" or kind == "attn_k":
-        heads = config[{"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}[kind]]
     permuted = arch.permuted and kind in ("attn_q", "attn_k")
     base = _decoder(tensor, layout, where)
     group_size = None  # of vectors and floats; those of I2_S are whole
@@ -638,7 +631,8 @@ def _logical(
         )
     if permuted:
         dim = config["head_dim"]
-        if (shape[0]) != heads * dim:
+        heads = config["num_attention_heads" if kind == "attn_q" else "num_key_value_heads"]
+        if shape[0] != heads * dim:
             raise FormatError(
                 f"{where}: {tensor.name} has shape {list(shape)}; expected {heads} heads of {dim}. "
                 "Fetch it again."

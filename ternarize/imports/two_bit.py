@@ -24,12 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ternarize.checkpoint import Checkpoint, TensorInfo
-from ternarize.imports.common import Decode, Imported, expect, fields, imported, read_rows, refuse
+from ternarize.checkpoint import DTYPES, Checkpoint, TensorInfo
+from ternarize.imports.common import FLOATS, Decode, Imported, expect, imported, read_rows, refuse
 from ternarize.select import linear_layers
 from ternarize.tensor import split_groups
 
-FLOATS = ("F32", "F16", "BF16")
 BITS = (2, 4, 8)  # fields that do not cross words
 
 
@@ -104,11 +103,11 @@ def _mixed(how: dict[str, Any]) -> bool:
 
 
 def _affine(raw: Checkpoint, base: str, biases: str, bits: int, group: int) -> Decode:
-    dtype = getattr(torch, _TORCH[raw.tensors[base + ".scales"].dtype])
+    dtype = DTYPES[raw.tensors[base + ".scales"].dtype]
 
     def rows(first: int, last: int) -> Tensor:
         words = read_rows(raw, base + ".weight", first, last)
-        q = split_groups(fields(words, bits).to(torch.float64), group)
+        q = split_groups(_fields(words, bits).to(torch.float64), group)
         scale, bias = (
             read_rows(raw, base + each, first, last).to(torch.float64).unsqueeze(-1)
             for each in (".scales", biases)
@@ -116,9 +115,6 @@ def _affine(raw: Checkpoint, base: str, biases: str, bits: int, group: int) -> D
         return (q * scale + bias).to(dtype).flatten(-2)
 
     return rows
-
-
-_TORCH = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def gemma(raw: Checkpoint) -> Imported | None:
@@ -183,7 +179,17 @@ def gemma(raw: Checkpoint) -> Imported | None:
 def _gemma_rows(raw: Checkpoint, name: str, cols: int) -> Decode:
     def rows(first: int, last: int) -> Tensor:
         stored = read_rows(raw, name, first, last).view(torch.uint8)
-        trits = fields(stored, 2)[:, :cols].to(torch.float32) - 2
+        trits = _fields(stored, 2)[:, :cols].to(torch.float32) - 2
         return trits * read_rows(raw, name + "_scale", first, last)
 
     return rows
+
+
+def _fields(words: Tensor, bits: int) -> Tensor:
+    """The fields of `bits` bits in unsigned words, from the low bits: (..., n) -> (..., n * k).
+
+    uint8 or uint32; returns uint8.
+    """
+    step = torch.arange(0, words.dtype.itemsize * 8, bits)
+    wide = words.to(torch.int64).unsqueeze(-1)
+    return ((wide >> step) & ((1 << bits) - 1)).to(torch.uint8).flatten(-2)
