@@ -174,6 +174,7 @@ BITNETS: dict[str, tuple[str, dict[str, Any], Any]] = {
     "online": ("BitNet", _bitnet("autobitlinear", "online"), master),
     "packed": ("BitNet", _bitnet("autobitlinear", "offline"), autobitlinear),
     "unpacked": ("BitNet", _bitnet("autobitlinear", "offline"), unpacked),
+    "biased": ("Llama", _bitnet("autobitlinear", "offline"), autobitlinear),
     "inverse": ("BitNet", _bitnet("bitlinear", "offline"), bitlinear),
     "falcon": ("Llama", FALCON, bitlinear),
 }
@@ -199,7 +200,7 @@ def test_bitnet_is_what_transformers_multiplies_with(
     form: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     kind, quantization, change = BITNETS[form]
-    more = {"attention_bias": True} if form == "falcon" else {"tie_word_embeddings": True}
+    more = {"attention_bias" if kind == "Llama" else "tie_word_embeddings": True}
     source = make(tmp_path / "source", kind, quantization, change, dtype, **more)
     record = convert(source, tmp_path / "out")
     tensors, found = tensors_of(source), weights(tmp_path / "out")

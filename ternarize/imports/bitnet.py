@@ -4,7 +4,7 @@
                     in bits 2 (r // q) of stored row r % q, as t + 1;  <x>.weight_scale [1] = 1 / s:
                     the layer divides by it
     autobitlinear,  <x>.weight packed like that, or t in floating point;
-    offline         <x>.weight_scale [1] = s: the layer multiplies by it
+    offline         <x>.weight_scale [1] = s: the layer multiplies by it, and <x>.bias as well
     autobitlinear,  <x>.weight, the master weights w;  the layer multiplies by
     online          (round(w / m) clipped to -1 .. 1) m,  m = max(mean |w|, 1e-5)
 
@@ -172,6 +172,16 @@ def _offline(
     tensors[name] = TensorInfo(name, dtype, shape, file)
     del tensors[scale_name]
     decode[name] = rows
+    bias = name.removesuffix(".weight") + ".bias"
+    if kind == "bitlinear" or bias not in tensors:  # which adds its bias after the scale
+        return
+    expect(raw, bias, FLOATS, (count,))
+
+    def scaled(first: int, last: int) -> Tensor:  # a bias is one row
+        return read_rows(raw, bias, first, last).to(torch.float32) * scale().to(torch.float32)
+
+    tensors[bias] = TensorInfo(bias, "F32", (count,), raw.tensors[bias].file)
+    decode[bias] = scaled
 
 
 def _quarters(raw: Checkpoint, name: str) -> Decode:
