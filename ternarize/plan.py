@@ -390,12 +390,14 @@ def plan(
     *,
     config_only: bool = False,
     stream: Path | None = None,
+    again: bool = False,
 ) -> Plan:
     """Lay out a conversion from headers, without reading weights (except to compare tied copies).
 
     model        directory, or Hub id user/name[@revision]
     config_only  a config.json without weights is enough: names and shapes come from the skeleton
     stream       folder to fetch weight files to, one by one, when they are read; see `Stream`
+    again        the conversion is on record, which says the groups: no weight is looked at for them
 
     Raises CheckpointError, FormatError, SelectionError.
     """
@@ -403,7 +405,8 @@ def plan(
     directory = source.directory
     _refuse_quantized(source)
     notes = []
-    here = bool(source.tensors) and stream is None  # weights can be looked at without a download
+    # weights can be looked at without a download, and have to be
+    here = bool(source.tensors) and stream is None and not again
     if not source.tensors:
         if source.config is None:
             raise CheckpointError(
@@ -464,7 +467,7 @@ def plan(
         }
     elif here and recipe.calibrate is None:
         for tensors in by_file.values():
-            _check_lossless(source, tensors, recipe.group_size)
+            check_lossless(source, tensors, recipe.group_size)
     check_fused([t for tensors in by_file.values() for t in tensors])
     if not any(t.ternary for tensors in by_file.values() for t in tensors):
         raise SelectionError(
@@ -557,13 +560,15 @@ def own_groups(
             if isinstance(source, Imported):
                 group_size = source.group_sizes.get(tensor.name)
             if read and alone and (group_size is None or group_size > 0):
-                group_size = _coarsest(source, tensor) or group_size
+                coarsest = _coarsest(source, tensor)
+                group_size = group_size if coarsest is None else coarsest
         found.append(tensor if group_size is None else replace(tensor, group_size=group_size))
     return found
 
 
 def _coarsest(source: Checkpoint, tensor: TensorPlan) -> int | None:
-    """The largest groups in which a tensor is ternary; None if it is in none that is tried.
+    """The largest groups in which a tensor is ternary; None if it is in none that is tried, and if
+    it is all 0, which says nothing of groups.
 
     Tensors, rows, equal parts of rows (models trained with their matrices split over devices have a
     scale for each part), powers of two down to 32. An ordinary weight is told from its first 32
@@ -578,7 +583,10 @@ def _coarsest(source: Checkpoint, tensor: TensorPlan) -> int | None:
     parts = {cols // n for n in range(2, 17) if cols % n == 0} | {256, 128, 64, 32}
     sizes = (0, -1, *sorted((n for n in parts if 32 <= n < cols), reverse=True))
     likely = (n for n in sizes if levels(row, n) is not None)
-    return next((n for n in likely if is_lossless(source, tensor, n)), None)
+    found = next((n for n in likely if is_lossless(source, tensor, n)), None)
+    if found != 0 or any(bool(source.read(tensor.name, *at).any()) for at in tensor.pieces()):
+        return found
+    return None
 
 
 def _ends(
@@ -622,7 +630,7 @@ def finer(group_size: int) -> tuple[int, ...]:
     return {0: (0, -1, GROUP_SIZE), -1: (-1, GROUP_SIZE)}.get(group_size, (group_size,))
 
 
-def _check_lossless(source: Checkpoint, tensors: Iterable[TensorPlan], group_size: int) -> None:
+def check_lossless(source: Checkpoint, tensors: Iterable[TensorPlan], group_size: int) -> None:
     """Raise CheckpointError where ternary weights would lose something in these groups."""
     tried = (group_size,) if isinstance(source, Imported) else finer(group_size)
     for tensor in tensors:

@@ -19,7 +19,7 @@ from hub import READ, WRITE, Fault, Hub
 from huggingface_hub import constants
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from safetensors.torch import load_file, save_file
-from test_imports import BITNETS, make, trilm
+from test_imports import BITNETS, WIDE, finer_groups, make, trilm
 from typer.testing import CliRunner
 
 import ternarize
@@ -826,6 +826,13 @@ def test_a_stream_of_what_is_ternary_gives_the_same_bytes(
         if path.name != RECORD:  # which names the source
             assert (tmp_path / "packed" / path.name).read_bytes() == path.read_bytes()
     assert verify(tmp_path / "packed", source)["compared"]["converted_again"] > 14
+
+
+def test_a_stream_refuses_groups_that_lose_something(client: Hub, tmp_path: Path) -> None:
+    source = make(tmp_path / "source", "Llama", None, finer_groups, **WIDE)
+    client.put("user/source", {path.name: path.read_bytes() for path in source.iterdir()})
+    with pytest.raises(CheckpointError, match="Leave out --group-size"):
+        convert("user/source", tmp_path / "packed", Recipe(group_size=128), stream=True)
 
 
 def split(directory: Path, count: int) -> None:

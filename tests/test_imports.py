@@ -520,6 +520,55 @@ def test_an_import_measures_as_its_source(form: str, tmp_path: Path) -> None:
     assert (rounding["kl_divergence"]["value"] > 1e-6) == (form != "mlx")
 
 
+# --- groups -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["floats", "mlx", "gguf"])
+def test_one_scale_for_the_tensor_is_found(form: str, tmp_path: Path) -> None:
+    """In formats that have finer groups as well; a matrix of zeros says nothing, and keeps them."""
+    zeros = "model.layers.1.mlp.up_proj"
+
+    def change(tensors: Tensors, name: str) -> None:
+        weight = tensors[f"{name}.weight"]
+        tensors[f"{name}.weight"] = ((weight < 0).to(weight) - 0.5) * (name != zeros)
+        if form == "mlx":
+            affine(64)(tensors, name)
+
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    how = {"quantization": {"group_size": 64, "bits": 2}} if form == "mlx" else None
+    source = make(tmp_path / "source", "Llama", how, change, torch.float16, **sizes)
+    if form == "gguf":
+        convert(source, tmp_path / "packed", Recipe(group_size=256))
+        source = tmp_path / "m.gguf"
+        export(tmp_path / "packed", source, "gguf", kind="tq2_0", tokenizer=False)
+    record = convert(source, tmp_path / "out")
+    groups = {n: r["group_size"] for n, r in record["tensors"].items() if "group_size" in r}
+    usual = {"floats": 128, "mlx": 64, "gguf": 256}[form]
+    assert groups.pop(f"{zeros}.weight") == usual
+    assert len(groups) == 13 and set(groups.values()) == {0}
+    verify(tmp_path / "out", source)
+
+
+def test_what_an_earlier_version_rounded_is_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It did not look for finer groups than it was asked for."""
+    source = make(tmp_path / "source", "Llama", None, finer_groups, **WIDE)
+    with pytest.raises(CheckpointError, match="Leave out --group-size"):
+        convert(source, tmp_path / "out", Recipe(group_size=128))
+    with monkeypatch.context() as patch:
+        patch.setattr("ternarize.plan.check_lossless", lambda *_: None)
+        convert(source, tmp_path / "out", Recipe(group_size=128))
+    verify(tmp_path / "out", source)
+
+
+def finer_groups(tensors: Tensors, name: str) -> None:
+    """Floats that are ternary in groups of 64."""
+    weight = tensors[f"{name}.weight"]
+    sizes = torch.rand(weight.numel() // 64, 1) + 1
+    tensors[f"{name}.weight"] = (weight.sign().view(-1, 64) * sizes).view_as(weight)
+
+
 # --- there and back ---------------------------------------------------------------------------
 
 EXPORTS = {
