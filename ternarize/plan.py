@@ -484,10 +484,10 @@ def plan(
         )
         for i, tensors in enumerate(by_file.values(), 1)
     ]
-    copied, left_out = small_files(directory)
+    alone = isinstance(source, Imported) and source.alone  # what lies around it can be anything
+    copied, left_out = ([], []) if alone else small_files(directory)
     if isinstance(source, Imported):
-        copied = [] if source.alone else copied
-        left_out = [] if source.alone else [n for n in left_out if n not in source.files]
+        left_out = [n for n in left_out if n not in source.files]
         notes += source.notes
     return Plan(source, str(model), recipe, shards, copied, left_out, notes)
 
@@ -768,18 +768,19 @@ def small_files(directory: Path) -> tuple[list[str], list[str]]:
     """Files to copy byte for byte (tokenizer, generation config, ...), and what is left out."""
     copied: list[str] = []
     left_out: list[str] = []
-    for path in sorted(directory.rglob("*")):
+    paths = sorted(directory.rglob("*"))
+    with_weights = {path.parent for path in paths if path.suffix in WEIGHTS}
+    for path in paths:
         name = path.relative_to(directory).as_posix()
         top = "/" not in name
         if any(part.startswith(".") for part in path.relative_to(directory).parts):
             continue
-        weights_beside = any(p.suffix in WEIGHTS for p in path.parent.iterdir())
         if not path.is_file() or (top and (path.suffix in WEIGHTS or name.endswith(INDEX))):
             continue
         if top and name in ("config.json", RECORD):
             continue
         wanted = path.suffix in COPIED or path.name.upper().startswith(("LICENSE", "NOTICE"))
-        (copied if wanted and (top or not weights_beside) else left_out).append(name)
+        (copied if wanted and (top or path.parent not in with_weights) else left_out).append(name)
     main = {"model.safetensors", "pytorch_model.bin"}
     for path in sorted(directory.iterdir()):
         if path.suffix in WEIGHTS and path.name not in main and "-of-" not in path.name:

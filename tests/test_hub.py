@@ -512,6 +512,17 @@ def test_every_option_of_a_recipe_is_in_its_command() -> None:
     )
 
 
+@pytest.mark.parametrize("form", ["trilm", "packed"])
+def test_the_command_of_what_was_ternary_has_every_option(form: str, tmp_path: Path) -> None:
+    """Left out, groups and activations would be those of the source."""
+    kind, quantization, change = {**BITNETS, "trilm": ("Llama", None, trilm)}[form]
+    source = make(tmp_path / "source", kind, quantization, change, torch.float16, **WIDE)
+    group_size = 64 if form == "trilm" else 128
+    convert(source, tmp_path / "packed", Recipe(group_size=group_size, activations="none"))
+    text = card.make_card(tmp_path / "packed", "user/tiny")
+    assert f"--group-size {group_size} --scale-bits 16 --activations none --head keep" in text
+
+
 def test_the_quality_of_a_calibrated_model_is_in_its_card(packed: Path) -> None:
     path = packed / "ternarize.json"
     record = json.loads(path.read_text())

@@ -20,6 +20,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import ternarize
+from ternarize import evaluate
 from ternarize.cli import app
 from ternarize.convert import convert
 from ternarize.errors import CheckpointError, FormatError, TernarizeError, UsageError
@@ -280,6 +281,16 @@ def test_bitnet_of_every_layout(tmp_path: Path, layout: str) -> None:
         expected = reference(exporting.IDS).logits
     found_logits = exporting.our_logits(tmp_path / "packed", activations="none")
     exporting.assert_near(found_logits, expected)
+
+
+def test_what_lies_around_a_file_is_not_looked_at(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ternarize.plan.small_files", None)
+    work = plan(f"{small}@x86")
+    assert work.copied == work.left_out == []
+    directory, config, source = evaluate._look(f"{small}@x86")  # it is no Hub id
+    assert directory == small.parent and config and source is not None
 
 
 def test_i2_s_that_cannot_be(tmp_path: Path) -> None:
