@@ -693,6 +693,35 @@ REFUSED: dict[str, tuple[str, Callable[[Path], None], str]] = {
         ),
         "quantize_embeddings",
     ),
+    **{
+        f"{form} patterns {value}": (
+            form,
+            _config(
+                quantization_config={
+                    "quant_method": "bitnet" if form == "inverse" else form,
+                    "num_bits": 2,
+                    "modules_to_not_convert": value,
+                }
+            ),
+            "modules_to_not_convert of config.json is .*; expected a list",
+        )
+        for form in ("inverse", "gemma")
+        for value in (5, [5], ["("], "lm_head")
+    },
+    **{
+        f"int2 configs {value}": (
+            "gemma",
+            _config(
+                quantization_config={
+                    "quant_method": "gemma",
+                    "num_bits": 2,
+                    "module_quant_configs": value,
+                }
+            ),
+            "module_quant_configs of config.json is .*; expected",
+        )
+        for value in (["x"], {"(": {}}, {".*": 3})
+    },
     "mlx mode": (
         "mlx",
         _config(quantization={"mode": "mxfp4", "bits": 4, "group_size": 32}),

@@ -27,7 +27,16 @@ import torch
 from torch import Tensor
 
 from ternarize.checkpoint import Checkpoint, TensorInfo
-from ternarize.imports.common import FLOATS, Decode, Imported, expect, imported, read_rows, refuse
+from ternarize.imports.common import (
+    FLOATS,
+    Decode,
+    Imported,
+    check_patterns,
+    expect,
+    imported,
+    read_rows,
+    refuse,
+)
 from ternarize.methods.grouped import fixed_sum
 from ternarize.select import linear_layers
 
@@ -69,6 +78,7 @@ def bitnet(raw: Checkpoint) -> Imported | None:
             "It cannot be carried: use another variant of the model.",
         )
     listed = how.get("modules_to_not_convert")
+    check_patterns(raw, "modules_to_not_convert", listed)
     layers = linear_layers(config, raw.tensors, listed)
     if isinstance(layers, str):
         raise refuse(
