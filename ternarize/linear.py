@@ -421,19 +421,14 @@ def check_part(name: str, packed: Any, scale: Any, layout: Layout) -> None:
     part, scales = packed.to_local(), scale.to_local()
     cols = _cols(scales, layout)
     fits = layout.group_size != 0 and part.shape[-1] == layout.width(cols)
-    # a cut through the columns of two planes parts the planes, not their columns; a rotation, and
-    # the largest of a token's inputs, need those that other processes have
-    bars = {
-        "planes 2": layout.planes > 1,
-        f"rotation {layout.rotation[0]}": layout.rotation[0] > 0,
-        "int8 activations": layout.activations == "int8",
-    }
-    if cols != layout.cols and any(bars.values()):
+    # a cut through the columns of two planes parts the planes, not their columns; a rotation needs
+    # inputs that other processes have
+    if cols != layout.cols and (layout.planes > 1 or layout.rotation[0]):
+        what = "planes 2" if layout.planes > 1 else f"rotation {layout.rotation[0]}"
         raise UsageError(
-            f"{name}: {layout.cols} columns with {next(what for what in bars if bars[what])} "
-            f"cannot be cut for {packed.device_mesh.size()} processes; tensor parallelism needs "
-            "one plane, not rotated, and activations in floating point. Use one process, or "
-            "do without it."
+            f"{name}: {layout.cols} columns with {what} cannot be cut for "
+            f"{packed.device_mesh.size()} processes; tensor parallelism needs one plane, not "
+            "rotated. Use one process, or convert without it."
         )
     if not fits or scales.shape[-2] != part.shape[-2]:
         raise UsageError(

@@ -620,6 +620,8 @@ def _config(**keys: Any) -> Callable[[Path], None]:
     return lambda at: edit(at, **keys)
 
 
+NO_LISTS: tuple[Any, ...] = (5, [5], ["("], "lm_head")
+NO_TABLES: tuple[Any, ...] = (["x"], {"(": {}}, {".*": 3})
 REFUSED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "class": ("packed", _config(**_bitnet("other", "offline")), "linear_class 'other'"),
     "mode": ("packed", _config(**_bitnet("bitlinear", "online")), "quantization_mode 'online'"),
@@ -706,7 +708,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], None], str]] = {
             "modules_to_not_convert of config.json is .*; expected a list",
         )
         for form in ("inverse", "gemma")
-        for value in (5, [5], ["("], "lm_head")
+        for value in NO_LISTS
     },
     **{
         f"int2 configs {value}": (
@@ -720,7 +722,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], None], str]] = {
             ),
             "module_quant_configs of config.json is .*; expected",
         )
-        for value in (["x"], {"(": {}}, {".*": 3})
+        for value in NO_TABLES
     },
     "mlx mode": (
         "mlx",

@@ -417,11 +417,10 @@ def test_models_cut_into_two_processes_run_and_save(tmp_path: Path) -> None:
     source = tmp_path / "source"
     transformers.LlamaForCausalLM(config).save_pretrained(source)
     convert(source, tmp_path / "int8_head", Recipe("itf", 32, head="int8"))
-    for name in ("plain", "rotated", "rotated_rows", "rows_of_one_group", "int8"):
+    for name in ("plain", "rotated", "rotated_rows", "rows_of_one_group"):
         packing.pack_checkpoint(source, tmp_path / name, -1 if name == "rows_of_one_group" else 32)
     rewrite(tmp_path / "rotated", turn)
     rewrite(tmp_path / "rotated_rows", turn_rows)
-    edit_config(tmp_path / "int8", set_activations)
     script = Path(__file__).with_name("parallel_run.py")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     root = str(script.parents[1])
