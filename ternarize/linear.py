@@ -421,14 +421,19 @@ def check_part(name: str, packed: Any, scale: Any, layout: Layout) -> None:
     part, scales = packed.to_local(), scale.to_local()
     cols = _cols(scales, layout)
     fits = layout.group_size != 0 and part.shape[-1] == layout.width(cols)
-    # a cut through the columns of two planes parts the planes, not their columns; a rotation needs
-    # inputs that other processes have
-    if cols != layout.cols and (layout.planes > 1 or layout.rotation[0]):
-        what = "planes 2" if layout.planes > 1 else f"rotation {layout.rotation[0]}"
+    # a cut through the columns of two planes parts the planes, not their columns; a rotation and
+    # the absmax of a token need inputs that other processes have
+    against = {
+        "planes 2": layout.planes > 1,
+        f"rotation {layout.rotation[0]}": layout.rotation[0],
+        "int8 activations": layout.activations == "int8",
+    }
+    what = next((what for what, found in against.items() if found), None)
+    if cols != layout.cols and what is not None:
         raise UsageError(
             f"{name}: {layout.cols} columns with {what} cannot be cut for "
             f"{packed.device_mesh.size()} processes; tensor parallelism needs one plane, not "
-            "rotated. Use one process, or convert without it."
+            "rotated, and activations that are not rounded. Use one process."
         )
     if not fits or scales.shape[-2] != part.shape[-2]:
         raise UsageError(

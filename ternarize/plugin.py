@@ -33,6 +33,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ternarize import adapters, container, unmapped
+from ternarize.adapters import AdaptedLinear
 from ternarize.checkpoint import DTYPES, Checkpoint, open_files, read_json, stamp
 from ternarize.codecs import BASE3, INT8, encode_int8, int8_scales
 from ternarize.container import KEY, SCALE_SUFFIX, Record
@@ -187,6 +188,13 @@ class TernarizeQuantizer(HfQuantizer):
         """For save_pretrained: the metadata of the files that it is about to write."""
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # only the adapter is saved
+        adapted = [name for name, m in model.named_modules() if type(m) is AdaptedLinear]
+        if adapted:
+            raise UsageError(
+                f"{adapted[0]}: an adapter wraps it, so that save_pretrained of the base model "
+                "cannot name its weight; expected layers without one. Call save_pretrained of the "
+                "PEFT model, or unload the adapter first."
+            )
         return None, container.dump_metadata(_saved_records(model, self.source_transposed))
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:

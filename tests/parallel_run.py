@@ -22,6 +22,7 @@ RUN = ("plain", "int8_head", "rotated_rows")
 REFUSED = {
     "rows_of_one_group": "columns with group_size -1 cannot be cut for 2 processes",
     "rotated": "columns with rotation 64 cannot be cut for 2 processes",
+    "int8": "columns with int8 activations cannot be cut for 2 processes",
 }
 
 

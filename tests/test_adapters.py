@@ -66,7 +66,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def train(model: Any, steps: int = 8) -> list[float]:
+def train(model: Any, steps: int = 5) -> list[float]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
     losses = []
@@ -95,8 +95,7 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize(("name", "loader"), [("llama", "transformers"), ("mixtral", "ternarize")])
 def test_lora_trains_saves_and_loads(made: Made, tmp_path: Path, name: str, loader: str) -> None:
     packed = made(name) / "packed"
     model: Any = peft.get_peft_model(LOADERS[loader](packed), lora()).train()
@@ -144,7 +143,6 @@ def changed(model: Any) -> Any:
 
 METHODS: dict[str, Callable[[], Any]] = {
     "lora": lora,
-    "rslora": lambda: lora(use_rslora=True),
     "dora": lambda: lora(use_dora=True),
     "ia3": lambda: peft.IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
     "loha": lambda: peft.LoHaConfig(target_modules=TARGETS, r=4),
@@ -178,7 +176,7 @@ def test_adapters_compute_what_they_do_beside_dense_weights(made: Made, method: 
         assert float((gradient - their_gradients[name]).abs().max()) < 1e-4 * largest, name
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "oft"])
 def test_merging_is_refused_and_changes_nothing(made: Made, method: str) -> None:
     base = ternarize.load(made("llama") / "packed", dtype=torch.float32)
     model = changed(peft.get_peft_model(base, METHODS[method]()))
@@ -196,9 +194,8 @@ def test_merging_is_refused_and_changes_nothing(made: Made, method: str) -> None
     assert torch.equal(model(IDS).logits, output)
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_a_dequantized_model_takes_the_adapter_in(made: Made, tmp_path: Path, name: str) -> None:
-    packed = made(name) / "packed"
+def test_a_dequantized_model_takes_the_adapter_in(made: Made, tmp_path: Path) -> None:
+    packed = made("mixtral") / "packed"
     model = changed(peft.get_peft_model(ternarize.load(packed, dtype=torch.float32), lora()))
     expected = model(IDS).logits.detach()
     model.save_pretrained(tmp_path / "adapter")
@@ -235,6 +232,51 @@ def test_adapters_that_need_more_than_a_layer_are_refused(
         peft.get_peft_model(base, lora(targets, **options))
 
 
+WRITES: dict[str, Callable[[Any], Any]] = {
+    "item": lambda weight: weight.__setitem__((0, 0), 1.0),
+    "row": lambda weight: weight[0].zero_(),
+    "flat": lambda weight: weight.view(-1).add_(1),
+    "part": lambda weight: weight.chunk(2)[1].mul_(2),
+    "view of a view": lambda weight: weight.t().detach()[0].fill_(1),
+    "out": lambda weight: torch.neg(weight, out=weight.t()),
+    "list": lambda weight: torch._foreach_add_([weight], 1),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_writes_through_a_view_of_the_weight_are_refused(made: Made, write: str) -> None:
+    base: Any = ternarize.load(made("llama") / "packed", dtype=torch.float32)
+    peft.get_peft_model(base, lora())
+    weight = base.model.layers[0].self_attn.q_proj.base_layer.weight
+    dense = weight.clone()
+    with torch.no_grad(), pytest.raises(UsageError, match="packed and cannot be changed"):
+        WRITES[write](weight)
+    assert torch.equal(weight.t().contiguous(), dense.t()) and torch.equal(weight[1:], dense[1:])
+
+
+def test_a_dense_parameter_cannot_take_the_place_of_the_weight(made: Made) -> None:
+    base: Any = ternarize.load(made("llama") / "packed", dtype=torch.float32)
+    model = peft.get_peft_model(base, lora())
+    before, layer = packed_bytes(base), base.model.layers[0].self_attn.q_proj.base_layer
+    for weight in (nn.Parameter(torch.zeros(64, 64)), layer.weight, None):
+        with pytest.raises(UsageError, match="packed and cannot be changed"):
+            layer.weight = weight
+    model.load_state_dict({n: t.clone() for n, t in model.state_dict().items()}, assign=True)
+    assert same(packed_bytes(base), before)
+
+
+def test_osf_which_would_train_nothing_is_refused(made: Made) -> None:
+    base = ternarize.load(made("llama") / "packed")
+    with pytest.raises(UsageError, match="^OSF: the model has packed layers"):
+        peft.get_peft_model(base, peft.OSFConfig(target_modules=TARGETS, effective_rank=4))
+
+
+def test_a_base_model_is_not_saved_while_an_adapter_is_on_it(made: Made, tmp_path: Path) -> None:
+    model = peft.get_peft_model(ternarize.load(made("llama") / "packed"), lora())
+    with pytest.raises(UsageError, match="q_proj.base_layer: an adapter wraps it"):
+        model.get_base_model().save_pretrained(tmp_path)
+
+
 def test_packed_ends_of_a_model(made: Made, tmp_path: Path) -> None:
     """A head in int8 takes an adapter; an embedding in int8, tied to it, does not."""
     folder = made("llama_tied")
@@ -268,8 +310,7 @@ def test_layers_of_every_kind_take_adapters(made: Made, name: str) -> None:
     assert torch.equal(packing.output(packing.stored(model)), packing.output(packing.stored(again)))
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize(("name", "reentrant"), [("llama", True), ("mixtral", False)])
 def test_gradient_checkpointing_gives_the_same_gradients(
     made: Made, name: str, reentrant: bool
 ) -> None:
@@ -294,7 +335,7 @@ def test_trainer_trains_an_adapter(made: Made, tmp_path: Path) -> None:
     base = ternarize.load(made("llama") / "packed", dtype=torch.float32)
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path / "out"),
-        max_steps=6,
+        max_steps=4,
         per_device_train_batch_size=2,
         learning_rate=1e-2,
         gradient_checkpointing=True,
@@ -314,7 +355,7 @@ def test_trainer_trains_an_adapter(made: Made, tmp_path: Path) -> None:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
     assert same(packed_bytes(model), before)
-    assert (tmp_path / "out/checkpoint-6/adapter_model.safetensors").exists()
+    assert (tmp_path / "out/checkpoint-4/adapter_model.safetensors").exists()
 
 
 def test_an_adapter_of_transformers_own(made: Made, tmp_path: Path) -> None:

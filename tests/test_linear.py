@@ -232,10 +232,16 @@ def test_a_cut_through_the_columns_of_two_planes_is_refused() -> None:
         check_part("w", Part(torch.zeros(24, 28)), Part(torch.zeros(24, 4)), layout)
 
 
-def test_a_cut_through_rotated_columns_is_refused() -> None:
-    layout = Layout(128, 32, rotation=(64, 0))
+@pytest.mark.parametrize(
+    ("layout", "what"),
+    [
+        (Layout(128, 32, rotation=(64, 0)), "rotation 64"),
+        (Layout(128, 32, activations="int8"), "int8 activations"),
+    ],
+)
+def test_a_cut_through_columns_that_belong_together_is_refused(layout: Layout, what: str) -> None:
     check_part("w", Part(torch.zeros(12, 28)), Part(torch.zeros(12, 4)), layout)  # half the rows
-    with pytest.raises(UsageError, match="w: 128 columns with rotation 64 cannot be cut for 2"):
+    with pytest.raises(UsageError, match=f"w: 128 columns with {what} cannot be cut for 2"):
         check_part("w", Part(torch.zeros(24, 14)), Part(torch.zeros(24, 2)), layout)
 
 

@@ -421,6 +421,7 @@ def test_models_cut_into_two_processes_run_and_save(tmp_path: Path) -> None:
         packing.pack_checkpoint(source, tmp_path / name, -1 if name == "rows_of_one_group" else 32)
     rewrite(tmp_path / "rotated", turn)
     rewrite(tmp_path / "rotated_rows", turn_rows)
+    packing.pack_checkpoint(source, tmp_path / "int8", activations="int8")
     script = Path(__file__).with_name("parallel_run.py")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     root = str(script.parents[1])
