@@ -154,7 +154,7 @@ def _how(record: dict[str, Any], hub: dict[str, str]) -> list[str]:
         version = "(of unknown version)"
     parts = [
         f"With ternarize {version}:",
-        _code("console", command(read_recipe(record), source)),
+        _code("console", command(read_recipe(record), source, _was_ternary(record))),
         f"`{RECORD}` is the record of it, tensor by tensor. To check it against the source, "
         "byte by byte:",
         _code("console", shlex.join(["ternarize", "verify", "packed", "--source", source])),
@@ -166,14 +166,26 @@ def _how(record: dict[str, Any], hub: dict[str, str]) -> list[str]:
     return parts
 
 
-def command(recipe: Recipe, source: str) -> str:
-    """The command line of a conversion by this recipe, into `packed`."""
+def _was_ternary(record: dict[str, Any]) -> bool:
+    """Whether weights of the source were ternary already."""
+    rows = _table_of(record, "tensors").values()
+    return bool(_table_of(_table_of(record, "source"), "imported")) or any(
+        isinstance(row, dict) and row.get("method") == "lossless" for row in rows
+    )
+
+
+def command(recipe: Recipe, source: str, was_ternary: bool = False) -> str:
+    """The command line of a conversion by this recipe, into `packed`.
+
+    was_ternary  the source has weights that are ternary already; the defaults are then what it has,
+                 so that all options are written
+    """
     words = ["ternarize", "convert", source, "packed"]
     default = Recipe(group_size=GROUP_SIZE, activations="none", head=KEEP, embeddings=KEEP)
     words += ["--method", recipe.method]
     for name in ("group_size", "scale_bits", "dtype", "activations", "head", "embeddings"):
         value = getattr(recipe, name)
-        if value not in (None, getattr(default, name)):
+        if value is not None and (was_ternary or value != getattr(default, name)):
             words += [_option(name), str(value)]
     for name in ("keep", "include", "planes"):
         for glob in getattr(recipe, name):

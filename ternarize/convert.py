@@ -74,6 +74,7 @@ from ternarize.plan import (
     Shard,
     TensorPlan,
     calibrated_plan,
+    check_lossless,
     finer,
     header_bytes,
     is_lossless,
@@ -960,9 +961,11 @@ class _Conversion:
         return [t for t in tensors if not t.tied_to and t.name not in self.results]
 
     def _own_groups(self, index: int) -> None:
-        """Give a shard's tensors their own groups, which only its weights tell; `own_groups`."""
-        shard = self.shards[index]
-        if self.work.recipe.group_size is None:
+        """What `plan` does with weights that it can look at: `own_groups` or `check_lossless`."""
+        shard, group_size = self.shards[index], self.work.recipe.group_size
+        if group_size is not None:
+            check_lossless(self.work.source, self._undone(index), group_size)
+        else:
             found = own_groups(self.work.source, shard.tensors, self.work.tensors, read=True)
             for tensor, own in zip(shard.tensors, found, strict=True):
                 if own.group_size != tensor.group_size and tensor.name not in self.results:

@@ -25,7 +25,6 @@ say how far another text of the same kind may lie, not how far another kind of t
 import importlib
 import inspect
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from torch import Tensor
 
 from ternarize.checkpoint import locate, read_config
 from ternarize.errors import CheckpointError, UsageError
-from ternarize.imports import Imported, open_source
+from ternarize.imports import Imported, find_gguf, open_source
 from ternarize.load import load, usable
 from ternarize.progress import Progress
 from ternarize.select import locate as locate_tensors
@@ -616,7 +615,7 @@ class _Checkpoint:
 
 def _look(model: str | Path) -> tuple[Path, dict[str, Any] | None, Imported | None]:
     """Directory and config.json of a checkpoint, and how it is imported if it has to be."""
-    if not os.path.isfile(os.path.expanduser(model)):
+    if find_gguf(model) is None:
         directory = locate(model)
         table = read_config(directory)
         known = table or {}

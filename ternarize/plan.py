@@ -390,12 +390,14 @@ def plan(
     *,
     config_only: bool = False,
     stream: Path | None = None,
+    again: bool = False,
 ) -> Plan:
     """Lay out a conversion from headers, without reading weights (except to compare tied copies).
 
     model        directory, or Hub id user/name[@revision]
     config_only  a config.json without weights is enough: names and shapes come from the skeleton
     stream       folder to fetch weight files to, one by one, when they are read; see `Stream`
+    again        the conversion is on record, which says the groups: no weight is looked at for them
 
     Raises CheckpointError, FormatError, SelectionError.
     """
@@ -403,7 +405,8 @@ def plan(
     directory = source.directory
     _refuse_quantized(source)
     notes = []
-    here = bool(source.tensors) and stream is None  # weights can be looked at without a download
+    # weights can be looked at without a download, and have to be
+    here = bool(source.tensors) and stream is None and not again
     if not source.tensors:
         if source.config is None:
             raise CheckpointError(
@@ -464,7 +467,7 @@ def plan(
         }
     elif here and recipe.calibrate is None:
         for tensors in by_file.values():
-            _check_lossless(source, tensors, recipe.group_size)
+            check_lossless(source, tensors, recipe.group_size)
     check_fused([t for tensors in by_file.values() for t in tensors])
     if not any(t.ternary for tensors in by_file.values() for t in tensors):
         raise SelectionError(
@@ -481,10 +484,10 @@ def plan(
         )
         for i, tensors in enumerate(by_file.values(), 1)
     ]
-    copied, left_out = small_files(directory)
+    alone = isinstance(source, Imported) and source.alone  # what lies around it can be anything
+    copied, left_out = ([], []) if alone else small_files(directory)
     if isinstance(source, Imported):
-        copied = [] if source.alone else copied
-        left_out = [] if source.alone else [n for n in left_out if n not in source.files]
+        left_out = [n for n in left_out if n not in source.files]
         notes += source.notes
     return Plan(source, str(model), recipe, shards, copied, left_out, notes)
 
@@ -557,13 +560,15 @@ def own_groups(
             if isinstance(source, Imported):
                 group_size = source.group_sizes.get(tensor.name)
             if read and alone and (group_size is None or group_size > 0):
-                group_size = _coarsest(source, tensor) or group_size
+                coarsest = _coarsest(source, tensor)
+                group_size = group_size if coarsest is None else coarsest
         found.append(tensor if group_size is None else replace(tensor, group_size=group_size))
     return found
 
 
 def _coarsest(source: Checkpoint, tensor: TensorPlan) -> int | None:
-    """The largest groups in which a tensor is ternary; None if it is in none that is tried.
+    """The largest groups in which a tensor is ternary; None if it is in none that is tried, and if
+    it is all 0, which says nothing of groups.
 
     Tensors, rows, equal parts of rows (models trained with their matrices split over devices have a
     scale for each part), powers of two down to 32. An ordinary weight is told from its first 32
@@ -578,7 +583,10 @@ def _coarsest(source: Checkpoint, tensor: TensorPlan) -> int | None:
     parts = {cols // n for n in range(2, 17) if cols % n == 0} | {256, 128, 64, 32}
     sizes = (0, -1, *sorted((n for n in parts if 32 <= n < cols), reverse=True))
     likely = (n for n in sizes if levels(row, n) is not None)
-    return next((n for n in likely if is_lossless(source, tensor, n)), None)
+    found = next((n for n in likely if is_lossless(source, tensor, n)), None)
+    if found != 0 or any(bool(source.read(tensor.name, *at).any()) for at in tensor.pieces()):
+        return found
+    return None
 
 
 def _ends(
@@ -622,7 +630,7 @@ def finer(group_size: int) -> tuple[int, ...]:
     return {0: (0, -1, GROUP_SIZE), -1: (-1, GROUP_SIZE)}.get(group_size, (group_size,))
 
 
-def _check_lossless(source: Checkpoint, tensors: Iterable[TensorPlan], group_size: int) -> None:
+def check_lossless(source: Checkpoint, tensors: Iterable[TensorPlan], group_size: int) -> None:
     """Raise CheckpointError where ternary weights would lose something in these groups."""
     tried = (group_size,) if isinstance(source, Imported) else finer(group_size)
     for tensor in tensors:
@@ -760,18 +768,19 @@ def small_files(directory: Path) -> tuple[list[str], list[str]]:
     """Files to copy byte for byte (tokenizer, generation config, ...), and what is left out."""
     copied: list[str] = []
     left_out: list[str] = []
-    for path in sorted(directory.rglob("*")):
+    paths = sorted(directory.rglob("*"))
+    with_weights = {path.parent for path in paths if path.suffix in WEIGHTS}
+    for path in paths:
         name = path.relative_to(directory).as_posix()
         top = "/" not in name
         if any(part.startswith(".") for part in path.relative_to(directory).parts):
             continue
-        weights_beside = any(p.suffix in WEIGHTS for p in path.parent.iterdir())
         if not path.is_file() or (top and (path.suffix in WEIGHTS or name.endswith(INDEX))):
             continue
         if top and name in ("config.json", RECORD):
             continue
         wanted = path.suffix in COPIED or path.name.upper().startswith(("LICENSE", "NOTICE"))
-        (copied if wanted and (top or not weights_beside) else left_out).append(name)
+        (copied if wanted and (top or path.parent not in with_weights) else left_out).append(name)
     main = {"model.safetensors", "pytorch_model.bin"}
     for path in sorted(directory.iterdir()):
         if path.suffix in WEIGHTS and path.name not in main and "-of-" not in path.name:

@@ -229,7 +229,7 @@ def _compare(
             "which it cannot be repeated. Verify without --source."
         )
     recipe = read_recipe(record)
-    work = plan(source, recipe)
+    work = plan(source, recipe, again=True)
     expected = {t.name: t for t in work.tensors if not t.tied_to}
     if expected.keys() != records.keys():
         name = sorted(expected.keys() ^ records.keys())[0]

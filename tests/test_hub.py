@@ -19,7 +19,7 @@ from hub import READ, WRITE, Fault, Hub
 from huggingface_hub import constants
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from safetensors.torch import load_file, save_file
-from test_imports import BITNETS, make, trilm
+from test_imports import BITNETS, WIDE, finer_groups, make, trilm
 from typer.testing import CliRunner
 
 import ternarize
@@ -512,6 +512,17 @@ def test_every_option_of_a_recipe_is_in_its_command() -> None:
     )
 
 
+@pytest.mark.parametrize("form", ["trilm", "packed"])
+def test_the_command_of_what_was_ternary_has_every_option(form: str, tmp_path: Path) -> None:
+    """Left out, groups and activations would be those of the source."""
+    kind, quantization, change = {**BITNETS, "trilm": ("Llama", None, trilm)}[form]
+    source = make(tmp_path / "source", kind, quantization, change, torch.float16, **WIDE)
+    group_size = 64 if form == "trilm" else 128
+    convert(source, tmp_path / "packed", Recipe(group_size=group_size, activations="none"))
+    text = card.make_card(tmp_path / "packed", "user/tiny")
+    assert f"--group-size {group_size} --scale-bits 16 --activations none --head keep" in text
+
+
 def test_the_quality_of_a_calibrated_model_is_in_its_card(packed: Path) -> None:
     path = packed / "ternarize.json"
     record = json.loads(path.read_text())
@@ -826,6 +837,13 @@ def test_a_stream_of_what_is_ternary_gives_the_same_bytes(
         if path.name != RECORD:  # which names the source
             assert (tmp_path / "packed" / path.name).read_bytes() == path.read_bytes()
     assert verify(tmp_path / "packed", source)["compared"]["converted_again"] > 14
+
+
+def test_a_stream_refuses_groups_that_lose_something(client: Hub, tmp_path: Path) -> None:
+    source = make(tmp_path / "source", "Llama", None, finer_groups, **WIDE)
+    client.put("user/source", {path.name: path.read_bytes() for path in source.iterdir()})
+    with pytest.raises(CheckpointError, match="Leave out --group-size"):
+        convert("user/source", tmp_path / "packed", Recipe(group_size=128), stream=True)
 
 
 def split(directory: Path, count: int) -> None:

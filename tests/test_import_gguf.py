@@ -20,6 +20,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import ternarize
+from ternarize import evaluate
 from ternarize.cli import app
 from ternarize.convert import convert
 from ternarize.errors import CheckpointError, FormatError, TernarizeError, UsageError
@@ -173,7 +174,7 @@ def write_gguf(
     tensors: dict[str, tuple[int, tuple[int, ...], bytes]],
     alignment: int = 32,
 ) -> Path:
-    """A GGUF file, written byte by byte: keys of numbers, strings and lists of strings."""
+    """A GGUF file, written byte by byte: keys of numbers, strings, arrays and lists of strings."""
 
     def string(text: str) -> bytes:
         return struct.pack("<Q", len(text.encode())) + text.encode()
@@ -187,6 +188,9 @@ def write_gguf(
             return struct.pack("<If", 6, what)
         if isinstance(what, str):
             return struct.pack("<I", 8) + string(what)
+        if isinstance(what, np.ndarray):
+            kind = {"int32": 5, "float32": 6}[what.dtype.name]
+            return struct.pack("<IIQ", 9, kind, len(what)) + what.tobytes()
         return struct.pack("<IIQ", 9, 8, len(what)) + b"".join(map(string, what))
 
     head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys))
@@ -282,6 +286,16 @@ def test_bitnet_of_every_layout(tmp_path: Path, layout: str) -> None:
     exporting.assert_near(found_logits, expected)
 
 
+def test_what_lies_around_a_file_is_not_looked_at(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ternarize.plan.small_files", None)
+    work = plan(f"{small}@x86")
+    assert work.copied == work.left_out == []
+    directory, config, source = evaluate._look(f"{small}@x86")  # it is no Hub id
+    assert directory == small.parent and config and source is not None
+
+
 def test_i2_s_that_cannot_be(tmp_path: Path) -> None:
     keys, tensors, _ = bitnet()
     kind, shape, content = tensors["blk.0.attn_v.weight"]
@@ -343,9 +357,32 @@ def changed(target: Path, keys: dict[str, Any], tensors: dict[str, Any]) -> Path
 B = "bitnet-b1.58."
 
 
+T = "tokenizer.ggml."
+BPE = {T + "model": "gpt2", T + "pre": "gpt-2", T + "tokens": ["a", "b", "ab"], T + "merges": []}
+PIECES = {
+    T + "model": "llama",
+    T + "tokens": ["<s>", "a", "b"],
+    T + "scores": np.zeros(3, np.float32),
+}
+
+
 @pytest.mark.parametrize(
     ("keys", "tensors", "message"),
     [
+        ({T + "model": np.zeros(2, np.int32)}, {}, "kind of its vocabulary is no string"),
+        *(
+            (PIECES | {T + "unknown_token_id": value}, {}, "unknown token .*; expected one of 3")
+            for value in ("a", 0.5, 3, np.zeros(2, np.int32))
+        ),
+        (
+            BPE | {T + "token_type": np.full(3, np.nan, np.float32)},
+            {},
+            "no type for each token",
+        ),
+        *(
+            (BPE | {T + "merges": [merge]}, {}, f"the merge '{merge}' has parts")
+            for merge in ("b a", "x b", "a x")
+        ),
         ({"general.architecture": "mamba"}, {}, "architecture 'mamba'; expected one of llama, "),
         ({"general.architecture": None}, {}, "architecture 'None'"),
         ({B + "attention.scale": 0.5}, {}, "attention.scale 0.5; this import knows no such key"),
@@ -524,12 +561,21 @@ def test_tokens_are_those_of_llama_cpp(tmp_path: Path, tokenizer: Any, size: int
     model.close()
 
 
-def test_an_unknown_split_is_left_out_with_a_note(tmp_path: Path) -> None:
-    keys = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a"]}
+@pytest.mark.parametrize(
+    ("keys", "note"),
+    [
+        ({T + "model": "gpt2", T + "tokens": ["a"]}, "split 'default', which is not known"),
+        (BPE | {T + "tokens": ["a", "b", "a"]}, "has a token twice"),
+        (PIECES | {T + "tokens": ["<s>", "a", "b" * 2_000_000]}, "of more than 512 characters"),
+    ],
+)
+def test_a_vocabulary_that_is_not_known_is_left_out_with_a_note(
+    keys: Any, note: str, tmp_path: Path
+) -> None:
     path = changed(tmp_path / "m.gguf", keys, {})
     source = open_source(f"{path}@x86")
     assert isinstance(source, Imported) and not source.made
-    assert any("split 'default', which is not known" in note for note in source.notes)
+    assert any(note in each for each in source.notes)
 
 
 # --- the command ---------------------------------------------------------------------------------

@@ -174,6 +174,7 @@ BITNETS: dict[str, tuple[str, dict[str, Any], Any]] = {
     "online": ("BitNet", _bitnet("autobitlinear", "online"), master),
     "packed": ("BitNet", _bitnet("autobitlinear", "offline"), autobitlinear),
     "unpacked": ("BitNet", _bitnet("autobitlinear", "offline"), unpacked),
+    "biased": ("Llama", _bitnet("autobitlinear", "offline"), autobitlinear),
     "inverse": ("BitNet", _bitnet("bitlinear", "offline"), bitlinear),
     "falcon": ("Llama", FALCON, bitlinear),
 }
@@ -199,7 +200,7 @@ def test_bitnet_is_what_transformers_multiplies_with(
     form: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     kind, quantization, change = BITNETS[form]
-    more = {"attention_bias": True} if form == "falcon" else {"tie_word_embeddings": True}
+    more = {"attention_bias" if kind == "Llama" else "tie_word_embeddings": True}
     source = make(tmp_path / "source", kind, quantization, change, dtype, **more)
     record = convert(source, tmp_path / "out")
     tensors, found = tensors_of(source), weights(tmp_path / "out")
@@ -519,6 +520,55 @@ def test_an_import_measures_as_its_source(form: str, tmp_path: Path) -> None:
     assert (rounding["kl_divergence"]["value"] > 1e-6) == (form != "mlx")
 
 
+# --- groups -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["floats", "mlx", "gguf"])
+def test_one_scale_for_the_tensor_is_found(form: str, tmp_path: Path) -> None:
+    """In formats that have finer groups as well; a matrix of zeros says nothing, and keeps them."""
+    zeros = "model.layers.1.mlp.up_proj"
+
+    def change(tensors: Tensors, name: str) -> None:
+        weight = tensors[f"{name}.weight"]
+        tensors[f"{name}.weight"] = ((weight < 0).to(weight) - 0.5) * (name != zeros)
+        if form == "mlx":
+            affine(64)(tensors, name)
+
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    how = {"quantization": {"group_size": 64, "bits": 2}} if form == "mlx" else None
+    source = make(tmp_path / "source", "Llama", how, change, torch.float16, **sizes)
+    if form == "gguf":
+        convert(source, tmp_path / "packed", Recipe(group_size=256))
+        source = tmp_path / "m.gguf"
+        export(tmp_path / "packed", source, "gguf", kind="tq2_0", tokenizer=False)
+    record = convert(source, tmp_path / "out")
+    groups = {n: r["group_size"] for n, r in record["tensors"].items() if "group_size" in r}
+    usual = {"floats": 128, "mlx": 64, "gguf": 256}[form]
+    assert groups.pop(f"{zeros}.weight") == usual
+    assert len(groups) == 13 and set(groups.values()) == {0}
+    verify(tmp_path / "out", source)
+
+
+def test_what_an_earlier_version_rounded_is_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It did not look for finer groups than it was asked for."""
+    source = make(tmp_path / "source", "Llama", None, finer_groups, **WIDE)
+    with pytest.raises(CheckpointError, match="Leave out --group-size"):
+        convert(source, tmp_path / "out", Recipe(group_size=128))
+    with monkeypatch.context() as patch:
+        patch.setattr("ternarize.plan.check_lossless", lambda *_: None)
+        convert(source, tmp_path / "out", Recipe(group_size=128))
+    verify(tmp_path / "out", source)
+
+
+def finer_groups(tensors: Tensors, name: str) -> None:
+    """Floats that are ternary in groups of 64."""
+    weight = tensors[f"{name}.weight"]
+    sizes = torch.rand(weight.numel() // 64, 1) + 1
+    tensors[f"{name}.weight"] = (weight.sign().view(-1, 64) * sizes).view_as(weight)
+
+
 # --- there and back ---------------------------------------------------------------------------
 
 EXPORTS = {
@@ -570,6 +620,8 @@ def _config(**keys: Any) -> Callable[[Path], None]:
     return lambda at: edit(at, **keys)
 
 
+NO_LISTS: tuple[Any, ...] = (5, [5], ["("], "lm_head")
+NO_TABLES: tuple[Any, ...] = (["x"], {"(": {}}, {".*": 3})
 REFUSED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "class": ("packed", _config(**_bitnet("other", "offline")), "linear_class 'other'"),
     "mode": ("packed", _config(**_bitnet("bitlinear", "online")), "quantization_mode 'online'"),
@@ -643,6 +695,35 @@ REFUSED: dict[str, tuple[str, Callable[[Path], None], str]] = {
         ),
         "quantize_embeddings",
     ),
+    **{
+        f"{form} patterns {value}": (
+            form,
+            _config(
+                quantization_config={
+                    "quant_method": "bitnet" if form == "inverse" else form,
+                    "num_bits": 2,
+                    "modules_to_not_convert": value,
+                }
+            ),
+            "modules_to_not_convert of config.json is .*; expected a list",
+        )
+        for form in ("inverse", "gemma")
+        for value in NO_LISTS
+    },
+    **{
+        f"int2 configs {value}": (
+            "gemma",
+            _config(
+                quantization_config={
+                    "quant_method": "gemma",
+                    "num_bits": 2,
+                    "module_quant_configs": value,
+                }
+            ),
+            "module_quant_configs of config.json is .*; expected",
+        )
+        for value in NO_TABLES
+    },
     "mlx mode": (
         "mlx",
         _config(quantization={"mode": "mxfp4", "bits": 4, "group_size": 32}),

@@ -34,7 +34,7 @@ def open_source(
 
     Raises CheckpointError, FormatError.
     """
-    gguf = _gguf(model)
+    gguf = find_gguf(model)
     if stream is None and gguf is not None:
         from ternarize.imports.gguf import open_gguf  # which needs the exports
 
@@ -58,7 +58,7 @@ _LAYOUT = re.compile(r"(.+)@(x86|arm|rows)")
 _PART = re.compile(r"(.+)-\d{5}-of-\d{5}\.gguf")
 
 
-def _gguf(model: str | Path) -> tuple[Path, str | None, bool] | None:
+def find_gguf(model: str | Path) -> tuple[Path, str | None, bool] | None:
     """The file that a model names, the layout behind its @, and whether it is named itself."""
     path, layout = os.path.expanduser(model), None
     named = None if os.path.exists(path) else _LAYOUT.fullmatch(path)

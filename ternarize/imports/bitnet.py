@@ -4,7 +4,7 @@
                     in bits 2 (r // q) of stored row r % q, as t + 1;  <x>.weight_scale [1] = 1 / s:
                     the layer divides by it
     autobitlinear,  <x>.weight packed like that, or t in floating point;
-    offline         <x>.weight_scale [1] = s: the layer multiplies by it
+    offline         <x>.weight_scale [1] = s: the layer multiplies by it, and <x>.bias as well
     autobitlinear,  <x>.weight, the master weights w;  the layer multiplies by
     online          (round(w / m) clipped to -1 .. 1) m,  m = max(mean |w|, 1e-5)
 
@@ -27,7 +27,16 @@ import torch
 from torch import Tensor
 
 from ternarize.checkpoint import Checkpoint, TensorInfo
-from ternarize.imports.common import FLOATS, Decode, Imported, expect, imported, read_rows, refuse
+from ternarize.imports.common import (
+    FLOATS,
+    Decode,
+    Imported,
+    check_patterns,
+    expect,
+    imported,
+    read_rows,
+    refuse,
+)
 from ternarize.methods.grouped import fixed_sum
 from ternarize.select import linear_layers
 
@@ -69,6 +78,7 @@ def bitnet(raw: Checkpoint) -> Imported | None:
             "It cannot be carried: use another variant of the model.",
         )
     listed = how.get("modules_to_not_convert")
+    check_patterns(raw, "modules_to_not_convert", listed)
     layers = linear_layers(config, raw.tensors, listed)
     if isinstance(layers, str):
         raise refuse(
@@ -172,6 +182,16 @@ def _offline(
     tensors[name] = TensorInfo(name, dtype, shape, file)
     del tensors[scale_name]
     decode[name] = rows
+    bias = name.removesuffix(".weight") + ".bias"
+    if kind == "bitlinear" or bias not in tensors:  # which adds its bias after the scale
+        return
+    expect(raw, bias, FLOATS, (count,))
+
+    def scaled(first: int, last: int) -> Tensor:  # a bias is one row
+        return read_rows(raw, bias, first, last).to(torch.float32) * scale().to(torch.float32)
+
+    tensors[bias] = TensorInfo(bias, "F32", (count,), raw.tensors[bias].file)
+    decode[bias] = scaled
 
 
 def _quarters(raw: Checkpoint, name: str) -> Decode:

@@ -5,6 +5,7 @@ rows of them as they are read: what plans, converts and verifies a checkpoint re
 other. No reader of a format holds more than the rows that it is asked for.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,6 +139,28 @@ def expect(
     else:
         return info
     raise refuse(raw, f"{name} {found}; expected {wanted}", "Fetch it again, or from its maker.")
+
+
+def check_patterns(raw: Checkpoint, key: str, patterns: Any) -> None:
+    """Refuse what is no list of regular expressions under a key of config.json, which is not None.
+
+    A string alone is none: transformers would take each letter for a pattern.
+    """
+    if patterns is None:
+        return
+    good = isinstance(patterns, list) and all(isinstance(each, str) for each in patterns)
+    try:
+        for pattern in patterns if good else ():
+            re.compile(f"(?:{pattern})")
+    except (re.error, OverflowError, RecursionError):
+        good = False
+    if not good:
+        raise refuse(
+            raw,
+            f"{key} of config.json is {str(patterns)[:80]!r}; expected a list of names or regular "
+            "expressions",
+            "Repair config.json.",
+        )
 
 
 def read_rows(raw: Checkpoint, name: str, first: int, last: int) -> Tensor:

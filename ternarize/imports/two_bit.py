@@ -25,7 +25,16 @@ import torch
 from torch import Tensor
 
 from ternarize.checkpoint import DTYPES, Checkpoint, TensorInfo
-from ternarize.imports.common import FLOATS, Decode, Imported, expect, imported, read_rows, refuse
+from ternarize.imports.common import (
+    FLOATS,
+    Decode,
+    Imported,
+    check_patterns,
+    expect,
+    imported,
+    read_rows,
+    refuse,
+)
 from ternarize.select import linear_layers
 from ternarize.tensor import split_groups
 
@@ -123,13 +132,23 @@ def gemma(raw: Checkpoint) -> Imported | None:
     how = config.get("quantization_config")
     if not isinstance(how, dict) or how.get("quant_method") != "gemma":
         return None
+    listed = how.get("modules_to_not_convert")
+    check_patterns(raw, "modules_to_not_convert", listed)
     patterns = how.get("module_quant_configs") or {}
+    if not isinstance(patterns, dict) or not all(isinstance(p, dict) for p in patterns.values()):
+        raise refuse(
+            raw,
+            f"module_quant_configs of config.json is {str(patterns)[:80]!r}; expected a table of "
+            "tables",
+            "Repair config.json.",
+        )
+    check_patterns(raw, "module_quant_configs", list(patterns))
 
     def bits(path: str) -> Any:
         found = [each for pattern, each in patterns.items() if re.search(pattern, path)]
         return {"num_bits": how.get("num_bits", 4), **(found[0] if found else {})}["num_bits"]
 
-    layers = linear_layers(config, raw.tensors, how.get("modules_to_not_convert"))
+    layers = linear_layers(config, raw.tensors, listed)
     if isinstance(layers, str):
         raise refuse(
             raw, f"gemma, but {layers}, so nothing says which layers it means", "Name the class."

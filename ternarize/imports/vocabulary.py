@@ -5,8 +5,8 @@ back.
     "llama"   SentencePiece's BPE, as llama.cpp runs it: a space in front if the file says so, the
               two neighbours whose union has the highest score merge first
 
-Any other vocabulary is left out, with a note: a tokenizer that is nearly right gives wrong tokens
-without a word.
+Any other vocabulary, and one with a token twice, is left out, with a note: a tokenizer that is
+nearly right gives wrong tokens without a word.
 """
 
 import json
@@ -29,6 +29,11 @@ _ALSO = {
     "phi-2": "gpt-2",
 }
 _KINDS = ("bos", "eos", "unknown", "padding")
+_LONGEST = 512  # characters of a token; in every place of each a merge is looked for
+_NONE = (
+    "no tokenizer is written; copy tokenizer.json and tokenizer_config.json from the maker's "
+    "checkpoint"
+)
 
 
 def tokenizer_files(
@@ -41,26 +46,29 @@ def tokenizer_files(
     size   tokens of the model
 
     No files where the vocabulary is of a kind that is not known; a note says so. Raises FormatError
-    where lists do not belong together.
+    where values have other types than they must, or lists do not belong together.
     """
     kind = keys.get("tokenizer.ggml.model", "none")
+    if not isinstance(kind, str):
+        raise FormatError(f"{where}: the kind of its vocabulary is no string; expected one.")
     if kind == "none":
         return {}, ["the file has no vocabulary: no tokenizer is written"]
     pre = keys.get("tokenizer.ggml.pre", "default")
     split = _ALSO.get(pre, pre) if isinstance(pre, str) else ""
     if kind not in ("gpt2", "llama") or (kind == "gpt2" and split not in known.SPLITS):
         what = f"split {pre!r:.40}" if kind == "gpt2" else f"kind {kind!r:.40}"
-        return {}, [
-            f"its vocabulary is of the {what}, which is not known here: no tokenizer is written; "
-            "copy tokenizer.json and tokenizer_config.json from the maker's checkpoint"
-        ]
+        return {}, [f"its vocabulary is of the {what}, which is not known here: {_NONE}"]
     tokens, types = _tokens(where, keys, size)
+    specials = _specials(where, keys, tokens)
+    if len(set(tokens)) != len(tokens):
+        return {}, [f"its vocabulary has a token twice: {_NONE}"]
+    if kind == "llama" and max(map(len, tokens)) > _LONGEST:
+        return {}, [f"its vocabulary has a token of more than {_LONGEST} characters: {_NONE}"]
     tokenizer = (
         _byte_level(where, keys, tokens, types, split)
         if kind == "gpt2"
         else _sentencepiece(where, keys, tokens, types)
     )
-    specials = _specials(where, keys, tokens)
     bos_is_usual = kind == "llama" or split in known.WHOLE_WORDS  # llama.cpp's defaults
     begin, end = (
         keys.get(f"tokenizer.ggml.add_{name}_token", name == "bos" and bos_is_usual) is True
@@ -99,12 +107,11 @@ def _tokens(where: str, keys: Mapping[str, Any], size: int) -> tuple[list[str], 
             f"{where}: its vocabulary has {len(tokens) if isinstance(tokens, list) else 'no'} "
             f"tokens; expected one for each row of the token embedding, {size}. Fetch it again."
         )
-    if len(set(tokens)) != len(tokens):
-        raise FormatError(f"{where}: has a token twice; expected each once. Fetch it again.")
     types = keys.get("tokenizer.ggml.token_type")
     if types is None:
         return tokens, [known.NORMAL] * len(tokens)
-    if not isinstance(types, np.ndarray) or len(types) != len(tokens):
+    integers = isinstance(types, np.ndarray) and types.dtype.kind in "iu"
+    if not integers or len(types) != len(tokens):
         raise FormatError(f"{where}: has no type for each token; expected that. Fetch it again.")
     return tokens, [int(kind) for kind in types]
 
@@ -154,9 +161,16 @@ def _byte_level(
     merges: Any = keys.get("tokenizer.ggml.merges")
     if not _are(merges, str) or any(merge.count(" ") != 1 for merge in merges):
         raise FormatError(f"{where}: its merges are no pairs; expected pairs. Fetch it again.")
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    for merge in merges:
+        if not {*merge.split(" "), merge.replace(" ", "")} <= vocabulary.keys():
+            raise FormatError(
+                f"{where}: the merge {merge!r:.80} has parts or a result that are no tokens; "
+                "expected tokens. Fetch it again."
+            )
     model = {
         "type": "BPE",
-        "vocab": {token: number for number, token in enumerate(tokens)},
+        "vocab": vocabulary,
         "merges": [merge.split(" ") for merge in merges],
         "ignore_merges": split in known.WHOLE_WORDS,
     }
