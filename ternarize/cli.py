@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ternarize.errors import TernarizeError, UsageError
+from ternarize.errors import REMEDY, TernarizeError, UsageError
 from ternarize.progress import Progress
 from ternarize.version import __version__
 
@@ -137,6 +137,7 @@ def command(function: Command) -> Command:
             if kwargs.get("debug"):
                 raise
             what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            what += f". {REMEDY.get(error.errno or 0, 'Look after it')}, then try again."
             err.print(f"[bold red]error:[/] {escape(what)}", soft_wrap=True, highlight=False)
             raise typer.Exit(1) from None
         except KeyboardInterrupt as stop:

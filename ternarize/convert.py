@@ -59,7 +59,14 @@ from ternarize.codecs import (
     to_float,
 )
 from ternarize.container import FORMAT_VERSION, SCALE_SUFFIX, Record
-from ternarize.errors import CheckpointError, FormatError, OutputError, UsageError, WeightError
+from ternarize.errors import (
+    REMEDY,
+    CheckpointError,
+    FormatError,
+    OutputError,
+    UsageError,
+    WeightError,
+)
 from ternarize.fetch import split_id
 from ternarize.imports import Imported
 from ternarize.methods import METHODS, levels
@@ -598,7 +605,7 @@ def _run(
             verb = "read"
         raise OutputError(
             f"{where}: cannot be {verb} ({error.strerror or error}); what is done is kept. "
-            f"{_REMEDY.get(error.errno or 0, 'Look after the disk')}, then run the same command "
+            f"{REMEDY.get(error.errno or 0, 'Look after the disk')}, then run the same command "
             "again."
         ) from error
     except (MemoryError, RuntimeError) as error:
@@ -669,13 +676,6 @@ def memory_left() -> tuple[float, float]:
 
 
 _CGROUP = Path("/sys/fs/cgroup")
-_REMEDY = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Get the permission"),
-    **dict.fromkeys(
-        (errno.EMFILE, errno.ENFILE), "Allow more open files (ulimit -n) or use fewer --threads"
-    ),
-}
 
 
 def _tidy(output: Path) -> None:

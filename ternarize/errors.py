@@ -14,7 +14,18 @@ Every message is one line: `where: what is, with its value; what is expected. Wh
 The class names are stable; the wording is not.
 """
 
+import errno
+
 LONGEST = 2000  # characters of a message; names of a hostile file can have any length
+
+# what to do about an error of the system, by its number
+REMEDY = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Get the permission"),
+    **dict.fromkeys(
+        (errno.EMFILE, errno.ENFILE), "Allow more open files (ulimit -n) or use fewer --threads"
+    ),
+}
 
 
 class TernarizeError(Exception):

@@ -29,11 +29,7 @@ def open_file(filename: str | os.PathLike[str], *args: Any, **kwargs: Any) -> An
     """`safetensors.safe_open`, which does not map a packed file."""
     try:
         header = read_header(Path(filename))
-    except (
-        FormatError,
-        CheckpointError,
-        OSError,
-    ):  # whatever is wrong, the library says it in its own words
+    except (FormatError, CheckpointError, OSError):  # the library says it in its own words
         header = None
     if header is None or KEY not in header.metadata:
         return safetensors.safe_open(filename, *args, **kwargs)

