@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -24,7 +25,7 @@ import ternarize
 from ternarize import container
 from ternarize import convert as pipeline
 from ternarize.checkpoint import open_checkpoint
-from ternarize.convert import convert
+from ternarize.convert import convert, memory_left
 from ternarize.errors import (
     CheckpointError,
     FormatError,
@@ -778,3 +779,23 @@ def test_a_plan_needs_only_a_config(source: Path) -> None:
     without = plan(source, config_only=True)
     assert without.packed_bytes() == with_weights.packed_bytes()
     assert without.coverage() == with_weights.coverage()
+
+
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        ({"memory.max": "1000\n", "memory.stat": "anon 400\nfile 7\n"}, 600),
+        ({"memory.max": "max\n"}, math.inf),
+        ({"memory.max": "1000\n"}, math.inf),  # a system without statistics
+        ({"memory/memory.limit_in_bytes": "1000\n", "memory/memory.stat": "rss 1\n"}, math.inf),
+        ({"memory/memory.limit_in_bytes": "900\n", "memory/memory.stat": "total_rss 1\n"}, 899),
+    ],
+)
+def test_the_memory_that_a_container_leaves(
+    files: dict[str, str], left: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr("ternarize.convert._CGROUP", tmp_path)
+    assert memory_left()[0] == left

@@ -2,13 +2,17 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import tiny_models
+import torch
 
+import ternarize
 from ternarize.convert import convert
 from ternarize.errors import DigestError, FormatError
 from ternarize.sums import SUMS, format_sums, make_sums, read_sums
@@ -97,7 +101,7 @@ GOOD = hashlib.sha256(b"").hexdigest()
         "",
         "\n",
         f"{GOOD}  a",  # cut off
-        f"{GOOD} *a\n",  # binary mode, as other systems write it
+        f"{GOOD} a\n",
         f"{GOOD.upper()}  a\n",
         f"{GOOD[:-1]}  a\n",
         f"{GOOD}  \n",
@@ -106,6 +110,7 @@ GOOD = hashlib.sha256(b"").hexdigest()
         f"{GOOD}  b/../../a\n",
         f"{GOOD}  a\n{'0' * 64}  a\n",
         "a\udcff\n",
+        "MD5 (a) = d41d8cd98f00b204e9800998ecf8427e\n",
     ],
 )
 def test_lists_that_sha256sum_does_not_write_are_refused(text: str, copy: Path) -> None:
@@ -120,3 +125,40 @@ def test_a_list_is_read_as_it_was_written(tmp_path: Path) -> None:
         (tmp_path / name).write_text(json.dumps(name))
     (tmp_path / SUMS).write_text(make_sums(tmp_path, 2), "utf-8", newline="\n")
     assert (read_sums(tmp_path) or {}).keys() == set(names)
+
+
+def test_other_forms_that_sha256sum_takes_are_read(copy: Path) -> None:
+    digests = read_sums(copy) or {}
+    del digests[ODD]
+    forms = ["{} *{}\n", "{}  ./{}\n", "{}  {}\r\n"]
+    lines = [forms[i % 3].format(d, name) for i, (name, d) in enumerate(digests.items())]
+    (copy / SUMS).write_bytes("".join(lines).encode())
+    assert verify(copy)["listed"] == len(digests)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_in_the_place_of_the_list_is_refused(copy: Path) -> None:
+    (copy / SUMS).unlink()
+    os.mkfifo(copy / SUMS)
+    with pytest.raises(FormatError, match="SHA256SUMS: is no file"):
+        verify(copy)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where names of files are any bytes")
+def test_names_of_any_bytes_are_listed(packed: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    tiny_models.save("llama", source)
+    Path(os.fsdecode(os.fsencode(source) + b"/note\xe9.txt")).write_text("text")
+    convert(source, tmp_path / "packed")
+    assert verify(tmp_path / "packed")["listed"] == len(list((tmp_path / "packed").iterdir())) - 1
+
+
+def test_a_model_that_is_saved_again_in_its_place_is_loaded(packed: Path, tmp_path: Path) -> None:
+    """The record does not speak of it any more, and the list has to be renewed."""
+    copy = Path(shutil.copytree(packed, tmp_path / "copy"))
+    ternarize.load(copy, dtype=torch.float32).save_pretrained(copy)
+    assert ternarize.load(copy).dtype == torch.float32
+    with pytest.raises(FormatError, match="SHA256SUMS"):
+        verify(copy)
+    (copy / SUMS).unlink()
+    verify(copy)

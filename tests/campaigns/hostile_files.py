@@ -53,7 +53,9 @@ class Case:
 
 
 def golden(name: str) -> Files:
-    return {path.name: path.read_bytes() for path in sorted((GOLDEN / name).iterdir())}
+    """A golden checkpoint, without the list of digests: what changes it would be found by that."""
+    paths = sorted(path for path in (GOLDEN / name).iterdir() if path.name != "SHA256SUMS")
+    return {path.name: path.read_bytes() for path in paths}
 
 
 def split(data: bytes) -> tuple[dict[str, Any], bytes]:
