@@ -29,13 +29,13 @@ demo: venv
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-# Loading, converting and the Hub with the oldest versions that pyproject.toml takes, and on torch
+# Loading and the Hub (converting with it) with the oldest versions that pyproject.toml takes, and on torch
 # alone, without the compiled core. What those versions warn of is theirs.
 OLDEST := .venv-oldest
 test-oldest: $(OLDEST)/.stamp
 	HF_HUB_OFFLINE=1 PYTHONPATH=. OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto \
 		--dist worksteal -W default -k "not deepseek and not compile and not two_processes" \
-		tests/test_load.py tests/test_convert.py tests/test_hub.py
+		tests/test_load.py tests/test_hub.py
 
 $(OLDEST)/.stamp: pyproject.toml constraints.txt constraints-oldest.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
