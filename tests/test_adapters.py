@@ -10,7 +10,6 @@ from typing import Any
 
 import packing
 import pytest
-import tiny_models
 import torch
 import transformers
 from torch import Tensor, nn
@@ -30,22 +29,6 @@ pytestmark = pytest.mark.filterwarnings(
 Made = Callable[[str], Path]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 IDS = torch.arange(3, 27).view(2, 12)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """A folder with `packed` and `dense` (its twin) of a tiny model, made once."""
-    root = tmp_path_factory.mktemp("models")
-
-    def make(name: str) -> Path:
-        folder = root / name
-        if not folder.exists():
-            tiny_models.save(name, folder / "source")
-            packing.pack_checkpoint(folder / "source", folder / "packed")
-            packing.dense_twin(folder / "packed", folder / "source", folder / "dense")
-        return folder
-
-    return make
 
 
 def lora(targets: list[str] = TARGETS, **options: Any) -> Any:

@@ -250,14 +250,17 @@ def test_rows_that_4_does_not_divide(form: str, tmp_path: Path) -> None:
         assert torch.equal(weight, _used(tensors_of(source), name, form)[:rows])
 
 
-@pytest.mark.parametrize(
-    "stored", [0.02, 1.0, 61.25, 3e-5, 1e6, 2.0**-20], ids=lambda value: f"{value:g}"
-)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+SHORT = [
+    (stored, dtype)
+    for stored in (0.02, 1.0, 61.25, 3e-5, 1e6, 2.0**-20)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32)
+    if torch.tensor(stored).to(dtype).isfinite()  # a million is no float16
+]
+
+
+@pytest.mark.parametrize(("stored", "dtype"), SHORT)
 def test_a_short_scale_comes_back_from_its_inverse(stored: float, dtype: torch.dtype) -> None:
     scale = torch.tensor([stored]).to(dtype).float()
-    if float(scale) in (0.0, float("inf")):
-        pytest.skip("no such float16")
     back = inverse(1 / scale)
     if dtype != torch.float32:
         assert torch.equal(back, scale)

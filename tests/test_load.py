@@ -40,22 +40,6 @@ ALL = sorted(tiny_models.CONFIGS)
 SOME = ["llama_tied", "mixtral", "gpt2", "gpt_oss", "vit", "t5"]  # each saves in its own way
 
 
-@pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A folder with `source`, `packed` and `dense` (its twin) of a tiny model, made once."""
-    root = tmp_path_factory.mktemp("models")
-
-    def make(name: str) -> Path:
-        folder = root / name
-        if not folder.exists():
-            tiny_models.save(name, folder / "source")
-            packing.pack_checkpoint(folder / "source", folder / "packed")
-            packing.dense_twin(folder / "packed", folder / "source", folder / "dense")
-        return folder
-
-    return make
-
-
 Made = Callable[[str], Path]
 
 
