@@ -28,7 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ternarize.checkpoint import Checkpoint, TensorInfo, byte_view, read_bytes, strict_json
+from ternarize.checkpoint import (
+    Checkpoint,
+    TensorInfo,
+    byte_view,
+    read_bytes,
+    strict_json,
+    uncollected,
+)
 from ternarize.codecs import (
     BASE3,
     INT8,
@@ -222,6 +229,7 @@ def _seal(digest: str) -> str:
 # --- reading ---------------------------------------------------------------------------------
 
 
+@uncollected()
 def records_of(checkpoint: Checkpoint, *, whole: bool = True) -> dict[str, Record]:
     """The records in a packed checkpoint's metadata, checked against each other and the headers.
 
