@@ -123,10 +123,12 @@ def command(function: Command) -> Command:
     def run(*args: Any, **kwargs: Any) -> None:
         if kwargs.get("quiet") or not err.is_terminal:  # read when the client is imported
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        # only a main thread may; elsewhere the program that we are in decides
-        main_thread = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGTERM, _terminate) if main_thread else None
+        before: dict[int, Any] = {}
         try:
+            # only a main thread may; elsewhere the program that we are in decides
+            if threading.current_thread() is threading.main_thread():
+                before[signal.SIGTERM] = signal.signal(signal.SIGTERM, _terminate)
+                before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
             function(*args, **kwargs)
         except TernarizeError as error:
             if kwargs.get("debug"):
@@ -151,8 +153,8 @@ def command(function: Command) -> Command:
             )
             raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
         finally:
-            if before is not None:
-                signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     app.command(name=function.__name__.rstrip("_"))(run)
     return function
@@ -1201,12 +1203,3 @@ def _hint(model: str, output: Path, report: dict[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
-
-
-def main() -> None:
-    """Entry point of the `ternarize` command."""
-    app()
-
-
-if __name__ == "__main__":
-    main()

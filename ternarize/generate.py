@@ -257,9 +257,17 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
                 "Generate without --chat."
             )
         message = [{"role": "user", "content": prompt}]
-        ids: list[int] = tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, tokenize=True, return_dict=True
-        )["input_ids"]
+        try:
+            ids: list[int] = tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, tokenize=True, return_dict=True
+            )["input_ids"]
+        except Exception as error:  # a template is a program of its own and raises what it likes
+            first = (str(error).strip() or "no message").split("\n")[0]
+            raise UsageError(
+                f"chat: the tokenizer's chat template fails ({type(error).__name__}: "
+                f"{first[:200]}); expected one that takes a user's message. "
+                "Generate without --chat, or repair the template."
+            ) from error
     else:
         ids = tokenizer(prompt, verbose=False)["input_ids"]
     if ids:

@@ -77,7 +77,17 @@ class _Slice:
         return self.entry.dtype
 
     def __getitem__(self, index: Any) -> Tensor:
-        """The whole tensor for `...`, else what the slices leave of it; on the CPU."""
+        """The whole tensor for `...`, else what the slices leave of it; on the CPU.
+
+        Of a slice of rows these rows alone are read.
+        """
         shape, dtype = self.entry.shape, DTYPES[self.entry.dtype]
-        data = read_bytes(self.path, self.start, self.entry.nbytes).view(dtype).reshape(shape)
-        return data if index is Ellipsis else data[index].clone()
+        parts = index if isinstance(index, tuple) else (index,)
+        start, nbytes = self.start, self.entry.nbytes
+        if shape and shape[0] and isinstance(parts[0], slice) and parts[0].step in (None, 1):
+            first, last, _ = parts[0].indices(shape[0])
+            row = nbytes // shape[0]
+            start, nbytes = start + first * row, max(0, last - first) * row
+            shape, parts = (max(0, last - first), *shape[1:]), (slice(None), *parts[1:])
+        data = read_bytes(self.path, start, nbytes).view(dtype).reshape(shape)
+        return data if index is Ellipsis else data[parts].clone()

@@ -283,7 +283,27 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_bytes(
         assert not (tmp_path / "broken").exists()
     convert(source, tmp_path / "broken", recipe)
     assert len(solved) == whole, "a block has been solved twice"
+    record = json.loads((tmp_path / "broken" / "ternarize.json").read_text())
+    (environment,) = record["calibration"]["environments"]
+    assert environment["torch"] == torch.__version__
+    assert environment["threads"] == torch.get_num_threads()
     assert files(tmp_path / "broken") == files(tmp_path / "whole")
+
+
+def test_every_environment_that_took_part_is_recorded(
+    llama: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, data = llama
+    recipe, threads = calibrating.recipe(data, num_samples=8), torch.get_num_threads()
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "packed", recipe, progress=break_at("block 2 of 2"))
+    torch.set_num_threads(threads + 1)
+    try:
+        record = convert(source, tmp_path / "packed", recipe)
+    finally:
+        torch.set_num_threads(threads)
+    found = [each["threads"] for each in record["calibration"]["environments"]]
+    assert found == [threads, threads + 1]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from test_campaign_kill import campaign, needs_linux
 
 @needs_linux
 def test_conversions_give_the_same_bytes(tmp_path: Path) -> None:
-    options = ("--repeat", "1", "--sources", "tied", "--recipes", "1", "--calibrated", "0")
+    options = ("--repeat", "1", "--sources", "tied", "--recipes", "1", "--calibrated", "2")
     rows = campaign("determinism", tmp_path / "out.json", *options)
     assert rows and all(row["results"] == 1 for row in rows)
+    assert any("calibrated" in row["kind"] for row in rows)
     assert any("alone" in row["kind"] for row in rows)  # without the compiled core

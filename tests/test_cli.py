@@ -176,10 +176,23 @@ def test_debug_shows_where_an_error_came_from(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_a_command_runs_ends_the_program_in_one_word(number: int) -> None:
+    code = (
+        "import os, sys; from ternarize.__main__ import main\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == 'ternarize.cli': os.kill(os.getpid(), {int(number)})\n"
+        "sys.meta_path.insert(0, Finder()); main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (128 + number, "interrupted\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_exits_with_128_and_its_number_and_says_how_to_go_on(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
 
     def interrupt(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), number)
@@ -188,7 +201,7 @@ def test_a_signal_exits_with_128_and_its_number_and_says_how_to_go_on(
     monkeypatch.setattr("ternarize.convert.convert_tensor", interrupt)
     result = run("convert", source, tmp_path / "packed")
     assert result.exit_code == 128 + number
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert before == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     assert "same command goes on" in result.stderr
     assert not (tmp_path / "packed").exists()
 

@@ -104,7 +104,7 @@ def run(words: list[str], env: dict[str, str]) -> str:
     return done.stdout
 
 
-TERNARIZE = [sys.executable, "-m", "ternarize.cli"]
+TERNARIZE = [sys.executable, "-m", "ternarize"]
 HF = [sys.executable, "-m", "huggingface_hub.cli.hf"]
 
 # --- fresh processes ----------------------------------------------------------------------------

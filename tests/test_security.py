@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from campaigns.hostile_files import Parts, alone, golden, join, split
 from typer.testing import CliRunner
 
 import ternarize
 from ternarize import cli, errors, report, unmapped
 from ternarize.checkpoint import read_bytes, read_config
-from ternarize.errors import DigestError, FormatError, TernarizeError
+from ternarize.errors import DigestError, FormatError, TernarizeError, UsageError
+from ternarize.evaluate import open_tokenizer
+from ternarize.generate import generate
 from ternarize.verify import open_packed, verify
 
 ROOT = Path(__file__).parents[1]
@@ -169,6 +172,43 @@ def test_a_file_that_changes_while_it_is_loaded_is_refused(
         ternarize.load(folder)
 
 
+def test_of_a_slice_of_rows_no_other_rows_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, sizes = put(tmp_path / "model", golden("rows")), []
+
+    def read(path: Path, start: int, nbytes: int) -> torch.Tensor:
+        sizes.append(nbytes)
+        return read_bytes(path, start, nbytes)
+
+    monkeypatch.setattr(unmapped, "read_bytes", read)
+    file = unmapped.open_file(folder / WEIGHTS)
+    name = next(name for name in file.keys() if len(file.get_slice(name).get_shape()) == 2)
+    rows = file.get_slice(name)[1:3]
+    assert rows.shape[0] == 2 and sizes == [rows.nbytes]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ cycler.__init__.__globals__.os.getcwd() }}",
+        "{{ raise_exception('no such role') }}",
+        "{% for %}",
+        "{{ messages[5].content }}{{ 1 / 0 }}",
+    ],
+)
+def test_a_template_of_a_chat_that_fails_is_one_line(template: str) -> None:
+    example = ROOT / "examples" / "tiny-llama"
+    model, tokenizer = (
+        transformers.AutoModelForCausalLM.from_pretrained(example),
+        open_tokenizer(example),
+    )
+    tokenizer.chat_template = template
+    with pytest.raises(UsageError, match="chat template fails") as raised:
+        generate(model, tokenizer, "Hello", chat=True)
+    assert str(raised.value).isprintable()
+
+
 def test_what_transformers_reads_of_a_packed_file_is_what_safetensors_maps(tmp_path: Path) -> None:
     from safetensors import safe_open
 
@@ -180,7 +220,8 @@ def test_what_transformers_reads_of_a_packed_file_is_what_safetensors_maps(tmp_p
             assert (one.get_shape(), one.get_dtype()) == (two.get_shape(), two.get_dtype())
             assert torch.equal(read.get_tensor(name), mapped.get_tensor(name))
             if one.get_shape():
-                assert torch.equal(one[1:3], two[1:3])
+                for rows in (slice(1, 3), slice(0, None), slice(-2, None), slice(2, 2)):
+                    assert torch.equal(one[rows], two[rows])
             if len(one.get_shape()) > 1:
                 part = (slice(0, 5), slice(2, 4))
                 assert torch.equal(one[part], two[part]) and one[part].is_contiguous()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -34,7 +35,7 @@ from ternarize.plan import Calibrate, Plan, TensorPlan
 from ternarize.progress import Progress
 
 TOKENS_IN_BATCH = 4096
-BUDGET, INPUTS = "budget.json", "inputs.json"
+BUDGET, INPUTS, ENVIRONMENTS = "budget.json", "inputs.json", "environments.json"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Calibrated:
 
     solved   tensor of the source -> the file that has it, and its record there
     tensors  the plan's tensors, in the forms that the budget gave them
-    record   plain data for ternarize.json: data, blocks, quality
+    record   plain data for ternarize.json: data, environments, blocks, quality
     """
 
     solved: dict[str, tuple[Checkpoint, Record]]
@@ -70,6 +71,7 @@ def calibrate(
     assert how is not None
     samples = _samples(work, how)
     _check_same(folder, {"data": samples.digest, "device": device})
+    environments = _environments(folder, device)
     if how.target_bpw is not None:
         tensors = _budget(work.source, tensors, samples, how, folder, device, progress)
     bits = work.recipe.scale_bits
@@ -107,6 +109,7 @@ def calibrate(
             solved[name] = packed, record
     found = {
         "data": samples.description,
+        "environments": environments,
         "quality": quality,
         "forms": describe(tensors),
         "uncalibrated": sum(len(r.uncalibrated) for r in run.reports),
@@ -155,6 +158,27 @@ def _check_same(folder: Path, inputs: Mapping[str, str]) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(dict(inputs)).encode())
+
+
+def _environments(folder: Path, device: str) -> list[dict[str, Any]]:
+    """What the sums of this run depend on beside its input, after those of runs it goes on from.
+
+    With one and the same environment the same conversion gives the same bytes.
+    """
+    path = folder / ENVIRONMENTS
+    known: list[dict[str, Any]] = json.loads(path.read_text("utf-8")) if path.is_file() else []
+    own = {
+        "device": device,
+        "machine": platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    if own not in known:
+        known.append(own)
+        write_whole(path, json.dumps(known).encode())
+    return known
 
 
 def _samples(work: Plan, how: Calibrate) -> Samples:

@@ -43,6 +43,7 @@ from .hostile_files import Case, Link
 
 HANG = 300  # seconds for one execution, on a machine that others use, too
 MEMORY = 6 << 30  # address space that a child may take beyond what it has
+ABOVE = 256 << 20  # bytes that an execution may take beyond twice its files
 SAMPLE = 50  # one of so many refusals is repeated on the command line
 
 
@@ -109,7 +110,7 @@ def execute(case: Case, action: str, folder: Path, sample: bool) -> Found:
         outcome, message = "refused", str(error)
         if isinstance(error, TernarizeError):
             bad = not message.isprintable() or len(message) > LONGEST + 10
-            known = [*os.listdir(folder), *case_names(case), str(folder)]
+            known = {*os.listdir(folder), *NAMES, str(folder)}
             if bad or (case.named and not any(name in message for name in known)):
                 outcome = "badly said"
             if sample and action in ("verify", "inspect"):
@@ -124,11 +125,23 @@ def execute(case: Case, action: str, folder: Path, sample: bool) -> Found:
         outcome = "wrongly refused"
     if outcome == "accepted" and action in case.refuse:
         outcome = "wrongly accepted"
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if memory > 2 * size + ABOVE and outcome in ("refused", "accepted"):
+        outcome, message = "too much memory", f"{memory >> 20} MB; {message}"
     return Found(outcome, seconds, max(0, memory), message)
 
 
-def case_names(case: Case) -> list[str]:
-    return ["model.", "lm_head", "transformer.", "config.json", ".safetensors", "tensors"]
+def known_names() -> set[str]:
+    """Files and tensors that the golden checkpoints and the sources have."""
+    names = {"model.layers.0.mlp.up_proj", "model.layers.0.mlp.experts", hostile_sources.NAME}
+    for path in hostile_files.GOLDEN.rglob("*"):
+        names.add(path.name)
+        if path.suffix == ".safetensors":
+            names |= hostile_files.split(path.read_bytes())[0].keys()
+    return names - {"__metadata__"}
+
+
+NAMES = known_names()
 
 
 def resident(what: str) -> int:
@@ -225,6 +238,7 @@ class Row:
     accepted: int = 0
     wrong: int = 0  # accepted or refused wrongly
     badly_said: int = 0
+    greedy: int = 0  # took more memory than twice the files and ABOVE
     crashes: int = 0
     slowest: float = 0.0
     memory: int = 0
@@ -236,6 +250,7 @@ class Row:
         self.accepted += found.outcome == "accepted"
         self.wrong += found.outcome.startswith("wrongly")
         self.badly_said += found.outcome == "badly said"
+        self.greedy += found.outcome == "too much memory"
         self.crashes += found.outcome == "crashed"
         self.slowest = max(self.slowest, found.seconds)
         self.memory = max(self.memory, found.memory)
@@ -271,7 +286,7 @@ def sample(cases: Sequence[Case], most: int) -> list[Case]:
     return [each for group in groups.values() for each in group[:: -(-len(group) // most)]]
 
 
-COLUMNS = ("executions", "refused", "accepted", "wrong", "badly_said", "crashes")
+COLUMNS = ("executions", "refused", "accepted", "wrong", "badly_said", "greedy", "crashes")
 
 
 def show(rows: dict[str, Row]) -> None:
@@ -308,7 +323,7 @@ def main() -> int:
     show(rows)
     if arguments.json:
         arguments.json.write_text(json.dumps({n: vars(row) for n, row in rows.items()}, indent=1))
-    return any(row.wrong or row.crashes or row.badly_said for row in rows.values())
+    return any(row.faults for row in rows.values())
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ from ternarize import container
 from ternarize.checkpoint import Checkpoint, open_checkpoint, read_bytes
 from ternarize.convert import convert
 from ternarize.errors import TernarizeError
-from ternarize.evaluate import evaluate
+from ternarize.evaluate import evaluate, open_tokenizer
+from ternarize.generate import generate
 from ternarize.plan import Recipe
 from ternarize.report import inspect
 from ternarize.verify import verify
@@ -234,13 +235,14 @@ def convert_alone(folder: Path) -> None:
 
 
 def measure(folder: Path) -> None:
-    """Convert, evaluate against the source, and load, with code in both."""
+    """Convert, evaluate against the source, load, and fill in its template; code is in both."""
     output, text = folder.parent / "converted", folder.parent / "text.txt"
     text.write_text("The function returns the first of them. " * 40)
     try:
         convert(folder, output, threads=1)
         evaluate(output, source=folder, text=text, seq_len=32, max_tokens=64)
-        ternarize.load(output)
+        model, tokenizer = ternarize.load(output), open_tokenizer(output)
+        expect_refusal(partial(generate, model, tokenizer, "Hello", chat=True), "chat")
     finally:
         shutil.rmtree(output, ignore_errors=True)
 

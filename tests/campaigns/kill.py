@@ -149,26 +149,31 @@ def _calls(trial: Trial, contents: bool = False) -> list[list[str]]:
 
 
 def signals(trial: Trial, count: int, chance: random.Random) -> dict[str, Any]:
-    failures, hit, i = [], 0, 0
-    while hit < count and i < 6 * count:
+    """Until `count` were interrupted by each; exit code 130 or 143, whenever it was."""
+    failures, hits, i = [], {signal.SIGINT: 0, signal.SIGTERM: 0}, 0
+    while min(hits.values()) < -(-count // 2) and i < 8 * count:
         i += 1
         number = (signal.SIGINT, signal.SIGTERM)[i % 2]
         run = trial.run(after=chance.uniform(0, trial.seconds), number=number)
         wrong = ""
         if run.code == 128 + number:
-            hit += 1
+            hits[number] += 1
             begun = trial.output.with_name("out.partial").exists()
             if begun and run.line != "interrupted; the same command goes on from here":
                 wrong = f"says {run.said!r}"
             if any(path.name.endswith(".lock") for path in trial.place.iterdir()):
                 wrong = "the lock is left"
-        elif run.code not in (0, -number):  # before the program has begun
+        elif run.code == -number and not run.said and not any(trial.place.iterdir()):
+            pass  # before the program has begun
+        elif run.code != 0:
             wrong = f"ends with {run.code}: {run.said}"
         wrong = wrong or trial.wrong()
         if wrong:
             failures.append(f"{trial.name} {number.name} {i}: {wrong}")
         trial.clear()
-    return _row(trial, "signal", i, failures, killed=hit)
+    if not all(hits.values()):
+        failures.append(f"{trial.name}: none was interrupted of {i}")
+    return _row(trial, "signal", i, failures, killed=sum(hits.values()))
 
 
 # --- power cuts

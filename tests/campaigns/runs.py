@@ -151,6 +151,7 @@ def start(work: Callable[[], int], said: Path, faults: Faults | None = None) -> 
     if pid:
         return pid
     code = 70  # EX_SOFTWARE: an exception came through
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the program itself says otherwise
     try:
         handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(handle, 1)
@@ -225,7 +226,7 @@ def convert(
 
 def command(*arguments: str, before: Callable[[], Any] | None = None) -> Callable[[], int]:
     def work() -> int:
-        from ternarize.cli import main
+        from ternarize.__main__ import main
 
         if before is not None:
             before()
