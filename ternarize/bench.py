@@ -46,12 +46,12 @@ def bench(
         threads, cpu, form     of the products; None without the compiled core
 
     Raises UsageError when the model is not on the CPU or does not continue a text, or a number is
-    less than 1.
+    out of range.
     """
     numbers = {"prompt": prompt, "decode": decode, "batch": batch, "repeats": repeats}
     for name, value in numbers.items():
-        if value < 1:
-            raise UsageError(f"{name}: {value}; expected at least 1.")
+        if not 1 <= value < 2**31:
+            raise UsageError(f"{name}: {value}; expected at least 1, and less than 2^31.")
     check_continues(model)
     if model.device.type != "cpu":
         raise UsageError(f"device: {model.device}; expected cpu. Load the model there.")

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ternarize.errors import REMEDY, TernarizeError, UsageError
+from ternarize.errors import REMEDY, TernarizeError, UsageError, is_no_memory, printable
 from ternarize.progress import Progress
 from ternarize.version import __version__
 
@@ -130,18 +130,13 @@ def command(function: Command) -> Command:
                 before[signal.SIGTERM] = signal.signal(signal.SIGTERM, _terminate)
                 before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
             function(*args, **kwargs)
-        except TernarizeError as error:
-            if kwargs.get("debug"):
+        except Exception as error:
+            known = None if kwargs.get("debug") else _in_one_line(error)
+            if known is None:
                 raise
-            err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-            raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
-        except OSError as error:
-            if kwargs.get("debug"):
-                raise
-            what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-            what += f". {REMEDY.get(error.errno or 0, 'Look after it')}, then try again."
+            what, code = known
             err.print(f"[bold red]error:[/] {escape(what)}", soft_wrap=True, highlight=False)
-            raise typer.Exit(1) from None
+            raise typer.Exit(code) from None
         except KeyboardInterrupt as stop:
             err.print(
                 "interrupted"
@@ -158,6 +153,22 @@ def command(function: Command) -> Command:
 
     app.command(name=function.__name__.rstrip("_"))(run)
     return function
+
+
+def _in_one_line(error: Exception) -> tuple[str, int] | None:
+    """What is printed of an error that a user can cause, and the exit code; None of any other."""
+    if isinstance(error, TernarizeError):
+        return str(error), 2 if isinstance(error, UsageError) else 1
+    if isinstance(error, OSError):
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        what += f". {REMEDY.get(error.errno or 0, 'Look after it')}, then try again."
+        return printable(what), 1
+    if isinstance(error, UnicodeEncodeError):  # a command line of other bytes
+        return f"{error.object[:80]!r} cannot be written as {error.encoding}; expected text.", 2
+    if is_no_memory(error):
+        what = f"memory: not enough is left ({printable(str(error))[:200]})."
+        return f"{what} Ask for less at once, or make room.", 1
+    return None
 
 
 def _print_version(wanted: bool) -> None:
@@ -805,8 +816,8 @@ def bench(
 
     _quiet_transformers()
     if threads is not None:
-        if threads < 1:
-            raise UsageError(f"threads: {threads}; expected at least 1.")
+        if not 1 <= threads <= 1024:
+            raise UsageError(f"threads: {threads}; expected 1 to 1024.")
         torch.set_num_threads(threads)
     loaded = load(
         model,

@@ -66,6 +66,7 @@ from ternarize.errors import (
     OutputError,
     UsageError,
     WeightError,
+    is_no_memory,
 )
 from ternarize.fetch import split_id
 from ternarize.imports import Imported
@@ -472,6 +473,8 @@ def convert(
             "the two. Leave out --stream, or --dataset and --method gptq."
         )
     output = Path(os.path.expanduser(output))
+    if not output.name:  # "", "." or "/"
+        raise OutputError(f"{output}: exists already; expected a new directory. Name another.")
     device = check_device(device)
     partial = output.with_name(output.name + ".partial")
     if stream:  # one at a time, already when the headers are fetched
@@ -609,7 +612,7 @@ def _run(
             "again."
         ) from error
     except (MemoryError, RuntimeError) as error:
-        if not _is_no_memory(error):
+        if not is_no_memory(error):
             raise
         need = work.convert_memory(threads)
         raise OutputError(
@@ -618,14 +621,6 @@ def _run(
             "use fewer --threads, then run the same command again."
         ) from error
     return record
-
-
-def _is_no_memory(error: Exception) -> bool:
-    """Whether an exception says that memory, on the CPU or a device, or threads have run out."""
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
-        return True
-    words = ("can't allocate memory", "can't start new thread", "Resource temporarily unavailable")
-    return any(each in str(error) for each in words)
 
 
 def threads_that_fit(work: Plan, threads: int) -> int:

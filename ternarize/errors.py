@@ -53,6 +53,14 @@ def printable(text: str) -> str:
     )
 
 
+def is_no_memory(error: Exception) -> bool:
+    """Whether an exception says that memory, on the CPU or a device, or threads have run out."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+        return True
+    words = ("can't allocate memory", "can't start new thread", "Resource temporarily unavailable")
+    return any(each in str(error) for each in words)
+
+
 class UsageError(TernarizeError):
     """An option or argument has a value that cannot be used."""
 

@@ -79,7 +79,7 @@ def generate(
     Raises UsageError when a value cannot be used, the prompt does not fit the model's context, or
     the model does not generate.
     """
-    _check_options(max_new_tokens, temperature, top_k, top_p)
+    _check_options(max_new_tokens, temperature, top_k, top_p, seed)
     check_continues(model)
     ids = _encode(tokenizer, prompt, chat)
     new_tokens = _room(model, len(ids), max_new_tokens)
@@ -293,11 +293,16 @@ def _room(model: Model, prompt: int, new: int | None) -> int:
 
 
 def _check_options(
-    max_new_tokens: int | None, temperature: float, top_k: int | None, top_p: float | None
+    max_new_tokens: int | None,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int | None,
 ) -> None:
     for name, value, good, expected in (
         ("new tokens", max_new_tokens, max_new_tokens is None or max_new_tokens > 0, "at least 1"),
         ("temperature", temperature, 0 <= temperature < float("inf"), "0 (greedy) or more"),
+        ("seed", seed, seed is None or 0 <= seed < 2**64, "0 to 2^64 - 1"),
         ("top-k", top_k, top_k is None or top_k > 0, "at least 1"),
         ("top-p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1"),
     ):

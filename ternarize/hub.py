@@ -96,6 +96,8 @@ def push(
             f"{repo}: is no name of a repository; expected user/name. "
             "A branch goes into --revision."
         )
+    if base_model is not None and split_id(base_model) != (base_model, None):
+        raise UsageError(f"--base-model: {base_model!r:.80}; expected user/name, a Hub id.")
     token = None if dry_run else _check_token(token)
     if not directory.is_dir():
         raise CheckpointError(

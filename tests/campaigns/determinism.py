@@ -4,7 +4,7 @@
     torch       the same without the compiled core, on 1 and 2 threads of torch
     variants    each instruction set of the compiled core that this CPU has
     order       a source whose index names the tensors in another order
-    other       another interpreter with another torch (--python)
+    other       all that with other interpreters, which have another torch (--python)
     arm         ternarizing and packing by the core built for AArch64, under an emulator
     calibrated  the same machine, device and number of threads; and, as a figure, other numbers
 
@@ -106,16 +106,17 @@ def planned(source: Path, repeat: int, seed: int) -> Iterator[Planned]:
             for threads in THREADS:
                 yield kind, source, threads, setting(seed + turn, 1 + turn % 2)
         return
+    core = f"core, torch {torch.__version__}"
     for turn in range(repeat):
         for threads in THREADS:
-            yield "threads", source, threads, setting(seed + turn)
+            yield f"{core}, threads", source, threads, setting(seed + turn)
     for turn in range(-(-repeat // 4)):
         for cpu in lib.cpus():
-            yield f"variant {cpu}", source, 2, setting(seed + turn, 1, cpu)
+            yield f"{core}, {cpu}", source, 2, setting(seed + turn, 1, cpu)
     if (source / INDEX).exists():
         for turn in range(repeat):
             other = reordered(source, source.with_name("reordered"), seed + turn)
-            yield "order", other, 2, setting(seed + turn)
+            yield f"{core}, order", other, 2, setting(seed + turn)
             shutil.rmtree(other)
 
 
@@ -157,12 +158,12 @@ def reordered(source: Path, target: Path, seed: int) -> Path:
 
 
 def elsewhere(
-    folder: Path, args: argparse.Namespace, python: str, **env: str
+    folder: Path, args: argparse.Namespace, python: str, repeat: int, **env: str
 ) -> list[dict[str, Any]]:
     """The rows of another process."""
     out = folder / "rows.json"
     command = [python, "-m", "tests.campaigns.determinism", "--inside", str(folder)]
-    command += ["--repeat", str(args.repeat), "--seed", str(args.seed), "--json", str(out)]
+    command += ["--repeat", str(repeat), "--seed", str(args.seed), "--json", str(out)]
     command += ["--sources", *args.sources, "--recipes", str(args.recipes)]
     subprocess.run(command, env={**os.environ, **env}, check=True)
     rows: list[dict[str, Any]] = json.loads(out.read_text())
@@ -248,12 +249,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     with workshop(args.where) as folder:
         for name in args.sources:
             make_source(name, folder / name)
-        rows = elsewhere(folder, args, sys.executable)
-        rows += elsewhere(folder, args, sys.executable, TERNARIZE_NATIVE="0")
-        for python in args.python:
-            rows += elsewhere(folder, args, python)
+        few = -(-args.repeat // 4)
+        rows = []
+        for python in (sys.executable, *args.python):
+            repeat = args.repeat if python == sys.executable else few
+            rows += elsewhere(folder, args, python, repeat)
+            rows += elsewhere(folder, args, python, repeat, TERNARIZE_NATIVE="0")
         rows += arm(folder, 12 * args.repeat, args.seed)
-        times = -(-args.repeat // 4) if args.calibrated is None else args.calibrated
+        times = few if args.calibrated is None else args.calibrated
         if times:
             warm_up(EXAMPLE)
             rows += calibrated(folder, times)
