@@ -40,14 +40,15 @@ def check_group_size(group_size: int) -> int:
 
 def check_device(name: str | None) -> str:
     """A device that is there, "cpu" for None; raises UsageError."""
+    name = "cpu" if name is None else name
     try:
-        torch.empty(0, device=name or "cpu")
+        torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(
             f"device: {name!r} cannot be used here ({str(error).splitlines()[0]}); expected one "
             "such as cpu or cuda."
         ) from None
-    return name or "cpu"
+    return name
 
 
 def split_groups(values: Tensor, group_size: int, fill: float = 0) -> Tensor:

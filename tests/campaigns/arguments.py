@@ -35,9 +35,8 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from ternarize.cli import app  # noqa: E402
+from ternarize.cli import _in_one_line, app  # noqa: E402
 from ternarize.convert import convert  # noqa: E402
-from ternarize.errors import TernarizeError  # noqa: E402
 from ternarize.export import export  # noqa: E402
 from ternarize.plan import Recipe  # noqa: E402
 
@@ -229,7 +228,7 @@ def wrong(line: Sequence[str], result: Any) -> str:
     """What is not as it must be about an ended command; "" if all is."""
     error, code = result.exception, result.exit_code
     if error is not None and not isinstance(error, SystemExit):
-        if "--debug" in line and isinstance(error, (TernarizeError, OSError)):
+        if "--debug" in line and _in_one_line(error) is not None:
             return ""
         return f"{type(error).__name__}: {error}"
     said = result.stderr.strip()
