@@ -174,7 +174,8 @@ def test_a_model_is_equal_to_itself(packed: Path, text: Path) -> None:
 def test_without_a_source_only_the_perplexity_is_measured(packed: Path, text: Path) -> None:
     alone = evaluate(packed, text=text, seq_len=SEQ_LEN)
     beside = evaluate(packed, source=packed, text=text, seq_len=SEQ_LEN)
-    assert alone["perplexity"] == beside["perplexity"]
+    for key, value in beside["perplexity"].items():  # some torch sums the two in another order
+        assert alone["perplexity"][key] == pytest.approx(value, rel=1e-12)
     assert "kl_divergence" not in alone and "source_perplexity" not in alone
 
 
