@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -39,6 +38,8 @@ from ternarize.cli import _in_one_line, app  # noqa: E402
 from ternarize.convert import convert  # noqa: E402
 from ternarize.export import export  # noqa: E402
 from ternarize.plan import Recipe  # noqa: E402
+
+from .child import Child  # noqa: E402
 
 LONGEST = 60  # seconds for one set
 MEMORY = 8 << 30  # address space that a child may take beyond what it has
@@ -271,42 +272,9 @@ def work(pipe: Connection, place: Path) -> None:
     limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     before = stamp(own)
-    while (line := pipe.recv()) is not None:
-        pipe.send(run_set(line, before))
+    while (asked := pipe.recv()) is not None:
+        pipe.send(run_set(asked[0], before))
     shutil.rmtree(own.parent)
-
-
-class Child:
-    """A process that runs command lines, made again when it has died or was stopped."""
-
-    def __init__(self, place: Path) -> None:
-        self.place, self.process, self.pipe = place, None, None
-
-    def ask(self, line: Sequence[str]) -> tuple[str, str]:
-        if self.process is None:
-            context: Any = multiprocessing.get_context("fork")
-            self.pipe, other = context.Pipe()
-            self.process = context.Process(target=work, args=(other, self.place))
-            self.process.start()
-            other.close()
-        try:
-            self.pipe.send(list(line))
-            if self.pipe.poll(LONGEST):
-                found: tuple[str, str] = self.pipe.recv()
-                return found
-            self.process.kill()
-            found = "stopped", "" if is_large(line) else f"did not end in {LONGEST} s"
-        except (EOFError, ConnectionError):
-            self.process.join()
-            found = "died", f"the process ended with {self.process.exitcode}"
-        self.process.join()
-        self.process = None
-        return found
-
-    def close(self) -> None:
-        if self.process is not None:
-            self.pipe.send(None)
-            self.process.join()
 
 
 def is_large(line: Sequence[str]) -> bool:
@@ -324,11 +292,13 @@ def campaign(count: int, first: int, where: Path | None) -> dict[str, Any]:
         place = Path(folder) / "place"
         place.mkdir()
         furnish(place)
-        child = Child(place)
+        child = Child(work, place, LONGEST)
         for number in range(first, first + count):
             line = random_set(number, known)
             began = time.monotonic()
-            code, found = child.ask(line)
+            answer, died = child.ask(line)
+            stopped = died.startswith("did not end") and is_large(line)
+            code, found = answer or ("died", "" if stopped else died)
             slowest = max(slowest, time.monotonic() - began)
             ends[code] += 1
             ends[f"{line[0]} {code}"] += 1

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -39,6 +38,7 @@ from ternarize.report import inspect
 from ternarize.verify import verify
 
 from . import hostile_files, hostile_sources
+from .child import Child
 from .hostile_files import Case, Link
 
 HANG = 300  # seconds for one execution, on a machine that others use, too
@@ -192,42 +192,6 @@ def write(folder: Path, case: Case) -> None:
             (folder / name).write_bytes(data)
 
 
-@dataclass
-class Child:
-    """A process that executes, made again when it has died."""
-
-    cases: list[Case]
-    process: Any = None
-    pipe: Any = None
-
-    def ask(self, *asked: Any) -> Found:
-        if self.process is None:
-            context = multiprocessing.get_context("fork")
-            self.pipe, other = context.Pipe()
-            self.process = context.Process(target=work, args=(other, self.cases))
-            self.process.start()
-            other.close()
-        started = time.monotonic()
-        try:
-            self.pipe.send(asked)
-            if self.pipe.poll(HANG):
-                found: Found = self.pipe.recv()
-                return found
-            self.process.kill()
-            what = f"did not end in {HANG} s"
-        except (EOFError, ConnectionError):
-            self.process.join()
-            what = f"process ended with {self.process.exitcode}"
-        self.process.join()
-        self.process = None
-        return Found("crashed", time.monotonic() - started, 0, what)
-
-    def close(self) -> None:
-        if self.process is not None:
-            self.pipe.send(None)
-            self.process.join()
-
-
 # --- the table --------------------------------------------------------------------------------
 
 
@@ -262,13 +226,15 @@ def run(cases: Iterable[Case], limit: float | None = None) -> dict[str, Row]:
     """Execute all cases, for at most `limit` seconds; a row for each group of them."""
     listed = list(cases)
     rows: dict[str, Row] = {}
-    child, ends = Child(listed), time.monotonic() + (limit or float("inf"))
+    child, ends = Child(work, listed, HANG), time.monotonic() + (limit or float("inf"))
     refusals = 0
     for number, case in enumerate(listed):
         if time.monotonic() > ends:
             break
         for action in case.act:
-            found = child.ask(number, action, refusals % SAMPLE == 0)
+            started = time.monotonic()
+            answer, died = child.ask(number, action, refusals % SAMPLE == 0)
+            found = answer or Found("crashed", time.monotonic() - started, 0, died)
             refusals += found.outcome == "refused"
             rows.setdefault(case.group, Row()).add(action, found, case.label)
             if found.outcome not in ("refused", "accepted"):

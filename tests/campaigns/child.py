@@ -1,0 +1,48 @@
+"""A process that does what may kill it, for the campaigns."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+class Child:
+    """Asks a fork of this process, which is made again when it has died.
+
+    work      what the fork does: `work(pipe, given)` answers what it receives, and ends on None
+    patience  seconds for one answer
+    """
+
+    def __init__(self, work: Callable[[Connection, Any], None], given: Any, patience: float):
+        self.work, self.given, self.patience = work, given, patience
+        self.process: Any = None
+        self.pipe: Any = None
+
+    def ask(self, *asked: Any) -> tuple[Any, str]:
+        """The answer and "", or None and how the process ended without one."""
+        if self.process is None:
+            context = multiprocessing.get_context("fork")
+            self.pipe, other = context.Pipe()
+            self.process = context.Process(target=self.work, args=(other, self.given))
+            self.process.start()
+            other.close()
+        try:
+            self.pipe.send(asked)
+            if self.pipe.poll(self.patience):
+                return self.pipe.recv(), ""
+            self.process.kill()
+            how = f"did not end in {self.patience} s"
+        except (EOFError, ConnectionError):
+            self.process.join()
+            how = f"process ended with {self.process.exitcode}"
+        self.process.join()
+        self.process = None
+        return None, how
+
+    def close(self) -> None:
+        """Let the process end."""
+        if self.process is not None:
+            self.pipe.send(None)
+            self.process.join()
