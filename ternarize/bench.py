@@ -50,7 +50,7 @@ def bench(
     """
     numbers = {"prompt": prompt, "decode": decode, "batch": batch, "repeats": repeats}
     for name, value in numbers.items():
-        if not 1 <= value < 2**31:
+        if not 1 <= value < 2**31:  # torch takes no size beyond 63 bits, and no machine has these
             raise UsageError(f"{name}: {value}; expected at least 1, and less than 2^31.")
     check_continues(model)
     if model.device.type != "cpu":

@@ -29,6 +29,7 @@ from rich.table import Table
 
 from ternarize.errors import REMEDY, TernarizeError, UsageError, is_no_memory, printable
 from ternarize.progress import Progress
+from ternarize.threads import signals_held
 from ternarize.version import __version__
 
 app = typer.Typer(
@@ -816,7 +817,7 @@ def bench(
 
     _quiet_transformers()
     if threads is not None:
-        if not 1 <= threads <= 1024:
+        if not 1 <= threads <= 1024:  # with too many the OpenMP run-time ends the process
             raise UsageError(f"threads: {threads}; expected 1 to 1024.")
         torch.set_num_threads(threads)
     loaded = load(
@@ -966,9 +967,9 @@ def _progress(quiet: bool) -> Iterator[Progress | None]:
 
         def update(done: int, total: int, text: str, stage: str) -> None:
             nonlocal latest
-            if latest[:2] != (stage, total) or done < latest[2]:
-                bar.reset(task, total=total, completed=done, description=escape(text), stage=stage)
-            else:
+            with signals_held():  # the bar draws itself in a thread
+                if latest[:2] != (stage, total) or done < latest[2]:
+                    bar.reset(task, total=total, stage=stage)
                 bar.update(task, completed=done, description=escape(text))
             latest = stage, total, done
 

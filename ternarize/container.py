@@ -21,7 +21,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,6 +52,7 @@ from ternarize.codecs import (
 from ternarize.errors import DigestError, FormatError, WeightError
 from ternarize.rotation import BLOCKS, unrotate
 from ternarize.tensor import Ternary, group_count
+from ternarize.threads import in_threads
 
 FORMAT_VERSION = 1
 SCALE8, PLANES, ROTATION = "scale8", "planes", "rotation"
@@ -428,14 +428,7 @@ def check(
     Tensors are read, hashed and checked in parallel, a piece at a time. Raises FormatError or its
     child DigestError, naming the file and the tensor.
     """
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for name in pool.map(lambda n: _check_tensor(checkpoint, n, records[n]), records):
-                if done:
-                    done(name)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    in_threads(lambda name: _check_tensor(checkpoint, name, records[name]), records, threads, done)
 
 
 def _check_tensor(checkpoint: Checkpoint, name: str, record: Record) -> str:

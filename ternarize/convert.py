@@ -96,6 +96,7 @@ from ternarize.progress import Progress
 from ternarize.rotation import rotate
 from ternarize.sums import SUMS, make_sums
 from ternarize.tensor import Ternary, check_device, split_groups
+from ternarize.threads import TICK, let_through, result_of, signals_held
 from ternarize.version import __version__
 
 CALIBRATION = ".calibration"  # folder of what calibration found
@@ -473,7 +474,7 @@ def convert(
             "the two. Leave out --stream, or --dataset and --method gptq."
         )
     output = Path(os.path.expanduser(output))
-    if not output.name:  # "", "." or "/"
+    if not output.name:  # "", "." or "/", beside which nothing can be put
         raise OutputError(f"{output}: exists already; expected a new directory. Name another.")
     device = check_device(device)
     partial = output.with_name(output.name + ".partial")
@@ -812,21 +813,14 @@ class _Conversion:
             self._drop_unwritten(shard)
 
     def run(self) -> dict[str, Any]:
-        with (
-            (self.partial / JOURNAL).open("a", encoding="utf-8") as self.journal,
-            ThreadPoolExecutor(self.threads) as pool,
-        ):
-            try:
-                while self.unsealed:
-                    index = min(self.unsealed)
-                    self._convert_shard(index, pool)
-                    self._seal(self.shards[index])
-                    self.unsealed.remove(index)
-                    if self.work.source.stream is not None:
-                        self.work.source.stream.release(self.work.source.files[index])
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+        with (self.partial / JOURNAL).open("a", encoding="utf-8") as self.journal:
+            while self.unsealed:
+                index = min(self.unsealed)
+                self._convert_shard(index)
+                self._seal(self.shards[index])
+                self.unsealed.remove(index)
+                if self.work.source.stream is not None:
+                    self.work.source.stream.release(self.work.source.files[index])
         record = self._write_small_files()
         stamps = _stamps(self.work, now=True)
         changed = _changed(stamps, self.identity["source"])
@@ -837,13 +831,14 @@ class _Conversion:
                 f"{self.work.source.directory}: {changed} changed during the conversion; expected "
                 "a source at rest. Convert it again."
             ) from away
-        with ThreadPoolExecutor(2) as beside:  # the disk works while the processors check
+        # the disk works while the processors check
+        with signals_held(), ThreadPoolExecutor(2) as beside:
             synced = beside.submit(self._sync_shards)
             sums = beside.submit(make_sums, self.partial, self.threads)
             packed = open_files(self.partial, [shard.file for shard in self.shards])
             container.check(packed, container.records_of(packed), threads=self.threads)
-            synced.result()
-            (self.partial / SUMS).write_bytes(os.fsencode(sums.result()))
+            result_of(synced)
+            (self.partial / SUMS).write_bytes(os.fsencode(result_of(sums)))
         return record
 
     def _sync_shards(self) -> None:
@@ -929,7 +924,7 @@ class _Conversion:
                 for tensor in tensors:
                     self.results.pop(tensor.name, None)
 
-    def _convert_shard(self, index: int, pool: ThreadPoolExecutor) -> None:
+    def _convert_shard(self, index: int) -> None:
         """Convert the tensors of a shard that are not done; again if one changes the layout."""
         while True:
             stream = self.work.source.stream
@@ -943,8 +938,13 @@ class _Conversion:
             self.done = self._bytes_done()
             _reserve(path, size)
             layout, base = shard.layout(), shard.data_start()
-            futures = {pool.submit(self._one, path, layout, base, t): t for t in todo}
-            changes = self._collect(futures)
+            with signals_held(), ThreadPoolExecutor(self.threads) as pool:
+                try:
+                    futures = {pool.submit(self._one, path, layout, base, t): t for t in todo}
+                    changes = self._collect(futures)
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
             if not changes:
                 return
             for change in changes:
@@ -989,17 +989,14 @@ class _Conversion:
         changes = []
         pending = set(futures)
         while pending:
-            finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+            finished, pending = wait(pending, TICK, FIRST_COMPLETED)
+            let_through()
             for future in sorted(finished, key=lambda f: futures[f].name):
                 try:
                     result = future.result()
                 except Relayout as found:
                     changes.append(found.change)
                     continue
-                except BaseException:
-                    for other in pending:
-                        other.cancel()
-                    raise
                 self.results[result.name] = result
                 self._note(asdict(result))
                 self.done += futures[future].info.nbytes

@@ -53,9 +53,17 @@ def printable(text: str) -> str:
     )
 
 
+def first_line(error: Exception) -> str:
+    """What another library says, as a part of a message of ours."""
+    return (str(error).strip() or "no message").split("\n")[0][:200]
+
+
 def is_no_memory(error: Exception) -> bool:
-    """Whether an exception says that memory, on the CPU or a device, or threads have run out."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+    """Whether an exception says that memory, on the CPU or a device, or threads have run out.
+
+    torch's own is known by its name: importing torch takes a while.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     words = ("can't allocate memory", "can't start new thread", "Resource temporarily unavailable")
     return any(each in str(error) for each in words)

@@ -19,7 +19,6 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any
 
 from ternarize.errors import CheckpointError, FormatError, TernarizeError
 from ternarize.sums import SUMS, hash_file, read_sums
+from ternarize.threads import in_threads
 
 RECORD = "ternarize.json"
 SAFETENSORS = "model.safetensors"
@@ -212,8 +212,7 @@ def _find_bad(snapshot: Path, patterns: Sequence[str]) -> list[Path]:
             todo[path] = digest, stamp
     if not todo:
         return []
-    with ThreadPoolExecutor(4) as pool:
-        good = list(pool.map(lambda path: has_digest(path, todo[path][0]), todo))
+    good = in_threads(lambda path: has_digest(path, todo[path][0]), todo, 4)
     bad = [path for path, fine in zip(todo, good, strict=True) if not fine]
     checked |= {digest: stamp for path, (digest, stamp) in todo.items() if path not in bad}
     _write(store / CHECKED, json.dumps(checked))

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from ternarize.decode import Decoder, can_decode
-from ternarize.errors import UsageError
+from ternarize.errors import UsageError, first_line
 from ternarize.evaluate import max_positions
 
 NEW_TOKENS = 128  # where the model's context has room for them
@@ -261,11 +261,12 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
             ids: list[int] = tokenizer.apply_chat_template(
                 message, add_generation_prompt=True, tokenize=True, return_dict=True
             )["input_ids"]
+        except MemoryError:
+            raise
         except Exception as error:  # a template is a program of its own and raises what it likes
-            first = (str(error).strip() or "no message").split("\n")[0]
             raise UsageError(
                 f"chat: the tokenizer's chat template fails ({type(error).__name__}: "
-                f"{first[:200]}); expected one that takes a user's message. "
+                f"{first_line(error)}); expected one that takes a user's message. "
                 "Generate without --chat, or repair the template."
             ) from error
     else:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ternarize.errors import CheckpointError, FormatError, TernarizeError
+from ternarize.errors import CheckpointError, FormatError, TernarizeError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -113,10 +113,9 @@ def usable(where: Path) -> Iterator[None]:
     except (TernarizeError, MemoryError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:
-        first = (str(error).strip() or "no message").split("\n")[0]
         raise CheckpointError(
             f"{where}: transformers {transformers.__version__} cannot use it "
-            f"({type(error).__name__}: {first[:200]}); expected a complete checkpoint. "
+            f"({type(error).__name__}: {first_line(error)}); expected a complete checkpoint. "
             "Repair it, or install what it needs."
         ) from error
 

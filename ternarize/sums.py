@@ -9,11 +9,11 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from ternarize.errors import CheckpointError, DigestError, FormatError
+from ternarize.threads import in_threads
 
 SUMS = "SHA256SUMS"
 CARD = "README.md"
@@ -38,9 +38,8 @@ def listed(directory: Path) -> list[str]:
 def make_sums(directory: Path, threads: int) -> str:
     """The text of SHA256SUMS for the files that are there; reads all of them."""
     names = listed(directory)
-    with ThreadPoolExecutor(threads) as pool:
-        found = pool.map(sha256, map(directory.joinpath, names))
-        return format_sums(dict(zip(names, found, strict=True)))
+    found = in_threads(sha256, map(directory.joinpath, names), threads)
+    return format_sums(dict(zip(names, found, strict=True)))
 
 
 def format_sums(digests: Mapping[str, str]) -> str:
@@ -108,13 +107,10 @@ def check_sums(directory: Path, needed: Sequence[str], threads: int) -> int | No
     for name in digests:
         if not (directory / name).is_file():
             raise DigestError(f"{name}: is missing; {SUMS} names it. {_WAY_OUT}")
-    with ThreadPoolExecutor(threads) as pool:
-        found = pool.map(sha256, map(directory.joinpath, digests))
-        for (name, expected), digest in zip(digests.items(), found, strict=True):
-            if digest != expected:
-                raise DigestError(
-                    f"{name}: has SHA-256 {digest}; {SUMS} says {expected}. {_WAY_OUT}"
-                )
+    found = in_threads(sha256, map(directory.joinpath, digests), threads)
+    for (name, expected), digest in zip(digests.items(), found, strict=True):
+        if digest != expected:
+            raise DigestError(f"{name}: has SHA-256 {digest}; {SUMS} says {expected}. {_WAY_OUT}")
     return len(digests)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ternarize.errors import UsageError
+from ternarize.errors import UsageError, first_line
 
 
 def group_length(cols: int, group_size: int) -> int:
@@ -45,7 +45,7 @@ def check_device(name: str | None) -> str:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(
-            f"device: {name!r} cannot be used here ({str(error).splitlines()[0]}); expected one "
+            f"device: {name!r} cannot be used here ({first_line(error)}); expected one "
             "such as cpu or cuda."
         ) from None
     return name

@@ -85,9 +85,11 @@ class _Slice:
         parts = index if isinstance(index, tuple) else (index,)
         start, nbytes = self.start, self.entry.nbytes
         if shape and shape[0] and isinstance(parts[0], slice) and parts[0].step in (None, 1):
-            first, last, _ = parts[0].indices(shape[0])
+            rows = range(shape[0])[parts[0]]
             row = nbytes // shape[0]
-            start, nbytes = start + first * row, max(0, last - first) * row
-            shape, parts = (max(0, last - first), *shape[1:]), (slice(None), *parts[1:])
+            start, nbytes = start + rows.start * row, len(rows) * row
+            shape, parts = (len(rows), *shape[1:]), (slice(None), *parts[1:])
         data = read_bytes(self.path, start, nbytes).view(dtype).reshape(shape)
-        return data if index is Ellipsis else data[parts].clone()
+        part = data[parts]
+        # a part of a larger buffer would keep all of it
+        return part if part.numel() == data.numel() else part.clone()

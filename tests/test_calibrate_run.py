@@ -283,10 +283,6 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_bytes(
         assert not (tmp_path / "broken").exists()
     convert(source, tmp_path / "broken", recipe)
     assert len(solved) == whole, "a block has been solved twice"
-    record = json.loads((tmp_path / "broken" / "ternarize.json").read_text())
-    (environment,) = record["calibration"]["environments"]
-    assert environment["torch"] == torch.__version__
-    assert environment["threads"] == torch.get_num_threads()
     assert files(tmp_path / "broken") == files(tmp_path / "whole")
 
 
@@ -302,8 +298,8 @@ def test_every_environment_that_took_part_is_recorded(
         record = convert(source, tmp_path / "packed", recipe)
     finally:
         torch.set_num_threads(threads)
-    found = [each["threads"] for each in record["calibration"]["environments"]]
-    assert found == [threads, threads + 1]
+    found = [(each["threads"], each["torch"]) for each in record["calibration"]["environments"]]
+    assert found == [(threads, torch.__version__), (threads + 1, torch.__version__)]
 
 
 @pytest.mark.parametrize(

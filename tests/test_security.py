@@ -199,10 +199,9 @@ def test_of_a_slice_of_rows_no_other_rows_are_read(
 )
 def test_a_template_of_a_chat_that_fails_is_one_line(template: str) -> None:
     example = ROOT / "examples" / "tiny-llama"
-    model, tokenizer = (
-        transformers.AutoModelForCausalLM.from_pretrained(example),
-        open_tokenizer(example),
-    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(example)
+    tokenizer = open_tokenizer(example)
+
     tokenizer.chat_template = template
     with pytest.raises(UsageError, match="chat template fails") as raised:
         generate(model, tokenizer, "Hello", chat=True)

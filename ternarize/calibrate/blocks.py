@@ -33,8 +33,9 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from ternarize.checkpoint import Checkpoint
-from ternarize.errors import CheckpointError, TernarizeError, WeightError
+from ternarize.errors import CheckpointError, TernarizeError, WeightError, first_line
 from ternarize.select import locate
+from ternarize.threads import signals_held
 
 Batch = dict[str, Tensor]
 
@@ -73,7 +74,8 @@ class Forward:
             self._replies.put(reply)
         else:
             self._started = True
-            self._thread.start()
+            with signals_held():
+                self._thread.start()
         event = self._events.get()
         if isinstance(event, BaseException):
             self._thread.join()
@@ -114,11 +116,10 @@ def code_of_the_model(where: object) -> Iterator[None]:
     except (TernarizeError, OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        first = (str(error).strip() or "no message").split("\n")[0]
         raise CheckpointError(
             f"{where}: its forward fails on the calibration data ({type(error).__name__}: "
-            f"{first[:200]}); expected it to run. Check that the data fit the model, or convert it "
-            "without --dataset."
+            f"{first_line(error)}); expected it to run. Check that the data fit the model, or "
+            "convert it without --dataset."
         ) from error
 
 

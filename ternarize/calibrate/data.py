@@ -53,7 +53,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ternarize.checkpoint import byte_view
-from ternarize.errors import CheckpointError, UsageError
+from ternarize.errors import CheckpointError, UsageError, first_line
 from ternarize.evaluate import (
     CAUSAL,
     ENCODER,
@@ -369,7 +369,7 @@ def _opening(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UsageError(
-            f"{path}: cannot be read ({error.strerror or _first_line(error)}); expected a file of "
+            f"{path}: cannot be read ({error.strerror or first_line(error)}); expected a file of "
             "text. Check the path."
         ) from None
 
@@ -422,7 +422,7 @@ def _read_parquet(path: Path, column: str | None, tokenizer: Any) -> Iterator[_D
                     yield _entry(value, tokenizer, f"{path}: row {number}, {chosen}")
         except (arrow.lib.ArrowException, OSError) as error:  # thrift's errors are OSErrors
             raise UsageError(
-                f"{path}: pyarrow cannot read it ({_first_line(error)}); expected a parquet file. "
+                f"{path}: pyarrow cannot read it ({first_line(error)}); expected a parquet file. "
                 "Repair it, or name another."
             ) from None
 
@@ -436,7 +436,7 @@ def _parse(raw: bytes, where: str) -> Any:
         ) from None
     except (ValueError, RecursionError) as error:
         raise UsageError(
-            f"{where}: is not JSON ({_first_line(error)}); expected a JSON value. Repair it."
+            f"{where}: is not JSON ({first_line(error)}); expected a JSON value. Repair it."
         ) from None
 
 
@@ -508,7 +508,7 @@ def _render(messages: list[Any], tokenizer: Any, where: str) -> str:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception as error:  # a template is a program of its own and raises what it likes
         raise UsageError(
-            f"{where}: the tokenizer's chat template refuses the messages ({_first_line(error)}); "
+            f"{where}: the tokenizer's chat template refuses the messages ({first_line(error)}); "
             "expected roles and contents that it knows. Repair the data."
         ) from error
     return text
@@ -517,10 +517,6 @@ def _render(messages: list[Any], tokenizer: Any, where: str) -> str:
 def _name(value: Any) -> str:
     names: dict[type, str] = {dict: "an object", list: "a list", str: "a string", int: "a number"}
     return names.get(type(value), "null" if value is None else f"a {type(value).__name__}")
-
-
-def _first_line(error: BaseException) -> str:
-    return re.sub(r"\s+", " ", str(error))[:160]
 
 
 def _no_column(how: Calibrate) -> None:
@@ -567,7 +563,7 @@ def _read_hub(
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise UsageError(
                 f"{given}: no such file, and the Hub did not give it as a dataset "
-                f"({type(error).__name__}: {_first_line(error)}). Check the name, the network and "
+                f"({type(error).__name__}: {first_line(error)}). Check the name, the network and "
                 "your token."
             ) from None
 
@@ -926,7 +922,7 @@ def _read_tensors(path: Path, how: Calibrate, model_class: Any) -> list[list[Sam
             return [[_row(slices, next(chosen)) for _ in range(size)] for size in sizes]
     except (SafetensorError, OSError) as error:
         raise UsageError(
-            f"{path}: cannot be read as safetensors ({_first_line(error)}); expected tensors named "
+            f"{path}: cannot be read as safetensors ({first_line(error)}); expected tensors named "
             f"as {model_class.__name__}.forward names them. Check the file."
         ) from None
 

@@ -445,10 +445,13 @@ def _write(
         table |= {"auto_map": remote} if remote else {}
     table |= config
     shards: list[list[Item]] = [[]]
+    size = 0  # of the last one
     for item in items:
-        if shards[-1] and sum(i.nbytes for i in shards[-1]) + item.nbytes > SHARD:
+        if shards[-1] and size + item.nbytes > SHARD:
             shards.append([])
+            size = 0
         shards[-1].append(item)
+        size += item.nbytes
     files = [SAFETENSORS]
     if len(shards) > 1:
         files = [f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]

@@ -2,22 +2,19 @@
 
 Options are those of CLI.md, values are right, at an edge, or nonsense; the models are tiny. All end
 with exit code 0, or with 1 or 2 and one line (or typer's usage): no traceback, no warning, nothing
-but the output changed, and no output where it failed. Sets have numbers: --first goes on from one.
-A set that takes longer than it may is stopped and counted; if no large amount was asked for, it is
+but the output changed, and no output where it failed. Lines have numbers: --first goes on from one.
+A line that takes longer than it may is stopped and counted; if no large amount was asked for, it is
 a failure.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import re
-import resource
 import shutil
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -25,107 +22,43 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a team of threads does not survive a fork
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import tiny_models
+import torch
+import transformers
+from typer.testing import CliRunner
+
+from ternarize.cli import app
+from ternarize.convert import convert
+from ternarize.export import export
+from ternarize.plan import Recipe
+
+from .child import LATE, Child, limit_memory
+from .runs import report, workshop
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-
-import tiny_models  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from typer.testing import CliRunner  # noqa: E402
-
-from ternarize.cli import _in_one_line, app  # noqa: E402
-from ternarize.convert import convert  # noqa: E402
-from ternarize.export import export  # noqa: E402
-from ternarize.plan import Recipe  # noqa: E402
-
-from .child import Child  # noqa: E402
-
-LONGEST = 60  # seconds for one set
+HANG = 60  # seconds for one line
 MEMORY = 8 << 30  # address space that a child may take beyond what it has
 
-NUMBERS = "0 1 2 3 4 16 64 65 128 256 -1 -2 007 1e2 0.5 nan inf -0 x ٣ 1_0".split() + ["", " 5 "]
+NUMBERS = "0 1 2 3 4 16 64 65 128 256 -1 -2 007 1e2 0.5 nan inf -0 x \u0663 1_0".split() + [
+    "",
+    " 5 ",
+]
 HUGE = ["999999999", "9223372036854775808", "1" + "0" * 400, "-" + "9" * 30, "1e999"]
-# what is worked on in proportion to: a large one is right, and takes its time
-AMOUNTS = {
-    "--reconstruct",
-    "--distill",
-    "--num-samples",
-    "--max-new-tokens",
-    "--repeats",
-    "--decode",
-}
-AMOUNTS |= {
-    "--batch",
-    "--prompt",
-    "--batch-size",
-    "--seq-len",
-    "--max-tokens",
-    "--limit",
-    "--threads",
-}
-PLACES = [
-    "model",
-    "packed",
-    "model.gguf",
-    "text.txt",
-    "empty.txt",
-    "bytes.txt",
-    "folder",
-    "missing",
-]
-PLACES += [
-    "model/config.json",
-    "/dev/null",
-    "user/name",
-    "a/b/c",
-    ".",
-    "..",
-    "",
-    "~",
-    "user/name@x",
-]
-PLACES += [
-    "out",
-    "out/deeper",
-    "text.txt/below",
-    "model/inside",
-    "x" * 300,
-    "nul\ud800",
-    "line\nbreak",
-]
-TEXTS = [
-    "*",
-    "*.weight",
-    "lm_head*",
-    "*up_proj*",
-    "[",
-    "",
-    "nothing*",
-    "\udcff",
-    "a\nb",
-    "-",
-    "--",
-    "é" * 99,
-]
-TEXTS += [
-    "{0}",
-    "[red]x[/]",
-    "%s",
-    "model.layers.0.mlp.up_proj.weight",
-    "default",
-    "self",
-    "Hello there",
-]
-QUALITY = [
-    "perplexity=9",
-    "kl_divergence=0.5",
-    "top1_agreement=0.2",
-    "perplexity",
-    "x=1",
-    "=",
-    "perplexity=nan",
-]
+PLACES = (
+    "model packed model.gguf text.txt empty.txt bytes.txt folder missing model/config.json".split()
+)
+PLACES += "/dev/null user/name user/name@x a/b/c . .. ~ out out/deeper text.txt/below".split()
+PLACES += ["model/inside", "", "x" * 300, "nul\ud800", "line\nbreak"]
+TEXTS = "* *.weight lm_head* *up_proj* [ nothing* - -- {0} [red]x[/] %s default self".split()
+TEXTS += ["model.layers.0.mlp.up_proj.weight", "", "\udcff", "a\nb", "\u00e9" * 99, "Hello there"]
+QUALITY = (
+    "perplexity=9 kl_divergence=0.5 top1_agreement=0.2 perplexity x=1 = perplexity=nan".split()
+)
 RIGHT = {  # by the name of an argument or option: what it mostly is
     "model": ["packed", "packed", "packed64"],
     "output": ["out", "out", "folder/out"],
@@ -138,8 +71,13 @@ RIGHT = {  # by the name of an argument or option: what it mostly is
     "--min-quality": QUALITY,
     "--head": ["int8", "keep", "ternary"],
 }
-COMMANDS = "convert export inspect verify eval generate bench push".split()
-WEIGHTS = [40, 16, 10, 10, 8, 8, 3, 5]
+# of these a large one is right, and takes its time
+AMOUNTS = (
+    "--reconstruct --distill --num-samples --max-new-tokens --repeats --decode --batch --prompt"
+)
+AMOUNTS += " --batch-size --seq-len --max-tokens --limit --threads"
+COMMANDS = {"convert": 40, "export": 16, "inspect": 10, "verify": 10, "eval": 8, "generate": 8}
+COMMANDS |= {"bench": 3, "push": 5}  # how often each
 
 
 def options_of(document: str) -> dict[str, dict[str, str]]:
@@ -166,11 +104,12 @@ def random_value(name: str, kind: str, chance: random.Random) -> str:
     return chance.choice(pool)
 
 
-def random_set(number: int, known: dict[str, dict[str, str]]) -> list[str]:
+def random_line(number: int, known: dict[str, dict[str, str]]) -> list[str]:
     """The command line of this number."""
     chance = random.Random(number)
-    command = chance.choices(COMMANDS, WEIGHTS)[0]
+    command = chance.choices(list(COMMANDS), list(COMMANDS.values()))[0]
     options = dict(known[command])
+    options.pop("--debug", None)  # a traceback is what it is for
     line = []
     for name in ("model", "output", "repo"):
         if name in options:
@@ -181,7 +120,7 @@ def random_set(number: int, known: dict[str, dict[str, str]]) -> list[str]:
     needed = {"eval": ["--text"], "export": ["--to"], "generate": ["--prompt"]}.get(command, [])
     chosen = [name for name in needed if chance.random() < 0.95]
     chosen += chance.choices(sorted(options), k=chance.choice([0, 1, 1, 2, 2, 3, 5]))
-    if "--dataset" in chosen:  # few and short, or a set takes minutes
+    if "--dataset" in chosen:  # few and short, or it takes minutes
         line += ["--num-samples", chance.choice("3 4 5".split()), "--seq-len", "16"]
     if command == "bench":
         line += ["--prompt", "8", "--decode", "2", "--repeats", "1"]
@@ -214,106 +153,63 @@ def furnish(place: Path) -> None:
     (place / "folder").mkdir()
 
 
-def stamp(place: Path) -> dict[str, tuple[int, int]]:
-    """What there is: {path: (size, time of the last change)}."""
+def listing(place: Path) -> dict[str, tuple[int, int]]:
+    """What there is: {path: (size, time of the last change)}, zeros for a folder."""
     found = {}
-    for folder, _, files in os.walk(place):
-        for name in files:
+    for folder, folders, files in os.walk(place):
+        for name in folders + files:
             path = os.path.join(folder, name)
             stat = os.lstat(path)
-            found[os.path.relpath(path, place)] = stat.st_size, stat.st_mtime_ns
+            state = (0, 0) if name in folders else (stat.st_size, stat.st_mtime_ns)
+            found[os.path.relpath(path, place)] = state
     return found
 
 
-def wrong(line: Sequence[str], result: Any) -> str:
+def wrong(result: Any) -> str:
     """What is not as it must be about an ended command; "" if all is."""
-    error, code = result.exception, result.exit_code
+    error, code, said = result.exception, result.exit_code, result.stderr.strip()
     if error is not None and not isinstance(error, SystemExit):
-        if "--debug" in line and _in_one_line(error) is not None:
-            return ""
         return f"{type(error).__name__}: {error}"
-    said = result.stderr.strip()
     if code not in (0, 1, 2):
         return f"ends with {code}: {said}"
     if "Warning" in said or "Traceback" in said:
         return f"says {said!r}"
-    if code and "Usage: " not in said:
-        if not said.startswith("error: ") or not said.isprintable():
-            return f"ends with {code} and says {said!r}"
-    return ""
+    in_order = said.startswith("error: ") and said.isprintable()
+    return "" if code == 0 or in_order or "Usage: " in said else f"{code}, and says {said!r}"
 
 
-def run_set(line: Sequence[str], before: dict[str, tuple[int, int]]) -> tuple[str, str]:
-    """(exit code, what is wrong) of one command line, in the folder that `furnish` made."""
+def run_line(line: Sequence[str], before: dict[str, tuple[int, int]]) -> tuple[str, str]:
+    """Exit code, and what is wrong, of one command line in the folder that `furnish` made."""
     result = CliRunner().invoke(app, list(line))
     torch.set_num_threads(1)  # bench sets it
-    found = wrong(line, result)
-    after = stamp(Path.cwd())
-    changed = sorted(path for path in before if after.get(path) != before[path])
-    new = sorted({path.split(os.sep)[0] for path in after.keys() - before.keys()})
+    found, after = wrong(result), listing(Path.cwd())
+    changed = [path for path in before if after.get(path) != before[path]]
+    new = sorted(after.keys() - before.keys(), reverse=True)  # what is inside comes first
+    left = [path for path in new if not re.search(r"\.partial(/|$)", path)]
     if changed:
         found = found or f"changed {changed[:3]}"
-    if result.exit_code and any(not name.endswith(".partial") for name in new if name != "folder"):
-        found = found or f"failed, and left {new}"
-    for path in sorted(after.keys() - before.keys()):
-        os.unlink(path)
-    for folder, _, _ in sorted(os.walk("."), reverse=True):
-        if folder not in (".", "./folder") and not os.listdir(folder):
-            os.rmdir(folder)
+    if result.exit_code and left:
+        found = found or f"failed, and left {left[:3]}"
+    for path in new:
+        os.unlink(path) if os.path.islink(path) or not os.path.isdir(path) else os.rmdir(path)
     return str(result.exit_code), found
 
 
 def work(pipe: Connection, place: Path) -> None:
     """Run the command lines that come, in a copy of the furnished folder."""
-    own = Path(tempfile.mkdtemp(dir=place.parent)) / "place"
+    own = place.parent / str(os.getpid()) / "place"  # for `..`: nothing else is beside it
     shutil.copytree(place, own)
     os.chdir(own)
-    torch.set_num_threads(1)
-    limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MEMORY
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    before = stamp(own)
+    limit_memory(MEMORY)
+    before = listing(own)
     while (asked := pipe.recv()) is not None:
-        pipe.send(run_set(asked[0], before))
-    shutil.rmtree(own.parent)
+        pipe.send(run_line(asked[0], before))
 
 
 def is_large(line: Sequence[str]) -> bool:
     """Whether an amount is asked for that takes long."""
     pairs = zip(line, line[1:], strict=False)
-    return any(a in AMOUNTS and re.fullmatch(r"\d{4,}", b) is not None for a, b in pairs)
-
-
-def campaign(count: int, first: int, where: Path | None) -> dict[str, Any]:
-    """Run the sets [first, first + count)."""
-    known = options_of((ROOT / "CLI.md").read_text("utf-8"))
-    ends, failures, slowest = Counter[str](), [], 0.0
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=where) as folder:
-        place = Path(folder) / "place"
-        place.mkdir()
-        furnish(place)
-        child = Child(work, place, LONGEST)
-        for number in range(first, first + count):
-            line = random_set(number, known)
-            began = time.monotonic()
-            answer, died = child.ask(line)
-            stopped = died.startswith("did not end") and is_large(line)
-            code, found = answer or ("died", "" if stopped else died)
-            slowest = max(slowest, time.monotonic() - began)
-            ends[code] += 1
-            ends[f"{line[0]} {code}"] += 1
-            if found:
-                failures.append(f"set {number}: {' '.join(map(ascii, line))}: {found}"[:600])
-                print(failures[-1], file=sys.stderr, flush=True)
-        child.close()
-    return {
-        "sets": count,
-        "first": first,
-        "ends": dict(sorted(ends.items())),
-        "slowest_s": round(slowest, 1),
-        "seconds": round(time.monotonic() - started, 1),
-        "failures": failures,
-    }
+    return any(a in AMOUNTS.split() and re.fullmatch(r"\d{4,}", b) is not None for a, b in pairs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -322,12 +218,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--where", type=Path, help="a fast disk, such as /dev/shm")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args(argv)
-    report = campaign(options.count, options.first, options.where)
-    print(json.dumps(report))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-    return 1 if report["failures"] else 0
+    args = parser.parse_args(argv)
+    known = options_of((ROOT / "CLI.md").read_text("utf-8"))
+    ends = {command: Counter[str]() for command in COMMANDS}
+    failures, slowest = [], 0.0
+    with workshop(args.where) as folder:
+        (folder / "place").mkdir()
+        furnish(folder / "place")
+        child = Child(work, folder / "place", HANG)
+        for number in range(args.first, args.first + args.count):
+            line = random_line(number, known)
+            began = time.monotonic()
+            answer, died = child.ask(line)
+            slowest = max(slowest, time.monotonic() - began)
+            code, found = answer or ("stopped", "" if died == LATE and is_large(line) else died)
+            ends[line[0]][code] += 1
+            if found:
+                failures.append(f"line {number}: {' '.join(map(ascii, line))}: {found}"[:600])
+                print(failures[-1], file=sys.stderr, flush=True)
+        child.close()
+    codes = ("0", "1", "2", "stopped")
+    rows = [{"command": name, **{code: ends[name][code] for code in codes}} for name in ends]
+    more = {"first": args.first, "count": args.count, "slowest_s": round(slowest, 1)}
+    return report("arguments", rows, failures, args.json, **more)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import resource
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
+
+LATE = "did not end in time"
 
 
 class Child:
@@ -33,7 +37,7 @@ class Child:
             if self.pipe.poll(self.patience):
                 return self.pipe.recv(), ""
             self.process.kill()
-            how = f"did not end in {self.patience} s"
+            how = LATE
         except (EOFError, ConnectionError):
             self.process.join()
             how = f"process ended with {self.process.exitcode}"
@@ -46,3 +50,11 @@ class Child:
         if self.process is not None:
             self.pipe.send(None)
             self.process.join()
+
+
+def limit_memory(more: int) -> None:
+    """Bytes of address space that this process may take beyond what it has, on Linux."""
+    status = Path("/proc/self/statm")
+    if status.exists():
+        limit = int(status.read_text().split()[0]) * resource.getpagesize() + more
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -90,6 +90,11 @@ def setting(seed: int, torch_threads: int = 1, cpu: str = "") -> Callable[[], No
     return before
 
 
+def quarter(repeat: int) -> int:
+    """Of what is less likely to differ, fewer runs: at least one."""
+    return -(-repeat // 4)
+
+
 # what a run is called, its source, the threads of the conversion, and what is done before
 Planned = tuple[str, Path, int, Callable[[], None]]
 
@@ -102,7 +107,7 @@ def planned(source: Path, repeat: int, seed: int) -> Iterator[Planned]:
 
     if lib is None:
         kind = f"torch {torch.__version__} alone"
-        for turn in range(-(-repeat // 4)):
+        for turn in range(quarter(repeat)):
             for threads in THREADS:
                 yield kind, source, threads, setting(seed + turn, 1 + turn % 2)
         return
@@ -110,7 +115,7 @@ def planned(source: Path, repeat: int, seed: int) -> Iterator[Planned]:
     for turn in range(repeat):
         for threads in THREADS:
             yield f"{core}, threads", source, threads, setting(seed + turn)
-    for turn in range(-(-repeat // 4)):
+    for turn in range(quarter(repeat)):
         for cpu in lib.cpus():
             yield f"{core}, {cpu}", source, 2, setting(seed + turn, 1, cpu)
     if (source / INDEX).exists():
@@ -129,7 +134,7 @@ def work(
         for recipe, options in list(RECIPES.items())[:recipes]:
             found: dict[str, list[str]] = {}
             # with one recipe as often as asked for, with the others a quarter
-            count = repeat if not options else -(-repeat // 4)
+            count = repeat if not options else quarter(repeat)
             for kind, source, threads, before in planned(folder / name, count, seed):
                 more = ("--threads", str(threads), *options)
                 got = converted(source, folder / f"out{os.getpid()}", more, before)
@@ -249,10 +254,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     with workshop(args.where) as folder:
         for name in args.sources:
             make_source(name, folder / name)
-        few = -(-args.repeat // 4)
+        few = quarter(args.repeat)
         rows = []
-        for python in (sys.executable, *args.python):
-            repeat = args.repeat if python == sys.executable else few
+        for python, repeat in [
+            (sys.executable, args.repeat),
+            *((each, few) for each in args.python),
+        ]:
             rows += elsewhere(folder, args, python, repeat)
             rows += elsewhere(folder, args, python, repeat, TERNARIZE_NATIVE="0")
         rows += arm(folder, 12 * args.repeat, args.seed)

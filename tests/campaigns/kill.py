@@ -149,13 +149,14 @@ def _calls(trial: Trial, contents: bool = False) -> list[list[str]]:
 
 
 def signals(trial: Trial, count: int, chance: random.Random) -> dict[str, Any]:
-    """Until `count` were interrupted by each; exit code 130 or 143, whenever it was."""
+    """Until each of both has interrupted half of `count`; exit code 130 or 143, whenever it was."""
     failures, hits, i = [], {signal.SIGINT: 0, signal.SIGTERM: 0}, 0
     while min(hits.values()) < -(-count // 2) and i < 8 * count:
         i += 1
         number = (signal.SIGINT, signal.SIGTERM)[i % 2]
         run = trial.run(after=chance.uniform(0, trial.seconds), number=number)
         wrong = ""
+        unbegun = run.code == -number and not run.said and not any(trial.place.iterdir())
         if run.code == 128 + number:
             hits[number] += 1
             begun = trial.output.with_name("out.partial").exists()
@@ -163,16 +164,15 @@ def signals(trial: Trial, count: int, chance: random.Random) -> dict[str, Any]:
                 wrong = f"says {run.said!r}"
             if any(path.name.endswith(".lock") for path in trial.place.iterdir()):
                 wrong = "the lock is left"
-        elif run.code == -number and not run.said and not any(trial.place.iterdir()):
-            pass  # before the program has begun
-        elif run.code != 0:
+        elif run.code != 0 and not unbegun:
             wrong = f"ends with {run.code}: {run.said}"
         wrong = wrong or trial.wrong()
         if wrong:
             failures.append(f"{trial.name} {number.name} {i}: {wrong}")
         trial.clear()
-    if not all(hits.values()):
-        failures.append(f"{trial.name}: none was interrupted of {i}")
+    failures += [
+        f"{trial.name}: no {n.name} of {i} interrupted" for n, hit in hits.items() if not hit
+    ]
     return _row(trial, "signal", i, failures, killed=sum(hits.values()))
 
 

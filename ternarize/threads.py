@@ -1,0 +1,89 @@
+"""Work in threads that ends in order when a signal comes.
+
+A handler of a signal that raises does so wherever the main thread is. If that is between taking a
+lock of `concurrent.futures` and the code that will give it back, the lock stays taken: a worker
+waits for it for ever, and at its end the main thread for the worker. So signals are held while
+threads are waited for, and let through where no lock is taken.
+"""
+
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+TICK = 0.1  # seconds that a signal may have to wait
+
+_handlers: dict[int, Any] = {}  # of the signals that are held
+_came: list[int] = []
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Keep SIGINT and SIGTERM back until the end, or until `let_through`.
+
+    Only those that have a handler in Python, and in the main thread. It can be nested.
+    """
+    if threading.current_thread() is not threading.main_thread() or _handlers:
+        yield
+        return
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if callable(handler):
+                _handlers[number] = handler
+                signal.signal(number, lambda came, _: _came.append(came))
+        yield
+    finally:
+        before = dict(_handlers)
+        _handlers.clear()
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        while _came:
+            came = _came.pop(0)
+            before[came](came, None)
+
+
+def let_through() -> None:
+    """Run the handlers of signals that have come and are held; they may raise."""
+    if threading.current_thread() is threading.main_thread():
+        while _came:
+            came = _came.pop(0)
+            _handlers[came](came, None)
+
+
+def result_of(future: "Future[Result]") -> Result:
+    """Wait for a result, with an open ear for signals."""
+    while not future.done():
+        wait([future], TICK)
+        let_through()
+    return future.result()
+
+
+def in_threads(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    threads: int,
+    done: Callable[[Result], None] | None = None,
+) -> list[Result]:
+    """[function(item) for item in items], in so many threads.
+
+    done  called with each result, in their order
+
+    The first exception is raised, and what has not begun by then is left out.
+    """
+    results = []
+    with signals_held(), ThreadPoolExecutor(threads) as pool:
+        try:
+            for future in [pool.submit(function, item) for item in items]:
+                results.append(result_of(future))
+                if done:
+                    done(results[-1])
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return results
