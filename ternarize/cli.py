@@ -136,7 +136,7 @@ def command(function: Command) -> Command:
             if known is None:
                 raise
             what, code = known
-            err.print(f"[bold red]error:[/] {escape(what)}", soft_wrap=True, highlight=False)
+            err.print(f"[bold red]error:[/] {shown(what)}", soft_wrap=True, highlight=False)
             raise typer.Exit(code) from None
         except KeyboardInterrupt as stop:
             err.print(
@@ -170,6 +170,11 @@ def _in_one_line(error: Exception) -> tuple[str, int] | None:
         what = f"memory: not enough is left ({printable(str(error))[:200]})."
         return f"{what} Ask for less at once, or make room.", 1
     return None
+
+
+def shown(text: object) -> str:
+    """What a file or a user has written, to be printed among our own words."""
+    return escape(printable(str(text)))
 
 
 def _print_version(wanted: bool) -> None:
@@ -699,20 +704,20 @@ def _print_export(result: dict[str, Any]) -> None:
     out = _out()
     exact = "every weight as packed" if result["exact"] else "not exact"
     out.print(
-        f"{escape(result['output'])}: {result['tensors']} tensors, {_size(result['bytes'])}, "
+        f"{shown(result['output'])}: {result['tensors']} tensors, {_size(result['bytes'])}, "
         f"{exact}",
         soft_wrap=True,
     )
     for what in result["lost"]:
-        out.print(f"lost: {escape(what)}", soft_wrap=True)
+        out.print(f"lost: {shown(what)}", soft_wrap=True)
     for note in result.get("notes", ()):
-        out.print(f"note: {escape(note)}", soft_wrap=True)
+        out.print(f"note: {shown(note)}", soft_wrap=True)
     if result["errors"]:
         grid = Table("tensors", "count", "relative error", "worst", box=None)
         for row in result["errors"]:
             worst = f"{row['worst_relative_error']:.3g} {row['worst']}"
             error = f"{row['relative_error']:.3g}"
-            grid.add_row(escape(row["tensors"]), str(row["count"]), error, escape(worst))
+            grid.add_row(shown(row["tensors"]), str(row["count"]), error, shown(worst))
         out.print(grid)
 
 
@@ -910,7 +915,7 @@ def push(
     if dry_run:
         grid = Table("file", "size", box=None)
         for path, size in result["files"].items():
-            grid.add_row(escape(path), _size(size))
+            grid.add_row(shown(path), _size(size))
         _out().print(grid)
         print(f"\n{len(result['files'])} files, {_size(sum(result['files'].values()))}, to {repo}")
         if result["card_text"] is not None:
@@ -970,7 +975,7 @@ def _progress(quiet: bool) -> Iterator[Progress | None]:
             with signals_held():  # the bar draws itself in a thread
                 if latest[:2] != (stage, total) or done < latest[2]:
                     bar.reset(task, total=total, stage=stage)
-                bar.update(task, completed=done, description=escape(text))
+                bar.update(task, completed=done, description=shown(text))
             latest = stage, total, done
 
         yield update
@@ -1017,7 +1022,7 @@ def _print_plan(work: Any, as_json: bool) -> None:
         count[0] += 1
         count[1] += tensor["stored_bytes"]
     for (name, shape, becomes, reason), (number, stored) in rows.items():
-        grid.add_row(escape(name), str(number), shape, becomes, escape(reason), _size(stored))
+        grid.add_row(shown(name), str(number), shape, becomes, shown(reason), _size(stored))
     out = _out()
     out.print(grid)
     coverage = table["coverage"]
@@ -1037,9 +1042,9 @@ def _print_plan(work: Any, as_json: bool) -> None:
     if calibrate:
         out.print(_calibration_plan(calibrate), soft_wrap=True)
     for name in table["left_out"]:
-        out.print(f"left out: {escape(name)}")
+        out.print(f"left out: {shown(name)}")
     for note in table["notes"]:
-        out.print(f"note: {escape(note)}")
+        out.print(f"note: {shown(note)}")
 
 
 def _calibration_plan(calibrate: dict[str, Any]) -> str:
@@ -1048,8 +1053,7 @@ def _calibration_plan(calibrate: dict[str, Any]) -> str:
     if calibrate["seq_len"] is None:
         length = "as long as the model takes, at most 512 tokens"
     parts = [
-        f"calibrated on {escape(calibrate['dataset'])}: {calibrate['num_samples']} samples "
-        f"{length}",
+        f"calibrated on {shown(calibrate['dataset'])}: {calibrate['num_samples']} samples {length}",
         f"inputs rotated in blocks of up to {calibrate['rotation']}"
         if calibrate["rotation"]
         else "inputs not rotated",
@@ -1076,13 +1080,13 @@ def _print_tensors(report: dict[str, Any]) -> None:
         if row["kind"] == "kept":
             why = f"kept: {row['reason']}" if row["reason"] else "kept"
             bits = row["stored_bytes"] * 8 / max(1, row["parameters"])
-            grid.add_row(escape(row["name"]), shape, escape(why), "", f"{bits:g}", "", "")
+            grid.add_row(shown(row["name"]), shape, shown(why), "", f"{bits:g}", "", "")
             continue
         error = row["relative_error"]
         grid.add_row(
-            escape(row["name"]),
+            shown(row["name"]),
             shape,
-            escape(row["method"] or "?")
+            shown(row["method"] or "?")
             + (f", {row['planes']} planes" if row["planes"] > 1 else "")
             + (f", rotated by {row['rotation']}" if row["rotation"] else ""),
             str(row["group_size"]),
@@ -1124,20 +1128,16 @@ def _print_calibration(report: dict[str, Any]) -> None:
     if data.get("tokens"):
         read += f", {data['tokens']} tokens"
     held, reported = data.get("heldout_samples"), data.get("report_samples")
-    out.print(
-        f"\ncalibrated on {escape(str(data.get('dataset')))}: {read}; "
-        f"{held} more to choose by, {reported} to report on",
-        highlight=False,
-        soft_wrap=True,
-    )
+    read = f"calibrated on {data.get('dataset')}: {read}; {held} more to choose by, {reported} to "
+    out.print("\n" + shown(read + "report on"), highlight=False, soft_wrap=True)
     for note in data.get("notes") or ():
-        out.print(f"note: {escape(str(note))}", soft_wrap=True)
+        out.print(f"note: {shown(note)}", soft_wrap=True)
     if len(found["forms"]) > 1:
-        forms = ", ".join(f"{count} in {escape(form)}" for form, count in found["forms"].items())
+        forms = ", ".join(f"{count} in {shown(form)}" for form, count in found["forms"].items())
         out.print(f"ternary tensors: {forms}", soft_wrap=True)
     few = {name: n for block in blocks for name, n in block["uncalibrated"].items()}
     if few:
-        some = ", ".join(f"{escape(n)} ({tokens} tokens)" for n, tokens in list(few.items())[:3])
+        some = ", ".join(f"{shown(n)} ({tokens} tokens)" for n, tokens in list(few.items())[:3])
         out.print(
             f"{len(few)} matrices saw too few tokens and were ternarized without data: {some}"
             + (", ..." if len(few) > 3 else ""),
@@ -1147,7 +1147,7 @@ def _print_calibration(report: dict[str, Any]) -> None:
         out.print("no matrix was left uncalibrated: all saw enough tokens")
     grid = Table("relative error of outputs", "before", "after", box=None)
     for label, block in _chosen_blocks(blocks):
-        grid.add_row(escape(label), f"{block['before']:.4f}", f"{block['after']:.4f}")
+        grid.add_row(shown(label), f"{block['before']:.4f}", f"{block['after']:.4f}")
     out.print(grid)
     if found["quality"]:
         _print_measures(found["quality"])
@@ -1172,7 +1172,7 @@ def _print_measures(measures: dict[str, dict[str, Any]], spaced: bool = True) ->
     for name, measure in measures.items():
         value, error = measure["value"], measure["standard_error"]
         grid.add_row(
-            escape(name.replace("_", " ") if spaced else name),
+            shown(name.replace("_", " ") if spaced else name),
             "?" if value is None else f"{value:.4f}",
             "" if error is None else f"{error:.4f}",
         )
