@@ -29,7 +29,7 @@ from rich.table import Table
 
 from ternarize.errors import REMEDY, TernarizeError, UsageError, is_no_memory, printable
 from ternarize.progress import Progress
-from ternarize.threads import signals_held
+from ternarize.threads import is_ours, signals_held
 from ternarize.version import __version__
 
 app = typer.Typer(
@@ -117,6 +117,29 @@ def _terminate(number: int, frame: object) -> None:
     raise Terminated
 
 
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM are exceptions, which put in order what has begun.
+
+    torch is imported before: its C++ loses what is raised while it imports, or aborts on it.
+    """
+    import torch  # noqa: F401
+    import transformers.modeling_utils  # noqa: F401
+
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _terminate}
+    before: dict[int, Any] = {}
+    try:
+        for number, handler in handlers.items():
+            # only a main thread may; elsewhere the program that we are in decides
+            if threading.current_thread() is threading.main_thread() and is_ours(number):
+                before[number] = signal.getsignal(number)
+                signal.signal(number, handler)
+        yield
+    finally:
+        for each, old in before.items():
+            signal.signal(each, old)
+
+
 def command(function: Command) -> Command:
     """Register a command whose errors become one line on stderr and an exit code."""
 
@@ -124,13 +147,9 @@ def command(function: Command) -> Command:
     def run(*args: Any, **kwargs: Any) -> None:
         if kwargs.get("quiet") or not err.is_terminal:  # read when the client is imported
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        before: dict[int, Any] = {}
         try:
-            # only a main thread may; elsewhere the program that we are in decides
-            if threading.current_thread() is threading.main_thread():
-                before[signal.SIGTERM] = signal.signal(signal.SIGTERM, _terminate)
-                before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
-            function(*args, **kwargs)
+            with _interruptible():
+                function(*args, **kwargs)
         except Exception as error:
             known = None if kwargs.get("debug") else _in_one_line(error)
             if known is None:
@@ -139,18 +158,9 @@ def command(function: Command) -> Command:
             err.print(f"[bold red]error:[/] {shown(what)}", soft_wrap=True, highlight=False)
             raise typer.Exit(code) from None
         except KeyboardInterrupt as stop:
-            err.print(
-                "interrupted"
-                + (
-                    "; the same command goes on from here"
-                    if function.__name__ in ("convert", "push")
-                    else ""
-                )
-            )
+            resumable = function.__name__ in ("convert", "push")
+            err.print("interrupted" + "; the same command goes on from here" * resumable)
             raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     app.command(name=function.__name__.rstrip("_"))(run)
     return function
@@ -164,8 +174,11 @@ def _in_one_line(error: Exception) -> tuple[str, int] | None:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         what += f". {REMEDY.get(error.errno or 0, 'Look after it')}, then try again."
         return printable(what), 1
-    if isinstance(error, UnicodeEncodeError):  # a command line of other bytes
-        return f"{error.object[:80]!r} cannot be written as {error.encoding}; expected text.", 2
+    if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:
+        return f"{error.object[:80]!r} is not UTF-8; expected text. Check the terminal.", 2
+    if isinstance(error, UnicodeEncodeError):
+        what = f"{error.object[:80]!r} cannot be shown in {error.encoding}; expected a terminal "
+        return what + "that can. Set PYTHONIOENCODING=utf-8.", 1
     if is_no_memory(error):
         what = f"memory: not enough is left ({printable(str(error))[:200]})."
         return f"{what} Ask for less at once, or make room.", 1
@@ -1215,3 +1228,9 @@ def _hint(model: str, output: Path, report: dict[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+if __name__ == "__main__":
+    from ternarize.__main__ import main
+
+    main()

@@ -474,7 +474,7 @@ def convert(
             "the two. Leave out --stream, or --dataset and --method gptq."
         )
     output = Path(os.path.expanduser(output))
-    if not output.name:  # "", "." or "/", beside which nothing can be put
+    if output.name in ("", ".."):  # of "", ".", "/": beside them nothing can be put
         raise OutputError(f"{output}: exists already; expected a new directory. Name another.")
     device = check_device(device)
     partial = output.with_name(output.name + ".partial")

@@ -6,11 +6,14 @@ waits for it for ever, and at its end the main thread for the worker. So signals
 threads are waited for, and let through where no lock is taken.
 """
 
+import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -20,6 +23,22 @@ TICK = 0.1  # seconds that a signal may have to wait
 
 _handlers: dict[int, Any] = {}  # of the signals that are held
 _came: list[int] = []
+
+
+def end_at_once(number: int, frame: FrameType | None) -> None:
+    """A handler for when nothing has begun yet, or all is done: nothing is to be put in order."""
+    with contextlib.suppress(OSError):  # where nobody listens
+        os.write(2, b"interrupted\n")
+    os._exit(128 + number)
+
+
+def is_ours(number: int) -> bool:
+    """Whether a signal does what it does by itself, or what we have set: not what others asked for.
+
+    A shell starts programs in the background with SIGINT ignored, and means it.
+    """
+    ours = (signal.SIG_DFL, signal.default_int_handler, end_at_once)
+    return signal.getsignal(number) in ours
 
 
 @contextmanager

@@ -84,8 +84,9 @@ class _Slice:
         shape, dtype = self.entry.shape, DTYPES[self.entry.dtype]
         parts = index if isinstance(index, tuple) else (index,)
         start, nbytes = self.start, self.entry.nbytes
-        if shape and shape[0] and isinstance(parts[0], slice) and parts[0].step in (None, 1):
-            rows = range(shape[0])[parts[0]]
+        first = parts[0] if shape and shape[0] and parts else None
+        if isinstance(first, slice) and first.step in (None, 1):
+            rows = range(shape[0])[first]
             row = nbytes // shape[0]
             start, nbytes = start + rows.start * row, len(rows) * row
             shape, parts = (len(rows), *shape[1:]), (slice(None), *parts[1:])

@@ -22,40 +22,29 @@ EXECUTIONS["gguf"] = 400
 
 
 @pytest.mark.parametrize("name", targets.TARGETS)
-def test_short_run(name: str) -> None:
+def test_short_run(name: str, tmp_path: Path) -> None:
     target, rng = targets.TARGETS[name], random.Random(name)
-    folder, limits = targets.Folder(), targets.Limits()
+    folder, limits = targets.Folder(tmp_path), targets.Limits()
     seeds = target.seeds()
-    try:
-        for at in range(EXECUTIONS[name]):
-            data = target.mutate(rng.choice(seeds), rng) if at >= len(seeds) else seeds[at]
-            targets.run_one(target, data, folder, limits)
-    finally:
-        folder.remove()
+    for at in range(EXECUTIONS[name]):
+        data = target.mutate(rng.choice(seeds), rng) if at >= len(seeds) else seeds[at]
+        targets.run_one(target, data, folder, limits)
 
 
 @pytest.mark.parametrize("path", FOUND, ids=lambda path: f"{path.parent.name}-{path.name}")
-def test_earlier_findings(path: Path) -> None:
-    folder = targets.Folder()
-    try:
-        targets.run_one(
-            targets.TARGETS[path.parent.name], path.read_bytes(), folder, targets.Limits()
-        )
-    finally:
-        folder.remove()
+def test_earlier_findings(path: Path, tmp_path: Path) -> None:
+    target, folder = targets.TARGETS[path.parent.name], targets.Folder(tmp_path)
+    targets.run_one(target, path.read_bytes(), folder, targets.Limits())
 
 
-def test_mutations_reach_behind_the_first_checks() -> None:
+def test_mutations_reach_behind_the_first_checks(tmp_path: Path) -> None:
     """Enough of the files that mutations make are valid, and enough are not."""
-    rng, folder = random.Random(1), targets.Folder()
+    rng, folder = random.Random(1), targets.Folder(tmp_path)
     seeds, valid = targets.TARGETS["file"].seeds(), 0
-    try:
-        for _ in range(300):
-            folder.write({"x": structure.change_file(rng.choice(seeds), rng)})
-            _, error = targets.outcome(lambda: reference.decode(folder.path / "x"), Exception)
-            valid += error is None
-    finally:
-        folder.remove()
+    for _ in range(300):
+        folder.write({"x": structure.change_file(rng.choice(seeds), rng)})
+        _, error = targets.outcome(lambda: reference.decode(folder.path / "x"), Exception)
+        valid += error is None
     assert 10 <= valid <= 280
 
 
@@ -75,12 +64,13 @@ def test_what_is_wrong_is_found(tmp_path: Path) -> None:
 import sys
 from fuzz import targets, worker
 targets.read_header = lambda path: targets.reference.read_header(path.open("rb"), 1 << 40)
-sys.argv[1:] = ["header", "--plain", "--count", "2000", "--corpus", *sys.argv[1:]]
+options = ["--plain", "--count", "2000", "--place", sys.argv[2]]
+sys.argv[1:] = ["header", "--corpus", sys.argv[1], *options]
 worker.main()
 """
     corpus = tmp_path / "work" / "corpus"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(campaign.PATHS)}
-    command = [sys.executable, "-c", program, str(corpus)]
+    command = [sys.executable, "-c", program, str(corpus), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode != 0
     assert len(list(corpus.parent.glob("crash-*"))) == 1

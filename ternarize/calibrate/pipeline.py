@@ -163,14 +163,16 @@ def _check_same(folder: Path, inputs: Mapping[str, str]) -> None:
 def _environments(folder: Path, device: str) -> list[dict[str, Any]]:
     """What the sums of this run depend on beside its input, after those of runs it goes on from.
 
-    With one and the same environment the same conversion gives the same bytes.
+    As far as it can be told: the same bytes are promised on the same machine alone.
     """
     path = folder / ENVIRONMENTS
     known: list[dict[str, Any]] = json.loads(path.read_text("utf-8")) if path.is_file() else []
     own = {
         "device": device,
         "machine": platform.machine(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "processor": torch.cuda.get_device_name(device)
+        if device.startswith("cuda")
+        else torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

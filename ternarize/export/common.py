@@ -235,6 +235,8 @@ def fresh_output(packed: PackedCheckpoint, output: Path, *, folder: bool) -> Ite
     Raises OutputError where something has the name already, or nothing can be written.
     """
     source = packed.directory.resolve()
+    if output.name in ("", ".."):
+        raise OutputError(f"{output}: exists already; expected a new name. Name another.")
     _check_free(output)
     if source in output.resolve().parents:
         raise OutputError(

@@ -15,12 +15,13 @@ import random
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -172,25 +173,43 @@ def wrong(result: Any) -> str:
         return f"{type(error).__name__}: {error}"
     if code not in (0, 1, 2):
         return f"ends with {code}: {said}"
-    if "Warning" in said or "Traceback" in said:
+    if "Warning" in said or "Traceback" in said + result.stdout:
         return f"says {said!r}"
     in_order = said.startswith("error: ") and said.isprintable()
     return "" if code == 0 or in_order or "Usage: " in said else f"{code}, and says {said!r}"
 
 
-def run_line(line: Sequence[str], before: dict[str, tuple[int, int]]) -> tuple[str, str]:
-    """Exit code, and what is wrong, of one command line in the folder that `furnish` made."""
+def allowed(line: Sequence[str], code: int) -> str:
+    """A pattern of the paths that a command line may leave behind."""
+    if line[0] in ("convert", "export") and "--dry-run" not in line and len(line) > 2:
+        output = re.escape(os.path.normpath(os.path.join("place", line[2])))
+        unfinished = rf"{output}\.partial(/.*)?"
+        parents = [re.escape(str(parent)) for parent in Path("place", line[2]).parents]
+        return "|".join([unfinished, *parents, *([] if code else [output, f"{output}/.*"])])
+    pictures = [v for o, v in zip(line, line[1:], strict=False) if o == "--plot"]
+    return "|".join(re.escape(f"place/{picture}") for picture in pictures[-1:])
+
+
+def run_line(
+    line: Sequence[str], before: dict[str, tuple[int, int]], noise: TextIO
+) -> tuple[str, str]:
+    """Exit code, and what is wrong, of one command line in the folder that `furnish` made.
+
+    noise  what comes to the process's own stderr, past the command line
+    """
     result = CliRunner().invoke(app, list(line))
     torch.set_num_threads(1)  # bench sets it
-    found, after = wrong(result), listing(Path.cwd())
+    found, after = wrong(result), listing(Path.cwd().parent)
+    said = noise.read()
     changed = [path for path in before if after.get(path) != before[path]]
     new = sorted(after.keys() - before.keys(), reverse=True)  # what is inside comes first
-    left = [path for path in new if not re.search(r"\.partial(/|$)", path)]
-    if changed:
-        found = found or f"changed {changed[:3]}"
-    if result.exit_code and left:
-        found = found or f"failed, and left {left[:3]}"
+    may = re.compile(allowed(line, result.exit_code), re.DOTALL)
+    left = [path for path in new if not may.fullmatch(path)]
+    for wrongs, what in ((said.strip(), "says besides"), (changed, "changed"), (left, "left")):
+        if wrongs and not found:
+            found = f"{what} {wrongs[:300]!r}, exit code {result.exit_code}"
     for path in new:
+        path = os.path.join("..", path)
         os.unlink(path) if os.path.islink(path) or not os.path.isdir(path) else os.rmdir(path)
     return str(result.exit_code), found
 
@@ -201,9 +220,11 @@ def work(pipe: Connection, place: Path) -> None:
     shutil.copytree(place, own)
     os.chdir(own)
     limit_memory(MEMORY)
-    before = listing(own)
-    while (asked := pipe.recv()) is not None:
-        pipe.send(run_line(asked[0], before))
+    before = listing(own.parent)
+    with tempfile.TemporaryFile("w+", errors="replace") as noise:
+        os.dup2(noise.fileno(), 2)
+        while (asked := pipe.recv()) is not None:
+            pipe.send(run_line(asked[0], before, noise))
 
 
 def is_large(line: Sequence[str]) -> bool:
@@ -236,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if found:
                 failures.append(f"line {number}: {' '.join(map(ascii, line))}: {found}"[:600])
                 print(failures[-1], file=sys.stderr, flush=True)
-        child.close()
+        failures += [died] if (died := child.close()) else []
     codes = ("0", "1", "2", "stopped")
     rows = [{"command": name, **{code: ends[name][code] for code in codes}} for name in ends]
     more = {"first": args.first, "count": args.count, "slowest_s": round(slowest, 1)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import resource
 from collections.abc import Callable
@@ -33,6 +34,8 @@ class Child:
             self.process.start()
             other.close()
         try:
+            if not self.process.is_alive():
+                raise EOFError  # after its last answer
             self.pipe.send(asked)
             if self.pipe.poll(self.patience):
                 return self.pipe.recv(), ""
@@ -45,11 +48,15 @@ class Child:
         self.process = None
         return None, how
 
-    def close(self) -> None:
-        """Let the process end."""
-        if self.process is not None:
+    def close(self) -> str:
+        """Let the process end; "", or how it ended instead."""
+        if self.process is None:
+            return ""
+        with contextlib.suppress(ConnectionError):
             self.pipe.send(None)
-            self.process.join()
+        self.process.join()
+        code = self.process.exitcode
+        return f"process ended with {code} after its last answer" if code else ""
 
 
 def limit_memory(more: int) -> None:

@@ -52,16 +52,23 @@ RECIPES: dict[str, tuple[str, ...]] = {
 }
 
 
-def all_of(folder: Path) -> str:
-    """One digest of all files and their names."""
-    return hashlib.sha256(json.dumps(digests(folder)).encode()).hexdigest()
+def all_of(folder: Path, only: str = "") -> str:
+    """One digest of all files whose names end so."""
+    found = {name: digest for name, digest in digests(folder).items() if name.endswith(only)}
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
-def converted(source: Path, output: Path, options: Sequence[str], before: Callable[[], Any]) -> str:
+def converted(
+    source: Path,
+    output: Path,
+    options: Sequence[str],
+    before: Callable[[], Any],
+    only: str = "",
+) -> str:
     """The digest of a conversion in a fork."""
     run = fork(convert(source, output, *options, before=before))
     assert run.code == 0, run.said
-    found = all_of(output)
+    found = all_of(output, only)
     shutil.rmtree(output)
     return found
 
@@ -175,17 +182,22 @@ def elsewhere(
     return rows
 
 
-def calibrated(folder: Path, repeat: int) -> list[dict[str, Any]]:
-    """A few samples; by the number of torch's threads."""
-    rows = []
+def calibrated(folder: Path, repeat: int) -> tuple[list[dict[str, Any]], int]:
+    """A few samples, by the number of torch's threads; and how many different weights of all.
+
+    The record has the number of threads in it, so that over both the weights alone are compared.
+    """
+    rows, weights = [], set()
     for threads in (1, 2):
         found = {
             converted(EXAMPLE, folder / "out", CALIBRATED, setting(turn, threads))
             for turn in range(repeat)
         }
+        last = setting(repeat, threads)
+        weights.add(converted(EXAMPLE, folder / "out", CALIBRATED, last, ".safetensors"))
         row = {"source": "example", "recipe": "gptq", "kind": f"calibrated, {threads} threads"}
         rows.append({**row, "runs": repeat, "digests": sorted(found)})
-    return rows
+    return rows, len(weights)
 
 
 def arm(folder: Path, count: int, seed: int) -> list[dict[str, Any]]:
@@ -254,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with workshop(args.where) as folder:
         for name in args.sources:
             make_source(name, folder / name)
-        few = quarter(args.repeat)
+        few, fitted = quarter(args.repeat), 0
         rows = []
         for python, repeat in [
             (sys.executable, args.repeat),
@@ -266,7 +278,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         times = few if args.calibrated is None else args.calibrated
         if times:
             warm_up(EXAMPLE)
-            rows += calibrated(folder, times)
+            more, fitted = calibrated(folder, times)
+            rows += more
     failures = []
     for name, recipe in dict.fromkeys((row["source"], row["recipe"]) for row in rows):
         same = [row for row in rows if (row["source"], row["recipe"]) == (name, recipe)]
@@ -276,12 +289,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if len(different) > 1:
                 kinds = ", ".join(row["kind"] for row in group)
                 failures.append(f"{name}, {recipe}: {len(different)} results of {kinds}")
-    fitted = {digest for row in rows if row["recipe"] == "gptq" for digest in row["digests"]}
     for row in rows:
         row["results"] = len(row.pop("digests"))
-    print(f"calibrated, over all numbers of threads: {len(fitted)} results")
-    more = {"seed": args.seed, "repeat": args.repeat, "calibrated_over_threads": len(fitted)}
-    return report("determinism", rows, failures, args.json, **more)
+    print(f"calibrated, over all numbers of threads: {fitted} results")
+    about = {"seed": args.seed, "repeat": args.repeat, "calibrated_over_threads": fitted}
+    return report("determinism", rows, failures, args.json, **about)
 
 
 if __name__ == "__main__":

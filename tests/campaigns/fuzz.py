@@ -86,13 +86,16 @@ def fuzz_python(name: str, count: int, seed: int, work: Path, plain: bool) -> di
     """Fuzz one Python target."""
     environment = {"PYTHONPATH": os.pathsep.join(PATHS), "OMP_NUM_THREADS": "1"}
     worker = [sys.executable, "-m", "fuzz.worker", name, "--corpus", str(work / "corpus")]
-    fuzz = [*worker, "--count", str(count), "--seed", str(seed), *(["--plain"] if plain else [])]
-    row = run(fuzz, work, environment)
-    if not row["findings"]:
-        replay = subprocess.run(
-            [*worker, "--lines"], capture_output=True, text=True, env={**os.environ, **environment}
-        )
-        row["lines"] = json.loads(replay.stdout)
+    shared = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    with tempfile.TemporaryDirectory(prefix="ternarize-fuzz-", dir=shared) as place:
+        worker += ["--place", place]
+        fuzz = [*worker, "--count", str(count), "--seed", str(seed)]
+        row = run([*fuzz, "--plain"] if plain else fuzz, work, environment)
+        if not row["findings"]:
+            lines = subprocess.run(
+                [*worker, "--lines"], capture_output=True, text=True, env=os.environ | environment
+            )
+            row["lines"] = json.loads(lines.stdout)
     return row
 
 

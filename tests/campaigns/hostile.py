@@ -238,7 +238,9 @@ def run(cases: Iterable[Case], limit: float | None = None) -> dict[str, Row]:
             rows.setdefault(case.group, Row()).add(action, found, case.label)
             if found.outcome not in ("refused", "accepted"):
                 print(f"{case.group}: {rows[case.group].faults[-1]}", file=sys.stderr, flush=True)
-    child.close()
+    died = child.close()
+    if died:
+        rows.setdefault("the end", Row()).add("", Found("crashed", 0, 0, died), "")
     return rows
 
 

@@ -4,6 +4,7 @@
     boundary   SIGKILL before each call that changes a file, and in the middle of each write
     power      the disk as a power cut may leave it: any part of what no fsync has brought there
     signal     SIGINT and SIGTERM at random times
+    early      the same to processes that begin with imports (a tenth of the count)
     calibrated all these in small, with --dataset
 
 After each: the final directory is absent or verifies, the same command completes it, all files are
@@ -13,9 +14,14 @@ those of a run that was left alone, the source is as it was, and nothing is left
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +46,7 @@ from .runs import (
 )
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-llama"  # it has a tokenizer
-KINDS = ("random", "boundary", "power", "signal")
+KINDS = ("random", "boundary", "power", "signal", "early")
 CALIBRATED = ("--dataset", "default", "--num-samples", "4", "--seq-len", "32")
 
 
@@ -170,10 +176,43 @@ def signals(trial: Trial, count: int, chance: random.Random) -> dict[str, Any]:
         if wrong:
             failures.append(f"{trial.name} {number.name} {i}: {wrong}")
         trial.clear()
-    failures += [
-        f"{trial.name}: no {n.name} of {i} interrupted" for n, hit in hits.items() if not hit
-    ]
+    few = [n.name for n, hit in hits.items() if hit < -(-count // 2)]
+    if few:
+        failures.append(f"{trial.name}: too few of {i} were interrupted by {few}")
     return _row(trial, "signal", i, failures, killed=sum(hits.values()))
+
+
+def early_signals(trial: Trial, count: int, chance: random.Random) -> dict[str, Any]:
+    """To processes that import all anew, at any time: some while they import."""
+    command = [sys.executable, "-m", "ternarize", "convert", str(trial.source), str(trial.output)]
+    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    options = [*trial.options, "--quiet"]
+    failures, hits, duration = [], 0, 0.0
+    for i in range(count + 1):  # the first is left alone
+        number = (signal.SIGINT, signal.SIGTERM)[i % 2]
+        with tempfile.TemporaryFile("w+") as said:
+            began = time.monotonic()
+            process = subprocess.Popen(
+                [*command, *options], env=environment, stdout=subprocess.DEVNULL, stderr=said
+            )
+            if i:
+                time.sleep(chance.uniform(0, duration))
+                process.send_signal(number)
+            code = process.wait()
+            duration = duration or time.monotonic() - began
+            said.seek(0)
+            text = said.read().strip()
+        # before its first line runs and after its last, the program cannot help it
+        unbegun = "in main" not in text and not any(trial.place.iterdir())
+        over = code == -number and not text and trial.output.exists()
+        hits += code == 128 + number
+        in_order = code == 0 or (code == 128 + number and text.startswith("interrupted"))
+        wrong = trial.wrong() if in_order or unbegun or over else f"ends with {code}: {text[-300:]}"
+        if wrong:
+            failures.append(f"{trial.name} early {number.name} {i}: {wrong}")
+        trial.clear()
+    return _row(trial, "early", count, failures, killed=hits)
 
 
 # --- power cuts
@@ -383,6 +422,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 add(power_cuts(trial, few, chance))
             if "signal" in args.kinds:
                 add(signals(trial, few, chance))
+            if "early" in args.kinds:
+                add(early_signals(trial, -(-args.count // 10), chance))
     failures = [failure for row in rows for failure in row.pop("failures")]
     return report("kill", rows, failures, args.json, seed=args.seed, count=args.count)
 

@@ -16,7 +16,6 @@ import io
 import json
 import random
 import resource
-import shutil
 import sys
 import tempfile
 import time
@@ -70,12 +69,10 @@ def require(holds: bool, what: str) -> None:
 
 
 class Folder:
-    """A directory in memory (where there is /dev/shm) that holds what is fuzzed now."""
+    """A directory in `place` that holds what is fuzzed now."""
 
-    def __init__(self) -> None:
-        shared = Path("/dev/shm")
-        place = str(shared) if shared.is_dir() else None
-        self.path = Path(tempfile.mkdtemp(prefix="ternarize-fuzz-", dir=place))
+    def __init__(self, place: Path) -> None:
+        self.path = Path(tempfile.mkdtemp(dir=place))
         self.names: set[str] = set()
 
     def write(self, files: dict[str, bytes]) -> Path:
@@ -86,10 +83,6 @@ class Folder:
             (self.path / name).write_bytes(data)
         self.names = set(files)
         return self.path
-
-    def remove(self) -> None:
-        """Delete it."""
-        shutil.rmtree(self.path, ignore_errors=True)
 
 
 def outcome(call: Callable[[], Any], *refusals: type[Exception]) -> tuple[Any, str | None]:

@@ -1,7 +1,7 @@
 """Runs one Python target, in a process of its own.
 
-    python -m fuzz.worker TARGET --count N --corpus FOLDER [--seed N] [--plain]
-    python -m fuzz.worker TARGET --corpus FOLDER --lines
+    python -m fuzz.worker TARGET --count N --corpus FOLDER --place FOLDER [--seed N] [--plain]
+    python -m fuzz.worker TARGET --corpus FOLDER --place FOLDER --lines
 
 With atheris, inputs are chosen by the coverage that they reach, and FOLDER keeps those that reached
 something new. Without it (or with --plain) the same mutations are applied to inputs drawn from the
@@ -12,7 +12,6 @@ the target's modules were reached, as JSON.
 """
 
 import argparse
-import atexit
 import contextlib
 import faulthandler
 import hashlib
@@ -22,7 +21,6 @@ import json
 import os
 import random
 import resource
-import shutil
 import sys
 import threading
 import time
@@ -73,7 +71,7 @@ def fuzz_guided(atheris: Any, test: Callable[[bytes], None], mutate: Any, option
         f"-runs={options.count}",
         f"-seed={options.seed}",
     ]
-    arguments += ["-max_len=65536", "-len_control=0", "-timeout=0", "-print_final_stats=1"]
+    arguments += ["-max_len=65536", "-len_control=0", "-timeout=300", "-print_final_stats=1"]
     arguments += [
         f"-artifact_prefix={options.corpus.parent}/",
         "-rss_limit_mb=4096",
@@ -156,6 +154,7 @@ def main() -> None:
     parser.add_argument("target")
     parser.add_argument("--count", type=int, default=0)
     parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--place", type=Path, required=True, help="what the caller removes")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--lines", action="store_true")
@@ -164,7 +163,7 @@ def main() -> None:
     atheris = importlib.import_module("atheris") if there else None
     targets = load(atheris)
     target = targets.TARGETS[options.target]
-    folder, limits = targets.Folder(), targets.Limits()
+    folder, limits = targets.Folder(options.place), targets.Limits()
     options.corpus.mkdir(parents=True, exist_ok=True)
 
     busy: dict[str, Any] = {"since": None, "input": b""}
@@ -187,7 +186,6 @@ def main() -> None:
         busy["since"] = None
 
     threading.Thread(target=watch, daemon=True).start()
-    atexit.register(shutil.rmtree, folder.path, ignore_errors=True)
     if options.lines:
         print(json.dumps(count_lines(test, options.corpus, target.modules)))
         return
