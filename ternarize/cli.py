@@ -987,8 +987,11 @@ def _progress(quiet: bool) -> Iterator[Progress | None]:
             nonlocal latest
             with signals_held():  # the bar draws itself in a thread
                 if latest[:2] != (stage, total) or done < latest[2]:
-                    bar.reset(task, total=total, stage=stage)
-                bar.update(task, completed=done, description=shown(text))
+                    bar.reset(
+                        task, total=total, completed=done, description=shown(text), stage=stage
+                    )
+                else:
+                    bar.update(task, completed=done, description=shown(text))
             latest = stage, total, done
 
         yield update
