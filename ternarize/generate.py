@@ -77,7 +77,7 @@ def generate(
     stream          called with each new piece of text
 
     Raises UsageError when a value cannot be used, the prompt does not fit the model's context, or
-    the model does not generate.
+    the model does not generate; UnicodeEncodeError for a prompt that is no text.
     """
     _check_options(max_new_tokens, temperature, top_k, top_p, seed)
     check_continues(model)
@@ -250,6 +250,7 @@ class _Pieces(BaseStreamer):
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
     """Token ids of a prompt, with what the tokenizer or its chat template puts around it."""
+    prompt.encode("utf-8")  # raises where it is no text, which tokenizers do in their own words
     if chat:
         if not tokenizer.chat_template:
             raise UsageError(

@@ -491,6 +491,7 @@ def test_what_is_no_text_is_told_in_one_line(tmp_path: Path) -> None:
     for line in (
         ("push", packed, "user/name", "--dry-run", "--base-model", "\udcff"),
         ("generate", packed, "--prompt", "\udcff"),
+        ("generate", packed, "--prompt", "\udcff", "--json"),
     ):
         result = run(*line)
         assert result.exit_code == 2, result.exception
