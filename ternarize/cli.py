@@ -29,7 +29,7 @@ from rich.table import Table
 
 from ternarize.errors import REMEDY, TernarizeError, UsageError, is_no_memory, printable
 from ternarize.progress import Progress
-from ternarize.threads import is_ours, signals_held
+from ternarize.threads import is_ours, restore_signals, signals_held
 from ternarize.version import __version__
 
 app = typer.Typer(
@@ -136,8 +136,7 @@ def _interruptible() -> Iterator[None]:
                 signal.signal(number, handler)
         yield
     finally:
-        for each, old in before.items():
-            signal.signal(each, old)
+        restore_signals(before)
 
 
 def command(function: Command) -> Command:
@@ -979,7 +978,9 @@ def _progress(quiet: bool) -> Iterator[Progress | None]:
         disable=not err.is_terminal,
         speed_estimate_period=300,  # the groups of a block go at speeds of their own
     )
-    with bar:
+    with signals_held():
+        bar.start()
+    try:
         task = bar.add_task("", total=None, stage="reading")
         latest: tuple[str, int, int] = ("", 0, 0)
 
@@ -995,6 +996,9 @@ def _progress(quiet: bool) -> Iterator[Progress | None]:
             latest = stage, total, done
 
         yield update
+    finally:
+        with signals_held():
+            bar.stop()
 
 
 def _print_json(value: Any) -> None:

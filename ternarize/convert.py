@@ -94,7 +94,7 @@ from ternarize.plan import (
 )
 from ternarize.progress import Progress
 from ternarize.rotation import rotate
-from ternarize.sums import SUMS, make_sums
+from ternarize.sums import SUMS, format_sums, listed, sha256
 from ternarize.tensor import Ternary, check_device, split_groups
 from ternarize.threads import TICK, let_through, result_of, signals_held
 from ternarize.version import __version__
@@ -832,13 +832,19 @@ class _Conversion:
                 "a source at rest. Convert it again."
             ) from away
         # the disk works while the processors check
-        with signals_held(), ThreadPoolExecutor(2) as beside:
-            synced = beside.submit(self._sync_shards)
-            sums = beside.submit(make_sums, self.partial, self.threads)
-            packed = open_files(self.partial, [shard.file for shard in self.shards])
-            container.check(packed, container.records_of(packed), threads=self.threads)
-            result_of(synced)
-            (self.partial / SUMS).write_bytes(os.fsencode(result_of(sums)))
+        with signals_held(), ThreadPoolExecutor(1 + self.threads) as beside:
+            try:
+                synced = beside.submit(self._sync_shards)
+                names = listed(self.partial)
+                sums = {name: beside.submit(sha256, self.partial / name) for name in names}
+                packed = open_files(self.partial, [shard.file for shard in self.shards])
+                container.check(packed, container.records_of(packed), threads=self.threads)
+                result_of(synced)
+                text = format_sums({name: result_of(each) for name, each in sums.items()})
+            except BaseException:
+                beside.shutdown(cancel_futures=True)
+                raise
+            (self.partial / SUMS).write_bytes(os.fsencode(text))
         return record
 
     def _sync_shards(self) -> None:

@@ -35,13 +35,6 @@ def listed(directory: Path) -> list[str]:
     )
 
 
-def make_sums(directory: Path, threads: int) -> str:
-    """The text of SHA256SUMS for the files that are there; reads all of them."""
-    names = listed(directory)
-    found = in_threads(sha256, map(directory.joinpath, names), threads)
-    return format_sums(dict(zip(names, found, strict=True)))
-
-
 def format_sums(digests: Mapping[str, str]) -> str:
     """The text of SHA256SUMS for these paths and their digests."""
     lines = []

@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from types import FrameType
@@ -23,6 +23,7 @@ TICK = 0.1  # seconds that a signal may have to wait
 
 _handlers: dict[int, Any] = {}  # of the signals that are held
 _came: list[int] = []
+_ending = False  # whether one of them has raised
 
 
 def end_at_once(number: int, frame: FrameType | None) -> None:
@@ -41,42 +42,75 @@ def is_ours(number: int) -> bool:
     return signal.getsignal(number) in ours
 
 
+def restore_signals(handlers: Mapping[int, Any]) -> None:
+    """Put handlers back: all of them, also where a signal raises in between."""
+    for number, handler in handlers.items():
+        rest = {other: each for other, each in handlers.items() if other != number}
+        try:
+            signal.signal(number, handler)
+        finally:
+            restore_signals(rest)
+        return
+
+
 @contextmanager
 def signals_held() -> Iterator[None]:
     """Keep SIGINT and SIGTERM back until the end, or until `let_through`.
 
     Only those that have a handler in Python, and in the main thread. It can be nested.
     """
+    global _ending
     if threading.current_thread() is not threading.main_thread() or _handlers:
         yield
         return
+    _ending = False
+    _came.clear()
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             handler = signal.getsignal(number)
-            if callable(handler):
+            if callable(handler) and handler is not _hold:
                 _handlers[number] = handler
-                signal.signal(number, lambda came, _: _came.append(came))
+                signal.signal(number, _hold)
         yield
     finally:
         before = dict(_handlers)
         _handlers.clear()
-        for each, handler in before.items():
-            signal.signal(each, handler)
-        while _came:
-            came = _came.pop(0)
-            before[came](came, None)
+        try:
+            restore_signals(before)
+        finally:
+            _run(before)
+
+
+def _hold(number: int, frame: FrameType | None) -> None:
+    if _ending and number in _handlers:
+        _handlers[number](number, frame)
+    else:
+        _came.append(number)
+
+
+def _run(handlers: Mapping[int, Any]) -> None:
+    """Run the handler of each signal that has come, once, however often it has."""
+    came = list(dict.fromkeys(_came))
+    _came.clear()
+    for number in came:
+        handlers[number](number, None)
 
 
 def let_through() -> None:
-    """Run the handlers of signals that have come and are held; they may raise."""
-    if threading.current_thread() is threading.main_thread():
-        while _came:
-            came = _came.pop(0)
-            _handlers[came](came, None)
+    """Run the handlers of signals that have come and are held; they may raise.
+
+    What comes after one that has raised is no longer held: who asks twice does not want to wait.
+    """
+    global _ending
+    if threading.current_thread() is threading.main_thread() and _came and _handlers:
+        _ending = True
+        _run(_handlers)
+        _ending = False
 
 
 def result_of(future: "Future[Result]") -> Result:
     """Wait for a result, with an open ear for signals."""
+    let_through()
     while not future.done():
         wait([future], TICK)
         let_through()

@@ -200,7 +200,10 @@ def run_line(
     result = CliRunner().invoke(app, list(line))
     torch.set_num_threads(1)  # bench sets it
     found, after = wrong(result), listing(Path.cwd().parent)
+    noise.seek(0)
     said = noise.read()
+    noise.seek(0)
+    noise.truncate()
     changed = [path for path in before if after.get(path) != before[path]]
     new = sorted(after.keys() - before.keys(), reverse=True)  # what is inside comes first
     may = re.compile(allowed(line, result.exit_code), re.DOTALL)
@@ -257,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if found:
                 failures.append(f"line {number}: {' '.join(map(ascii, line))}: {found}"[:600])
                 print(failures[-1], file=sys.stderr, flush=True)
-        failures += [died] if (died := child.close()) else []
+        failures += child.close()
     codes = ("0", "1", "2", "stopped")
     rows = [{"command": name, **{code: ends[name][code] for code in codes}} for name in ends]
     more = {"first": args.first, "count": args.count, "slowest_s": round(slowest, 1)}

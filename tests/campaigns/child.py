@@ -24,9 +24,13 @@ class Child:
         self.work, self.given, self.patience = work, given, patience
         self.process: Any = None
         self.pipe: Any = None
+        self.late: list[str] = []  # how it ended when nothing was asked
 
     def ask(self, *asked: Any) -> tuple[Any, str]:
         """The answer and "", or None and how the process ended without one."""
+        if self.process is not None and not self.process.is_alive():
+            self.late.append(f"process ended with {self.process.exitcode} after an answer")
+            self.process = None
         if self.process is None:
             context = multiprocessing.get_context("fork")
             self.pipe, other = context.Pipe()
@@ -34,8 +38,6 @@ class Child:
             self.process.start()
             other.close()
         try:
-            if not self.process.is_alive():
-                raise EOFError  # after its last answer
             self.pipe.send(asked)
             if self.pipe.poll(self.patience):
                 return self.pipe.recv(), ""
@@ -48,15 +50,15 @@ class Child:
         self.process = None
         return None, how
 
-    def close(self) -> str:
-        """Let the process end; "", or how it ended instead."""
-        if self.process is None:
-            return ""
-        with contextlib.suppress(ConnectionError):
-            self.pipe.send(None)
-        self.process.join()
-        code = self.process.exitcode
-        return f"process ended with {code} after its last answer" if code else ""
+    def close(self) -> list[str]:
+        """Let the process end; how it ended at times when nothing was asked."""
+        if self.process is not None:
+            with contextlib.suppress(ConnectionError):
+                self.pipe.send(None)
+            self.process.join()
+            if self.process.exitcode:
+                self.late.append(f"process ended with {self.process.exitcode} after an answer")
+        return self.late
 
 
 def limit_memory(more: int) -> None:

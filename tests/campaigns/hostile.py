@@ -238,8 +238,7 @@ def run(cases: Iterable[Case], limit: float | None = None) -> dict[str, Row]:
             rows.setdefault(case.group, Row()).add(action, found, case.label)
             if found.outcome not in ("refused", "accepted"):
                 print(f"{case.group}: {rows[case.group].faults[-1]}", file=sys.stderr, flush=True)
-    died = child.close()
-    if died:
+    for died in child.close():
         rows.setdefault("the end", Row()).add("", Found("crashed", 0, 0, died), "")
     return rows
 
