@@ -19,7 +19,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from io import FileIO
@@ -96,7 +96,7 @@ from ternarize.progress import Progress
 from ternarize.rotation import rotate
 from ternarize.sums import SUMS, format_sums, listed, sha256
 from ternarize.tensor import Ternary, check_device, split_groups
-from ternarize.threads import TICK, let_through, result_of, signals_held
+from ternarize.threads import TICK, let_through, result_of, thread_pool
 from ternarize.version import __version__
 
 CALIBRATION = ".calibration"  # folder of what calibration found
@@ -832,18 +832,14 @@ class _Conversion:
                 "a source at rest. Convert it again."
             ) from away
         # the disk works while the processors check
-        with signals_held(), ThreadPoolExecutor(1 + self.threads) as beside:
-            try:
-                synced = beside.submit(self._sync_shards)
-                names = listed(self.partial)
-                sums = {name: beside.submit(sha256, self.partial / name) for name in names}
-                packed = open_files(self.partial, [shard.file for shard in self.shards])
-                container.check(packed, container.records_of(packed), threads=self.threads)
-                result_of(synced)
-                text = format_sums({name: result_of(each) for name, each in sums.items()})
-            except BaseException:
-                beside.shutdown(cancel_futures=True)
-                raise
+        with thread_pool(1 + self.threads) as beside:
+            synced = beside.submit(self._sync_shards)
+            names = listed(self.partial)
+            sums = {name: beside.submit(sha256, self.partial / name) for name in names}
+            packed = open_files(self.partial, [shard.file for shard in self.shards])
+            container.check(packed, container.records_of(packed), threads=self.threads)
+            result_of(synced)
+            text = format_sums({name: result_of(each) for name, each in sums.items()})
             (self.partial / SUMS).write_bytes(os.fsencode(text))
         return record
 
@@ -944,13 +940,9 @@ class _Conversion:
             self.done = self._bytes_done()
             _reserve(path, size)
             layout, base = shard.layout(), shard.data_start()
-            with signals_held(), ThreadPoolExecutor(self.threads) as pool:
-                try:
-                    futures = {pool.submit(self._one, path, layout, base, t): t for t in todo}
-                    changes = self._collect(futures)
-                except BaseException:
-                    pool.shutdown(cancel_futures=True)
-                    raise
+            with thread_pool(self.threads) as pool:
+                futures = {pool.submit(self._one, path, layout, base, t): t for t in todo}
+                changes = self._collect(futures)
             if not changes:
                 return
             for change in changes:

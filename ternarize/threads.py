@@ -117,6 +117,20 @@ def result_of(future: "Future[Result]") -> Result:
     return future.result()
 
 
+@contextmanager
+def thread_pool(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads for work that is waited for with `result_of`, or with `wait` and `let_through`.
+
+    Signals are held in it. After an exception, what has not begun is left out.
+    """
+    with signals_held(), ThreadPoolExecutor(threads) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
 def in_threads(
     function: Callable[[Item], Result],
     items: Iterable[Item],
@@ -130,13 +144,9 @@ def in_threads(
     The first exception is raised, and what has not begun by then is left out.
     """
     results = []
-    with signals_held(), ThreadPoolExecutor(threads) as pool:
-        try:
-            for future in [pool.submit(function, item) for item in items]:
-                results.append(result_of(future))
-                if done:
-                    done(results[-1])
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with thread_pool(threads) as pool:
+        for future in [pool.submit(function, item) for item in items]:
+            results.append(result_of(future))
+            if done:
+                done(results[-1])
     return results

@@ -287,29 +287,40 @@ def files(starved: Starved, count: int) -> dict[str, Any]:
 
 
 def memory(starved: Starved, count: int) -> dict[str, Any]:
-    """`count` numbers of threads, each at three limits of memory and three of addresses."""
-    from ternarize.convert import _ADDRESSES
+    """`count` numbers of threads, each at three limits of memory and three of addresses.
+
+    The limit is what is left when the conversion looks how much that is: what the process has taken
+    by then differs from machine to machine.
+    """
+    import ternarize.convert as module
     from ternarize.plan import plan
+
+    fitting = module.threads_that_fit
 
     trial, worst, fewer = starved.trial, 0.0, 0
     work = plan(trial.source)
 
     def needed(kind: int, threads: int) -> int:
-        extra = (threads + 2) * _ADDRESSES if kind == resource.RLIMIT_AS else 0
+        extra = (threads + 2) * module._ADDRESSES if kind == resource.RLIMIT_AS else 0
         return work.convert_memory(threads) + extra
+
+    def limited(kind: int, column: int, allowed: int) -> Callable[[], None]:
+        def fit(*args: Any) -> int:
+            pages = int(Path("/proc/self/statm").read_text().split()[column])
+            limit(kind, (pages + 64) * resource.getpagesize() + allowed)  # 64: for the look itself
+            return fitting(*args)
+
+        return lambda: vars(module).update(threads_that_fit=fit)
 
     for threads in [1, 2, 4, 8][:count]:
         for kind, column in ((resource.RLIMIT_DATA, 5), (resource.RLIMIT_AS, 0)):
             for factor in (0.8, 1.0, 1.2):
                 allowed = int(factor * needed(kind, threads))
-
-                def before(kind: int = kind, column: int = column, allowed: int = allowed) -> None:
-                    pages = int(Path("/proc/self/statm").read_text().split()[column])
-                    limit(kind, (pages + 64) * resource.getpagesize() + allowed)
-
                 out = trial.place.parent / "memory"
                 options = ("--threads", str(threads))
-                work_to_do = convert(trial.source, trial.output, *options, before=before)
+                work_to_do = convert(
+                    trial.source, trial.output, *options, before=limited(kind, column, allowed)
+                )
                 run = fork(_measured(work_to_do, out))
                 fits = allowed >= needed(kind, 1)
                 fewer += fits and factor < 1
