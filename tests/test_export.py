@@ -32,12 +32,12 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import ternarize
-from ternarize import container
+from ternarize import container, ggml
 from ternarize.cli import app
 from ternarize.container import Record
 from ternarize.convert import convert
 from ternarize.errors import CheckpointError, OutputError, TernarizeError, UsageError
-from ternarize.export import blocks, export, hugging_face, vocabulary
+from ternarize.export import export, hugging_face, vocabulary
 from ternarize.export import gguf as to_gguf
 from ternarize.export.common import common_scales, open_verified
 from ternarize.plan import Recipe
@@ -226,12 +226,12 @@ def test_blocks_are_those_of_gguf(kind: str, seed: int) -> None:
     ternary = random_ternary(7, 3, 256, seed)
     number = gguf.GGMLQuantizationType[kind.upper()]
     dense = ternary.dequantize()
-    found = blocks.encode(ternary, kind).numpy()
+    found = ggml.encode(ternary, kind).numpy()
     assert np.array_equal(found, gguf.quantize(dense.numpy(), number))
     assert np.array_equal(gguf.dequantize(found, number), dense.numpy())
-    assert blocks.TYPES[kind].id == number
-    assert (256, blocks.TYPES[kind].nbytes) == gguf.GGML_QUANT_SIZES[number]
-    assert blocks.TYPES[kind].file_type == gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"]
+    assert ggml.TYPES[kind].id == number
+    assert (256, ggml.TYPES[kind].nbytes) == gguf.GGML_QUANT_SIZES[number]
+    assert ggml.TYPES[kind].file_type == gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"]
 
 
 def test_a_block_of_q2_0() -> None:
@@ -240,14 +240,14 @@ def test_a_block_of_q2_0() -> None:
     trits[0, :8] = torch.tensor([1, 0, -1, -1, 1, 1, 1, 1])
     ternary = Ternary(trits, torch.tensor([[0.5]], dtype=torch.float64), 64)
     # 0.5 is 3800 in float16; codes 2 1 0 0 -> 2 + 1 * 4 = 06, 2 2 2 2 -> AA, 1 1 1 1 -> 55
-    assert blocks.encode(ternary, "q2_0").numpy().tobytes().hex() == "003806aa" + 14 * "55"
+    assert ggml.encode(ternary, "q2_0").numpy().tobytes().hex() == "003806aa" + 14 * "55"
 
 
 def test_blocks_of_q8_0_are_those_of_gguf() -> None:
     generator = torch.Generator().manual_seed(0)
     values = torch.randint(-127, 128, (5, 96), generator=generator, dtype=torch.int8)
     scales = torch.rand(5, 3, generator=generator).to(torch.float16).to(torch.float64)
-    found = blocks.encode_q8_0(values, scales).numpy()
+    found = ggml.encode_q8_0(values, scales).numpy()
     expected = Ternary(values, scales, 32).dequantize()
     kind = gguf.GGMLQuantizationType.Q8_0
     assert np.array_equal(gguf.dequantize(found, kind), expected.numpy())
@@ -569,7 +569,7 @@ def test_llama3_rope_factors_are_those_of_transformers(tmp_path: Path) -> None:
         _config("Llama", rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
     )
     expected = default.model.rotary_emb.inv_freq / model.model.rotary_emb.inv_freq
-    found = to_gguf.rope_factors(config.rope_parameters, 32)
+    found = ggml.rope_factors(config.rope_parameters, 32)
     assert found is not None and expected.unique().numel() > 2
     assert_near(found, expected, 1e-5)
     source = make_source(tmp_path / "source", config)
@@ -703,7 +703,7 @@ def test_unknown_splits_are_refused(
 
 def sentencepiece_like(directory: Path, normalizer: Any = None, spoil: str = "") -> Any:
     """BPE over characters with spaces as U+2581, single bytes, and every merge that is possible."""
-    space = vocabulary.SPACE
+    space = ggml.SPACE
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
     trained.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(space)
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, show_progress=False)
@@ -774,7 +774,7 @@ def test_sentencepiece_vocabularies(tmp_path: Path) -> None:
 
     def merge(text: str) -> list[str]:
         """As llama.cpp does: of all neighbours that make a token, those of the highest score."""
-        parts = list(vocabulary.SPACE + text.replace(" ", vocabulary.SPACE))
+        parts = list(ggml.SPACE + text.replace(" ", ggml.SPACE))
         while True:
             pairs = [
                 (-scores[a + b], at)
@@ -851,7 +851,7 @@ def use_metaspace(directory: Path, scheme: Any) -> Any:
     backend = tokenizer.backend_tokenizer
     backend.normalizer = None
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
-        vocabulary.SPACE, prepend_scheme=scheme, split=False
+        ggml.SPACE, prepend_scheme=scheme, split=False
     )
     tokenizer.save_pretrained(directory)
     return tokenizer

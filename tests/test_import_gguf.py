@@ -20,11 +20,11 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import ternarize
-from ternarize import evaluate
+from ternarize import evaluate, ggml
 from ternarize.cli import app
 from ternarize.convert import convert
 from ternarize.errors import CheckpointError, FormatError, TernarizeError, UsageError
-from ternarize.export import blocks, export
+from ternarize.export import export
 from ternarize.export.common import PackedCheckpoint, open_verified
 from ternarize.imports import Imported, open_source
 from ternarize.imports.gguf import read_gguf
@@ -57,23 +57,19 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("kind", ["tq1_0", "tq2_0"])
 def test_blocks_are_read_as_gguf_reads_them(kind: str) -> None:
     """Whatever their bytes are, also those that no encoder writes."""
-    data = np.random.default_rng(0).integers(
-        0, 256, (300, blocks.TYPES[kind].nbytes), dtype=np.uint8
-    )
+    data = np.random.default_rng(0).integers(0, 256, (300, ggml.TYPES[kind].nbytes), dtype=np.uint8)
     data[:, -2:] = np.random.default_rng(1).normal(size=(300, 1)).astype(np.float16).view(np.uint8)
-    digits, d = blocks.decode(torch.from_numpy(data), kind)
+    digits, d = ggml.decode(torch.from_numpy(data), kind)
     found = (digits.to(torch.float32) - 1) * d.float()[:, None]
     number = gguf.GGMLQuantizationType[kind.upper()]
     assert np.array_equal(found.numpy(), gguf.dequantize(data, number))
 
 
-@pytest.mark.parametrize("kind", list(blocks.TYPES))
+@pytest.mark.parametrize("kind", list(ggml.TYPES))
 def test_blocks_come_back(kind: str) -> None:
-    block = blocks.TYPES[kind].block
+    block = ggml.TYPES[kind].block
     ternary = exporting.random_ternary(5, 3, block, 0)
-    digits, d = blocks.decode(
-        blocks.encode(ternary, kind).reshape(-1, blocks.TYPES[kind].nbytes), kind
-    )
+    digits, d = ggml.decode(ggml.encode(ternary, kind).reshape(-1, ggml.TYPES[kind].nbytes), kind)
     assert torch.equal(digits.to(torch.int8).view(5, -1) - 1, ternary.trits)
     assert torch.equal(d.view(5, 3).double(), ternary.scales)
 
@@ -96,16 +92,14 @@ def encode_i2_s(trits: Tensor, scale: float, layout: str) -> bytes:
     return bytes(out) + struct.pack("<f", scale) + bytes(28)
 
 
-@pytest.mark.parametrize("layout", list(blocks.I2_S))
+@pytest.mark.parametrize("layout", list(ggml.I2_S))
 def test_i2_s_of_every_layout(layout: str) -> None:
     trits = exporting.random_ternary(8, 3, 128, 0).trits
     data = torch.frombuffer(bytearray(encode_i2_s(trits, 1, layout)), dtype=torch.uint8)
-    found = blocks.decode_i2_s(data[:-32], layout, 384)
+    found = ggml.decode_i2_s(data[:-32], layout, 384)
     assert torch.equal(found.to(torch.int8) - 1, trits)
-    others = [n for n in blocks.I2_S if n != layout]
-    assert not any(
-        torch.equal(blocks.decode_i2_s(data[:-32], other, 384), found) for other in others
-    )
+    others = [n for n in ggml.I2_S if n != layout]
+    assert not any(torch.equal(ggml.decode_i2_s(data[:-32], other, 384), found) for other in others)
 
 
 # --- there and back ------------------------------------------------------------------------------
@@ -237,7 +231,7 @@ def bitnet(layout: str = "x86") -> tuple[dict[str, Any], dict[str, Any], dict[st
         else:
             trits = torch.randint(-1, 2, shape, generator=generator, dtype=torch.int8)
             scale = float(torch.tensor(0.7 + len(tensors) / 1000))
-            weight, kind = trits * torch.tensor(scale), blocks.I2_S_TYPE
+            weight, kind = trits * torch.tensor(scale), ggml.I2_S_TYPE
             content = encode_i2_s(trits, scale, layout)
         tensors[f"{name}.weight"], weights[f"model.{new}.weight"] = (kind, shape, content), weight
 
@@ -261,7 +255,7 @@ def bitnet(layout: str = "x86") -> tuple[dict[str, Any], dict[str, Any], dict[st
     return keys, tensors, weights
 
 
-@pytest.mark.parametrize("layout", list(blocks.I2_S))
+@pytest.mark.parametrize("layout", list(ggml.I2_S))
 def test_bitnet_of_every_layout(tmp_path: Path, layout: str) -> None:
     keys, tensors, weights = bitnet(layout)
     path = write_gguf(tmp_path / "m.gguf", keys, tensors)

@@ -1,6 +1,6 @@
 """Export to GGUF, the format of llama.cpp, through the package `gguf`.
 
-Ternary tensors go into blocks of ggml (blocks.py) as trits and scales; int8 ones into Q8_0; kept
+Ternary tensors go into blocks of ggml (../ggml.py) as trits and scales; int8 ones into Q8_0; kept
 matrices into a floating-point type; vectors into F32, which llama.cpp wants. Names and metadata are
 those that llama.cpp's own converter writes for the same architecture; the vocabulary is written by
 vocabulary.py.
@@ -11,10 +11,9 @@ neighbour. With a head's rows as (2, dim / 2), theirs are (dim / 2, 2).
 """
 
 import importlib
-import logging
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ternarize import ggml
 from ternarize.checkpoint import byte_view
 from ternarize.codecs import INT8, scale_values
 from ternarize.errors import CheckpointError, UsageError, WeightError
-from ternarize.export import blocks, vocabulary
+from ternarize.export import vocabulary
 from ternarize.export.common import (
     Losses,
     PackedCheckpoint,
@@ -90,7 +90,7 @@ def export_gguf(
 ) -> dict[str, Any]:
     """Write a packed language model as one GGUF file.
 
-    kind              type of ternary tensors, a name of blocks.TYPES
+    kind              type of ternary tensors, a name of ggml.TYPES
     kept_type         type of kept matrices, a name of KEPT_TYPES; None: as they are
     tokenizer         False writes no vocabulary; such a file can be run on token numbers alone
     allow_requantize  ternarize again what the type cannot hold, and measure
@@ -99,9 +99,9 @@ def export_gguf(
     architecture or a tokenizer that is not known, or a tensor that cannot be carried; UsageError
     where gguf is not installed; OutputError where the file cannot be put.
     """
-    gguf = import_gguf()
-    if kind not in blocks.TYPES:
-        raise UsageError(f"type: {kind!r}; expected one of {', '.join(blocks.TYPES)}.")
+    gguf = ggml.import_gguf()
+    if kind not in ggml.TYPES:
+        raise UsageError(f"type: {kind!r}; expected one of {', '.join(ggml.TYPES)}.")
     if kept_type is not None and kept_type not in KEPT_TYPES:
         raise UsageError(f"kept type: {kept_type!r}; expected one of {', '.join(KEPT_TYPES)}.")
     config = model_config(packed)
@@ -109,7 +109,7 @@ def export_gguf(
     losses = Losses(kind.upper(), allow_requantize)
     for name, record in packed.records.items():
         if record.kind == "ternary":
-            losses.add(carry(packed, name, blocks.TYPES[kind].block, torch.float16)[1], name)
+            losses.add(carry(packed, name, ggml.TYPES[kind].block, torch.float16)[1], name)
     losses.stop_unless_allowed(packed, _advice(packed, kind))
     writer = gguf.GGUFWriter(None, architecture.name)
     notes: list[str] = []
@@ -137,19 +137,6 @@ def export_gguf(
         finally:
             writer.close()
     return {"to": "gguf", "type": kind, "tensors": len(items), "notes": notes, **losses.report()}
-
-
-def import_gguf() -> Any:
-    """The package `gguf`; UsageError where it is not installed."""
-    try:
-        module = importlib.import_module("gguf")
-    except ImportError:
-        raise UsageError(
-            "gguf: the package is not installed; expected it for GGUF files. "
-            "Run pip install 'ternarize[gguf]'."
-        ) from None
-    logging.getLogger("gguf").setLevel(logging.ERROR)  # it announces every key
-    return module
 
 
 def _advice(packed: PackedCheckpoint, kind: str) -> str:
@@ -211,7 +198,7 @@ def _write_metadata(
     writer.add_type(gguf.GGUFType.MODEL)
     about.set_gguf_meta_model(writer)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_file_type(blocks.TYPES[kind].file_type)
+    writer.add_file_type(ggml.TYPES[kind].file_type)
     length, window = config.max_position_embeddings, getattr(config, "sliding_window", None)
     # llama.cpp has no window in these architectures: within one, nothing is missing
     writer.add_context_length(min(length, window) if window else length)
@@ -238,23 +225,6 @@ def _write_metadata(
         writer.add_rope_scaling_factor(rope["factor"])
 
 
-def rope_factors(rope: Mapping[str, Any], dim: int) -> Tensor | None:
-    """What rope_type llama3 divides each frequency by, (dim / 2) float32; None for other types.
-
-    With the wavelength w = 2 pi / frequency and the original context c: 1 where w < c / high,
-    `factor` where w > c / low, and between them 1 / ((1 - s) / factor + s), s = (c / w - low) /
-    (high - low).  Llama 3.1; transformers, modeling_rope_utils.py.
-    """
-    if rope.get("rope_type") != "llama3":
-        return None
-    factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
-    frequencies = rope["rope_theta"] ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    factors: Tensor = 1 / ((1 - smooth) / factor + smooth)
-    return factors.to(torch.float32)
-
-
 # --- tensors -------------------------------------------------------------------------------------
 
 
@@ -270,7 +240,7 @@ def _items(
     number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
     names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
     items = []
-    factors = rope_factors(config.rope_parameters, _head_dim(config))
+    factors = ggml.rope_factors(config.rope_parameters, _head_dim(config))
     if factors is not None:
         items.append(_float_item("rope_freqs.weight", factors, "F32"))
     stacks: dict[str, dict[int, Item]] = {}
@@ -342,14 +312,14 @@ def _item(
     def rows(tensor: Tensor) -> Tensor:
         return tensor if order is None else tensor[order]
 
-    if record.kind == "ternary" and shape[-1] % blocks.TYPES[kind].block == 0:
-        block = blocks.TYPES[kind]
+    if record.kind == "ternary" and shape[-1] % ggml.TYPES[kind].block == 0:
+        block = ggml.TYPES[kind]
 
         def ternary() -> Tensor:
             found = carry_or_refit(packed, name, block.block, torch.float16)
             if any(name in names for names in losses.reasons.values()):
                 losses.measure(name, packed.dense(name), found.dequantize())
-            return blocks.encode(Ternary(rows(found.trits), rows(found.scales), block.block), kind)
+            return ggml.encode(Ternary(rows(found.trits), rows(found.scales), block.block), kind)
 
         nbytes = math.prod(shape) // block.block * block.nbytes
         return Item(new, block.id, shape, nbytes, ternary)
@@ -359,10 +329,10 @@ def _item(
             values, _ = packed.stored(name)
             found = _q8_0_scales(packed, name)
             assert found is not None
-            return blocks.encode_q8_0(rows(values), rows(found))
+            return ggml.encode_q8_0(rows(values), rows(found))
 
-        nbytes = math.prod(shape) // blocks.Q8_0_BLOCK * blocks.Q8_0_NBYTES
-        return Item(new, blocks.Q8_0, shape, nbytes, int8)
+        nbytes = math.prod(shape) // ggml.Q8_0_BLOCK * ggml.Q8_0_NBYTES
+        return Item(new, ggml.Q8_0, shape, nbytes, int8)
     # llama.cpp wants vectors, and routers, in F32
     single = len(shape) < 2 or new.endswith(".ffn_gate_inp.weight")
     target = "F32" if single else KEPT_TYPES.get(kept_type or "", dtype)
@@ -376,13 +346,13 @@ def _item(
         return _encode_kept(packed, name, rows(dense.view(shape)), target, losses)
 
     if target == "Q8_0":
-        if shape[-1] % blocks.Q8_0_BLOCK:
+        if shape[-1] % ggml.Q8_0_BLOCK:
             raise CheckpointError(
                 f"{packed.checkpoint.tensors[name].file}: {name} has {shape[-1]} columns; Q8_0 "
                 "needs a multiple of 32. Use --kept-type f16."
             )
-        nbytes = math.prod(shape) // blocks.Q8_0_BLOCK * blocks.Q8_0_NBYTES
-        return Item(new, blocks.Q8_0, shape, nbytes, kept)
+        nbytes = math.prod(shape) // ggml.Q8_0_BLOCK * ggml.Q8_0_NBYTES
+        return Item(new, ggml.Q8_0, shape, nbytes, kept)
     size = _FLOATS[target].itemsize
     return Item(new, _float_id(target), shape, math.prod(shape) * size, kept)
 
@@ -391,10 +361,10 @@ def _q8_0_scales(packed: PackedCheckpoint, name: str) -> Tensor | None:
     """Scales of an int8 tensor's blocks in Q8_0; None where it cannot be carried."""
     record = packed.records[name]
     values, scales = packed.stored(name)
-    if values.dim() != 2 or values.shape[-1] % blocks.Q8_0_BLOCK:
+    if values.dim() != 2 or values.shape[-1] % ggml.Q8_0_BLOCK:
         return None
     wide = scale_values(scales, torch.float64)
-    found = common_scales(Ternary(values, wide, record.group_size), blocks.Q8_0_BLOCK)
+    found = common_scales(Ternary(values, wide, record.group_size), ggml.Q8_0_BLOCK)
     if found is None or not torch.equal(found.to(torch.float16).to(torch.float64), found):
         return None
     return found

@@ -33,7 +33,6 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ternarize.checkpoint import DTYPE_NAMES, DTYPES, INDEX, SAFETENSORS, byte_view
 from ternarize.errors import CheckpointError, UsageError, WeightError
-from ternarize.export.blocks import two_bits
 from ternarize.export.common import (
     Losses,
     PackedCheckpoint,
@@ -42,6 +41,7 @@ from ternarize.export.common import (
     fresh_output,
     model_config,
 )
+from ternarize.ggml import two_bits
 from ternarize.hub import SHIM
 from ternarize.plan import RECORD, small_files
 from ternarize.progress import Progress

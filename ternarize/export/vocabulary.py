@@ -4,7 +4,7 @@ Two kinds of BPE tokenizers can be carried; any other is refused, since a file t
 near to it gives wrong tokens without a word:
 
     "gpt2"    byte-level. A file has no regular expressions, llama.cpp knows splits by name
-              (tokenizer.ggml.pre): it must be one of SPLITS.
+              (tokenizer.ggml.pre): it must be one of ggml.SPLITS.
     "llama"   SentencePiece's, with spaces as U+2581 and single bytes for unknown characters. A file
               has a score for each token and no merges: any two neighbours merge whose union is a
               token, the one of the highest score first. So the merges must be all that the tokens
@@ -20,40 +20,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ternarize import ggml
 from ternarize.errors import CheckpointError
 from ternarize.evaluate import open_tokenizer
 
-BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-_BYTES_SPLIT = {**BYTES, "use_regex": True}
-
-
-def regex_split(pattern: str) -> dict[str, Any]:
-    """The step that cuts text at a regular expression, as tokenizers defines it."""
-    return {
-        "type": "Split",
-        "pattern": {"Regex": pattern},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-
-
-# one pattern, but for the number of digits that stay together
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}|"
-    r" ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# llama.cpp's name -> the steps of the split, as tokenizers defines them
-SPLITS: dict[str, list[dict[str, Any]]] = {
-    "gpt-2": [_BYTES_SPLIT],
-    "llama-bpe": [regex_split(_WORDS.format(digits="{1,3}")), BYTES],
-    "qwen2": [regex_split(_WORDS.format(digits="")), BYTES],
-    "smollm": [{"type": "Digits", "individual_digits": True}, _BYTES_SPLIT],
-}
-# those by which a word that is a token is not merged up from its letters
-WHOLE_WORDS = ("llama-bpe",)
-SPACE = "\u2581"
-PREPEND = [{"type": "Prepend", "prepend": SPACE}]
-REPLACE = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
 # a Metaspace's prepend_scheme -> which texts get one more space in llama.cpp
 _DIFFERENT = {
     "never": [],
@@ -65,7 +35,6 @@ _DIFFERENT = {
         "and before text behind a special token"
     ],
 }
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # of llama.cpp
 
 
 def write(writer: Any, directory: Path, size: int) -> list[str]:
@@ -116,11 +85,11 @@ def _space_prefix(directory: Path, definition: dict[str, Any]) -> tuple[bool, li
     """
     normalizer, pre = definition["normalizer"] or {}, definition["pre_tokenizer"] or {}
     steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
-    if not pre and steps in (PREPEND + REPLACE, REPLACE):
-        return bool(steps != REPLACE), []
+    if not pre and steps in (ggml.PREPEND + ggml.REPLACE, ggml.REPLACE):
+        return bool(steps != ggml.REPLACE), []
     plain = pre.get("type") == "Metaspace" and pre.get("split") is False
     scheme = pre.get("prepend_scheme")
-    if not steps and plain and pre.get("replacement") == SPACE and scheme in _DIFFERENT:
+    if not steps and plain and pre.get("replacement") == ggml.SPACE and scheme in _DIFFERENT:
         return scheme != "never", _DIFFERENT[scheme]
     shown = json.dumps([normalizer, pre], ensure_ascii=False)
     raise _unknown(directory, f"prepares text by {shown:.200}", "spaces as U+2581, no splits")
@@ -142,7 +111,7 @@ def _scores(
                 raise _unknown(directory, f"merges {made!r} at two places", "one place for each")
             scores[number[made]] = -1.0 - rank
     listed = {(left, right) for left, right in merges}
-    normal = {token for token, kind in zip(tokens, types, strict=True) if kind == NORMAL}
+    normal = {token for token, kind in zip(tokens, types, strict=True) if kind == ggml.NORMAL}
     for token in normal:
         for cut in range(1, len(token)):
             pair = token[:cut], token[cut:]
@@ -160,19 +129,19 @@ def _split_name(directory: Path, definition: dict[str, Any]) -> str:
     steps = definition["pre_tokenizer"] or {}
     steps = steps.get("pretokenizers", [steps])
     steps = [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]
-    for name, known in SPLITS.items():
+    for name, known in ggml.SPLITS.items():
         if steps == known:
-            if bool(definition["model"].get("ignore_merges")) != (name in WHOLE_WORDS):
+            if bool(definition["model"].get("ignore_merges")) != (name in ggml.WHOLE_WORDS):
                 continue
             return name
     shown = json.dumps(steps, ensure_ascii=False)
-    raise _unknown(directory, f"splits text by {shown:.200}", f"one of {', '.join(SPLITS)}")
+    raise _unknown(directory, f"splits text by {shown:.200}", f"one of {', '.join(ggml.SPLITS)}")
 
 
 def _tokens(directory: Path, definition: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
     """Every token by its number, and its type."""
     tokens = [f"[PAD{number}]" for number in range(size)]
-    types = [UNUSED] * size
+    types = [ggml.UNUSED] * size
     added = {each["id"]: each for each in definition["added_tokens"]}
     words = {number: word for word, number in definition["model"]["vocab"].items()}
     words |= {number: each["content"] for number, each in added.items()}
@@ -188,13 +157,13 @@ def _tokens(directory: Path, definition: dict[str, Any], size: int) -> tuple[lis
     if largest >= size:
         raise _unknown(directory, f"has a token {largest}", f"at most {size - 1}, as the model")
     for number, word in words.items():
-        tokens[number], types[number] = word, NORMAL
+        tokens[number], types[number] = word, ggml.NORMAL
         if word == definition["model"].get("unk_token"):
-            types[number] = UNKNOWN
+            types[number] = ggml.UNKNOWN
         elif number in added:
-            types[number] = CONTROL if added[number]["special"] else USER_DEFINED
+            types[number] = ggml.CONTROL if added[number]["special"] else ggml.USER_DEFINED
         elif definition["model"].get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", word):
-            types[number] = BYTE
+            types[number] = ggml.BYTE
     return tokens, types
 
 

@@ -36,7 +36,7 @@ def open_source(
     """
     gguf = find_gguf(model)
     if stream is None and gguf is not None:
-        from ternarize.imports.gguf import open_gguf  # which needs the exports
+        from ternarize.imports.gguf import open_gguf  # which needs transformers
 
         return open_gguf(*gguf)
     if stream is not None:

@@ -3,7 +3,7 @@
     TQ1_0, TQ2_0    256 weights, one float16 scale
     Q2_0            64 weights, one float16 scale; it could say 2 d as well, and is refused where
                     it does
-    I2_S            a matrix, one float32 scale; see export/blocks.py for its layouts, of which the
+    I2_S            a matrix, one float32 scale; see ../ggml.py for its layouts, of which the
                     file does not say which it has, so the model's name must: FILE.gguf@x86
 
 Other tensors are decoded by the package `gguf`, or are floats already; they stay dense. Names and
@@ -30,17 +30,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ternarize import ggml
 from ternarize.checkpoint import DTYPE_NAMES, MAX_HEADER, TensorInfo, read_bytes
 from ternarize.errors import CheckpointError, FormatError, UsageError
-from ternarize.export import blocks
-from ternarize.export.gguf import import_gguf, rope_factors
 from ternarize.imports.common import Decode, Imported
 from ternarize.imports.vocabulary import tokenizer_files
 from ternarize.select import skeleton_shapes
 
 # ggml's numbers of floating-point types
 _FLOATS = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
-_TERNARY = {block.id: kind for kind, block in blocks.TYPES.items()}
+_TERNARY = {block.id: kind for kind, block in ggml.TYPES.items()}
 
 
 # --- the container -------------------------------------------------------------------------------
@@ -147,9 +146,9 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], list[Stored]]:
     Every length, count and offset is compared with what the file has before anything is made of it.
     Raises FormatError, or UsageError where the package `gguf` is not installed.
     """
-    sizes = {int(kind): size for kind, size in import_gguf().GGML_QUANT_SIZES.items()}
-    sizes |= {block.id: (block.block, block.nbytes) for block in blocks.TYPES.values()}
-    sizes[blocks.I2_S_TYPE] = (4, 1)  # and a tail
+    sizes = {int(kind): size for kind, size in ggml.import_gguf().GGML_QUANT_SIZES.items()}
+    sizes |= {block.id: (block.block, block.nbytes) for block in ggml.TYPES.values()}
+    sizes[ggml.I2_S_TYPE] = (4, 1)  # and a tail
     with path.open("rb") as file:
         head = _Head(path, file)
         if head.size < 24 or head.bytes(4) != b"GGUF":
@@ -205,7 +204,7 @@ def _listed(head: _Head, path: Path, sizes: Mapping[int, tuple[int, int]]) -> St
         raise head.broken(
             f"{name:.80} has shape {list(shape)}", f"columns that are a multiple of {weights}"
         )
-    tail = blocks.I2_S_TAIL if kind == blocks.I2_S_TYPE else 0
+    tail = ggml.I2_S_TAIL if kind == ggml.I2_S_TYPE else 0
     size = numel // weights * nbytes + tail
     return Stored(name, kind, shape, path, start, size, sizes[kind])
 
@@ -484,7 +483,7 @@ def _llama3(
     rope["factor"] = float(found.max())
     for power in range(4, 24):
         rope["original_max_position_embeddings"] = 1 << power
-        made = rope_factors(rope, 2 * half)
+        made = ggml.rope_factors(rope, 2 * half)
         if made is not None and torch.allclose(made, found, rtol=1e-5, atol=0):
             return rope
     raise keys.wrong("factors of frequencies", "those of Llama 3.1's rule")
@@ -496,7 +495,7 @@ def _llama3(
 def open_gguf(path: Path, layout: str | None = None, alone: bool = True) -> Imported:
     """A GGUF file, or the set of files that it belongs to, as a checkpoint of logical tensors.
 
-    layout  of weights in I2_S, a name of blocks.I2_S
+    layout  of weights in I2_S, a name of ggml.I2_S
     alone   the small files beside it are not the model's
 
     Nothing but heads is read, and the scales of I2_S. Raises FormatError
@@ -523,7 +522,7 @@ def open_gguf(path: Path, layout: str | None = None, alone: bool = True) -> Impo
             f"{path.name}: has no weights in TQ1_0, TQ2_0, Q2_0 or I2_S; expected some. Convert an "
             "ordinary model from its maker's checkpoint."
         )
-    i2_s = any(tensor.type == blocks.I2_S_TYPE for tensor in stored)
+    i2_s = any(tensor.type == ggml.I2_S_TYPE for tensor in stored)
     if i2_s and layout is None:
         raise UsageError(
             f"{path.name}: has weights in I2_S, which bitnet.cpp writes in three layouts without "
@@ -547,7 +546,7 @@ def open_gguf(path: Path, layout: str | None = None, alone: bool = True) -> Impo
             if logical.group_size is not None:
                 group_sizes[logical.name] = logical.group_size
         if tensor.type not in _FLOATS and not _is_ternary(tensor):
-            rounded[import_gguf().GGMLQuantizationType(tensor.type).name] += 1
+            rounded[ggml.import_gguf().GGMLQuantizationType(tensor.type).name] += 1
     _check_whole(path.name, config, tensors)
     files, notes = tokenizer_files(path.name, keys, config["vocab_size"])
     if rounded:
@@ -590,7 +589,7 @@ class _Logical:
 
 
 def _is_ternary(tensor: Stored) -> bool:
-    return tensor.type in _TERNARY or tensor.type == blocks.I2_S_TYPE
+    return tensor.type in _TERNARY or tensor.type == ggml.I2_S_TYPE
 
 
 def _logical(
@@ -604,7 +603,7 @@ def _logical(
     base = _decoder(tensor, layout, where)
     group_size = None  # of vectors and floats; those of I2_S are whole
     if len(shape) > 1 and _is_ternary(tensor):
-        group_size = 0 if layout and tensor.type == blocks.I2_S_TYPE else tensor.block[0]
+        group_size = 0 if layout and tensor.type == ggml.I2_S_TYPE else tensor.block[0]
     if "{}" in name:
         if len(shape) != 3:
             raise FormatError(f"{where}: {tensor.name} has shape {list(shape)}; expected experts.")
@@ -665,16 +664,16 @@ def _decoder(tensor: Stored, layout: str | None, where: str) -> Decode:
         kind = _TERNARY[tensor.type]
 
         def ternary(first: int, last: int) -> Tensor:
-            data = tensor.read(first, last).view(-1, blocks.TYPES[kind].nbytes)
-            digits, d = blocks.decode(data, kind)
+            data = tensor.read(first, last).view(-1, ggml.TYPES[kind].nbytes)
+            digits, d = ggml.decode(data, kind)
             _check_digits(digits, tensor, where)
             return ((digits.to(torch.int8) - 1) * d[:, None]).view(last - first, -1)
 
         return ternary
-    if tensor.type == blocks.I2_S_TYPE:
+    if tensor.type == ggml.I2_S_TYPE:
         assert layout is not None
         return _i2_s(tensor, layout, where)
-    module = import_gguf()
+    module = ggml.import_gguf()
     kind = module.GGMLQuantizationType(tensor.type)
     try:
         module.dequantize(np.zeros((1, tensor.block[1]), np.uint8), kind)
@@ -701,7 +700,7 @@ def _check_digits(digits: Tensor, tensor: Stored, where: str) -> None:
 
 def _i2_s(tensor: Stored, layout: str, where: str) -> Decode:
     rows, cols = math.prod(tensor.shape[:-1]), tensor.shape[-1]
-    block, together = blocks.I2_S[layout]
+    block, together = ggml.I2_S[layout]
     if cols % block or rows % together:
         raise CheckpointError(
             f"{where}: {tensor.name} is {list(tensor.shape)}; expected columns that {block} "
@@ -712,7 +711,7 @@ def _i2_s(tensor: Stored, layout: str, where: str) -> Decode:
 
     def decode(first: int, last: int) -> Tensor:
         low, high = first // together * together, -(-last // together) * together
-        digits = blocks.decode_i2_s(tensor.read(low, high), layout, cols)[first - low : last - low]
+        digits = ggml.decode_i2_s(tensor.read(low, high), layout, cols)[first - low : last - low]
         _check_digits(digits, tensor, where)
         return (digits.to(torch.float32) - 1) * scale
 

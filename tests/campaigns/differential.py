@@ -40,11 +40,14 @@ sys.path[:0] = [path for path in (FORMATS,) if path not in sys.path]
 
 import reference  # noqa: E402
 
-from ternarize import codecs, container  # noqa: E402
+from ternarize import (  # noqa: E402
+    codecs,
+    container,
+    ggml,  # noqa: E402
+)
 from ternarize.checkpoint import byte_view  # noqa: E402
 from ternarize.container import Record  # noqa: E402
 from ternarize.errors import FormatError  # noqa: E402
-from ternarize.export import blocks  # noqa: E402
 from ternarize.export.common import common_scales  # noqa: E402
 from ternarize.native import lib  # noqa: E402
 from ternarize.tensor import Ternary, group_count, split_groups  # noqa: E402
@@ -194,14 +197,14 @@ def q2_0(data: NDArray[np.uint8], cols: int) -> NDArray[np.float32]:
 def check_blocks(plane: Ternary, done: Counter[str]) -> None:
     """Export a matrix to each type of block that can hold it, and read it back."""
     gguf = importlib.import_module("gguf")
-    for kind, block in blocks.TYPES.items():
+    for kind, block in ggml.TYPES.items():
         if plane.trits.shape[-1] % block.block:
             continue
         scales = common_scales(plane, block.block)
         if scales is None or not torch.equal(scales.to(torch.float16).to(torch.float64), scales):
             continue  # the export refuses or rounds it
         trits = plane.trits
-        data = blocks.encode(Ternary(trits, scales, block.block), kind).numpy()
+        data = ggml.encode(Ternary(trits, scales, block.block), kind).numpy()
         if kind == "q2_0":
             weights = q2_0(data, trits.shape[-1])
         else:
