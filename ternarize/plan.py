@@ -56,6 +56,7 @@ GPTQ = "gptq"  # the calibrated method
 WITHOUT_DATA = "itf"  # the method of what a calibrated conversion cannot calibrate
 ENDS = (KEEP, INT8, TERNARY)  # what the output head and the token embedding may become
 INT8_GROUP_SIZE = -1  # finer groups take more room, and gain nothing that perplexity shows
+MOST = 2**31 - 1  # samples or steps: float and 64-bit numbers hold what comes of them
 KEPT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _TERNARIZABLE = ("F32", "F16", "BF16")
@@ -92,7 +93,7 @@ class Calibrate:
 
     def __post_init__(self) -> None:
         for what, value, good, expected in (
-            ("num samples", self.num_samples, self.num_samples > 0, "1 or more"),
+            ("num samples", self.num_samples, 0 < self.num_samples <= MOST, f"1 to {MOST}"),
             ("seq len", self.seq_len, self.seq_len is None or self.seq_len > 1, "2 or more"),
             ("seed", self.seed, 0 <= self.seed < 2**32, "0 to 4294967295"),
             (
@@ -101,8 +102,8 @@ class Calibrate:
                 self.rotation in (0, *BLOCKS),
                 f"0 or one of {', '.join(map(str, BLOCKS))}",
             ),
-            ("reconstruct", self.reconstruct, self.reconstruct >= 0, "0 or more steps"),
-            ("distill", self.distill, self.distill >= 0, "0 or more steps"),
+            ("reconstruct", self.reconstruct, 0 <= self.reconstruct <= MOST, f"0 to {MOST}"),
+            ("distill", self.distill, 0 <= self.distill <= MOST, f"0 to {MOST}"),
             ("window", self.window, 1 <= self.window <= 4, "1 to 4 blocks"),
             (
                 "target bpw",

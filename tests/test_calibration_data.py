@@ -287,9 +287,20 @@ def test_records_without_text_are_counted(tmp_path: Path) -> None:
     assert get(path).description["notes"] == ["2 records without text were left out"]
 
 
-@pytest.mark.parametrize("option", [{"num_samples": 0}, {"seq_len": 1}])
-def test_numbers_below_the_least_are_refused(file: Path, option: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="expected . or more"):
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"num_samples": 0},
+        {"num_samples": 2**31},
+        {"seq_len": 1},
+        {"reconstruct": -1},
+        {"reconstruct": 10**400},
+        {"distill": 2**31},
+    ],
+)
+def test_numbers_out_of_range_are_refused(file: Path, option: dict[str, Any]) -> None:
+    (name,) = option
+    with pytest.raises(UsageError, match=f"^{name.replace('_', ' ')}: .*; expected [012] "):
         get(file, **option)
 
 
