@@ -21,6 +21,7 @@ from ternarize import container
 from ternarize.checkpoint import (
     DTYPES,
     INDEX,
+    MAX_HEADER,
     SAFETENSORS,
     Checkpoint,
     Entry,
@@ -280,13 +281,22 @@ class Shard:
         return entries
 
     def data_start(self) -> int:
-        """Size of the header, the same whatever the digests and the 2-byte dtypes will be."""
+        """Size of the header, the same whatever the digests and the 2-byte dtypes will be.
+
+        Raises CheckpointError if no reader would take it.
+        """
         longest = replace(
             self, tensors=tuple(replace(t, scale_dtype=_longest(t)) for t in self.tensors)
         )
         records = {t.name: t.record("0" * 64) for t in self.tensors if not t.tied_to}
         size = len(header_bytes(longest.layout(), records))
-        return 8 + size + -size % 8
+        size += -size % 8
+        if size > MAX_HEADER:
+            raise CheckpointError(
+                f"{self.file}: its {len(self.tensors)} tensors take a header of {size} bytes; "
+                f"expected at most {MAX_HEADER}. Spread the source over more files."
+            )
+        return 8 + size
 
     def nbytes(self) -> int:
         """Size of the file."""

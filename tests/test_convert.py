@@ -24,6 +24,7 @@ from torch import Tensor
 import ternarize
 from ternarize import container
 from ternarize import convert as pipeline
+from ternarize import plan as planning
 from ternarize.checkpoint import open_checkpoint
 from ternarize.convert import convert, memory_left
 from ternarize.errors import (
@@ -548,6 +549,16 @@ def test_too_little_disk_is_found_out_before_the_start(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=room))
     refused(OutputError, "free; the result needs", source, tmp_path / "out", calibrated)
     convert(source, tmp_path / "out")
+
+
+def test_too_many_tensors_for_a_header_are_found_out_before_the_start(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header = plan(llama).shards[0].data_start() - 8
+    monkeypatch.setattr(planning, "MAX_HEADER", header)
+    convert(llama, tmp_path / "fits")
+    monkeypatch.setattr(planning, "MAX_HEADER", header - 1)
+    refused(CheckpointError, f"take a header of {header} bytes", llama, tmp_path / "out")
 
 
 def test_a_full_disk_keeps_what_is_done(
