@@ -20,6 +20,7 @@ from ternarize.evaluate import max_positions
 from ternarize.generate import check_continues
 from ternarize.linear import PackedEmbedding, TernaryExperts
 from ternarize.native import lib
+from ternarize.plan import MAX_COUNT
 
 READ_BYTES = 1 << 28  # of the loop that measures memory: more than caches hold
 Model = Any
@@ -50,8 +51,8 @@ def bench(
     """
     numbers = {"prompt": prompt, "decode": decode, "batch": batch, "repeats": repeats}
     for name, value in numbers.items():
-        if not 1 <= value < 2**31:  # torch takes no size beyond 63 bits, and no machine has these
-            raise UsageError(f"{name}: {value}; expected at least 1, and less than 2^31.")
+        if not 1 <= value <= MAX_COUNT:
+            raise UsageError(f"{name}: {value}; expected 1 to {MAX_COUNT}.")
     check_continues(model)
     if model.device.type != "cpu":
         raise UsageError(f"device: {model.device}; expected cpu. Load the model there.")

@@ -57,7 +57,7 @@ GPTQ = "gptq"  # the calibrated method
 WITHOUT_DATA = "itf"  # the method of what a calibrated conversion cannot calibrate
 ENDS = (KEEP, INT8, TERNARY)  # what the output head and the token embedding may become
 INT8_GROUP_SIZE = -1  # finer groups take more room, and gain nothing that perplexity shows
-MOST = 2**31 - 1  # samples or steps: float and 64-bit numbers hold what comes of them
+MAX_COUNT = 2**31 - 1  # samples, steps, tokens: what is made of them fits in 64 bits
 KEPT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _TERNARIZABLE = ("F32", "F16", "BF16")
@@ -93,8 +93,9 @@ class Calibrate:
     target_bpw: float | None = None
 
     def __post_init__(self) -> None:
+        counts = range(MAX_COUNT + 1)
         for what, value, good, expected in (
-            ("num samples", self.num_samples, 0 < self.num_samples <= MOST, f"1 to {MOST}"),
+            ("num samples", self.num_samples, self.num_samples in counts[1:], f"1 to {MAX_COUNT}"),
             ("seq len", self.seq_len, self.seq_len is None or self.seq_len > 1, "2 or more"),
             ("seed", self.seed, 0 <= self.seed < 2**32, "0 to 4294967295"),
             (
@@ -103,8 +104,8 @@ class Calibrate:
                 self.rotation in (0, *BLOCKS),
                 f"0 or one of {', '.join(map(str, BLOCKS))}",
             ),
-            ("reconstruct", self.reconstruct, 0 <= self.reconstruct <= MOST, f"0 to {MOST}"),
-            ("distill", self.distill, 0 <= self.distill <= MOST, f"0 to {MOST}"),
+            ("reconstruct", self.reconstruct, self.reconstruct in counts, f"0 to {MAX_COUNT}"),
+            ("distill", self.distill, self.distill in counts, f"0 to {MAX_COUNT}"),
             ("window", self.window, 1 <= self.window <= 4, "1 to 4 blocks"),
             (
                 "target bpw",
@@ -281,9 +282,10 @@ class Shard:
         return entries
 
     def data_start(self) -> int:
-        """Size of the header, the same whatever the digests and the 2-byte dtypes will be.
+        """Where the data begins, the same whatever the digests and the 2-byte dtypes will be.
 
-        Raises CheckpointError if no reader would take it.
+        Raises CheckpointError if the header is longer than readers take; a calibration, which lays
+        tensors out again, can make it so.
         """
         longest = replace(
             self, tensors=tuple(replace(t, scale_dtype=_longest(t)) for t in self.tensors)

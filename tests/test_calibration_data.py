@@ -288,20 +288,19 @@ def test_records_without_text_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "option",
+    ("name", "value"),
     [
-        {"num_samples": 0},
-        {"num_samples": 2**31},
-        {"seq_len": 1},
-        {"reconstruct": -1},
-        {"reconstruct": 10**400},
-        {"distill": 2**31},
+        ("num_samples", 0),
+        ("num_samples", 2**31),
+        ("seq_len", 1),
+        ("reconstruct", -1),
+        ("reconstruct", 10**400),
+        ("distill", 2**31),
     ],
 )
-def test_numbers_out_of_range_are_refused(file: Path, option: dict[str, Any]) -> None:
-    (name,) = option
-    with pytest.raises(UsageError, match=f"^{name.replace('_', ' ')}: .*; expected [012] "):
-        get(file, **option)
+def test_numbers_out_of_range_are_refused(file: Path, name: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=f"^{name.replace('_', ' ')}: {value}; expected "):
+        get(file, **{name: value})
 
 
 def test_samples_longer_than_the_model_can_take_are_refused(file: Path) -> None:

@@ -502,7 +502,7 @@ def test_what_is_no_text_is_told_in_one_line(tmp_path: Path) -> None:
     ("options", "code", "said"),
     [
         (("--threads", "99999999999999999999"), 2, "expected 1 to 1024"),
-        (("--batch", "99999999999999999999"), 2, "less than 2^31"),
+        (("--batch", "99999999999999999999"), 2, "expected 1 to 2147483647"),
         (("--batch", "2000000000"), 1, "memory: not enough is left"),
     ],
     ids=str,

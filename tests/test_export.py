@@ -32,7 +32,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import ternarize
-from ternarize import container, ggml
+from ternarize import container, ggml, llama_cpp
 from ternarize.cli import app
 from ternarize.container import Record
 from ternarize.convert import convert
@@ -569,7 +569,7 @@ def test_llama3_rope_factors_are_those_of_transformers(tmp_path: Path) -> None:
         _config("Llama", rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
     )
     expected = default.model.rotary_emb.inv_freq / model.model.rotary_emb.inv_freq
-    found = ggml.rope_factors(config.rope_parameters, 32)
+    found = llama_cpp.rope_factors(config.rope_parameters, 32)
     assert found is not None and expected.unique().numel() > 2
     assert_near(found, expected, 1e-5)
     source = make_source(tmp_path / "source", config)
@@ -703,7 +703,7 @@ def test_unknown_splits_are_refused(
 
 def sentencepiece_like(directory: Path, normalizer: Any = None, spoil: str = "") -> Any:
     """BPE over characters with spaces as U+2581, single bytes, and every merge that is possible."""
-    space = ggml.SPACE
+    space = llama_cpp.SPACE
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
     trained.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(space)
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, show_progress=False)
@@ -774,7 +774,7 @@ def test_sentencepiece_vocabularies(tmp_path: Path) -> None:
 
     def merge(text: str) -> list[str]:
         """As llama.cpp does: of all neighbours that make a token, those of the highest score."""
-        parts = list(ggml.SPACE + text.replace(" ", ggml.SPACE))
+        parts = list(llama_cpp.SPACE + text.replace(" ", llama_cpp.SPACE))
         while True:
             pairs = [
                 (-scores[a + b], at)
@@ -851,7 +851,7 @@ def use_metaspace(directory: Path, scheme: Any) -> Any:
     backend = tokenizer.backend_tokenizer
     backend.normalizer = None
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
-        ggml.SPACE, prepend_scheme=scheme, split=False
+        llama_cpp.SPACE, prepend_scheme=scheme, split=False
     )
     tokenizer.save_pretrained(directory)
     return tokenizer

@@ -11,7 +11,7 @@ OUTSIDE = ("__init__", "__main__", "version")  # the package's face, and a numbe
 
 def imported(path: Path) -> set[str]:
     """The top modules of the package that a file imports, also within functions."""
-    names: set[str] = set()
+    names = set[str]()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}

@@ -102,7 +102,7 @@ def test_a_signal_ends_a_wait_for_threads() -> None:
 
 def test_no_module_waits_for_threads_in_its_own_way() -> None:
     """`with ThreadPoolExecutor` alone can hang after Ctrl-C; see ternarize/threads.py."""
-    modules = sorted((Path(__file__).parents[1] / "ternarize").rglob("*.py"))
+    modules = (Path(__file__).parents[1] / "ternarize").rglob("*.py")
     found = [path.name for path in modules if "ThreadPoolExecutor(" in path.read_text("utf-8")]
     assert found == ["threads.py"], "thread_pool is for it"
 

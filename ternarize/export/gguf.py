@@ -1,6 +1,6 @@
 """Export to GGUF, the format of llama.cpp, through the package `gguf`.
 
-Ternary tensors go into blocks of ggml (../ggml.py) as trits and scales; int8 ones into Q8_0; kept
+Ternary tensors go into blocks of ggml (ggml.py) as trits and scales; int8 ones into Q8_0; kept
 matrices into a floating-point type; vectors into F32, which llama.cpp wants. Names and metadata are
 those that llama.cpp's own converter writes for the same architecture; the vocabulary is written by
 vocabulary.py.
@@ -10,7 +10,6 @@ first half of a head's features against the second, llama.cpp each even one agai
 neighbour. With a head's rows as (2, dim / 2), theirs are (dim / 2, 2).
 """
 
-import importlib
 import math
 import re
 from collections.abc import Callable
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ternarize import ggml
+from ternarize import ggml, llama_cpp
 from ternarize.checkpoint import byte_view
 from ternarize.codecs import INT8, scale_values
 from ternarize.errors import CheckpointError, UsageError, WeightError
@@ -99,7 +98,7 @@ def export_gguf(
     architecture or a tokenizer that is not known, or a tensor that cannot be carried; UsageError
     where gguf is not installed; OutputError where the file cannot be put.
     """
-    gguf = ggml.import_gguf()
+    gguf = llama_cpp.import_gguf()
     if kind not in ggml.TYPES:
         raise UsageError(f"type: {kind!r}; expected one of {', '.join(ggml.TYPES)}.")
     if kept_type is not None and kept_type not in KEPT_TYPES:
@@ -240,7 +239,7 @@ def _items(
     number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
     names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
     items = []
-    factors = ggml.rope_factors(config.rope_parameters, _head_dim(config))
+    factors = llama_cpp.rope_factors(config.rope_parameters, _head_dim(config))
     if factors is not None:
         items.append(_float_item("rope_freqs.weight", factors, "F32"))
     stacks: dict[str, dict[int, Item]] = {}
@@ -385,7 +384,7 @@ def _encode_kept(
 ) -> Tensor:
     """The bytes of a floating-point tensor in `target`, measured where that rounds."""
     if target == "Q8_0":
-        gguf = importlib.import_module("gguf")
+        gguf = llama_cpp.import_gguf()
         kind = gguf.GGMLQuantizationType.Q8_0
         data = gguf.quantize(dense.to(torch.float32).numpy(), kind)
         losses.measure(name, dense, torch.from_numpy(gguf.dequantize(data, kind)))

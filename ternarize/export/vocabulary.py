@@ -4,7 +4,7 @@ Two kinds of BPE tokenizers can be carried; any other is refused, since a file t
 near to it gives wrong tokens without a word:
 
     "gpt2"    byte-level. A file has no regular expressions, llama.cpp knows splits by name
-              (tokenizer.ggml.pre): it must be one of ggml.SPLITS.
+              (tokenizer.ggml.pre): it must be one of llama_cpp.SPLITS.
     "llama"   SentencePiece's, with spaces as U+2581 and single bytes for unknown characters. A file
               has a score for each token and no merges: any two neighbours merge whose union is a
               token, the one of the highest score first. So the merges must be all that the tokens
@@ -20,7 +20,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ternarize import ggml
+from ternarize import llama_cpp
 from ternarize.errors import CheckpointError
 from ternarize.evaluate import open_tokenizer
 
@@ -85,11 +85,11 @@ def _space_prefix(directory: Path, definition: dict[str, Any]) -> tuple[bool, li
     """
     normalizer, pre = definition["normalizer"] or {}, definition["pre_tokenizer"] or {}
     steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
-    if not pre and steps in (ggml.PREPEND + ggml.REPLACE, ggml.REPLACE):
-        return bool(steps != ggml.REPLACE), []
+    if not pre and steps in (llama_cpp.PREPEND + llama_cpp.REPLACE, llama_cpp.REPLACE):
+        return bool(steps != llama_cpp.REPLACE), []
     plain = pre.get("type") == "Metaspace" and pre.get("split") is False
     scheme = pre.get("prepend_scheme")
-    if not steps and plain and pre.get("replacement") == ggml.SPACE and scheme in _DIFFERENT:
+    if not steps and plain and pre.get("replacement") == llama_cpp.SPACE and scheme in _DIFFERENT:
         return scheme != "never", _DIFFERENT[scheme]
     shown = json.dumps([normalizer, pre], ensure_ascii=False)
     raise _unknown(directory, f"prepares text by {shown:.200}", "spaces as U+2581, no splits")
@@ -111,7 +111,7 @@ def _scores(
                 raise _unknown(directory, f"merges {made!r} at two places", "one place for each")
             scores[number[made]] = -1.0 - rank
     listed = {(left, right) for left, right in merges}
-    normal = {token for token, kind in zip(tokens, types, strict=True) if kind == ggml.NORMAL}
+    normal = {token for token, kind in zip(tokens, types, strict=True) if kind == llama_cpp.NORMAL}
     for token in normal:
         for cut in range(1, len(token)):
             pair = token[:cut], token[cut:]
@@ -129,19 +129,21 @@ def _split_name(directory: Path, definition: dict[str, Any]) -> str:
     steps = definition["pre_tokenizer"] or {}
     steps = steps.get("pretokenizers", [steps])
     steps = [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]
-    for name, known in ggml.SPLITS.items():
+    for name, known in llama_cpp.SPLITS.items():
         if steps == known:
-            if bool(definition["model"].get("ignore_merges")) != (name in ggml.WHOLE_WORDS):
+            if bool(definition["model"].get("ignore_merges")) != (name in llama_cpp.WHOLE_WORDS):
                 continue
             return name
     shown = json.dumps(steps, ensure_ascii=False)
-    raise _unknown(directory, f"splits text by {shown:.200}", f"one of {', '.join(ggml.SPLITS)}")
+    raise _unknown(
+        directory, f"splits text by {shown:.200}", f"one of {', '.join(llama_cpp.SPLITS)}"
+    )
 
 
 def _tokens(directory: Path, definition: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
     """Every token by its number, and its type."""
     tokens = [f"[PAD{number}]" for number in range(size)]
-    types = [ggml.UNUSED] * size
+    types = [llama_cpp.UNUSED] * size
     added = {each["id"]: each for each in definition["added_tokens"]}
     words = {number: word for word, number in definition["model"]["vocab"].items()}
     words |= {number: each["content"] for number, each in added.items()}
@@ -157,13 +159,15 @@ def _tokens(directory: Path, definition: dict[str, Any], size: int) -> tuple[lis
     if largest >= size:
         raise _unknown(directory, f"has a token {largest}", f"at most {size - 1}, as the model")
     for number, word in words.items():
-        tokens[number], types[number] = word, ggml.NORMAL
+        tokens[number], types[number] = word, llama_cpp.NORMAL
         if word == definition["model"].get("unk_token"):
-            types[number] = ggml.UNKNOWN
+            types[number] = llama_cpp.UNKNOWN
         elif number in added:
-            types[number] = ggml.CONTROL if added[number]["special"] else ggml.USER_DEFINED
+            types[number] = (
+                llama_cpp.CONTROL if added[number]["special"] else llama_cpp.USER_DEFINED
+            )
         elif definition["model"].get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", word):
-            types[number] = ggml.BYTE
+            types[number] = llama_cpp.BYTE
     return tokens, types
 
 

@@ -17,6 +17,7 @@ from ternarize.checkpoint import Checkpoint, locate, open_checkpoint, open_strea
 from ternarize.errors import CheckpointError
 from ternarize.imports.bitnet import bitnet
 from ternarize.imports.common import Imported as Imported
+from ternarize.imports.gguf import open_gguf
 from ternarize.imports.two_bit import gemma, mlx
 
 READERS: tuple[Callable[[Checkpoint], Imported | None], ...] = (bitnet, gemma, mlx)
@@ -36,8 +37,6 @@ def open_source(
     """
     gguf = find_gguf(model)
     if stream is None and gguf is not None:
-        from ternarize.imports.gguf import open_gguf  # which needs transformers
-
         return open_gguf(*gguf)
     if stream is not None:
         return recognize(open_stream(model, stream))

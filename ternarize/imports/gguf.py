@@ -3,7 +3,7 @@
     TQ1_0, TQ2_0    256 weights, one float16 scale
     Q2_0            64 weights, one float16 scale; it could say 2 d as well, and is refused where
                     it does
-    I2_S            a matrix, one float32 scale; see ../ggml.py for its layouts, of which the
+    I2_S            a matrix, one float32 scale; see ggml.py for its layouts, of which the
                     file does not say which it has, so the model's name must: FILE.gguf@x86
 
 Other tensors are decoded by the package `gguf`, or are floats already; they stay dense. Names and
@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ternarize import ggml
+from ternarize import ggml, llama_cpp
 from ternarize.checkpoint import DTYPE_NAMES, MAX_HEADER, TensorInfo, read_bytes
 from ternarize.errors import CheckpointError, FormatError, UsageError
 from ternarize.imports.common import Decode, Imported
@@ -146,7 +146,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], list[Stored]]:
     Every length, count and offset is compared with what the file has before anything is made of it.
     Raises FormatError, or UsageError where the package `gguf` is not installed.
     """
-    sizes = {int(kind): size for kind, size in ggml.import_gguf().GGML_QUANT_SIZES.items()}
+    sizes = {int(kind): size for kind, size in llama_cpp.import_gguf().GGML_QUANT_SIZES.items()}
     sizes |= {block.id: (block.block, block.nbytes) for block in ggml.TYPES.values()}
     sizes[ggml.I2_S_TYPE] = (4, 1)  # and a tail
     with path.open("rb") as file:
@@ -483,7 +483,7 @@ def _llama3(
     rope["factor"] = float(found.max())
     for power in range(4, 24):
         rope["original_max_position_embeddings"] = 1 << power
-        made = ggml.rope_factors(rope, 2 * half)
+        made = llama_cpp.rope_factors(rope, 2 * half)
         if made is not None and torch.allclose(made, found, rtol=1e-5, atol=0):
             return rope
     raise keys.wrong("factors of frequencies", "those of Llama 3.1's rule")
@@ -546,7 +546,7 @@ def open_gguf(path: Path, layout: str | None = None, alone: bool = True) -> Impo
             if logical.group_size is not None:
                 group_sizes[logical.name] = logical.group_size
         if tensor.type not in _FLOATS and not _is_ternary(tensor):
-            rounded[ggml.import_gguf().GGMLQuantizationType(tensor.type).name] += 1
+            rounded[llama_cpp.import_gguf().GGMLQuantizationType(tensor.type).name] += 1
     _check_whole(path.name, config, tensors)
     files, notes = tokenizer_files(path.name, keys, config["vocab_size"])
     if rounded:
@@ -673,7 +673,7 @@ def _decoder(tensor: Stored, layout: str | None, where: str) -> Decode:
     if tensor.type == ggml.I2_S_TYPE:
         assert layout is not None
         return _i2_s(tensor, layout, where)
-    module = ggml.import_gguf()
+    module = llama_cpp.import_gguf()
     kind = module.GGMLQuantizationType(tensor.type)
     try:
         module.dequantize(np.zeros((1, tensor.block[1]), np.uint8), kind)

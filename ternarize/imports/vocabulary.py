@@ -1,7 +1,7 @@
 """A tokenizer of transformers from the vocabulary of a GGUF file; export/vocabulary.py is the way
 back.
 
-    "gpt2"    byte-level BPE, with the split that the file names, one of ggml.SPLITS
+    "gpt2"    byte-level BPE, with the split that the file names, one of llama_cpp.SPLITS
     "llama"   SentencePiece's BPE, as llama.cpp runs it: a space in front if the file says so, the
               two neighbours whose union has the highest score merge first
 
@@ -19,10 +19,10 @@ import numpy as np
 import tokenizers
 import transformers
 
-from ternarize import ggml
+from ternarize import llama_cpp
 from ternarize.errors import FormatError
 
-# other names of splits that llama.cpp treats like those of ggml.SPLITS, in llama-vocab.cpp
+# other names of splits that llama.cpp treats like those of llama_cpp.SPLITS, in llama-vocab.cpp
 _ALSO = {
     **dict.fromkeys(("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral"), "llama-bpe"),
     "deepseek-r1-qwen": "qwen2",
@@ -55,7 +55,7 @@ def tokenizer_files(
         return {}, ["the file has no vocabulary: no tokenizer is written"]
     pre = keys.get("tokenizer.ggml.pre", "default")
     split = _ALSO.get(pre, pre) if isinstance(pre, str) else ""
-    if kind not in ("gpt2", "llama") or (kind == "gpt2" and split not in ggml.SPLITS):
+    if kind not in ("gpt2", "llama") or (kind == "gpt2" and split not in llama_cpp.SPLITS):
         what = f"split {pre!r:.40}" if kind == "gpt2" else f"kind {kind!r:.40}"
         return {}, [f"its vocabulary is of the {what}, which is not known here: {_NONE}"]
     tokens, types = _tokens(where, keys, size)
@@ -69,7 +69,7 @@ def tokenizer_files(
         if kind == "gpt2"
         else _sentencepiece(where, keys, tokens, types)
     )
-    bos_is_usual = kind == "llama" or split in ggml.WHOLE_WORDS  # llama.cpp's defaults
+    bos_is_usual = kind == "llama" or split in llama_cpp.WHOLE_WORDS  # llama.cpp's defaults
     begin, end = (
         keys.get(f"tokenizer.ggml.add_{name}_token", name == "bos" and bos_is_usual) is True
         for name in ("bos", "eos")
@@ -109,7 +109,7 @@ def _tokens(where: str, keys: Mapping[str, Any], size: int) -> tuple[list[str], 
         )
     types = keys.get("tokenizer.ggml.token_type")
     if types is None:
-        return tokens, [ggml.NORMAL] * len(tokens)
+        return tokens, [llama_cpp.NORMAL] * len(tokens)
     integers = isinstance(types, np.ndarray) and types.dtype.kind in "iu"
     if not integers or len(types) != len(tokens):
         raise FormatError(f"{where}: has no type for each token; expected that. Fetch it again.")
@@ -139,8 +139,8 @@ def _added(
 ) -> tokenizers.Tokenizer:
     """The tokens that are found in a text before it is split; they keep their numbers."""
     for kinds, add in (
-        ((ggml.CONTROL, ggml.UNKNOWN), tokenizer.add_special_tokens),
-        ((ggml.USER_DEFINED,), tokenizer.add_tokens),
+        ((llama_cpp.CONTROL, llama_cpp.UNKNOWN), tokenizer.add_special_tokens),
+        ((llama_cpp.USER_DEFINED,), tokenizer.add_tokens),
     ):
         found = [
             tokenizers.AddedToken(token, normalized=False)
@@ -172,11 +172,11 @@ def _byte_level(
         "type": "BPE",
         "vocab": vocabulary,
         "merges": [merge.split(" ") for merge in merges],
-        "ignore_merges": split in ggml.WHOLE_WORDS,
+        "ignore_merges": split in llama_cpp.WHOLE_WORDS,
     }
     steps = [
         {**step, "trim_offsets": True} if step["type"] == "ByteLevel" else step
-        for step in ggml.SPLITS[split]
+        for step in llama_cpp.SPLITS[split]
     ]
     tokenizer = _made(where, model, None, {"type": "Sequence", "pretokenizers": steps})
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -192,7 +192,7 @@ def _sentencepiece(
     normal = {
         token
         for token, kind in zip(tokens, types, strict=True)
-        if kind in (ggml.NORMAL, ggml.USER_DEFINED)
+        if kind in (llama_cpp.NORMAL, llama_cpp.USER_DEFINED)
     }
     value = dict(zip(tokens, scores.tolist(), strict=True))
     merges = [
@@ -211,11 +211,11 @@ def _sentencepiece(
         "unk_token": tokens[unknown] if 0 <= unknown < len(tokens) else None,
     }
     prefix = keys.get("tokenizer.ggml.add_space_prefix", True) is True
-    steps = ggml.PREPEND * prefix + ggml.REPLACE
+    steps = llama_cpp.PREPEND * prefix + llama_cpp.REPLACE
     tokenizer = _made(where, model, {"type": "Sequence", "normalizers": steps}, None)
     decoders = tokenizers.decoders
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(ggml.SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        [decoders.Replace(llama_cpp.SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
         + ([decoders.Strip(" ", 1, 0)] if prefix else [])
     )
     return _added(tokenizer, tokens, types)

@@ -40,11 +40,7 @@ sys.path[:0] = [path for path in (FORMATS,) if path not in sys.path]
 
 import reference  # noqa: E402
 
-from ternarize import (  # noqa: E402
-    codecs,
-    container,
-    ggml,  # noqa: E402
-)
+from ternarize import codecs, container, ggml  # noqa: E402
 from ternarize.checkpoint import byte_view  # noqa: E402
 from ternarize.container import Record  # noqa: E402
 from ternarize.errors import FormatError  # noqa: E402

@@ -289,28 +289,28 @@ def files(starved: Starved, count: int) -> dict[str, Any]:
 def memory(starved: Starved, count: int) -> dict[str, Any]:
     """`count` numbers of threads, each at three limits of memory and three of addresses.
 
-    The limit is what is left when the conversion looks how much that is: what the process has taken
-    by then differs from machine to machine.
+    The limit is set when the conversion asks for it, since what a process has taken by then differs
+    from machine to machine.
     """
-    import ternarize.convert as module
+    from ternarize import convert as pipeline
     from ternarize.plan import plan
-
-    fitting = module.threads_that_fit
 
     trial, worst, fewer = starved.trial, 0.0, 0
     work = plan(trial.source)
 
     def needed(kind: int, threads: int) -> int:
-        extra = (threads + 2) * module._ADDRESSES if kind == resource.RLIMIT_AS else 0
+        extra = (threads + 2) * pipeline._ADDRESSES if kind == resource.RLIMIT_AS else 0
         return work.convert_memory(threads) + extra
 
     def limited(kind: int, column: int, allowed: int) -> Callable[[], None]:
-        def fit(*args: Any) -> int:
+        look = pipeline.memory_left
+
+        def left() -> tuple[float, float]:
             pages = int(Path("/proc/self/statm").read_text().split()[column])
             limit(kind, (pages + 64) * resource.getpagesize() + allowed)  # 64: for the look itself
-            return fitting(*args)
+            return look()
 
-        return lambda: vars(module).update(threads_that_fit=fit)
+        return lambda: vars(pipeline).update(memory_left=left)
 
     for threads in [1, 2, 4, 8][:count]:
         for kind, column in ((resource.RLIMIT_DATA, 5), (resource.RLIMIT_AS, 0)):
