@@ -93,10 +93,15 @@ class Calibrate:
     target_bpw: float | None = None
 
     def __post_init__(self) -> None:
-        counts = range(MAX_COUNT + 1)
+        counts, steps = range(MAX_COUNT + 1), f"0 to {MAX_COUNT} steps"
         for what, value, good, expected in (
             ("num samples", self.num_samples, self.num_samples in counts[1:], f"1 to {MAX_COUNT}"),
-            ("seq len", self.seq_len, self.seq_len is None or self.seq_len > 1, "2 or more"),
+            (
+                "seq len",
+                self.seq_len,
+                self.seq_len is None or self.seq_len in counts[2:],
+                f"2 to {MAX_COUNT}",
+            ),
             ("seed", self.seed, 0 <= self.seed < 2**32, "0 to 4294967295"),
             (
                 "rotation",
@@ -104,8 +109,8 @@ class Calibrate:
                 self.rotation in (0, *BLOCKS),
                 f"0 or one of {', '.join(map(str, BLOCKS))}",
             ),
-            ("reconstruct", self.reconstruct, self.reconstruct in counts, f"0 to {MAX_COUNT}"),
-            ("distill", self.distill, self.distill in counts, f"0 to {MAX_COUNT}"),
+            ("reconstruct", self.reconstruct, self.reconstruct in counts, steps),
+            ("distill", self.distill, self.distill in counts, steps),
             ("window", self.window, 1 <= self.window <= 4, "1 to 4 blocks"),
             (
                 "target bpw",
@@ -295,8 +300,8 @@ class Shard:
         size += -size % 8
         if size > MAX_HEADER:
             raise CheckpointError(
-                f"{self.file}: its {len(self.tensors)} tensors take a header of {size} bytes; "
-                f"expected at most {MAX_HEADER}. Spread the source over more files."
+                f"{self.file} of the result: its {len(self.tensors)} tensors take a header of "
+                f"{size} bytes; expected at most {MAX_HEADER}. Spread the source over more files."
             )
         return 8 + size
 

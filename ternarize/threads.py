@@ -23,7 +23,8 @@ TICK = 0.1  # seconds that a signal may have to wait
 
 _handlers: dict[int, Any] = {}  # of the signals that are held
 _came: list[int] = []
-_ending = False  # whether one of them has raised
+_raised = False  # whether the handler of one of them has raised
+_ending = False  # whether the threads know of it
 
 
 def end_at_once(number: int, frame: FrameType | None) -> None:
@@ -59,11 +60,11 @@ def signals_held() -> Iterator[None]:
 
     Only those that have a handler in Python, and in the main thread. It can be nested.
     """
-    global _ending
+    global _raised, _ending
     if threading.current_thread() is not threading.main_thread() or _handlers:
         yield
         return
-    _ending = False
+    _raised = _ending = False
     _came.clear()
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -97,15 +98,12 @@ def _run(handlers: Mapping[int, Any]) -> None:
 
 
 def let_through() -> None:
-    """Run the handlers of signals that have come and are held; they may raise.
-
-    What comes after one that has raised is no longer held: who asks twice does not want to wait.
-    """
-    global _ending
+    """Run the handlers of signals that have come and are held; they may raise."""
+    global _raised
     if threading.current_thread() is threading.main_thread() and _came and _handlers:
-        _ending = True
+        _raised = True
         _run(_handlers)
-        _ending = False
+        _raised = False
 
 
 def result_of(future: "Future[Result]") -> Result:
@@ -121,13 +119,17 @@ def result_of(future: "Future[Result]") -> Result:
 def thread_pool(threads: int) -> Iterator[ThreadPoolExecutor]:
     """Threads for work that is waited for with `result_of`, or with `wait` and `let_through`.
 
-    Signals are held in it. After an exception, what has not begun is left out.
+    Signals are held in it. After an exception, what has not begun is left out. If a signal has
+    raised it, those that come while the rest ends are no longer held: who asks twice does not want
+    to wait.
     """
+    global _ending
     with signals_held(), ThreadPoolExecutor(threads) as pool:
         try:
             yield pool
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            _ending = _ending or _raised
             raise
 
 

@@ -293,6 +293,7 @@ def test_records_without_text_are_counted(tmp_path: Path) -> None:
         ("num_samples", 0),
         ("num_samples", 2**31),
         ("seq_len", 1),
+        ("seq_len", 10**400),
         ("reconstruct", -1),
         ("reconstruct", 10**400),
         ("distill", 2**31),
@@ -301,6 +302,11 @@ def test_records_without_text_are_counted(tmp_path: Path) -> None:
 def test_numbers_out_of_range_are_refused(file: Path, name: str, value: Any) -> None:
     with pytest.raises(UsageError, match=f"^{name.replace('_', ' ')}: {value}; expected "):
         get(file, **{name: value})
+
+
+def test_large_numbers_are_taken() -> None:
+    most = 2**31 - 1
+    Calibrate(num_samples=most, seq_len=most, reconstruct=most, distill=most)
 
 
 def test_samples_longer_than_the_model_can_take_are_refused(file: Path) -> None:

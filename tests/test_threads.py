@@ -1,5 +1,6 @@
 """Threads end in order when a signal comes."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
@@ -60,6 +62,34 @@ def test_who_asks_again_and_again_does_not_wait_and_leaves_nothing_behind() -> N
             raised += 1
     assert raised >= 1
     assert in_threads(str, range(3), 2) == ["0", "1", "2"]
+
+
+def test_a_second_signal_at_once_leaves_no_work_running() -> None:
+    leave = contextlib._GeneratorContextManager.__exit__.__code__
+    running, sent = set[int](), list[int]()
+
+    def work(n: int) -> None:
+        running.add(n)
+        time.sleep(0.1)
+        running.remove(n)
+
+    def second(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code is leave and not sent:
+            sent.append(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    def first(_: None) -> None:
+        signal.raise_signal(signal.SIGINT)
+        sys.setprofile(second)
+
+    try:
+        in_threads(work, range(50), 2, first)
+    except KeyboardInterrupt:
+        sys.setprofile(None)
+        assert sent
+        assert not running
+    else:
+        pytest.fail("no signal came through")
 
 
 def test_in_another_thread_nothing_is_held(seen: list[int]) -> None:

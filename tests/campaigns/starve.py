@@ -5,7 +5,7 @@
     errors      a call fails with ENOSPC, EDQUOT, EIO, EROFS, EACCES or EMFILE, once or from then on
     permission  folders that cannot be written, a source that cannot be read
     files       too few open files allowed
-    memory      address space of 0.8, 1.0 and 1.2 times the predicted memory
+    memory      0.8, 1.0 and 1.2 times the predicted memory and addresses; far too few
     races       two conversions of one output
     places      an output that is the source, is in it, or is there already
     changes     source files that change during a run, or before it is gone on with
@@ -289,8 +289,8 @@ def files(starved: Starved, count: int) -> dict[str, Any]:
 def memory(starved: Starved, count: int) -> dict[str, Any]:
     """`count` numbers of threads, each at three limits of memory and three of addresses.
 
-    The limit is set when the conversion asks for it, since what a process has taken by then differs
-    from machine to machine.
+    These limits are set when the conversion asks for them, since what a process has taken by then
+    differs from machine to machine; two that no conversion can do with are there from the start.
     """
     from ternarize import convert as pipeline
     from ternarize.plan import plan
@@ -302,24 +302,32 @@ def memory(starved: Starved, count: int) -> dict[str, Any]:
         extra = (threads + 2) * pipeline._ADDRESSES if kind == resource.RLIMIT_AS else 0
         return work.convert_memory(threads) + extra
 
-    def limited(kind: int, column: int, allowed: int) -> Callable[[], None]:
+    def allow(kind: int, allowed: int) -> None:
+        column = {resource.RLIMIT_DATA: 5, resource.RLIMIT_AS: 0}[kind]
+        pages = int(Path("/proc/self/statm").read_text().split()[column])
+        limit(kind, (pages + 64) * resource.getpagesize() + allowed)  # 64: for the look itself
+
+    def limited(kind: int, allowed: int) -> Callable[[], None]:
         look = pipeline.memory_left
 
         def left() -> tuple[float, float]:
-            pages = int(Path("/proc/self/statm").read_text().split()[column])
-            limit(kind, (pages + 64) * resource.getpagesize() + allowed)  # 64: for the look itself
+            allow(kind, allowed)
             return look()
 
         return lambda: vars(pipeline).update(memory_left=left)
 
+    for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS):
+        early = partial(allow, kind, needed(kind, 1) // 8)
+        run = fork(convert(trial.source, trial.output, *trial.options, before=early))
+        starved.check(f"an eighth of {needed(kind, 1)} bytes from the start", run, must_fail=True)
     for threads in [1, 2, 4, 8][:count]:
-        for kind, column in ((resource.RLIMIT_DATA, 5), (resource.RLIMIT_AS, 0)):
+        for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS):
             for factor in (0.8, 1.0, 1.2):
                 allowed = int(factor * needed(kind, threads))
                 out = trial.place.parent / "memory"
                 options = ("--threads", str(threads))
                 work_to_do = convert(
-                    trial.source, trial.output, *options, before=limited(kind, column, allowed)
+                    trial.source, trial.output, *options, before=limited(kind, allowed)
                 )
                 run = fork(_measured(work_to_do, out))
                 fits = allowed >= needed(kind, 1)
