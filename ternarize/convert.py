@@ -72,6 +72,7 @@ from ternarize.fetch import split_id
 from ternarize.imports import Imported
 from ternarize.methods import METHODS, levels
 from ternarize.methods.grouped import distance, fixed_sum
+from ternarize.outputs import check_name, sync_files, sync_names
 from ternarize.plan import (
     GPTQ,
     PIECE,
@@ -474,8 +475,7 @@ def convert(
             "the two. Leave out --stream, or --dataset and --method gptq."
         )
     output = Path(os.path.expanduser(output))
-    if output.name in ("", ".."):  # of "", ".", "/": beside them nothing can be put
-        raise OutputError(f"{output}: exists already; expected a new directory. Name another.")
+    check_name(output)
     device = check_device(device)
     partial = output.with_name(output.name + ".partial")
     if stream:  # one at a time, already when the headers are fetched
@@ -506,7 +506,7 @@ def _alone(partial: Path) -> Iterator[None]:
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         for folder in made:
-            _sync_names(folder.parent)
+            sync_names(folder.parent)
         lock.acquire()
     except Timeout:
         raise OutputError(
@@ -594,7 +594,7 @@ def _run(
         record = conversion.run()
         if (partial / SOURCE).exists():  # of this stream, or of an earlier one that was killed
             shutil.rmtree(partial / SOURCE)
-        _sync_files(partial)
+        sync_files(partial, but=".safetensors")
         partial.rename(output)
         _tidy(output)
     except (CheckpointError, FormatError, UsageError) as error:
@@ -676,11 +676,11 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 def _tidy(output: Path) -> None:
     """Bring the final name to the disk, and only then remove what a resumed run would need."""
-    _sync_names(output.parent)
+    sync_names(output.parent)
     if (output / CALIBRATION).exists():
         shutil.rmtree(output / CALIBRATION)
     (output / JOURNAL).unlink()  # last: it tells that this has not been done
-    _sync_names(output)
+    sync_names(output)
 
 
 def _finished(work: Plan, output: Path) -> dict[str, Any] | None:
@@ -1252,24 +1252,3 @@ def _write_all(file: FileIO, data: Tensor) -> None:
     view, done = data.numpy().data, 0
     while done < len(view):
         done += file.write(view[done:])
-
-
-def _sync_files(directory: Path) -> None:
-    """Bring the small files of a directory to the disk, and the names of all."""
-    for path in directory.rglob("*"):
-        if path.is_dir():
-            _sync_names(path)
-        elif path.is_file() and path.suffix != ".safetensors":
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-    _sync_names(directory)
-
-
-def _sync_names(directory: Path) -> None:
-    """Bring a directory's list of names to the disk."""
-    if os.name == "posix":
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -701,7 +701,7 @@ def test_a_break_before_the_last_rename_can_be_resumed(
 ) -> None:
     (source / "journal.jsonl").write_text("{}")  # a file of the source, not ours
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_sync_files", _die)
+        patch.setattr(pipeline, "sync_files", _die)
         with pytest.raises(Break):
             convert(source, tmp_path / "out")
     convert(source, tmp_path / "out")

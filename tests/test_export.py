@@ -1110,6 +1110,26 @@ def test_an_output_appears_whole_or_not_at_all(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["late", "out"]
 
 
+@pytest.mark.parametrize("to", ["gguf", "dense"])
+def test_an_output_is_on_the_disk_before_it_has_its_name(
+    packed: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    sync, rename, synced = os.fsync, Path.rename, set[int]()
+
+    def syncing(handle: int) -> None:
+        synced.add(os.fstat(handle).st_ino)
+        sync(handle)
+
+    def renaming(path: Path, target: Path) -> Path:
+        assert {each.stat().st_ino for each in (path, *path.rglob("*"))} <= synced
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(Path, "rename", renaming)
+    export(packed(256), tmp_path / "out", to)
+    assert tmp_path.stat().st_ino in synced, "and then the name itself"
+
+
 def test_damage_is_found_first(packed: Callable[..., Path], tmp_path: Path) -> None:
     changed = rewrite(packed(256), tmp_path / "changed", lambda tensors, records: None)
     data = bytearray((changed / "model.safetensors").read_bytes())

@@ -9,7 +9,6 @@ weight, and measured:
 """
 
 import math
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from ternarize.container import SCALE_SUFFIX, Record
 from ternarize.errors import CheckpointError, OutputError
 from ternarize.load import usable
 from ternarize.methods import itf
+from ternarize.outputs import check_name, sync_files, sync_names
 from ternarize.tensor import Ternary, group_length
 from ternarize.verify import open_packed
 
@@ -235,8 +235,7 @@ def fresh_output(packed: PackedCheckpoint, output: Path, *, folder: bool) -> Ite
     Raises OutputError where something has the name already, or nothing can be written.
     """
     source = packed.directory.resolve()
-    if output.name in ("", ".."):
-        raise OutputError(f"{output}: exists already; expected a new name. Name another.")
+    check_name(output)
     _check_free(output)
     if source in output.resolve().parents:
         raise OutputError(
@@ -257,9 +256,10 @@ def fresh_output(packed: PackedCheckpoint, output: Path, *, folder: bool) -> Ite
         ) from None
     try:
         yield partial
-        _sync(partial)
+        sync_files(partial)
         _check_free(output)  # again: a rename would replace what has come in the meantime
         partial.rename(output)
+        sync_names(output.parent)
     except OSError as error:
         raise OutputError(
             f"{partial}: cannot be written ({error.strerror or error}). Make room or permission."
@@ -274,10 +274,3 @@ def fresh_output(packed: PackedCheckpoint, output: Path, *, folder: bool) -> Ite
 def _check_free(output: Path) -> None:
     if output.exists() or output.is_symlink():
         raise OutputError(f"{output}: exists already; expected a new name. Remove it or change it.")
-
-
-def _sync(path: Path) -> None:
-    for file in path.rglob("*") if path.is_dir() else [path]:
-        if file.is_file():
-            with file.open("rb+") as handle:
-                os.fsync(handle.fileno())
