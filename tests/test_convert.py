@@ -429,7 +429,7 @@ def test_bytes_that_did_not_reach_the_disk_are_written_again(
     assert digest_of(tmp_path / "packed") == digest_of(tmp_path / "whole")
 
 
-def _die(*_: Any) -> Any:
+def _die(*_: Any, **__: Any) -> Any:
     raise Break
 
 
