@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import ternarize
 from ternarize.convert import convert
+from ternarize.decode import cache_of
 from ternarize.evaluate import cut_windows, open_tokenizer, read_documents
 from ternarize.export import export
 from ternarize.plan import Recipe
@@ -60,9 +61,10 @@ model = transformers.AutoModelForCausalLM.from_pretrained(job["path"], dtype=tor
 torch.set_grad_enabled(False)
 logits = np.stack([model(torch.tensor([w])).logits[0].numpy() for w in windows])
 out = model(torch.tensor([flat[:prompt]]), use_cache=True)
+(name,) = {"cache", "past_key_values"}.intersection(out)  # by the version of transformers
 began = time.perf_counter()
 for token in flat[prompt : prompt + written]:
-    out = model(torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True)
+    out = model(torch.tensor([[token]]), use_cache=True, **{name: out[name]})
 """,
     "mlx": """
 import mlx.core as mx, mlx_lm
@@ -178,8 +180,7 @@ def here(packed: Path, windows: Tensor) -> tuple[Tensor, float]:
         out = model(flat[None, :PROMPT], use_cache=True)
         began = time.perf_counter()
         for token in flat[PROMPT : PROMPT + WRITTEN]:
-            cache = out.past_key_values
-            out = model(token.view(1, 1), past_key_values=cache, use_cache=True)
+            out = model(token.view(1, 1), use_cache=True, **cache_of(out))
         seconds = time.perf_counter() - began
     return logits, WRITTEN / seconds
 

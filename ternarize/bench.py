@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ternarize import kernels
-from ternarize.decode import Decoder, can_decode
+from ternarize.decode import Decoder, cache_of, can_decode
 from ternarize.errors import UsageError
 from ternarize.evaluate import max_positions
 from ternarize.generate import check_continues
@@ -97,7 +97,7 @@ def run(model: Model, prompt: int, decode: int, batch: int = 1) -> tuple[float, 
                 decoder.step(decoder.logits.argmax(-1))
         else:
             out = model(ids, use_cache=True, logits_to_keep=1)
-            if getattr(out, "past_key_values", None) is None:
+            if not cache_of(out):
                 raise UsageError(
                     f"{type(model).__name__}: keeps no keys and values from token to token; "
                     "expected a model that does. Measure another."
@@ -105,7 +105,7 @@ def run(model: Model, prompt: int, decode: int, batch: int = 1) -> tuple[float, 
             read = time.perf_counter()
             for _ in range(decode):
                 token = out.logits[:, -1].argmax(-1, keepdim=True)
-                out = model(token, past_key_values=out.past_key_values, use_cache=True)
+                out = model(token, use_cache=True, **cache_of(out))
         done = time.perf_counter()
     return read - began, done - read
 

@@ -37,7 +37,17 @@ CLASSES = (
 FEW = 4  # texts, for which the core multiplies dense weights: more are faster in torch
 HIDDEN_ACTS = ("silu", "relu2")
 ROPES = ("default", "linear", "llama3", "yarn")  # the same for any length of text
+# What transformers calls a model's memory of a text: now, and before (that of state-space models)
+CACHES = ("cache", "past_key_values", "cache_params")
 Model = Any
+
+
+def cache_of(output: Any) -> dict[str, Any]:
+    """The memory that a model's output gives back, as the argument with which the next call has it.
+
+    Empty where it gives none back: the model keeps none, or under a name of its own.
+    """
+    return {name: output[name] for name in output if name in CACHES}
 
 
 def can_decode(model: Model, capacity: int) -> bool:
@@ -112,7 +122,8 @@ class Decoder:
         cosine, sine = body.rotary_emb(self.logits, position_ids=torch.arange(capacity)[None])
         self.rotary = cosine[0].contiguous(), sine[0].contiguous()
         self.x = self._new(model.config.hidden_size)
-        for layer, filled in zip(body.layers, out.past_key_values.layers, strict=True):
+        (cache,) = cache_of(out).values()
+        for layer, filled in zip(body.layers, cache.layers, strict=True):
             _, kv_heads, _, dim = filled.keys.shape
             keys = filled.keys.new_empty(self.batch, kv_heads, dim, capacity)
             values = filled.values.new_empty(self.batch, kv_heads, capacity, dim)

@@ -17,6 +17,7 @@ from ternarize.convert import convert
 from ternarize.decode import (
     Decoder,
     attention,
+    cache_of,
     can_decode,
     gated,
     prepared_attention,
@@ -71,7 +72,7 @@ def both(model: Any, ids: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         assert torch.equal(decoder.logits, out.logits[:, -1])
         for i in range(steps):
             ours.append(decoder.step(more[:, i]))
-            out = model(more[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
+            out = model(more[:, i : i + 1], use_cache=True, **cache_of(out))
             theirs.append(out.logits[:, -1])
     return torch.stack(ours), torch.stack(theirs)
 

@@ -53,6 +53,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ternarize.checkpoint import byte_view
+from ternarize.decode import CACHES
 from ternarize.errors import CheckpointError, UsageError, first_line
 from ternarize.evaluate import (
     CAUSAL,
@@ -216,7 +217,7 @@ def kind_of(model_class: Any, config: Any) -> str:
         return TENSORS
     if "decoder_input_ids" in takes:
         return ENCODER_DECODER
-    cached = {"past_key_values", "cache_params", "use_cache"} & set(takes)
+    cached = {*CACHES, "use_cache"} & set(takes)
     looks_back = getattr(config.get_text_config(), "is_decoder", True) is not False
     # GPT-NeoX says is_decoder=False and is a decoder: that a model generates tells more
     if model_class.can_generate() or (cached and looks_back):

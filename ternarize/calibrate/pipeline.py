@@ -21,6 +21,7 @@ from ternarize.calibrate.run import Calibration, open_solved, write_whole
 from ternarize.checkpoint import Checkpoint
 from ternarize.codecs import scale_values
 from ternarize.container import Record
+from ternarize.decode import cache_of
 from ternarize.errors import CheckpointError, OutputError, QualityError
 from ternarize.evaluate import (
     CAUSAL,
@@ -220,13 +221,13 @@ class _Writer:
         if self.model is None:
             self.model = self.model_class.from_pretrained(self.directory, dtype="auto").eval()
         model: Any = self.model
-        ids, step, cache = prompt, prompt, None
-        while ids.shape[1] < length:
-            output = model(input_ids=step, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+        ids, cache = prompt, dict[str, Any]()
+        while ids.shape[1] < length:  # a model without a memory reads all of it again
+            output = model(input_ids=ids[:, -1:] if cache else ids, use_cache=True, **cache)
+            cache = cache_of(output)
             probabilities = output.logits[:, -1].float().softmax(-1).cpu()
-            step = torch.multinomial(probabilities, 1, generator=generator)
-            ids = torch.cat([ids, step], 1)
+            new = torch.multinomial(probabilities, 1, generator=generator)
+            ids = torch.cat([ids, new], 1)
         return ids[:, :length].clone()
 
 
