@@ -1,10 +1,14 @@
 """How much of a model is left after conversion, measured on a text.
 
-Language models. The text is split into documents at lines `<|doc|>`; each begins with the
-tokenizer's bos token (eos where there is none); all are joined and cut into windows of `seq_len`
-tokens without overlap, and what is left over at the end is not used. Positions 2..n of a window
-count, each predicted from the tokens before it in its window. For the next-token distributions
-P of the source and Q of the packed model, and the true token t:
+Language models. The text is split into documents at lines `<|doc|>`; each begins with what the
+tokenizer itself puts in front of a text (its prefix: Gemma's `<bos>`; where it puts nothing, with
+the bos token, or eos where there is none); all are joined and cut into windows of `seq_len` tokens
+without overlap, and what is left over at the end is not used. Every window begins with the prefix:
+one that begins in the midst of a document has it in front of the next seq_len - len(prefix) tokens,
+one that begins with a document has its own. A model that parks its attention on the first token
+is not itself without it. Positions 2..n of a window count (behind the prefix, where that is longer
+than one token), each predicted from the tokens before it in its window. For the next-token
+distributions P of the source and Q of the packed model, and the true token t:
 
     perplexity        exp(mean of -ln Q(t))
     KL divergence     mean of sum_v P(v) ln(P(v) / Q(v)), nats per token
@@ -29,7 +33,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -39,11 +43,12 @@ from ternarize.checkpoint import locate, read_config
 from ternarize.errors import CheckpointError, UsageError
 from ternarize.imports import Imported, find_gguf, open_source
 from ternarize.load import load, usable
+from ternarize.places import locate as locate_tensors
 from ternarize.progress import Progress
-from ternarize.select import locate as locate_tensors
 from ternarize.tensor import check_device
 
 SEPARATOR = "<|doc|>"
+DEFAULT = "default"  # the text that comes with the package, in place of a file
 CAUSAL, ENCODER = "causal language model", "encoder"
 SUPPORTED = "causal language models and text encoders can be evaluated"
 # Logits of a batch are the largest thing in memory beside the weights: float32, one per word of
@@ -80,7 +85,8 @@ def evaluate(
 
     packed       directory or Hub id; an ordinary checkpoint can be measured too
     source       the checkpoint that `packed` was made from; encoders need it
-    text         UTF-8 file: documents separated by lines `<|doc|>`; for encoders a text per line
+    text         UTF-8 file: documents separated by lines `<|doc|>`; for encoders a text per line.
+                 "default": a text that comes with ternarize
     seq_len      tokens of a window; of an encoder's line at most
     max_tokens   use no more than the first tokens of the text
     batch_size   windows or lines at a time; None: what keeps a model's logits in 256 MB
@@ -91,8 +97,9 @@ def evaluate(
     progress     called after each batch with (windows or lines done, in all, what is known so far,
                  "evaluating")
 
-    Returns plain data: "kind", what was read ("tokens", "windows" or "lines", ...), and measures,
-    each {"value", "standard_error"} (None for a single window):
+    Returns plain data: "kind", what was read ("tokens", what windows begin with among them,
+    "windows" or "lines", ..., "windows_begin_with": the tokens that every window has in front), and
+    measures, each {"value", "standard_error"} (None for a single window):
 
         causal language models   perplexity; with a source also source_perplexity,
                                  perplexity_ratio, kl_divergence (nats per token), top1_agreement
@@ -110,6 +117,29 @@ def evaluate(
             raise UsageError(f"{name}: {value}; expected at least {least}. Use a larger number.")
     dtype = _dtype(dtype, device)
     device = device if device == "auto" else check_device(device)
+    work = prepare(packed, source, text, seq_len, max_tokens)
+    models = work.load(device, dtype, activations, head)
+    measures = work.measure(models, batch_size, progress)
+    return {
+        "kind": work.kind,
+        "model": str(packed),
+        "source": None if source is None else str(source),
+        "text": str(text),
+        **work.read(),
+        "dtype": str(models[0].dtype)[6:],
+        "device": str(models[0].device),
+        **measures,
+    }
+
+
+def prepare(
+    packed: str | Path,
+    source: str | Path | None,
+    text: str | Path,
+    seq_len: int,
+    max_tokens: int | None = None,
+) -> "Work":
+    """Find the checkpoints and cut the text; no weight is read. Arguments, errors: `evaluate`."""
     checkpoints = [_Checkpoint.at(path) for path in (packed, source) if path is not None]
     ours = checkpoints[0]
     if len({checkpoint.kind for checkpoint in checkpoints}) > 1:
@@ -126,38 +156,82 @@ def evaluate(
         )
     _check_vocabularies(checkpoints)
     tokenizer = _shared_tokenizer(checkpoints)
-    documents = read_documents(text)
-    result: dict[str, Any] = {
-        "kind": ours.kind,
-        "model": str(packed),
-        "source": None if source is None else str(source),
-        "text": str(text),
-        "seq_len": seq_len,
-    }
+    documents = read_documents(own_text() if str(text) == DEFAULT else text)
+    where = str(text)
     if ours.kind == CAUSAL:
         check_seq_len(seq_len, min(max_positions(each.config) for each in checkpoints))
-        windows = cut_windows(documents, tokenizer, seq_len, max_tokens, where=str(text))
-        _check_ids(windows, ours, str(text))
-        if batch_size is None:
-            vocabulary = max(vocabulary_size(checkpoint.config) or 1 for checkpoint in checkpoints)
-            batch_size = LOGITS_BYTES // (4 * seq_len * vocabulary)
-            batch_size = min(max(1, batch_size), MAX_BATCH)
-        models = [ours.load(device, dtype, activations, head)]
-        models += [checkpoint.load(device, dtype) for checkpoint in checkpoints[1:]]
-        measures = compare_windows(models, windows, batch_size, progress)
-        result |= {"tokens": windows.numel(), "windows": len(windows)}
-    else:
-        lines = [line for document in documents for line in document.splitlines() if line.strip()]
-        length = min(seq_len, *(longest_text(each.config, tokenizer) for each in checkpoints))
-        ids = _encode_lines(lines, tokenizer, length, max_tokens, where=str(text))
-        models = [ours.load(device, dtype, activations, head)]
-        models += [checkpoint.load(device, dtype) for checkpoint in checkpoints[1:]]
-        measures = _compare_lines(models, ids, tokenizer, batch_size or MAX_BATCH, progress)
-        at = measures["cosine"].pop("at")
-        measures["cosine"]["minimum_line"] = lines[at]
-        result |= {"seq_len": length, "tokens": sum(map(len, ids)), "lines": len(ids)}
-    where = models[0].device
-    return result | {"dtype": str(models[0].dtype)[6:], "device": str(where)} | measures
+        windows = cut_windows(documents, tokenizer, seq_len, max_tokens, where=where)
+        _check_ids(windows, ours, where)
+        return Work(checkpoints, tokenizer, windows, frame(tokenizer).prefix, [], seq_len)
+    lines = [line for document in documents for line in document.splitlines() if line.strip()]
+    length = min(seq_len, *(longest_text(each.config, tokenizer) for each in checkpoints))
+    ids = _encode_lines(lines, tokenizer, length, max_tokens, where=where)
+    return Work(checkpoints, tokenizer, ids, [], lines, length)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What `evaluate` will measure on what, before weights are loaded.
+
+    checkpoints  the packed one, and its source if there is one
+    ids          windows (n, seq_len) int64, or the token ids of an encoder's lines
+    prefix       tokens that every window begins with
+    lines        of the text, for encoders
+    """
+
+    checkpoints: "list[_Checkpoint]"
+    tokenizer: Any
+    ids: "Tensor | list[list[int]]"
+    prefix: list[int]
+    lines: list[str]
+    seq_len: int
+
+    @property
+    def kind(self) -> str:
+        """CAUSAL or ENCODER."""
+        return self.checkpoints[0].kind
+
+    def read(self) -> dict[str, Any]:
+        """What is read, in plain data."""
+        if isinstance(self.ids, Tensor):
+            return {
+                "seq_len": self.seq_len,
+                "tokens": self.ids.numel(),
+                "windows": len(self.ids),
+                "windows_begin_with": names_of(self.prefix, self.tokenizer),
+            }
+        tokens = sum(map(len, self.ids))
+        return {"seq_len": self.seq_len, "tokens": tokens, "lines": len(self.ids)}
+
+    def batch_size(self) -> int:
+        """Windows or lines at a time where nobody says how many."""
+        if self.kind != CAUSAL:
+            return MAX_BATCH
+        vocabulary = max(vocabulary_size(each.config) or 1 for each in self.checkpoints)
+        return min(max(1, LOGITS_BYTES // (4 * self.seq_len * vocabulary)), MAX_BATCH)
+
+    def load(
+        self,
+        device: str,
+        dtype: torch.dtype | None,
+        activations: str | None = None,
+        head: str | None = None,
+    ) -> list[Model]:
+        """The models of the checkpoints; `activations` and `head` are of the packed one."""
+        models = [self.checkpoints[0].load(device, dtype, activations, head)]
+        return models + [each.load(device, dtype) for each in self.checkpoints[1:]]
+
+    def measure(
+        self, models: Sequence[Model], batch_size: int | None, progress: Progress | None
+    ) -> dict[str, dict[str, Any]]:
+        """The measures of `evaluate`."""
+        size = batch_size or self.batch_size()
+        if isinstance(self.ids, Tensor):
+            first = max(1, len(self.prefix))
+            return compare_windows(models, self.ids, size, progress, first=first)
+        measures = _compare_lines(models, self.ids, self.tokenizer, size, progress)
+        measures["cosine"]["minimum_line"] = self.lines[measures["cosine"].pop("at")]
+        return measures
 
 
 # --- language models ----------------------------------------------------------------------------
@@ -199,30 +273,116 @@ def cut_windows(
 ) -> Tensor:
     """Tokenize documents and cut them into (windows, seq_len) token ids, int64.
 
+    max_tokens  of the joined documents that are used; what is put in front of windows is not among
+                them
+
     Raises UsageError when there are too few tokens for one window.
     """
-    begin = first_token(tokenizer)
+    begin, prefix = beginning(tokenizer), frame(tokenizer).prefix
     ids: list[int] = []
     for document in documents:
-        ids += [] if begin is None else [begin]
+        ids += begin
         ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
         if max_tokens is not None and len(ids) >= max_tokens:
             break
     ids = ids[:max_tokens]
-    count = len(ids) // seq_len
-    if not count:
+    windows = cut(ids, prefix, seq_len)
+    if not windows:
         raise UsageError(
             f"{where}: {len(ids)} tokens are used; expected at least one window of {seq_len}. "
             "Give a longer text or more tokens, or use shorter windows (--seq-len)."
         )
-    return torch.tensor(ids[: count * seq_len], dtype=torch.int64).view(count, seq_len)
+    return torch.tensor(windows, dtype=torch.int64)
 
 
-def first_token(tokenizer: Any) -> int | None:
-    """The token that a document begins with: bos, or eos where there is none."""
-    bos: int | None = tokenizer.bos_token_id
-    eos: int | None = tokenizer.eos_token_id
-    return eos if bos is None else bos
+def cut(ids: Sequence[int], prefix: Sequence[int], seq_len: int) -> list[list[int]]:
+    """Cut joined documents into windows of seq_len tokens, each of which begins with `prefix`.
+
+    Every token is in one window, in order, but for what is left over at the end. Where the next
+    token belongs to a prefix that stands in the text, the window begins with that one alone.
+
+    Example: cut([1, 5, 6, 7, 1, 8, 9], [1], 3) -> [[1, 5, 6], [1, 7, 1], [1, 8, 9]]
+
+    Raises UsageError when a window has no room for more than the prefix.
+    """
+    check_room(seq_len, prefix)
+    own, at = len(prefix), 0
+    windows: list[list[int]] = []
+    while True:
+        for before in range(own):  # tokens of a standing prefix that the last window has
+            start = at - before
+            if start >= 0 and list(ids[start : start + own]) == list(prefix):
+                at = start + own
+                break
+        if len(ids) - at < seq_len - own:
+            return windows
+        windows.append([*prefix, *ids[at : at + seq_len - own]])
+        at += seq_len - own
+
+
+def check_room(seq_len: int, prefix: Sequence[int]) -> None:
+    """Raise UsageError for windows that have no room for more than what they begin with."""
+    if seq_len <= len(prefix):
+        raise UsageError(
+            f"sequence length: {seq_len}; expected more than the {len(prefix)} tokens that the "
+            "tokenizer puts in front of a text. Use a larger number (--seq-len)."
+        )
+
+
+class Frame(NamedTuple):
+    """The ids that a tokenizer itself puts before and behind a text."""
+
+    prefix: list[int]
+    suffix: list[int]
+
+
+PROBES = ("a", "the", "1", ".")  # texts that hardly a tokenizer has no token for
+
+
+def frame(tokenizer: Any) -> Frame:
+    """What a tokenizer puts around a text: BERT's [CLS] and [SEP], Gemma's <bos> and nothing.
+
+    It is told from what one gives for a short text with and without special tokens; where the text
+    itself comes out in other tokens with them, from the mask that says which tokens are special.
+
+    Raises CheckpointError where neither tells.
+    """
+    for probe in PROBES:
+        bare = tokenizer(probe, add_special_tokens=False, verbose=False)["input_ids"]
+        whole = tokenizer(probe, return_special_tokens_mask=True, verbose=False)
+        full, mask = whole["input_ids"], whole["special_tokens_mask"]
+        if bare == full:
+            return Frame([], [])
+        length = len(bare)
+        places = [at for at in range(len(full)) if bare and full[at : at + length] == bare]
+        if len(places) == 1:
+            return Frame(full[: places[0]], full[places[0] + length :])
+        text = [at for at, special in enumerate(mask) if not special]
+        if bare and text and len(full) > len(text) == text[-1] - text[0] + 1:
+            return Frame(full[: text[0]], full[text[-1] + 1 :])
+    raise CheckpointError(
+        f"{type(tokenizer).__name__}: gives {full} for {probe!r}, and {bare} without special "
+        "tokens; expected to see which of them it puts before a text and which behind. Repair the "
+        "tokenizer."
+    )
+
+
+def beginning(tokenizer: Any) -> list[int]:
+    """What a document begins with: the tokenizer's prefix, or else bos, or eos without that."""
+    prefix = frame(tokenizer).prefix
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return prefix or [token for token in (bos, eos) if token is not None][:1]
+
+
+def names_of(ids: Sequence[int], tokenizer: Any) -> list[str]:
+    """The tokens of some ids as the vocabulary writes them."""
+    names: list[str] = tokenizer.convert_ids_to_tokens(list(ids))
+    return names
+
+
+def own_text() -> Path:
+    """The text that comes with the package, to calibrate on and to measure with."""
+    return Path(__file__).with_name("calibrate") / "default.txt"
 
 
 def compare_windows(
@@ -230,11 +390,14 @@ def compare_windows(
     windows: Tensor,
     batch_size: int = MAX_BATCH,
     progress: Progress | None = None,
+    *,
+    first: int = 1,
 ) -> dict[str, dict[str, Any]]:
     """Measures of one model, or of a model and its source, on the same windows.
 
     models   (packed,) or (packed, source); causal language models, on any device
     windows  (windows, seq_len) int64 token ids
+    first    position of a window, from 0, whose token is the first to be predicted
 
     Returns the measures of `evaluate`. Raises CheckpointError when logits are not finite.
     """
@@ -243,7 +406,7 @@ def compare_windows(
         batch = windows[start : start + batch_size]
         logits = [_logits(model, batch) for model in models]
         for index, window in enumerate(batch):
-            per_window.append(compare_logits([each[index] for each in logits], window))
+            per_window.append(compare_logits([each[index] for each in logits], window, first))
         if progress is not None:
             so_far = torch.tensor([row[0] for row in per_window], dtype=torch.float64).mean()
             known = f"perplexity {_exp(float(so_far)):.2f}"
@@ -279,19 +442,21 @@ def _logits(model: Model, batch: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def compare_logits(logits: Sequence[Tensor], window: Tensor) -> list[float]:
+def compare_logits(logits: Sequence[Tensor], window: Tensor, first: int = 1) -> list[float]:
     """Means over the positions of one window: -ln Q(t) and, with a source, -ln P(t), KL, top-1.
 
     logits  of one model, or of a model and its source: (seq_len - 1, vocabulary) float each
     window  (seq_len,) int64 token ids
+    first   position, from 0, whose token is the first to be predicted
 
     Returns 1 or 4 numbers; KL in nats.
     """
-    first = [each.to(logits[0].device, torch.float32).log_softmax(-1) for each in logits]
-    target = window[1:, None].to(first[0].device)
-    values = [-each.gather(-1, target) for each in first]
-    if len(first) > 1:
-        q, p = first
+    device = logits[0].device
+    logs = [each[first - 1 :].to(device, torch.float32).log_softmax(-1) for each in logits]
+    target = window[first:, None].to(device)
+    values = [-each.gather(-1, target) for each in logs]
+    if len(logs) > 1:
+        q, p = logs
         # a word that the source excludes (logit -inf) adds 0 ln 0 = 0
         values.append(torch.where(p == -math.inf, 0.0, p.exp() * (p - q)).sum(-1))
         values.append((p.argmax(-1) == q.argmax(-1)).float())

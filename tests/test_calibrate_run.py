@@ -15,6 +15,7 @@ import tiny_models
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from test_evaluate import word_tokenizer
 from torch import Tensor
 
 import ternarize
@@ -22,6 +23,7 @@ from ternarize.calibrate import gptq, pipeline, reconstruct, run
 from ternarize.calibrate.gptq import solve
 from ternarize.convert import convert
 from ternarize.errors import CheckpointError, SelectionError, UsageError, WeightError
+from ternarize.evaluate import compare_logits, summarize
 from ternarize.methods import absmean
 from ternarize.plan import Recipe, check_fused, plan
 from ternarize.progress import Progress
@@ -446,6 +448,38 @@ def test_data_that_the_model_cannot_take_are_told_in_one_line(
     save_file({"inputs_embeds": torch.randn(20, 8, 63)}, path)
     with pytest.raises(CheckpointError, match="its forward fails on the calibration data"):
         convert(llama[0], tmp_path / "packed", calibrating.recipe(path))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_inputs_in_another_dtype_calibrate_as_in_that_of_the_model(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    source = calibrating.save("vit", tmp_path / "source")
+    rounded = {n: t.half() for n, t in calibrating.inputs("vit", 20).items()}
+    for name, own in (("own", dtype), ("float32", torch.float32)):
+        save_file({n: t.to(own) for n, t in rounded.items()}, tmp_path / f"{name}.safetensors")
+        recipe = calibrating.recipe(tmp_path / f"{name}.safetensors", num_samples=8)
+        convert(source, tmp_path / name, recipe)
+    ours, theirs = (load_file(tmp_path / n / "model.safetensors") for n in ("own", "float32"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_what_windows_begin_with_is_on_record(tmp_path: Path, seen: Seen) -> None:
+    source = calibrating.save("llama", tmp_path / "source")
+    word_tokenizer(around="<s> w9 $A </s>").save_pretrained(source)
+    (tmp_path / "text.txt").write_text("\n<|doc|>\n".join(f"w{at} " * 30 for at in range(10, 60)))
+    recipe = calibrating.recipe(tmp_path / "text.txt", num_samples=8, seq_len=16)
+    record = convert(source, tmp_path / "packed", recipe)
+    found = record["calibration"]
+    assert found["data"]["windows_begin_with"] == ["<s>", "w9"]
+    # the figures are of what is predicted behind that
+    columns = [
+        compare_logits([o.logits[row, :-1] for o in (packed, theirs)], ids, 2)
+        for batch, theirs, packed in seen
+        for row, ids in enumerate(batch["input_ids"])
+    ]
+    assert all(ids[:2].tolist() == [1, 9] for batch, _, _ in seen for ids in batch["input_ids"])
+    assert found["quality"] == summarize(torch.tensor(columns, dtype=torch.float64).T)
 
 
 def test_tensors_of_one_parameter_must_have_one_form(tmp_path: Path) -> None:

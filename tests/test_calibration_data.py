@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import re
@@ -37,18 +38,19 @@ TEMPLATE = (
 )
 
 
-def tokenizer(*, bos: bool = True, framed: bool = False, size: int = 160) -> Any:
+def tokenizer(
+    *, bos: bool = True, framed: bool = False, size: int = 160, around: str = "<s> $A </s>"
+) -> Any:
     """Ids 0, 1, 2, 3 are <pad>, <s>, </s>, user; `w7` is 7, other words are `w4`.
 
-    framed: a text stands between <s> and </s>, as BERT's between [CLS] and [SEP].
+    framed: a text stands in `around`: between <s> and </s>, as BERT's between [CLS] and [SEP].
     """
     names = ["<pad>", "<s>", "</s>", "user", *(f"w{index}" for index in range(4, size))]
     words = Tokenizer(models.WordLevel({name: at for at, name in enumerate(names)}, "w4"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if framed:
-        words.post_processor = processors.TemplateProcessing(
-            single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-        )
+        special = [(name, names.index(name)) for name in around.split() if name != "$A"]
+        words.post_processor = processors.TemplateProcessing(single=around, special_tokens=special)
     begin = {"bos_token": "<s>", "eos_token": "</s>"} if bos else {}
     return Fast(tokenizer_object=words, pad_token="<pad>", **begin)
 
@@ -82,6 +84,7 @@ def document(index: int, length: int = 20) -> str:
 
 
 DOCUMENTS = [document(index) for index in range(30)]
+DIGEST = "601e4ac148e7c101"  # of 10 samples of 8 of their tokens
 
 
 def text(path: Path, documents: list[str]) -> Path:
@@ -398,8 +401,10 @@ def test_too_little_text_is_used_up_and_said_so(tmp_path: Path) -> None:
     found = get(text(tmp_path / "a.txt", DOCUMENTS), num_samples=500)
     # 30 documents of 21 tokens make 78 windows of 8
     assert 50 <= found.description["samples"] == len(rows(found.batches)) < 78
+    sizes = [found.description[name] for name in ("samples", "heldout_samples", "report_samples")]
     assert found.description["notes"] == [
-        f"500 samples were asked for, {found.description['samples']} could be made"
+        "500 samples were asked for; the data make {} to calibrate on, {} to choose by and {} to "
+        "report on".format(*sizes)
     ]
 
 
@@ -434,6 +439,77 @@ def test_windows_of_a_language_model_begin_documents_with_bos(file: Path) -> Non
 def test_no_bos_is_made_up(file: Path) -> None:
     ids = {token for row in all_ids(get(file, words=tokenizer(bos=False))) for token in row}
     assert min(ids) >= 10
+
+
+@pytest.mark.parametrize("around", ["<s> $A", "<s> $A </s>"])
+def test_every_window_begins_with_what_the_tokenizer_puts_in_front(file: Path, around: str) -> None:
+    words = tokenizer(framed=True, around=around)
+    found = get(file, words=words, num_samples=50, seq_len=8)
+    assert found.description["windows_begin_with"] == ["<s>"]
+    for row in all_ids(found):
+        assert row[0] == 1 and 2 not in row and row.count(1) <= 2
+        # a document of 20 words begins once in 21 tokens, and a window that it begins with once
+        assert all(token >= 10 or before != 1 for before, token in itertools.pairwise(row))
+    every = data._windows([data._Document(each) for each in DOCUMENTS], words, 8)
+    used = [token for row in every for token in row if token >= 10]
+    text_ids = [token for each in DOCUMENTS for token in words(each).input_ids if token >= 10]
+    assert used == text_ids[: len(used)] and len(text_ids) - len(used) < 7
+
+
+def test_a_tokenizer_that_puts_nothing_in_front_keeps_the_windows_as_they_are(file: Path) -> None:
+    found = get(file)
+    assert found.description["windows_begin_with"] == []
+    assert found.first == 1
+    assert any(row[0] != 1 for row in all_ids(found))
+    # the very samples of earlier versions: a record's digest can be had again
+    assert found.digest.startswith(DIGEST)
+
+
+def test_what_counts_as_predicted_begins_behind_what_a_window_begins_with(file: Path) -> None:
+    found = get(file, words=tokenizer(framed=True, around="<s> user $A"), num_samples=4)
+    assert found.first == 2
+    assert {tuple(row[:2]) for row in all_ids(found)} == {(1, 3)}
+
+
+def test_sections_of_a_document_begin_windows_as_all_do(tmp_path: Path) -> None:
+    path = tmp_path / "one.txt"
+    path.write_text("\n\n".join(" ".join(f"w{10 + at}" for _ in range(20)) for at in range(100)))
+    found = get(path, words=tokenizer(framed=True))
+    assert found.description["notes"] == [
+        "too few documents to keep the sets apart: cut into sections"
+    ]
+    assert {row[0] for row in all_ids(found)} == {1}
+    assert sum(row.count(1) for row in all_ids(found)) == len(all_ids(found))
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_chat_template_that_writes_the_first_token_is_not_given_another(
+    tmp_path: Path, begun: bool
+) -> None:
+    words = tokenizer(framed=True)
+    words.chat_template = TEMPLATE if begun else TEMPLATE.replace("<s> ", "")
+    path = tmp_path / "chat.jsonl"
+    turns = [[{"role": "user", "content": f"w{at} " * 4}] for at in range(10, 110)]
+    path.write_text("".join(json.dumps({"messages": each}) + "\n" for each in turns))
+    found = get(path, words=words, seq_len=7)
+    if begun:  # a sample is one conversation, whole
+        for row in all_ids(found):
+            assert row == [1, 3, row[2], row[2], row[2], row[2], 2]
+    else:  # in the midst of the text the template's own words stand alone
+        assert all(row[0] == 1 and 1 not in row[1:] for row in all_ids(found))
+
+
+def test_an_encoder_and_its_decoder_read_their_texts_between_special_tokens(
+    tmp_path: Path,
+) -> None:
+    documents = [" ".join(f"w{10 + (7 * d + at) % 140}" for at in range(13)) for d in range(60)]
+    found = get(text(tmp_path / "a.txt", documents), "t5", words=tokenizer(framed=True))
+    assert found.description["windows_begin_with"] == ["<s>"]
+    for batch in found.batches:
+        for row, target in zip(*(batch[name].tolist() for name in batch), strict=True):
+            assert (row[0], row[-1], target[:2]) == (1, 2, [0, 1])
+            assert len(row) == len(target) == 8
+            assert row[1] != 1  # a document begins with the window, not once more behind it
 
 
 def test_texts_of_an_encoder_are_framed_and_padding_is_masked(tmp_path: Path) -> None:
@@ -525,6 +601,23 @@ def test_a_model_writes_its_own_samples() -> None:
     assert found.digest != get("self", generate=own_text, seed=1).digest
 
 
+def test_own_text_begins_as_windows_do() -> None:
+    prompts: list[list[int]] = []
+
+    def generate(prompt: Tensor, length: int, generator: torch.Generator) -> Tensor:
+        prompts.extend(prompt.tolist())
+        return own_text(prompt, length, generator)
+
+    words = tokenizer(framed=True, around="user <s> $A </s>")
+    found = get("self", generate=generate, words=words)
+    assert {tuple(prompt[:2]) for prompt in prompts} == {(3, 1)}
+    assert {len(prompt) for prompt in prompts} == {2, 3}
+    assert found.description["windows_begin_with"] == ["user", "<s>"]
+    assert get("self", generate=own_text).description["windows_begin_with"] == ["<s>"]
+    with pytest.raises(UsageError, match="sequence length: 2; expected more than the 2 tokens"):
+        get("self", generate=generate, words=words, seq_len=2)
+
+
 def test_own_text_needs_no_bos_and_no_tokenizer() -> None:
     config = tiny_models.CONFIGS["llama"]()
     config.bos_token_id = None
@@ -604,12 +697,46 @@ def test_sound_comes_with_what_the_decoder_writes(tmp_path: Path) -> None:
         tiny_models.build("whisper", torch.float32)(**found.batches[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_numbers_of_any_dtype_are_brought_to_that_of_the_model(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    pixels = torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    save_file({"pixel_values": pixels}, tmp_path / "a.safetensors")
+    save_file({"pixel_values": pixels.float()}, tmp_path / "b.safetensors")
+    found = get(tmp_path / "a.safetensors", "vit", words="none")
+    for batch in found.batches + found.heldout + found.report:
+        assert batch["pixel_values"].dtype == torch.float32
+    with torch.inference_mode():
+        tiny_models.build("vit", torch.float32)(**found.batches[0])
+    # the same numbers are the same samples
+    assert found.digest == get(tmp_path / "b.safetensors", "vit", words="none").digest
+
+
+def test_integers_stay_as_they_are(tmp_path: Path) -> None:
+    ids = torch.arange(160).view(20, 8) % 140 + 3
+    save_file({"input_ids": ids}, tmp_path / "a.safetensors")
+    found = get(tmp_path / "a.safetensors", words="none")
+    assert all(batch["input_ids"].dtype == torch.int64 for batch in found.batches)
+    assert found.description["windows_begin_with"] == []
+
+
+def test_rows_that_are_fewer_than_asked_for_are_all_accounted_for(tmp_path: Path) -> None:
+    save_file({"input_ids": torch.arange(64).view(8, 8) + 3}, tmp_path / "a.safetensors")
+    found = get(tmp_path / "a.safetensors", words="none", num_samples=8)
+    assert found.description["notes"] == [
+        "8 samples were asked for; the data make 6 to calibrate on, 1 to choose by and 1 to report "
+        "on"
+    ]
+
+
 @pytest.mark.parametrize(
     ("tensors", "what"),
     [
         ({}, "no tensors; expected arguments of ViTForImageClassification.forward .pixel_values"),
         ({"pixels": torch.zeros(9, 3)}, "tensor 'pixels'; expected arguments"),
         ({"pixel_values": torch.eye(9) * torch.nan}, "row 0 of pixel_values has NaN"),
+        ({"pixel_values": torch.eye(9).double() * 1e40}, "row 0 .* float32 does not hold"),
         ({"pixel_values": torch.zeros(9, 3)}, "1 different rows; expected at least 6"),
         ({"pixel_values": torch.tensor(1.0)}, "0 different rows"),
         (

@@ -1,8 +1,10 @@
 """Evaluation agrees with a restatement in plain Python; generation with transformers' own."""
 
+import itertools
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +14,8 @@ import pytest
 import tiny_models
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import ternarize
@@ -19,9 +23,11 @@ from ternarize.convert import convert
 from ternarize.errors import CheckpointError, TernarizeError, UsageError
 from ternarize.evaluate import (
     compare_windows,
+    cut,
     cut_windows,
     embed,
     evaluate,
+    frame,
     open_tokenizer,
     read_documents,
 )
@@ -33,11 +39,16 @@ Fast: Any = transformers.PreTrainedTokenizerFast
 SEQ_LEN = 16
 
 
-def word_tokenizer(*, bos: str | None = "<s>", size: int = WORDS) -> Any:
-    """Ids 0, 1, 2 are <pad>, <s>, </s>; the word `w7` is id 7."""
+def word_tokenizer(*, bos: str | None = "<s>", size: int = WORDS, around: str = "$A") -> Any:
+    """Ids 0, 1, 2 are <pad>, <s>, </s>; the word `w7` is id 7.
+
+    around  what it puts around a text $A by itself: "<s> $A", "<s> $A </s>", ...
+    """
     names = ["<pad>", "<s>", "</s>", *(f"w{index}" for index in range(3, size))]
     words = Tokenizer(models.WordLevel({name: at for at, name in enumerate(names)}, "w3"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = [(name, names.index(name)) for name in around.split() if name != "$A"]
+    words.post_processor = processors.TemplateProcessing(single=around, special_tokens=special)
     return Fast(tokenizer_object=words, bos_token=bos, eos_token="</s>", pad_token="<pad>")
 
 
@@ -105,13 +116,24 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     return mean, math.sqrt(variance / len(values))
 
 
-def restated(ours: Any, theirs: Any, text: str, seq_len: int) -> dict[str, tuple[float, float]]:
+def cut_by_hand(text: str, seq_len: int, front: bool) -> list[list[int]]:
+    """Windows of a text whose documents begin with <s>; with `front`, all of them do."""
     ids: list[int] = []
     for document in text.split("\n<|doc|>\n"):
         ids += [1] + [int(word[1:]) for word in document.split()]
+    windows = []
+    while len(ids) >= seq_len - (front and ids[0] != 1):
+        window = [1] * (front and ids[0] != 1)
+        window, ids = window + ids[: seq_len - len(window)], ids[seq_len - len(window) :]
+        windows.append(window)
+    return windows
+
+
+def restated(
+    ours: Any, theirs: Any, text: str, seq_len: int, front: bool = False
+) -> dict[str, tuple[float, float]]:
     columns: dict[str, list[float]] = {"nll": [], "source": [], "kl": [], "top1": []}
-    for start in range(0, len(ids) - seq_len + 1, seq_len):
-        window = ids[start : start + seq_len]
+    for window in cut_by_hand(text, seq_len, front):
         q_rows, p_rows = distributions(ours, window), distributions(theirs, window)
         targets, rows = window[1:], list(zip(p_rows, q_rows, strict=True))
         for name, values in {
@@ -162,6 +184,21 @@ def test_a_packed_model_is_measured_against_its_source(
     assert result["kl_divergence"]["value"] > 0
     assert result["dtype"] == "float32"
     json.dumps(result)
+
+
+def test_windows_that_the_tokenizer_begins_are_measured_with_what_it_puts_there(
+    other: Path, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    for name, around in (("nothing", "$A"), ("first", "<s> $A"), ("both", "<s> $A </s>")):
+        shutil.copytree(other, tmp_path / name)
+        word_tokenizer(around=around).save_pretrained(tmp_path / name)
+        result = evaluate(tmp_path / name, source=llama, text=text, seq_len=SEQ_LEN)
+        load = transformers.LlamaForCausalLM.from_pretrained
+        begun = name != "nothing"
+        expected = restated(load(other), load(llama), text.read_text(), SEQ_LEN, begun)
+        assert_measures(result, expected)
+        assert result["windows_begin_with"] == ["<s>"] * begun
+        assert (result["windows"], result["tokens"]) == (6, 96)
 
 
 def test_a_model_is_equal_to_itself(packed: Path, text: Path) -> None:
@@ -235,6 +272,13 @@ def test_the_first_token_of_a_window_is_not_counted() -> None:
     assert value == pytest.approx(2 ** ((1 + 1 + 2 + 1) / 4))
 
 
+def test_a_longer_beginning_of_a_window_is_not_counted_either() -> None:
+    windows = torch.tensor([[1, 0, 0, 2], [1, 0, 1, 0]])
+    model = constant_model(0.5, 0.25, 0.25)
+    value = compare_windows([model], windows, first=2)["perplexity"]["value"]
+    assert value == pytest.approx(2 ** ((1 + 2 + 2 + 1) / 4))
+
+
 def test_the_divergence_is_that_of_the_packed_model_from_the_source() -> None:
     source, ours = constant_model(0.5, 0.25, 0.25), constant_model(0.25, 0.25, 0.5)
     measures = compare_windows([ours, source], torch.zeros(2, 3, dtype=torch.int64))
@@ -278,13 +322,102 @@ def test_documents_begin_with_eos_where_there_is_no_bos() -> None:
     assert cut_windows(["w5 w6"], word_tokenizer(bos=None), 3).tolist() == [[2, 5, 6]]
 
 
-def test_what_a_tokenizer_adds_by_itself_is_not_added_again() -> None:
-    tokenizer = word_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
-    assert tokenizer("w5").input_ids == [1, 5, 2]
-    assert cut_windows(["w5 w6"], tokenizer, 3).tolist() == [[1, 5, 6]]
+def test_every_window_begins_with_what_the_tokenizer_puts_in_front_and_with_nothing_twice() -> None:
+    documents = ["w5 w6 w7 w8 w9", "w10 w11 w12 w13", "w14"]
+    for around in ("<s> $A", "<s> $A </s>"):  # what it puts behind a text ends no window
+        tokenizer = word_tokenizer(around=around)
+        assert cut_windows(documents, tokenizer, 4).tolist() == [
+            [1, 5, 6, 7],  # as the document begins
+            [1, 8, 9, 1],  # in the midst of it, up to the next one
+            [1, 10, 11, 12],
+            [1, 13, 1, 14],
+        ]
+        assert cut_windows(documents, tokenizer, 6).tolist() == [
+            [1, 5, 6, 7, 8, 9],
+            [1, 10, 11, 12, 13, 1],
+        ]
+
+
+def test_a_beginning_of_several_tokens_is_put_whole() -> None:
+    tokenizer = word_tokenizer(around="<s> <pad> $A")
+    windows = cut_windows(["w5 w6 w7", "w8 w9 w10"], tokenizer, 4)
+    # the second ends in the midst of the next document's own beginning
+    assert windows.tolist() == [[1, 0, 5, 6], [1, 0, 7, 1], [1, 0, 8, 9]]
+    with pytest.raises(UsageError, match="sequence length: 2; expected more than the 2 tokens"):
+        cut_windows(["w5 w6 w7"], tokenizer, 2)
+
+
+def test_a_beginning_that_is_not_bos_stands_in_its_place() -> None:
+    tokenizer = word_tokenizer(around="w9 $A")
+    assert cut_windows(["w5 w6", "w7"], tokenizer, 4).tolist() == [[9, 5, 6, 9]]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 12), max_size=6),
+    prefix=st.sampled_from([[], [1], [1, 2], [1, 1]]),
+    seq_len=st.integers(3, 9),
+)
+def test_no_token_of_a_text_is_lost_or_used_twice(
+    lengths: list[int], prefix: list[int], seq_len: int
+) -> None:
+    text = iter(range(10, 200))  # every token is another
+    documents = [[next(text) for _ in range(length)] for length in lengths]
+    own, begins = len(prefix), {document[0] for document in documents}
+    windows = cut([token for each in documents for token in prefix + each], prefix, seq_len)
+    assert all(len(window) == seq_len and window[:own] == prefix for window in windows)
+    used = [token for window in windows for token in window if token >= 10]
+    assert used == list(range(10, 10 + len(used)))
+    assert sum(lengths) - len(used) < seq_len - own
+    for window in windows:  # behind its beginning, those of documents alone
+        for token, following in itertools.pairwise(window[own:]):
+            assert token >= 10 or following < 10 or following in begins
+
+
+@pytest.mark.parametrize(
+    ("around", "before", "behind"),
+    [("$A", [], []), ("<s> $A", [1], []), ("$A </s>", [], [2]), ("<s> w9 $A </s>", [1, 9], [2])],
+)
+def test_what_a_tokenizer_puts_around_a_text_is_told_from_what_it_gives(
+    around: str, before: list[int], behind: list[int]
+) -> None:
+    assert frame(word_tokenizer(around=around)) == (before, behind)
+
+
+def test_word_pieces_and_tokenizers_in_python_are_told_too() -> None:
+    pieces = Tokenizer(models.WordPiece({"[CLS]": 0, "[SEP]": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    pieces.post_processor = processors.BertProcessing(("[SEP]", 1), ("[CLS]", 0))
+    assert frame(Fast(tokenizer_object=pieces)) == ([0], [1])
+    assert frame(transformers.ByT5Tokenizer()) == ([], [1])
+    assert frame(transformers.CanineTokenizer()) == ([0xE000], [0xE001])
+
+
+def odd_tokenizer(bare: list[int], full: list[int], mask: list[int]) -> Any:
+    """A tokenizer of one answer."""
+
+    def call(text: str, add_special_tokens: bool = True, **_: Any) -> dict[str, list[int]]:
+        ids = full if add_special_tokens else bare
+        return {"input_ids": ids, "special_tokens_mask": mask}
+
+    return call
+
+
+def test_a_text_that_is_cut_otherwise_behind_special_tokens_is_told_by_the_mask() -> None:
+    assert frame(odd_tokenizer([7], [1, 5, 6, 2], [1, 0, 0, 1])) == ([1], [2])
+    assert frame(odd_tokenizer([1], [1, 1], [1, 0])) == ([1], [])
+
+
+@pytest.mark.parametrize(
+    ("bare", "full", "mask"),
+    [
+        ([7], [1, 5, 6, 2], [0, 0, 0, 0]),
+        ([7], [1, 5, 2, 6], [1, 0, 1, 0]),
+        ([], [1, 2], [1, 1]),  # no token for any of the texts: before or behind?
+        ([1], [1, 1], [0, 0]),
+    ],
+)
+def test_what_cannot_be_told_is_refused(bare: list[int], full: list[int], mask: list[int]) -> None:
+    with pytest.raises(CheckpointError, match="expected to see which of them it puts before"):
+        frame(odd_tokenizer(bare, full, mask))
 
 
 def test_max_tokens_takes_the_first_tokens() -> None:

@@ -15,23 +15,27 @@ platforms share. So the same file, seed and tokenizer give the same samples in a
 
 A sample is what the model was made for, told by the arguments of its `forward`:
 
-    causal language model   a window of seq_len tokens; documents begin with bos (eos where there
-                            is none), as in ternarize.evaluate, and are joined before cutting
+    causal language model   a window of seq_len tokens, cut out of joined documents as in
+                            ternarize.evaluate: documents and windows begin with what the tokenizer
+                            itself puts in front of a text
     encoder                 a text of 8 to seq_len tokens between the tokenizer's special tokens:
                             whole sentences, as many as fit a length drawn log-uniformly, because
                             encoders meet single sentences as often as paragraphs. Padding has
                             attention_mask 0
-    encoder-decoder         a window for the encoder, and the tokens that follow it for the
-                            decoder, shifted right behind decoder_start_token_id
+    encoder-decoder         a window for the encoder between the tokenizer's special tokens, and
+                            the tokens that follow it for the decoder, behind those that the
+                            tokenizer puts in front, shifted right behind decoder_start_token_id
     any other               rows of tensors from a .safetensors file, named as forward names them
 
 Plain text is never put into a chat template; `messages` always are, since a chat model sees its
-turns in no other form.
+turns in no other form. Such a document begins as the template says, and a window that begins with
+one has nothing twice.
 
 A model that writes its own text ("self") is calibrated on the distribution that it will produce
 when it is used, and needs no data: Data-Free QAT in LLM-QAT, section 2.1,
-https://arxiv.org/abs/2305.17888. Half of these samples begin with bos alone, half with a random
-token behind it, without which an instruction model opens all texts alike.
+https://arxiv.org/abs/2305.17888. Half of these samples begin with what the tokenizer puts in front
+of a text alone (with bos, where that is nothing), half with a random token behind it, without which
+an instruction model opens all texts alike.
 """
 
 import hashlib
@@ -57,18 +61,24 @@ from ternarize.decode import CACHES
 from ternarize.errors import CheckpointError, UsageError, first_line
 from ternarize.evaluate import (
     CAUSAL,
+    DEFAULT,
     ENCODER,
+    beginning,
+    check_room,
     check_seq_len,
+    cut,
     encode_line,
-    first_token,
+    frame,
     longest_text,
     max_positions,
+    names_of,
+    own_text,
     read_documents,
     vocabulary_size,
 )
 from ternarize.plan import Calibrate
 
-SELF, DEFAULT = "self", "default"
+SELF = "self"  # and DEFAULT: data sets of their own
 ENCODER_DECODER = "encoder-decoder"  # and CAUSAL, ENCODER: kinds of models
 TENSORS = "model of other inputs than text"
 READERS = (".txt", ".jsonl", ".json", ".parquet")
@@ -91,6 +101,7 @@ class Samples:
     batches      samples that calibrate
     heldout      samples of other documents, a tenth as many, to choose by
     report       samples of again other documents, for the final figures
+    first        position of a window, from 0, whose token is the first that counts as predicted
     tokens       token ids in `batches`, padding not counted; 0 where the model reads no tokens
     digest       SHA-256 over the samples of all three sets, hex; not over their batching
     description  plain data for ternarize.json
@@ -99,6 +110,7 @@ class Samples:
     batches: list[dict[str, Tensor]]
     heldout: list[dict[str, Tensor]]
     report: list[dict[str, Tensor]]
+    first: int
     tokens: int
     digest: str
     description: dict[str, Any]
@@ -106,7 +118,7 @@ class Samples:
 
 class _Document(NamedTuple):
     text: str
-    begin: bool = True  # with bos; chat templates write their own, and sections begin nothing
+    begin: bool = True  # as documents do; chat templates write their own, sections begin nothing
 
 
 class _Text(NamedTuple):
@@ -150,6 +162,7 @@ def read(
     seq_len: int | None = None
     notes: list[str] = []
     extra: dict[str, Any] = {}
+    prefix: list[int] = []
     if Path(how.dataset).suffix == ".safetensors":
         _no_column(how)
         sets = _read_tensors(Path(how.dataset), how, model_class)
@@ -163,6 +176,7 @@ def read(
     elif how.dataset == SELF:
         _no_column(how)
         seq_len = _length(how, kind, config, tokenizer)
+        prefix = _own_beginning(config, tokenizer)
         sets = _write(how, seq_len, kind, config, model_class, tokenizer, generate, batch_size)
         name, padding = SELF, None
     else:
@@ -180,8 +194,9 @@ def read(
         extra = {"files": text.files} if text.files else {}
         extra["documents"] = len(text.documents)
         padding = (tokenizer.pad_token_id or 0) if kind == ENCODER else None
+        prefix = frame(tokenizer).prefix
     if len(sets[0]) < how.num_samples:
-        notes.append(f"{how.num_samples} samples were asked for, {len(sets[0])} could be made")
+        notes.append(_fewer(how, sets))
     _check_ids(sets, config, how.dataset)
     batches, heldout, report = (_batch(each, batch_size, padding, rng) for each in sets)
     tokens = sum(
@@ -196,12 +211,23 @@ def read(
         "report_samples": len(sets[2]),
         "tokens": tokens,
         "seq_len": seq_len,
+        "windows_begin_with": prefix if tokenizer is None else names_of(prefix, tokenizer),
         "seed": how.seed,
         "text_column": how.text_column,
         "digest": digest,
         "notes": notes,
     }
-    return Samples(batches, heldout, report, tokens, digest, description)
+    first = max(1, len(prefix)) if kind == CAUSAL else 1
+    return Samples(batches, heldout, report, first, tokens, digest, description)
+
+
+def _fewer(how: Calibrate, sets: Sequence[Sequence[Sample]]) -> str:
+    """How many samples there are of each set, where they are fewer than was asked for."""
+    made, chosen, reported = map(len, sets)
+    return (
+        f"{how.num_samples} samples were asked for; the data make {made} to calibrate on, {chosen} "
+        f"to choose by and {reported} to report on"
+    )
 
 
 # --- what a model reads -------------------------------------------------------------------------
@@ -271,8 +297,7 @@ def _read_text(how: Calibrate, seq_len: int, tokenizer: Any) -> _Text:
     if how.dataset == DEFAULT:
         _no_column(how)
         name = DEFAULT
-        own = Path(__file__).with_name("default.txt")
-        stream: Iterable[_Document] = map(_Document, read_documents(own))
+        stream: Iterable[_Document] = map(_Document, read_documents(own_text()))
     elif os.path.isdir(path):
         name = path.resolve().name
         paths, others = _list_files(path)
@@ -747,7 +772,7 @@ def _cutter(
             return {"input_ids": torch.tensor(ids)}
 
         return lambda documents: _windows(documents, tokenizer, seq_len), window
-    prefix, suffix = _frame(tokenizer)
+    prefix, suffix = frame(tokenizer)
     body = seq_len - len(prefix) - len(suffix)
     if body < 1:
         raise UsageError(
@@ -767,39 +792,31 @@ def _cutter(
             "the token that its decoder begins with. Add it, or give .safetensors samples."
         )
 
+    inside = len(prefix) + body  # of the encoder's window, before what stands behind
+
     def pair(ids: list[int]) -> Sample:
-        target = prefix + ids[body:]
+        target = prefix + ids[inside:]
         return {
-            "input_ids": torch.tensor(prefix + ids[:body] + suffix),
+            "input_ids": torch.tensor(ids[:inside] + suffix),
             "decoder_input_ids": torch.tensor([start, *target[:-1]]),
         }
 
-    both = body + seq_len - len(prefix)
+    both = inside + seq_len - len(prefix)
     return lambda documents: _windows(documents, tokenizer, both), pair
 
 
 def _windows(documents: Sequence[_Document], tokenizer: Any, seq_len: int) -> list[list[int]]:
     """Windows of joined documents without overlap, as ternarize.evaluate cuts them."""
-    begin = first_token(tokenizer)
+    begin = beginning(tokenizer)
     texts = [document.text for document in documents]
     if not texts:
         return []
     ids: list[int] = []
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     for document, row in zip(documents, encoded, strict=True):
-        ids += [] if begin is None or not document.begin else [begin]
+        ids += begin if document.begin else []
         ids += row
-    return [ids[at : at + seq_len] for at in range(0, len(ids) - seq_len + 1, seq_len)]
-
-
-def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The special tokens that a tokenizer puts before and behind a text."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    for at in range(len(full) - len(bare) + 1):
-        if full[at : at + len(bare)] == bare:
-            return full[:at], full[at + len(bare) :]
-    return [], []
+    return cut(ids, frame(tokenizer).prefix, seq_len)
 
 
 # ends of sentences; a line break inside a sentence is followed by a small letter
@@ -860,14 +877,14 @@ def _write(
             f"{SELF}: {model_class.__name__} ({kind}) writes no text of its own; expected a causal "
             f"language model with its output head. Name a text (--dataset), or use {DEFAULT}."
         )
-    begin = getattr(config.get_text_config(), "bos_token_id", None)
+    head = _own_beginning(config, tokenizer)
+    check_room(seq_len, head)
     size = vocabulary_size(config) or 0
-    special: set[int] = set()
+    special = set(head)
     if tokenizer is not None:
-        begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else begin
-        special = set(tokenizer.all_special_ids)
+        special |= set(tokenizer.all_special_ids)
         size = min(size, len(tokenizer)) if size else len(tokenizer)
-    ordinary = [index for index in range(size) if index not in special and index != begin]
+    ordinary = [index for index in range(size) if index not in special]
     if not ordinary:
         raise CheckpointError(
             f"{SELF}: the model's vocabulary has {size} tokens, none of them ordinary; expected "
@@ -879,7 +896,6 @@ def _write(
     total = sum(_wanted(how.num_samples))
     for index, start in enumerate(range(0, total, batch_size)):
         count = min(batch_size, total - start)
-        head = [] if begin is None else [begin]
         draw = index % 2 == 0 or not head
         prompt = [head + ([rng.choice(ordinary)] if draw else []) for _ in range(count)]
         ids = generate(torch.tensor(prompt), seq_len, generator).cpu()
@@ -890,6 +906,14 @@ def _write(
     samples = iter([{"input_ids": torch.tensor(row)} for row in written])
     sizes = _portion(len(written), how, "different texts were written by the model")
     return [[next(samples) for _ in range(size)] for size in sizes]
+
+
+def _own_beginning(config: Any, tokenizer: Any | None) -> list[int]:
+    """What the model's own texts begin with: as windows do, or else bos, if there is one."""
+    prefix = [] if tokenizer is None else frame(tokenizer).prefix
+    known = tokenizer, config.get_text_config()
+    bos = [getattr(each, "bos_token_id", None) for each in known]
+    return prefix or [token for token in bos if token is not None][:1]
 
 
 # --- tensors ------------------------------------------------------------------------------------
@@ -908,14 +932,13 @@ def _read_tensors(path: Path, how: Calibrate, model_class: Any) -> list[list[Sam
             places: dict[bytes, int] = {}
             for index in range(count):
                 sha = hashlib.sha256(f"{how.seed}\n".encode())
-                for name in names:
-                    row = slices[name][index : index + 1]
+                for name, row in _row(slices, index).items():
                     if row.is_floating_point() and not row.isfinite().all():
                         raise UsageError(
-                            f"{path}: row {index} of {name} has NaN or infinite numbers; "
-                            "expected finite ones. Repair the data."
+                            f"{path}: row {index} of {name} has NaN or infinite numbers, or such "
+                            "as float32 does not hold; expected finite ones. Repair the data."
                         )
-                    sha.update(byte_view(row).numpy().tobytes())
+                    sha.update(byte_view(row[None]).numpy().tobytes())
                 places.setdefault(sha.digest(), index)
             order = [places[key] for key in sorted(places)]
             sizes = _portion(len(order), how, "different rows")
@@ -929,7 +952,9 @@ def _read_tensors(path: Path, how: Calibrate, model_class: Any) -> list[list[Sam
 
 
 def _row(slices: dict[str, Any], index: int) -> Sample:
-    return {name: part[index : index + 1][0] for name, part in slices.items()}
+    """A row of each tensor; floating-point ones in float32, in which models are calibrated."""
+    rows = {name: part[index : index + 1][0] for name, part in slices.items()}
+    return {n: row.float() if row.is_floating_point() else row for n, row in rows.items()}
 
 
 def _check_tensors(

@@ -275,7 +275,7 @@ def _quality(calibration: Calibration, samples: Samples) -> dict[str, dict[str, 
         if words and logits is not None and ids is not None:
             for row in range(len(ids)):
                 pair = [o.logits[row, :-1] for o in (packed_output, float_output)]
-                causal.append(compare_logits(pair, ids[row]))
+                causal.append(compare_logits(pair, ids[row], samples.first))
             continue
         ours, theirs = (
             pool(_main(output), batch.get("attention_mask"))
