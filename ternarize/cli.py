@@ -7,6 +7,7 @@ that needs it.
 
 import functools
 import json
+import logging
 import math
 import os
 import re
@@ -14,8 +15,9 @@ import shlex
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -97,7 +99,12 @@ Packed = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no hints.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Debug = Annotated[
+    bool,
+    typer.Option(
+        "--debug", help="Show the traceback of an error, and what other libraries warn of."
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="Where to run, e.g. cpu or cuda.")]
 RunDtype = Annotated[Dtype | None, typer.Option(help="Dtype to compute in.")]
 RunActivations = Annotated[
@@ -139,18 +146,45 @@ def _interruptible() -> Iterator[None]:
         restore_signals(before)
 
 
+@contextmanager
+def _others_quiet() -> Iterator[None]:
+    """Inside, other libraries leave the terminal to us: of what they say only errors come through.
+
+    They warn with Python's warnings (whatever filters they set), with loggers, and in torch's C++,
+    which reads what it may say when it is imported. transformers draws bars of its own, too; those
+    of downloads stay.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    disabled = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda *args, **kwargs: None
+        logging.disable(max(disabled, logging.WARNING))
+        try:
+            from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
+            from transformers.utils import logging as theirs
+
+            downloads = not are_progress_bars_disabled()
+            theirs.disable_progress_bar()  # type: ignore[no-untyped-call]
+            if downloads:
+                enable_progress_bars()
+            yield
+        finally:
+            logging.disable(disabled)
+
+
 def command(function: Command) -> Command:
     """Register a command whose errors become one line on stderr and an exit code."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
+        debug = kwargs.get("debug")
         if kwargs.get("quiet") or not err.is_terminal:  # read when the client is imported
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         try:
-            with _interruptible():
+            with nullcontext() if debug else _others_quiet(), _interruptible():
                 function(*args, **kwargs)
         except Exception as error:
-            known = None if kwargs.get("debug") else _in_one_line(error)
+            known = None if debug else _in_one_line(error)
             if known is None:
                 raise
             what, code = known
@@ -388,7 +422,6 @@ def convert(
         _print_plan(plan(model, recipe, config_only=True), as_json)
         return
     if recipe.calibrate is not None:
-        _quiet_transformers()
         device = device or _fastest_device(quiet)
     with _progress(quiet) as update:
         record = run(
@@ -591,7 +624,6 @@ def eval_(
             )
     from ternarize.evaluate import evaluate, evaluate_tasks
 
-    _quiet_transformers()
     if tasks is not None:
         found = evaluate_tasks(
             model,
@@ -701,7 +733,6 @@ def export(
         options["tokenizer"] = False
     if "type" in options:
         options["kind"] = options.pop("type")
-    _quiet_transformers()
     with _progress(quiet) as update:
         result = run(
             model, output, to.value, allow_requantize=allow_requantize, progress=update, **options
@@ -764,7 +795,6 @@ def generate(
     from ternarize.generate import generate as run
     from ternarize.load import load
 
-    _quiet_transformers()
     directory = locate(model)
     tokenizer = open_tokenizer(directory)
     loaded = load(
@@ -832,7 +862,6 @@ def bench(
     from ternarize.bench import bench as run
     from ternarize.load import load
 
-    _quiet_transformers()
     if threads is not None:
         if not 1 <= threads <= 1024:  # with too many the OpenMP run-time ends the process
             raise UsageError(f"threads: {threads}; expected 1 to 1024.")
@@ -945,13 +974,6 @@ def push(
 _KEPT_CARD = (
     "README.md on the Hub has been edited: left as it is, without the figures of these weights"
 )
-
-
-def _quiet_transformers() -> None:
-    """Leave the terminal to us: no bars of transformers' own."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @contextmanager
