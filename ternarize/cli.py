@@ -355,8 +355,21 @@ def convert(
             help="Fetch a Hub model shard by shard, and delete each shard once it is packed.",
         ),
     ] = False,
+    allow_missing: Annotated[
+        bool,
+        typer.Option(
+            "--allow-missing",
+            help="Convert a source that lacks weights of its model; loading makes them up.",
+        ),
+    ] = False,
     device: Device = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Tensors worked on at once.")] = None,
+    no_check: Annotated[
+        bool,
+        typer.Option(
+            "--no-check", help="Do not measure what came of a conversion without data, nor run it."
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan; write nothing.")
     ] = False,
@@ -370,6 +383,11 @@ def convert(
     --dry-run says why. With --dataset they are fitted, block by block, to what the model does on
     those texts, and the result is measured on texts put aside. Interrupted, the same command goes
     on; OUTPUT appears when all of it is verified.
+
+    Without data, a language model or text encoder that fits into memory beside its source is then
+    measured against it on a little text, where that takes about a minute; of larger ones the
+    command that does it is printed. The figures are printed alone (with --json as "check"), and
+    not taken with --no-check or -q.
 
     Example: ternarize convert examples/tiny-llama packed --method itf
 
@@ -399,7 +417,8 @@ def convert(
     from ternarize.codecs import THREADS
     from ternarize.convert import check_bounds
     from ternarize.convert import convert as run
-    from ternarize.plan import Calibrate, Recipe, plan
+    from ternarize.plan import Calibrate, Recipe, plan, refuse_empty
+    from ternarize.rehearsal import rehearse
 
     recipe = Recipe(
         chosen.value,
@@ -419,7 +438,12 @@ def convert(
     bounds = _bounds(min_quality or [])
     check_bounds(recipe, bounds)
     if dry_run:
-        _print_plan(plan(model, recipe, config_only=True), as_json)
+        work = plan(model, recipe, config_only=True)
+        try:
+            refuse_empty(work)
+            work = rehearse(work, allow_missing=allow_missing)
+        finally:  # the plan tells the reasons
+            _print_plan(work, as_json)
         return
     if recipe.calibrate is not None:
         device = device or _fastest_device(quiet)
@@ -433,9 +457,12 @@ def convert(
             progress=update,
             min_quality=bounds,
             stream=stream,
+            allow_missing=allow_missing,
         )
+    wanted = not (quiet or no_check)
     if as_json:
-        _print_json({"output": str(output), **record})
+        checked = {"check": _check(record, model, output, stream)} if wanted else {}
+        _print_json({"output": str(output), **record, **checked})
         return
     from ternarize.report import inspect as describe
 
@@ -443,9 +470,42 @@ def convert(
     _print_totals(report)
     _print_calibration(report)
     if not quiet:
-        for note in record["source"].get("imported", {}).get("notes", ()):
-            err.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
-        _hint(model, output, report)
+        _print_notes(record["source"])
+        found = _check(record, model, output, stream) if wanted else None
+        _print_check(found)
+        _hint(model, output, report, found)
+
+
+def _check(
+    record: dict[str, Any], model: str, output: Path, streamed: bool
+) -> dict[str, Any] | None:
+    """What `ternarize.check` finds where weights were rounded without data; else None."""
+    rows = record.get("tensors", {}).values()
+    methods = {row["method"] for row in rows if row["becomes"] == "ternary"}
+    if "calibration" in record or not methods - {"lossless"}:
+        return None
+    from ternarize.check import check
+
+    try:
+        with _progress(quiet=False) as update:
+            return check(output, model, streamed=streamed, progress=update)
+    except KeyboardInterrupt as stop:  # of what is no part of the conversion
+        err.print(f"interrupted while measuring; {shown(output)} is complete", soft_wrap=True)
+        raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
+
+
+SHOWN_FILES = 8
+
+
+def _print_notes(source: dict[str, Any]) -> None:
+    """What a conversion has to say of its source, and which files it did not take."""
+    left = [name for name in source.get("left_out", ()) if name != "README.md"]  # cards are ours
+    notes = list(source.get("notes", ()))
+    if left:
+        more = f" and {len(left) - SHOWN_FILES} more" if len(left) > SHOWN_FILES else ""
+        notes.append(f"left out: {', '.join(left[:SHOWN_FILES])}{more}")
+    for note in notes:
+        err.print(f"note: {printable(note)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _refuse_calibration(asked: list[str], method: Method | None) -> None:
@@ -574,8 +634,11 @@ def _comparison(source: str, compared: dict[str, int]) -> str:
 def eval_(
     model: Packed,
     text: Annotated[
-        Path | None,
-        typer.Option(help="UTF-8 text; documents apart by lines <|doc|>; encoders: one a line."),
+        str | None,
+        typer.Option(
+            help="UTF-8 text, documents apart by lines <|doc|>, encoders: one a line; default: the "
+            "text that comes with ternarize."
+        ),
     ] = None,
     source: Annotated[
         str | None, typer.Option(help="The checkpoint it was made from, to compare with.")
@@ -664,9 +727,11 @@ def eval_(
     if as_json:
         _print_json(result)
         return
-    _print_measures({name: each for name, each in result.items() if isinstance(each, dict)})
+    _print_measures({name: each for name, each in result.items() if _is_measure(each)})
     out = _out()
     number = f"{result['windows']} windows" if "windows" in result else f"{result['lines']} lines"
+    begin = " ".join(result.get("windows_begin_with", ()))
+    number += f" that begin with {shown(begin)}" if begin else ""
     out.print(f"{number}, {result['tokens']:,} tokens, {result['dtype']} on {result['device']}")
 
 
@@ -1157,6 +1222,56 @@ def _print_totals(report: dict[str, Any]) -> None:
         print(_size(t["file_bytes"]))
 
 
+FAR = 2.0  # times the source's perplexity
+
+
+def _print_check(found: dict[str, Any] | None) -> None:
+    """The figures of `ternarize.check`, and what both models write, a line each."""
+    if found is None or not found["measured"]:
+        return
+    begin = " ".join(found.get("windows_begin_with", ()))
+    number = f"{found['windows']} windows" if "windows" in found else f"{found['lines']} lines"
+    begin = f" that begin with {begin}" if begin else ""
+    lines = [
+        f"on {found['tokens']:,} tokens of the text that comes with ternarize, {number}{begin}, in "
+        f"{found['seconds']:.0f} s:"
+    ]
+    value = {name: each["value"] for name, each in found.items() if _is_measure(each)}
+    if "cosine" in value:
+        least = found["cosine"]["minimum"]
+        lines.append(
+            f"cosine {value['cosine']:.4f} to the embeddings of the source, at least {least:.4f}"
+        )
+    else:
+        source, packed, ratio, divergence = (
+            _figure(value[name])
+            for name in ("source_perplexity", "perplexity", "perplexity_ratio", "kl_divergence")
+        )
+        lines.append(
+            f"perplexity {source} -> {packed} ({ratio} times), KL divergence {divergence} nats per "
+            f"token, same likeliest token {value['top1_agreement']:.1%}"
+        )
+        writes = found["writes"]
+        lines.append(f'"{writes["prompt"]}" goes on')
+        lines += [f"  {name}: {writes[name].lstrip()}" for name in ("source", "packed")]
+    # a model may write what this terminal has no letters for
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print()
+    for line in lines:
+        print(printable(line).encode(encoding, "backslashreplace").decode(encoding))
+
+
+def _is_measure(value: Any) -> bool:
+    return isinstance(value, dict) and "value" in value
+
+
+def _figure(value: float) -> str:
+    """A number that may be of any size: 38.46, 67,000,000, 1.3e+40, inf."""
+    if value < 1000:
+        return f"{value:.4g}"
+    return f"{value:,.0f}" if value < 1e15 else f"{value:.3g}"
+
+
 SHOWN_BLOCKS = 8  # rows of a table that fits a terminal beside the rest
 
 
@@ -1215,48 +1330,61 @@ def _print_measures(measures: dict[str, dict[str, Any]], spaced: bool = True) ->
         value, error = measure["value"], measure["standard_error"]
         grid.add_row(
             shown(name.replace("_", " ") if spaced else name),
-            "?" if value is None else f"{value:.4f}",
-            "" if error is None else f"{error:.4f}",
+            "?" if value is None else _in_table(value),
+            "" if error is None else _in_table(error),
         )
     _out().print(grid)
 
 
-def _hint(model: str, output: Path, report: dict[str, Any]) -> None:
-    """What to expect of the result, and what to do next."""
+def _in_table(value: float) -> str:
+    return f"{value:.4f}" if value < 1e5 else _figure(value)
+
+
+def _hint(
+    model: str, output: Path, report: dict[str, Any], found: dict[str, Any] | None = None
+) -> None:
+    """What to expect of the result, and what to do next; `found` is what `_check` gives."""
     error = report["totals"]["relative_error"]
     absmean = report["recipe"]["method"] == "absmean"
     methods = {row["method"] for row in report["tensors"] if row["kind"] == "ternary"}
     if methods == {"lossless"}:
         err.print("The source was ternary already: packed without loss.")
         return
-    measure = (
-        f"  ternarize eval {shlex.quote(str(output))} --source {shlex.quote(model)} --text FILE"
-    )
+    own = f"ternarize eval {shlex.quote(str(output))} --source {shlex.quote(model)} --text FILE"
     if report["calibration"] is not None:
-        err.print(
-            "\nThese figures are on text like that of the calibration. Measure on your own:\n"
-            + measure,
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
+        _advise(
+            "\nThese figures are on text like that of the calibration. Measure on your own:\n  "
+            + own
         )
         return
     if error is None:
         return
-    err.print(
+    lost = (
         f"\nWeights rounded without data lose {error:.0%} of their energy here: an ordinary model "
-        "(not trained in\nternary) answers clearly worse than its source. Measure how much:\n"
-        + measure,
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
+        "(not trained in\nternary) answers clearly worse than its source. "
     )
+    ratio = found["perplexity_ratio"]["value"] if found and "perplexity_ratio" in found else 1.0
+    if found is None:
+        _advise(f"{lost}Measure how much:\n  {own}")
+    elif not found["measured"]:
+        _advise(f"{lost}\nNot measured: {printable(found['why'])}")
+        if found["command"] is not None:
+            _advise(f"Measure how much:\n  {found['command']}")
+    elif ratio > FAR:
+        _advise(
+            f"\nThis is far from its source: {_figure(ratio)} times the perplexity. Do not use it "
+            "before it has been calibrated."
+        )
+    else:
+        _advise(f"\nMeasure on your own text:\n  {own}")
     better = "--method itf gives a smaller error at the same size; " if absmean else ""
-    err.print(
-        f"{better}--dataset default (or your own texts) calibrates, for clearly better answers.",
-        highlight=False,
-        soft_wrap=True,
+    _advise(
+        f"{better}--dataset default (or your own texts) calibrates, for clearly better answers."
     )
+
+
+def _advise(text: str) -> None:
+    err.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

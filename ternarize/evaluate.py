@@ -55,6 +55,7 @@ SUPPORTED = "causal language models and text encoders can be evaluated"
 # the vocabulary and position.
 LOGITS_BYTES = 256 << 20
 MAX_BATCH = 16
+CHUNK = 1 << 22  # logits compared at a time, so that what is made of them stays small
 
 TOKENIZER_FILES = (
     "tokenizer_config.json",
@@ -451,16 +452,21 @@ def compare_logits(logits: Sequence[Tensor], window: Tensor, first: int = 1) -> 
 
     Returns 1 or 4 numbers; KL in nats.
     """
-    device = logits[0].device
-    logs = [each[first - 1 :].to(device, torch.float32).log_softmax(-1) for each in logits]
-    target = window[first:, None].to(device)
-    values = [-each.gather(-1, target) for each in logs]
-    if len(logs) > 1:
-        q, p = logs
-        # a word that the source excludes (logit -inf) adds 0 ln 0 = 0
-        values.append(torch.where(p == -math.inf, 0.0, p.exp() * (p - q)).sum(-1))
-        values.append((p.argmax(-1) == q.argmax(-1)).float())
-    return [float(each.cpu().double().mean()) for each in values]
+    device, vocabulary = logits[0].device, logits[0].shape[-1]
+    some = max(1, CHUNK // vocabulary)  # rows at a time
+    parts = []
+    for start in range(first - 1, len(window) - 1, some):
+        rows = [each[start : start + some] for each in logits]
+        logs = [each.to(device, torch.float32).log_softmax(-1) for each in rows]
+        target = window[start + 1 : start + 1 + some, None].to(device)
+        values = [-each.gather(-1, target).squeeze(-1) for each in logs]
+        if len(logs) > 1:
+            q, p = logs
+            # a word that the source excludes (logit -inf) adds 0 ln 0 = 0
+            values.append(torch.where(p == -math.inf, 0.0, p.exp() * (p - q)).sum(-1))
+            values.append((p.argmax(-1) == q.argmax(-1)).float())
+        parts.append(torch.stack(values))
+    return [float(each.cpu().double().mean()) for each in torch.cat(parts, 1)]
 
 
 def _mean(values: Tensor) -> dict[str, float | None]:
@@ -778,6 +784,18 @@ class _Checkpoint:
         return model if device == "auto" else model.to(device)
 
 
+def config_if_measured(model: str | Path) -> Any | None:
+    """The configuration of a model that `evaluate` measures; None of any other.
+
+    That is a causal language model or a text encoder of transformers, with a tokenizer.
+    """
+    try:
+        checkpoint = _Checkpoint.at(model)
+    except CheckpointError:
+        return None
+    return checkpoint.config if _has_tokenizer(checkpoint) else None
+
+
 def _look(model: str | Path) -> tuple[Path, dict[str, Any] | None, Imported | None]:
     """Directory and config.json of a checkpoint, and how it is imported if it has to be."""
     if find_gguf(model) is None:
@@ -839,10 +857,14 @@ def open_tokenizer(directory: str | Path) -> Any:
         return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
 
 
+def _has_tokenizer(checkpoint: _Checkpoint) -> bool:
+    return any((checkpoint.directory / name).exists() for name in TOKENIZER_FILES)
+
+
 def _shared_tokenizer(checkpoints: Sequence[_Checkpoint]) -> Any:
     """The tokenizer of the first checkpoint that has one, usually the packed model's own copy."""
     for checkpoint in checkpoints:
-        if any((checkpoint.directory / name).exists() for name in TOKENIZER_FILES):
+        if _has_tokenizer(checkpoint):
             return open_tokenizer(checkpoint.directory)
     raise CheckpointError(
         f"{checkpoints[0].directory}: no tokenizer; expected tokenizer.json or the like. "

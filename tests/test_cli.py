@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -225,6 +226,185 @@ def test_brackets_in_the_help_are_not_taken_for_markup() -> None:
             shown = Text.from_markup(text or "").plain
             assert shown == (text or "").replace("\\[", "["), command.name
     assert "needs ternarize[lm-eval]" in (ROOT / "CLI.md").read_text()
+
+
+# --- what came out, at once ---------------------------------------------------------------------
+
+MEASURED: dict[str, Any] = {
+    "measured": True,
+    "kind": "causal language model",
+    "seq_len": 256,
+    "tokens": 2048,
+    "windows": 8,
+    "windows_begin_with": ["<bos>"],
+    "perplexity": {"value": 67e6, "standard_error": None},
+    "source_perplexity": {"value": 31.0, "standard_error": 2.0},
+    "perplexity_ratio": {"value": 67e6 / 31, "standard_error": None},
+    "kl_divergence": {"value": 14.25, "standard_error": 0.5},
+    "top1_agreement": {"value": 0.004, "standard_error": 0.001},
+    "writes": {"prompt": "Words", "source": " of\nsense", "packed": "深 \x1b[31m"},
+    "seconds": 41.2,
+}
+
+
+def found_out(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[dict[str, Any]]:
+    """Let the check find this; returns the calls that are made of it."""
+    calls: list[dict[str, Any]] = []
+
+    def check(output: Path, source: str, **options: Any) -> dict[str, Any]:
+        calls.append({"output": output, "source": source, **options})
+        return {**MEASURED, **changes}
+
+    monkeypatch.setattr("ternarize.check.check", check)
+    return calls
+
+
+def value(number: float) -> dict[str, float | None]:
+    return {"value": number, "standard_error": None}
+
+
+def test_a_conversion_shows_what_came_out(tmp_path: Path) -> None:
+    result = ok("convert", EXAMPLE, tmp_path / "p", "--method", "itf")
+    text, advice = result.stdout, result.stderr
+    read = r"on 2,048 tokens of the text that comes with ternarize, 8 windows that begin with "
+    assert re.search(read + r"<\|endoftext\|>, in \d+ s:\n", text)
+    figures = re.search(
+        r"\nperplexity (\d+\.?\d*) -> (\d+\.?\d*) \((1\.\d+) times\), KL divergence 0\.\d+ nats "
+        r"per token, same likeliest token \d\d\.\d%\n",
+        text,
+    )
+    assert figures
+    assert float(figures[2]) / float(figures[1]) == pytest.approx(float(figures[3]), rel=1e-3)
+    assert re.search(r'\n"The best way [^"]*" goes on\n  source: \S.*\n  packed: \S.*\n$', text)
+    assert "Measure on your own text:" in advice and "calibrates, for" in advice
+    assert "lose" not in advice  # what is measured says more than the error of weights
+
+
+@pytest.mark.parametrize("option", ["--no-check", "-q"])
+def test_nothing_is_measured_where_nobody_wants_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    calls = found_out(monkeypatch)
+    result = ok("convert", EXAMPLE, tmp_path / "p", option)
+    assert len(result.stdout.splitlines()) == 2
+    assert ("Measure how much" in result.stderr) == (option != "-q")
+    printed = json.loads(ok("convert", EXAMPLE, tmp_path / "q", option, "--json").stdout)
+    assert "check" not in printed and not calls
+
+
+def test_the_json_of_a_conversion_has_the_check_and_the_record_has_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = found_out(monkeypatch, perplexity=value(math.inf))
+    printed = json.loads(ok("convert", EXAMPLE, tmp_path / "p", "--json").stdout)
+    assert printed["check"]["writes"] == MEASURED["writes"]
+    assert printed["check"]["perplexity"]["value"] is None  # what JSON has no word for
+    assert "check" not in json.loads((tmp_path / "p" / "ternarize.json").read_text())
+    (call,) = calls
+    assert (call["output"], call["source"], call["streamed"]) == (
+        tmp_path / "p",
+        str(EXAMPLE),
+        False,
+    )
+
+
+def test_a_model_far_from_its_source_is_told_so_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found_out(monkeypatch)
+    result = ok("convert", EXAMPLE, tmp_path / "p")
+    assert (
+        "perplexity 31 -> 67,000,000 (2,161,290 times), KL divergence 14.25 nats per token, same "
+        "likeliest token 0.4%\n" in result.stdout
+    )
+    # a line each, whatever a model writes
+    assert '"Words" goes on\n  source: of\\nsense\n  packed: 深 \\x1b[31m\n' in result.stdout
+    assert "far from its source: 2,161,290 times the perplexity" in result.stderr
+    assert "--dataset default" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(1.5, "1.5"), (math.inf, "inf"), (1.25e40, "1.25e+40"), (123456.7, "123,457")],
+)
+def test_perplexities_of_any_size_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: float, said: str
+) -> None:
+    found_out(monkeypatch, perplexity=value(number), perplexity_ratio=value(number / 31))
+    result = ok("convert", EXAMPLE, tmp_path / "p")
+    assert f"perplexity 31 -> {said} (" in result.stdout
+    assert ("far from its source" in result.stderr) == (number > 62)
+
+
+def test_words_that_the_terminal_has_no_letters_for_fail_no_conversion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found_out(monkeypatch)
+    runner = CliRunner(charset="ascii")
+    result = runner.invoke(app, ["convert", str(EXAMPLE), str(tmp_path / "p")])
+    assert result.exit_code == 0, result.output
+    assert "  packed: \\u6df1 \\x1b[31m\n" in result.stdout
+
+
+def test_of_an_encoder_the_cosine_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"measured": True, "tokens": 2048, "lines": 80, "seconds": 3.0}
+    cosine = {**value(0.47), "minimum": 0.12, "minimum_line": "x"}
+    monkeypatch.setattr("ternarize.check.check", lambda *_, **__: {**found, "cosine": cosine})
+    result = ok("convert", EXAMPLE, tmp_path / "p")
+    assert (
+        "80 lines, in 3 s:\ncosine 0.4700 to the embeddings of the source, at least 0.1200\n"
+        in (result.stdout)
+    )
+
+
+@pytest.mark.parametrize("command", ["ternarize eval p --text default", None])
+def test_why_nothing_is_measured_is_said_with_the_command_that_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str | None
+) -> None:
+    found = {"measured": False, "why": "memory: [too] little", "command": command}
+    monkeypatch.setattr("ternarize.check.check", lambda *_, **__: found)
+    result = ok("convert", EXAMPLE, tmp_path / "p")
+    assert len(result.stdout.splitlines()) == 2
+    assert "\nNot measured: memory: [too] little\n" in result.stderr
+    assert (f"\n  {command}\n" in result.stderr) == (command is not None)
+    assert "ternarize eval" in result.stderr if command else "eval" not in result.stderr
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, cli.Terminated])
+def test_an_interrupted_check_leaves_a_complete_conversion_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    def check(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("ternarize.check.check", check)
+    result = run("convert", EXAMPLE, tmp_path / "p")
+    assert result.exit_code == (143 if error is cli.Terminated else 130)
+    assert f"interrupted while measuring; {tmp_path / 'p'} is complete\n" in result.stderr
+    assert "goes on" not in result.stderr
+    ok("verify", tmp_path / "p", "--source", EXAMPLE)
+
+
+def test_what_loses_nothing_is_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = found_out(monkeypatch)
+    ok("convert", EXAMPLE, tmp_path / "p", "-q")
+    ok("export", tmp_path / "p", tmp_path / "dense", "--to", "dense")
+    result = ok("convert", tmp_path / "dense", tmp_path / "again")
+    assert "packed without loss" in result.stderr and not calls
+    printed = json.loads(ok("convert", tmp_path / "dense", tmp_path / "more", "--json").stdout)
+    assert printed["check"] is None
+
+
+def test_an_evaluation_says_what_windows_begin_with(tmp_path: Path) -> None:
+    ok("convert", EXAMPLE, tmp_path / "p", "-q")
+    words = ("--text", "default", "--max-tokens", "512")
+    shown = ok("eval", tmp_path / "p", *words).stdout
+    assert "2 windows that begin with <|endoftext|>, 512 tokens, float32 on cpu" in shown
+    found = json.loads(ok("eval", tmp_path / "p", *words, "--json").stdout)
+    assert found["windows_begin_with"] == ["<|endoftext|>"]
+    assert found["text"] == "default"
 
 
 # --- calibration -------------------------------------------------------------------------------
