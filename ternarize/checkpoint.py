@@ -13,9 +13,9 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -268,6 +268,7 @@ class Checkpoint:
     stream: Stream | None = None  # what fetches its files when they are read
     _pickles: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
     stamps: dict[str, list[int]] = field(default_factory=dict)  # of each file as it was opened
+    notes: list[str] = field(default_factory=list)  # what there is to say about it, in words
 
     def read(
         self, name: str, start: int = 0, stop: int | None = None, buffer: Tensor | None = None
@@ -301,9 +302,40 @@ class Checkpoint:
         """Bytes of all tensors, as they are stored."""
         return sum(info.nbytes for info in self.tensors.values())
 
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors are the same, bit for bit; reads them up to where they are not."""
+        a, b = self.tensors[name], self.tensors[other]
+        return (a.dtype, a.shape) == (b.dtype, b.shape) and all(
+            torch.equal(
+                byte_view(self.read(name, at, min(at + _PIECE, a.numel))),
+                byte_view(self.read(other, at, min(at + _PIECE, a.numel))),
+            )
+            for at in range(0, a.numel, _PIECE)
+        )
 
-def open_checkpoint(directory: Path, *, need_weights: bool = True) -> Checkpoint:
+    def renamed(self, names: Mapping[str, str]) -> "Checkpoint":
+        """The same tensors under other names.
+
+        names  name -> new name, of all tensors, and no two alike
+        """
+        tensors = {new: replace(self.tensors[old], name=new) for old, new in names.items()}
+        pickles = {
+            file: {names[old]: tensor for old, tensor in table.items()}
+            for file, table in self._pickles.items()
+        }
+        return replace(self, tensors=tensors, _pickles=pickles)
+
+
+_PIECE = 1 << 21  # elements compared at a time
+
+
+def open_checkpoint(
+    directory: Path, *, need_weights: bool = True, strict: bool = True
+) -> Checkpoint:
     """List the tensors of a checkpoint directory from its index and headers.
+
+    strict  whether an index has to agree with the files, as that of a packed checkpoint has;
+            transformers reads the files that it names whole, and `notes` say what disagrees
 
     Takes safetensors, single or sharded, and else pytorch_model.bin (weights_only: no pickled
     code is run). Raises CheckpointError when there is nothing to read, FormatError when a file
@@ -321,15 +353,31 @@ def open_checkpoint(directory: Path, *, need_weights: bool = True) -> Checkpoint
         if (directory / main).is_file():  # the whole model: an index beside it is not read
             return open_files(directory, [main], config)
         if (directory / (main + INDEX)).is_file():
-            return _open_sharded(directory, config, main + INDEX)
+            return _open_sharded(directory, config, main + INDEX, strict)
     if need_weights:
-        found = sorted(p.name for p in directory.iterdir() if p.suffix in _WEIGHT_SUFFIXES)
-        raise CheckpointError(
-            f"{directory}: no weights; expected {SAFETENSORS}, {SAFETENSORS}{INDEX}, {PICKLE} or "
-            f"{PICKLE}{INDEX}" + (f", found {', '.join(found[:5])}" if found else "") + ". "
-            "Save the model with save_pretrained."
-        )
+        raise _no_weights(directory)
     return Checkpoint(directory, config, [], {})
+
+
+def _no_weights(directory: Path) -> CheckpointError:
+    found = sorted(p.name for p in directory.iterdir() if p.suffix in _WEIGHT_SUFFIXES)
+    below = sorted(
+        config.parent
+        for config in directory.glob("*/config.json")
+        if any((config.parent / main).is_file() for main in _MAIN)
+    )
+    advice = "Save the model with save_pretrained."
+    if below:
+        others = f" (or {', '.join(each.name for each in below[1:4])})" if below[1:] else ""
+        advice = f"{below[0].name}{others} in it has some: name {below[0]}."
+    return CheckpointError(
+        f"{directory}: no weights; expected {', '.join(_MAIN[:-1])} or {_MAIN[-1]}"
+        + (f", found {', '.join(found[:5])}" if found else "")
+        + f". {advice}"
+    )
+
+
+_MAIN = (SAFETENSORS, SAFETENSORS + INDEX, PICKLE, PICKLE + INDEX)
 
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
@@ -394,7 +442,9 @@ def read_json(path: Path, *, strict: bool = False) -> dict[str, Any] | None:
     return table
 
 
-def _open_sharded(directory: Path, config: dict[str, Any] | None, index: str) -> Checkpoint:
+def _open_sharded(
+    directory: Path, config: dict[str, Any] | None, index: str, strict: bool
+) -> Checkpoint:
     weight_map = (read_json(directory / index, strict=True) or {}).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(
@@ -410,20 +460,32 @@ def _open_sharded(directory: Path, config: dict[str, Any] | None, index: str) ->
         if not os.path.isfile(directory / file):  # unlike Path's, never raises on a strange name
             raise CheckpointError(f"{index}: {file!r} is missing beside it. Fetch it again.")
     checkpoint = open_files(directory, files, config)
-    for name, file in weight_map.items():
-        found = checkpoint.tensors.get(name)
-        if found is None or found.file != file:
-            where = "no file has it" if found is None else f"it is in {found.file}"
-            raise FormatError(
-                f"{index}: says that {name} is in {file}, but {where}. Fetch the checkpoint again."
-            )
-    for name, info in checkpoint.tensors.items():
-        if name not in weight_map:
-            raise FormatError(
-                f"{index}: does not list {name}, which {info.file} holds. "
-                "Fetch the checkpoint again."
-            )
+    for disagreement in _disagreements(checkpoint, weight_map):
+        if strict:
+            raise FormatError(f"{index}: {disagreement}. Fetch the checkpoint again.")
+        checkpoint.notes.append(f"{index} {disagreement}; the files themselves decide")
     return checkpoint
+
+
+def _disagreements(checkpoint: Checkpoint, weight_map: Mapping[str, str]) -> Iterator[str]:
+    """What an index says of its files that is not so, a line for each kind."""
+    tensors = checkpoint.tensors
+    absent = [name for name in weight_map if name not in tensors]
+    moved = [n for n, file in weight_map.items() if n in tensors and tensors[n].file != file]
+    unlisted = [name for name in tensors if name not in weight_map]
+    if absent:
+        where = weight_map[absent[0]]
+        yield f"says that {absent[0]}{_more(absent)} is in {where}, but no file has it"
+    if moved:
+        where, found = weight_map[moved[0]], tensors[moved[0]].file
+        yield f"says that {moved[0]}{_more(moved)} is in {where}, but it is in {found}"
+    if unlisted:
+        where = tensors[unlisted[0]].file
+        yield f"does not list {unlisted[0]}{_more(unlisted)}, which {where} holds"
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 def open_files(
@@ -502,8 +564,17 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in table.items()}
 
 
-def locate(model: str | Path, revision: str | None = None, *, config_only: bool = False) -> Path:
+def locate(
+    model: str | Path,
+    revision: str | None = None,
+    *,
+    config_only: bool = False,
+    subfolder: str = "",
+    variant: str | None = None,
+) -> Path:
     """The directory of a checkpoint: a path as it is, a Hub id (user/name[@revision]) fetched.
+
+    subfolder, variant  as from_pretrained of transformers has them
 
     Only weights, JSON, tokenizer and code files are fetched, safetensors rather than pickles, and
     what arrives is compared with the Hub's digests.
@@ -511,7 +582,12 @@ def locate(model: str | Path, revision: str | None = None, *, config_only: bool 
     """
     path = os.path.expanduser(model)  # these three, unlike Path's, never raise
     if os.path.isdir(path):
-        return Path(path)
+        if not os.path.isdir(os.path.join(path, subfolder)):
+            raise CheckpointError(
+                f"{model}: has no folder {subfolder!r}; expected one with a checkpoint. "
+                "Check the name."
+            )
+        return Path(path, subfolder)
     if os.path.exists(path):
         raise CheckpointError(
             f"{model}: is a file; expected a checkpoint directory or a Hub id. "
@@ -526,7 +602,9 @@ def locate(model: str | Path, revision: str | None = None, *, config_only: bool 
     repo, at = named
     if revision and at:
         raise UsageError(f"{model}: names a revision, and so does revision={revision!r}. Name one.")
-    return fetch(repo, revision or at, config_only=config_only)
+    return fetch(
+        repo, revision or at, config_only=config_only, subfolder=subfolder, variant=variant
+    )
 
 
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -592,6 +670,6 @@ def open_stream(model: str | Path, folder: Path) -> Checkpoint:
             "Leave out --stream: local files are read where they are, and never deleted."
         )
     stream = Stream(*named, folder)
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, strict=False)
     checkpoint.stream = stream
     return checkpoint

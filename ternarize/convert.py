@@ -91,9 +91,11 @@ from ternarize.plan import (
     not_lossless,
     own_groups,
     plan,
+    refuse_empty,
     said_group_size,
 )
 from ternarize.progress import Progress
+from ternarize.rehearsal import rehearse
 from ternarize.rotation import rotate
 from ternarize.sums import SUMS, format_sums, listed, sha256
 from ternarize.tensor import Ternary, check_device, split_groups
@@ -446,6 +448,7 @@ def convert(
     progress: Progress | None = None,
     min_quality: Mapping[str, float] | None = None,
     stream: bool = False,
+    allow_missing: bool = False,
 ) -> dict[str, Any]:
     """Convert a checkpoint into a packed one, and return its record (what ternarize.json holds).
 
@@ -460,6 +463,8 @@ def convert(
                  `ternarize.calibrate.pipeline.check_quality`
     stream    have one weight file of a Hub model at a time on the disk, beside the output, and
               delete it once it is packed; not with calibration, which reads them again and again
+    allow_missing  convert a source that lacks parameters of its model: the record names them, and
+              transformers makes them up when the result is loaded
 
     Raises UsageError for options that cannot be used, CheckpointError (WeightError) or FormatError
     for a source that cannot be read or converted, SelectionError where no rule says what becomes of
@@ -482,7 +487,7 @@ def convert(
         with _alone(partial):
             _claim(partial)
             try:
-                work = plan(model, recipe, stream=partial / SOURCE)
+                work = _checked(plan(model, recipe, stream=partial / SOURCE), allow_missing)
                 _check_output(work, output)
                 record = _finished(work, output)
                 return record or _run(work, output, partial, threads, device, progress, {})
@@ -490,12 +495,18 @@ def convert(
                 shutil.rmtree(partial / SOURCE, ignore_errors=True)
                 if partial.is_dir() and _is_empty(partial):
                     shutil.rmtree(partial)
-    work = plan(model, recipe)
+    work = _checked(plan(model, recipe), allow_missing)
     _check_output(work, output)
     with _alone(partial):
         _check_output(work, output)  # again: another conversion may just have ended
         record = _finished(work, output)
         return record or _run(work, output, partial, threads, device, progress, min_quality or {})
+
+
+def _checked(work: Plan, allow_missing: bool) -> Plan:
+    """A plan that is worth carrying out: something becomes ternary, and the result will load."""
+    refuse_empty(work)
+    return rehearse(work, allow_missing=allow_missing)
 
 
 @contextmanager
@@ -1074,6 +1085,7 @@ class _Conversion:
             "method": recipe.method,
             "group_size": said_group_size(self.work, tensors),
             "activations": recipe.activations,
+            **({"missing": self.work.missing} if self.work.missing else {}),
         }
         return config
 
@@ -1185,6 +1197,9 @@ def make_record(
             **({"imported": source.about()} if isinstance(source, Imported) else {}),
             **({"hub": hub} if hub else {}),
             **({"card": card} if card else {}),
+            **({"missing": work.missing} if work.missing else {}),
+            **({"left_out": work.left_out} if work.left_out else {}),
+            **({"notes": work.notes} if work.notes else {}),
         },
         "recipe": _recorded(replace(work.recipe, group_size=group_size)),
         "coverage": work.coverage(),

@@ -54,8 +54,14 @@ def printable(text: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What another library says, as a part of a message of ours."""
-    return (str(error).strip() or "no message").split("\n")[0][:200]
+    """What another library says, as a part of a message of ours.
+
+    A line that ends in a colon announces the next one.
+    """
+    first, *others = (str(error).strip() or "no message").split("\n")
+    if first.endswith(":") and others:
+        first += " " + others[0].strip()
+    return first[:200].rstrip(".")
 
 
 def is_no_memory(error: Exception) -> bool:

@@ -24,7 +24,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from ternarize.errors import CheckpointError, FormatError, TernarizeError
+from ternarize.errors import CheckpointError, FormatError, TernarizeError, first_line
 from ternarize.sums import SUMS, hash_file, read_sums
 from ternarize.threads import in_threads
 
@@ -48,33 +48,53 @@ def split_id(model: str) -> tuple[str, str | None] | None:
     return repo, revision or None
 
 
-def fetch(repo: str, revision: str | None = None, *, config_only: bool = False) -> Path:
+def fetch(
+    repo: str,
+    revision: str | None = None,
+    *,
+    config_only: bool = False,
+    subfolder: str = "",
+    variant: str | None = None,
+) -> Path:
     """The folder of a model in the shared cache, fetched where it is not there, and checked.
 
     repo         user/name
     revision     branch, tag, pull request (refs/pr/1) or commit; None: main
     config_only  without weights
+    subfolder    where in the repository the model is; it is the folder that is returned
+    variant      of the weights: "fp16" for model.fp16.safetensors
 
     Safetensors are fetched rather than pickles, and only the weight files that are read (an index
-    names them); of folders below the top only what a SHA256SUMS names. A file with the right size
-    and wrong bytes is fetched once more. Without network (or with HF_HUB_OFFLINE=1) the cache is
-    what there is.
+    names them); of folders below the model's only those that modules.json names, and what a
+    SHA256SUMS names. A file with the right size and wrong bytes is fetched once more. Without
+    network (or with HF_HUB_OFFLINE=1) the cache is what there is.
 
     Raises CheckpointError, in one line, for all that the Hub or the network answers.
     """
-    directory = _fetch(repo, revision, SMALL_FILES)
+    prefix = f"{subfolder}/" if subfolder else ""
+    snapshot = _fetch(repo, revision, [prefix + pattern for pattern in SMALL_FILES])
+    directory = snapshot / subfolder
+    # from here on by commit: somebody may push in between
+    revision = snapshot.name
+    if folders := module_folders(directory):
+        _fetch(repo, revision, [f"{prefix}{glob.escape(folder)}/*" for folder in folders])
     if config_only:
         return directory
-    # from here on by commit: somebody may push in between
-    revision = directory.name
     if others := _listed(directory):
-        _fetch(repo, revision, others)
+        _fetch(repo, revision, [prefix + other for other in others])
     for main in (SAFETENSORS, PICKLE):
-        files = [main, *_indexed(directory / (main + INDEX))]
-        directory = _fetch(repo, revision, files)
+        files = [with_variant(main, variant)]
+        files += _indexed(directory / with_variant(main + INDEX, variant))
+        _fetch(repo, revision, [prefix + file for file in files])
         if any((directory / file).is_file() for file in files):
             break
     return directory
+
+
+def with_variant(name: str, variant: str | None) -> str:
+    """The name of a weight file or index of a variant: model.fp16.safetensors."""
+    stem, _, suffix = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{suffix}"
 
 
 def _indexed(index: Path) -> list[str]:
@@ -88,6 +108,33 @@ def _indexed(index: Path) -> list[str]:
         return []
 
 
+def module_folders(directory: Path) -> list[str]:
+    """Folders of the modules that modules.json (of sentence-transformers) puts behind a model.
+
+    Raises FormatError where the file is not such a list, or names a place outside the directory.
+    """
+    path = directory / "modules.json"
+    if not path.is_file():
+        return []
+    try:
+        folders = [module["path"] for module in json.loads(path.read_text("utf-8"))]
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(
+            f"{path.name}: is no list of modules with a path each ({type(error).__name__}: "
+            f"{first_line(error)}); expected what sentence-transformers writes. Repair it."
+        ) from None
+    for folder in folders:
+        if not isinstance(folder, str) or not _FOLDER.fullmatch(folder):
+            raise FormatError(
+                f"{path.name}: names the folder {folder!r:.80}; expected one below it. "
+                "Do not trust this checkpoint."
+            )
+    return [folder for folder in folders if folder]
+
+
+_FOLDER = re.compile(r"([\w-][\w.-]*(/[\w-][\w.-]*)*)?")  # "": the directory itself
+
+
 def _listed(directory: Path) -> list[str]:
     """What SHA256SUMS of a packed checkpoint names and is not there, but for weights; patterns."""
     if not (directory / RECORD).is_file():  # the list of another tool, of who knows what
@@ -97,7 +144,8 @@ def _listed(directory: Path) -> list[str]:
     except FormatError:  # who needs it says what is wrong
         return []
     missing = (name for name in names if not (directory / name).exists())
-    return [glob.escape(name) for name in missing if not name.endswith(WEIGHTS)]
+    # weights at the top come by their own names
+    return [glob.escape(name) for name in missing if "/" in name or not name.endswith(WEIGHTS)]
 
 
 def _fetch(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
@@ -352,10 +400,13 @@ class Stream:
         small = fetch(repo, revision, config_only=True)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        for path in small.iterdir():  # where weights may lie too, of an earlier fetch
-            ours = any(fnmatchcase(path.name, pattern) for pattern in SMALL_FILES)
-            if ours and path.is_file():
-                shutil.copyfile(path, folder / path.name)
+        modules = module_folders(small)
+        for path in small.rglob("*"):  # where weights may lie too, of an earlier fetch
+            name = path.relative_to(small).as_posix()
+            ours = "/" not in name and any(fnmatchcase(name, each) for each in SMALL_FILES)
+            if path.is_file() and (ours or any(name.startswith(f"{each}/") for each in modules)):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, folder / name)
         self.commit = small.name
         with hub_errors(repo, revision, CheckpointError):
             info = HfApi().model_info(repo, revision=self.commit, files_metadata=True)

@@ -16,7 +16,16 @@ from typing import Any
 from ternarize.card import CARD, is_ours, make_card
 from ternarize.checkpoint import open_checkpoint, read_json
 from ternarize.errors import CheckpointError, OutputError, UsageError
-from ternarize.fetch import INDEX, PICKLE, RECORD, SAFETENSORS, WEIGHTS, hub_errors, split_id
+from ternarize.fetch import (
+    INDEX,
+    PICKLE,
+    RECORD,
+    SAFETENSORS,
+    WEIGHTS,
+    hub_errors,
+    module_folders,
+    split_id,
+)
 from ternarize.progress import Progress
 from ternarize.sums import SUMS, format_sums, read_sums
 from ternarize.verify import verify
@@ -166,6 +175,7 @@ def _files(directory: Path) -> dict[str, Path]:
     ours = {*open_checkpoint(directory).files, SAFETENSORS + INDEX}
     if (directory / SAFETENSORS).is_file():
         ours.remove(SAFETENSORS + INDEX)  # which would not be read
+    modules = module_folders(directory)  # weights there belong to the model
     files = {}
     for path in sorted(directory.rglob("*")):
         relative = path.relative_to(directory)
@@ -173,7 +183,8 @@ def _files(directory: Path) -> dict[str, Path]:
         if hidden or not path.is_file():
             continue
         name = relative.as_posix()
-        if name.endswith((*WEIGHTS, INDEX)) and name not in ours:
+        beside = any(name.startswith(f"{folder}/") for folder in modules)
+        if name.endswith((*WEIGHTS, INDEX)) and name not in ours and not beside:
             raise OutputError(
                 f"{path}: is no part of the packed checkpoint; expected no other weights beside "
                 "it. Move it away."

@@ -49,7 +49,8 @@ def load(
     verify       check every code, padding, scale and SHA-256 before anything is loaded
     dequantize   give back an ordinary model with dense weights
     revision     branch, tag or commit on the Hub
-    kwargs       go to from_pretrained of the model's class
+    kwargs       go to from_pretrained of the model's class; subfolder and variant, as there, say
+                 which folder and which of its weights
 
     Raises UsageError on a `head` that cannot be rounded, CheckpointError when there is nothing to
     load, FormatError when the checkpoint is not packed, is damaged, lacks a weight or needs a newer
@@ -57,7 +58,12 @@ def load(
     """
     from ternarize.checkpoint import locate, read_config
 
-    directory = locate(path, revision)
+    directory = locate(
+        path,
+        revision,
+        subfolder=kwargs.pop("subfolder", None) or "",
+        variant=kwargs.get("variant"),
+    )
     table = read_config(directory)
     if table is None:
         raise CheckpointError(

@@ -8,13 +8,13 @@ any order with the same bytes as result.
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ternarize import container
@@ -26,12 +26,11 @@ from ternarize.checkpoint import (
     Checkpoint,
     Entry,
     TensorInfo,
-    byte_view,
 )
 from ternarize.codecs import INT8, THREADS
 from ternarize.container import SCALE_SUFFIX, Record
 from ternarize.errors import CheckpointError, SelectionError, UsageError
-from ternarize.fetch import COPIED, WEIGHTS
+from ternarize.fetch import COPIED, WEIGHTS, module_folders
 from ternarize.fetch import RECORD as RECORD
 from ternarize.imports import Imported, open_source
 from ternarize.linear import ACTIVATIONS
@@ -42,11 +41,12 @@ from ternarize.select import (
     KEEP,
     TERNARY,
     Choice,
+    Equal,
     check_fused_choices,
+    copies,
     end_tensors,
     select,
     skeleton_shapes,
-    tied,
     why_no_skeleton,
 )
 from ternarize.tensor import check_group_size
@@ -341,6 +341,7 @@ class Plan:
     copied: list[str]
     left_out: list[str]
     notes: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # parameters that the source lacks
 
     @property
     def tensors(self) -> list[TensorPlan]:
@@ -437,8 +438,10 @@ def plan(
             for name, (dtype, shape) in skeleton_shapes(source.config).items()
         }
         notes.append("no weights here: names and shapes are those of the architecture")
+    notes += source.notes
     shapes = {name: info.shape for name, info in source.tensors.items()}
-    ends = _ends(source, recipe, shapes)
+    equal = cache(source.equal)
+    ends = _ends(source, recipe, shapes, equal)
     recipe = replace(recipe, head=ends["head"], embeddings=ends["embeddings"])
     choices = select(
         shapes,
@@ -447,6 +450,7 @@ def plan(
         include=recipe.include,
         head=ends["head"],
         embeddings=ends["embeddings"],
+        equal=equal,
     )
     if isinstance(source, Imported):
         choices = _keep_dense(source, choices, recipe.include)
@@ -471,12 +475,11 @@ def plan(
     if why:
         notes.append(f"no skeleton of the model ({why}): chosen by names and shapes")
     notes += sorted({f"{c.name}: {c.reason}" for c in choices if "are tied" in c.reason})
-    copies = {} if why or source.config is None else _tied_copies(source, source.config)
+    twice = copies(shapes, source.config, equal)
     by_file: dict[str, list[TensorPlan]] = {file: [] for file in source.files}
     for choice in choices:
         info = source.tensors[choice.name]
-        by_file[info.file].append(_plan_tensor(info, choice, recipe, copies.get(info.name)))
-    _check_copies(source, choices, copies)
+        by_file[info.file].append(_plan_tensor(info, choice, recipe, twice.get(info.name)))
     if recipe.group_size is None:
         everything = [t for tensors in by_file.values() for t in tensors]
         by_file = {
@@ -487,13 +490,6 @@ def plan(
         for tensors in by_file.values():
             check_lossless(source, tensors, recipe.group_size)
     check_fused([t for tensors in by_file.values() for t in tensors])
-    if not any(t.ternary for tensors in by_file.values() for t in tensors):
-        raise SelectionError(
-            f"{model}: none of its {len(choices)} tensors is a linear weight to ternarize; "
-            "expected some. Look at the reasons with --dry-run --json, or name some with --include."
-            if not recipe.keep
-            else f"{model}: --keep leaves no tensor to ternarize; expected some. Keep less."
-        )
     count = len(by_file)
     shards = [
         Shard(
@@ -503,10 +499,7 @@ def plan(
         for i, tensors in enumerate(by_file.values(), 1)
     ]
     alone = isinstance(source, Imported) and source.alone  # what lies around it can be anything
-    copied, left_out = ([], []) if alone else small_files(directory)
-    if isinstance(source, Imported):
-        left_out = [n for n in left_out if n not in source.files]
-        notes += source.notes
+    copied, left_out = ([], []) if alone else small_files(directory, source.files)
     return Plan(source, str(model), recipe, shards, copied, left_out, notes)
 
 
@@ -608,7 +601,7 @@ def _coarsest(source: Checkpoint, tensor: TensorPlan) -> int | None:
 
 
 def _ends(
-    source: Checkpoint, recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]
+    source: Checkpoint, recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], equal: Equal
 ) -> dict[str, str]:
     """What becomes of the "head" and the "embeddings", KEEP where nothing says it.
 
@@ -619,7 +612,7 @@ def _ends(
     unsaid = [end for end, what in said.items() if what is None]
     if not isinstance(source, Imported) or not unsaid:
         return found
-    names = end_tensors(shapes, source.config)
+    names = end_tensors(shapes, source.config, equal)
     if names["--head"] == names["--embeddings"] and len(unsaid) == 1:
         return found  # one tensor, of which the other option speaks
     for end in unsaid:
@@ -736,18 +729,6 @@ def _check_planes(recipe: Recipe, choices: Iterable[Choice]) -> None:
             )
 
 
-def _check_copies(source: Checkpoint, choices: Iterable[Choice], copies: Mapping[str, str]) -> None:
-    """A head and an embedding that are tied and yet stored with different values stay apart."""
-    packed = [choice.name for choice in choices if "are tied" in choice.reason]
-    stored = [name for name in packed if name not in copies]
-    if len(stored) > 1:
-        raise SelectionError(
-            f"{stored[1]}: is tied to {stored[0]} by config.json, but has other values; expected "
-            "one tensor to pack. Set tie_word_embeddings to false, or leave out --head and "
-            "--embeddings."
-        )
-
-
 def _refuse_quantized(source: Checkpoint) -> None:
     config = (source.config or {}).get("quantization_config")
     if not config:
@@ -764,43 +745,67 @@ def _refuse_quantized(source: Checkpoint) -> None:
     )
 
 
-def _tied_copies(source: Checkpoint, config: dict[str, Any]) -> dict[str, str]:
-    """Tensors that the source stores twice: name of the copy -> name of the one to store."""
-    copies = {}
-    for name, original in tied(config).items():
-        a, b = source.tensors.get(name), source.tensors.get(original)
-        if a and b and (a.dtype, a.shape) == (b.dtype, b.shape):
-            equal = all(
-                torch.equal(
-                    byte_view(source.read(name, at, min(at + PIECE, a.numel))),
-                    byte_view(source.read(original, at, min(at + PIECE, a.numel))),
-                )
-                for at in range(0, a.numel, PIECE)
-            )
-            if equal:
-                copies[name] = original
-    return copies
+def refuse_empty(work: Plan) -> None:
+    """Raise SelectionError where nothing becomes ternary, with the reasons."""
+    if any(t.ternary for t in work.tensors):
+        return
+    if work.recipe.keep:
+        raise SelectionError(
+            f"{work.model}: --keep leaves no tensor to ternarize; expected some. Keep less."
+        )
+    reasons = Counter(t.choice.reason for t in work.tensors).most_common(5)
+    said = ", ".join(f"{reason} ({count})" for reason, count in reasons)
+    raise SelectionError(
+        f"{work.model}: none of its {len(work.tensors)} tensors, first "
+        f"{work.tensors[0].name if work.tensors else 'none'}, is a linear weight to ternarize: "
+        f"{said}; expected some. --dry-run lists them all, and --include can name some."
+    )
 
 
-def small_files(directory: Path) -> tuple[list[str], list[str]]:
-    """Files to copy byte for byte (tokenizer, generation config, ...), and what is left out."""
+# what training leaves in a folder, and no model reads: names and folders, globs
+_OF_TRAINING = (
+    "trainer_state.json",
+    "trainer_log.jsonl",
+    "training_args.*",
+    "optimizer.*",
+    "scheduler.*",
+    "scaler.*",
+    "rng_state*",
+    "*_results.json",
+    "zero_to_fp32.py",
+    "checkpoint-*/*",
+    "global_step*/*",
+    "runs/*",
+    "wandb/*",
+)
+
+
+def small_files(directory: Path, read: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What is copied byte for byte (tokenizer, generation config, ...), and what is left out.
+
+    read  the weight files that are read
+
+    Weights beside the model are copied where modules.json names their folder, as part of the model;
+    others, and what training has left, are not.
+    """
     copied: list[str] = []
     left_out: list[str] = []
-    paths = sorted(directory.rglob("*"))
+    modules = module_folders(directory)
+    paths = [path for path in sorted(directory.rglob("*")) if path.is_file()]
     with_weights = {path.parent for path in paths if path.suffix in WEIGHTS}
     for path in paths:
         name = path.relative_to(directory).as_posix()
-        top = "/" not in name
-        if any(part.startswith(".") for part in path.relative_to(directory).parts):
+        if any(part.startswith(".") for part in name.split("/")):
             continue
-        if not path.is_file() or (top and (path.suffix in WEIGHTS or name.endswith(INDEX))):
+        if name in ("config.json", RECORD, *read) or name.endswith(INDEX):
             continue
-        if top and name in ("config.json", RECORD):
-            continue
-        wanted = path.suffix in COPIED or path.name.upper().startswith(("LICENSE", "NOTICE"))
-        (copied if wanted and (top or path.parent not in with_weights) else left_out).append(name)
-    main = {"model.safetensors", "pytorch_model.bin"}
-    for path in sorted(directory.iterdir()):
-        if path.suffix in WEIGHTS and path.name not in main and "-of-" not in path.name:
-            left_out.append(path.name)
+        if any(fnmatchcase(name, glob) for glob in _OF_TRAINING):
+            left_out.append(name)
+        elif any(name.startswith(f"{folder}/") for folder in modules):
+            copied.append(name)
+        elif path.suffix in WEIGHTS or ("/" in name and path.parent in with_weights):
+            left_out.append(name)
+        else:
+            ours = path.suffix in COPIED or path.name.upper().startswith(("LICENSE", "NOTICE"))
+            (copied if ours else left_out).append(name)
     return copied, left_out

@@ -18,7 +18,7 @@ parameter in several modules, tied by transformers as dense ones are, and so are
 import functools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ class TernarizeConfig(QuantizationConfigMixin):
     dequantize   give back an ordinary model with dense weights (None: no)
     head         "int8": round an output head that the checkpoint keeps in floating point, and the
                  token embedding if the two are tied (None: as the checkpoint has it)
+    missing      parameters that the source lacked: transformers makes them up, and says so
 
     What else config.json says (group_size, method, keys of a later version) is kept and saved again
     but not used: the files' headers decide.
@@ -75,6 +76,7 @@ class TernarizeConfig(QuantizationConfigMixin):
         verify: bool | None = None,
         dequantize: bool | None = None,
         head: str | None = None,
+        missing: Sequence[str] | None = None,
         format_version: int = container.FORMAT_VERSION,
         **others: Any,
     ) -> None:
@@ -85,7 +87,7 @@ class TernarizeConfig(QuantizationConfigMixin):
         self.activations, self.verify, self.dequantize = activations, verify, dequantize
         if head not in (None, INT8):
             raise UsageError(f"head: {head!r}; expected {INT8!r}, or None to leave it as it is.")
-        self.head = head
+        self.head, self.missing = head, missing
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What the user's config may change in the checkpoint's."""
@@ -95,7 +97,7 @@ class TernarizeConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds: not how this model was loaded."""
         table: dict[str, Any] = super().to_dict()
-        for key in ("verify", "dequantize", "head"):
+        for key in ("verify", "dequantize", "head", "missing"):  # saved, it lacks nothing
             table.pop(key, None)
         return {key: value for key, value in table.items() if value is not None}
 
@@ -120,6 +122,7 @@ class TernarizeQuantizer(HfQuantizer):
     stamps: dict[Path, list[int]]  # of the files, before they were looked at
     source_transposed: dict[str, bool]
     to_round: set[str]  # parameters of the head that become int8 once they are loaded
+    scale_names: dict[str, str]  # names of scales that transformers' renamings miss -> parameters
 
     def __init__(self, quantization_config: TernarizeConfig, **kwargs: Any) -> None:
         if not kwargs.get("pre_quantized", True):
@@ -149,13 +152,39 @@ class TernarizeQuantizer(HfQuantizer):
         container.check_listed(RECORD, said.get("tensors"), records, packed)
         if self.quantization_config.verify is not False:
             container.check(packed, records)
-        names = list(packed.tensors)
-        sources = _sources(packed, records)
+        self.prepare(model, _sources(packed, records), list(packed.tensors))
+
+    def prepare(
+        self, model: Any, sources: Mapping[str, Source], names: Sequence[str]
+    ) -> dict[str, Any]:
+        """Put empty ternary modules into an empty model, ready to be filled.
+
+        sources  the packed tensors, by name
+        names    of all tensors that the files hold, scales included
+
+        Returns where each of them then goes (`ternarize.places.locate`).
+        Raises FormatError where the tensors do not fit the model, or do not fill it.
+        """
+        from ternarize.places import locate, resolve_ties, scales_led_astray
+
+        places = _places(model, names)
+        present = {target for place in places.values() for target in place.targets}
+        tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+        # what a file stores apart is apart: a conversion stores equal tensors once
+        model.all_tied_weights_keys = resolve_ties(tied, present, lambda *_: False)
         activations = self.quantization_config.activations or "none"
         self.to_round = _head_to_round(model) if self.quantization_config.head else set()
-        self.source_transposed = _insert_modules(model, sources, names, activations)
+        self.source_transposed = _insert_modules(model, sources, places, activations)
         self.to_round -= self.source_transposed.keys()  # packed in the checkpoint already
-        _check_complete(model, names, self)
+        scales = {
+            name + SCALE_SUFFIX: places[name].targets[0] + SCALE_SUFFIX
+            for name in sources
+            if places[name].converter is None
+        }
+        self.scale_names = scales_led_astray(model, scales)
+        filled = locate(model, names, self)
+        _check_complete(model, filled, self.quantization_config.missing or ())
+        return filled
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for file, before in self.stamps.items():  # what was verified is what was loaded
@@ -225,11 +254,15 @@ class TernarizeQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
         """Send scales through the conversions of tensors that are not called `weight`, too."""
+        from ternarize.places import ScaleRenaming
+
         leaves = (getattr(c, "_original_source_patterns", [""])[0] for c in weight_conversions)
         names = {leaf.rpartition(".")[2] for leaf in leaves} | {"weight"}
         self.serialized_names = {n: [n, n + SCALE_SUFFIX] for n in names if n.isidentifier()}
         base: Any = super()
-        return base.update_weight_conversions(weight_conversions, model)
+        conversions = base.update_weight_conversions(weight_conversions, model)
+        missed = getattr(self, "scale_names", None)
+        return [*conversions, ScaleRenaming(missed)] if missed else conversions
 
     def is_serializable(self) -> bool:
         return True
@@ -288,15 +321,16 @@ def _sources(packed: Checkpoint, records: Mapping[str, Record]) -> dict[str, Sou
 
 
 def _insert_modules(
-    model: Any, sources: Mapping[str, Source], names: Iterable[str], activations: str
+    model: Any, sources: Mapping[str, Source], places: Mapping[str, "Place"], activations: str
 ) -> dict[str, bool]:
     """Put an empty ternary module wherever the checkpoint's packed tensors go.
 
+    places  of all tensors of the checkpoint
+
     Returns for each packed parameter whether its source is transposed.
     """
-    from ternarize.select import turns_if_needed
+    from ternarize.places import turns_if_needed
 
-    places = _places(model, names)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     targets: dict[str, list[Source]] = {}
     converters: dict[str, Any] = {}
@@ -319,23 +353,12 @@ def _insert_modules(
                 f"{name}: is not packed, but {packed.name} is, and {type(model).__name__} fuses "
                 "the two. Pack both or neither."
             )
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = model.all_tied_weights_keys
     ends = _ends(model)
-    for target, parts in list(targets.items()):
-        source = tied.get(target, target)
-        family = [source, *(t for t, s in tied.items() if s == source)]
-        tied.pop(target, None)  # the name that is stored is the one that the others are tied to
-        for other in family:
-            if other in targets and targets[other] != parts:
-                raise FormatError(
-                    f"{parts[0].file}: {parts[0].name}: is packed, and so is "
-                    f"{targets[other][0].name}, to which the model ties it; expected one of them. "
-                    "Set tie_word_embeddings to false."
-                )
-            targets[other], converters[other] = parts, converters[target]
-            if other != target:
-                tied[other] = target
-                tied[other + SCALE_SUFFIX] = target + SCALE_SUFFIX
+    for target, source in list(tied.items()):
+        if source in targets:
+            targets[target], converters[target] = targets[source], converters[source]
+            tied[target + SCALE_SUFFIX] = source + SCALE_SUFFIX
     modules: dict[str, dict[str, tuple[Layout, int, torch.dtype]]] = {}
     for target, parts in targets.items():
         rounded = activations if target not in ends else "none"
@@ -453,7 +476,7 @@ def is_rowwise(converter: Any, dims: int, transposed: bool) -> bool:
     dims        of the tensor in the file
     transposed  whether its source has columns where the packed tensor has rows
     """
-    from ternarize.select import bars_rows
+    from ternarize.places import bars_rows
 
     return not bars_rows(converter.operations, dims, transposed)
 
@@ -502,7 +525,7 @@ class Place:
 
 def _places(model: Any, names: Iterable[str], quantizer: Any = None) -> dict[str, Place]:
     """Map each name in the checkpoint to the model's, as transformers' loading does."""
-    from ternarize.select import locate
+    from ternarize.places import locate
 
     return {
         name: Place(list(place.parameters) or [place.renamed], place.converter)
@@ -516,24 +539,22 @@ def _is_ignored(model: Any, kind: str, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def _check_complete(model: Any, names: Iterable[str], quantizer: Any) -> None:
+def _check_complete(model: Any, places: Mapping[str, Any], missing: Sequence[str]) -> None:
     """Raise FormatError where transformers would draw a parameter at random.
 
     A model of another class than the checkpoint's (one that adds a head, to be trained) is left to
-    transformers, which reports the parameters that it makes up.
+    transformers, which reports the parameters that it makes up; so is what the source lacked.
     """
     if type(model).__name__ not in (model.config.architectures or [type(model).__name__]):
         return
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    present = {t for place in _places(model, names, quantizer).values() for t in place.targets}
-    families: dict[str, set[str]] = {}
-    for target, source in tied.items():
-        families.setdefault(source, {source}).add(target)
-    for name, _ in model.named_parameters():
-        family = families.get(tied.get(name, name), {name})
-        if family.isdisjoint(present) and not _is_ignored(model, "missing", name):
+    from ternarize.places import missing_parameters
+
+    lacking = missing_parameters(model, places, model.all_tied_weights_keys)
+    for name in lacking:
+        if name not in missing:
             raise FormatError(
-                f"{name}: {type(model).__name__} needs it, and the checkpoint does not have it. "
+                f"{name}: {type(model).__name__} needs it, and the checkpoint does not have it"
+                f"{f' (and {len(lacking) - 1} more)' if len(lacking) > 1 else ''}. "
                 "The checkpoint is incomplete, or config.json belongs to another model."
             )
 

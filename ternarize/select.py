@@ -35,13 +35,14 @@ checkpoint is never run) rules on names and shapes decide; `why_no_skeleton` say
 from __future__ import annotations
 
 import ast
+import copy
 import difflib
 import inspect
 import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache, cached_property, lru_cache
@@ -51,21 +52,26 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-    revert_weight_conversion,
-)
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ternarize.codecs import BASE3, INT8
-from ternarize.errors import SelectionError, UsageError
+from ternarize.errors import SelectionError, UsageError, first_line
+from ternarize.places import (
+    Place,
+    bars_rows,
+    filled_alone,
+    locate,
+    missing_parameters,
+    resolve_ties,
+    turns_if_needed,
+)
+
+# whether two tensors on disk, of which the class says that they are tied, have the same values
+Equal = Callable[[str, str], bool]
 
 LARGE = 2**20  # elements; an unexplained weight of this size stops the conversion
 
@@ -102,25 +108,6 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a tensor on disk goes in the model.
-
-    parameters  names in `model.state_dict()`: several where a tensor is split, none if unknown
-    renamed     the name that transformers looks for
-    converter   transformers' `WeightConverter` on the way, or None
-    """
-
-    parameters: tuple[str, ...]
-    renamed: str
-    converter: Any = None
-
-    @property
-    def operations(self) -> tuple[Any, ...]:
-        """What the converter does to the tensor (`ConversionOps`)."""
-        return () if self.converter is None else tuple(self.converter.operations)
-
-
-@dataclass(frozen=True)
 class _Verdict:
     """A rule's word on one tensor, before --keep and --include."""
 
@@ -135,6 +122,11 @@ class _Verdict:
 # ------------------------------------------------------------------------------------ the interface
 
 
+def all_equal(name: str, other: str) -> bool:
+    """What holds where values cannot be looked at: the class's word."""
+    return True
+
+
 def select(
     shapes: Mapping[str, tuple[int, ...]],
     config: dict[str, Any] | None,
@@ -143,6 +135,7 @@ def select(
     include: Sequence[str] = (),
     head: str = KEEP,
     embeddings: str = KEEP,
+    equal: Equal = all_equal,
 ) -> list[Choice]:
     """Decide for every tensor of a checkpoint whether it becomes ternary.
 
@@ -153,6 +146,8 @@ def select(
              matches and cannot be ternary stays kept, as long as the glob matches one that can
     head     "keep", "int8" or "ternary": what becomes of the output head
     embeddings  likewise the token embedding; tied to the head, it becomes what either asks for
+    equal    whether two tensors on disk have the same values: those that the class ties, and that
+             have not, are not tied
 
     Returns one Choice per tensor, in the order of `shapes`.
     Raises SelectionError where no rule says what to do with a large weight or which way round it
@@ -169,7 +164,7 @@ def select(
                 f"{name}: both --keep {kept_by[name]!r} and --include {included_by[name]!r} match; "
                 f"at most one may. Narrow one of them."
             )
-    skeleton = _skeleton(config)
+    skeleton = _skeleton_of(shapes, config, equal)
     if isinstance(skeleton, str):
         verdicts = _by_names(shapes)
     else:
@@ -219,26 +214,50 @@ def skeleton_shapes(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, .
     """
     skeleton = _skeleton_or_error(config)
     unsaved = set(skeleton.model._keys_to_ignore_on_save or ()) | set(skeleton.tied)
-    stored = {name: t for name, t in skeleton.parameters.items() if name not in unsaved}
+    # a class may fix the dtype of a parameter, whatever that of the model is
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(config_dtype(config))
+    try:
+        parameters = empty_model(config).state_dict()
+    finally:
+        torch.set_default_dtype(before)
+    stored = {name: tensor for name, tensor in parameters.items() if name not in unsaved}
     on_disk = revert_weight_conversion(skeleton.model, stored)
-    dtype = config_dtype(config)
-    return {
-        name: (_DTYPES[dtype if tensor.is_floating_point() else tensor.dtype], tuple(tensor.shape))
-        for name, tensor in on_disk.items()
-    }
+    return {name: (_DTYPES[t.dtype], tuple(t.shape)) for name, t in on_disk.items()}
+
+
+def strangers(names: Iterable[str], config: dict[str, Any] | None) -> list[str]:
+    """Those of these names on disk that the model of a config.json does not know.
+
+    None without a skeleton. Buffers of old, and what the class says it ignores, are known.
+    """
+    skeleton = _skeleton_of(names, config, all_equal)
+    if isinstance(skeleton, str):
+        return []
+    places = skeleton.places.items()
+    return [name for name, at in places if not at.parameters and not _passed(name, at, skeleton)]
+
+
+def lacking(names: Iterable[str], config: dict[str, Any] | None) -> list[str]:
+    """Parameters of the model of a config.json that these names on disk leave out."""
+    skeleton = _skeleton_of(names, config, all_equal)
+    if isinstance(skeleton, str):
+        return []
+    return missing_parameters(skeleton.model, skeleton.places, skeleton.tied)
 
 
 def end_tensors(
-    shapes: Mapping[str, tuple[int, ...]], config: dict[str, Any] | None
+    shapes: Mapping[str, tuple[int, ...]], config: dict[str, Any] | None, equal: Equal = all_equal
 ) -> dict[str, set[str]]:
     """Option ("--head", "--embeddings") -> the tensors on disk that it is about.
 
-    The same tensors for both where the two are tied; none without a skeleton.
+    The same tensors for both where the two are tied; none without a skeleton. `equal` as in
+    `select`.
     """
-    skeleton = _skeleton(config)
+    skeleton = _skeleton_of(shapes, config, equal)
     if isinstance(skeleton, str):
         return {"--head": set(), "--embeddings": set()}
-    places = locate(skeleton.model, shapes)
+    places = skeleton.places
     families = {which: skeleton.family(skeleton.end(which)) for which in ("--head", "--embeddings")}
     return {
         which: {name for name, at in places.items() if not family.isdisjoint(at.parameters)}
@@ -286,48 +305,18 @@ def linear_layers(
     return {stored[name]: shape for name, shape in layers.items()}
 
 
-def tied(config: dict[str, Any]) -> dict[str, str]:
-    """Names that a checkpoint of this config.json does not store -> the stored name they share.
+def copies(
+    shapes: Mapping[str, tuple[int, ...]], config: dict[str, Any] | None, equal: Equal
+) -> dict[str, str]:
+    """Tensors on disk that are stored twice: name of the copy -> name of the one to store.
 
-    Raises SelectionError where there is no skeleton.
+    None without a skeleton. `equal` as in `select`.
     """
-    skeleton = _skeleton_or_error(config)
-    return {
-        _disk_name(skeleton, target): _disk_name(skeleton, source)
-        for target, source in skeleton.tied.items()
-    }
-
-
-def locate(model: PreTrainedModel, names: Iterable[str], quantizer: Any = None) -> dict[str, Place]:
-    """Lead every tensor name on disk to the parameters of `model` that it fills.
-
-    quantizer  the `HfQuantizer` that takes part in loading, if one does
-
-    The renamings of transformers for this model, applied as its loader does: in its order (some
-    depend on what came before), and with the base model's prefix added or taken away.
-    """
-    parameters = model.state_dict()
-    conversions = get_model_conversion_mapping(model, None, quantizer)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    prefix = model.base_model_prefix
-
-    places = {}
-    for name in sorted(names, key=dot_natural_key):
-        renamed, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
-        if renamed not in parameters and name in parameters:
-            renamed, pattern = rename_source_key(name, [], [], prefix, parameters)
-        if renamed not in parameters:
-            places[name] = Place((), renamed)
-        elif pattern is None:
-            places[name] = Place((renamed,), renamed)
-        else:
-            first, *others = by_pattern[pattern].target_patterns
-            found = [renamed, *(renamed.replace(first, other, 1) for other in others)]
-            targets = tuple(dict.fromkeys(t for t in found if t in parameters))
-            places[name] = Place(targets, renamed, by_pattern[pattern])
-    return places
+    skeleton = _skeleton_of(shapes, config, equal)
+    if isinstance(skeleton, str):
+        return {}
+    alone = filled_alone(skeleton.places)
+    return {alone[a]: alone[b] for a, b in skeleton.tied.items() if a in alone and b in alone}
 
 
 # ----------------------------------------------------------------------------- --keep and --include
@@ -427,8 +416,7 @@ def _ends(
         family = families[option]
         why = skeleton.unpackable(family)
         names = [name for name in shapes if not family.isdisjoint(verdicts[name].parameters)]
-        places = locate(skeleton.model, names)
-        if any(places[name].converter is not None for name in names):
+        if any(skeleton.places[name].converter is not None for name in names):
             why = "stored in another form than the model's"
         if why or not names:
             raise SelectionError(
@@ -452,10 +440,15 @@ def _ends(
 
 
 class _Skeleton:
-    """A model on the meta device and what the rules ask about it."""
+    """A model on the meta device and what the rules ask about it.
+
+    places  of the tensors of a checkpoint, where the skeleton is one of it (`of`)
+    tied    parameter -> the one whose tensor it has; of a checkpoint as it is stored there
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self.places: dict[str, Place] = {}
         self.name = type(model).__name__
         self.parameters: dict[str, Tensor] = model.state_dict()
         self.modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
@@ -463,7 +456,20 @@ class _Skeleton:
         self.tied: dict[str, str] = dict(model.all_tied_weights_keys)
         self.inside = _inside_blocks(self.modules)
 
-    @cached_property
+    def of(self, names: Iterable[str], equal: Equal) -> _Skeleton:
+        """The same for a checkpoint with these tensors, which decide what is tied."""
+        found = copy.copy(self)
+        found.places = locate(self.model, names)
+        alone = filled_alone(found.places)
+        present = {p for place in found.places.values() for p in place.parameters}
+
+        def same(a: str, b: str) -> bool:
+            return a in alone and b in alone and equal(alone[a], alone[b])
+
+        found.tied = resolve_ties(self.tied, present, same)
+        return found
+
+    @property
     def sharing(self) -> dict[str, str]:
         """Parameter that shares its storage -> the other one's name, in both directions."""
         return {source: target for target, source in self.tied.items()} | self.tied
@@ -587,6 +593,14 @@ def _skeleton_or_error(config: dict[str, Any]) -> _Skeleton:
     return skeleton
 
 
+def _skeleton_of(
+    names: Iterable[str], config: dict[str, Any] | None, equal: Equal
+) -> _Skeleton | str:
+    """The skeleton of a checkpoint with these tensors, or in words why there is none."""
+    skeleton = _skeleton(config)
+    return skeleton if isinstance(skeleton, str) else skeleton.of(names, equal)
+
+
 def _skeleton(config: dict[str, Any] | None) -> _Skeleton | str:
     """The skeleton, or in words why there is none."""
     if config is None:
@@ -594,12 +608,43 @@ def _skeleton(config: dict[str, Any] | None) -> _Skeleton | str:
     return _build(json.dumps(config, sort_keys=True))
 
 
+def config_from(table: Mapping[str, Any]) -> PretrainedConfig:
+    """The configuration that a config.json describes, as transformers reads that file.
+
+    A number that JSON does not have stands there as {"__float__": "Infinity"}.
+    Raises whatever the class of configuration makes of a wrong value.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            number = value.get("__float__") if len(value) == 1 else None
+            if number in ("Infinity", "-Infinity", "NaN"):
+                return float(number)
+            return {key: plain(each) for key, each in value.items()}
+        return [plain(each) for each in value] if isinstance(value, list) else value
+
+    found: PretrainedConfig = CONFIG_MAPPING[table["model_type"]].from_dict(plain(dict(table)))
+    return found
+
+
+def empty_model(config: Mapping[str, Any]) -> PreTrainedModel:
+    """A model of the first of a config.json's architectures, on the meta device.
+
+    It is the plain floating-point model, on the plainest attention. Raises whatever its classes
+    make of a config that they cannot use.
+    """
+    others = ("quantization_config", "attn_implementation", "_attn_implementation")
+    table = {key: value for key, value in config.items() if key not in others}
+    with torch.device("meta"), no_init_weights():
+        model: PreTrainedModel = getattr(transformers, table["architectures"][0])(
+            config_from(table)
+        )
+    return model
+
+
 @lru_cache(maxsize=2)
 def _build(config_json: str) -> _Skeleton | str:
     config: dict[str, Any] = json.loads(config_json)
-    # The skeleton is the plain floating-point model, on the plainest attention.
-    for key in ("quantization_config", "attn_implementation", "_attn_implementation"):
-        config.pop(key, None)
     release = f"transformers {transformers.__version__}"
     model_type = str(config.get("model_type"))
     if model_type not in CONFIG_MAPPING:
@@ -611,20 +656,15 @@ def _build(config_json: str) -> _Skeleton | str:
         model_class = getattr(transformers, architecture, None)
         if not (inspect.isclass(model_class) and issubclass(model_class, PreTrainedModel)):
             return f"{release} has no model class {architecture}"
-        with torch.device("meta"), no_init_weights():
-            model = model_class(CONFIG_MAPPING[model_type].from_dict(config))
+        model = empty_model(config)
     except ImportError as error:
-        return f"{architecture} needs a package that is not installed ({_first_line(error)})"
+        return f"{architecture} needs a package that is not installed ({first_line(error)})"
     except Exception as error:  # whatever the class makes of a config that it cannot use
         raise SelectionError(
             f"config.json: {architecture} of {release} cannot be built from it: "
-            f"{type(error).__name__}: {_first_line(error)}. Repair it, or use another transformers."
+            f"{type(error).__name__}: {first_line(error)}. Repair it, or use another transformers."
         ) from error
     return _Skeleton(model)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0].rstrip(".")
 
 
 _HEAD_LIST = re.compile(r"(^|_)(heads?|embed\w*|classifiers?|predictors?)$")
@@ -788,8 +828,9 @@ def config_dtype(config: Mapping[str, Any]) -> torch.dtype:
     for part in (config, config.get("text_config") or {}):
         for key in ("dtype", "torch_dtype"):
             dtype = getattr(torch, str(part.get(key)).removeprefix("torch."), None)
-            if isinstance(dtype, torch.dtype):
-                return dtype
+            if dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+                found: torch.dtype = dtype
+                return found
     return torch.float32
 
 
@@ -799,8 +840,8 @@ def config_dtype(config: Mapping[str, Any]) -> torch.dtype:
 def _by_skeleton(shapes: Mapping[str, tuple[int, ...]], skeleton: _Skeleton) -> dict[str, _Verdict]:
     judged: dict[str, _Verdict] = {}  # of parameters: many tensors can share one
     verdicts = {}
-    for name, place in locate(skeleton.model, shapes).items():
-        shape = shapes[name]
+    for name, shape in shapes.items():
+        place = skeleton.places[name]
         if not place.parameters:
             verdicts[name] = _unexpected(name, place.renamed, shape, skeleton)
             continue
@@ -962,37 +1003,6 @@ def _products(cls: type, leaf: str) -> bool | None:
     return answers.pop() if len(answers) == 1 else None
 
 
-# Operations of transformers that move whole rows, so that rows of packed bytes can follow them.
-_ROW_OPERATIONS = {"Chunk", "Concatenate", "Interleave", "PermuteForRope", "Split"}
-
-
-def turns_if_needed(operation: Any) -> bool:
-    """Whether an operation transposes a tensor that is not yet as the model has it.
-
-    A packed tensor always is as the model has it: its rows are the rows that are multiplied.
-    """
-    return type(operation).__name__ == "Transpose" and bool(getattr(operation, "check_dims", False))
-
-
-def bars_rows(operations: Iterable[Any], dims: int, transposed: bool) -> str:
-    """The first operation that does not just move whole rows, so that packed rows bar it, or "".
-
-    dims        of the tensor in the file
-    transposed  whether its source has columns where the packed tensor has rows
-    """
-    for operation in operations:
-        kind = type(operation).__name__
-        if kind == "MergeModulelist" and operation.dim == 0:
-            dims += 1
-        elif turns_if_needed(operation):
-            continue
-        elif kind not in _ROW_OPERATIONS or transposed or dims < 2:
-            return kind
-        elif getattr(operation, "dim", 0) % dims == dims - 1:
-            return f"{kind} of columns"
-    return ""
-
-
 def _as_stored(
     shape: tuple[int, ...], place: Place, verdict: _Verdict, skeleton: _Skeleton
 ) -> _Verdict:
@@ -1037,17 +1047,28 @@ _OLD_BUFFER = re.compile(r"\.(bias|masked_bias|causal_mask|mask|inv_freq|positio
 
 def _unexpected(name: str, renamed: str, shape: tuple[int, ...], skeleton: _Skeleton) -> _Verdict:
     """The verdict on a tensor that has no place in the skeleton."""
-    if skeleton.ignored and (skeleton.ignored.search(renamed) or skeleton.ignored.search(name)):
-        return _Verdict(False, f"ignored by {skeleton.name}")
-    if renamed in skeleton.buffers or _OLD_BUFFER.search(f".{name}"):
-        return _Verdict(False, "buffer")
+    if reason := _passed(name, Place((), renamed), skeleton):
+        return _Verdict(False, reason)
     if len(shape) < 2 or math.prod(shape) < LARGE:
         return _Verdict(False, "not part of the architecture")
+    absent = missing_parameters(skeleton.model, skeleton.places, skeleton.tied)
+    wants = f", which lacks {absent[0]} (and {len(absent) - 1} more)" if absent else ""
     error = (
-        f"a weight of shape {list(shape)} that is not part of {skeleton.name}; every large weight "
-        f"must have a place. Repair config.json (architectures), or use --keep to copy it as it is."
+        f"a weight of shape {list(shape)} that is not part of {skeleton.name}{wants}; every large "
+        "weight must have a place. Repair config.json (architectures) or the names, or use --keep "
+        "to copy it as it is."
     )
     return _Verdict(False, "not part of the architecture", error=error)
+
+
+def _passed(name: str, place: Place, skeleton: _Skeleton) -> str:
+    """Why a tensor without a place is known all the same; "" if it is not."""
+    ignored = skeleton.ignored
+    if ignored and (ignored.search(place.renamed) or ignored.search(name)):
+        return f"ignored by {skeleton.name}"
+    if place.renamed in skeleton.buffers or _OLD_BUFFER.search(f".{name}"):
+        return "buffer"
+    return ""
 
 
 # ------------------------------------------------------------------------- rules without a skeleton

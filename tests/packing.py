@@ -28,8 +28,8 @@ from ternarize.container import Record
 from ternarize.linear import Packed, PackedEmbedding
 from ternarize.methods.absmean import absmean
 from ternarize.native import lib
+from ternarize.places import turns_if_needed
 from ternarize.plugin import _places, is_rowwise
-from ternarize.select import turns_if_needed
 
 # weights that the modules around them read raw, or cast their input to the dtype of
 RAW = re.compile(r"\.wo\.|mixer\.|router|\.gate\.")

@@ -318,10 +318,35 @@ def test_a_tied_source_may_store_the_tensor_twice(tmp_path: Path) -> None:
     verify(tmp_path / "packed", tmp_path / "source")
     assert record["tensors"]["lm_head.weight"]["becomes"] == "tied"
     ternarize.load(tmp_path / "packed")
-    tensors["lm_head.weight"] += 1
-    save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(SelectionError, match="by config.json, but has other values"):
-        plan(tmp_path / "source", Recipe(embeddings="int8"))
+
+
+@pytest.mark.parametrize(
+    ("head", "embeddings"),
+    [("keep", "int8"), ("int8", "keep"), ("ternary", "int8"), ("keep", "keep")],
+)
+def test_a_head_with_values_of_its_own_is_not_tied(
+    head: str, embeddings: str, tmp_path: Path
+) -> None:
+    tiny_models.save("llama_tied", tmp_path / "source")
+    file = tmp_path / "source" / "model.safetensors"
+    tensors = load_file(file)
+    own = torch.linspace(-1, 1, 160 * 64).reshape(160, 64)
+    save_file({**tensors, "lm_head.weight": own}, file, metadata={"format": "pt"})
+    recipe = Recipe("itf", 32, head=head, embeddings=embeddings)
+    record = convert(tmp_path / "source", tmp_path / "packed", recipe)
+    verify(tmp_path / "packed", tmp_path / "source")
+    assert record["coverage"]["tied"] == 0
+    model = ternarize.load(tmp_path / "packed", dequantize=True, dtype="float32")
+    embedding = tensors["model.embed_tokens.weight"].float()
+    ends = {"lm_head": (own, head), "model.embed_tokens": (embedding, embeddings)}
+    for name, (value, what) in ends.items():
+        weight = model.get_parameter(f"{name}.weight").detach()
+        loss = float((weight - value).norm() / value.norm())
+        assert loss == 0 if what == "keep" else 0 < loss < (0.01 if what == "int8" else 0.6)
+    again = tmp_path / "again"
+    ternarize.load(tmp_path / "packed", dtype="float32").save_pretrained(again)
+    state = ternarize.load(again, dequantize=True).state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 def test_what_has_no_head_or_no_embedding_is_told_so(tmp_path: Path) -> None:

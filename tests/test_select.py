@@ -16,17 +16,18 @@ from safetensors import safe_open
 from torch import nn
 from transformers.core_model_loading import Chunk, Concatenate, Transpose, WeightConverter
 
+from ternarize import places
 from ternarize import select as module
 from ternarize.errors import SelectionError
+from ternarize.places import locate
 from ternarize.select import (
     BY_NAME,
     EXPERTS,
     LINEAR,
     Choice,
-    locate,
+    copies,
     select,
     skeleton_shapes,
-    tied,
     why_no_skeleton,
 )
 
@@ -279,8 +280,19 @@ def test_the_parameter_is_the_one_in_the_model_not_the_one_on_disk() -> None:
         ),
     ],
 )
-def test_tied_names_are_led_to_the_stored_one(name: str, names: dict[str, str]) -> None:
-    assert tied(config_of(name)) == names
+def test_what_is_stored_twice_is_led_to_the_one_to_store(name: str, names: dict[str, str]) -> None:
+    config = config_of(name)
+    shapes = shapes_of(config)
+    both = {**shapes, **{copy: shapes[original] for copy, original in names.items()}}
+    assert copies(both, config, module.all_equal) == names
+    assert copies(both, config, lambda *_: False) == {}
+
+
+def test_a_tied_head_that_is_stored_with_other_values_is_a_head() -> None:
+    config = config_of("llama_tied")
+    shapes = {**shapes_of(config), "lm_head.weight": (160, 64)}
+    choices = select(shapes, config, equal=lambda *_: False)
+    assert choices[-1].reason == "output head"
 
 
 def test_a_tied_head_that_is_stored_all_the_same_is_kept() -> None:
@@ -440,7 +452,7 @@ def converted(
 ) -> Callable[[Shapes], dict[str, Choice]]:
     """Llama, as if transformers converted `source` into `targets` by `operations`."""
     converter = WeightConverter([source], targets, operations=list(operations))
-    monkeypatch.setattr(module, "get_model_conversion_mapping", lambda *_: [converter])
+    monkeypatch.setattr(places, "get_model_conversion_mapping", lambda *_: [converter])
     config = config_of("llama")
     shapes = {n: s for n, s in shapes_of(config).items() if not any(t in n for t in targets)}
     return lambda extra: {c.name: c for c in select({**shapes, **extra}, config)}

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.initialization import no_init_weights
@@ -34,7 +34,8 @@ from transformers.utils import logging
 
 from ternarize.checkpoint import Checkpoint
 from ternarize.errors import CheckpointError, TernarizeError, WeightError, first_line
-from ternarize.select import locate
+from ternarize.places import filled_alone, locate, resolve_ties
+from ternarize.select import config_from
 from ternarize.threads import signals_held
 
 Batch = dict[str, Tensor]
@@ -163,7 +164,12 @@ class Blocks:
         self.model = skeleton(source.config)
         self.mapping = get_model_conversion_mapping(self.model)
         self.places = locate(self.model, source.tensors)
-        self.tied: dict[str, str] = dict(self.model.all_tied_weights_keys)
+        stored = filled_alone(self.places)
+        self.tied = resolve_ties(
+            self.model.all_tied_weights_keys,
+            {p for place in self.places.values() for p in place.parameters},
+            lambda a, b: a in stored and b in stored and source.equal(stored[a], stored[b]),
+        )
         self.paths = _block_paths(
             self.model, [p for name in tensors for p in self.places[name].parameters]
         )
@@ -347,7 +353,7 @@ def skeleton(config: Mapping[str, Any]) -> PreTrainedModel:
     for key in ("quantization_config", "attn_implementation", "_attn_implementation"):
         table.pop(key, None)
     model_class = getattr(transformers, table["architectures"][0])
-    settings = CONFIG_MAPPING[table["model_type"]].from_dict(table)
+    settings = config_from(table)
     names = ("", *getattr(settings, "sub_configs", {}))
     for part in (getattr(settings, name) if name else settings for name in names):
         if part is not None:

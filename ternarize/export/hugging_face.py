@@ -43,9 +43,10 @@ from ternarize.export.common import (
 )
 from ternarize.ggml import two_bits
 from ternarize.hub import SHIM
+from ternarize.places import locate
 from ternarize.plan import RECORD, small_files
 from ternarize.progress import Progress
-from ternarize.select import config_dtype, locate
+from ternarize.select import config_dtype
 from ternarize.tensor import Ternary
 
 SHARD = 5 * 10**9  # bytes of a file, as save_pretrained has it
@@ -475,7 +476,7 @@ def _write(
             index = {"metadata": {"total_size": total}, "weight_map": names}
             (partial / (SAFETENSORS + INDEX)).write_text(json.dumps(index, indent=1) + "\n")
         (partial / "config.json").write_text(json.dumps(table, indent=2) + "\n")
-        for name in small_files(packed.directory)[0]:
+        for name in small_files(packed.directory, packed.checkpoint.files)[0]:
             if name not in (RECORD, SHIM):
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(packed.directory / name, partial / name)

@@ -19,6 +19,7 @@ from ternarize.imports.bitnet import bitnet
 from ternarize.imports.common import Imported as Imported
 from ternarize.imports.gguf import open_gguf
 from ternarize.imports.two_bit import gemma, mlx
+from ternarize.imports.wrapped import unwrapped
 
 READERS: tuple[Callable[[Checkpoint], Imported | None], ...] = (bitnet, gemma, mlx)
 
@@ -39,9 +40,10 @@ def open_source(
     if stream is None and gguf is not None:
         return open_gguf(*gguf)
     if stream is not None:
-        return recognize(open_stream(model, stream))
+        return unwrapped(recognize(open_stream(model, stream)))
     directory = locate(model, config_only=config_only)
-    return recognize(open_checkpoint(directory, need_weights=not config_only))
+    raw = open_checkpoint(directory, need_weights=not config_only, strict=False)
+    return unwrapped(recognize(raw))
 
 
 def recognize(raw: Checkpoint) -> Checkpoint:

@@ -35,7 +35,6 @@ class Imported(Checkpoint):
     activations  what the model was trained with: "none", or "int8" per token
     alone        whether the small files beside the weights are not the model's
     made         small files that the reader makes, unless they are there: name -> content
-    notes        what there is to say about it, in words
     ternary_ends tensors that become ternary by themselves if they are the output head or the token
                  embedding, which are kept otherwise
     """
@@ -48,7 +47,6 @@ class Imported(Checkpoint):
     activations: str = "none"
     alone: bool = False
     made: dict[str, bytes] = field(default_factory=dict, repr=False)
-    notes: list[str] = field(default_factory=list)
     ternary_ends: set[str] = field(default_factory=set, repr=False)
 
     def read(
@@ -111,6 +109,7 @@ def imported(
         raw.metadata,
         raw.stream,
         stamps=raw.stamps,
+        notes=raw.notes,
         format=format,
         scale=scale,
         raw=raw,

@@ -1,0 +1,204 @@
+"""Where the tensors of a checkpoint go in a model of transformers, as its loader leads them.
+
+A name on disk is renamed, perhaps fused with others or cut, and may fill several parameters that
+are tied. A class of transformers says which of its parameters are tied, always the same; a
+checkpoint may store one of them, whichever it is, or several: equal ones are shared, and what has
+values of its own is not tied (FLAN-T5 and Granite store such output heads).
+"""
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor on disk goes in the model.
+
+    parameters  names in `model.state_dict()`: several where a tensor is split, none if unknown
+    renamed     the name that transformers looks for
+    converter   transformers' `WeightConverter` on the way, or None
+    """
+
+    parameters: tuple[str, ...]
+    renamed: str
+    converter: Any = None
+
+    @property
+    def operations(self) -> tuple[Any, ...]:
+        """What the converter does to the tensor (`ConversionOps`)."""
+        return () if self.converter is None else tuple(self.converter.operations)
+
+
+def locate(model: PreTrainedModel, names: Iterable[str], quantizer: Any = None) -> dict[str, Place]:
+    """Lead every tensor name on disk to the parameters of `model` that it fills.
+
+    quantizer  the `HfQuantizer` that takes part in loading, if one does
+
+    The renamings of transformers for this model, applied as its loader does: in its order (some
+    depend on what came before), and with the base model's prefix added or taken away.
+    """
+    parameters = model.state_dict()
+    conversions = get_model_conversion_mapping(model, None, quantizer)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    prefix = model.base_model_prefix
+
+    places = {}
+    for name in sorted(names, key=dot_natural_key):
+        renamed, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
+        if renamed not in parameters and name in parameters:
+            renamed, pattern = rename_source_key(name, [], [], prefix, parameters)
+        if renamed not in parameters:
+            places[name] = Place((), renamed)
+        elif pattern is None:
+            places[name] = Place((renamed,), renamed)
+        else:
+            first, *others = by_pattern[pattern].target_patterns
+            found = [renamed, *(renamed.replace(first, other, 1) for other in others)]
+            targets = tuple(dict.fromkeys(t for t in found if t in parameters))
+            places[name] = Place(targets, renamed, by_pattern[pattern])
+    return places
+
+
+def filled_alone(places: Mapping[str, Place]) -> dict[str, str]:
+    """Parameter that one tensor on disk fills as it is -> the name of that."""
+    return {
+        place.parameters[0]: name
+        for name, place in places.items()
+        if place.converter is None and len(place.parameters) == 1
+    }
+
+
+class ScaleRenaming(WeightRenaming):
+    """Leads scales to their parameters where the patterns of other renamings miss them.
+
+    names  what the other renamings make of a name on disk -> the parameter
+    """
+
+    __slots__ = ("names",)
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        super().__init__(next(iter(names)), next(iter(names.values())))
+        self.names = dict(names)
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        if source_key not in self.names:
+            return source_key, None
+        self._was_used = True
+        return self.names[source_key], source_key
+
+    def reverse_transform(self) -> "ScaleRenaming":
+        """For saving: transformers asks it before the other renamings, likewise turned round."""
+        return ScaleRenaming({target: name for name, target in self.names.items()})
+
+
+def scales_led_astray(model: PreTrainedModel, wanted: Mapping[str, str]) -> dict[str, str]:
+    """The `names` of a `ScaleRenaming` for those scales that the loader would not lead there.
+
+    wanted  name on disk of a scale that no converter takes -> its parameter of `model`
+
+    A pattern of a renaming ends where a name ends: a file's `input_linear.weight` becomes the
+    parameter `experts.gate_up_proj`, and `input_linear.weight_scale` stays what it is.
+    """
+    places = locate(model, wanted)
+    return {
+        places[name].renamed: target
+        for name, target in wanted.items()
+        if places[name].parameters != (target,)
+    }
+
+
+def resolve_ties(
+    tied: Mapping[str, str], present: Collection[str], equal: Callable[[str, str], bool]
+) -> dict[str, str]:
+    """The ties that hold: parameter -> the stored parameter whose tensor it has.
+
+    tied     what the class says, in its order: parameter -> the one it is tied to
+    present  parameters that the checkpoint stores
+    equal    whether two of them, both stored, have the same values
+
+    Goes through the pairs as transformers' `tie_weights` does at loading. Of pairs of which nothing
+    is stored the class's word is kept.
+    """
+    holds = {name: name for name in present}  # parameter -> the stored one whose tensor it has
+    unknown: dict[str, str] = {}
+    pairs = list(tied.items())
+    for at, (target, source) in enumerate(pairs):
+        if target in holds and source in holds:
+            if equal(holds[target], holds[source]):
+                holds[target] = holds[source]
+        elif target in holds:
+            holds[source] = holds[target]
+        elif source in holds:
+            holds[target] = holds[source]
+        else:
+            later = (other for other, its in pairs[at + 1 :] if its == source and other in holds)
+            found = next(later, None)
+            if found is None:
+                unknown[target] = source
+            else:
+                holds[target] = holds[found]
+    shared = {name: stored for name, stored in holds.items() if name != stored}
+    return shared | unknown
+
+
+def missing_parameters(
+    model: PreTrainedModel, places: Mapping[str, Place], tied: Mapping[str, str]
+) -> list[str]:
+    """Parameters that a loader would draw at random, in the order of the model.
+
+    places  of all tensors of the checkpoint
+    tied    as `resolve_ties` gives it
+    """
+    present = {parameter for place in places.values() for parameter in place.parameters}
+    ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    return [
+        name
+        for name, _ in model.named_parameters()
+        if name not in present
+        and tied.get(name) not in present
+        and not any(re.search(pattern, name) for pattern in ignored)
+    ]
+
+
+# Operations of transformers that move whole rows, so that rows of packed bytes can follow them.
+_ROW_OPERATIONS = {"Chunk", "Concatenate", "Interleave", "PermuteForRope", "Split"}
+
+
+def turns_if_needed(operation: Any) -> bool:
+    """Whether an operation transposes a tensor that is not yet as the model has it.
+
+    A packed tensor always is as the model has it: its rows are the rows that are multiplied.
+    """
+    return type(operation).__name__ == "Transpose" and bool(getattr(operation, "check_dims", False))
+
+
+def bars_rows(operations: Iterable[Any], dims: int, transposed: bool) -> str:
+    """The first operation that does not just move whole rows, so that packed rows bar it, or "".
+
+    dims        of the tensor in the file
+    transposed  whether its source has columns where the packed tensor has rows
+    """
+    for operation in operations:
+        kind = type(operation).__name__
+        if kind == "MergeModulelist" and operation.dim == 0:
+            dims += 1
+        elif turns_if_needed(operation):
+            continue
+        elif kind not in _ROW_OPERATIONS or transposed or dims < 2:
+            return kind
+        elif getattr(operation, "dim", 0) % dims == dims - 1:
+            return f"{kind} of columns"
+    return ""
