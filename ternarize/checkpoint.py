@@ -269,6 +269,7 @@ class Checkpoint:
     _pickles: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
     stamps: dict[str, list[int]] = field(default_factory=dict)  # of each file as it was opened
     notes: list[str] = field(default_factory=list)  # what there is to say about it, in words
+    names_changed: bool = False  # whether the names of `tensors` are not those of the files
 
     def read(
         self, name: str, start: int = 0, stop: int | None = None, buffer: Tensor | None = None
@@ -323,7 +324,7 @@ class Checkpoint:
             file: {names[old]: tensor for old, tensor in table.items()}
             for file, table in self._pickles.items()
         }
-        return replace(self, tensors=tensors, _pickles=pickles)
+        return replace(self, tensors=tensors, _pickles=pickles, names_changed=True)
 
 
 _PIECE = 1 << 21  # elements compared at a time

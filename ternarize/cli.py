@@ -440,8 +440,8 @@ def convert(
     if dry_run:
         work = plan(model, recipe, config_only=True)
         try:
-            refuse_empty(work)
             work = rehearse(work, allow_missing=allow_missing)
+            refuse_empty(work)
         finally:  # the plan tells the reasons
             _print_plan(work, as_json)
         return

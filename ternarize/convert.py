@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ternarize import container
-from ternarize.calibrate.data import DEFAULT, SELF
+from ternarize.calibrate.data import SELF
 from ternarize.calibrate.pipeline import FIGURES, calibrate, check_quality
 from ternarize.calibrate.run import read_solved
 from ternarize.checkpoint import (
@@ -68,6 +68,7 @@ from ternarize.errors import (
     WeightError,
     is_no_memory,
 )
+from ternarize.evaluate import DEFAULT
 from ternarize.fetch import split_id
 from ternarize.imports import Imported
 from ternarize.methods import METHODS, levels
@@ -504,9 +505,10 @@ def convert(
 
 
 def _checked(work: Plan, allow_missing: bool) -> Plan:
-    """A plan that is worth carrying out: something becomes ternary, and the result will load."""
+    """A plan that is worth carrying out: the result will load, and something becomes ternary."""
+    work = rehearse(work, allow_missing=allow_missing)
     refuse_empty(work)
-    return rehearse(work, allow_missing=allow_missing)
+    return work
 
 
 @contextmanager

@@ -39,12 +39,13 @@ import torch
 import transformers
 from torch import Tensor
 
-from ternarize.checkpoint import locate, read_config
+from ternarize.checkpoint import Checkpoint, locate, read_config
 from ternarize.errors import CheckpointError, UsageError
 from ternarize.imports import Imported, find_gguf, open_source
 from ternarize.load import load, usable
 from ternarize.places import locate as locate_tensors
 from ternarize.progress import Progress
+from ternarize.select import config_from
 from ternarize.tensor import check_device
 
 SEPARATOR = "<|doc|>"
@@ -705,20 +706,20 @@ class _Checkpoint:
     model_class: Any
     kind: str
     packed: bool
-    imported: Imported | None = None
+    read: Checkpoint | None = None  # what reads its tensors where transformers cannot by itself
 
     @staticmethod
     def at(model: str | Path) -> "_Checkpoint":
         """Find a checkpoint and what can be measured of it; raises CheckpointError."""
-        directory, table, imported = _look(model)
+        directory, table, read = _look(model)
         if table is None:
             raise CheckpointError(
                 f"{directory}: no config.json; expected a Hugging Face checkpoint. "
                 "Copy config.json from the source of the model."
             )
         with usable(directory / "config.json"):
-            if imported is not None:  # without the quantization that it is stored in
-                config = transformers.CONFIG_MAPPING[table["model_type"]].from_dict(table)
+            if read is not None:  # without the quantization that it is stored in
+                config = config_from(table)
             else:
                 config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
         known = [
@@ -735,7 +736,7 @@ class _Checkpoint:
             )
         model_class = getattr(transformers, known[0])
         kind = _kind(model_class, config)
-        return _Checkpoint(directory, config, model_class, kind, _is_packed(table), imported)
+        return _Checkpoint(directory, config, model_class, kind, _is_packed(table), read)
 
     def load(
         self,
@@ -755,7 +756,7 @@ class _Checkpoint:
                 "checkpoint. Leave head out."
             )
         options: dict[str, Any] = {"device_map": device} if device == "auto" else {}
-        source = self.imported
+        source = self.read
         if source is not None:  # as what it decodes to: not all such formats run everywhere
             options["config"] = self.config
             options["state_dict"] = {
@@ -776,7 +777,7 @@ class _Checkpoint:
                 f"{self.directory}: {len(missing)} weights are missing, first {missing[0]}; "
                 f"expected all of {self.model_class.__name__}. Complete the checkpoint."
             )
-        if source is not None and source.activations == "int8":
+        if isinstance(source, Imported) and source.activations == "int8":
             for place in locate_tensors(model, source.group_sizes).values():
                 for parameter in place.parameters:
                     module = model.get_submodule(parameter.rpartition(".")[0])
@@ -796,17 +797,16 @@ def config_if_measured(model: str | Path) -> Any | None:
     return checkpoint.config if _has_tokenizer(checkpoint) else None
 
 
-def _look(model: str | Path) -> tuple[Path, dict[str, Any] | None, Imported | None]:
-    """Directory and config.json of a checkpoint, and how it is imported if it has to be."""
+def _look(model: str | Path) -> tuple[Path, dict[str, Any] | None, Checkpoint | None]:
+    """Directory and config.json of a checkpoint, and what reads it if transformers cannot."""
     if find_gguf(model) is None:
         directory = locate(model)
         table = read_config(directory)
-        known = table or {}
-        foreign = known.get("quantization_config") or known.get("quantization")
-        if _is_packed(known) or not (foreign or any(directory.glob("*.gguf"))):
+        if table is None or _is_packed(table):
             return directory, table, None
     source = open_source(model)
-    return source.directory, source.config, source if isinstance(source, Imported) else None
+    foreign = isinstance(source, Imported) or source.names_changed
+    return source.directory, source.config, source if foreign else None
 
 
 def _is_packed(table: dict[str, Any]) -> bool:

@@ -7,6 +7,7 @@ any order with the same bytes as result.
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -500,6 +501,7 @@ def plan(
     ]
     alone = isinstance(source, Imported) and source.alone  # what lies around it can be anything
     copied, left_out = ([], []) if alone else small_files(directory, source.files)
+    notes += _not_read(source, left_out)
     return Plan(source, str(model), recipe, shards, copied, left_out, notes)
 
 
@@ -761,6 +763,19 @@ def refuse_empty(work: Plan) -> None:
         f"{said}; expected some. --dry-run lists them all, and --include can name some."
     )
 
+
+def _not_read(source: Checkpoint, left_out: Iterable[str]) -> list[str]:
+    """What to say where transformers' choice among the weight files has left some of the model."""
+    others = [name for name in left_out if _MODEL.fullmatch(name)]
+    if not others or not source.files:
+        return []
+    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+    return [
+        f"{source.files[0]} is read, as transformers does, and not {', '.join(others[:3])}{more}"
+    ]
+
+
+_MODEL = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)")
 
 # what training leaves in a folder, and no model reads: names and folders, globs
 _OF_TRAINING = (
