@@ -82,9 +82,9 @@ def filled_alone(places: Mapping[str, Place]) -> dict[str, str]:
 
 
 class ScaleRenaming(WeightRenaming):
-    """Leads scales to their parameters where the patterns of other renamings miss them.
+    """Leads scales where their weights go, where the patterns of other renamings do not.
 
-    names  what the other renamings make of a name on disk -> the parameter
+    names  what the other renamings make of the scales' names on disk -> what they should make
     """
 
     __slots__ = ("names",)
@@ -104,20 +104,27 @@ class ScaleRenaming(WeightRenaming):
         return ScaleRenaming({target: name for name, target in self.names.items()})
 
 
-def scales_led_astray(model: PreTrainedModel, wanted: Mapping[str, str]) -> dict[str, str]:
-    """The `names` of a `ScaleRenaming` for those scales that the loader would not lead there.
+def scales_led_astray(
+    model: PreTrainedModel, weights: Iterable[str], suffix: str
+) -> dict[str, str]:
+    """The `names` of a `ScaleRenaming` for a model.
 
-    wanted  name on disk of a scale that no converter takes -> its parameter of `model`
+    weights  packed, on disk
+    suffix   of the names of their scales
 
     A pattern of a renaming ends where a name ends: a file's `input_linear.weight` becomes the
-    parameter `experts.gate_up_proj`, and `input_linear.weight_scale` stays what it is.
+    parameter `experts.gate_up_proj`, and `input_linear.weight_scale` stays what it is. Others are
+    meant for scales of another kind.
     """
-    places = locate(model, wanted)
-    return {
-        places[name].renamed: target
-        for name, target in wanted.items()
-        if places[name].parameters != (target,)
-    }
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    astray = {}
+    for name in weights:
+        weight, _ = rename_source_key(name, renamings, [])
+        scale, _ = rename_source_key(name + suffix, renamings, [])
+        if scale != weight + suffix:
+            astray[scale] = weight + suffix
+    return astray
 
 
 def resolve_ties(

@@ -176,12 +176,7 @@ class TernarizeQuantizer(HfQuantizer):
         self.to_round = _head_to_round(model) if self.quantization_config.head else set()
         self.source_transposed = _insert_modules(model, sources, places, activations)
         self.to_round -= self.source_transposed.keys()  # packed in the checkpoint already
-        scales = {
-            name + SCALE_SUFFIX: places[name].targets[0] + SCALE_SUFFIX
-            for name in sources
-            if places[name].converter is None
-        }
-        self.scale_names = scales_led_astray(model, scales)
+        self.scale_names = scales_led_astray(model, sources, SCALE_SUFFIX)
         filled = locate(model, names, self)
         _check_complete(model, filled, self.quantization_config.missing or ())
         return filled
@@ -254,13 +249,22 @@ class TernarizeQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
         """Send scales through the conversions of tensors that are not called `weight`, too."""
+        from transformers.core_model_loading import WeightConverter
+
         from ternarize.places import ScaleRenaming
 
         leaves = (getattr(c, "_original_source_patterns", [""])[0] for c in weight_conversions)
         names = {leaf.rpartition(".")[2] for leaf in leaves} | {"weight"}
         self.serialized_names = {n: [n, n + SCALE_SUFFIX] for n in names if n.isidentifier()}
         base: Any = super()
-        conversions = base.update_weight_conversions(weight_conversions, model)
+        # of two with one pattern, ours comes first; the other is for scales of another kind
+        taken: set[str] = set()
+        conversions = []
+        for each in base.update_weight_conversions(weight_conversions, model):
+            patterns = set(each.source_patterns) if isinstance(each, WeightConverter) else set()
+            if taken.isdisjoint(patterns):
+                conversions.append(each)
+            taken |= patterns
         missed = getattr(self, "scale_names", None)
         return [*conversions, ScaleRenaming(missed)] if missed else conversions
 
@@ -370,9 +374,10 @@ def _insert_modules(
             turned = bool(getattr(model.get_submodule(path), "is_transposed", False))
             layout = replace(layout, transposed=turned)
         modules.setdefault(path, {})[leaf] = layout, _fused(converters[target]), dtype
+    cut = {name: c is not None and len(c.target_patterns) > 1 for name, c in converters.items()}
     with torch.device("meta"):
         for path, packed_parameters in modules.items():
-            _insert_module(model, path, packed_parameters, targets)
+            _insert_module(model, path, packed_parameters, targets, cut)
     return {target: parts[0].record.transposed for target, parts in targets.items()}
 
 
@@ -381,6 +386,7 @@ def _insert_module(
     path: str,
     parameters: dict[str, tuple[Layout, int, torch.dtype]],
     targets: Mapping[str, list[Source]],
+    cut: Mapping[str, bool],
 ) -> None:
     from transformers.pytorch_utils import Conv1D
 
@@ -391,7 +397,8 @@ def _insert_module(
         dense = tuple(getattr(module, leaf).shape)
         logical = (*dense[:-2], dense[-1], dense[-2]) if layout.transposed else dense
         stored = [part.record.shape for part in targets[f"{path}.{leaf}"]]
-        wrong = layout.cols != logical[-1] or (len(stored) == 1 and stored[0] != logical)
+        whole = len(stored) == 1 and not cut[f"{path}.{leaf}"]
+        wrong = layout.cols != logical[-1] or (whole and stored[0] != logical)
         if len(dense) == 2 and layout.transposed != isinstance(module, Conv1D):
             wrong = True
         if wrong or not (is_linear or is_embedding or len(dense) == 3):

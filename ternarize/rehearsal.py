@@ -22,6 +22,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from ternarize.checkpoint import DTYPES
 from ternarize.errors import CheckpointError, FormatError, SelectionError, first_line
+from ternarize.load import usable
 from ternarize.places import Place, locate, missing_parameters, resolve_ties
 from ternarize.plan import Plan
 from ternarize.plugin import Source, TernarizeConfig, TernarizeQuantizer
@@ -105,7 +106,7 @@ def _check_fill(
     settings = LoadStateDictConfig(
         device_map={"": "meta"}, hf_quantizer=quantizer, weight_mapping=mapping
     )
-    with without_bars():
+    with without_bars(), usable(work.source.directory):
         found, _ = convert_and_load_state_dict_in_model(model, tensors, settings)
     name = type(model).__name__
     for target, shape, expected in sorted(found.mismatched_keys):
