@@ -29,7 +29,9 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -57,8 +59,9 @@ from .architectures_inputs import candidates, tensors
 from .architectures_small import STYLES, build, default_config, small
 from .child import limit_memory
 
-SECONDS = 180  # for one type, on a machine that others use, too
-BUILDING = 60  # of these, at most, until a model is built that runs
+SECONDS = 120  # of a processor, for one type
+HANG = 900  # seconds by the clock, on a machine that others use, too
+BUILDING = 40  # of a processor, at most, until a model is built that runs
 MEMORY = 10 << 30  # address space that a type may take
 CLASSES = 4  # of a type that are tried until one can be built
 UNRUNNABLE = 4  # models that are built and whose forward takes no inputs, until one of them is used
@@ -124,8 +127,8 @@ def chosen(globs: Sequence[str], count: int | None, seed: int) -> list[str]:
     """The types to go through: all that a glob matches, or so many of them at random."""
     names = [n for n in types() if not globs or any(fnmatchcase(n, glob) for glob in globs)]
     if count is not None and count < len(names):
-        names = sorted(random.Random(seed).sample(names, count))
-    return names
+        names = random.Random(seed).sample(names, count)
+    return sorted(names)
 
 
 # ---------------------------------------------------------------------------------------- one type
@@ -134,7 +137,7 @@ def chosen(globs: Sequence[str], count: int | None, seed: int) -> list[str]:
 def make(row: Row, folder: Path, seed: int) -> Case | None:
     """The first model of a type that can be built and runs, saved; None if none can be built."""
     first: tuple[PreTrainedModel, str, str] | None = None
-    lines, unrunnable, ends = [], 0, time.monotonic() + BUILDING
+    lines, unrunnable, ends = [], 0, time.process_time() + BUILDING
     for model, style, line in _models(row.type, seed):
         lines.append(line)
         if model is not None:
@@ -143,7 +146,7 @@ def make(row: Row, folder: Path, seed: int) -> Case | None:
                 return _saved(row, model, style, inputs, "", folder)
             first = first or (model, style, why)
             unrunnable += 1
-        if unrunnable == UNRUNNABLE or time.monotonic() > ends:
+        if unrunnable == UNRUNNABLE or time.process_time() > ends:
             break
     if first is not None:
         model, style, why = first
@@ -215,7 +218,7 @@ def _saved(
 
 def examine(model_type: str, seed: int, folder: Path) -> Row:
     """Build a model of a type, and ask everything about it."""
-    started = time.monotonic()
+    started = time.process_time()
     row = Row(model_type)
     methods = ("itf", "absmean")
     recipe = Recipe(methods[(zlib.crc32(model_type.encode()) + seed) % 2], group_size=32)
@@ -225,7 +228,7 @@ def examine(model_type: str, seed: int, folder: Path) -> Row:
         row.not_built, case = _line(error), None
     if case is not None:
         ask_all(case, recipe)
-    row.seconds = round(time.monotonic() - started, 1)
+    row.seconds = round(time.process_time() - started, 1)
     return row
 
 
@@ -239,6 +242,7 @@ def _work(model_type: str, seed: int, folder: Path) -> None:
         os.dup2(said.fileno(), 2)
         torch.set_num_threads(1)
         limit_memory(MEMORY)
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
         row = examine(model_type, seed, folder)
         (folder / "row.json").write_text(json.dumps(asdict(row)))
 
@@ -251,7 +255,9 @@ def collect(model_type: str, folder: Path, exit_code: int | None) -> Row:
         table["steps"] = [Step(**step) for step in table["steps"]]
         return Row(**table)
     said = (folder / "said").read_text(errors="replace").strip().split("\n")[-1]
-    how = f"ended with {exit_code}" if exit_code is not None else f"took more than {SECONDS} s"
+    how = f"ended with {exit_code}" if exit_code is not None else f"took more than {HANG} s"
+    if exit_code == -signal.SIGKILL:
+        how = f"took more than {SECONDS} s of a processor, or was killed"
     return Row(model_type, steps=[Step("process", FAILED, f"{how}: {said[:300]}")])
 
 
@@ -266,7 +272,7 @@ def run(names: Sequence[str], seed: int, jobs: int) -> Iterator[Row]:
             (folder / "said").touch()
             process = context.Process(target=_work, args=(name, seed, folder))
             process.start()
-            running[process] = name, folder, time.monotonic() + SECONDS
+            running[process] = name, folder, time.monotonic() + HANG
         wait([process.sentinel for process in running], timeout=1)
         for process, (name, folder, ends) in list(running.items()):
             late = time.monotonic() > ends

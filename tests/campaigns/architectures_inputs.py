@@ -377,10 +377,10 @@ def _made(model: PreTrainedModel, wanted: list[str], form: Form) -> dict[str, An
     """The arguments in one form; None where that form makes no sense."""
     made: dict[str, Any] = {}
     required = _required(model)
-    names = [*inspect.signature(type(model).forward).parameters]
-    if form.image in (2,) and not any("grid" in n or "target_sizes" in n for n in names):
-        return None
-    if form.image == 0 and any("grid_thw" in name for name in names):
+    grid = any("grid" in n or "target_sizes" in n for n in wanted)
+    if (_IMAGES[form.image] is _patches and not grid) or (
+        form.image == 0 and "grid" in str(wanted)
+    ):
         return None
     for name, maker in _MAKERS.items():
         if name in wanted and (name not in _ONLY_REQUIRED or name in required):

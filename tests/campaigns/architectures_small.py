@@ -21,7 +21,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 VOCABULARY = 160
-LARGEST = 30_000_000  # parameters; what has more is not built
+LARGEST = 50_000_000  # parameters; what has more is not built
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class Style:
 
 
 STYLES = (
-    *(Style(divisor) for divisor in (0, 8, 16, 4, 32, 2, 1)),
+    *(Style(divisor) for divisor in (0, 16, 32, 8, 4, 2, 1)),
     *(Style(divisor, layers=False) for divisor in (0, 8)),
-    *(Style(divisor, image=False) for divisor in (0, 8, 16, 4, 1)),
+    *(Style(divisor, image=False) for divisor in (0, 16, 8, 4, 1)),
     *(Style(divisor, filled=True) for divisor in (0, 8)),
     *(Style(divisor, tokens=False) for divisor in (0, 8, 32)),
     *(Style(divisor, image=False, tokens=False, layers=False) for divisor in (0, 8, 32, 1)),
@@ -90,7 +90,8 @@ _NO_WIDTH = re.compile(
 )
 _VOCABULARY = re.compile(r"(^|_)vocab_size(_|$)|^n_vocab|unpadded_vocab|^head_out_channels$")
 _TOKEN = re.compile(r"token_(id|ids|index)$|^(bos|eos|pad|sep|cls|mask|unk)_(index|id)$")
-_EXPERTS = re.compile(r"experts?$")
+_PLACEHOLDER = re.compile(r"^(image|audio|video)_token_(id|index)$")
+_EXPERTS = re.compile(r"experts?(_num)?$")
 _POSITIONS = re.compile(r"max_.*positions?(_embeddings)?$|n_positions|n_ctx|max_seq|max_sequence")
 _WINDOW = re.compile(r"^(sliding_window|sliding_window_size|local_attention|window_length)$")
 
@@ -134,15 +135,22 @@ def _small(config: PretrainedConfig, style: Style, tokens: _Tokens) -> Pretraine
     for key, value in values.items():
         if isinstance(value, PretrainedConfig):
             changed[key] = _small(value, style, tokens)
-        elif key in layers.changed:
-            changed[key] = layers.changed[key]
-        elif (found := _reduced(key, value, values, style, tokens)) != value:
+        elif type(cut := layers.changed.get(key, value)) is int and key in layers.changed:
+            changed[key] = cut
+        elif (found := _reduced(key, cut, values, style, tokens)) != value:
             changed[key] = found
     _cut_sections(config, values, style, changed)
+    return type(config)(**_as_arguments(config, changed))
+
+
+def _as_arguments(config: PretrainedConfig, changed: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries under the names that the class takes; what it works out itself is left to it."""
     known = getattr(type(config), "__dataclass_fields__", {})
-    if known:
-        changed = {k: v for k, v in changed.items() if k in known}
-    return type(config)(**changed)
+    if not known:
+        return dict(changed)
+    stored_as = {stored: name for name, stored in type(config).attribute_map.items()}
+    named = {key if key in known else stored_as.get(key, key): v for key, v in changed.items()}
+    return {key: value for key, value in named.items() if key in known}
 
 
 class _Layers:
@@ -191,6 +199,8 @@ def _is_indices(key: str, value: Any) -> bool:
 
 def _reduced(key: str, value: Any, values: Mapping[str, Any], style: Style, tokens: _Tokens) -> Any:
     """An entry of a configuration, reduced by what it is called."""
+    if value is None and _PLACEHOLDER.search(key):
+        return tokens(VOCABULARY + len(key))
     if value is None and style.filled:
         return _filled(key)
     if isinstance(value, bool) or value is None or isinstance(value, (float, str)):
@@ -214,6 +224,8 @@ def _filled(key: str) -> Any:
         return ["dense", "sparse"]
     if key == "layer_types":
         return ["full_attention", "full_attention"]
+    if key == "prediction_length":
+        return 8
     for pattern, number in ((_HEADS, 4), (_EXPERTS, 4), (_HEAD_WIDTH, 16), (_INNER, 96)):
         if pattern.search(key) and not key.startswith("output_"):
             return number
@@ -229,15 +241,16 @@ def _cut_sections(
         return
     if "mrope_section" not in getattr(config, "ignore_keys_at_rope_validation", ()):
         return
-    parts = list((rope or {}).get("mrope_section") or (16, 24, 24))
-    total = 8 if not style.divisor else sum(parts) // style.divisor
+    parts = list((rope or {}).get("mrope_section") or (22, 22, 20))
+    turned = float((rope or {}).get("partial_rotary_factor") or 1)
+    total = int(8 * turned) if not style.divisor else sum(parts) // style.divisor
     changed["rope_parameters"] = {**(rope or {}), "mrope_section": _shares(parts, total)}
 
 
 def _shares(parts: list[int], total: int) -> list[int]:
     """Whole numbers in about these proportions with this sum."""
     shares = [max(1, part * total // max(1, sum(parts))) for part in parts]
-    shares[0] += total - sum(shares)
+    shares[-1 if parts[0] == parts[1] else 0] += total - sum(shares)  # equal ones stay equal
     return shares
 
 
