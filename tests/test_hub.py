@@ -14,6 +14,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import tiny_models
 import torch
 from hub import READ, WRITE, Fault, Hub
 from huggingface_hub import constants
@@ -1031,3 +1032,59 @@ def test_tasks_that_cannot_be_run_are_said(
     result = CliRunner().invoke(app, ["eval", str(packed_once), *words])
     assert result.exit_code == 2 and message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+# --- modules, folders, variants -------------------------------------------------------------------
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+@pytest.fixture
+def sentences(tmp_path: Path) -> Path:
+    """A backbone with a module behind it, as sentence-transformers stores it."""
+    tiny_models.save("bert", tmp_path / "sentences", torch.float32)
+    modules = [{"idx": 0, "path": ""}, {"idx": 1, "path": "2_Dense"}]
+    (tmp_path / "sentences" / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "sentences" / "2_Dense").mkdir()
+    save_file(
+        {"linear.weight": torch.ones(32, 64)},
+        tmp_path / "sentences" / "2_Dense" / "model.safetensors",
+    )
+    return tmp_path / "sentences"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_modules_beside_a_model_come_from_the_hub_and_go_there(
+    stream: bool, client: Hub, sentences: Path, tmp_path: Path
+) -> None:
+    others = {"onnx/model.onnx": b"not asked for"}
+    client.put("user/sentences", {**files_of(sentences), **others})
+    convert("user/sentences", tmp_path / "packed", Recipe("itf", 32), stream=stream)
+    dense = "2_Dense/model.safetensors"
+    assert (tmp_path / "packed" / dense).read_bytes() == (sentences / dense).read_bytes()
+    assert not client.requests("GET", "onnx/model.onnx")
+    push(tmp_path / "packed", "user/packed")
+    assert dense in client.repos["user/packed"].files()
+    fetched = locate("user/packed")
+    verify(fetched)
+    assert (fetched / dense).read_bytes() == (sentences / dense).read_bytes()
+
+
+def test_a_folder_and_a_variant_of_a_repository_are_loaded(
+    client: Hub, packed: Path, tmp_path: Path
+) -> None:
+    model = ternarize.load(packed)
+    model.save_pretrained(tmp_path / "small", variant="small")
+    files = {f"ternary/{name}": data for name, data in files_of(packed).items()}
+    files |= {f"small/{name}": data for name, data in files_of(tmp_path / "small").items()}
+    client.put("user/many", files)
+    ids = torch.arange(8)[None]
+    ways: list[dict[str, Any]] = [{"subfolder": "ternary"}]
+    ways.append({"subfolder": "small", "variant": "small"})
+    for options in ways:
+        found = ternarize.load("user/many", **options)
+        with torch.no_grad():
+            assert torch.equal(found(ids).logits, model(ids).logits), options
