@@ -474,7 +474,10 @@ def plan(
             "transformers has is expected. Convert it without --dataset."
         )
     if why:
-        notes.append(f"no skeleton of the model ({why}): chosen by names and shapes")
+        notes.append(
+            f"no skeleton of the model ({why}): chosen by names and shapes, and not tried whether "
+            "the result loads"
+        )
     notes += sorted({f"{c.name}: {c.reason}" for c in choices if "are tied" in c.reason})
     twice = copies(shapes, source.config, equal)
     by_file: dict[str, list[TensorPlan]] = {file: [] for file in source.files}

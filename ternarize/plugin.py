@@ -76,7 +76,7 @@ class TernarizeConfig(QuantizationConfigMixin):
         verify: bool | None = None,
         dequantize: bool | None = None,
         head: str | None = None,
-        missing: Sequence[str] | None = None,
+        missing: list[str] | None = None,
         format_version: int = container.FORMAT_VERSION,
         **others: Any,
     ) -> None:
@@ -87,6 +87,11 @@ class TernarizeConfig(QuantizationConfigMixin):
         self.activations, self.verify, self.dequantize = activations, verify, dequantize
         if head not in (None, INT8):
             raise UsageError(f"head: {head!r}; expected {INT8!r}, or None to leave it as it is.")
+        names = [] if missing is None else missing
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise FormatError(
+                f"config.json: missing is {missing!r:.80}; expected a list of names. Repair it."
+            )
         self.head, self.missing = head, missing
 
     def get_loading_attributes(self) -> dict[str, Any]:

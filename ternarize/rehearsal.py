@@ -44,7 +44,7 @@ def rehearse(work: Plan, *, allow_missing: bool = False) -> Plan:
         return work
     model = empty_model(config)
     stored = {name: (dtype, shape) for t in work.tensors for name, dtype, shape in t.stored()}
-    missing = _missing(model, [t.name for t in work.tensors if not t.tied_to])
+    missing, defaults = _missing(model, [t.name for t in work.tensors if not t.tied_to])
     if missing and not allow_missing:
         raise _incomplete(work, type(model).__name__, missing)
     quantizer = TernarizeQuantizer(TernarizeConfig(missing=missing))
@@ -56,18 +56,29 @@ def rehearse(work: Plan, *, allow_missing: bool = False) -> Plan:
         ) from None
     chosen = _one_of_each(places, stored)
     _check_fill(work, model, quantizer, {name: stored[name] for name in chosen})
-    if not missing:
-        return work
-    lacks = f"{type(model).__name__} has parameters that the source lacks, and whoever loads the "
-    lacks += f"result makes up: {_first(missing)}"
-    return replace(work, missing=missing, notes=[*work.notes, lacks])
+    notes, name = list(work.notes), type(model).__name__
+    if missing:
+        notes.append(
+            f"the source lacks {_first(missing)}, which {name} needs: whoever loads the result "
+            "makes them up"
+        )
+    if defaults:
+        notes.append(f"the source lacks {_first(defaults)}, of which {name} has values of its own")
+    return replace(work, missing=missing, notes=notes)
 
 
-def _missing(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+def _missing(model: PreTrainedModel, names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Parameters that these names leave out, and buffers, which the class itself fills."""
     places = locate(model, names)
     present = {parameter for place in places.values() for parameter in place.parameters}
     tied = resolve_ties(model.all_tied_weights_keys, present, lambda *_: False)
-    return missing_parameters(model, places, tied)
+    saved = model.state_dict()
+    buffers = [
+        name
+        for name, buffer in model.named_buffers()
+        if name in saved and name not in present and buffer.is_floating_point()
+    ]
+    return missing_parameters(model, places, tied), buffers
 
 
 def _incomplete(work: Plan, architecture: str, missing: list[str]) -> CheckpointError:
