@@ -452,6 +452,7 @@ def plan(
         head=ends["head"],
         embeddings=ends["embeddings"],
         equal=equal,
+        shared=recipe.calibrate is None,
     )
     if isinstance(source, Imported):
         choices = _keep_dense(source, choices, recipe.include)

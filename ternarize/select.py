@@ -136,6 +136,7 @@ def select(
     head: str = KEEP,
     embeddings: str = KEEP,
     equal: Equal = all_equal,
+    shared: bool = True,
 ) -> list[Choice]:
     """Decide for every tensor of a checkpoint whether it becomes ternary.
 
@@ -148,6 +149,8 @@ def select(
     embeddings  likewise the token embedding; tied to the head, it becomes what either asks for
     equal    whether two tensors on disk have the same values: those that the class ties, and that
              have not, are not tied
+    shared   whether weights that blocks share may be ternary; calibration, which goes from block to
+             block, has no place for them
 
     Returns one Choice per tensor, in the order of `shapes`.
     Raises SelectionError where no rule says what to do with a large weight or which way round it
@@ -168,7 +171,7 @@ def select(
     if isinstance(skeleton, str):
         verdicts = _by_names(shapes)
     else:
-        verdicts = _by_skeleton(shapes, skeleton)
+        verdicts = _by_skeleton(shapes, skeleton, shared)
     _check_include(include, included_by, verdicts)
     ends = _ends(shapes, skeleton, verdicts, head, embeddings)
 
@@ -837,7 +840,9 @@ def config_dtype(config: Mapping[str, Any]) -> torch.dtype:
 # --------------------------------------------------------------------------- rules with a skeleton
 
 
-def _by_skeleton(shapes: Mapping[str, tuple[int, ...]], skeleton: _Skeleton) -> dict[str, _Verdict]:
+def _by_skeleton(
+    shapes: Mapping[str, tuple[int, ...]], skeleton: _Skeleton, shared: bool
+) -> dict[str, _Verdict]:
     judged: dict[str, _Verdict] = {}  # of parameters: many tensors can share one
     verdicts = {}
     for name, shape in shapes.items():
@@ -847,7 +852,7 @@ def _by_skeleton(shapes: Mapping[str, tuple[int, ...]], skeleton: _Skeleton) -> 
             continue
         for parameter in place.parameters:
             if parameter not in judged:
-                judged[parameter] = _judge(parameter, skeleton)
+                judged[parameter] = _judge(parameter, skeleton, shared)
         parts = [judged[parameter] for parameter in place.parameters]
         # Split into several parameters: as ternary as the least of them.
         verdict = min(parts, key=lambda part: (part.ternary, part.possible))
@@ -858,8 +863,23 @@ def _by_skeleton(shapes: Mapping[str, tuple[int, ...]], skeleton: _Skeleton) -> 
     return verdicts
 
 
-def _judge(parameter: str, skeleton: _Skeleton) -> _Verdict:
-    """The verdict on a parameter of the skeleton, stored as it is."""
+def _judge(parameter: str, skeleton: _Skeleton, shared: bool) -> _Verdict:
+    """The verdict on a parameter of the skeleton, stored as it is.
+
+    One that several modules have is ternary where it would be in each of them.
+    """
+    verdict = _judge_alone(parameter, skeleton)
+    if parameter not in skeleton.sharing or not (verdict.ternary or verdict.possible):
+        return verdict
+    family = skeleton.family(parameter) - {parameter}
+    if shared and verdict.ternary and all(_judge_alone(p, skeleton) == verdict for p in family):
+        return verdict
+    tied = "output head, tied" if verdict.reason == "output head" else f"tied to {min(family)}"
+    return _Verdict(False, tied)
+
+
+def _judge_alone(parameter: str, skeleton: _Skeleton) -> _Verdict:
+    """The verdict on a parameter as if no other module had it."""
     path, _, leaf = parameter.rpartition(".")
     module = skeleton.modules[path]
     cls: type = type(module)
@@ -893,9 +913,6 @@ def _judge(parameter: str, skeleton: _Skeleton) -> _Verdict:
         if "embed" in kind.lower() or "embed" in leaf.lower():
             return kept("embedding")
         return kept("not a linear layer")
-    if parameter in skeleton.sharing:
-        other = skeleton.sharing[parameter]
-        return kept("output head, tied" if path in skeleton.heads else f"tied to {other}")
     if path in skeleton.raw:
         return kept(f"weight read directly by {skeleton.raw[path]}")
     if skeleton.float32 is not None and skeleton.float32.search(parameter):

@@ -18,7 +18,7 @@ import ternarize
 from ternarize.convert import convert
 from ternarize.errors import CheckpointError, FormatError, SelectionError
 from ternarize.evaluate import evaluate
-from ternarize.plan import Recipe, plan
+from ternarize.plan import Calibrate, Recipe, plan
 from ternarize.rehearsal import rehearse
 from ternarize.verify import verify
 
@@ -381,3 +381,36 @@ def test_the_command_tells_what_it_left_out_and_what_is_missing(
     assert done.returncode == 0, done.stderr
     assert "note: left out: sparse_linear.pt" in done.stderr
     assert MISSING in done.stderr
+
+
+# --- weights that blocks share -------------------------------------------------------------------
+
+
+def test_what_blocks_share_is_packed_once_but_not_calibrated(tmp_path: Path) -> None:
+    config = transformers.Zamba2Config(
+        vocab_size=160,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        layers_block_type=["hybrid", "mamba", "hybrid", "mamba"],
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        attention_head_dim=32,
+        mamba_d_state=16,
+        mamba_headdim=16,
+        n_mamba_heads=8,
+        num_mem_blocks=1,
+        use_mem_rope=False,
+    )
+    transformers.Zamba2ForCausalLM(config).save_pretrained(tmp_path / "source")
+    record = convert(tmp_path / "source", tmp_path / "packed", RECIPE)
+    name = "model.layers.0.shared_transformer.self_attn.q_proj.weight"
+    assert record["tensors"][name]["becomes"] == "ternary"
+    model = ternarize.load(tmp_path / "packed")
+    first, second = (model.model.layers[at].shared_transformer.self_attn.q_proj for at in (0, 2))
+    assert first.weight is second.weight
+    assert first.weight_scale is second.weight_scale
+    assert_near(tmp_path / "packed", tmp_path / "source")
+    calibrated = plan(tmp_path / "source", Recipe("gptq", 32, calibrate=Calibrate()))
+    reasons = {t.name: t.choice.reason for t in calibrated.tensors}
+    assert reasons[name].startswith("tied to")
