@@ -3,15 +3,28 @@ PYTHON ?= python3
 BIN := .venv/bin
 TINY := build/tiny-llama-ternary
 
-.PHONY: venv demo test test-oldest lint types audit docs clean
+# The torch of our own environments is not the newest, but one that can be had as a build for CPUs,
+# without gigabytes for GPUs. pip takes that one where it is offered (--find-links,
+# --extra-index-url), else the other. `make test-newest TORCH=torch` tries the newest.
+TORCH ?= torch==2.13.0
+
+.PHONY: venv demo test lock newer test-newest test-oldest lint types audit docs clean
 
 venv: .venv/.stamp
 
-# Editable: Python sources are used where they are; the compiled core is built again when its own
-# sources change.
+# An environment, $(1), of what a file of pins, $(2), says, and nothing else. The build tools come
+# first, so that the build takes them, and not the newest. Editable: Python sources are used where they
+# are; the compiled core is built again when its own sources change.
+PIP := -m pip install --quiet --disable-pip-version-check
+define ENVIRONMENT
+test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+$(1)/bin/python $(PIP) -c $(2) cmake nanobind ninja pip scikit-build-core
+$(1)/bin/python $(PIP) -c $(2) --no-build-isolation -e '.[dev]'
+$(1)/bin/python tests/pinned.py $(2)
+endef
+
 .venv/.stamp: pyproject.toml constraints.txt CMakeLists.txt $(wildcard ternarize/csrc/*)
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(call ENVIRONMENT,.venv,constraints.txt)
 	touch $@
 
 # The example model: packed, shown, checked against its source, measured, and made to write.
@@ -26,22 +39,49 @@ demo: venv
 
 # A process on each core, and in each one thread: two teams of threads on the same cores would wait for
 # one another.
+SUITE := -m pytest -n auto --dist worksteal
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python $(SUITE)
+
+# constraints.txt pins the newest of everything, for the oldest Python that we take and all later
+# ones; constraints-oldest.txt the oldest that pyproject.toml takes, for that Python. Without digests:
+# a build of torch for CPUs has another than the one on the index.
+RESOLVE = printf '%s\n' '$(TORCH)' $(1) | build/uv/bin/uv pip compile --quiet --upgrade --no-annotate \
+	--custom-compile-command 'make lock' --no-python-downloads --python-version 3.11 --extra dev \
+	pyproject.toml -
+NEW = $(call RESOLVE,pip pip-audit) --universal
+lock: build/uv/.stamp
+	$(NEW) -o constraints.txt
+	$(call RESOLVE,$$(grep ^pip= constraints.txt)) --resolution lowest-direct -o constraints-oldest.txt
+
+build/uv/.stamp:
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/python $(PIP) --upgrade uv
+	touch $@
+
+# What of .venv is not the newest there is: nothing, or a line for each and a failure.
+newer: venv build/uv/.stamp
+	$(NEW) -o build/constraints-newest.txt
+	$(BIN)/python tests/pinned.py build/constraints-newest.txt
+
+NEWEST := .venv-newest
+test-newest: build/uv/.stamp
+	$(NEW) -o build/constraints-newest.txt
+	$(call ENVIRONMENT,$(NEWEST),build/constraints-newest.txt)
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python $(SUITE)
 
 # Loading and the Hub (converting with it) with the oldest versions that pyproject.toml takes, and on torch
-# alone, without the compiled core. What those versions warn of is theirs.
+# alone, without the compiled core.
 OLDEST := .venv-oldest
 test-oldest: $(OLDEST)/.stamp
-	HF_HUB_OFFLINE=1 PYTHONPATH=. OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto \
-		--dist worksteal -W default -k "not deepseek and not compile and not two_processes" \
-		tests/test_load.py tests/test_hub.py
+	HF_HUB_OFFLINE=1 PYTHONPATH=. OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(SUITE) \
+		-k "not deepseek and not compile and not two_processes" tests/test_load.py tests/test_hub.py
 
-$(OLDEST)/.stamp: pyproject.toml constraints.txt constraints-oldest.txt
+$(OLDEST)/.stamp: pyproject.toml constraints-oldest.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		-c constraints-oldest.txt accelerate filelock hypothesis huggingface_hub numpy pyarrow \
-		pytest pytest-xdist rich safetensors torch transformers typer
+	$(OLDEST)/bin/python $(PIP) -c constraints-oldest.txt accelerate filelock hypothesis \
+		huggingface_hub numpy pip pyarrow pytest pytest-xdist rich safetensors torch transformers typer
+	$(OLDEST)/bin/python tests/pinned.py constraints-oldest.txt
 	touch $@
 
 lint: venv
@@ -53,7 +93,7 @@ types: venv
 
 # Known faults of the dependencies. The list of them is on the network.
 audit: venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/python $(PIP) -c constraints.txt pip-audit
 	$(BIN)/pip-audit --local --skip-editable --progress-spinner off
 
 # CLI.md, from the program itself.
@@ -61,4 +101,4 @@ docs: venv
 	$(BIN)/typer ternarize.cli utils docs --name ternarize --title "The command line" --output CLI.md
 
 clean:
-	rm -rf .venv $(OLDEST) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv $(NEWEST) $(OLDEST) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

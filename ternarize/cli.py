@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -44,35 +44,35 @@ err = Console(stderr=True)
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
-class Method(str, Enum):
+class Method(StrEnum):
     absmean = "absmean"
     twn = "twn"
     itf = "itf"
     gptq = "gptq"
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     float32 = "float32"
     float16 = "float16"
     bfloat16 = "bfloat16"
 
 
-class Activations(str, Enum):
+class Activations(StrEnum):
     none = "none"
     int8 = "int8"
 
 
-class End(str, Enum):
+class End(StrEnum):
     keep = "keep"
     int8 = "int8"
     ternary = "ternary"
 
 
-class RunEnd(str, Enum):
+class RunEnd(StrEnum):
     int8 = "int8"
 
 
-class Target(str, Enum):
+class Target(StrEnum):
     gguf = "gguf"
     dense = "dense"
     bitnet = "bitnet"
@@ -80,13 +80,13 @@ class Target(str, Enum):
     mlx = "mlx"
 
 
-class GgufType(str, Enum):
+class GgufType(StrEnum):
     tq2_0 = "tq2_0"
     tq1_0 = "tq1_0"
     q2_0 = "q2_0"
 
 
-class KeptType(str, Enum):
+class KeptType(StrEnum):
     f16 = "f16"
     bf16 = "bf16"
     f32 = "f32"

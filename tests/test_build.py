@@ -6,14 +6,18 @@ those of the test environment.
 
 import importlib.util
 import os
-import re
 import shutil
 import stat
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
+import pinned
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,16 +26,50 @@ for tool in ("pip", "nanobind", "scikit_build_core"):
         pytest.skip(f"{tool} is not installed (the extra `dev` has it)", allow_module_level=True)
 
 
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def pins_of(file: str) -> dict[str, Requirement]:
+    return pinned.read_pins((ROOT / file).read_text().splitlines())
+
+
 def test_the_oldest_versions_are_those_that_are_tested() -> None:
     """constraints-oldest.txt, with which `make test-oldest` runs, has pyproject.toml's bounds."""
-    bounds = dict(
-        re.findall(r'^ +"([\w-]+)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text(), re.M)
+    pins = pins_of("constraints-oldest.txt")
+    for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["data"]:
+        promised = Requirement(line)
+        (bound,) = (Version(each.version).release for each in promised.specifier)
+        pin = pins[canonicalize_name(promised.name)].specifier
+        (tested,) = (Version(each.version).release for each in pin)
+        # of torch the one that can be had as a build for CPUs (Makefile)
+        assert tested[: len(bound)] == bound or promised.name == "torch", promised.name
+
+
+def test_the_lock_has_all_that_is_asked_for_at_versions_that_are_taken() -> None:
+    pins = pins_of("constraints.txt")
+    asked = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
+    for line in [*asked, "pip", "pip-audit"]:  # and what the Makefile itself installs
+        wanted = Requirement(line)
+        (pin,) = pins[canonicalize_name(wanted.name)].specifier
+        assert pin.operator == "==" and wanted.specifier.contains(pin.version), line
+
+
+def test_a_package_that_is_not_pinned_or_at_another_version_is_named() -> None:
+    pins = pinned.read_pins(
+        [
+            "# by a tool",
+            "numpy==2.4.6 ; python_version >= '3'",
+            "numpy==1.26.0 ; python_version < '3'",
+            "torch==2.13.0",
+            "never-installed==1.0",
+        ]
     )
-    lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
-    tested = dict(line.split("==") for line in lines if not line.startswith("#"))
-    assert {"transformers", "huggingface_hub", "safetensors"} <= tested.keys()
-    for name, version in tested.items():
-        assert version == f"{bounds[name]}.0", name
+    right = {"numpy": "2.4.6", "torch": "2.13.0+cpu"}
+    assert pinned.differences(right, pins) == []
+    assert pinned.differences(right | {"numpy": "1.26.0", "stray": "0.1"}, pins) == [
+        "numpy 1.26.0: expected ==2.4.6",
+        "stray 0.1: no pin",
+    ]
 
 
 def install(target: Path, **environment: str) -> subprocess.CompletedProcess[str]:

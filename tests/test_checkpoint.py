@@ -526,7 +526,6 @@ def test_sharded_pickles_are_read(tmp_path: Path) -> None:
     assert checkpoint.read("b").tolist() == [0, 0, 0]
 
 
-@pytest.mark.filterwarnings("ignore:Validating sparse tensor")  # torch 2.15
 @pytest.mark.parametrize(
     "table",
     [

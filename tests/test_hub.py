@@ -41,9 +41,6 @@ from ternarize.plan import RECORD, Calibrate, Recipe
 from ternarize.sums import SUMS, format_sums, listed, sha256
 from ternarize.verify import verify
 
-# of the client's HTTP library, against the client
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
-
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "tiny-llama"
 SOURCE_CARD = b"---\nlicense: mit\nlanguage: en\n---\n# Source\n"

@@ -7,7 +7,6 @@ MLX's. Sources are made here, in the exact layouts that are published.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from test_evaluate import word_tokenizer
 from torch import Tensor, nn
+from transformers.integrations import bitnet as theirs
 
 import ternarize
 from ternarize.convert import convert
@@ -29,10 +29,6 @@ from ternarize.export.common import open_verified
 from ternarize.imports.bitnet import inverse
 from ternarize.plan import Recipe, plan
 from ternarize.verify import verify
-
-with warnings.catch_warnings():  # of what torch.compile imports
-    warnings.simplefilter("ignore", DeprecationWarning)
-    from transformers.integrations import bitnet as theirs
 
 TOKENS = torch.arange(48).view(3, 16)
 Tensors = dict[str, Tensor]
