@@ -164,6 +164,9 @@ def load_dense(directory: Path, **kwargs: Any) -> PreTrainedModel:
     model: PreTrainedModel = getattr(transformers, config.architectures[0]).from_pretrained(
         directory, experts_implementation="eager", **kwargs
     )
+    for module in model.modules():
+        if isinstance(module, Conv1D):  # rows one behind the other, as ours: sums in that order
+            module.weight.data = module.weight.data.t().contiguous().t()
     return model
 
 

@@ -21,10 +21,6 @@ from ternarize.errors import UsageError
 from ternarize.linear import Packed, TernaryLinear
 
 peft = pytest.importorskip("peft")
-# PEFT and transformers have each their own pace
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.* is deprecated:FutureWarning", "ignore:Model .*`tie_word_embeddings=True`"
-)
 
 Made = Callable[[str], Path]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -341,7 +337,11 @@ def test_trainer_trains_an_adapter(made: Made, tmp_path: Path) -> None:
     assert (tmp_path / "out/checkpoint-4/adapter_model.safetensors").exists()
 
 
-def test_an_adapter_of_transformers_own(made: Made, tmp_path: Path) -> None:
+def test_an_adapter_of_transformers_own(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the newest transformers may ask for a PEFT that is not out yet
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)
     base: Any = ternarize.load(made("llama") / "packed", dtype=torch.float32)
     base.add_adapter(lora())
     changed(base)

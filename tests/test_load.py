@@ -99,11 +99,14 @@ def test_memory_is_that_of_the_file(made: Made, name: str) -> None:
     """Every parameter has the bytes that the file has for it: no dense copy anywhere."""
     folder = made(name)
     model = packing.stored(ternarize.load(folder / "packed"))
-    expected = sum(info.nbytes for info in open_checkpoint(folder / "packed").tensors.values())
+    stored = open_checkpoint(folder / "packed").tensors
+    expected = sum(info.nbytes for info in stored.values())
     held = {t.data_ptr(): t.numel() * t.element_size() for t in model.parameters()}
     held |= {t.data_ptr(): t.numel() * t.element_size() for _, t in buffers(model)}
-    # DeepSeek's router bias is read as bfloat16 and held as float32: 8 experts, 2 bytes each
-    assert sum(held.values()) == expected + (16 if name == "deepseek_v3" else 0)
+    # DeepSeek's router bias is held as float32; transformers < 5.24 writes it as bfloat16
+    biases = [n for n in model.state_dict() if n.endswith("e_score_correction_bias")]
+    wider = sum(model.get_buffer(n).nbytes - stored[n].nbytes for n in biases)
+    assert sum(held.values()) == expected + wider
 
 
 def buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -316,7 +319,6 @@ def test_device_maps(made: Made, device: Any) -> None:
     assert torch.equal(packing.output(model), packing.output(ternarize.load(folder / "packed")))
 
 
-@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded")
 def test_a_model_offloaded_to_disk_runs_and_saves(made: Made, tmp_path: Path) -> None:
     folder = made("mixtral")
     parts = ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"]
@@ -451,7 +453,6 @@ def copied(source: Path, target: Path) -> Path:
     return target
 
 
-@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 def test_switches_in_a_config_given_to_from_pretrained(packed: Path) -> None:
     cls = transformers.LlamaForCausalLM
     model = cls.from_pretrained(packed, quantization_config=TernarizeConfig(activations="int8"))
