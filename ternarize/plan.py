@@ -21,7 +21,6 @@ from torch import Tensor
 from ternarize import container
 from ternarize.checkpoint import (
     DTYPES,
-    INDEX,
     MAX_HEADER,
     SAFETENSORS,
     Checkpoint,
@@ -781,6 +780,7 @@ def _not_read(source: Checkpoint, left_out: Iterable[str]) -> list[str]:
 
 _MODEL = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)")
 
+_OWN_INDEX = re.compile(r"[^/]+\.index(\.\w+)?\.json")  # the result has one of its own, if any
 # what training leaves in a folder, and no model reads: names and folders, globs
 _OF_TRAINING = (
     "trainer_state.json",
@@ -816,7 +816,7 @@ def small_files(directory: Path, read: Sequence[str]) -> tuple[list[str], list[s
         name = path.relative_to(directory).as_posix()
         if any(part.startswith(".") for part in name.split("/")):
             continue
-        if name in ("config.json", RECORD, *read) or name.endswith(INDEX):
+        if name in ("config.json", RECORD, *read) or _OWN_INDEX.fullmatch(name):
             continue
         if any(fnmatchcase(name, glob) for glob in _OF_TRAINING):
             left_out.append(name)

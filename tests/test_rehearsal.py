@@ -299,6 +299,9 @@ def test_remains_of_training_stay_behind(source: Path, tmp_path: Path) -> None:
 # --- modules beside the model --------------------------------------------------------------------
 
 
+DENSE = ("2_Dense/model.safetensors", "2_Dense/model.safetensors.index.json")
+
+
 def sentences(folder: Path, *paths: str) -> None:
     """The layout of sentence-transformers: the backbone at the top, modules in folders."""
     tiny_models.save("bert", folder, torch.float32)
@@ -313,11 +316,12 @@ def test_the_weights_of_modules_beside_come_along(tmp_path: Path) -> None:
     folder = tmp_path / "source"
     sentences(folder, "1_Pooling", "2_Dense")
     save_file({"linear.weight": torch.ones(32, 64)}, folder / "2_Dense" / "model.safetensors")
+    (folder / "2_Dense" / "model.safetensors.index.json").write_text("{}")
     torch.save({"weight": torch.ones(1, 64)}, folder / "sparse_linear.pt")
     (folder / "onnx").mkdir()
     (folder / "onnx" / "model.onnx").write_bytes(b"another form of the same")
     record = convert(folder, tmp_path / "packed", RECIPE)
-    for name in ("1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"):
+    for name in ("1_Pooling/config.json", "2_Dense/config.json", *DENSE):
         assert (tmp_path / "packed" / name).read_bytes() == (folder / name).read_bytes()
     assert record["source"]["left_out"] == ["onnx/model.onnx", "sparse_linear.pt"]
     assert "2_Dense/model.safetensors" in (tmp_path / "packed" / "SHA256SUMS").read_text()
