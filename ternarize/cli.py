@@ -1281,7 +1281,10 @@ def _print_calibration(report: dict[str, Any]) -> None:
     if found is None:
         return
     out, data, blocks = _out(), found["data"], found["blocks"]
+    begin = data.get("windows_begin_with")
     read = f"{data.get('samples')} samples"
+    if isinstance(begin, list) and begin:
+        read += f" that begin with {' '.join(map(str, begin))}"
     if data.get("tokens"):
         read += f", {data['tokens']} tokens"
     held, reported = data.get("heldout_samples"), data.get("report_samples")

@@ -459,7 +459,10 @@ def test_a_calibrated_conversion_prints_what_it_measured(
 ) -> None:
     directory, _, done = calibrated
     text = re.sub(r" +", " ", done.stdout)
-    assert "calibrated on eval.txt: 8 samples, 256 tokens; 1 more to choose by, 1 to report" in text
+    assert (
+        "calibrated on eval.txt: 8 samples that begin with <|endoftext|>, 256 tokens; 1 more to "
+        "choose by, 1 to report on" in text
+    )
     assert "no matrix was left uncalibrated" in text
     for block in (0, 1):
         found = re.search(rf"model\.layers\.{block} (0\.\d+) (0\.\d+)", text)
