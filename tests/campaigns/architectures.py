@@ -64,15 +64,16 @@ HANG = 900  # seconds by the clock, on a machine that others use, too
 BUILDING = 40  # of a processor, at most, until a model is built that runs
 MEMORY = 10 << 30  # address space that a type may take
 CLASSES = 4  # of a type that are tried until one can be built
-UNRUNNABLE = 4  # models that are built and whose forward takes no inputs, until one of them is used
+UNRUNNABLE = 8  # models that are built and whose forward takes no inputs, until one of them is used
 
 # Classes that make most of a model come first; the others in the order of their names.
 PREFERRED = (
     *("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SPEECH_SEQ_2_SEQ", "SEQ_TO_SEQ_CAUSAL_LM"),
     *("MASKED_LM", "CAUSAL_LM", "CTC", "ZERO_SHOT_IMAGE_CLASSIFICATION", "IMAGE_CLASSIFICATION"),
     *("VIDEO_CLASSIFICATION", "AUDIO_CLASSIFICATION", "OBJECT_DETECTION"),
+    *("SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION"),
 )
-LAST = ("PRETRAINING", "BACKBONE", "TEXT_ENCODING")
+LAST = ("PRETRAINING", "MULTIPLE_CHOICE", "BACKBONE", "TEXT_ENCODING")
 
 
 @dataclass

@@ -57,7 +57,7 @@ def candidates(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
 
 def _wanted(model: PreTrainedModel, names: list[str]) -> Iterator[list[str]]:
     """Which arguments to give: all that a rule knows; without one kind each; only the needed."""
-    known = [name for name in names if name in _MAKERS]
+    known = [name for name in names if name in _MAKERS and name not in _IF_ASKED]
     seen = []
     for left_out in (
         *(set[str](), _VIDEO_NAMES, _VIDEO_NAMES | _AUDIO_NAMES, _VIDEO_NAMES | _IMAGE_NAMES),
@@ -67,6 +67,9 @@ def _wanted(model: PreTrainedModel, names: list[str]) -> Iterator[list[str]]:
         if some and some not in seen:
             seen.append(some)
             yield some
+    more = [name for name in names if name in {*known, *_IF_ASKED}]
+    if more != known:
+        yield [name for name in more if name not in _VIDEO_NAMES]
     main = model.main_input_name
     needed = {*([main] if isinstance(main, str) else main), *_required(model)}
     few = [name for name in known if name in needed]
@@ -185,6 +188,7 @@ _IMAGES: tuple[Callable[[PreTrainedModel], Tensor], ...] = (
     _padded_patches,
     _patch_images,
     lambda model: _image(model, BATCH, 1),
+    lambda model: _image(model, BATCH, 2),
     lambda model: _image(model, BATCH, 1, 1),
 )
 
@@ -195,7 +199,7 @@ def _pixels(model: PreTrainedModel, form: Form, made: Mapping[str, Any]) -> Tens
 
 def _bands(model: PreTrainedModel) -> int:
     names = "num_mel_bins input_feat_per_channel n_mels num_melspec_bins feature_size input_dim"
-    names += " feature_projection_input_dim n_mel_channels mel_bins spectrogram_bins"
+    names += " feature_projection_input_dim n_mel_channels mel_bins spectrogram_bins input_size"
     return entry(model.config, names, 80, kind="audio")
 
 
@@ -273,12 +277,12 @@ def _past_mask(model: PreTrainedModel, form: Form, made: Mapping[str, Any]) -> T
 
 
 def _past_times(model: PreTrainedModel, form: Form, made: Mapping[str, Any]) -> Tensor:
-    return _series(model, max(1, entry(model.config, "num_time_features", 1)))
+    return _series(model, model.config.num_time_features)
 
 
 def _future_times(model: PreTrainedModel, form: Form, made: Mapping[str, Any]) -> Tensor:
     length = entry(model.config, "prediction_length", 8)
-    return _noise(BATCH, length, max(1, entry(model.config, "num_time_features", 1)))
+    return _noise(BATCH, length, model.config.num_time_features)
 
 
 def _future_values(model: PreTrainedModel, form: Form, made: Mapping[str, Any]) -> Tensor:
@@ -359,6 +363,12 @@ _MAKERS: dict[str, _Maker] = {
     "tasks_input_ids": _ids,
     "tasks_attention_mask": _mask,
     "task_inputs": _ids,
+    "encoder_hidden_states": lambda m, f, made: _states(
+        m, 7, entry(m.config, "encoder_hidden_size hidden_size", 64)
+    ),
+    "is_longer": lambda m, f, made: torch.zeros(BATCH, 1, dtype=torch.bool),
+    "attention_mask": _mask,
+    "use_cache": lambda m, f, made: False,
     "prompt_pixel_values": lambda model, form, made: _image(model, BATCH),
     "prompt_masks": lambda model, form, made: _image(model, BATCH),
     "prompt_depth": lambda model, form, made: _image(model, BATCH)[:, :1],
@@ -368,6 +378,8 @@ _IMAGE_NAMES = {"pixel_values", "pixel_values_images", "image_grid_thw", "image_
 _IMAGE_NAMES |= {"high_res_pixel_values", "mm_token_type_ids", "image_grid_hw"}
 _AUDIO_NAMES = {"input_features", "input_values", "audio_mel"}
 _AUDIO_NAMES |= {"input_features_mask", "feature_attention_mask"}
+# what is given only where a model does not do without
+_IF_ASKED = {"encoder_hidden_states", "is_longer", "attention_mask", "use_cache"}
 # what is given only where the forward has no default for it
 _ONLY_REQUIRED = {"inputs_embeds", "hidden_states", "future_values", "inputs", "latents"}
 _ONLY_REQUIRED |= {"pixel_attention_mask", "query_embeds", "image_sizes", "noise_embeds"}
@@ -378,9 +390,9 @@ def _made(model: PreTrainedModel, wanted: list[str], form: Form) -> dict[str, An
     made: dict[str, Any] = {}
     required = _required(model)
     grid = any("grid" in n or "target_sizes" in n for n in wanted)
-    if (_IMAGES[form.image] is _patches and not grid) or (
-        form.image == 0 and "grid" in str(wanted)
-    ):
+    if _IMAGES[form.image] is _patches and not grid:
+        return None
+    if form.image == 0 and grid and "pixel_values" in wanted:
         return None
     for name, maker in _MAKERS.items():
         if name in wanted and (name not in _ONLY_REQUIRED or name in required):

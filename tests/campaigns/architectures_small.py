@@ -56,10 +56,16 @@ class Style:
 
 
 STYLES = (
-    *(Style(divisor) for divisor in (0, 16, 32, 8, 4, 2, 1)),
-    *(Style(divisor, layers=False) for divisor in (0, 8)),
-    *(Style(divisor, image=False) for divisor in (0, 16, 8, 4, 1)),
-    *(Style(divisor, filled=True) for divisor in (0, 8)),
+    Style(0),
+    Style(16),
+    Style(0, filled=True),
+    Style(32),
+    Style(8),
+    Style(0, layers=False),
+    Style(0, image=False),
+    *(Style(divisor) for divisor in (4, 2, 1)),
+    *(Style(divisor, image=False) for divisor in (16, 8, 4, 1)),
+    *(Style(8, layers=False), Style(8, filled=True)),
     *(Style(divisor, tokens=False) for divisor in (0, 8, 32)),
     *(Style(divisor, image=False, tokens=False, layers=False) for divisor in (0, 8, 32, 1)),
 )
@@ -80,7 +86,7 @@ _HEAD_WIDTH = re.compile(r"head_dim$|d_kv$|kv_channels|dim_head$|d_head$|attenti
 _INNER = re.compile(r"intermediate|ffn|mlp_dim|d_ff|n_inner|inner_dim|feed_forward|hidden_dim_ffn")
 _WIDTH = re.compile(
     r"hidden_size|hidden_dim|d_model|n_embd|embed|_dim$|^dim$|_dims?($|_)|width|channels?$|units$"
-    r"|filters$|rank$|hidden_sizes|proj_size|_size$|pos_feats|channels"
+    r"|filters$|rank$|^upsample_groups$|hidden_sizes|proj_size|_size$|pos_feats|channels"
 )
 _NO_WIDTH = re.compile(
     r"(image|img|patch|kernel|vocab|window|codebook|batch|chunk|group|stride|tubelet|block|context"
@@ -88,7 +94,9 @@ _NO_WIDTH = re.compile(
     r"(size|shape)|num_channels|^in_channels$|out_channels$|audio_channels|embeddings|conv_.*dim$"
     r"|^channels$|kernel_dim|type_vocab|max_|temporal|query_dim|^scale|state_size|d_state"
 )
-_VOCABULARY = re.compile(r"(^|_)vocab_size(_|$)|^n_vocab|unpadded_vocab|^head_out_channels$")
+_VOCABULARY = re.compile(
+    r"(^|_)vocab_size(_|$)|^n_vocab|unpadded_vocab|_vocab$|^head_out_channels$"
+)
 _TOKEN = re.compile(r"token_(id|ids|index)$|^(bos|eos|pad|sep|cls|mask|unk)_(index|id)$")
 _PLACEHOLDER = re.compile(r"^(image|audio|video)_token_(id|index)$")
 _EXPERTS = re.compile(r"experts?(_num)?$")
@@ -98,8 +106,8 @@ _WINDOW = re.compile(r"^(sliding_window|sliding_window_size|local_attention|wind
 # (entries, at most): small counts
 _COUNTS: tuple[tuple[re.Pattern[str], int], ...] = (
     (re.compile(r"^index_topk$"), 16),
-    (re.compile(r"experts_per_tok(en)?$|topk$|top_k$|num_selected_experts|k_experts"), 2),
-    (re.compile(r"^n_group$|^num_expert_group$"), 2),
+    (re.compile(r"experts_per_tok(en)?$|topk$|top_k$|^moe_k$|num_selected_experts|k_experts"), 2),
+    (re.compile(r"^n_group$|^num_expert_group$|^(mamba_)?n_groups$"), 2),
     (re.compile(r"^topk_group$"), 1),
     (re.compile(r"shared_experts$"), 1),
     (re.compile(r"num_queries$|num_query_tokens$"), 16),
@@ -226,7 +234,10 @@ def _filled(key: str) -> Any:
         return ["full_attention", "full_attention"]
     if key == "prediction_length":
         return 8
-    for pattern, number in ((_HEADS, 4), (_EXPERTS, 4), (_HEAD_WIDTH, 16), (_INNER, 96)):
+    if key == "attn_layer_indices":
+        return [1]
+    known = ((_HEADS, 4), (_EXPERTS, 4), (_HEAD_WIDTH, 16), (_INNER, 96), (_VOCABULARY, 160))
+    for pattern, number in (*_COUNTS, *known):
         if pattern.search(key) and not key.startswith("output_"):
             return number
     return None
@@ -327,10 +338,16 @@ def _reduced_width(
     if style.divisor:
         return value // style.divisor if value % style.divisor == 0 else value
     if head:
-        return min(value, 8 if "rope" in key else 16)
+        return min(value, 8 if "rope" in key else 16 * _expansion(key, values))
     if "rank" in key:
         return min(value, 24)
     return min(value, 96 if inner else 64)
+
+
+def _expansion(key: str, values: Mapping[str, Any]) -> int:
+    """How much wider than the model a state space is, whose heads share that width."""
+    expand = values.get("mamba_expand" if key.startswith("mamba") else "expand")
+    return expand if type(expand) is int else 1
 
 
 # ------------------------------------------------------------------------------------- the model
