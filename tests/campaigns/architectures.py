@@ -1,10 +1,10 @@
 """Every architecture of transformers: `python -m tests.campaigns.architectures [--types GLOB ...]`.
 
 For each model type of transformers' Auto classes a tiny random model is made from the type's own
-default configuration (architectures_small.py), saved, and converted. What is asked then, in this
-order (architectures_checks.py):
+default configuration (architectures_small.py), saved, loaded by transformers, and converted. What
+is asked, in this order (architectures_checks.py):
 
-    source loads       transformers loads what it has saved
+    source             what transformers itself does not load as it has saved it is named
     plan               it adds up, and gives a reason for every tensor
     convert            or it is refused, in one line that says where, what, and what to do
     verify             with the source
@@ -54,7 +54,19 @@ from transformers.models.auto import modeling_auto
 
 from ternarize.plan import Recipe
 
-from .architectures_checks import FAILED, OK, OPEN, REFUSED, Case, Step, ask_all, read, where
+from .architectures_checks import (
+    FAILED,
+    OK,
+    OPEN,
+    REFUSED,
+    Case,
+    Step,
+    ask_all,
+    load_source,
+    read,
+    state,
+    where,
+)
 from .architectures_inputs import candidates, tensors
 from .architectures_small import STYLES, build, default_config, small
 from .child import limit_memory
@@ -214,7 +226,12 @@ def _saved(
     model.save_pretrained(own, save_original_format=False)
     if read(own).keys() == read(folder / "source").keys():
         shutil.rmtree(own)
-    return Case(type(model), folder, inputs, why, row.steps)
+    case = Case(type(model), folder, inputs, why, row.steps, state(model))
+    try:
+        load_source(case)
+    except Exception as error:
+        row.not_built = f"transformers does not load what it has saved: {_line(error)}"
+    return case
 
 
 def examine(model_type: str, seed: int, folder: Path) -> Row:
@@ -227,7 +244,7 @@ def examine(model_type: str, seed: int, folder: Path) -> Row:
         case = make(row, folder, seed)
     except Exception as error:  # of transformers: its default configuration, or save_pretrained
         row.not_built, case = _line(error), None
-    if case is not None:
+    if case is not None and not row.not_built:
         ask_all(case, recipe)
     row.seconds = round(time.process_time() - started, 1)
     return row

@@ -54,7 +54,8 @@ class Case:
 
     inputs   None where none could be made
     steps    the answers so far
-    missing  parameters that transformers itself does not find in what it has saved
+    saved    the state of the model that was saved
+    missing  names in it that transformers itself does not load as they were
     original what the source gives for the inputs
     """
 
@@ -63,6 +64,7 @@ class Case:
     inputs: dict[str, Any] | None
     why_none: str = ""
     steps: list[Step] = field(default_factory=list)
+    saved: dict[str, Tensor] = field(default_factory=dict)
     missing: set[str] = field(default_factory=set)
     original: list[Tensor] = field(default_factory=list)
 
@@ -119,8 +121,6 @@ def where(error: BaseException) -> str:
 def ask_all(case: Case, recipe: Recipe) -> None:
     """Every question about the source in `case.folder`."""
     source = case.folder / "source"
-    if not case.ask("source loads", lambda: load_source(case, source)):
-        return
     case.ask("plan", lambda: check_plan(source, recipe), may_refuse=True)
     if ask_conversion(case, "", source, recipe) is None:
         return
@@ -132,13 +132,16 @@ def ask_all(case: Case, recipe: Recipe) -> None:
         ask_conversion(case, "own names", own, recipe)
 
 
-def load_source(case: Case, source: Path) -> None:
-    """transformers loads what it has saved; what it lacks then, and what the model gives."""
-    model: Any
-    model, info = case.cls.from_pretrained(source, output_loading_info=True)
-    case.missing = {*info["missing_keys"]}
+def load_source(case: Case) -> None:
+    """What transformers makes of the source: what it does not load as it was, what comes out."""
+    model = case.cls.from_pretrained(case.folder / "source").eval()
+    found = state(model)
+    case.missing = {n for n, t in case.saved.items() if n not in found or not same(found[n], t)}
+    if case.missing:
+        first = min(case.missing)
+        case.add("source", OPEN, f"{first}: is not loaded as saved ({len(case.missing)} such)")
     if case.inputs is not None:
-        case.original = run(model.eval(), case.inputs)
+        case.original = run(model, case.inputs)
 
 
 def ask_conversion(
