@@ -470,7 +470,8 @@ def convert(
     _print_totals(report)
     _print_calibration(report)
     if not quiet:
-        _print_notes(record["source"])
+        for note in record["notes"]:
+            err.print(f"note: {printable(note)}", highlight=False, markup=False, soft_wrap=True)
         found = _check(record, model, output, stream) if wanted else None
         _print_check(found)
         _hint(model, output, report, found)
@@ -492,20 +493,6 @@ def _check(
     except KeyboardInterrupt as stop:  # of what is no part of the conversion
         err.print(f"interrupted while measuring; {shown(output)} is complete", soft_wrap=True)
         raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
-
-
-SHOWN_FILES = 8
-
-
-def _print_notes(source: dict[str, Any]) -> None:
-    """What a conversion has to say of its source, and which files it did not take."""
-    left = [name for name in source.get("left_out", ()) if name != "README.md"]  # cards are ours
-    notes = list(source.get("notes", ()))
-    if left:
-        more = f" and {len(left) - SHOWN_FILES} more" if len(left) > SHOWN_FILES else ""
-        notes.append(f"left out: {', '.join(left[:SHOWN_FILES])}{more}")
-    for note in notes:
-        err.print(f"note: {printable(note)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _refuse_calibration(asked: list[str], method: Method | None) -> None:

@@ -451,7 +451,10 @@ def convert(
     stream: bool = False,
     allow_missing: bool = False,
 ) -> dict[str, Any]:
-    """Convert a checkpoint into a packed one, and return its record (what ternarize.json holds).
+    """Convert a checkpoint into a packed one, and return its record.
+
+    That is what ternarize.json holds, and "notes": what there is to say about the source and about
+    files of its folder that were left out, which is no part of the result.
 
     model     directory, or Hub id user/name[@revision]
     output    directory that must not exist yet; its parents are made
@@ -491,7 +494,8 @@ def convert(
                 work = _checked(plan(model, recipe, stream=partial / SOURCE), allow_missing)
                 _check_output(work, output)
                 record = _finished(work, output)
-                return record or _run(work, output, partial, threads, device, progress, {})
+                record = record or _run(work, output, partial, threads, device, progress, {})
+                return {**record, "notes": work.said()}
             finally:
                 shutil.rmtree(partial / SOURCE, ignore_errors=True)
                 if partial.is_dir() and _is_empty(partial):
@@ -501,13 +505,21 @@ def convert(
     with _alone(partial):
         _check_output(work, output)  # again: another conversion may just have ended
         record = _finished(work, output)
-        return record or _run(work, output, partial, threads, device, progress, min_quality or {})
+        bounds = min_quality or {}
+        record = record or _run(work, output, partial, threads, device, progress, bounds)
+        return {**record, "notes": work.said()}
 
 
 def _checked(work: Plan, allow_missing: bool) -> Plan:
     """A plan that is worth carrying out: the result will load, and something becomes ternary."""
     work = rehearse(work, allow_missing=allow_missing)
     refuse_empty(work)
+    if work.missing and work.recipe.calibrate is not None:
+        raise UsageError(
+            f"--allow-missing: {work.model} lacks {work.missing[0]}, and calibration runs the "
+            "model; expected every weight. Complete the checkpoint, or leave out --dataset and "
+            "--method gptq."
+        )
     return work
 
 
@@ -607,7 +619,7 @@ def _run(
         record = conversion.run()
         if (partial / SOURCE).exists():  # of this stream, or of an earlier one that was killed
             shutil.rmtree(partial / SOURCE)
-        sync_files(partial, but=".safetensors")
+        sync_files(partial, but=[shard.file for shard in conversion.shards])
         partial.rename(output)
         _tidy(output)
     except (CheckpointError, FormatError, UsageError) as error:
@@ -1200,8 +1212,6 @@ def make_record(
             **({"hub": hub} if hub else {}),
             **({"card": card} if card else {}),
             **({"missing": work.missing} if work.missing else {}),
-            **({"left_out": work.left_out} if work.left_out else {}),
-            **({"notes": work.notes} if work.notes else {}),
         },
         "recipe": _recorded(replace(work.recipe, group_size=group_size)),
         "coverage": work.coverage(),

@@ -15,6 +15,7 @@ import glob
 import hashlib
 import json
 import os
+import posixpath
 import re
 import shutil
 import threading
@@ -24,7 +25,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from ternarize.errors import CheckpointError, FormatError, TernarizeError, first_line
+from ternarize.errors import CheckpointError, FormatError, TernarizeError
 from ternarize.sums import SUMS, hash_file, read_sums
 from ternarize.threads import in_threads
 
@@ -111,28 +112,25 @@ def _indexed(index: Path) -> list[str]:
 def module_folders(directory: Path) -> list[str]:
     """Folders of the modules that modules.json (of sentence-transformers) puts behind a model.
 
-    Raises FormatError where the file is not such a list, or names a place outside the directory.
+    None where the file is another. Raises FormatError where it names a place outside the directory.
     """
     path = directory / "modules.json"
     if not path.is_file():
         return []
     try:
         folders = [module["path"] for module in json.loads(path.read_text("utf-8"))]
-    except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(
-            f"{path.name}: is no list of modules with a path each ({type(error).__name__}: "
-            f"{first_line(error)}); expected what sentence-transformers writes. Repair it."
-        ) from None
+    except (ValueError, KeyError, TypeError):
+        return []
+    found = []
     for folder in folders:
-        if not isinstance(folder, str) or not _FOLDER.fullmatch(folder):
+        name = posixpath.normpath(folder) if isinstance(folder, str) else None
+        if name is None or name.startswith(("/", "..", "~")) or re.search(r"[\\:\0]", name):
             raise FormatError(
                 f"{path.name}: names the folder {folder!r:.80}; expected one below it. "
                 "Do not trust this checkpoint."
             )
-    return [folder for folder in folders if folder]
-
-
-_FOLDER = re.compile(r"([\w-][\w.-]*(/[\w-][\w.-]*)*)?")  # "": the directory itself
+        found += [name] if name != "." else []
+    return found
 
 
 def _listed(directory: Path) -> list[str]:

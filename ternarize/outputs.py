@@ -1,6 +1,7 @@
 """The place of a result: it has a name of its own, and what is in it reaches the disk."""
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from ternarize.errors import OutputError
@@ -12,15 +13,16 @@ def check_name(output: Path) -> None:
         raise OutputError(f"{output}: exists already; expected a new name. Name another.")
 
 
-def sync_files(path: Path, but: str | None = None) -> None:
+def sync_files(path: Path, but: Collection[str] = ()) -> None:
     """Bring a file, or the files of a directory and their names, to the disk.
 
-    but  suffix of files that are there already
+    but  names in the directory of files that are there already
     """
+    there = {path / name for name in but}
     for each in [*path.rglob("*"), path] if path.is_dir() else [path]:
         if each.is_dir():
             sync_names(each)
-        elif each.is_file() and each.suffix != but:
+        elif each.is_file() and each not in there:
             with each.open("rb+") as file:
                 os.fsync(file.fileno())
 

@@ -58,6 +58,7 @@ WITHOUT_DATA = "itf"  # the method of what a calibrated conversion cannot calibr
 ENDS = (KEEP, INT8, TERNARY)  # what the output head and the token embedding may become
 INT8_GROUP_SIZE = -1  # finer groups take more room, and gain nothing that perplexity shows
 MAX_COUNT = 2**31 - 1  # samples, steps, tokens: what is made of them fits in 64 bits
+SHOWN_FILES = 8  # in a note; the plan lists all
 KEPT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _TERNARIZABLE = ("F32", "F16", "BF16")
@@ -373,6 +374,13 @@ class Plan:
         dense = max((math.prod(t.shape[-2:]) * 4 for t in self.tensors if t.packed), default=0)
         return self.packed_bytes() + dense
 
+    def said(self) -> list[str]:
+        """The notes, and in a last one what is left out of the source's folder."""
+        left = [name for name in self.left_out if name != "README.md"]  # cards are written anew
+        more = f" and {len(left) - SHOWN_FILES} more" if len(left) > SHOWN_FILES else ""
+        files = f"left out: {', '.join(left[:SHOWN_FILES])}{more}"
+        return [*self.notes, files] if left else self.notes
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, for --json."""
         return {
@@ -384,6 +392,7 @@ class Plan:
             "convert_memory_bytes": self.convert_memory(),
             "load_memory_bytes": self.load_memory(),
             "notes": self.notes,
+            "missing": self.missing,
             "copied": self.copied,
             "left_out": self.left_out,
             "tensors": [
@@ -810,7 +819,9 @@ def small_files(directory: Path, read: Sequence[str]) -> tuple[list[str], list[s
     copied: list[str] = []
     left_out: list[str] = []
     modules = module_folders(directory)
-    paths = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    links = [directory / folder for folder in modules if (directory / folder).is_symlink()]
+    found = {path for top in (directory, *links) for path in top.rglob("*") if path.is_file()}
+    paths = sorted(found)
     with_weights = {path.parent for path in paths if path.suffix in WEIGHTS}
     for path in paths:
         name = path.relative_to(directory).as_posix()

@@ -182,6 +182,7 @@ class TernarizeQuantizer(HfQuantizer):
         self.source_transposed = _insert_modules(model, sources, places, activations)
         self.to_round -= self.source_transposed.keys()  # packed in the checkpoint already
         self.scale_names = scales_led_astray(model, sources, SCALE_SUFFIX)
+        _check_beside(model, self.quantization_config.missing or ())
         filled = locate(model, names, self)
         _check_complete(model, filled, self.quantization_config.missing or ())
         return filled
@@ -196,6 +197,8 @@ class TernarizeQuantizer(HfQuantizer):
         if self.to_round:
             _round_head(model, self.to_round)
             self.source_transposed |= dict.fromkeys(self.to_round, False)
+        for name in self.quantization_config.missing or ():
+            self._make_up(model, name)
         for path, module in _packed_modules(model):
             for name, layout in module.layouts.items():
                 packed, scale = getattr(module, name), getattr(module, name + SCALE_SUFFIX)
@@ -212,6 +215,17 @@ class TernarizeQuantizer(HfQuantizer):
                 if hasattr(module, "resize_token_embeddings"):
                     module.resize_token_embeddings = functools.partial(_keep_size, module)
         return model
+
+    def _make_up(self, model: Any, name: str) -> None:
+        """Zero a bias that the source lacked in a packed module.
+
+        transformers fills those of its own classes; to it ours are filled, and the memory is new.
+        """
+        path, _, leaf = name.rpartition(".")
+        module = dict(model.named_modules()).get(path)
+        value = getattr(module, leaf, None) if isinstance(module, Packed) else None
+        if value is not None and not value.is_meta:
+            value.data.zero_()
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         """For save_pretrained: the metadata of the files that it is about to write."""
@@ -263,10 +277,11 @@ class TernarizeQuantizer(HfQuantizer):
         self.serialized_names = {n: [n, n + SCALE_SUFFIX] for n in names if n.isidentifier()}
         base: Any = super()
         # of two with one pattern, ours comes first; the other is for scales of another kind
-        taken: set[str] = set()
+        taken: set[tuple[str | None, str]] = set()
         conversions = []
         for each in base.update_weight_conversions(weight_conversions, model):
-            patterns = set(each.source_patterns) if isinstance(each, WeightConverter) else set()
+            here = each.source_patterns if isinstance(each, WeightConverter) else ()
+            patterns = {(getattr(each, "scope_prefix", None), pattern) for pattern in here}
             if taken.isdisjoint(patterns):
                 conversions.append(each)
             taken |= patterns
@@ -549,6 +564,20 @@ def _is_ignored(model: Any, kind: str, name: str) -> bool:
     """Whether the architecture says that a key may be `unexpected` or `missing` on load."""
     patterns = getattr(model, f"_keys_to_ignore_on_load_{kind}", None) or ()
     return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _check_beside(model: Any, missing: Iterable[str]) -> None:
+    """Raise FormatError where a weight is missing beside packed ones in a module."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in missing:
+        path, _, leaf = name.rpartition(".")
+        if name not in parameters or leaf.endswith("bias"):
+            continue
+        if isinstance(model.get_submodule(path), Packed):
+            raise FormatError(
+                f"{name}: is missing, and other weights of the same {type(model).__name__} module "
+                "are packed; expected all or none. Complete the checkpoint."
+            )
 
 
 def _check_complete(model: Any, places: Mapping[str, Any], missing: Sequence[str]) -> None:

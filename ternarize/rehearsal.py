@@ -54,7 +54,7 @@ def rehearse(work: Plan, *, allow_missing: bool = False) -> Plan:
         raise SelectionError(
             f"{work.model}: what would be written could not be loaded: {error}"
         ) from None
-    chosen = _one_of_each(places, stored)
+    chosen = _one_of_each(model, places, stored)
     _check_fill(work, model, quantizer, {name: stored[name] for name in chosen})
     notes, name = list(work.notes), type(model).__name__
     if missing:
@@ -133,16 +133,18 @@ def _check_fill(
         )
 
 
-def _one_of_each(places: Mapping[str, Place], stored: Stored) -> list[str]:
+def _one_of_each(model: PreTrainedModel, places: Mapping[str, Place], stored: Stored) -> list[str]:
     """Names that together fill one of all parameters that are made alike of tensors alike."""
     parts: dict[tuple[str, ...], list[str]] = {}
     for name, place in places.items():
         if place.parameters:
             parts.setdefault(place.parameters, []).append(name)
+    state = model.state_dict()
     alike: dict[tuple[Any, ...], list[str]] = {}
     for parameters, names in parts.items():
-        kind = re.sub(r"\d+", "0", parameters[0]), tuple(sorted(stored[name] for name in names))
-        alike.setdefault(kind, names)
+        steps = re.sub(r"(?<=\.)\d+(?=\.)", "0", parameters[0])  # of layers, stages, experts
+        shapes = tuple(state[parameter].shape for parameter in parameters)
+        alike.setdefault((steps, shapes, *sorted(stored[name] for name in names)), names)
     return [name for names in alike.values() for name in names]
 
 

@@ -246,7 +246,7 @@ def lacking(names: Iterable[str], config: dict[str, Any] | None) -> list[str]:
     skeleton = _skeleton_of(names, config, all_equal)
     if isinstance(skeleton, str):
         return []
-    return missing_parameters(skeleton.model, skeleton.places, skeleton.tied)
+    return skeleton.absent
 
 
 def end_tensors(
@@ -462,6 +462,7 @@ class _Skeleton:
     def of(self, names: Iterable[str], equal: Equal) -> _Skeleton:
         """The same for a checkpoint with these tensors, which decide what is tied."""
         found = copy.copy(self)
+        found.__dict__.pop("absent", None)
         found.places = locate(self.model, names)
         alone = filled_alone(found.places)
         present = {p for place in found.places.values() for p in place.parameters}
@@ -471,6 +472,11 @@ class _Skeleton:
 
         found.tied = resolve_ties(self.tied, present, same)
         return found
+
+    @cached_property
+    def absent(self) -> list[str]:
+        """Parameters that the checkpoint leaves out."""
+        return missing_parameters(self.model, self.places, self.tied)
 
     @property
     def sharing(self) -> dict[str, str]:
@@ -1068,7 +1074,7 @@ def _unexpected(name: str, renamed: str, shape: tuple[int, ...], skeleton: _Skel
         return _Verdict(False, reason)
     if len(shape) < 2 or math.prod(shape) < LARGE:
         return _Verdict(False, "not part of the architecture")
-    absent = missing_parameters(skeleton.model, skeleton.places, skeleton.tied)
+    absent = skeleton.absent
     wants = f", which lacks {absent[0]} (and {len(absent) - 1} more)" if absent else ""
     error = (
         f"a weight of shape {list(shape)} that is not part of {skeleton.name}{wants}; every large "

@@ -12,11 +12,12 @@ import tiny_models
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from test_imports import WIDE, affine, make
 from torch import Tensor
 
 import ternarize
 from ternarize.convert import convert
-from ternarize.errors import CheckpointError, FormatError, SelectionError
+from ternarize.errors import CheckpointError, FormatError, SelectionError, UsageError
 from ternarize.evaluate import evaluate
 from ternarize.plan import Calibrate, Recipe, plan
 from ternarize.rehearsal import rehearse
@@ -110,7 +111,7 @@ def test_what_the_source_may_lack_is_said_and_made_up_by_the_loader(
     drop(source, MISSING)
     record = convert(source, tmp_path / "packed", RECIPE, allow_missing=True)
     assert record["source"]["missing"] == [MISSING]
-    assert any(MISSING in note for note in record["source"]["notes"])
+    assert any(MISSING in note for note in record["notes"])
     verify(tmp_path / "packed", source)
     model = ternarize.load(tmp_path / "packed")
     assert bool(model.get_parameter(MISSING).isfinite().all())
@@ -120,6 +121,57 @@ def test_what_the_source_may_lack_is_said_and_made_up_by_the_loader(
     drop(tmp_path / "again", MISSING)
     with pytest.raises(FormatError):
         ternarize.load(tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("name", "bias"),
+    [
+        ("bert_classifier", "bert.encoder.layer.1.output.dense.bias"),
+        ("gpt_oss", "model.layers.1.mlp.experts.gate_up_proj_bias"),
+    ],
+)
+def test_a_missing_bias_beside_a_packed_weight_is_zero(
+    name: str, bias: str, tmp_path: Path
+) -> None:
+    tiny_models.save(name, tmp_path / "source", torch.float32)
+    drop(tmp_path / "source", bias)
+    convert(tmp_path / "source", tmp_path / "packed", RECIPE, allow_missing=True)
+    waste = [
+        torch.full((size,), torch.nan) for size in (64, 136, 272, 544, 1088) for _ in range(64)
+    ]
+    del waste  # memory that is given out again, with what was in it
+    found = ternarize.load(tmp_path / "packed").get_parameter(bias)
+    assert not found.detach().any()
+
+
+def test_a_missing_weight_beside_packed_ones_is_refused(tmp_path: Path) -> None:
+    tiny_models.save("gpt_oss", tmp_path / "source", torch.float32)
+    drop(tmp_path / "source", "model.layers.1.mlp.experts.down_proj")
+    with pytest.raises(SelectionError, match="down_proj: is missing, and other weights"):
+        convert(tmp_path / "source", tmp_path / "packed", RECIPE, allow_missing=True)
+
+
+def test_what_is_missing_cannot_be_calibrated(source: Path, tmp_path: Path) -> None:
+    drop(source, MISSING)
+    recipe = Recipe("gptq", 32, calibrate=Calibrate(num_samples=4))
+    with pytest.raises(UsageError, match=f"--allow-missing: .*{MISSING}, and calibration"):
+        convert(source, tmp_path / "packed", recipe, allow_missing=True)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "shape", "has"),
+    [
+        ("bert_classifier", "bert.encoder.layer.1.output.dense.bias", (136,), 64),
+        ("whisper", "model.encoder.layers.1.fc2.bias", (136,), 64),
+    ],
+)
+def test_a_shape_that_another_layer_has_is_refused_too(
+    architecture: str, name: str, shape: tuple[int, ...], has: int, tmp_path: Path
+) -> None:
+    tiny_models.save(architecture, tmp_path / "source", torch.float32)
+    edit(tmp_path / "source", lambda tensors: {**tensors, name: torch.zeros(shape)})
+    with pytest.raises(SelectionError, match=f"{name} would be .*has \\[{has}\\]"):
+        convert(tmp_path / "source", tmp_path / "packed", RECIPE)
 
 
 def test_a_tensor_of_another_shape_is_refused_by_name(source: Path, tmp_path: Path) -> None:
@@ -177,9 +229,29 @@ def test_what_training_puts_around_names_is_taken_off_and_said(
     edit(source, lambda tensors: {wrap(name): value for name, value in tensors.items()})
     record = convert(source, tmp_path / "packed", RECIPE)
     assert record["tensors"] == plain["tensors"]
-    assert any("is taken off all names" in note for note in record["source"]["notes"])
+    assert any("is taken off all names" in note for note in record["notes"])
     verify(tmp_path / "packed", source)
     ternarize.load(tmp_path / "packed")
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "whisper", "vit", "mixtral", "t5"])
+@pytest.mark.parametrize("prefix", ["module.", "0.auto_model."])
+def test_prefixes_are_taken_off_any_model(name: str, prefix: str, tmp_path: Path) -> None:
+    tiny_models.save(name, tmp_path / "source", torch.float32)
+    plain = plan(tmp_path / "source", RECIPE)
+    edit(tmp_path / "source", lambda tensors: {prefix + key: t for key, t in tensors.items()})
+    found = rehearse(plan(tmp_path / "source", RECIPE))
+    assert {t.name for t in found.tensors} == {t.name for t in plain.tensors}
+    assert [note.split(",")[0] for note in found.notes][-1] == f"{prefix} is taken off all names"
+
+
+def test_ternary_models_of_others_are_unwrapped_too(tmp_path: Path) -> None:
+    quantization = {"group_size": 64, "bits": 2, "mode": "affine"}
+    make(tmp_path / "source", "Qwen3", {"quantization": quantization}, affine(64), **WIDE)
+    plain = convert(tmp_path / "source", tmp_path / "plain")
+    edit(tmp_path / "source", lambda tensors: {f"module.{key}": t for key, t in tensors.items()})
+    found = convert(tmp_path / "source", tmp_path / "packed")
+    assert found["tensors"] == plain["tensors"]
 
 
 def test_a_wrapped_source_can_be_compared_with(source: Path, tmp_path: Path) -> None:
@@ -255,14 +327,14 @@ def test_what_an_index_says_wrongly_is_said_and_the_files_decide(
     edit_index(sharded, change)
     record = convert(sharded, tmp_path / "packed", RECIPE)
     assert record["tensors"] == plain["tensors"]
-    assert any(said in note for note in record["source"]["notes"])
+    assert any(said in note for note in record["notes"])
     ternarize.load(tmp_path / "packed")
 
 
 def test_a_shard_that_the_index_leaves_out_is_named(sharded: Path, tmp_path: Path) -> None:
     save_file({"extra.weight": torch.ones(4)}, sharded / "model-00009-of-00009.safetensors")
     record = convert(sharded, tmp_path / "packed", RECIPE)
-    assert record["source"]["left_out"] == ["model-00009-of-00009.safetensors"]
+    assert "left out: model-00009-of-00009.safetensors" in record["notes"]
 
 
 def test_one_file_beside_shards_is_read_as_transformers_does_and_the_shards_are_named(
@@ -274,8 +346,8 @@ def test_one_file_beside_shards_is_read_as_transformers_does_and_the_shards_are_
     assert torch.equal(read.lm_head.weight, other.lm_head.weight)  # what is to be taken
     record = convert(sharded, tmp_path / "packed", RECIPE)
     assert torch.equal(dense_of(tmp_path / "packed")["lm_head.weight"], other.lm_head.weight)
-    assert len(record["source"]["left_out"]) > 1
-    assert any("model.safetensors is read" in note for note in record["source"]["notes"])
+    assert "left out: model-00001-of-" in record["notes"][-1]
+    assert any("model.safetensors is read" in note for note in record["notes"])
 
 
 def test_a_checkpoint_in_a_folder_is_pointed_at(source: Path, tmp_path: Path) -> None:
@@ -293,7 +365,7 @@ def test_remains_of_training_stay_behind(source: Path, tmp_path: Path) -> None:
         (source / name).write_text("{}")
     record = convert(source, tmp_path / "packed", RECIPE)
     assert not [name for name in remains if (tmp_path / "packed" / name).exists()]
-    assert record["source"]["left_out"] == sorted(remains)
+    assert record["notes"] == [f"left out: {', '.join(sorted(remains))}"]
 
 
 # --- modules beside the model --------------------------------------------------------------------
@@ -323,16 +395,41 @@ def test_the_weights_of_modules_beside_come_along(tmp_path: Path) -> None:
     record = convert(folder, tmp_path / "packed", RECIPE)
     for name in ("1_Pooling/config.json", "2_Dense/config.json", *DENSE):
         assert (tmp_path / "packed" / name).read_bytes() == (folder / name).read_bytes()
-    assert record["source"]["left_out"] == ["onnx/model.onnx", "sparse_linear.pt"]
+    assert record["notes"] == ["left out: onnx/model.onnx, sparse_linear.pt"]
     assert "2_Dense/model.safetensors" in (tmp_path / "packed" / "SHA256SUMS").read_text()
     verify(tmp_path / "packed", folder)
 
 
 def test_modules_outside_the_folder_are_refused(tmp_path: Path) -> None:
     sentences(tmp_path / "source")
-    (tmp_path / "source" / "modules.json").write_text('[{"path": "../elsewhere"}]')
-    with pytest.raises(FormatError, match="names the folder '../elsewhere'"):
-        plan(tmp_path / "source", RECIPE)
+    for path in ("../elsewhere", "a/../../elsewhere", "/etc"):
+        (tmp_path / "source" / "modules.json").write_text(json.dumps([{"path": path}]))
+        with pytest.raises(FormatError, match=f"names the folder '{path}'"):
+            plan(tmp_path / "source", RECIPE)
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}', "[1]", "no JSON", '[{"path": "./1_Pooling/"}]'])
+def test_a_modules_json_of_another_kind_is_a_file_like_others(text: str, tmp_path: Path) -> None:
+    sentences(tmp_path / "source", "1_Pooling")
+    (tmp_path / "source" / "modules.json").write_text(text)
+    assert {"modules.json", "1_Pooling/config.json"} <= {*plan(tmp_path / "source", RECIPE).copied}
+
+
+def test_a_module_in_a_linked_folder_comes_along(tmp_path: Path) -> None:
+    sentences(tmp_path / "source", "2_Dense")
+    (tmp_path / "source" / "2_Dense").rename(tmp_path / "elsewhere")
+    (tmp_path / "source" / "2_Dense").symlink_to(tmp_path / "elsewhere")
+    assert "2_Dense/config.json" in plan(tmp_path / "source", RECIPE).copied
+
+
+def test_files_beside_the_model_do_not_change_the_result(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "before", RECIPE)
+    (source / "secret customers.xlsx").write_text("names")
+    torch.save({}, source / "pytorch_model.bin")
+    record = convert(source, tmp_path / "after", RECIPE)
+    assert "secret customers.xlsx" in record["notes"][-1]
+    for path in (tmp_path / "before").iterdir():
+        assert path.read_bytes() == (tmp_path / "after" / path.name).read_bytes(), path.name
 
 
 # --- folders and variants ------------------------------------------------------------------------
@@ -391,7 +488,7 @@ def test_the_command_tells_what_it_left_out_and_what_is_missing(
 
 
 def test_what_blocks_share_is_packed_once_but_not_calibrated(tmp_path: Path) -> None:
-    config = transformers.Zamba2Config(
+    sizes: dict[str, Any] = dict(
         vocab_size=160,
         hidden_size=64,
         intermediate_size=128,
@@ -406,6 +503,7 @@ def test_what_blocks_share_is_packed_once_but_not_calibrated(tmp_path: Path) -> 
         num_mem_blocks=1,
         use_mem_rope=False,
     )
+    config = transformers.Zamba2Config(**sizes)
     transformers.Zamba2ForCausalLM(config).save_pretrained(tmp_path / "source")
     record = convert(tmp_path / "source", tmp_path / "packed", RECIPE)
     name = "model.layers.0.shared_transformer.self_attn.q_proj.weight"

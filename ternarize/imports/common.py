@@ -66,6 +66,17 @@ class Imported(Checkpoint):
             found[at - first : end - first] = self.decode[name](at, end)
         return found.view(-1)[start - first * cols : stop - first * cols]
 
+    def renamed(self, names: Mapping[str, str]) -> "Imported":
+        """As `Checkpoint.renamed`: the logical tensors under other names."""
+        found = super().renamed(names)
+        assert isinstance(found, Imported)
+        found.decode = {names[old]: how for old, how in self.decode.items()}
+        found.group_sizes = {names[old]: size for old, size in self.group_sizes.items()}
+        found.ternary_ends = {names[old] for old in self.ternary_ends}
+        if self.raw is not None:
+            found.raw = self.raw.renamed({old: names.get(old, old) for old in self.raw.tensors})
+        return found
+
     @property
     def stored_bytes(self) -> int:
         """Bytes of the tensors as they are stored."""

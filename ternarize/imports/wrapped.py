@@ -34,7 +34,8 @@ def _strange(names: list[str], source: Checkpoint) -> bool:
     """Whether names may be wrapped: one is on torch's own word, or the first ones have no place."""
     if any(not _WRAPPERS.isdisjoint(name.split(".")) for name in names):
         return True
-    first = names[:8]
+    # weights: the name of a bias could be that of a buffer that models no longer have
+    first = ([name for name in names if name.endswith("weight")] or names)[:8]
     return len(strangers(first, source.config)) == len(first)
 
 
