@@ -7,8 +7,9 @@ without overlap, and what is left over at the end is not used. Every window begi
 one that begins in the midst of a document has it in front of the next seq_len - len(prefix) tokens,
 one that begins with a document has its own. A model that parks its attention on the first token
 is not itself without it. Positions 2..n of a window count (behind the prefix, where that is longer
-than one token), each predicted from the tokens before it in its window. For the next-token
-distributions P of the source and Q of the packed model, and the true token t:
+than one token), each predicted from the tokens before it in its window; what a document begins with
+in the midst of a window counts like any other token. For the next-token distributions P of the
+source and Q of the packed model, and the true token t:
 
     perplexity        exp(mean of -ln Q(t))
     KL divergence     mean of sum_v P(v) ln(P(v) / Q(v)), nats per token
