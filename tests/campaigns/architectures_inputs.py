@@ -13,7 +13,7 @@ import inspect
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,24 +32,27 @@ class Form:
     image   which form pixels have, an index of `_IMAGES`
     audio   which form sound has, an index of `_AUDIO`
     length  of texts
+    codes   where numbers of audio codes stand for texts: 1 in rows, 2 in columns, 0 nowhere
     """
 
     image: int = 0
     audio: int = 0
     length: int = TEXT
+    codes: int = 0
 
 
 def candidates(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     """Inputs to try in turn; those that use more of the model come first."""
-    names = list(inspect.signature(type(model).forward).parameters)
+    names = _names(model)
     tried = 0
     for wanted in _wanted(model, names):
         images = range(len(_IMAGES)) if _IMAGE_NAMES & {*wanted} else (0,)
         audio = range(len(_AUDIO)) if _AUDIO_NAMES & {*wanted} else (0,)
-        for image, sound, length in itertools.product(images, audio, (TEXT, 64)):
+        codes = (0, 1, 2) if _codebooks(model) > 1 else (0,)
+        for image, sound, length, code in itertools.product(images, audio, (TEXT, 64), codes):
             if tried >= ATTEMPTS:
                 return
-            made = _made(model, wanted, Form(image, sound, length))
+            made = _made(model, wanted, Form(image, sound, length, code))
             if made is not None:
                 tried += 1
                 yield made
@@ -75,6 +78,10 @@ def _wanted(model: PreTrainedModel, names: list[str]) -> Iterator[list[str]]:
     few = [name for name in known if name in needed]
     if few and few not in seen:
         yield few
+
+
+def _names(model: PreTrainedModel) -> list[str]:
+    return list(inspect.signature(type(model).forward).parameters)
 
 
 def _required(model: PreTrainedModel) -> set[str]:
@@ -133,14 +140,28 @@ def _vocabulary(model: PreTrainedModel) -> int:
         return entry(model.config, "vocab_size", 80)
 
 
+def _codebooks(model: PreTrainedModel) -> int:
+    return entry(model.config, "num_codebooks", 0)
+
+
+def _text(model: PreTrainedModel, form: Form, vocabulary: int, length: int) -> Tensor:
+    """Numbers of tokens below those of the special ones."""
+    high = min(80, vocabulary)
+    low, books = min(3, high - 1), _codebooks(model)
+    if form.codes == 1:
+        return _numbers(low, high, BATCH * books, length)
+    return _numbers(low, high, BATCH, length, *((books,) if form.codes else ()))
+
+
 def _ids(model: PreTrainedModel, form: Form, made: Mapping[str, Any]) -> Tensor:
-    high = min(80, _vocabulary(model))
-    return _numbers(min(3, high - 1), high, BATCH, form.length)
+    if "decoder_input_ids" in _names(model):  # then it is those that are codes
+        form = replace(form, codes=0)
+    return _text(model, form, _vocabulary(model), form.length)
 
 
 def _decoder_ids(model: PreTrainedModel, form: Form, made: Mapping[str, Any]) -> Tensor:
-    high = min(80, entry(model.config, "vocab_size", 80, kind="decoder"))
-    return _numbers(min(3, high - 1), high, BATCH, form.length - 2)
+    vocabulary = entry(model.config, "vocab_size", 80, kind="decoder")
+    return _text(model, form, vocabulary, form.length - 2)
 
 
 def _side(model: PreTrainedModel) -> int:
@@ -211,8 +232,8 @@ def _frames(model: PreTrainedModel) -> int:
 _AUDIO: tuple[Callable[[PreTrainedModel], Tensor], ...] = (
     lambda model: _noise(BATCH, _bands(model), _frames(model)),
     lambda model: _noise(BATCH, 64, _bands(model)),
-    lambda model: 0.1 * _noise(BATCH, 6400),
-    lambda model: 0.1 * _noise(BATCH, 1, 6400),
+    lambda model: 0.1 * _noise(BATCH, 7680),
+    lambda model: 0.1 * _noise(BATCH, 1, 7680),
     lambda model: _noise(BATCH, 1, _frames(model), _bands(model)),
     lambda model: _noise(BATCH, 1, 1024, 64),
     lambda model: _noise(BATCH, 64, _bands(model) * 2),
@@ -239,6 +260,11 @@ def _grid(model: PreTrainedModel, form: Form, made: Mapping[str, Any]) -> Tensor
 
 def _grid_hw(model: PreTrainedModel, form: Form, made: Mapping[str, Any]) -> Tensor | None:
     return torch.tensor([[GRID, GRID]] * BATCH)
+
+
+def _places(model: PreTrainedModel, form: Form, made: Mapping[str, Any]) -> Tensor:
+    rows = torch.arange(GRID)
+    return torch.cartesian_prod(rows, rows).repeat(BATCH, 1, 1)
 
 
 def _sizes(model: PreTrainedModel, form: Form, made: Mapping[str, Any]) -> Tensor:
@@ -294,7 +320,7 @@ def _states(model: PreTrainedModel, *shape: int) -> Tensor:
 
 
 def _hidden(model: PreTrainedModel, form: Form, made: Mapping[str, Any]) -> Tensor:
-    names = [*inspect.signature(type(model).forward).parameters]
+    names = _names(model)
     if any("grid" in name for name in names):
         return _patches(model)
     return _noise(BATCH, form.length, entry(model.config, "hidden_size d_model", 64))
@@ -326,6 +352,7 @@ _MAKERS: dict[str, _Maker] = {
     "grid_thw": _grid,
     "image_grid_hw": _grid_hw,
     "spatial_shapes": _grid_hw,
+    "pixel_position_ids": _places,
     "pixel_attention_mask": _patch_mask,
     "merge_sizes": lambda m, f, made: torch.ones(BATCH, dtype=torch.long),
     "image_sizes": _sizes,

@@ -214,6 +214,8 @@ def _reduced(key: str, value: Any, values: Mapping[str, Any], style: Style, toke
     if isinstance(value, bool) or value is None or isinstance(value, (float, str)):
         return value
     if isinstance(value, (list, tuple)):
+        if key == "cross_attention_layers" and style.layers:
+            return [1]
         if _is_indices(key, value) and not _TOKEN.search(key) and style.layers:
             return type(value)(max(-2, min(each, i)) for i, each in enumerate(value))
         return type(value)(_reduced(key, each, values, style, tokens) for each in value)
@@ -376,16 +378,22 @@ def build(cls: type[PreTrainedModel], config: PretrainedConfig, seed: int) -> Pr
 def _randomise(model: nn.Module, seed: int) -> None:
     """Random everywhere, so that a tensor that is lost, or in a wrong place, shows.
 
-    Some classes start from zeros and ones; statistics of norms are buffers that are saved.
+    Some classes start from zeros and ones; statistics of norms are buffers that are saved. Matrices
+    are scaled so that a signal comes through many layers.
     """
     generator = torch.Generator().manual_seed(seed)
     saved = model.state_dict()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                noise = torch.randn(parameter.shape, generator=generator)
-                matrix = parameter.ndim > 1
-                parameter.copy_(0.05 * noise if matrix else parameter + 0.02 * noise)
+        for module in model.modules():
+            convolution = isinstance(module, nn.modules.conv._ConvNd)
+            for parameter in module.parameters(recurse=False):
+                if parameter.is_floating_point():
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    if parameter.ndim > 1:
+                        inputs = parameter[0].numel() if convolution else parameter.shape[-1]
+                        parameter.copy_(0.7 * noise / max(1, inputs) ** 0.5)
+                    else:
+                        parameter.add_(0.02 * noise)
         for name, buffer in model.named_buffers():
             if name in saved and buffer.dtype == torch.float32 and bool(buffer.isfinite().all()):
                 noise = torch.rand(buffer.shape, generator=generator)
