@@ -70,17 +70,19 @@ test-newest: build/uv/.stamp
 	$(call ENVIRONMENT,$(NEWEST),build/constraints-newest.txt)
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python $(SUITE)
 
-# Loading and the Hub (converting with it) with the oldest versions that pyproject.toml takes, and on torch
-# alone, without the compiled core.
+# The commands, measuring, loading and the Hub with the oldest versions that pyproject.toml takes, and on
+# torch alone, without the compiled core. (Another typer writes CLI.md in other words.)
 OLDEST := .venv-oldest
 test-oldest: $(OLDEST)/.stamp
 	HF_HUB_OFFLINE=1 PYTHONPATH=. OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(SUITE) \
-		-k "not deepseek and not compile and not two_processes" tests/test_load.py tests/test_hub.py
+		-k "not deepseek and not compile and not two_processes and not cli_md" \
+		$(patsubst %,tests/test_%.py,cli evaluate hub load terminal)
 
 $(OLDEST)/.stamp: pyproject.toml constraints-oldest.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python $(PIP) -c constraints-oldest.txt accelerate filelock hypothesis \
-		huggingface_hub numpy pip pyarrow pytest pytest-xdist rich safetensors torch transformers typer
+	$(OLDEST)/bin/python $(PIP) -c constraints-oldest.txt accelerate filelock gguf \
+		hypothesis huggingface_hub matplotlib numpy pip pyarrow pytest pytest-xdist rich safetensors \
+		torch transformers typer
 	$(OLDEST)/bin/python tests/pinned.py constraints-oldest.txt
 	touch $@
 

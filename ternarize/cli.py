@@ -1035,7 +1035,7 @@ def _progress(quiet: bool) -> Iterator[Progress | None]:
     Where the stage or the total changes, or less is done than before, the bar and its clock start
     afresh.
     """
-    if quiet:
+    if quiet or not err.is_terminal:
         yield None
         return
     columns = (
@@ -1049,7 +1049,6 @@ def _progress(quiet: bool) -> Iterator[Progress | None]:
         *columns,
         console=err,
         transient=True,
-        disable=not err.is_terminal,
         speed_estimate_period=300,  # the groups of a block go at speeds of their own
     )
     with signals_held():

@@ -805,7 +805,8 @@ def _look(model: str | Path) -> tuple[Path, dict[str, Any] | None, Checkpoint | 
         table = read_config(directory)
         if table is None or _is_packed(table):
             return directory, table, None
-    source = open_source(model)
+    # without weights it is found out later, and by whom it concerns
+    source = open_source(model, config_only=True)
     foreign = isinstance(source, Imported) or source.names_changed
     return source.directory, source.config, source if foreign else None
 

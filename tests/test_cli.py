@@ -163,7 +163,7 @@ def test_mistakes_get_one_clear_line(
     places["FILE/out"] = tmp_path / "file" / "out"
     result = run(*(places.get(argument, argument) for argument in arguments))
     assert result.exit_code == code, result.output
-    assert words in result.stderr
+    assert words.lower() in result.stderr.lower()
     assert result.stdout == ""
     if code == 1:
         assert result.stderr.startswith("error: ")
