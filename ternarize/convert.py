@@ -172,7 +172,10 @@ def _keep(source: Checkpoint, tensor: TensorPlan, write: Write, solved: Solved |
     sha, dtype, done, buffer = hashlib.sha256(), DTYPES[tensor.dtype], 0, _buffer()
     for start, stop in tensor.pieces():
         piece = source.read(tensor.name, start, stop, buffer)
-        _check_finite(piece)
+        if tensor.may_be_infinite:
+            _check_numbers(piece)
+        else:
+            _check_finite(piece)
         data = byte_view(piece if piece.dtype == dtype else _cast(piece, dtype, tensor))
         sha.update(data.numpy().data)
         write(tensor.name, done, data)
@@ -182,7 +185,7 @@ def _keep(source: Checkpoint, tensor: TensorPlan, write: Write, solved: Solved |
 
 def _cast(piece: Tensor, dtype: torch.dtype, tensor: TensorPlan) -> Tensor:
     data = piece.to(dtype)
-    if not bool(data.isfinite().all()):
+    if bool((data.isinf() & piece.isfinite()).any()):
         raise UsageError(
             f"{tensor.name}: {float(piece.abs().max())} does not fit {tensor.dtype}; expected a "
             "dtype that holds every kept weight. Use --dtype bfloat16 or float32."
@@ -417,6 +420,12 @@ def _check_finite(piece: Tensor) -> None:
         finite = not piece.dtype.is_floating_point or bool(piece.double().isfinite().all())
     if not finite:
         raise WeightError("not finite")
+
+
+def _check_numbers(piece: Tensor) -> None:
+    """Raise WeightError if a piece has NaN."""
+    if bool(piece.isnan().any()):
+        raise WeightError("not a number")
 
 
 def _not_finite(source: Checkpoint, info: TensorInfo) -> WeightError:

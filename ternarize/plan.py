@@ -38,6 +38,7 @@ from ternarize.methods import METHODS, levels
 from ternarize.native import lib
 from ternarize.rotation import BLOCKS, block_size
 from ternarize.select import (
+    BUFFER,
     KEEP,
     TERNARY,
     Choice,
@@ -216,6 +217,11 @@ class TensorPlan:
     @property
     def packed(self) -> bool:
         return self.choice.codec != ""
+
+    @property
+    def may_be_infinite(self) -> bool:
+        """Whether infinity is a value like others: of a bound that a class has as a buffer."""
+        return self.choice.reason == BUFFER
 
     @property
     def becomes(self) -> str:

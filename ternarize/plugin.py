@@ -394,10 +394,9 @@ def _insert_modules(
             turned = bool(getattr(model.get_submodule(path), "is_transposed", False))
             layout = replace(layout, transposed=turned)
         modules.setdefault(path, {})[leaf] = layout, _fused(converters[target]), dtype
-    cut = {name: c is not None and len(c.target_patterns) > 1 for name, c in converters.items()}
     with torch.device("meta"):
         for path, packed_parameters in modules.items():
-            _insert_module(model, path, packed_parameters, targets, cut)
+            _insert_module(model, path, packed_parameters, targets, converters)
     return {target: parts[0].record.transposed for target, parts in targets.items()}
 
 
@@ -406,22 +405,25 @@ def _insert_module(
     path: str,
     parameters: dict[str, tuple[Layout, int, torch.dtype]],
     targets: Mapping[str, list[Source]],
-    cut: Mapping[str, bool],
+    converters: Mapping[str, Any],
 ) -> None:
     from transformers.pytorch_utils import Conv1D
 
+    from ternarize.select import is_linear
+
     module = model.get_submodule(path)
-    is_linear = type(module) is nn.Linear or isinstance(module, Conv1D)
+    kind: type = type(module)
+    linear = is_linear(kind) or isinstance(module, Conv1D)
     is_embedding = isinstance(module, nn.Embedding)
     for leaf, (layout, fused, dtype) in parameters.items():
         dense = tuple(getattr(module, leaf).shape)
         logical = (*dense[:-2], dense[-1], dense[-2]) if layout.transposed else dense
         stored = [part.record.shape for part in targets[f"{path}.{leaf}"]]
-        whole = len(stored) == 1 and not cut[f"{path}.{leaf}"]
+        whole = converters[f"{path}.{leaf}"] is None  # else it may be a part, or the whole of two
         wrong = layout.cols != logical[-1] or (whole and stored[0] != logical)
         if len(dense) == 2 and layout.transposed != isinstance(module, Conv1D):
             wrong = True
-        if wrong or not (is_linear or is_embedding or len(dense) == 3):
+        if wrong or not (linear or is_embedding or len(dense) == 3):
             part = targets[f"{path}.{leaf}"][0]
             raise FormatError(
                 f"{part.file}: {part.name}: is {list(part.record.shape or [])}"
@@ -433,12 +435,12 @@ def _insert_module(
     if is_embedding:
         packed_embedding(module, *parameters["weight"])
         return
-    if not is_linear:
+    if not linear:
         ternary_experts(module, parameters)
         return
     layout, scale_rows, dtype = parameters["weight"]
     rows = math.prod(module.weight.shape) // layout.cols
-    linear = TernaryLinear(
+    packed = TernaryLinear(
         layout.cols,
         rows,
         module.bias is not None,
@@ -452,7 +454,7 @@ def _insert_module(
         rotation=layout.rotation,
         dtype=module.weight.dtype,
     )
-    _set_module(model, path, linear.train(module.training))
+    _set_module(model, path, packed.train(module.training))
 
 
 def _common_layout(parts: list[Source], activations: str) -> Layout:

@@ -78,6 +78,7 @@ LARGE = 2**20  # elements; an unexplained weight of this size stops the conversi
 LINEAR = "linear in a repeated block"
 EXPERTS = "experts in a repeated block"
 KEEP, TERNARY = "keep", "ternary"  # and INT8: what --head and --embeddings may be
+BUFFER = "buffer"
 BY_NAME = "linear by name and shape (no skeleton)"
 
 
@@ -493,7 +494,7 @@ class _Skeleton:
         """The weight of the output head or of the token embedding; "" where there is none."""
         module = model_end(self.model, "output" if option == "--head" else "input")
         cls: type = type(module)
-        expected = isinstance(module, nn.Embedding) or (option == "--head" and _is_linear(cls))
+        expected = isinstance(module, nn.Embedding) or (option == "--head" and is_linear(cls))
         paths = [path for path, m in self.modules.items() if m is module and expected]
         return f"{paths[0]}.weight" if paths else ""
 
@@ -508,10 +509,9 @@ class _Skeleton:
         for parameter in sorted(family):
             path, _, leaf = parameter.rpartition(".")
             module = self.modules[path]
-            if leaf != "weight" or not (
-                isinstance(module, nn.Embedding) or type(module) is nn.Linear
-            ):
-                return f"tied to {parameter} of a {type(module).__name__}"
+            cls: type = type(module)
+            if leaf != "weight" or not (isinstance(module, nn.Embedding) or is_linear(cls)):
+                return f"tied to {parameter} of a {cls.__name__}"
             if path in self.raw:
                 return f"weight read directly by {self.raw[path]}"
             if self.float32 is not None and self.float32.search(parameter):
@@ -896,7 +896,7 @@ def _judge_alone(parameter: str, skeleton: _Skeleton) -> _Verdict:
         return _Verdict(False, reason)
 
     if parameter in skeleton.buffers:
-        return kept("buffer")
+        return kept(BUFFER)
     if isinstance(module, nn.Embedding):
         return kept("embedding")
     if "norm" in kind.lower():
@@ -909,7 +909,7 @@ def _judge_alone(parameter: str, skeleton: _Skeleton) -> _Verdict:
     if isinstance(module, nn.MultiheadAttention) or isinstance(parent, nn.MultiheadAttention):
         return kept("part of nn.MultiheadAttention")
 
-    linear = leaf == "weight" and (isinstance(module, Conv1D) or _is_linear(cls))
+    linear = leaf == "weight" and (isinstance(module, Conv1D) or is_linear(cls))
     experts = dims == 3 and "expert" in f"{path}.{kind}".lower()
     if not linear and not experts:
         if path in skeleton.heads:
@@ -958,7 +958,7 @@ def _is_router(path: str, weight: Tensor, skeleton: _Skeleton) -> bool:
 
 
 @cache
-def _is_linear(cls: type) -> bool:
+def is_linear(cls: type) -> bool:
     """Whether a class computes x W^T + b with its weight and nothing else.
 
     nn.Linear, and subclasses that only write it differently (Falcon's): tried on small numbers, for
@@ -1090,7 +1090,7 @@ def _passed(name: str, place: Place, skeleton: _Skeleton) -> str:
     if ignored and (ignored.search(place.renamed) or ignored.search(name)):
         return f"ignored by {skeleton.name}"
     if place.renamed in skeleton.buffers or _OLD_BUFFER.search(f".{name}"):
-        return "buffer"
+        return BUFFER
     return ""
 
 

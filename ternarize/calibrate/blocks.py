@@ -175,8 +175,8 @@ class Blocks:
         )
         for path in self.paths:
             self._make_pause(path)
-        buffers = {name for name, _ in self.model.named_buffers()}
-        self._fill([n for p in self.places.values() for n in p.parameters if n in buffers])
+        self._buffers = {name for name, _ in self.model.named_buffers()}
+        self._fill([n for p in self.places.values() for n in p.parameters if n in self._buffers])
         self._outside: set[str] = set()  # modules that forwards have looked at
         self._filling = False
         for name, module in self.model.named_modules():
@@ -342,7 +342,8 @@ class Blocks:
         if not value.is_floating_point():
             return value
         value = value.to(torch.float32)
-        if not bool(value.isfinite().all()):
+        bound = self._buffers.issuperset(self.places[name].parameters)  # may be infinite
+        if bool(value.isnan().any()) or not (bound or bool(value.isfinite().all())):
             raise WeightError(name)  # convert.py tells the whole story
         return value
 
