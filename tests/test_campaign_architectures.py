@@ -44,9 +44,7 @@ def test_a_sample_converts_loads_and_computes_the_same(tmp_path: Path) -> None:
         assert answers["outputs"] == answers["weights"] == answers["save again"] == OK, row
         # a head is packed, or it is said why there is none
         heads = {answers[f"head {what}: convert"] for what in ("int8", "ternary")}
-        assert heads == {REFUSED if row["type"] in HEADLESS else OK}, (
-            row
-        )
+        assert heads == {REFUSED if row["type"] in HEADLESS else OK}, row
 
 
 def test_every_type_of_the_auto_classes_is_gone_through() -> None:
