@@ -1,7 +1,6 @@
 """What reading and writing GGUF share beside ggml.py: llama.cpp's names and numbers."""
 
 import importlib
-import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -56,7 +55,6 @@ def import_gguf() -> Any:
             "gguf: the package is not installed; expected it for GGUF files. "
             "Run pip install 'ternarize[gguf]'."
         ) from None
-    logging.getLogger("gguf").setLevel(logging.ERROR)  # it announces every key
     return module
 
 

@@ -10,6 +10,7 @@ import packing
 import pytest
 import tiny_models
 import torch
+import transformers
 from test_linear import HIT, Looping, Transposed, X, filled, packed_and_dense, random
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -451,6 +452,19 @@ def test_bench_measures(monkeypatch: pytest.MonkeyPatch) -> None:
         bench.bench(small_model(), decode=0)
     with pytest.raises(UsageError, match="the model's context of 64 together"):
         bench.bench(small_model(), prompt=60, decode=5)
+
+
+def test_bench_measures_a_model_with_another_memory_than_keys_and_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bench, "READ_BYTES", 1 << 20)
+    config = transformers.MambaConfig(
+        vocab_size=50, hidden_size=32, state_size=4, num_hidden_layers=1
+    )
+    model: Any = transformers.MambaForCausalLM(config)
+    model.eval()
+    result = bench.bench(model, prompt=5, decode=3, repeats=1)
+    assert result["decode_tokens_per_second"] > 0
 
 
 def test_bench_on_the_command_line(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,3 +155,16 @@ def test_a_command_leaves_a_program_that_calls_it_as_it_found_it(packed: Path) -
     before = warnings.showwarning, warnings.filters[:], logging.root.manager.disable
     cli.app(["inspect", str(packed)], standalone_mode=False)
     assert before == (warnings.showwarning, warnings.filters[:], logging.root.manager.disable)
+
+
+def test_in_these_tests_a_warning_is_an_error_where_it_is_ours_and_only_there() -> None:
+    def warn(module: str) -> None:
+        warnings.warn_explicit("is going", DeprecationWarning, "x.py", 1, module=module)
+
+    with pytest.raises(DeprecationWarning):
+        warnings.warn("is going", DeprecationWarning, stacklevel=1)
+    for ours in ("ternarize", "ternarize.linear", "tests.campaigns.kill", "packing", "reference"):
+        with pytest.raises(DeprecationWarning):
+            warn(ours)
+    for theirs in ("transformers.models.llama", "huggingface_hub", "torch.nn.modules.module"):
+        warn(theirs)
