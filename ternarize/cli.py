@@ -415,10 +415,9 @@ def convert(
             "--reconstruct STEPS with it. Add it, or leave out --window."
         )
     from ternarize.codecs import THREADS
-    from ternarize.convert import check_bounds
+    from ternarize.convert import check_bounds, checked
     from ternarize.convert import convert as run
-    from ternarize.plan import Calibrate, Recipe, plan, refuse_empty
-    from ternarize.rehearsal import rehearse
+    from ternarize.plan import Calibrate, Recipe, plan
 
     recipe = Recipe(
         chosen.value,
@@ -440,10 +439,11 @@ def convert(
     if dry_run:
         work = plan(model, recipe, config_only=True)
         try:
-            work = rehearse(work, allow_missing=allow_missing)
-            refuse_empty(work)
-        finally:  # the plan tells the reasons
+            work = checked(work, allow_missing)
+        except TernarizeError:  # of which the plan tells the reasons
             _print_plan(work, as_json)
+            raise
+        _print_plan(work, as_json)
         return
     if recipe.calibrate is not None:
         device = device or _fastest_device(quiet)
@@ -461,8 +461,8 @@ def convert(
         )
     wanted = not (quiet or no_check)
     if as_json:
-        checked = {"check": _check(record, model, output, stream)} if wanted else {}
-        _print_json({"output": str(output), **record, **checked})
+        measured = {"check": _check(record, model, output, stream)} if wanted else {}
+        _print_json({"output": str(output), **record, **measured})
         return
     from ternarize.report import inspect as describe
 

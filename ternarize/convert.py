@@ -172,10 +172,7 @@ def _keep(source: Checkpoint, tensor: TensorPlan, write: Write, solved: Solved |
     sha, dtype, done, buffer = hashlib.sha256(), DTYPES[tensor.dtype], 0, _buffer()
     for start, stop in tensor.pieces():
         piece = source.read(tensor.name, start, stop, buffer)
-        if tensor.may_be_infinite:
-            _check_numbers(piece)
-        else:
-            _check_finite(piece)
+        _check_finite(piece, but_for_infinity=tensor.choice.bound)
         data = byte_view(piece if piece.dtype == dtype else _cast(piece, dtype, tensor))
         sha.update(data.numpy().data)
         write(tensor.name, done, data)
@@ -410,9 +407,11 @@ _EXPONENT = {
 }
 
 
-def _check_finite(piece: Tensor) -> None:
-    """Raise WeightError if a floating-point piece has NaN or infinity."""
-    if piece.dtype in _EXPONENT and piece.numel():
+def _check_finite(piece: Tensor, but_for_infinity: bool = False) -> None:
+    """Raise WeightError if a floating-point piece has NaN or infinity, or NaN alone."""
+    if but_for_infinity:
+        finite = not bool(piece.isnan().any())
+    elif piece.dtype in _EXPONENT and piece.numel():
         integer, mask = _EXPONENT[piece.dtype]
         # largest magnitude as an integer: floats of one sign are ordered like their bits
         finite = int((piece.view(integer) & torch.iinfo(integer).max).max()) < mask
@@ -420,12 +419,6 @@ def _check_finite(piece: Tensor) -> None:
         finite = not piece.dtype.is_floating_point or bool(piece.double().isfinite().all())
     if not finite:
         raise WeightError("not finite")
-
-
-def _check_numbers(piece: Tensor) -> None:
-    """Raise WeightError if a piece has NaN."""
-    if bool(piece.isnan().any()):
-        raise WeightError("not a number")
 
 
 def _not_finite(source: Checkpoint, info: TensorInfo) -> WeightError:
@@ -500,27 +493,30 @@ def convert(
         with _alone(partial):
             _claim(partial)
             try:
-                work = _checked(plan(model, recipe, stream=partial / SOURCE), allow_missing)
+                work = checked(plan(model, recipe, stream=partial / SOURCE), allow_missing)
                 _check_output(work, output)
                 record = _finished(work, output)
                 record = record or _run(work, output, partial, threads, device, progress, {})
-                return {**record, "notes": work.said()}
+                return {**record, "notes": work.remarks()}
             finally:
                 shutil.rmtree(partial / SOURCE, ignore_errors=True)
                 if partial.is_dir() and _is_empty(partial):
                     shutil.rmtree(partial)
-    work = _checked(plan(model, recipe), allow_missing)
+    work = checked(plan(model, recipe), allow_missing)
     _check_output(work, output)
     with _alone(partial):
         _check_output(work, output)  # again: another conversion may just have ended
         record = _finished(work, output)
         bounds = min_quality or {}
         record = record or _run(work, output, partial, threads, device, progress, bounds)
-        return {**record, "notes": work.said()}
+        return {**record, "notes": work.remarks()}
 
 
-def _checked(work: Plan, allow_missing: bool) -> Plan:
-    """A plan that is worth carrying out: the result will load, and something becomes ternary."""
+def checked(work: Plan, allow_missing: bool) -> Plan:
+    """A plan that is worth carrying out: the result will load, and something becomes ternary.
+
+    Raises CheckpointError, SelectionError, UsageError where it is not.
+    """
     work = rehearse(work, allow_missing=allow_missing)
     refuse_empty(work)
     if work.missing and work.recipe.calibrate is not None:

@@ -15,6 +15,7 @@ The class names are stable; the wording is not.
 """
 
 import errno
+from collections.abc import Sequence
 
 LONGEST = 2000  # characters of a message; names of a hostile file can have any length
 
@@ -53,7 +54,13 @@ def printable(text: str) -> str:
     )
 
 
-def first_line(error: Exception) -> str:
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def first_line(error: object) -> str:
     """What another library says, as a part of a message of ours.
 
     A line that ends in a colon announces the next one.

@@ -112,7 +112,7 @@ def _indexed(index: Path) -> list[str]:
 def module_folders(directory: Path) -> list[str]:
     """Folders of the modules that modules.json (of sentence-transformers) puts behind a model.
 
-    None where the file is another. Raises FormatError where it names a place outside the directory.
+    Empty where the file is another. Raises FormatError where it names a place outside.
     """
     path = directory / "modules.json"
     if not path.is_file():
@@ -131,6 +131,11 @@ def module_folders(directory: Path) -> list[str]:
             )
         found += [name] if name != "." else []
     return found
+
+
+def is_within(name: str, folders: Sequence[str]) -> bool:
+    """Whether a path, with / between its steps, lies in one of these folders."""
+    return any(name.startswith(f"{folder}/") for folder in folders)
 
 
 def _listed(directory: Path) -> list[str]:
@@ -402,7 +407,7 @@ class Stream:
         for path in small.rglob("*"):  # where weights may lie too, of an earlier fetch
             name = path.relative_to(small).as_posix()
             ours = "/" not in name and any(fnmatchcase(name, each) for each in SMALL_FILES)
-            if path.is_file() and (ours or any(name.startswith(f"{each}/") for each in modules)):
+            if path.is_file() and (ours or is_within(name, modules)):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, folder / name)
         self.commit = small.name

@@ -23,6 +23,7 @@ from ternarize.fetch import (
     SAFETENSORS,
     WEIGHTS,
     hub_errors,
+    is_within,
     module_folders,
     split_id,
 )
@@ -183,8 +184,8 @@ def _files(directory: Path) -> dict[str, Path]:
         if hidden or not path.is_file():
             continue
         name = relative.as_posix()
-        beside = any(name.startswith(f"{folder}/") for folder in modules)
-        if name.endswith((*WEIGHTS, INDEX)) and name not in ours and not beside:
+        ours_too = name in ours or is_within(name, modules)
+        if name.endswith((*WEIGHTS, INDEX)) and not ours_too:
             raise OutputError(
                 f"{path}: is no part of the packed checkpoint; expected no other weights beside "
                 "it. Move it away."

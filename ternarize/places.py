@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    ConversionOps,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -33,6 +34,11 @@ class Place:
     parameters: tuple[str, ...]
     renamed: str
     converter: Any = None
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The parameters, or the name that transformers looks for where there is none."""
+        return self.parameters or (self.renamed,)
 
     @property
     def operations(self) -> tuple[Any, ...]:
@@ -104,6 +110,46 @@ class ScaleRenaming(WeightRenaming):
         return ScaleRenaming({target: name for name, target in self.names.items()})
 
 
+class UnlessPacked(ConversionOps):
+    """An operation of transformers that leaves what is packed as it is.
+
+    The rows of what is packed are those of the model, however its source is stored; in memory it
+    may have another shape than on disk, from which transformers would conclude that it is turned.
+    """
+
+    def __init__(self, operation: Any) -> None:
+        self.operation = operation
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> Any:
+        path, _, leaf = kwargs["full_layer_name"].rpartition(".")
+        layouts = getattr(kwargs["model"].get_submodule(path), "layouts", {})
+        patterns = {"source_patterns": source_patterns, "target_patterns": target_patterns}
+        if leaf not in layouts and leaf.removesuffix("_scale") not in layouts:
+            return self.operation.convert(input_dict, **patterns, **kwargs)
+        (value,) = input_dict.values()
+        target = self.operation.get_target_pattern(input_dict, **patterns)
+        return {target: value[0] if isinstance(value, list) else value}
+
+    @property
+    def reverse_op(self) -> "UnlessPacked":
+        return UnlessPacked(self.operation.reverse_op)
+
+
+def with_dense_turned(converter: Any) -> Any:
+    """A converter of transformers that leaves packed tensors as they are where it turns others."""
+    if not any(map(turns_if_needed, converter.operations)):
+        return converter
+    operations = [UnlessPacked(op) if turns_if_needed(op) else op for op in converter.operations]
+    sources, targets = converter._original_source_patterns, converter._original_target_patterns
+    return converter.copy(sources, targets, operations=operations)
+
+
 def scales_led_astray(
     model: PreTrainedModel, weights: Iterable[str], suffix: str
 ) -> dict[str, str]:
@@ -127,19 +173,43 @@ def scales_led_astray(
     return astray
 
 
+def present(places: Mapping[str, Place]) -> set[str]:
+    """The parameters that these tensors fill."""
+    return {parameter for place in places.values() for parameter in place.parameters}
+
+
+def ties(
+    tied: Mapping[str, str],
+    places: Mapping[str, Place],
+    equal: Callable[[str, str], bool] | None = None,
+) -> dict[str, str]:
+    """The ties that hold in a checkpoint: parameter -> the stored one whose tensor it has.
+
+    tied    what the class says: parameter -> the one it is tied to
+    places  of all tensors of the checkpoint
+    equal   whether two tensors on disk have the same values; None: what is stored apart is apart
+    """
+    alone = filled_alone(places)
+
+    def same(a: str, b: str) -> bool:
+        return equal is not None and a in alone and b in alone and equal(alone[a], alone[b])
+
+    return resolve_ties(tied, present(places), same)
+
+
 def resolve_ties(
-    tied: Mapping[str, str], present: Collection[str], equal: Callable[[str, str], bool]
+    tied: Mapping[str, str], stored: Collection[str], equal: Callable[[str, str], bool]
 ) -> dict[str, str]:
     """The ties that hold: parameter -> the stored parameter whose tensor it has.
 
     tied     what the class says, in its order: parameter -> the one it is tied to
-    present  parameters that the checkpoint stores
-    equal    whether two of them, both stored, have the same values
+    stored   parameters that the checkpoint stores
+    equal    whether two of them have the same values
 
     Goes through the pairs as transformers' `tie_weights` does at loading. Of pairs of which nothing
     is stored the class's word is kept.
     """
-    holds = {name: name for name in present}  # parameter -> the stored one whose tensor it has
+    holds = {name: name for name in stored}  # parameter -> the stored one whose tensor it has
     unknown: dict[str, str] = {}
     pairs = list(tied.items())
     for at, (target, source) in enumerate(pairs):
@@ -157,7 +227,7 @@ def resolve_ties(
                 unknown[target] = source
             else:
                 holds[target] = holds[found]
-    shared = {name: stored for name, stored in holds.items() if name != stored}
+    shared = {name: other for name, other in holds.items() if name != other}
     return shared | unknown
 
 
@@ -167,15 +237,15 @@ def missing_parameters(
     """Parameters that a loader would draw at random, in the order of the model.
 
     places  of all tensors of the checkpoint
-    tied    as `resolve_ties` gives it
+    tied    as `ties` gives it
     """
-    present = {parameter for place in places.values() for parameter in place.parameters}
+    there = present(places)
     ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     return [
         name
         for name, _ in model.named_parameters()
-        if name not in present
-        and tied.get(name) not in present
+        if name not in there
+        and tied.get(name) not in there
         and not any(re.search(pattern, name) for pattern in ignored)
     ]
 

@@ -29,8 +29,8 @@ from ternarize.checkpoint import (
 )
 from ternarize.codecs import INT8, THREADS
 from ternarize.container import SCALE_SUFFIX, Record
-from ternarize.errors import CheckpointError, SelectionError, UsageError
-from ternarize.fetch import COPIED, WEIGHTS, module_folders
+from ternarize.errors import CheckpointError, SelectionError, UsageError, some
+from ternarize.fetch import COPIED, WEIGHTS, is_within, module_folders
 from ternarize.fetch import RECORD as RECORD
 from ternarize.imports import Imported, open_source
 from ternarize.linear import ACTIVATIONS
@@ -38,13 +38,11 @@ from ternarize.methods import METHODS, levels
 from ternarize.native import lib
 from ternarize.rotation import BLOCKS, block_size
 from ternarize.select import (
-    BUFFER,
     KEEP,
     TERNARY,
     Choice,
     Equal,
     check_fused_choices,
-    copies,
     end_tensors,
     select,
     skeleton_shapes,
@@ -219,11 +217,6 @@ class TensorPlan:
         return self.choice.codec != ""
 
     @property
-    def may_be_infinite(self) -> bool:
-        """Whether infinity is a value like others: of a bound that a class has as a buffer."""
-        return self.choice.reason == BUFFER
-
-    @property
     def becomes(self) -> str:
         """What a person is told: "tied", "ternary", "int8" or "kept"."""
         return "tied" if self.tied_to else self.record("").kind
@@ -380,12 +373,10 @@ class Plan:
         dense = max((math.prod(t.shape[-2:]) * 4 for t in self.tensors if t.packed), default=0)
         return self.packed_bytes() + dense
 
-    def said(self) -> list[str]:
+    def remarks(self) -> list[str]:
         """The notes, and in a last one what is left out of the source's folder."""
         left = [name for name in self.left_out if name != "README.md"]  # cards are written anew
-        more = f" and {len(left) - SHOWN_FILES} more" if len(left) > SHOWN_FILES else ""
-        files = f"left out: {', '.join(left[:SHOWN_FILES])}{more}"
-        return [*self.notes, files] if left else self.notes
+        return [*self.notes, *([f"left out: {some(left, SHOWN_FILES)}"] if left else [])]
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, for --json."""
@@ -494,11 +485,10 @@ def plan(
             "the result loads"
         )
     notes += sorted({f"{c.name}: {c.reason}" for c in choices if "are tied" in c.reason})
-    twice = copies(shapes, source.config, equal)
     by_file: dict[str, list[TensorPlan]] = {file: [] for file in source.files}
     for choice in choices:
         info = source.tensors[choice.name]
-        by_file[info.file].append(_plan_tensor(info, choice, recipe, twice.get(info.name)))
+        by_file[info.file].append(_plan_tensor(info, choice, recipe))
     if recipe.group_size is None:
         everything = [t for tensors in by_file.values() for t in tensors]
         by_file = {
@@ -523,9 +513,8 @@ def plan(
     return Plan(source, str(model), recipe, shards, copied, left_out, notes)
 
 
-def _plan_tensor(
-    info: TensorInfo, choice: Choice, recipe: Recipe, tied_to: str | None
-) -> TensorPlan:
+def _plan_tensor(info: TensorInfo, choice: Choice, recipe: Recipe) -> TensorPlan:
+    tied_to = choice.copy_of or None
     shape = info.shape
     if choice.codec and choice.transposed:
         shape = (*shape[:-2], shape[-1], shape[-2])
@@ -787,10 +776,7 @@ def _not_read(source: Checkpoint, left_out: Iterable[str]) -> list[str]:
     others = [name for name in left_out if _MODEL.fullmatch(name)]
     if not others or not source.files:
         return []
-    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-    return [
-        f"{source.files[0]} is read, as transformers does, and not {', '.join(others[:3])}{more}"
-    ]
+    return [f"{source.files[0]} is read, as transformers does, and not {some(others)}"]
 
 
 _MODEL = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)")
@@ -837,7 +823,7 @@ def small_files(directory: Path, read: Sequence[str]) -> tuple[list[str], list[s
             continue
         if any(fnmatchcase(name, glob) for glob in _OF_TRAINING):
             left_out.append(name)
-        elif any(name.startswith(f"{folder}/") for folder in modules):
+        elif is_within(name, modules):
             copied.append(name)
         elif path.suffix in WEIGHTS or ("/" in name and path.parent in with_weights):
             left_out.append(name)

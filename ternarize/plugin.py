@@ -21,7 +21,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,9 @@ from ternarize.linear import (
     ternary_experts,
     use_lanes,
 )
+
+if TYPE_CHECKING:
+    from ternarize.places import Place
 
 
 class TernarizeConfig(QuantizationConfigMixin):
@@ -161,7 +164,7 @@ class TernarizeQuantizer(HfQuantizer):
 
     def prepare(
         self, model: Any, sources: Mapping[str, Source], names: Sequence[str]
-    ) -> dict[str, Any]:
+    ) -> "dict[str, Place]":
         """Put empty ternary modules into an empty model, ready to be filled.
 
         sources  the packed tensors, by name
@@ -170,13 +173,12 @@ class TernarizeQuantizer(HfQuantizer):
         Returns where each of them then goes (`ternarize.places.locate`).
         Raises FormatError where the tensors do not fit the model, or do not fill it.
         """
-        from ternarize.places import locate, resolve_ties, scales_led_astray
+        from ternarize.places import locate, scales_led_astray, ties
 
-        places = _places(model, names)
-        present = {target for place in places.values() for target in place.targets}
-        tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+        places = locate(model, names)
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
         # what a file stores apart is apart: a conversion stores equal tensors once
-        model.all_tied_weights_keys = resolve_ties(tied, present, lambda *_: False)
+        model.all_tied_weights_keys = ties(tied, places)
         activations = self.quantization_config.activations or "none"
         self.to_round = _head_to_round(model) if self.quantization_config.head else set()
         self.source_transposed = _insert_modules(model, sources, places, activations)
@@ -197,8 +199,7 @@ class TernarizeQuantizer(HfQuantizer):
         if self.to_round:
             _round_head(model, self.to_round)
             self.source_transposed |= dict.fromkeys(self.to_round, False)
-        for name in self.quantization_config.missing or ():
-            self._make_up(model, name)
+        _zero_missing_biases(model, self.quantization_config.missing or ())
         for path, module in _packed_modules(model):
             for name, layout in module.layouts.items():
                 packed, scale = getattr(module, name), getattr(module, name + SCALE_SUFFIX)
@@ -215,17 +216,6 @@ class TernarizeQuantizer(HfQuantizer):
                 if hasattr(module, "resize_token_embeddings"):
                     module.resize_token_embeddings = functools.partial(_keep_size, module)
         return model
-
-    def _make_up(self, model: Any, name: str) -> None:
-        """Zero a bias that the source lacked in a packed module.
-
-        transformers fills those of its own classes; to it ours are filled, and the memory is new.
-        """
-        path, _, leaf = name.rpartition(".")
-        module = dict(model.named_modules()).get(path)
-        value = getattr(module, leaf, None) if isinstance(module, Packed) else None
-        if value is not None and not value.is_meta:
-            value.data.zero_()
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         """For save_pretrained: the metadata of the files that it is about to write."""
@@ -270,7 +260,7 @@ class TernarizeQuantizer(HfQuantizer):
         """Send scales through the conversions of tensors that are not called `weight`, too."""
         from transformers.core_model_loading import WeightConverter
 
-        from ternarize.places import ScaleRenaming
+        from ternarize.places import ScaleRenaming, with_dense_turned
 
         leaves = (getattr(c, "_original_source_patterns", [""])[0] for c in weight_conversions)
         names = {leaf.rpartition(".")[2] for leaf in leaves} | {"weight"}
@@ -283,7 +273,7 @@ class TernarizeQuantizer(HfQuantizer):
             here = each.source_patterns if isinstance(each, WeightConverter) else ()
             patterns = {(getattr(each, "scope_prefix", None), pattern) for pattern in here}
             if taken.isdisjoint(patterns):
-                conversions.append(each)
+                conversions.append(with_dense_turned(each) if patterns else each)
             taken |= patterns
         missed = getattr(self, "scale_names", None)
         return [*conversions, ScaleRenaming(missed)] if missed else conversions
@@ -361,7 +351,7 @@ def _insert_modules(
     for name, source in sources.items():
         place = places[name]
         known = [target for target in place.targets if target in parameters]
-        if not known and not _is_ignored(model, "unexpected", place.targets[0]):
+        if not known and not _may_be_unexpected(model, place.targets[0]):
             raise FormatError(
                 f"{source.file}: {name}: is packed, but {type(model).__name__} has no parameter "
                 f"{place.targets[0]}. Load the checkpoint with the model class that it was made "
@@ -544,28 +534,23 @@ def _check_conversion(converter: Any, parts: list[Source], parameter: Tensor) ->
             )
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where transformers puts a tensor of the checkpoint: parameters, perhaps by a converter."""
-
-    targets: list[str]
-    converter: Any
-
-
-def _places(model: Any, names: Iterable[str], quantizer: Any = None) -> dict[str, Place]:
-    """Map each name in the checkpoint to the model's, as transformers' loading does."""
-    from ternarize.places import locate
-
-    return {
-        name: Place(list(place.parameters) or [place.renamed], place.converter)
-        for name, place in locate(model, names, quantizer).items()
-    }
-
-
-def _is_ignored(model: Any, kind: str, name: str) -> bool:
-    """Whether the architecture says that a key may be `unexpected` or `missing` on load."""
-    patterns = getattr(model, f"_keys_to_ignore_on_load_{kind}", None) or ()
+def _may_be_unexpected(model: Any, name: str) -> bool:
+    """Whether the architecture says that it leaves a key unread."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _zero_missing_biases(model: Any, missing: Iterable[str]) -> None:
+    """Zero biases that the source lacked in packed modules.
+
+    transformers fills those of its own classes; to it ours are filled, and the memory is new.
+    """
+    modules = dict(_packed_modules(model))
+    for name in missing:
+        path, _, leaf = name.rpartition(".")
+        value = getattr(modules.get(path), leaf, None)
+        if value is not None and not value.is_meta:
+            value.data.zero_()
 
 
 def _check_beside(model: Any, missing: Iterable[str]) -> None:
@@ -582,7 +567,7 @@ def _check_beside(model: Any, missing: Iterable[str]) -> None:
             )
 
 
-def _check_complete(model: Any, places: Mapping[str, Any], missing: Sequence[str]) -> None:
+def _check_complete(model: Any, places: "Mapping[str, Place]", missing: Sequence[str]) -> None:
     """Raise FormatError where transformers would draw a parameter at random.
 
     A model of another class than the checkpoint's (one that adds a head, to be trained) is left to
@@ -714,6 +699,8 @@ def _saved_records(model: Any, transposed: Mapping[str, bool]) -> dict[str, Reco
     """The record of each tensor that save_pretrained writes, under the name in the file."""
     from transformers import __version__ as transformers_version
 
+    from ternarize.places import locate
+
     tensors = _saved_tensors(model)
     layouts = {
         f"{path}.{name}": layout
@@ -721,7 +708,7 @@ def _saved_records(model: Any, transposed: Mapping[str, bool]) -> dict[str, Reco
         for name, layout in module.layouts.items()
     }
     records = {}
-    for name, place in _places(model, tensors).items():
+    for name, place in locate(model, tensors).items():
         layout = layouts.get(place.targets[0])
         if layout is not None:
             packed, scale = tensors[name], tensors[name + SCALE_SUFFIX]

@@ -7,13 +7,11 @@ of parameters that are made alike (those of all layers) one is filled.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -21,11 +19,13 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from ternarize.checkpoint import DTYPES
-from ternarize.errors import CheckpointError, FormatError, SelectionError, first_line
+from ternarize.container import SCALE_SUFFIX
+from ternarize.errors import CheckpointError, FormatError, SelectionError, first_line, some
 from ternarize.load import usable
-from ternarize.places import Place, locate, missing_parameters, resolve_ties
+from ternarize.places import Place, locate, missing_parameters, present, ties
 from ternarize.plan import Plan
 from ternarize.plugin import Source, TernarizeConfig, TernarizeQuantizer
+from ternarize.progress import without_bars
 from ternarize.select import empty_model, strangers, why_no_skeleton
 
 Stored = Mapping[str, tuple[str, tuple[int, ...]]]  # name of the output -> (dtype, shape)
@@ -59,49 +59,45 @@ def rehearse(work: Plan, *, allow_missing: bool = False) -> Plan:
     notes, name = list(work.notes), type(model).__name__
     if missing:
         notes.append(
-            f"the source lacks {_first(missing)}, which {name} needs: whoever loads the result "
+            f"the source lacks {some(missing)}, which {name} needs: whoever loads the result "
             "makes them up"
         )
     if defaults:
-        notes.append(f"the source lacks {_first(defaults)}, of which {name} has values of its own")
+        notes.append(f"the source lacks {some(defaults)}, of which {name} has values of its own")
     return replace(work, missing=missing, notes=notes)
 
 
 def _missing(model: PreTrainedModel, names: Iterable[str]) -> tuple[list[str], list[str]]:
     """Parameters that these names leave out, and buffers, which the class itself fills."""
     places = locate(model, names)
-    present = {parameter for place in places.values() for parameter in place.parameters}
-    tied = resolve_ties(model.all_tied_weights_keys, present, lambda *_: False)
-    saved = model.state_dict()
+    saved, there = model.state_dict(), present(places)
     buffers = [
         name
         for name, buffer in model.named_buffers()
-        if name in saved and name not in present and buffer.is_floating_point()
+        if name in saved and name not in there and buffer.is_floating_point()
     ]
+    tied = ties(model.all_tied_weights_keys, places)
     return missing_parameters(model, places, tied), buffers
 
 
 def _incomplete(work: Plan, architecture: str, missing: list[str]) -> CheckpointError:
     strange = strangers(work.source.tensors, work.source.config)
-    found = f", but has {_first(strange)}, which it does not know" if strange else ""
+    found = f", but has {some(strange)}, which it does not know" if strange else ""
     return CheckpointError(
-        f"{work.model}: lacks {_first(missing)}, which {architecture} needs{found}; expected every "
+        f"{work.model}: lacks {some(missing)}, which {architecture} needs{found}; expected every "
         "weight of the model. Complete the checkpoint or repair config.json (architectures), or "
         "use --allow-missing, and whoever loads the result makes them up."
     )
 
 
-def _first(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
 def _sources(work: Plan, stored: Stored) -> dict[str, Source]:
     """The packed tensors as the plug-in wants to know them."""
     return {
-        t.name: Source(t.name, t.record("0" * 64), DTYPES[stored[scale][0]], t.info.file)
+        t.name: Source(
+            t.name, t.record("0" * 64), DTYPES[stored[t.name + SCALE_SUFFIX][0]], t.info.file
+        )
         for t in work.tensors
-        if (scale := f"{t.name}_scale") in stored and t.packed
+        if t.packed and not t.tied_to
     }
 
 
@@ -128,7 +124,7 @@ def _check_fill(
     for target, error in sorted(found.conversion_errors.items()):
         raise SelectionError(
             f"{work.model}: {target} of {name} cannot be made of what would be stored "
-            f"({first_line(Exception(error))}); expected tensors that its loading can join. "
+            f"({first_line(error)}); expected tensors that its loading can join. "
             "Leave them in floating point with --keep."
         )
 
@@ -146,16 +142,3 @@ def _one_of_each(model: PreTrainedModel, places: Mapping[str, Place], stored: St
         shapes = tuple(state[parameter].shape for parameter in parameters)
         alike.setdefault((steps, shapes, *sorted(stored[name] for name in names)), names)
     return [name for names in alike.values() for name in names]
-
-
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """No bars of transformers inside; outside they are as they were."""
-    bars: Any = transformers.utils.logging  # has no annotations
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            bars.enable_progress_bar()

@@ -59,14 +59,14 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ternarize.codecs import BASE3, INT8
-from ternarize.errors import SelectionError, UsageError, first_line
+from ternarize.errors import SelectionError, UsageError, first_line, some
 from ternarize.places import (
     Place,
     bars_rows,
     filled_alone,
     locate,
     missing_parameters,
-    resolve_ties,
+    ties,
     turns_if_needed,
 )
 
@@ -78,7 +78,6 @@ LARGE = 2**20  # elements; an unexplained weight of this size stops the conversi
 LINEAR = "linear in a repeated block"
 EXPERTS = "experts in a repeated block"
 KEEP, TERNARY = "keep", "ternary"  # and INT8: what --head and --embeddings may be
-BUFFER = "buffer"
 BY_NAME = "linear by name and shape (no skeleton)"
 
 
@@ -94,6 +93,8 @@ class Choice:
                 experts), not [out, in]
     parameters  of the model that it fills, none without a skeleton; tensors that share one must be
                 packed in the same way
+    copy_of     the tensor with the same values to which it is tied, which alone is stored; or ""
+    bound       it is a buffer of the class, in which infinity is a value like others
     """
 
     name: str
@@ -102,6 +103,8 @@ class Choice:
     reason: str
     transposed: bool
     parameters: tuple[str, ...] = ()
+    copy_of: str = ""
+    bound: bool = False
 
     @property
     def ternary(self) -> bool:
@@ -118,6 +121,7 @@ class _Verdict:
     transposed: bool = False
     parameters: tuple[str, ...] = ()
     error: str = ""  # stops the conversion unless the tensor is kept by --keep
+    bound: bool = False  # as of a Choice
 
 
 # ------------------------------------------------------------------------------------ the interface
@@ -170,9 +174,9 @@ def select(
             )
     skeleton = _skeleton_of(shapes, config, equal)
     if isinstance(skeleton, str):
-        verdicts = _by_names(shapes)
+        verdicts, twice = _by_names(shapes), {}
     else:
-        verdicts = _by_skeleton(shapes, skeleton, shared)
+        verdicts, twice = _by_skeleton(shapes, skeleton, shared), skeleton.copies()
     _check_include(include, included_by, verdicts)
     ends = _ends(shapes, skeleton, verdicts, head, embeddings)
 
@@ -196,7 +200,9 @@ def select(
             codec, reason = BASE3, f"--include {included_by[name]}"
         if verdict.error and name not in kept_by:
             unexplained.append(f"{name}: {verdict.error}")
-        choices.append(Choice(name, shape, codec, reason, verdict.transposed, verdict.parameters))
+        transposed, parameters = verdict.transposed, verdict.parameters
+        copy_of, bound = twice.get(name, ""), verdict.bound
+        choices.append(Choice(name, shape, codec, reason, transposed, parameters, copy_of, bound))
     if unexplained:
         more = f" ({len(unexplained) - 1} more such tensors.)" if len(unexplained) > 1 else ""
         raise SelectionError(unexplained[0] + more)
@@ -233,7 +239,7 @@ def skeleton_shapes(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, .
 def strangers(names: Iterable[str], config: dict[str, Any] | None) -> list[str]:
     """Those of these names on disk that the model of a config.json does not know.
 
-    None without a skeleton. Buffers of old, and what the class says it ignores, are known.
+    Empty without a skeleton. Buffers of old, and what the class says it ignores, are known.
     """
     skeleton = _skeleton_of(names, config, all_equal)
     if isinstance(skeleton, str):
@@ -294,11 +300,7 @@ def linear_layers(
     }
     if not (places := locate(model, names)):
         return {_disk_name(skeleton, name): shape for name, shape in layers.items()}
-    stored = {
-        place.parameters[0]: name
-        for name, place in places.items()
-        if place.converter is None and len(place.parameters) == 1
-    }
+    stored = filled_alone(places)
     for name in layers:
         if name not in stored or name in skeleton.sharing:
             why = "is tied to another" if name in skeleton.sharing else "has no matrix of its own"
@@ -307,20 +309,6 @@ def linear_layers(
                 "List it in modules_to_not_convert, or complete the checkpoint."
             )
     return {stored[name]: shape for name, shape in layers.items()}
-
-
-def copies(
-    shapes: Mapping[str, tuple[int, ...]], config: dict[str, Any] | None, equal: Equal
-) -> dict[str, str]:
-    """Tensors on disk that are stored twice: name of the copy -> name of the one to store.
-
-    None without a skeleton. `equal` as in `select`.
-    """
-    skeleton = _skeleton_of(shapes, config, equal)
-    if isinstance(skeleton, str):
-        return {}
-    alone = filled_alone(skeleton.places)
-    return {alone[a]: alone[b] for a, b in skeleton.tied.items() if a in alone and b in alone}
 
 
 # ----------------------------------------------------------------------------- --keep and --include
@@ -463,26 +451,24 @@ class _Skeleton:
     def of(self, names: Iterable[str], equal: Equal) -> _Skeleton:
         """The same for a checkpoint with these tensors, which decide what is tied."""
         found = copy.copy(self)
-        found.__dict__.pop("absent", None)
         found.places = locate(self.model, names)
-        alone = filled_alone(found.places)
-        present = {p for place in found.places.values() for p in place.parameters}
-
-        def same(a: str, b: str) -> bool:
-            return a in alone and b in alone and equal(alone[a], alone[b])
-
-        found.tied = resolve_ties(self.tied, present, same)
+        found.tied = ties(self.tied, found.places, equal)
         return found
+
+    def copies(self) -> dict[str, str]:
+        """Tensors on disk that are stored twice: the copy -> the one to store."""
+        alone = filled_alone(self.places)
+        return {alone[a]: alone[b] for a, b in self.tied.items() if a in alone and b in alone}
 
     @cached_property
     def absent(self) -> list[str]:
         """Parameters that the checkpoint leaves out."""
         return missing_parameters(self.model, self.places, self.tied)
 
-    @property
-    def sharing(self) -> dict[str, str]:
-        """Parameter that shares its storage -> the other one's name, in both directions."""
-        return {source: target for target, source in self.tied.items()} | self.tied
+    @cached_property
+    def sharing(self) -> set[str]:
+        """Parameters that have a tensor with others in common."""
+        return {*self.tied, *self.tied.values()}
 
     @cached_property
     def heads(self) -> set[str]:
@@ -896,7 +882,7 @@ def _judge_alone(parameter: str, skeleton: _Skeleton) -> _Verdict:
         return _Verdict(False, reason)
 
     if parameter in skeleton.buffers:
-        return kept(BUFFER)
+        return _Verdict(False, "buffer", bound=True)
     if isinstance(module, nn.Embedding):
         return kept("embedding")
     if "norm" in kind.lower():
@@ -1075,7 +1061,7 @@ def _unexpected(name: str, renamed: str, shape: tuple[int, ...], skeleton: _Skel
     if len(shape) < 2 or math.prod(shape) < LARGE:
         return _Verdict(False, "not part of the architecture")
     absent = skeleton.absent
-    wants = f", which lacks {absent[0]} (and {len(absent) - 1} more)" if absent else ""
+    wants = f", which lacks {some(absent)}" if absent else ""
     error = (
         f"a weight of shape {list(shape)} that is not part of {skeleton.name}{wants}; every large "
         "weight must have a place. Repair config.json (architectures) or the names, or use --keep "
@@ -1090,7 +1076,7 @@ def _passed(name: str, place: Place, skeleton: _Skeleton) -> str:
     if ignored and (ignored.search(place.renamed) or ignored.search(name)):
         return f"ignored by {skeleton.name}"
     if place.renamed in skeleton.buffers or _OLD_BUFFER.search(f".{name}"):
-        return BUFFER
+        return "buffer"
     return ""
 
 

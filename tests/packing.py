@@ -28,8 +28,8 @@ from ternarize.container import Record
 from ternarize.linear import Packed, PackedEmbedding
 from ternarize.methods.absmean import absmean
 from ternarize.native import lib
-from ternarize.places import turns_if_needed
-from ternarize.plugin import _places, is_rowwise
+from ternarize.places import locate, turns_if_needed
+from ternarize.plugin import is_rowwise
 
 # weights that the modules around them read raw, or cast their input to the dtype of
 RAW = re.compile(r"\.wo\.|mixer\.|router|\.gate\.")
@@ -39,7 +39,7 @@ def packable(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str,
     """The linear weights and experts inside the model's blocks: {name in the file: transposed}."""
     parameters = dict(model.named_parameters())
     found = {}
-    for name, place in _places(model, tensors).items():
+    for name, place in locate(model, tensors).items():
         target = place.targets[0]
         parameter = parameters.get(target)
         if parameter is None or not re.search(r"\.\d+\.", target) or RAW.search(target):

@@ -25,7 +25,6 @@ from ternarize.select import (
     EXPERTS,
     LINEAR,
     Choice,
-    copies,
     select,
     skeleton_shapes,
     why_no_skeleton,
@@ -284,8 +283,8 @@ def test_what_is_stored_twice_is_led_to_the_one_to_store(name: str, names: dict[
     config = config_of(name)
     shapes = shapes_of(config)
     both = {**shapes, **{copy: shapes[original] for copy, original in names.items()}}
-    assert copies(both, config, module.all_equal) == names
-    assert copies(both, config, lambda *_: False) == {}
+    assert {c.name: c.copy_of for c in select(both, config) if c.copy_of} == names
+    assert not [c for c in select(both, config, equal=lambda *_: False) if c.copy_of]
 
 
 def test_a_tied_head_that_is_stored_with_other_values_is_a_head() -> None:

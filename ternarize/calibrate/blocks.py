@@ -30,11 +30,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging
 
 from ternarize.checkpoint import Checkpoint
 from ternarize.errors import CheckpointError, TernarizeError, WeightError, first_line
-from ternarize.places import filled_alone, locate, resolve_ties
+from ternarize.places import locate, ties
+from ternarize.progress import without_bars
 from ternarize.select import config_from
 from ternarize.threads import signals_held
 
@@ -164,12 +164,7 @@ class Blocks:
         self.model = skeleton(source.config)
         self.mapping = get_model_conversion_mapping(self.model)
         self.places = locate(self.model, source.tensors)
-        stored = filled_alone(self.places)
-        self.tied = resolve_ties(
-            self.model.all_tied_weights_keys,
-            {p for place in self.places.values() for p in place.parameters},
-            lambda a, b: a in stored and b in stored and source.equal(stored[a], stored[b]),
-        )
+        self.tied = ties(self.model.all_tied_weights_keys, self.places, source.equal)
         self.paths = _block_paths(
             self.model, [p for name in tensors for p in self.places[name].parameters]
         )
@@ -310,17 +305,12 @@ class Blocks:
                 f"{self.source.directory}: {sorted(missing)[0]} is not among its tensors; "
                 "expected every weight of the model. Complete the checkpoint."
             )
-        bars: Any = logging  # has no annotations
-        shown = bars.is_progress_bar_enabled()
-        bars.disable_progress_bar()
         self._filling = True
         try:
             mapping: Any = list(self.mapping)
-            convert_and_load_state_dict_in_model(
-                self.model,
-                tensors,
-                LoadStateDictConfig(weight_mapping=mapping, dtype=torch.float32),
-            )
+            settings = LoadStateDictConfig(weight_mapping=mapping, dtype=torch.float32)
+            with without_bars():
+                convert_and_load_state_dict_in_model(self.model, tensors, settings)
             for name in parameters:
                 path, _, leaf = name.rpartition(".")
                 module = self.model.get_submodule(path)
@@ -333,8 +323,6 @@ class Blocks:
                     value.data = value.data.clone()
         finally:
             self._filling = False
-            if shown:
-                bars.enable_progress_bar()
 
     def _read(self, name: str) -> Tensor:
         info = self.source.tensors[name]
