@@ -736,13 +736,19 @@ def _raw_reads(cls: type) -> tuple[str, ...]:
     """Modules whose `.weight` the code of a class reads: expressions on paths below it.
 
     `self.wo.weight` is the path `wo`, `self.layers[i].out.weight` is `layers.<n>.out`; of another
-    variable (`block.output.weight`) only the end of the path is known. Its device may be read.
+    variable (`block.output.weight`) only the end of the path is known. A device may be read. And
+    `next(self.mlp.parameters())` is all below `mlp`: its dtype would be that of bytes.
     Code that runs at construction does not count, nor does torch's own.
     """
     patterns: dict[str, None] = {}
     for method in _methods(cls):
         nodes = [n for n in ast.walk(method) if isinstance(n, ast.Attribute)]
         harmless = {id(n.value) for n in nodes if n.attr == "device"}
+        for call in (n.value for n in nodes if n.attr != "device"):
+            if isinstance(call, ast.Call) and _steps(call.func) == ["next"] and call.args:
+                root, *steps = _steps(getattr(call.args[0], "func", call))
+                if root == "self" and steps[1:] and steps[-1] == "parameters":
+                    patterns[r"\.".join(steps[:-1]) + r"(?:\..+)?"] = None
         for node in nodes:
             if node.attr != "weight" or id(node) in harmless:
                 continue
