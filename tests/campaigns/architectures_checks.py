@@ -135,7 +135,8 @@ def ask_all(case: Case, recipe: Recipe) -> None:
 
 def load_source(case: Case) -> None:
     """What transformers makes of the source: what it does not load as it was, what comes out."""
-    model = case.cls.from_pretrained(case.folder / "source").eval()
+    loaded: Any = case.cls.from_pretrained(case.folder / "source")
+    model = loaded.eval()
     found = state(model)
     case.missing = {n for n, t in case.saved.items() if n not in found or not same(found[n], t)}
     if case.missing:
@@ -208,8 +209,9 @@ def dense_twin(case: Case, source: Path, packed: Path) -> PreTrainedModel:
     assert not unknown, f"{unknown[0]}: is in the result alone"
     save_file(found, folder / "model.safetensors", {"format": "pt"})
     shutil.copy(source / "config.json", folder)
-    twin: PreTrainedModel = case.cls.from_pretrained(folder)
-    return twin.eval()
+    loaded: Any = case.cls.from_pretrained(folder)
+    twin: PreTrainedModel = loaded.eval()
+    return twin
 
 
 def _dense(name: str, decoded: Any, source: Tensor) -> Tensor:

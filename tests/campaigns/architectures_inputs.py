@@ -134,8 +134,8 @@ def _numbers(low: int, high: int, *shape: int) -> Tensor:
 
 def _vocabulary(model: PreTrainedModel) -> int:
     try:
-        sizes = model.get_input_embeddings().num_embeddings
-        return int(sizes)
+        embeddings: Any = model.get_input_embeddings()
+        return int(embeddings.num_embeddings)
     except (AttributeError, NotImplementedError, TypeError):
         return entry(model.config, "vocab_size", 80)
 
@@ -482,7 +482,7 @@ def _feature_rows(model: PreTrainedModel, method: Any, made: Mapping[str, Any]) 
         if getattr(found, name, None) is not None:
             features = getattr(found, name)
             break
-    width = model.config.get_text_config().hidden_size
+    width = int(model.config.get_text_config().hidden_size)
     return sum(tensor.numel() for tensor in tensors(features)) // width
 
 

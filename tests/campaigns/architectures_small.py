@@ -91,7 +91,7 @@ _WIDTH = re.compile(
 _NO_WIDTH = re.compile(
     r"(image|img|patch|kernel|vocab|window|codebook|batch|chunk|group|stride|tubelet|block|context"
     r"|grid|merge|beam|crop|prediction|feature|cache|^input|pool|buffer|memory_bank|subsample)s?_"
-    r"(size|shape)|num_channels|^in_channels$|out_channels$|audio_channels|embeddings|conv_.*dim$"
+    r"(size|shape)|num_channels|^in_channels$|^out_channels$|audio_channels|patch_embed|embeddings|conv_.*dim$"
     r"|^channels$|kernel_dim|type_vocab|max_|temporal|query_dim|^scale|state_size|d_state"
 )
 _VOCABULARY = re.compile(
@@ -369,7 +369,8 @@ def build(cls: type[PreTrainedModel], config: PretrainedConfig, seed: int) -> Pr
     if count > LARGEST:
         raise ValueError(f"{count} parameters; at most {LARGEST} are built")
     torch.manual_seed(seed)
-    model = cls(config).float()
+    built: Any = cls(config)  # whose `float` is not annotated
+    model: PreTrainedModel = built.float()
     model.train(False)
     _randomise(model, seed)
     return model
