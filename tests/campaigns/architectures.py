@@ -49,7 +49,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from ternarize.plan import Recipe
@@ -76,7 +76,7 @@ HANG = 900  # seconds by the clock, on a machine that others use, too
 BUILDING = 40  # of a processor, at most, until a model is built that runs
 MEMORY = 10 << 30  # address space that a type may take
 CLASSES = 4  # of a type that are tried until one can be built
-UNRUNNABLE = 8  # models that are built and whose forward takes no inputs, until one of them is used
+UNRUNNABLE = 8  # models of a class that are built and take no inputs, until the next is tried
 
 # Classes that make most of a model come first; the others in the order of their names.
 PREFERRED = (
@@ -147,44 +147,64 @@ def chosen(globs: Sequence[str], count: int | None, seed: int) -> list[str]:
 # ---------------------------------------------------------------------------------------- one type
 
 
+# a model, its style, and inputs that it takes; or None and why it takes none
+Built = tuple[PreTrainedModel, str, "dict[str, Any] | None", str]
+
+
 def make(row: Row, folder: Path, seed: int) -> Case | None:
-    """The first model of a type that can be built and runs, saved; None if none can be built."""
-    first: tuple[PreTrainedModel, str, str] | None = None
-    lines, unrunnable, ends = [], 0, time.process_time() + BUILDING
-    for model, style, line in _models(row.type, seed):
-        lines.append(line)
-        if model is not None:
-            inputs, why = _inputs(model)
-            if inputs is not None:
-                return _saved(row, model, style, inputs, "", folder)
-            first = first or (model, style, why)
-            unrunnable += 1
+    """The first model of a type that can be built and runs, saved; None if none can be built.
+
+    A class that transformers cannot load as it saves it counts as one that cannot be built.
+    """
+    config, ends = default_config(row.type), time.process_time() + BUILDING
+    unrunnable: list[Built] = []
+    for name in types()[row.type][:CLASSES]:
+        built = _built(row, name, config, seed, ends)
+        if built is None:
+            continue
+        if built[2] is None:
+            unrunnable.append(built)
+        elif (case := _saved(row, built, folder)) is not None:
+            return case
+    cases = (_saved(row, built, folder) for built in unrunnable)
+    return next((case for case in cases if case is not None), None)
+
+
+def _built(row: Row, name: str, config: PretrainedConfig, seed: int, ends: float) -> Built | None:
+    """The first model of a class that runs, else the first that can be built, if any."""
+    first: Built | None = None
+    unrunnable = 0
+    for model, style, line in _models(name, config, seed):
+        if model is None:
+            row.not_built = row.not_built or line
+            continue
+        inputs, why = _inputs(model, ends)
+        if inputs is not None:
+            return model, style, inputs, ""
+        first = first or (model, style, None, why)
+        unrunnable += 1
         if unrunnable == UNRUNNABLE or time.process_time() > ends:
             break
-    if first is not None:
-        model, style, why = first
-        return _saved(row, model, style, None, why, folder)
-    row.not_built = lines[0] if lines else "has no class"
-    return None
+    return first
 
 
-def _models(model_type: str, seed: int) -> Iterator[tuple[PreTrainedModel | None, str, str]]:
-    """(model, style, "") for what can be built, (None, "", why not) for what cannot."""
-    config = default_config(model_type)
-    for name in types()[model_type][:CLASSES]:
+def _models(
+    name: str, config: PretrainedConfig, seed: int
+) -> Iterator[tuple[PreTrainedModel | None, str, str]]:
+    """(model, style, "") for what can be built of a class, (None, "", why not) for what cannot."""
+    try:
+        cls = getattr(transformers, name)
+    except (AttributeError, ImportError, RuntimeError) as error:
+        yield None, "", _line(error)
+        return
+    for style in STYLES:
         try:
-            cls = getattr(transformers, name)
-        except (AttributeError, ImportError, RuntimeError) as error:
+            yield build(cls, small(config, style), seed), str(style), ""
+        except ImportError as error:  # a package that is missing, whatever the sizes are
             yield None, "", _line(error)
-            continue
-        for style in STYLES:
-            try:
-                yield build(cls, small(config, style), seed), str(style), ""
-            except ImportError as error:  # a package that is missing, whatever the sizes are
-                yield None, "", _line(error)
-                break
-            except Exception as error:
-                yield None, "", _line(error)
+            return
+        except Exception as error:
+            yield None, "", _line(error)
 
 
 def _line(error: Exception) -> str:
@@ -192,45 +212,52 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {said}"[:300]
 
 
-def _inputs(model: PreTrainedModel) -> tuple[dict[str, Any] | None, str]:
-    """Inputs that a model takes and answers with numbers; or None and what it says of the first."""
-    why = "no rule makes its inputs"
-    first = True
+def _inputs(model: PreTrainedModel, ends: float) -> tuple[dict[str, Any] | None, str]:
+    """Inputs that a model takes and answers with numbers; or None and what it says of the first.
+
+    ends  when no more are tried, in seconds of this process
+    """
+    why = ""
     for made in candidates(model):
+        if time.process_time() > ends:
+            break
         try:
             torch.manual_seed(0)
             copies = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in made.items()}
             with torch.no_grad():
                 found = tensors(model(**copies))
         except Exception as error:
-            why, first = (_line(error), False) if first else (why, False)
+            why = why or _line(error)
             continue
         if found and all(bool(tensor.isfinite().any()) for tensor in found if tensor.numel()):
             return made, ""
-    return None, why
+    return None, why or "no rule makes its inputs"
 
 
-def _saved(
-    row: Row,
-    model: PreTrainedModel,
-    style: str,
-    inputs: dict[str, Any] | None,
-    why: str,
-    folder: Path,
-) -> Case:
-    row.cls, row.style = type(model).__name__, style
-    row.parameters = sum(parameter.numel() for parameter in model.parameters())
-    row.inputs = [*inputs] if inputs else []
-    model.save_pretrained(folder / "source")
-    own = folder / "own names"
+def _saved(row: Row, built: Built, folder: Path) -> Case | None:
+    """A model on the disk, ready to be asked; None if transformers does not load it as it was."""
+    model, style, inputs, why = built
+    source, own = folder / "source", folder / "own names"
+    for each in (source, own):
+        shutil.rmtree(each, ignore_errors=True)
+    model.save_pretrained(source)
     model.save_pretrained(own, save_original_format=False)
-    if read(own).keys() == read(folder / "source").keys():
+    if read(own).keys() == read(source).keys():
         shutil.rmtree(own)
+    row.steps.clear()
     case = Case(type(model), folder, inputs, why, row.steps, state(model))
+    unloaded = "transformers does not load what it has saved"
     try:
         load_source(case)
     except Exception as error:
-        row.not_built = f"transformers does not load what it has saved: {_line(error)}"
+        row.not_built = f"{unloaded}: {_line(error)}"
+        return None
+    if lost := case.missing & {name for name, _ in model.named_parameters()}:
+        row.not_built = f"{unloaded}: {min(lost)} is another then ({len(lost)} such)"
+        return None
+    row.cls, row.style, row.not_built = type(model).__name__, style, ""
+    row.parameters = sum(parameter.numel() for parameter in model.parameters())
+    row.inputs = [*inputs] if inputs else []
     return case
 
 
@@ -243,8 +270,8 @@ def examine(model_type: str, seed: int, folder: Path) -> Row:
     try:
         case = make(row, folder, seed)
     except Exception as error:  # of transformers: its default configuration, or save_pretrained
-        row.not_built, case = _line(error), None
-    if case is not None and not row.not_built:
+        row.not_built, case = row.not_built or _line(error), None
+    if case is not None:
         ask_all(case, recipe)
     row.seconds = round(time.process_time() - started, 1)
     return row

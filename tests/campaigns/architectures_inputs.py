@@ -46,7 +46,7 @@ def candidates(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     names = _names(model)
     tried = 0
     for wanted in _wanted(model, names):
-        images = range(len(_IMAGES)) if _IMAGE_NAMES & {*wanted} else (0,)
+        images = range(len(_IMAGES)) if any("pixel" in name for name in wanted) else (0,)
         audio = range(len(_AUDIO)) if _AUDIO_NAMES & {*wanted} else (0,)
         codes = (0, 1, 2) if _codebooks(model) > 1 else (0,)
         for image, sound, length, code in itertools.product(images, audio, (TEXT, 64), codes):

@@ -59,12 +59,13 @@ STYLES = (
     Style(0),
     Style(16),
     Style(0, filled=True),
+    Style(16, image=False),
+    Style(0, layers=False),
     Style(32),
     Style(8),
-    Style(0, layers=False),
     Style(0, image=False),
     *(Style(divisor) for divisor in (4, 2, 1)),
-    *(Style(divisor, image=False) for divisor in (16, 8, 4, 1)),
+    *(Style(divisor, image=False) for divisor in (8, 4, 1)),
     *(Style(8, layers=False), Style(8, filled=True)),
     *(Style(divisor, tokens=False) for divisor in (0, 8, 32)),
     *(Style(divisor, image=False, tokens=False, layers=False) for divisor in (0, 8, 32, 1)),
@@ -238,8 +239,9 @@ def _filled(key: str) -> Any:
         return 8
     if key == "attn_layer_indices":
         return [1]
-    known = ((_HEADS, 4), (_EXPERTS, 4), (_HEAD_WIDTH, 16), (_INNER, 96), (_VOCABULARY, 160))
-    for pattern, number in (*_COUNTS, *known):
+    known = ((_HEADS, 4), (_EXPERTS, 4), (_HEAD_WIDTH, 16), (_INNER, 96))
+    text = ((_VOCABULARY, VOCABULARY), (re.compile("^(pad|mask)_token_id$"), 1))
+    for pattern, number in (*_COUNTS, *known, *text):
         if pattern.search(key) and not key.startswith("output_"):
             return number
     return None
