@@ -8,7 +8,7 @@ TINY := build/tiny-llama-ternary
 # --extra-index-url), else the other. `make test-newest TORCH=torch` tries the newest.
 TORCH ?= torch==2.13.0
 
-.PHONY: venv demo test lock newer test-newest test-oldest lint types audit docs clean
+.PHONY: venv demo test lock newer test-newest test-oldest lint types audit docs site clean
 
 venv: .venv/.stamp
 
@@ -43,9 +43,9 @@ SUITE := -m pytest -n auto --dist worksteal
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python $(SUITE)
 
-# constraints.txt pins the newest of everything, for the oldest Python that we take and all later
-# ones; constraints-oldest.txt the oldest that pyproject.toml takes, for that Python. Without digests:
-# a build of torch for CPUs has another than the one on the index.
+# constraints.txt pins the newest of everything but torch (TORCH, above), for the oldest Python that we
+# take and all later ones; constraints-oldest.txt the oldest that pyproject.toml takes, for that
+# Python. Without digests: a build of torch for CPUs has another than the one on the index.
 RESOLVE = printf '%s\n' '$(TORCH)' $(1) | build/uv/bin/uv pip compile --quiet --upgrade --no-annotate \
 	--custom-compile-command 'make lock' --no-python-downloads --python-version 3.11 --extra dev \
 	pyproject.toml -
@@ -100,7 +100,12 @@ audit: venv
 
 # CLI.md, from the program itself.
 docs: venv
-	$(BIN)/typer ternarize.cli utils docs --name ternarize --title "The command line" --output CLI.md
+	$(BIN)/typer ternarize.cli.app utils docs --name ternarize --title "The command line" --output CLI.md
+
+# The documents as a site, from what is here alone; a link that leads nowhere fails it.
+site: venv
+	$(BIN)/sphinx-build --quiet --fresh-env --fail-on-warning --keep-going -d build/doctrees -c docs . build/site
+	@echo build/site/index.html
 
 clean:
 	rm -rf .venv $(NEWEST) $(OLDEST) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

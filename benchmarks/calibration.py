@@ -28,9 +28,9 @@ from synthetic import FFN, HIDDEN, KV, VOCAB, write_llama
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from ternarize import container
 from ternarize.calibrate.gptq import probe_rows, solve
 from ternarize.calibrate.statistics import Inputs, Moments
+from ternarize.files import container
 
 SHAPES = ["256x256", "256x768", "512x512", "1024x1024", "2048x2048", "4096x4096"]
 SHARED = 64  # directions in which inputs are correlated
@@ -41,7 +41,7 @@ SAMPLES, TOKENS = 16, 128
 
 MEASURE = """
 import json, sys, torch, transformers
-from ternarize.convert import convert
+from ternarize.convert.run import convert
 from ternarize.plan import Calibrate, Recipe
 torch.set_num_threads({threads})
 def rss(key):

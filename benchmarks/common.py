@@ -10,9 +10,9 @@ from typing import Any
 import transformers
 
 import ternarize
-from ternarize.convert import convert
-from ternarize.plan import Recipe
-from ternarize.report import inspect
+from ternarize.convert.run import convert
+from ternarize.measure.report import inspect
+from ternarize.plans.recipe import Recipe
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:

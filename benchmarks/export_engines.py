@@ -26,11 +26,11 @@ from common import hide_bars, parser, write_figures
 from torch import Tensor, nn
 
 import ternarize
-from ternarize.convert import convert
-from ternarize.decode import cache_of
-from ternarize.evaluate import cut_windows, open_tokenizer, read_documents
-from ternarize.export import export
-from ternarize.plan import Recipe
+from ternarize.convert.run import convert
+from ternarize.measure.evaluate import cut_windows, open_tokenizer, read_documents
+from ternarize.plans.recipe import Recipe
+from ternarize.publish.export import export
+from ternarize.runtime.decode import cache_of
 
 SEQ_LEN, PROMPT, WRITTEN = 256, 128, 64
 # name -> (target, options of the export, group size, activations, engine)

@@ -27,10 +27,10 @@ from common import hide_bars, parser, write_figures
 from torch import Tensor, nn
 
 import ternarize
-from ternarize.bench import bench
-from ternarize.evaluate import cut_windows, open_tokenizer, read_documents
-from ternarize.export import export
-from ternarize.linear import TernaryLinear
+from ternarize.measure.bench import bench
+from ternarize.measure.evaluate import cut_windows, open_tokenizer, read_documents
+from ternarize.publish.export import export
+from ternarize.runtime.linear import TernaryLinear
 
 llama_cpp: Any = importlib.import_module("llama_cpp")  # has no types for us
 Engine = Any

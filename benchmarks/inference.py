@@ -35,10 +35,10 @@ import torch
 import transformers
 
 import ternarize
-from ternarize.bench import READ_BYTES, bytes_per_step, read_bandwidth, run
-from ternarize.convert import convert
-from ternarize.export import export
-from ternarize.plan import Recipe
+from ternarize.convert.run import convert
+from ternarize.measure.bench import READ_BYTES, bytes_per_step, read_bandwidth, run
+from ternarize.plans.recipe import Recipe
+from ternarize.publish.export import export
 
 PROMPT, DECODE, BATCH = 128, 32, 8
 MB = 1 << 20

@@ -48,10 +48,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ternarize import codecs, kernels
-from ternarize.kernels import LANES2, LANES3
 from ternarize.native import lib
-from ternarize.tensor import group_count
+from ternarize.runtime import kernels
+from ternarize.runtime.kernels import LANES2, LANES3
+from ternarize.trits import base3
+from ternarize.trits.ternary import group_count
 
 COLS = 2048
 UNIT = 5120  # rows that a tall matrix repeats: whole blocks of either layout
@@ -115,7 +116,7 @@ def matrix(rows: int, cols: int, group_size: int, form: str) -> Matrix:
     unit = UNIT if rows % UNIT == 0 else rows
     trits = torch.randint(-1, 2, (unit, cols), dtype=torch.int8)
     scales = torch.rand(unit, group_count(cols, group_size)).half()
-    lanes = kernels.to_lanes(codecs.pack(trits, group_size), cols, group_size, form)
+    lanes = kernels.to_lanes(base3.pack(trits, group_size), cols, group_size, form)
     in_order = kernels.scale_lanes(scales, unit, form)
     times = rows // unit
     return Matrix(rows, cols, group_size, form, lanes.repeat(times), in_order.repeat(times))

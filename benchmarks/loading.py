@@ -15,8 +15,8 @@ import torch
 from common import parser, write_figures
 from synthetic import write_llama
 
-from ternarize.convert import convert
-from ternarize.load import load
+from ternarize.convert.run import convert
+from ternarize.runtime.load import load
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ from quality_minilm import find_checkpoint, measure, read_pairs
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ternarize.evaluate import compare_windows, cut_windows, open_tokenizer, read_documents
+from ternarize.measure.evaluate import compare_windows, cut_windows, open_tokenizer, read_documents
 
 EVAL_TOKENS, EVAL_LEN = 60_000, 256
 BATCH = 8

@@ -15,7 +15,8 @@ from typing import Any
 
 import transformers
 
-from ternarize.plan import Recipe, plan
+from ternarize.plans.plan import plan
+from ternarize.plans.recipe import Recipe
 
 CONFIGS = {
     "DeepSeek-V3": transformers.DeepseekV3Config(architectures=["DeepseekV3ForCausalLM"]),

@@ -18,8 +18,8 @@ from typing import Any
 
 from common import hide_bars, parser, timed_convert, write_figures
 
-from ternarize.evaluate import evaluate
-from ternarize.plan import Calibrate, Recipe
+from ternarize.measure.evaluate import evaluate
+from ternarize.plans.recipe import Calibrate, Recipe
 
 MAX_TOKENS, SEQ_LEN = 60_000, 256
 SAMPLES = 256  # windows to calibrate on

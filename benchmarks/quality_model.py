@@ -19,8 +19,15 @@ from typing import Any
 import torch
 from common import hide_bars, parser, timed_convert, write_figures
 
-from ternarize.evaluate import beginning, compare_windows, cut, evaluate, prepare, read_documents
-from ternarize.plan import Calibrate, Recipe
+from ternarize.measure.evaluate import (
+    beginning,
+    compare_windows,
+    cut,
+    evaluate,
+    prepare,
+    read_documents,
+)
+from ternarize.plans.recipe import Calibrate, Recipe
 
 MEASURES = {"perplexity": ",.2f", "kl_divergence": ".4f", "top1_agreement": ".4f"}
 RECIPES = {

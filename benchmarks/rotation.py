@@ -18,10 +18,10 @@ import torch
 from common import parser, write_figures
 from torch import Tensor
 
-from ternarize import container
-from ternarize.linear import TernaryLinear
-from ternarize.methods import absmean
-from ternarize.rotation import BLOCKS, rotate, signs
+from ternarize.files import container
+from ternarize.runtime.linear import TernaryLinear
+from ternarize.trits.methods import absmean
+from ternarize.trits.rotation import BLOCKS, rotate, signs
 
 SHAPES = ((2048, 2048), (2048, 8192), (8192, 2048))  # out_features, in_features
 BATCHES = (1, 128)

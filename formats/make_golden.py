@@ -37,10 +37,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import ternarize
-from ternarize import container
-from ternarize.checkpoint import DTYPES
-from ternarize.convert import convert
-from ternarize.plan import Calibrate, Recipe
+from ternarize.convert.run import convert
+from ternarize.files import container
+from ternarize.files.headers import DTYPES
+from ternarize.plans.recipe import Calibrate, Recipe
 
 HERE = Path(__file__).resolve().parent
 TABLE = "golden.json"

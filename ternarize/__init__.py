@@ -23,13 +23,13 @@ from ternarize.errors import (
 
 # The function takes the place of the submodule of the same name: bound here, after the import that
 # binds the submodule, it stays (an import of a submodule binds it only the first time).
-from ternarize.load import install_hook, load
+from ternarize.runtime.load import install_hook, load
 from ternarize.version import __version__
 
 if TYPE_CHECKING:
-    from ternarize.linear import TernaryLinear
-    from ternarize.plugin import TernarizeConfig
-    from ternarize.tensor import Ternary
+    from ternarize.runtime.linear import TernaryLinear
+    from ternarize.runtime.plugin import TernarizeConfig
+    from ternarize.trits.ternary import Ternary
 
 __all__ = [
     "CheckpointError",
@@ -48,7 +48,11 @@ __all__ = [
     "load",
 ]
 
-_LATER = {"TernaryLinear": "linear", "TernarizeConfig": "plugin", "Ternary": "tensor"}
+_LATER = {
+    "TernaryLinear": "runtime.linear",
+    "TernarizeConfig": "runtime.plugin",
+    "Ternary": "trits.ternary",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         if is_ours(number):
             signal.signal(number, end_at_once)
-    from ternarize.cli import app  # what it imports takes a while, too
+    from ternarize.cli.app import app  # what it imports takes a while, too
 
     app()
 

@@ -152,3 +152,6 @@ def in_threads(
             if done:
                 done(results[-1])
     return results
+
+
+THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ternarize.calibrate.blocks import Blocks, Call
-from ternarize.plan import Calibrate, Plan, Recipe, plan
+from ternarize.plans.layout import Plan
+from ternarize.plans.plan import plan
+from ternarize.plans.recipe import Calibrate, Recipe
 
 NAMES = (*tiny_models.CONFIGS, *tiny_models.MORE)
 

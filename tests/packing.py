@@ -21,15 +21,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ternarize import container, linear
-from ternarize.checkpoint import open_checkpoint
-from ternarize.codecs import BASE3
-from ternarize.container import Record
-from ternarize.linear import Packed, PackedEmbedding
-from ternarize.methods.absmean import absmean
+from ternarize.files import container
+from ternarize.files.container import Record
+from ternarize.models.places import locate, turns_if_needed
 from ternarize.native import lib
-from ternarize.places import locate, turns_if_needed
-from ternarize.plugin import is_rowwise
+from ternarize.runtime import linear
+from ternarize.runtime.linear import Packed, PackedEmbedding
+from ternarize.runtime.plugin import is_rowwise
+from ternarize.sources.checkpoint import open_checkpoint
+from ternarize.trits.base3 import BASE3
+from ternarize.trits.methods.absmean import absmean
 
 # weights that the modules around them read raw, or cast their input to the dtype of
 RAW = re.compile(r"\.wo\.|mixer\.|router|\.gate\.")

@@ -15,10 +15,10 @@ import transformers
 from torch import Tensor, nn
 
 import ternarize
-from ternarize.adapters import AdaptedLinear
-from ternarize.decode import Decoder, can_decode
 from ternarize.errors import UsageError
-from ternarize.linear import Packed, TernaryLinear
+from ternarize.runtime.adapters import AdaptedLinear
+from ternarize.runtime.decode import Decoder, can_decode
+from ternarize.runtime.linear import Packed, TernaryLinear
 
 peft = pytest.importorskip("peft")
 

@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ternarize.calibrate.budget import Choice, _hull, _spend, allocate, describe
-from ternarize.checkpoint import DTYPES
-from ternarize.convert import convert
+from ternarize.convert.run import convert
+from ternarize.convert.verify import verify
 from ternarize.errors import UsageError
-from ternarize.plan import Plan, Recipe, TensorPlan, check_fused, plan
-from ternarize.verify import verify
+from ternarize.files.headers import DTYPES
+from ternarize.plans.layout import Plan, TensorPlan
+from ternarize.plans.plan import check_fused, plan
+from ternarize.plans.recipe import Recipe
 
 Curve = list[tuple[int, float]]
 

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ternarize import container
 from ternarize.calibrate import gptq
 from ternarize.calibrate.gptq import solve
 from ternarize.calibrate.statistics import Inputs, Moments
-from ternarize.methods import itf
-from ternarize.rotation import block_size, rotate, signs, unrotate
-from ternarize.tensor import Ternary
+from ternarize.files import container
+from ternarize.trits.methods import itf
+from ternarize.trits.rotation import block_size, rotate, signs, unrotate
+from ternarize.trits.ternary import Ternary
 
 
 def half(scales: Tensor) -> Tensor:

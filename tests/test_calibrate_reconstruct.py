@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ternarize import container
 from ternarize.calibrate import reconstruct as reconstruction
 from ternarize.calibrate.reconstruct import (
     Form,
@@ -19,8 +18,9 @@ from ternarize.calibrate.reconstruct import (
     parameters,
     reconstruct,
 )
-from ternarize.methods import itf, levels
-from ternarize.rotation import rotate
+from ternarize.files import container
+from ternarize.trits.methods import itf, levels
+from ternarize.trits.rotation import rotate
 
 FORMS = [
     Form(32),

@@ -21,13 +21,14 @@ from torch import Tensor
 import ternarize
 from ternarize.calibrate import gptq, pipeline, reconstruct, run
 from ternarize.calibrate.gptq import solve
-from ternarize.convert import convert
+from ternarize.convert.run import convert
+from ternarize.convert.verify import verify
 from ternarize.errors import CheckpointError, SelectionError, UsageError, WeightError
-from ternarize.evaluate import compare_logits, summarize
-from ternarize.methods import absmean
-from ternarize.plan import Recipe, check_fused, plan
+from ternarize.measure.evaluate import compare_logits, summarize
+from ternarize.plans.plan import check_fused, plan
+from ternarize.plans.recipe import Recipe
 from ternarize.progress import Progress
-from ternarize.verify import verify
+from ternarize.trits.methods import absmean
 
 Seen = list[tuple[dict[str, Tensor], Any, Any]]
 

@@ -28,8 +28,8 @@ from torch import Tensor
 from ternarize.calibrate import data
 from ternarize.calibrate.data import Samples, read
 from ternarize.errors import CheckpointError, UsageError
-from ternarize.evaluate import CAUSAL, ENCODER, read_documents
-from ternarize.plan import Calibrate
+from ternarize.measure.evaluate import CAUSAL, ENCODER, read_documents
+from ternarize.plans.recipe import Calibrate
 
 Fast: Any = transformers.PreTrainedTokenizerFast
 TEMPLATE = (

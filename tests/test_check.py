@@ -12,13 +12,13 @@ from test_evaluate import save, word_tokenizer
 from typer.testing import CliRunner
 
 import ternarize
-from ternarize import check as checking
-from ternarize.check import check
-from ternarize.cli import app
-from ternarize.convert import convert
-from ternarize.evaluate import Work, evaluate, open_tokenizer, prepare
-from ternarize.generate import generate
-from ternarize.plan import Recipe
+from ternarize.cli.app import app
+from ternarize.convert import check as checking
+from ternarize.convert.check import check
+from ternarize.convert.run import convert
+from ternarize.measure.evaluate import Work, evaluate, open_tokenizer, prepare
+from ternarize.plans.recipe import Recipe
+from ternarize.runtime.generate import generate
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "tiny-llama"
 FIGURES = ("perplexity", "source_perplexity", "kl_divergence", "top1_agreement")

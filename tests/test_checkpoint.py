@@ -15,19 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ternarize.checkpoint import (
-    DTYPES,
-    MAX_HEADER,
-    byte_view,
-    locate,
-    open_checkpoint,
-    open_files,
-    read_bytes,
-    read_header,
-    read_json,
-    strict_json,
-)
 from ternarize.errors import CheckpointError, FormatError, TernarizeError, UsageError
+from ternarize.files.checkpoint import open_files
+from ternarize.files.headers import DTYPES, MAX_HEADER, byte_view, read_bytes, read_header
+from ternarize.files.json_files import read_json, strict_json
+from ternarize.sources.checkpoint import locate, open_checkpoint
 
 INDEX = "model.safetensors.index.json"
 

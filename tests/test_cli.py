@@ -21,10 +21,10 @@ from rich.progress import Progress
 from rich.text import Text
 from typer.testing import CliRunner, Result
 
-from ternarize import cli
-from ternarize.cli import Method, app
-from ternarize.methods import METHODS
-from ternarize.plan import GPTQ, Calibrate
+from ternarize.cli import app as cli
+from ternarize.cli.app import Method, app
+from ternarize.plans.recipe import GPTQ, Calibrate
+from ternarize.trits.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "tiny-llama"
@@ -182,7 +182,7 @@ def test_a_signal_before_a_command_runs_ends_the_program_in_one_word(number: int
         "import os, sys; from ternarize.__main__ import main\n"
         "class Finder:\n"
         "    def find_spec(self, name, *_):\n"
-        f"        if name == 'ternarize.cli': os.kill(os.getpid(), {int(number)})\n"
+        f"        if name == 'ternarize.cli.app': os.kill(os.getpid(), {int(number)})\n"
         "sys.meta_path.insert(0, Finder()); main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -199,7 +199,7 @@ def test_a_signal_exits_with_128_and_its_number_and_says_how_to_go_on(
         os.kill(os.getpid(), number)
         time.sleep(5)  # handled by the main thread, meanwhile
 
-    monkeypatch.setattr("ternarize.convert.convert_tensor", interrupt)
+    monkeypatch.setattr("ternarize.convert.run.convert_tensor", interrupt)
     result = run("convert", source, tmp_path / "packed")
     assert result.exit_code == 128 + number
     assert before == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
@@ -255,7 +255,7 @@ def found_out(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[dict[str,
         calls.append({"output": output, "source": source, **options})
         return {**MEASURED, **changes}
 
-    monkeypatch.setattr("ternarize.check.check", check)
+    monkeypatch.setattr("ternarize.convert.check.check", check)
     return calls
 
 
@@ -349,7 +349,9 @@ def test_words_that_the_terminal_has_no_letters_for_fail_no_conversion(
 def test_of_an_encoder_the_cosine_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"measured": True, "tokens": 2048, "lines": 80, "seconds": 3.0}
     cosine = {**value(0.47), "minimum": 0.12, "minimum_line": "x"}
-    monkeypatch.setattr("ternarize.check.check", lambda *_, **__: {**found, "cosine": cosine})
+    monkeypatch.setattr(
+        "ternarize.convert.check.check", lambda *_, **__: {**found, "cosine": cosine}
+    )
     result = ok("convert", EXAMPLE, tmp_path / "p")
     assert (
         "80 lines, in 3 s:\ncosine 0.4700 to the embeddings of the source, at least 0.1200\n"
@@ -362,7 +364,7 @@ def test_why_nothing_is_measured_is_said_with_the_command_that_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str | None
 ) -> None:
     found = {"measured": False, "why": "memory: [too] little", "command": command}
-    monkeypatch.setattr("ternarize.check.check", lambda *_, **__: found)
+    monkeypatch.setattr("ternarize.convert.check.check", lambda *_, **__: found)
     result = ok("convert", EXAMPLE, tmp_path / "p")
     assert len(result.stdout.splitlines()) == 2
     assert "\nNot measured: memory: [too] little\n" in result.stderr
@@ -377,7 +379,7 @@ def test_an_interrupted_check_leaves_a_complete_conversion_and_says_so(
     def check(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr("ternarize.check.check", check)
+    monkeypatch.setattr("ternarize.convert.check.check", check)
     result = run("convert", EXAMPLE, tmp_path / "p")
     assert result.exit_code == (143 if error is cli.Terminated else 130)
     assert f"interrupted while measuring; {tmp_path / 'p'} is complete\n" in result.stderr
@@ -537,7 +539,7 @@ def test_a_gpu_is_used_to_calibrate_where_there_is_one_and_that_is_said(
         devices.append(device)
         return {}
 
-    monkeypatch.setattr("ternarize.convert.convert", convert)
+    monkeypatch.setattr("ternarize.convert.run.convert", convert)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Abacus 9000")
     said = ok("convert", EXAMPLE, tmp_path / "p", *CALIBRATE, "--json").stderr
@@ -612,7 +614,7 @@ def test_matrices_that_saw_too_few_tokens_are_counted(capsys: pytest.CaptureFixt
 
 def test_help_needs_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys; from ternarize.cli import app; "
+        "import sys; from ternarize.cli.app import app; "
         "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -626,7 +628,7 @@ def test_cli_md_is_what_the_program_says(tmp_path: Path) -> None:
             sys.executable,
             "-m",
             "typer",
-            "ternarize.cli",
+            "ternarize.cli.app",
             "utils",
             "docs",
             "--name",

@@ -14,20 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ternarize.codecs import (
-    dequantize,
-    dequantize_int8,
-    encode_int8,
-    int8_used,
-    pack,
-    packed_width,
-    scale_codes,
-    scale_values,
-    unpack,
-    used_groups,
-)
 from ternarize.errors import FormatError
-from ternarize.tensor import Ternary, group_count
+from ternarize.trits.base3 import dequantize, pack, packed_width, unpack, used_groups
+from ternarize.trits.int8 import dequantize_int8, encode_int8, int8_used
+from ternarize.trits.scales import scale_codes, scale_values
+from ternarize.trits.ternary import Ternary, group_count
 
 VECTORS = json.loads((Path(reference.__file__).parent / "vectors/base3.json").read_text("utf-8"))
 GROUP_SIZES = (-1, 0, 1, 2, 3, 4, 5, 6, 7, 64, 127, 128, 129, 1000)

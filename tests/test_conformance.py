@@ -18,19 +18,17 @@ import torch
 from engines import ENGINES, engine
 from torch import Tensor
 
-from ternarize import container
-from ternarize.checkpoint import Checkpoint, byte_view, open_checkpoint, open_files
-from ternarize.codecs import (
-    dequantize,
-    dequantize_int8,
-    encode_int8,
-    scale_codes,
-    scale_values,
-)
-from ternarize.container import Record
 from ternarize.errors import CheckpointError, FormatError
-from ternarize.linear import Layout, PackedMatrix
-from ternarize.rotation import BLOCKS, rotate, signs, unrotate
+from ternarize.files import container
+from ternarize.files.checkpoint import Checkpoint, open_files
+from ternarize.files.container import Record
+from ternarize.files.headers import byte_view
+from ternarize.runtime.linear import Layout, PackedMatrix
+from ternarize.sources.checkpoint import open_checkpoint
+from ternarize.trits.base3 import dequantize
+from ternarize.trits.int8 import dequantize_int8, encode_int8
+from ternarize.trits.rotation import BLOCKS, rotate, signs, unrotate
+from ternarize.trits.scales import scale_codes, scale_values
 
 VECTORS = Path(reference.__file__).parent / "vectors"
 

@@ -19,13 +19,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ternarize import container
-from ternarize.checkpoint import open_checkpoint, open_files
-from ternarize.container import Record, decode, digest, dump_metadata, encode, store_scales
 from ternarize.errors import DigestError, FormatError, WeightError
-from ternarize.methods import absmean, levels
-from ternarize.rotation import rotate
-from ternarize.tensor import Ternary
+from ternarize.files import container
+from ternarize.files.checkpoint import open_files
+from ternarize.files.container import Record, decode, digest, dump_metadata, encode, store_scales
+from ternarize.sources.checkpoint import open_checkpoint
+from ternarize.trits.methods import absmean, levels
+from ternarize.trits.rotation import rotate
+from ternarize.trits.ternary import Ternary
 
 every_engine = pytest.mark.parametrize("name", ENGINES)
 

@@ -22,11 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ternarize
-from ternarize import container
-from ternarize import convert as pipeline
-from ternarize import plan as planning
-from ternarize.checkpoint import open_checkpoint
-from ternarize.convert import convert, memory_left
+from ternarize.convert import run as pipeline
+from ternarize.convert.run import convert, memory_left
+from ternarize.convert.verify import verify
 from ternarize.errors import (
     CheckpointError,
     FormatError,
@@ -35,9 +33,13 @@ from ternarize.errors import (
     UsageError,
     WeightError,
 )
-from ternarize.methods import METHODS
-from ternarize.plan import Calibrate, Recipe, plan
-from ternarize.verify import open_packed, verify
+from ternarize.files import container
+from ternarize.plans import layout
+from ternarize.plans.plan import plan
+from ternarize.plans.recipe import Calibrate, Recipe
+from ternarize.sources.checkpoint import open_checkpoint
+from ternarize.sources.packed import open_packed
+from ternarize.trits.methods import METHODS
 
 ALL = sorted(tiny_models.CONFIGS)
 
@@ -347,7 +349,8 @@ def run_convert(source: Path, output: Path, method: str = "absmean", **env: str)
 
 def command(source: Path, output: Path, method: str = "absmean") -> list[str]:
     code = (
-        "import sys; from ternarize.convert import convert; from ternarize.plan import Recipe; "
+        "import sys; from ternarize.convert.run import convert; "
+        "from ternarize.plans.recipe import Recipe; "
         "convert(sys.argv[1], sys.argv[2], Recipe(sys.argv[3]))"
     )
     return [sys.executable, "-c", code, str(source), str(output), method]
@@ -555,9 +558,9 @@ def test_too_many_tensors_for_a_header_are_found_out_before_the_start(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     header = plan(llama).shards[0].data_start() - 8
-    monkeypatch.setattr(planning, "MAX_HEADER", header)
+    monkeypatch.setattr(layout, "MAX_HEADER", header)
     convert(llama, tmp_path / "fits")
-    monkeypatch.setattr(planning, "MAX_HEADER", header - 1)
+    monkeypatch.setattr(layout, "MAX_HEADER", header - 1)
     refused(CheckpointError, f"take a header of {header} bytes", llama, tmp_path / "out")
 
 
@@ -808,5 +811,5 @@ def test_the_memory_that_a_container_leaves(
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr("ternarize.convert._CGROUP", tmp_path)
+    monkeypatch.setattr("ternarize.convert.run._CGROUP", tmp_path)
     assert memory_left()[0] == left

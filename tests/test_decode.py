@@ -12,9 +12,11 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import ternarize
-from ternarize import generate
-from ternarize.convert import convert
-from ternarize.decode import (
+from ternarize.convert.run import convert
+from ternarize.native import lib
+from ternarize.plans.recipe import Recipe
+from ternarize.runtime import generate
+from ternarize.runtime.decode import (
     Decoder,
     attention,
     cache_of,
@@ -26,8 +28,6 @@ from ternarize.decode import (
     prepared_norm,
     rms_norm,
 )
-from ternarize.native import lib
-from ternarize.plan import Recipe
 
 pytestmark = pytest.mark.skipif(lib is None, reason="it needs the compiled core")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

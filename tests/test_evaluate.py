@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import ternarize
-from ternarize.convert import convert
+from ternarize.convert.run import convert
 from ternarize.errors import CheckpointError, FormatError, TernarizeError, UsageError
-from ternarize.evaluate import (
+from ternarize.measure.evaluate import (
     compare_windows,
     cut,
     cut_windows,
@@ -31,8 +31,8 @@ from ternarize.evaluate import (
     open_tokenizer,
     read_documents,
 )
-from ternarize.generate import generate
-from ternarize.plan import Recipe
+from ternarize.plans.recipe import Recipe
+from ternarize.runtime.generate import generate
 
 WORDS = 160
 Fast: Any = transformers.PreTrainedTokenizerFast

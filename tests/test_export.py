@@ -32,16 +32,17 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import ternarize
-from ternarize import container, ggml, llama_cpp
-from ternarize.cli import app
-from ternarize.container import Record
-from ternarize.convert import convert
+from ternarize.cli.app import app
+from ternarize.convert.run import convert
 from ternarize.errors import CheckpointError, OutputError, TernarizeError, UsageError
-from ternarize.export import export, hugging_face, vocabulary
-from ternarize.export import gguf as to_gguf
-from ternarize.export.common import common_scales, open_verified
-from ternarize.plan import Recipe
-from ternarize.tensor import Ternary
+from ternarize.files import container, llama_cpp
+from ternarize.files.container import Record
+from ternarize.plans.recipe import Recipe
+from ternarize.publish.export import export, hugging_face, vocabulary
+from ternarize.publish.export import gguf as to_gguf
+from ternarize.publish.export.common import common_scales, open_verified
+from ternarize.trits import ggml
+from ternarize.trits.ternary import Ternary
 
 WORDS = "def function(value: int) -> None:\n    return the value of 123 numbers, it's 42%.\n" * 20
 EXAMPLE_TEXT = Path(__file__).resolve().parent.parent / "examples" / "eval.txt"
@@ -424,7 +425,7 @@ def test_rows_tensors_and_larger_groups_are_exact(
 
 
 def container_of(directory: Path) -> Any:
-    from ternarize.checkpoint import open_checkpoint
+    from ternarize.sources.checkpoint import open_checkpoint
 
     return open_checkpoint(directory)
 

@@ -16,11 +16,13 @@ import torch
 from engines import ENGINES, engine
 
 import ternarize
-from ternarize import container
-from ternarize.checkpoint import DTYPES, Checkpoint, byte_view, open_files
-from ternarize.codecs import scale_values
-from ternarize.report import inspect
-from ternarize.verify import open_packed, verify
+from ternarize.convert.verify import verify
+from ternarize.files import container
+from ternarize.files.checkpoint import Checkpoint, open_files
+from ternarize.files.headers import DTYPES, byte_view
+from ternarize.measure.report import inspect
+from ternarize.sources.packed import open_packed
+from ternarize.trits.scales import scale_values
 
 GOLDEN = Path(reference.__file__).parent / "golden"
 # A golden checkpoint is a promise: this digest changes when one is added, and never otherwise.

@@ -11,17 +11,18 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import ternarize
-from ternarize import bench, linear, plugin
-from ternarize.cli import app
-from ternarize.codecs import dequantize_int8
-from ternarize.convert import convert
+from ternarize.cli.app import app
+from ternarize.convert.run import convert
+from ternarize.convert.verify import verify
 from ternarize.errors import FormatError, UsageError
-from ternarize.evaluate import evaluate
-from ternarize.linear import PackedEmbedding, TernaryLinear
+from ternarize.measure import bench
+from ternarize.measure.evaluate import evaluate
 from ternarize.native import lib
-from ternarize.plan import Recipe
-from ternarize.plugin import TernarizeConfig
-from ternarize.verify import verify
+from ternarize.plans.recipe import Recipe
+from ternarize.runtime import linear, plugin
+from ternarize.runtime.linear import PackedEmbedding, TernaryLinear
+from ternarize.runtime.plugin import TernarizeConfig
+from ternarize.trits.int8 import dequantize_int8
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny-llama"
 

@@ -24,11 +24,9 @@ from test_imports import BITNETS, WIDE, finer_groups, make, trilm
 from typer.testing import CliRunner
 
 import ternarize
-from ternarize import card, fetch
-from ternarize import hub as publishing
-from ternarize.checkpoint import INDEX, SAFETENSORS, locate, open_checkpoint, read_card
-from ternarize.cli import app
-from ternarize.convert import convert
+from ternarize.cli.app import app
+from ternarize.convert.run import convert
+from ternarize.convert.verify import verify
 from ternarize.errors import (
     CheckpointError,
     DigestError,
@@ -36,10 +34,15 @@ from ternarize.errors import (
     TernarizeError,
     UsageError,
 )
-from ternarize.hub import push
-from ternarize.plan import RECORD, Calibrate, Recipe
-from ternarize.sums import SUMS, format_sums, listed, sha256
-from ternarize.verify import verify
+from ternarize.files.names import INDEX, RECORD, SAFETENSORS
+from ternarize.files.sums import SUMS, format_sums, listed, sha256
+from ternarize.plans.recipe import Calibrate, Recipe
+from ternarize.publish import card
+from ternarize.publish import hub as publishing
+from ternarize.publish.hub import push
+from ternarize.sources import fetch
+from ternarize.sources.checkpoint import locate, open_checkpoint
+from ternarize.sources.origin import read_card
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "tiny-llama"
@@ -908,7 +911,7 @@ def test_a_stream_asks_for_the_room_that_it_takes(
     convert(sharded, tmp_path / "expected")
     packed = sum(path.stat().st_size for path in (tmp_path / "expected").iterdir())
     usage = type("Usage", (), {"free": packed + (1 << 20) + 10_000})
-    monkeypatch.setattr("ternarize.convert.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("ternarize.convert.run.shutil.disk_usage", lambda path: usage)
     convert(sharded, tmp_path / "enough")
     with pytest.raises(OutputError, match="GB free; the result needs"):
         convert("user/source", tmp_path / "packed", stream=True)
@@ -956,7 +959,7 @@ def test_what_a_killed_stream_leaves_is_not_in_the_result(
     copied: list[str] = []
     monkeypatch.setattr("shutil.copyfile", lambda a, b: copied.append(Path(a).name))
     with pytest.raises(CheckpointError):  # nothing was copied in truth
-        fetch.Stream("user/source", None, left)
+        fetch.HubStream("user/source", None, left)
     assert "config.json" in copied and not [name for name in copied if "safetensors" in name[-11:]]
 
 

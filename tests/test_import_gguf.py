@@ -20,16 +20,19 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import ternarize
-from ternarize import evaluate, ggml
-from ternarize.cli import app
-from ternarize.convert import convert
+from ternarize.cli.app import app
+from ternarize.convert.run import convert
+from ternarize.convert.verify import verify
 from ternarize.errors import CheckpointError, FormatError, TernarizeError, UsageError
-from ternarize.export import export
-from ternarize.export.common import PackedCheckpoint, open_verified
-from ternarize.imports import Imported, open_source
-from ternarize.imports.gguf import read_gguf
-from ternarize.plan import Recipe, plan
-from ternarize.verify import verify
+from ternarize.measure import evaluate
+from ternarize.plans.plan import plan
+from ternarize.plans.recipe import Recipe
+from ternarize.publish.export import export
+from ternarize.publish.export.common import PackedCheckpoint, open_verified
+from ternarize.sources.imports import open_source
+from ternarize.sources.imports.common import Imported
+from ternarize.sources.imports.gguf import read_gguf
+from ternarize.trits import ggml
 
 CONFIGS: dict[str, Callable[[], Any]] = {
     **exporting.CONFIGS,
@@ -283,7 +286,7 @@ def test_bitnet_of_every_layout(tmp_path: Path, layout: str) -> None:
 def test_what_lies_around_a_file_is_not_looked_at(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ternarize.plan.small_files", None)
+    monkeypatch.setattr("ternarize.plans.copied.small_files", None)
     work = plan(f"{small}@x86")
     assert work.copied == work.left_out == []
     directory, config, source = evaluate._look(f"{small}@x86")  # it is no Hub id

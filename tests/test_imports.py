@@ -21,14 +21,15 @@ from torch import Tensor, nn
 from transformers.integrations import bitnet as theirs
 
 import ternarize
-from ternarize.convert import convert
+from ternarize.convert.run import convert
+from ternarize.convert.verify import verify
 from ternarize.errors import CheckpointError, TernarizeError
-from ternarize.evaluate import evaluate
-from ternarize.export import export
-from ternarize.export.common import open_verified
-from ternarize.imports.bitnet import inverse
-from ternarize.plan import Recipe, plan
-from ternarize.verify import verify
+from ternarize.measure.evaluate import evaluate
+from ternarize.plans.plan import plan
+from ternarize.plans.recipe import Recipe
+from ternarize.publish.export import export
+from ternarize.publish.export.common import open_verified
+from ternarize.sources.imports.bitnet import inverse
 
 TOKENS = torch.arange(48).view(3, 16)
 Tensors = dict[str, Tensor]
@@ -556,7 +557,7 @@ def test_what_an_earlier_version_rounded_is_verified(
     with pytest.raises(CheckpointError, match="Leave out --group-size"):
         convert(source, tmp_path / "out", Recipe(group_size=128))
     with monkeypatch.context() as patch:
-        patch.setattr("ternarize.plan.check_lossless", lambda *_: None)
+        patch.setattr("ternarize.plans.lossless.check_lossless", lambda *_: None)
         convert(source, tmp_path / "out", Recipe(group_size=128))
     verify(tmp_path / "out", source)
 

@@ -19,12 +19,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ternarize import codecs, kernels
 from ternarize.errors import FormatError
-from ternarize.kernels import LANES2, LANES3, from_lanes, product, product_of_trits, to_lanes
-from ternarize.linear import rounded_linear
 from ternarize.native import lib
-from ternarize.tensor import group_count
+from ternarize.runtime import kernels
+from ternarize.runtime.kernels import (
+    LANES2,
+    LANES3,
+    from_lanes,
+    product,
+    product_of_trits,
+    to_lanes,
+)
+from ternarize.runtime.linear import rounded_linear
+from ternarize.trits import base3, int8
+from ternarize.trits.scales import scale_codes
+from ternarize.trits.ternary import group_count
 
 HERE = Path(__file__).parent
 GROUP_SIZES = (-1, 0, 1, 3, 4, 5, 64, 127, 128)
@@ -84,7 +93,7 @@ def run(
     threads: int = 2,
 ) -> Tensor:
     rows, cols = trits.shape
-    lanes = to_lanes(codecs.pack(trits, group_size), cols, group_size, form)
+    lanes = to_lanes(base3.pack(trits, group_size), cols, group_size, form)
     in_order = kernels.scale_lanes(scales, rows, form)
     return product(x, lanes, in_order, rows, group_size, form, activations, threads)
 
@@ -108,7 +117,7 @@ def assert_same(
 @settings(max_examples=60, deadline=None)
 def test_layouts_hold_the_trits(form: str, rows: int, cols: int, group_size: int) -> None:
     trits = random_trits(rows, cols, seed=cols)
-    packed = codecs.pack(trits, group_size)
+    packed = base3.pack(trits, group_size)
     lanes = to_lanes(packed, cols, group_size, form, threads=2)
     assert len(lanes) == kernels.lanes_shape(form, rows, cols, group_size)[0]
     assert torch.equal(kernels.trits_of_lanes(lanes, rows, cols, group_size, form), trits)
@@ -131,7 +140,7 @@ def test_the_core_and_python_agree_on_sizes() -> None:
 
 @every_form
 def test_bytes_that_are_not_codes_are_refused(form: str) -> None:
-    packed = codecs.pack(random_trits(100, 60), -1)
+    packed = base3.pack(random_trits(100, 60), -1)
     packed[97, 3], packed[99, 0] = 250, 251
     with pytest.raises(FormatError, match=f"byte {97 * 12 + 3}: 250"):
         to_lanes(packed, 60, -1, form)
@@ -143,7 +152,7 @@ def test_bytes_that_are_not_codes_are_refused(form: str) -> None:
 def test_overwritten_layouts_are_refused(
     form: str, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lanes = to_lanes(codecs.pack(random_trits(100, 60), -1), 60, -1, form)
+    lanes = to_lanes(base3.pack(random_trits(100, 60), -1), 60, -1, form)
     lanes[5] = 255
     if engine == "torch":
         monkeypatch.setattr(kernels, "lib", None)
@@ -168,11 +177,11 @@ def test_scales_in_the_order_of_a_layout(form: str, dtype: torch.dtype, scale_ro
 
 @every_form
 def test_scale_codes_in_the_order_of_a_layout(form: str) -> None:
-    codes = codecs.scale_codes(torch.rand(90, 2))
+    codes = scale_codes(torch.rand(90, 2))
     lanes = kernels.scale_lanes(codes, 90, form)
     back = kernels.lane_scales(lanes, 90, 90, 2, form)
     assert lanes.dtype == torch.float16
-    assert torch.equal(codecs.scale_codes(back), codes)
+    assert torch.equal(scale_codes(back), codes)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -285,7 +294,7 @@ def test_callers_at_the_same_time() -> None:
     form = kernels.best_form()
     x = [inputs(n, cols) for n in (1, 2, 5, 40)]
     want = [product_of_trits(each, trits, scales, -1, "int8") for each in x]
-    lanes = to_lanes(codecs.pack(trits, -1), cols, -1, form)
+    lanes = to_lanes(base3.pack(trits, -1), cols, -1, form)
     in_order = kernels.scale_lanes(scales, rows, form)
 
     def work(i: int) -> bool:
@@ -475,7 +484,7 @@ def test_int8_of_any_shape_and_stride() -> None:
 def test_the_definition_is_a_product_with_int8(group_size: int) -> None:
     weight, scales = random_int8(50, 700), random_scales(50, 700, group_size)
     x = inputs(4, 700)
-    dense = codecs.dequantize_int8(weight, scales, group_size, torch.float32).double()
+    dense = int8.dequantize_int8(weight, scales, group_size, torch.float32).double()
     got = kernels.int8_product(x, weight, scales, group_size, "none").double()
     exact = x.double() @ dense.T
     bound = x.double().abs().amax(-1, keepdim=True) * 2.0**-20 * dense.abs().sum(-1) + 1e-5
@@ -526,8 +535,8 @@ def test_the_definition_is_a_product(dtype: torch.dtype, group_size: int) -> Non
     trits, scales = random_trits(50, 700), random_scales(50, 700, group_size)
     x = inputs(4, 700, dtype)
     x[1, 3] = 3000  # an outlier: all else of this token is rounded to its unit
-    wide = codecs.dequantize(
-        codecs.pack(trits, group_size), scales, 700, group_size, torch.float32
+    wide = base3.dequantize(
+        base3.pack(trits, group_size), scales, 700, group_size, torch.float32
     ).double()
     got = product_of_trits(x, trits, scales, group_size, "none").double()
     exact = x.double() @ wide.T
@@ -541,8 +550,8 @@ def test_the_definition_is_a_product(dtype: torch.dtype, group_size: int) -> Non
 def test_8_bits_as_linear_layers_have_them(group_size: int) -> None:
     trits, scales = random_trits(50, 700), random_scales(50, 700, group_size)
     x = inputs(4, 700)
-    packed = codecs.pack(trits, group_size)
-    dense = codecs.dequantize(packed, scales, 700, group_size, torch.float32)
+    packed = base3.pack(trits, group_size)
+    dense = base3.dequantize(packed, scales, 700, group_size, torch.float32)
     got = product_of_trits(x, trits, scales, group_size, "int8")
     torch.testing.assert_close(got, rounded_linear(x, dense), rtol=1e-5, atol=1e-4)
 
@@ -625,7 +634,7 @@ def test_several_matrices_that_share_their_inputs(tokens: int, activations: str)
     matrices, want = [], []
     for rows in (300, 1, 700):
         trits, scales = random_trits(rows, 200), random_scales(rows, 200, 64)
-        lanes = to_lanes(codecs.pack(trits, 64), 200, 64, form)
+        lanes = to_lanes(base3.pack(trits, 64), 200, 64, form)
         matrices.append((lanes, kernels.scale_lanes(scales, rows, form), rows))
         want.append(product_of_trits(x, trits, scales, 64, activations))
     for threads in (1, 2, 7):

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ternarize import codecs, container, kernels
 from ternarize.errors import UsageError
-from ternarize.linear import (
+from ternarize.files import container
+from ternarize.native import lib
+from ternarize.runtime import kernels
+from ternarize.runtime.linear import (
     Layout,
     PackedMatrix,
     TernaryExperts,
@@ -23,9 +25,9 @@ from ternarize.linear import (
     rounded_linear,
     ternary_experts,
 )
-from ternarize.methods.absmean import absmean
-from ternarize.native import lib
-from ternarize.rotation import rotate, unrotate
+from ternarize.trits import base3, int8
+from ternarize.trits.methods.absmean import absmean
+from ternarize.trits.rotation import rotate, unrotate
 
 GROUP_SIZES = [32, 128, -1, 0]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -109,7 +111,7 @@ def test_an_int8_layer_multiplies_by_scale_times_integer(
 ) -> None:
     weight = random(24, 136)
     layer = TernaryLinear(136, 24, bias=False, group_size=group_size, codec="int8")
-    q, scale = codecs.encode_int8(weight, group_size, torch.float16)
+    q, scale = int8.encode_int8(weight, group_size, torch.float16)
     assert (layer.weight.dtype, layer.weight.shape) == (q.dtype, q.shape)
     assert layer.weight_scale.shape == scale.shape
     layer.weight.data, layer.weight_scale.data = q, scale
@@ -147,7 +149,7 @@ def test_nothing_dense_is_kept_between_calls() -> None:
     layer(random(1, 136))
     tensors = [*layer.parameters(), *layer.buffers()]
     held = sum(t.numel() * t.element_size() for t in tensors)
-    assert held == 24 * codecs.packed_width(136, 32) + 24 * 5 * 2 + 24 * 4
+    assert held == 24 * base3.packed_width(136, 32) + 24 * 5 * 2 + 24 * 4
     assert not any(isinstance(value, Tensor) for value in vars(layer).values())
 
 
@@ -532,13 +534,13 @@ def test_rotated_experts_equal_dense_experts(cls: type[Looping]) -> None:
 def test_only_experts_that_are_hit_are_dequantized(monkeypatch: pytest.MonkeyPatch) -> None:
     experts, _ = packed_and_dense(Looping)
     calls = []
-    dequantize = codecs.dequantize
+    dequantize = base3.dequantize
 
     def counted(packed: Tensor, *rest: Any, **options: Any) -> Tensor:
         calls.append(packed.shape)
         return dequantize(packed, *rest, **options)
 
-    monkeypatch.setattr(codecs, "dequantize", counted)
+    monkeypatch.setattr(base3, "dequantize", counted)
     experts(X, HIT)
     assert [tuple(shape)[0] for shape in calls] == [24, 40, 24, 40]  # experts 0 and 2, one by one
 

@@ -25,16 +25,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import ternarize
-from ternarize import container
-from ternarize.checkpoint import open_checkpoint
-from ternarize.container import Record
-from ternarize.convert import convert
+from ternarize.convert.run import convert
 from ternarize.errors import CheckpointError, DigestError, FormatError, UsageError
-from ternarize.linear import Packed, TernaryExperts, TernaryLinear
-from ternarize.methods.absmean import absmean
-from ternarize.plan import Recipe
-from ternarize.plugin import TernarizeConfig
-from ternarize.rotation import block_size
+from ternarize.files import container
+from ternarize.files.container import Record
+from ternarize.plans.recipe import Recipe
+from ternarize.runtime.linear import Packed, TernaryExperts, TernaryLinear
+from ternarize.runtime.plugin import TernarizeConfig
+from ternarize.sources.checkpoint import open_checkpoint
+from ternarize.trits.methods.absmean import absmean
+from ternarize.trits.rotation import block_size
 
 ALL = sorted(tiny_models.CONFIGS)
 SOME = ["llama_tied", "mixtral", "gpt2", "gpt_oss", "vit", "t5"]  # each saves in its own way

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ternarize.errors import UsageError, WeightError
-from ternarize.methods import METHODS, absmean, itf, levels, twn
-from ternarize.methods.grouped import distance, fixed_sum, group_sum
-from ternarize.tensor import Ternary
+from ternarize.trits.methods import METHODS, absmean, itf, levels, twn
+from ternarize.trits.methods.grouped import distance, fixed_sum, group_sum
+from ternarize.trits.ternary import Ternary
 
 Floats = npt.NDArray[np.float64]
 Trits = npt.NDArray[np.int8]

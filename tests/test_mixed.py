@@ -21,16 +21,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import ternarize
-from ternarize import container
-from ternarize.checkpoint import open_checkpoint
-from ternarize.codecs import scale_values
-from ternarize.convert import convert
+from ternarize.convert.run import convert
+from ternarize.convert.verify import verify
 from ternarize.errors import SelectionError, UsageError
-from ternarize.linear import Packed, PackedEmbedding, TernaryLinear
-from ternarize.methods import METHODS
-from ternarize.plan import Recipe, plan
-from ternarize.report import inspect
-from ternarize.verify import open_packed, verify
+from ternarize.files import container
+from ternarize.measure.report import inspect
+from ternarize.plans.plan import plan
+from ternarize.plans.recipe import Recipe
+from ternarize.runtime.linear import Packed, PackedEmbedding, TernaryLinear
+from ternarize.sources.checkpoint import open_checkpoint
+from ternarize.sources.packed import open_packed
+from ternarize.trits.methods import METHODS
+from ternarize.trits.scales import scale_values
 
 EIGHT = Recipe("itf", 32, scale_bits=8)
 TWO = Recipe("itf", 32, planes=("*",))
@@ -379,7 +381,7 @@ def test_only_the_rows_that_are_looked_up_are_dequantized(
     converted("llama", tmp_path, Recipe("itf", 32, embeddings="int8"))
     model: Any = ternarize.load(tmp_path / "packed")
     rows: list[int] = []
-    real = ternarize.codecs.dequantize_int8
+    real = ternarize.trits.int8.dequantize_int8
 
     def counted(q: Tensor, *rest: Any) -> Tensor:
         rows.append(q.shape[0])

@@ -16,10 +16,10 @@ import torch
 import transformers
 
 import ternarize
-from ternarize.convert import convert
-from ternarize.hub import _shim
-from ternarize.linear import Packed
-from ternarize.plan import Recipe
+from ternarize.convert.run import convert
+from ternarize.plans.recipe import Recipe
+from ternarize.publish.hub import _shim
+from ternarize.runtime.linear import Packed
 
 EXAMPLE = Path(__file__).parents[1] / "examples/tiny-llama"
 PROMPT = "The function returns"

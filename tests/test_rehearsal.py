@@ -16,12 +16,13 @@ from test_imports import WIDE, affine, make
 from torch import Tensor
 
 import ternarize
-from ternarize.convert import convert
+from ternarize.convert.run import convert
+from ternarize.convert.verify import verify
 from ternarize.errors import CheckpointError, FormatError, SelectionError, UsageError
-from ternarize.evaluate import evaluate
-from ternarize.plan import Calibrate, Recipe, plan
-from ternarize.rehearsal import rehearse
-from ternarize.verify import verify
+from ternarize.measure.evaluate import evaluate
+from ternarize.plans.plan import plan
+from ternarize.plans.recipe import Calibrate, Recipe
+from ternarize.runtime.rehearsal import rehearse
 
 Tensors = dict[str, Tensor]
 RECIPE = Recipe("itf", 32)

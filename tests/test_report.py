@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import tiny_models
 
-from ternarize.convert import convert
+from ternarize.convert.run import convert
 from ternarize.errors import OutputError, UsageError
-from ternarize.plan import RECORD, Recipe
-from ternarize.report import inspect, plot
+from ternarize.files.names import RECORD
+from ternarize.measure.report import inspect, plot
+from ternarize.plans.recipe import Recipe
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

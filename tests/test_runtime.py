@@ -6,23 +6,27 @@ import json
 from pathlib import Path
 from typing import Any
 
-import packing
 import pytest
 import tiny_models
 import torch
 import transformers
+from packing import pack_checkpoint
 from test_linear import HIT, Looping, Transposed, X, filled, packed_and_dense, random
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import ternarize
-from ternarize import bench, codecs, container, linear
-from ternarize.cli import app
+from ternarize.cli.app import app
 from ternarize.errors import FormatError, UsageError
-from ternarize.linear import Layout, TernaryLinear, packed_embedding, use_lanes
-from ternarize.methods.absmean import absmean
+from ternarize.files import container
+from ternarize.measure import bench
 from ternarize.native import lib
+from ternarize.runtime import linear
+from ternarize.runtime.linear import Layout, TernaryLinear, packed_embedding, use_lanes
+from ternarize.trits import int8
+from ternarize.trits.methods.absmean import absmean
+from ternarize.trits.scales import scale_codes
 
 pytestmark = pytest.mark.skipif(lib is None, reason="lanes need the compiled core")
 
@@ -42,7 +46,7 @@ def layer_of(
     ternary = [absmean(random(ROWS, COLS, seed=n) * 0.1, group_size) for n in range(planes)]
     packed, scale = container.encode(*ternary)
     layer.weight.data = packed
-    layer.weight_scale.data = codecs.scale_codes(scale) if scale8 else scale
+    layer.weight_scale.data = scale_codes(scale) if scale8 else scale
     if bias:
         layer.bias.data = random(ROWS, seed=5)
     return layer
@@ -169,7 +173,7 @@ def test_gradients_are_those_of_the_stored_form(activations: str) -> None:
 
 def int8_layer(group_size: int = 32, bias: bool = True) -> TernaryLinear:
     layer = TernaryLinear(COLS, ROWS, bias, group_size=group_size, codec="int8")
-    q, scale = codecs.encode_int8(random(ROWS, COLS) * 0.1, group_size, torch.float16)
+    q, scale = int8.encode_int8(random(ROWS, COLS) * 0.1, group_size, torch.float16)
     layer.weight.data, layer.weight_scale.data = q, scale
     if bias:
         layer.bias.data = random(ROWS, seed=5)
@@ -388,7 +392,7 @@ def test_experts_in_lanes(
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runtime")
     tiny_models.save("llama", folder / "source")
-    packing.pack_checkpoint(folder / "source", folder / "packed")
+    pack_checkpoint(folder / "source", folder / "packed")
     return folder / "packed"
 
 

@@ -16,12 +16,17 @@ from campaigns.hostile_files import Parts, alone, golden, join, split
 from typer.testing import CliRunner
 
 import ternarize
-from ternarize import cli, errors, report, unmapped
-from ternarize.checkpoint import read_bytes, read_config
+from ternarize import errors
+from ternarize.cli.app import app
+from ternarize.convert.verify import verify
 from ternarize.errors import DigestError, FormatError, TernarizeError, UsageError
-from ternarize.evaluate import open_tokenizer
-from ternarize.generate import generate
-from ternarize.verify import open_packed, verify
+from ternarize.files import unmapped
+from ternarize.files.headers import read_bytes
+from ternarize.files.json_files import read_config
+from ternarize.measure import report
+from ternarize.measure.evaluate import open_tokenizer
+from ternarize.runtime.generate import generate
+from ternarize.sources.packed import open_packed
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "model.safetensors"
@@ -60,7 +65,7 @@ def test_every_class_of_errors_is_listed_with_its_exit_code(
             raise classes()[name]("where: what. What to do.")
 
         monkeypatch.setattr(report, "inspect", fail)
-        result = CliRunner().invoke(cli.app, ["inspect", "x"])
+        result = CliRunner().invoke(app, ["inspect", "x"])
         assert result.exit_code == code
         assert result.stderr == "error: where: what. What to do.\n"
 

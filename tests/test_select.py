@@ -16,19 +16,14 @@ from safetensors import safe_open
 from torch import nn
 from transformers.core_model_loading import Chunk, Concatenate, Transpose, WeightConverter
 
-from ternarize import places
-from ternarize import select as module
 from ternarize.errors import SelectionError
-from ternarize.places import locate
-from ternarize.select import (
-    BY_NAME,
-    EXPERTS,
-    LINEAR,
-    Choice,
-    select,
-    skeleton_shapes,
-    why_no_skeleton,
-)
+from ternarize.models import places, skeleton, source_code
+from ternarize.models.places import locate
+from ternarize.models.skeleton import skeleton_shapes, why_no_skeleton
+from ternarize.plans import judge
+from ternarize.plans.choose import Choice, select
+from ternarize.plans.judge import EXPERTS, LINEAR
+from ternarize.plans.judge_names import BY_NAME
 
 Shapes = dict[str, tuple[int, ...]]
 Config = dict[str, Any]
@@ -336,7 +331,7 @@ class Reader(nn.Module):
 
 
 def test_weights_that_code_reads_are_found_in_its_source() -> None:
-    found = {re.compile(pattern) for pattern in module._raw_reads(Reader)}
+    found = {re.compile(pattern) for pattern in source_code.raw_reads(Reader)}
     paths = ["read", "blocks.3.inner", "a.b.deep", "called", "comment", "at_construction", "inner"]
     assert [p for p in paths if any(f.fullmatch(p) for f in found)] == paths[:3]
 
@@ -465,7 +460,7 @@ def test_a_tensor_that_is_split_by_rows_is_as_ternary_as_its_parts(
     names: Shapes = {f"model.layers.{i}.mlp.both.weight": (272, 64) for i in range(2)}
     choices = run(names)
     assert [choices[name].ternary for name in names] == [True, True]
-    model = module._skeleton_or_error(config_of("llama")).model
+    model = skeleton._skeleton_or_error(config_of("llama")).model
     places = locate(model, names)
     assert places["model.layers.1.mlp.both.weight"].parameters == (
         "model.layers.1.mlp.gate_proj.weight",
@@ -492,7 +487,7 @@ def test_a_conversion_that_packed_rows_cannot_follow_keeps_the_tensor(
 def test_experts_whose_code_is_unclear_are_judged_by_their_sizes_or_not_at_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "_products", lambda cls, leaf: None)
+    monkeypatch.setattr(judge, "reads_transposed", lambda cls, leaf: None)
     assert choose("llama4")["model.layers.1.feed_forward.experts.down_proj"].transposed
     config = {**config_of("llama4"), "intermediate_size": 64}  # down_proj is square
     shapes = shapes_of(config)

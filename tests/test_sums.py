@@ -13,10 +13,10 @@ import tiny_models
 import torch
 
 import ternarize
-from ternarize.convert import convert
+from ternarize.convert.run import convert
+from ternarize.convert.verify import verify
 from ternarize.errors import DigestError, FormatError
-from ternarize.sums import SUMS, format_sums, listed, read_sums, sha256
-from ternarize.verify import verify
+from ternarize.files.sums import SUMS, format_sums, listed, read_sums, sha256
 
 ODD = "folder/a\\b\nc.json"  # what sha256sum escapes
 

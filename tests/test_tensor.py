@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ternarize.errors import UsageError
-from ternarize.tensor import (
+from ternarize.trits.ternary import (
     Ternary,
     check_group_size,
     group_count,

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from ternarize import cli
+from ternarize.cli.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "tiny-llama"
@@ -53,7 +53,7 @@ def load(*args, **kwargs):
     model.forward = run
     return model
 
-module = sys.modules["ternarize.load"]
+module = sys.modules["ternarize.runtime.load"]
 loaded, module.load = module.load, load
 
 from ternarize.__main__ import main
@@ -64,7 +64,7 @@ main()
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("terminal") / "packed"
-    cli.app(["convert", str(EXAMPLE), str(output), "-q"], standalone_mode=False)
+    app(["convert", str(EXAMPLE), str(output), "-q"], standalone_mode=False)
     return output
 
 
@@ -93,7 +93,7 @@ def test_warnings_of_other_libraries_reach_neither_stdout_nor_stderr_and_errors_
     packed: Path, command: str
 ) -> None:
     arguments = command, packed, *OPTIONS[command]
-    quiet = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    quiet = CliRunner().invoke(app, [str(argument) for argument in arguments])
     noisy = run(NOISY, *arguments)
     assert noisy.stdout == quiet.stdout != ""
     error = "an error of theirs"
@@ -119,7 +119,7 @@ def test_debug_shows_all_that_they_say(packed: Path) -> None:
 def test_a_warning_of_torchs_own_core_is_silent_and_its_error_is_not(packed: Path) -> None:
     program = """
 import datetime
-from ternarize import cli
+from ternarize.cli import app as cli
 
 @cli.command
 def connect(debug: bool = False) -> None:
@@ -153,7 +153,7 @@ logging.getLogger("transformers").warning("and this")
 
 def test_a_command_leaves_a_program_that_calls_it_as_it_found_it(packed: Path) -> None:
     before = warnings.showwarning, warnings.filters[:], logging.root.manager.disable
-    cli.app(["inspect", str(packed)], standalone_mode=False)
+    app(["inspect", str(packed)], standalone_mode=False)
     assert before == (warnings.showwarning, warnings.filters[:], logging.root.manager.disable)
 
 

@@ -15,14 +15,15 @@ import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 
-from ternarize import container
-from ternarize.checkpoint import open_checkpoint
-from ternarize.container import SCALE_SUFFIX
-from ternarize.convert import convert
+from ternarize.convert.run import convert
+from ternarize.convert.verify import verify
 from ternarize.errors import DigestError, FormatError
-from ternarize.plan import RECORD, Calibrate, Recipe
-from ternarize.sums import SUMS
-from ternarize.verify import read_recipe, verify
+from ternarize.files import container
+from ternarize.files.container import SCALE_SUFFIX
+from ternarize.files.names import RECORD
+from ternarize.files.sums import SUMS
+from ternarize.plans.recipe import Calibrate, Recipe, read_recipe
+from ternarize.sources.checkpoint import open_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -31,11 +31,11 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig
 
-from ternarize.checkpoint import Checkpoint
 from ternarize.errors import CheckpointError, TernarizeError, WeightError, first_line
-from ternarize.places import locate, ties
+from ternarize.files.checkpoint import Checkpoint
+from ternarize.models.configuration import config_from
+from ternarize.models.places import locate, ties
 from ternarize.progress import without_bars
-from ternarize.select import config_from
 from ternarize.threads import signals_held
 
 Batch = dict[str, Tensor]

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from ternarize.calibrate.blocks import Batch, Blocks, Call
-from ternarize.checkpoint import Checkpoint
 from ternarize.errors import CheckpointError, UsageError
-from ternarize.methods import itf
-from ternarize.plan import TensorPlan
+from ternarize.files.checkpoint import Checkpoint
+from ternarize.plans.layout import TensorPlan
 from ternarize.progress import Progress
+from ternarize.trits.methods import itf
 
 GROUP_SIZES = (256, 128, 64, 32)
 SAMPLES = 4  # batches on which harm is measured

@@ -56,10 +56,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ternarize.checkpoint import byte_view
-from ternarize.decode import CACHES
 from ternarize.errors import CheckpointError, UsageError, first_line
-from ternarize.evaluate import (
+from ternarize.files.headers import byte_view
+from ternarize.measure.evaluate import (
     CAUSAL,
     DEFAULT,
     ENCODER,
@@ -76,7 +75,8 @@ from ternarize.evaluate import (
     read_documents,
     vocabulary_size,
 )
-from ternarize.plan import Calibrate
+from ternarize.plans.recipe import Calibrate
+from ternarize.runtime.decode import CACHES
 
 SELF = "self"  # and DEFAULT: data sets of their own
 ENCODER_DECODER = "encoder-decoder"  # and CAUSAL, ENCODER: kinds of models

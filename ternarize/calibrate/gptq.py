@@ -61,8 +61,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ternarize.calibrate.statistics import Inputs, Moments
-from ternarize.methods import itf
-from ternarize.tensor import (
+from ternarize.trits.methods import itf
+from ternarize.trits.ternary import (
     Ternary,
     group_count,
     group_length,
@@ -129,7 +129,7 @@ def solve(
     train       moments of calibration tokens; without a target, the matrix's own product is it.
                 Its Hessian is worked on in place, and sorted afterwards (`Inputs.sort`).
     held        moments of other tokens, to choose by; its targets are of `probe_rows` only
-    group_size  as in ternarize.tensor
+    group_size  as in ternarize.trits.ternary
     rounding    how scales are stored
     planes      ternary matrices whose sum it becomes: each in turn is solved for what the others
                 leave

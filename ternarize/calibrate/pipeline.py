@@ -13,17 +13,15 @@ import torch
 import transformers
 from torch import Tensor
 
-from ternarize import container
 from ternarize.calibrate.blocks import Batch
 from ternarize.calibrate.budget import allocate, describe
 from ternarize.calibrate.data import ENCODER_DECODER, MAX_SEQ_LEN, SELF, Samples, kind_of, read
 from ternarize.calibrate.run import Calibration, open_solved, write_whole
-from ternarize.checkpoint import Checkpoint
-from ternarize.codecs import scale_values
-from ternarize.container import Record
-from ternarize.decode import cache_of
 from ternarize.errors import CheckpointError, OutputError, QualityError
-from ternarize.evaluate import (
+from ternarize.files import container
+from ternarize.files.checkpoint import Checkpoint
+from ternarize.files.container import Record
+from ternarize.measure.evaluate import (
     CAUSAL,
     TOKENIZER_FILES,
     compare_logits,
@@ -31,9 +29,12 @@ from ternarize.evaluate import (
     pool,
     summarize,
 )
-from ternarize.load import usable
-from ternarize.plan import Calibrate, Plan, TensorPlan
+from ternarize.plans.layout import Plan, TensorPlan
+from ternarize.plans.recipe import Calibrate
 from ternarize.progress import Progress
+from ternarize.runtime.decode import cache_of
+from ternarize.runtime.load import usable
+from ternarize.trits.scales import scale_values
 
 TOKENS_IN_BATCH = 4096
 BUDGET, INPUTS, ENVIRONMENTS = "budget.json", "inputs.json", "environments.json"

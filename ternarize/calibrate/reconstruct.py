@@ -35,8 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ternarize.calibrate.gptq import Rounding
-from ternarize.rotation import rotate, unrotate
-from ternarize.tensor import split_groups, spread_scales
+from ternarize.trits.rotation import rotate, unrotate
+from ternarize.trits.ternary import split_groups, spread_scales
 
 RATE = 0.004  # of V, in units of the matrix's mean scale, per step
 SCALE_RATE = 1e-3  # of u

@@ -25,7 +25,6 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ternarize import container
 from ternarize.calibrate.blocks import (
     Batch,
     Blocks,
@@ -44,15 +43,17 @@ from ternarize.calibrate.reconstruct import (
     reconstruct,
 )
 from ternarize.calibrate.statistics import Group, Inputs, Moments, Trace, sequential_groups
-from ternarize.checkpoint import DTYPES, Checkpoint, open_files
-from ternarize.container import SCALE_SUFFIX, Record
 from ternarize.errors import CheckpointError
-from ternarize.methods import itf, levels
-from ternarize.plan import TensorPlan
+from ternarize.files import container
+from ternarize.files.checkpoint import Checkpoint, open_files
+from ternarize.files.container import SCALE_SUFFIX, Record
+from ternarize.files.headers import DTYPES
+from ternarize.models.skeleton import model_end
+from ternarize.plans.layout import TensorPlan
 from ternarize.progress import Progress
-from ternarize.rotation import rotate
-from ternarize.select import model_end
-from ternarize.tensor import Ternary
+from ternarize.trits.methods import itf, levels
+from ternarize.trits.rotation import rotate
+from ternarize.trits.ternary import Ternary
 
 FLOAT, PACKED = 0, 1  # the streams
 TICKS = 1000  # of progress, for each block

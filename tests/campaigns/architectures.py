@@ -52,7 +52,7 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from ternarize.plan import Recipe
+from ternarize.plans.recipe import Recipe
 
 from .architectures_checks import (
     FAILED,

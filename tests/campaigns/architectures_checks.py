@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import ternarize
-from ternarize.convert import convert
+from ternarize.convert.run import convert
+from ternarize.convert.verify import verify
 from ternarize.errors import LONGEST, TernarizeError
-from ternarize.plan import Recipe, plan
-from ternarize.verify import verify
+from ternarize.plans.plan import plan
+from ternarize.plans.recipe import Recipe
 
 from .architectures_inputs import tensors
 

@@ -33,10 +33,10 @@ import torch
 import transformers
 from typer.testing import CliRunner
 
-from ternarize.cli import app
-from ternarize.convert import convert
-from ternarize.export import export
-from ternarize.plan import Recipe
+from ternarize.cli.app import app
+from ternarize.convert.run import convert
+from ternarize.plans.recipe import Recipe
+from ternarize.publish.export import export
 
 from .child import LATE, Child, limit_memory
 from .runs import report, workshop

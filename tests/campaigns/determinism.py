@@ -79,7 +79,7 @@ def setting(seed: int, torch_threads: int = 1, cpu: str = "") -> Callable[[], No
     def before() -> None:
         import torch
 
-        import ternarize.convert as module
+        import ternarize.convert.run as module
         from ternarize.native import lib
 
         chance, real = random.Random(seed), module.convert_tensor
@@ -206,9 +206,9 @@ def arm(folder: Path, count: int, seed: int) -> list[dict[str, Any]]:
     import test_arm
     import torch
 
-    from ternarize.checkpoint import DTYPE_NAMES
-    from ternarize.codecs import pack
-    from ternarize.methods import METHODS
+    from ternarize.files.headers import DTYPE_NAMES
+    from ternarize.trits.base3 import pack
+    from ternarize.trits.methods import METHODS
 
     if test_arm.MISSING:
         print(f"arm: left out, without {', '.join(test_arm.MISSING)}")

@@ -40,13 +40,15 @@ sys.path[:0] = [path for path in (FORMATS,) if path not in sys.path]
 
 import reference  # noqa: E402
 
-from ternarize import codecs, container, ggml  # noqa: E402
-from ternarize.checkpoint import byte_view  # noqa: E402
-from ternarize.container import Record  # noqa: E402
 from ternarize.errors import FormatError  # noqa: E402
-from ternarize.export.common import common_scales  # noqa: E402
+from ternarize.files import container  # noqa: E402
+from ternarize.files.container import Record  # noqa: E402
+from ternarize.files.headers import byte_view  # noqa: E402
 from ternarize.native import lib  # noqa: E402
-from ternarize.tensor import Ternary, group_count, split_groups  # noqa: E402
+from ternarize.publish.export.common import common_scales  # noqa: E402
+from ternarize.trits import base3, ggml  # noqa: E402
+from ternarize.trits.scales import scale_values  # noqa: E402
+from ternarize.trits.ternary import Ternary, group_count, split_groups  # noqa: E402
 
 SCALES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "U8": torch.uint8}
 ENGINES = ("native", "torch") if lib is not None else ("torch",)
@@ -66,7 +68,7 @@ def same(a: Any, b: Any, what: str) -> None:
 @contextlib.contextmanager
 def engine(name: str) -> Iterator[None]:
     """Use the compiled core or torch inside."""
-    with unittest.mock.patch.object(codecs, "lib", lib if name == "native" else None):
+    with unittest.mock.patch.object(base3, "lib", lib if name == "native" else None):
         yield
 
 
@@ -124,7 +126,7 @@ def check_tensor(number: int, done: Counter[str]) -> None:
     dense: dict[tuple[str, torch.dtype], Tensor] = {}
     for name in ENGINES:
         with engine(name):
-            packed.append(container.join_planes([codecs.pack(t, group_size) for t in planes]))
+            packed.append(container.join_planes([base3.pack(t, group_size) for t in planes]))
             decoded = container.decode_planes(packed[0], scales, record)
             values = container.join_planes([plane.scales for plane in decoded])
             found[name] = torch.cat([plane.trits for plane in decoded], -1), values
@@ -132,7 +134,7 @@ def check_tensor(number: int, done: Counter[str]) -> None:
             matrices = max(1, math.prod(record.shape[:-2]))
             if flat.shape[0] and (group_size or matrices == 1):
                 for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                    dense[name, dtype] = codecs.dequantize(
+                    dense[name, dtype] = base3.dequantize(
                         flat, scales.reshape(-1, scales.shape[-1]), cols, group_size, dtype,
                         planes=record.planes,
                     )  # fmt: skip
@@ -140,7 +142,7 @@ def check_tensor(number: int, done: Counter[str]) -> None:
         same(packed[0], other, "bytes of native and torch")
     for name, (numbers, values) in found.items():
         same(numbers, trits, f"trits of {name}")
-        same(values, codecs.scale_values(scales, torch.float64), f"scales of {name}")
+        same(values, scale_values(scales, torch.float64), f"scales of {name}")
         done[name] += 1
     for (name, dtype), values in dense.items():
         same(
@@ -165,14 +167,14 @@ def check_tensor(number: int, done: Counter[str]) -> None:
     )
     assert isinstance(expected, reference.Ternary)
     same(trits, expected.trits, "trits of the reference")
-    same(codecs.scale_values(scales), expected.scales, "scales of the reference")
+    same(scale_values(scales), expected.scales, "scales of the reference")
     stored = expected.stored()
     same(container.dequantize(packed[0], scales, record), stored, "weights of the reference")
     if (ENGINES[0], torch.float32) in dense:
         same(dense[ENGINES[0], torch.float32], stored.reshape(-1, cols), "weights at run time")
     done["reference"] += 1
     if trits.dim() == 2 and trits.numel():
-        parts = container.split_planes(codecs.scale_values(scales, torch.float64), record.planes)
+        parts = container.split_planes(scale_values(scales, torch.float64), record.planes)
         for plane, part in zip(planes, parts, strict=True):
             check_blocks(Ternary(plane, part, group_size), done)
 
@@ -215,8 +217,8 @@ def check_all_bytes(most: int, done: Counter[str]) -> None:
     """Every byte in every place of rows of up to `most` trits: the same, or refused by all."""
     for cols in range(1, most + 1):
         for group_size in (-1, *range(1, most + 1)):
-            width = codecs.packed_width(cols, group_size)
-            row = codecs.pack(torch.zeros(1, cols, dtype=torch.int8), group_size)
+            width = base3.packed_width(cols, group_size)
+            row = base3.pack(torch.zeros(1, cols, dtype=torch.int8), group_size)
             assert row.shape == (1, width)
             for place in range(width):
                 for byte in range(256):
@@ -226,11 +228,11 @@ def check_all_bytes(most: int, done: Counter[str]) -> None:
                     for name in ENGINES:
                         with engine(name):
                             try:
-                                results[name] = codecs.unpack(changed, cols, group_size).tolist()
+                                results[name] = base3.unpack(changed, cols, group_size).tolist()
                             except FormatError:
                                 results[name] = None
                             try:
-                                codecs.used_groups(changed, cols, group_size)
+                                base3.used_groups(changed, cols, group_size)
                             except FormatError:
                                 results[f"{name} check"] = None
                             else:

@@ -31,11 +31,11 @@ import transformers
 from typer.testing import CliRunner
 
 import ternarize
-from ternarize.cli import app
+from ternarize.cli.app import app
+from ternarize.convert.verify import verify
 from ternarize.errors import LONGEST, TernarizeError
-from ternarize.export import export
-from ternarize.report import inspect
-from ternarize.verify import verify
+from ternarize.measure.report import inspect
+from ternarize.publish.export import export
 
 from . import hostile_files, hostile_sources
 from .child import Child, limit_memory

@@ -24,15 +24,17 @@ from safetensors.torch import save
 from torch import Tensor
 
 import ternarize
-from ternarize import container
-from ternarize.checkpoint import Checkpoint, open_checkpoint, read_bytes
-from ternarize.convert import convert
+from ternarize.convert.run import convert
+from ternarize.convert.verify import verify
 from ternarize.errors import TernarizeError
-from ternarize.evaluate import evaluate, open_tokenizer
-from ternarize.generate import generate
-from ternarize.plan import Recipe
-from ternarize.report import inspect
-from ternarize.verify import verify
+from ternarize.files import container
+from ternarize.files.checkpoint import Checkpoint
+from ternarize.files.headers import read_bytes
+from ternarize.measure.evaluate import evaluate, open_tokenizer
+from ternarize.measure.report import inspect
+from ternarize.plans.recipe import Recipe
+from ternarize.runtime.generate import generate
+from ternarize.sources.checkpoint import open_checkpoint
 
 from .hostile_files import SEEDS, WEIGHTS, Case, Files, golden
 

@@ -86,9 +86,8 @@ def preloaded(module: str) -> None:
 
 def warm_up(*sources: Path) -> None:
     """Import here what every run would import, as far as no thread is begun by it."""
-    import ternarize.report
-    import ternarize.verify  # noqa: F401
-    from ternarize.checkpoint import read_card
+    import ternarize.convert.verify  # noqa: F401
+    from ternarize.sources.origin import read_card
 
     for source in sources:
         with redirect_stdout(io.StringIO()), suppress(SystemExit):

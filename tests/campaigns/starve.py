@@ -292,8 +292,8 @@ def memory(starved: Starved, count: int) -> dict[str, Any]:
     These limits are set when the conversion asks for them, since what a process has taken by then
     differs from machine to machine; two that no conversion can do with are there from the start.
     """
-    from ternarize import convert as pipeline
-    from ternarize.plan import plan
+    from ternarize.convert import run as pipeline
+    from ternarize.plans.plan import plan
 
     trial, worst, fewer = starved.trial, 0.0, 0
     work = plan(trial.source)
@@ -444,7 +444,7 @@ def _changing(trial: Trial, at: int, change: Callable[[], None]) -> Callable[[],
     """A run in which `change` is done just before the `at`-th tensor is converted."""
 
     def before() -> None:
-        import ternarize.convert as module
+        import ternarize.convert.run as module
 
         real, count = module.convert_tensor, [0]
 

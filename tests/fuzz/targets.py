@@ -33,21 +33,20 @@ sys.path[:0] = [path for path in (str(HERE.parents[1] / "formats"),) if path not
 
 import reference  # noqa: E402
 
-from ternarize import cli, container  # noqa: E402
-from ternarize.card import make_card  # noqa: E402
-from ternarize.checkpoint import (  # noqa: E402
-    Checkpoint,
-    byte_view,
-    open_files,
-    read_header,
-    read_json,
-    strict_json,
-)
-from ternarize.codecs import BASE3, scale_values  # noqa: E402
+from ternarize.cli import app  # noqa: E402
+from ternarize.convert.verify import verify  # noqa: E402
 from ternarize.errors import TernarizeError  # noqa: E402
-from ternarize.imports.gguf import open_gguf, read_gguf  # noqa: E402
-from ternarize.report import inspect  # noqa: E402
-from ternarize.verify import check_record, open_packed, read_recipe, verify  # noqa: E402
+from ternarize.files import container  # noqa: E402
+from ternarize.files.checkpoint import Checkpoint, open_files  # noqa: E402
+from ternarize.files.headers import byte_view, read_header  # noqa: E402
+from ternarize.files.json_files import read_json, strict_json  # noqa: E402
+from ternarize.measure.report import inspect  # noqa: E402
+from ternarize.plans.recipe import read_recipe  # noqa: E402
+from ternarize.publish.card import make_card  # noqa: E402
+from ternarize.sources.imports.gguf import open_gguf, read_gguf  # noqa: E402
+from ternarize.sources.packed import check_record, open_packed  # noqa: E402
+from ternarize.trits.base3 import BASE3  # noqa: E402
+from ternarize.trits.scales import scale_values  # noqa: E402
 
 from . import gguf_files, structure  # noqa: E402
 
@@ -230,7 +229,7 @@ def fuzz_record(data: bytes, folder: Folder) -> None:
         json.dumps(inspect(path))
         make_card(path, "user/name")
         with contextlib.redirect_stdout(io.StringIO()):
-            cli.inspect(model=str(path), debug=True)
+            app.inspect(model=str(path), debug=True)
 
     outcome(lambda: verify(path, threads=1), TernarizeError)
     outcome(all_of_it, TernarizeError)

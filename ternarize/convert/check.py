@@ -1,0 +1,204 @@
+"""What came of a conversion without data, seen at once.
+
+Nobody may learn later that a model has been lost: rounding the weights of an ordinary model without
+data can leave a perplexity of many millions. So right after such a conversion the source and what
+came of it are measured side by side, as `ternarize.evaluate` does it, on the first TOKENS tokens of
+the text that comes with the package, and each continues the same words.
+
+The windows are fixed, and no data was used that could be among them: the figures are those of
+`ternarize eval OUTPUT --source SOURCE --text default --max-tokens 2048` on the same machine. They
+are stored nowhere, so that the bytes of OUTPUT depend on source and recipe alone.
+
+It is done where both models fit into the memory that is left, in float32, and where it takes about
+a minute: what the products of so many parameters take at the speed of one that is timed here, and
+then what the windows that are done have taken. For anything larger there is the command.
+"""
+
+import json
+import os
+import shlex
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ternarize.convert.run import memory_left
+from ternarize.errors import CheckpointError, TernarizeError, first_line, is_no_memory, printable
+from ternarize.files.names import RECORD
+from ternarize.measure.evaluate import (
+    CAUSAL,
+    CHUNK,
+    DEFAULT,
+    Work,
+    config_if_measured,
+    max_positions,
+    prepare,
+    vocabulary_size,
+)
+from ternarize.progress import Progress
+from ternarize.runtime.generate import generate
+
+TOKENS, SEQ_LEN = 2048, 256
+PROMPT, NEW_TOKENS = "The best way to learn a language is", 24
+SECONDS = 60.0  # that the windows may take
+
+
+class _TooSlow(TernarizeError):
+    """The windows that are done say that all of them take longer than they may."""
+
+
+def check(
+    output: str | Path,
+    source: str | Path,
+    *,
+    streamed: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any] | None:
+    """Measure a packed checkpoint against its source on a little text, on the CPU.
+
+    output    directory that `convert` has made
+    source    what it was made from: directory or Hub id
+    streamed  the source is no longer on this disk, and is not fetched again for this
+    progress  as of `evaluate`
+
+    Returns None of what is neither a causal language model nor a text encoder with a tokenizer,
+    which cannot be measured so; else plain data, in which "measured" says whether it has been:
+
+        True    what `evaluate` returns, "seconds" that all of it took, and of a language model
+                "writes": {"prompt", "source", "packed"}, the words and how each model goes on
+        False   "why" it has not, and the "command" that measures, None where nothing would
+
+    What keeps it from being measured is no error: the conversion has succeeded.
+    """
+    config = config_if_measured(output)
+    if config is None:
+        return None
+    began = time.perf_counter()
+    seq_len = min(SEQ_LEN, max_positions(config))
+    command: str | None = _command(output, source, seq_len)
+    try:
+        why = "its source was streamed, and is no longer on this disk" if streamed else None
+        if why is None:
+            work = prepare(output, source, DEFAULT, seq_len, TOKENS)
+            why = _too_large(work, Path(output))
+        if why is None:
+            found = _measure(work, Path(output), progress)
+            seconds = time.perf_counter() - began
+            return {"measured": True, **found, "text": DEFAULT, "seconds": seconds}
+    except _TooSlow as error:
+        why = str(error)
+    except (TernarizeError, OSError) as error:
+        why, command = printable(str(error)), None
+    except (MemoryError, RuntimeError) as error:
+        if not is_no_memory(error):
+            raise
+        why = "memory: not enough is left for both models"
+    return {"measured": False, "why": why, "command": command}
+
+
+def _command(output: str | Path, source: str | Path, seq_len: int) -> str:
+    """What is to be typed for the same measurement."""
+    words = ["ternarize", "eval", str(output), "--source", str(source), "--text", DEFAULT]
+    words += ["--max-tokens", str(TOKENS)]
+    words += ["--seq-len", str(seq_len)] if seq_len != SEQ_LEN else []
+    return shlex.join(words)
+
+
+def _too_large(work: Work, output: Path) -> str | None:
+    """Why a model is too large to be measured here and now; None if it is not."""
+    coverage = json.loads((output / RECORD).read_text("utf-8"))["coverage"]
+    parameters = coverage["total"] - coverage["tied"]
+    need, left = _memory(work, coverage), _memory_free()
+    if need > left:
+        return f"memory: both models need {need / 1e9:.1f} GB, and {left / 1e9:.1f} GB are left"
+    # a product takes two operations for each weight and token; experts that sleep count as well
+    operations = 2 * parameters * TOKENS * len(work.checkpoints)
+    seconds = operations / _operations_per_second()
+    if seconds > SECONDS:
+        return f"time: it would take about {_minutes(seconds)} here"
+    return None
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:,.1f} minutes"
+
+
+def _memory(work: Work, coverage: dict[str, int]) -> int:
+    """Bytes that both models in float32 and the logits of one batch take."""
+    dense = 4 * (coverage["total"] - coverage["tied"] + coverage["kept"])
+    packed = coverage["ternary"] // 2 + coverage["int8"]  # in run-time layouts of 2 bits, scales
+    vocabulary = max(vocabulary_size(each.config) or 1 for each in work.checkpoints)
+    logits = 4 * work.batch_size() * work.seq_len * vocabulary * len(work.checkpoints)
+    return dense + packed + logits + 8 * 4 * max(CHUNK, vocabulary)
+
+
+def _memory_free() -> float:
+    """Bytes that limits and the machine leave to this process; 0 where the machine does not say."""
+    free = 0
+    with suppress(OSError, KeyError, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * int(dict(line.split(":") for line in lines)["MemAvailable"].split()[0])
+    if not free:  # macOS: what it has, of which other programs have a part
+        with suppress(AttributeError, OSError, ValueError):
+            free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return min(free, *memory_left())
+
+
+def _operations_per_second() -> float:
+    """Of float32 products of the windows' shape: the best of a few, of milliseconds each."""
+    rows, size = SEQ_LEN, 1024
+    x, weight = torch.ones(rows, size), torch.ones(size, size)
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        times.append(time.perf_counter() - began)
+    return 2 * rows * size * size / max(min(times), 1e-9)
+
+
+def _measure(work: Work, output: Path, progress: Progress | None) -> dict[str, Any]:
+    """Measures, and what both models write; raises _TooSlow."""
+
+    def in_time(done: int, total: int, known: str, stage: str) -> None:
+        whole = (time.perf_counter() - started) * total / done
+        if whole > 1.5 * SECONDS:
+            raise _TooSlow(f"time: it would take about {_minutes(whole)} here")
+        if progress is not None:
+            progress(done, total, known, stage)
+
+    models = work.load("cpu", torch.float32)
+    with _running(output):
+        started = time.perf_counter()
+        measures = work.measure(models, None, in_time)
+        found = {"kind": work.kind, **work.read(), "dtype": "float32", "device": "cpu", **measures}
+        if work.kind == CAUSAL:
+            packed, source = (_continue(model, work) for model in models)
+            found["writes"] = {"prompt": PROMPT, "source": source, "packed": packed}
+    return found
+
+
+@contextmanager
+def _running(output: Path) -> Iterator[None]:
+    """What goes wrong in a model's code is told in one line; what the machine lacks is not its."""
+    try:
+        yield
+    except (TernarizeError, OSError):
+        raise
+    except Exception as error:
+        if is_no_memory(error):
+            raise
+        raise CheckpointError(
+            f"{output}: its forward, or its source's, fails ({type(error).__name__}: "
+            f"{first_line(error)}); expected it to run. Load both, and see what they need."
+        ) from error
+
+
+def _continue(model: Any, work: Work) -> str:
+    """What a model writes behind PROMPT, always the likeliest token; "" where it has no room."""
+    room = max_positions(model.config) - len(work.tokenizer(PROMPT)["input_ids"])
+    if room < 1:
+        return ""
+    return generate(model, work.tokenizer, PROMPT, max_new_tokens=min(NEW_TOKENS, room)).text

@@ -1,0 +1,211 @@
+"""Proof that a packed checkpoint is whole, and that it is what its source gives.
+
+Without the source: every file's structure, codes, padding, scales and digests, that the files
+agree with each other, and with SHA256SUMS where there is one. With the source: every tensor is
+converted again, by the recipe on record, and its digest compared. Nothing is written.
+
+What calibration has found cannot be derived again without its data, which may be gone and would
+take hours. Of such a checkpoint each tensor is compared as far as it can be:
+
+    converted again   what calibration left alone: kept tensors, int8, lossless, `itf` as fallback
+    by its error      calibrated trits: sum (W - W')^2 / sum W^2 against the source's W, rotated as
+                      on record, must be the relative error on record
+    in shape alone    biases and norms that calibration has fitted
+
+The error tells any other source from the true one, since W' is fixed by its digest and the figure
+has six digits for millions of weights; who can rewrite the record can of course rewrite both.
+"""
+
+import math
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ternarize.convert.run import Relayout, Result, convert_tensor, relative_error
+from ternarize.errors import DigestError, FormatError
+from ternarize.files import container
+from ternarize.files.checkpoint import Checkpoint
+from ternarize.files.container import SCALE_SUFFIX, Record
+from ternarize.files.json_files import read_json
+from ternarize.files.names import RECORD
+from ternarize.files.sums import check_sums
+from ternarize.plans.layout import TensorPlan
+from ternarize.plans.plan import calibrated_plan, plan
+from ternarize.plans.recipe import Recipe, read_recipe
+from ternarize.progress import Progress
+from ternarize.sources.packed import check_record, open_packed
+from ternarize.threads import THREADS
+
+AGAIN, ERROR, SHAPE = "converted_again", "by_error", "in_shape"  # ways to compare with the source
+
+
+# A relative error on record has six digits; another machine may add float32 in another order.
+TOLERANCE = 2e-6
+
+
+def verify(
+    model: str | Path,
+    source: str | Path | None = None,
+    *,
+    threads: int = THREADS,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Check a packed checkpoint in full; with `source`, re-derive it and compare.
+
+    model     packed directory or Hub id
+    source    the checkpoint that it was made from; needs the record (ternarize.json)
+    progress  called after each tensor
+
+    Returns counts of what was checked: "listed" the files named by SHA256SUMS, None without that
+    list (a model saved by save_pretrained); "compared" holds, with a source, how many tensors were
+    "converted_again", compared "by_error" or only "in_shape" (see above). Raises FormatError or
+    DigestError on the first fault, CheckpointError if the source cannot be read.
+    """
+    packed, records = open_packed(model)
+    total = sum(info.nbytes for info in packed.tensors.values())
+    done = 0
+
+    def checked(name: str) -> None:
+        nonlocal done
+        done += packed.tensors[name].nbytes
+        if progress:
+            progress(done, total, name, "verifying")
+
+    container.check(packed, records, threads=threads, done=checked)
+    check_record(packed, records)
+    small = [name for name in ("config.json", RECORD) if (packed.directory / name).exists()]
+    listed = check_sums(packed.directory, [*packed.files, *small], threads)
+    kinds = Counter(record.kind for record in records.values())
+    result: dict[str, Any] = {
+        "files": len(packed.files),
+        "bytes": total,
+        "ternary": kinds["ternary"],
+        "int8": kinds["int8"],
+        "kept": kinds["kept"],
+        "listed": listed,
+        "source_compared": source is not None,
+        "compared": None,
+    }
+    if source is not None:
+        result["compared"] = _compare(packed, records, source, progress)
+    return result
+
+
+def _compare(
+    packed: Checkpoint, records: dict[str, Record], source: str | Path, progress: Progress | None
+) -> dict[str, int]:
+    """Compare every tensor with the source; returns how many were compared in which way."""
+    record = read_json(packed.directory / RECORD)
+    if record is None:
+        raise FormatError(
+            f"{packed.directory}: has no {RECORD}; expected the record of its conversion, without "
+            "which it cannot be repeated. Verify without --source."
+        )
+    recipe = read_recipe(record)
+    work = plan(source, recipe, again=True)
+    expected = {t.name: t for t in work.tensors if not t.tied_to}
+    if expected.keys() != records.keys():
+        name = sorted(expected.keys() ^ records.keys())[0]
+        where = "the source" if name in expected else "the packed checkpoint"
+        raise FormatError(
+            f"{packed.directory}: {name} is in {where} alone; expected the same tensors. "
+            f"Check that {source} is the source."
+        )
+    total = sum(t.info.nbytes for t in work.tensors)
+    done, ways = 0, Counter({AGAIN: 0, ERROR: 0, SHAPE: 0})
+    for name, tensor in expected.items():
+        said = record["tensors"][name]
+        way = _way(tensor, records[name], said, recipe)
+        ways[way] += 1
+        where = f"{packed.tensors[name].file}: {name}"
+        if way == SHAPE:
+            info = packed.tensors[name]
+            same = (info.dtype, info.shape) == (tensor.dtype, tensor.shape)
+        elif way == AGAIN:
+            result = _derive(packed, records[name], work.source, tensor, recipe)
+            same = result is not None
+        else:
+            result = _measure(packed, records[name], work.source, tensor, recipe)
+            same = result is not None
+            if result is not None:
+                _check_error(where, relative_error(result), said.get("relative_error"), source)
+        if not same:
+            raise DigestError(
+                f"{where}: is not what {source} gives by the recipe on "
+                "record. Check that it is the source, and that both are unchanged."
+            )
+        done += tensor.info.nbytes
+        if progress:
+            progress(done, total, name, "verifying")
+    return dict(ways)
+
+
+def _way(tensor: TensorPlan, record: Record, said: dict[str, Any], recipe: Recipe) -> str:
+    """How a tensor can be compared with the source, by what the record says of it."""
+    if recipe.calibrate is None:
+        return AGAIN
+    # what saw too few tokens is not calibrated, but may be rotated, which plain conversions are not
+    if tensor.ternary and (said.get("method") == recipe.method or record.rotation[0]):
+        return ERROR
+    if not tensor.packed and said.get("fitted") is True:
+        return SHAPE
+    return AGAIN
+
+
+def _derive(
+    packed: Checkpoint, record: Record, source: Checkpoint, tensor: TensorPlan, recipe: Recipe
+) -> Result | None:
+    """What the source's tensor gives in the layout on record; None if that is something else."""
+    if tensor.packed and record.shape is not None:
+        scale = packed.tensors[tensor.name + SCALE_SUFFIX].dtype
+        tensor = replace(tensor, group_size=record.group_size, scale_dtype=scale)
+        if recipe.calibrate is not None and recipe.calibrate.target_bpw is not None:
+            tensor = replace(tensor, planes=record.planes)
+    try:
+        result = convert_tensor(source, tensor, recipe, _discard)
+    except Relayout:
+        return None
+    return result if tensor.record(result.sha256) == record else None
+
+
+def _measure(
+    packed: Checkpoint, record: Record, source: Checkpoint, tensor: TensorPlan, recipe: Recipe
+) -> Result | None:
+    """How far packed trits are from the source's tensor; None if they are not of its kind.
+
+    The conversion itself measures, with the packed checkpoint in the place of what calibration
+    has found: the figure is then the same by construction.
+    """
+    assert recipe.calibrate is not None
+    scale = packed.tensors[tensor.name + SCALE_SUFFIX].dtype
+    tensor = replace(
+        calibrated_plan(tensor, recipe), group_size=record.group_size, scale_dtype=scale
+    )
+    if recipe.calibrate.target_bpw is not None:
+        tensor = replace(tensor, planes=record.planes)
+    if tensor.record(record.sha256) != record:
+        return None
+    try:
+        result = convert_tensor(source, tensor, recipe, _discard, solved=(packed, record))
+    except Relayout:
+        return None
+    return result if result.sha256 == record.sha256 else None
+
+
+def _check_error(where: str, found: float | None, said: Any, source: str | Path) -> None:
+    if found is None or not isinstance(said, (int, float)):
+        same = found is None and said is None
+    else:
+        same = math.isclose(found, said, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+    if not same:
+        raise DigestError(
+            f"{where}: its relative error against {source} is {found}, on record it is {said!r}; "
+            "expected the same. Check that it is the source, and that both are unchanged."
+        )
+
+
+def _discard(name: str, offset: int, data: Tensor) -> None:
+    """A sink: the digest is all that is wanted."""

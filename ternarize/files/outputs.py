@@ -1,0 +1,37 @@
+"""The place of a result: it has a name of its own, and what is in it reaches the disk."""
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from ternarize.errors import OutputError
+
+
+def check_name(output: Path) -> None:
+    """OutputError for "", ".", ".." and "/": beside them nothing can be put."""
+    if output.name in ("", ".."):
+        raise OutputError(f"{output}: exists already; expected a new name. Name another.")
+
+
+def sync_files(path: Path, but: Collection[str] = ()) -> None:
+    """Bring a file, or the files of a directory and their names, to the disk.
+
+    but  names in the directory of files that are there already
+    """
+    there = {path / name for name in but}
+    for each in [*path.rglob("*"), path] if path.is_dir() else [path]:
+        if each.is_dir():
+            sync_names(each)
+        elif each.is_file() and each not in there:
+            with each.open("rb+") as file:
+                os.fsync(file.fileno())
+
+
+def sync_names(directory: Path) -> None:
+    """Bring a directory's list of names to the disk."""
+    if os.name == "posix":
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

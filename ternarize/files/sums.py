@@ -1,0 +1,135 @@
+"""SHA256SUMS: the digest of every file of a packed checkpoint, for `sha256sum -c` and for `verify`.
+
+The lines are those of coreutils' sha256sum: digest, two spaces, path; where a path has a backslash
+or a line break, these are escaped and the line begins with a backslash. README.md is left out,
+since people edit their model cards, and so is what begins with a dot.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ternarize.errors import CheckpointError, DigestError, FormatError
+from ternarize.threads import in_threads
+
+SUMS = "SHA256SUMS"
+CARD = "README.md"
+CHUNK = 1 << 20
+MAX_BYTES = 1 << 26  # of the file; a million lines
+_LINE = re.compile(r"(\\?)([0-9a-f]{64}) [ *](?:\./)?(.+?)\r?")
+_ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}
+_UNESCAPED = {escaped: char for char, escaped in _ESCAPES.items()}
+
+
+def listed(directory: Path) -> list[str]:
+    """Paths below `directory` that its SHA256SUMS has to name, sorted."""
+    paths = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
+    return sorted(
+        path.as_posix()
+        for path in paths
+        if not any(part.startswith(".") for part in path.parts)
+        and path.as_posix() not in (SUMS, CARD)
+    )
+
+
+def format_sums(digests: Mapping[str, str]) -> str:
+    """The text of SHA256SUMS for these paths and their digests."""
+    lines = []
+    for name, digest in sorted(digests.items()):
+        escaped = "".join(_ESCAPES.get(char, char) for char in name)
+        mark = "\\" if escaped != name else ""
+        lines.append(f"{mark}{digest}  {escaped}\n")
+    return "".join(lines)
+
+
+def read_sums(directory: Path) -> dict[str, str] | None:
+    """Path -> SHA-256 of the SHA256SUMS of a directory; None where there is none.
+
+    Raises FormatError for lines that sha256sum does not write, names that appear twice, and paths
+    that leave the directory; CheckpointError where the file cannot be read.
+    """
+    path = directory / SUMS
+    if not os.path.lexists(path):
+        return None
+    if not path.is_file():
+        raise _broken("is no file")
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror or error}). Check the file, then try again."
+        ) from error
+    if len(raw) > MAX_BYTES:
+        raise _broken(f"more than {MAX_BYTES} bytes")
+    lines = os.fsdecode(raw).split("\n")  # names may be any bytes
+    if lines.pop():
+        raise _broken("its last line does not end")
+    digests: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        match = _LINE.fullmatch(line)
+        if match is None:
+            raise _broken(f"line {number} is {line[:80]!r}; expected a SHA-256 and a path")
+        name = match[3]
+        if match[1]:
+            name = re.sub(r"\\.", lambda found: _UNESCAPED.get(found[0], found[0]), name)
+        if ".." in Path(name).parts or Path(name).anchor:
+            raise _broken(f"line {number} names {name[:80]!r}, outside the directory")
+        if digests.setdefault(name, match[2]) != match[2]:
+            raise _broken(f"line {number} names {name[:80]!r} again, with another digest")
+    return digests
+
+
+def check_sums(directory: Path, needed: Sequence[str], threads: int) -> int | None:
+    """Compare every file with SHA256SUMS; how many were, None where there is no such list.
+
+    needed  paths that it has to name
+
+    Raises FormatError for a list that is broken or names too little, DigestError for a file that
+    is missing or is another than the one listed.
+    """
+    digests = read_sums(directory)
+    if digests is None:
+        return None
+    for name in needed:
+        if name not in digests:
+            raise _broken(f"does not name {name}")
+    for name in digests:
+        if not (directory / name).is_file():
+            raise DigestError(f"{name}: is missing; {SUMS} names it. {_WAY_OUT}")
+    found = in_threads(sha256, map(directory.joinpath, digests), threads)
+    for (name, expected), digest in zip(digests.items(), found, strict=True):
+        if digest != expected:
+            raise DigestError(f"{name}: has SHA-256 {digest}; {SUMS} says {expected}. {_WAY_OUT}")
+    return len(digests)
+
+
+_WAY_OUT = (
+    f"Fetch it again; or, if it was changed on purpose, renew the list or remove it ({SUMS})."
+)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex; CheckpointError where it cannot be read."""
+    try:
+        return hash_file(path, hashlib.sha256())
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror or error}). Check the file, then try again."
+        ) from error
+
+
+def hash_file(path: Path, sha: Any) -> str:
+    """The hex digest of what `sha` (of hashlib) has taken so far, and then of a file."""
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            sha.update(chunk)
+    digest: str = sha.hexdigest()
+    return digest
+
+
+def _broken(what: str) -> FormatError:
+    return FormatError(f"{SUMS}: {what}. Fetch it again, or remove it.")

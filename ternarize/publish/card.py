@@ -1,0 +1,259 @@
+"""The model card of a packed checkpoint: README.md, written from its record and nothing else.
+
+Its last line holds a digest of what stands above it, which tells a card that nobody has touched
+(and that may be written anew) from one that a person has edited (and that is never replaced).
+"""
+
+import hashlib
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from ternarize.files.names import RECORD
+from ternarize.measure.report import inspect
+from ternarize.plans.recipe import GROUP_SIZE, KEEP, Recipe, read_recipe
+from ternarize.sources.fetch import split_id
+from ternarize.sources.origin import inherit
+from ternarize.sources.packed import check_record, open_packed
+
+CARD = "README.md"
+MARK = "<!-- ternarize wrote the text above (sha256 "
+MARK_END = "). Once it is edited, no push replaces it. -->"
+SOURCE = "SOURCE"  # in commands, where the source's name is not known
+MEASURES = {
+    "perplexity": "perplexity",
+    "source_perplexity": "perplexity of the source",
+    "perplexity_ratio": "ratio of the two",
+    "kl_divergence": "KL divergence from the source, nats per token",
+    "top1_agreement": "top-1 agreement with the source",
+    "cosine": "cosine similarity with the source's embeddings",
+}
+
+
+def is_ours(text: str) -> bool:
+    """Whether a card is as `make_card` wrote it; False for any that a person has edited."""
+    body, mark, rest = text.replace("\r\n", "\n").rpartition(MARK)
+    return bool(mark) and rest.strip() == _digest(body) + MARK_END
+
+
+def _digest(body: str) -> str:
+    return hashlib.sha256(body.encode("utf-8")).hexdigest()
+
+
+def make_card(
+    directory: str | Path, where: str, *, base_model: str | None = None, shim: bool = False
+) -> str:
+    """The model card of a packed checkpoint, as text.
+
+    directory   of the packed checkpoint
+    where       what people will load it by: user/name, or user/name@revision
+    base_model  Hub id of the source; None: as on record, if it came from the Hub
+    shim        whether the checkpoint carries the code that makes transformers find ternarize
+
+    What the record does not say is left out or said to be unknown. Raises FormatError as `inspect`.
+    """
+    from huggingface_hub import ModelCardData  # slow to import
+
+    packed, records = open_packed(directory)
+    report = inspect(directory)
+    record = check_record(packed, records) or {}
+    source = _table_of(record, "source")
+    hub, inherited = _hub(source), inherit(_table_of(source, "card"))
+    base_model = base_model or hub.get("id")
+    data: dict[str, Any] = {
+        **inherited,  # first: what follows wins
+        **({"base_model": base_model, "base_model_relation": "quantized"} if base_model else {}),
+        "library_name": "transformers",
+        "tags": ["ternarize", "ternary", "1.58-bit"],
+    }
+    name = where.partition("@")[0].rpartition("/")[2]
+    parts = [
+        "---\n" + ModelCardData(**data).to_yaml() + "\n---",
+        f"# {name}",
+        _introduction(report, base_model),
+        _table(report),
+        "## How it was made",
+        *_how(record, hub),
+        "## How to load it",
+        *_loading(where, (packed.config or {}).get("architectures"), shim),
+        "## Licence",
+        _licence(inherited),
+    ]
+    body = "\n\n".join(parts) + "\n\n"
+    return body + MARK + _digest(body) + MARK_END + "\n"
+
+
+def _table_of(table: dict[str, Any], key: str) -> dict[str, Any]:
+    """The table under a key of the record, empty if there is none: anything may be there."""
+    value = table.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _hub(source: dict[str, Any]) -> dict[str, str]:
+    """Id and commit of a source of the Hub, as on record; empty where they cannot be such."""
+    hub = _table_of(source, "hub")
+    name, commit = str(hub.get("id")), str(hub.get("commit"))
+    good = split_id(name) == (name, None) and re.fullmatch(r"[0-9a-f]{40}", commit)
+    return {"id": name, "commit": commit} if hub and good else {}
+
+
+def _introduction(report: dict[str, Any], base_model: str | None) -> str:
+    totals = report["totals"]
+    of = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "its source"
+    return (
+        f"{of} with ternary weights: {totals['ternary_parameters']:,} of its "
+        f"{totals['parameters']:,} parameters are -1, 0 or +1 times a scale, packed five to a "
+        "byte. (Counters that take each byte for a parameter show fewer.) Made with ternarize."
+    )
+
+
+def _table(report: dict[str, Any]) -> str:
+    totals = report["totals"]
+    rows = [
+        ("parameters", f"{totals['parameters']:,}"),
+        ("of them ternary", f"{totals['ternary_parameters']:,}"),
+    ]
+    if totals["int8_parameters"]:
+        rows.append(("in int8", f"{totals['int8_parameters']:,}"))
+    rows.append(("size", f"{totals['file_bytes'] / 1e6:,.2f} MB"))
+    if totals["source_bytes"]:
+        source = f"{totals['source_bytes'] / 1e6:,.2f} MB"
+        rows.append(("size of the source", f"{source}, {totals['ratio']:.2f} times as much"))
+    if totals["ternary_bpw"]:
+        rows.append(("bits per ternary weight, scales included", f"{totals['ternary_bpw']:.3f}"))
+    if totals["sparsity"] is not None:
+        rows.append(("zeros among them", f"{totals['sparsity']:.1%}"))
+    if totals["relative_error"] is not None:
+        rows.append(("relative squared error of the weights", f"{totals['relative_error']:.4f}"))
+    quality = (report["calibration"] or {}).get("quality", {})
+    for key, text in MEASURES.items():
+        value, error = (quality.get(key, {}).get(each) for each in ("value", "standard_error"))
+        if value is not None:
+            rows.append((text, f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")))
+    lines = ["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows)]
+    if quality:
+        data = report["calibration"]["data"]
+        lines += [
+            "",
+            f"Measured on {data.get('report_samples')} samples of the calibration's data that "
+            "were put aside (± standard error).",
+        ]
+    else:
+        lines += ["", "How well it does its work, against its source, is not on record."]
+    return "\n".join(lines)
+
+
+def _how(record: dict[str, Any], hub: dict[str, str]) -> list[str]:
+    if not record:
+        return [f"The checkpoint has no record of its conversion ({RECORD})."]
+    source = f"{hub['id']}@{hub['commit']}" if hub else SOURCE
+    version = str(_table_of(record, "tool").get("version"))
+    if not re.fullmatch(r"\d[\w.+-]*", version):
+        version = "(of unknown version)"
+    parts = [
+        f"With ternarize {version}:",
+        _code("console", command(read_recipe(record), source, _was_ternary(record))),
+        f"`{RECORD}` is the record of it, tensor by tensor. To check it against the source, "
+        "byte by byte:",
+        _code("console", shlex.join(["ternarize", "verify", "packed", "--source", source])),
+    ]
+    if _table_of(_table_of(record, "source"), "imported"):
+        parts.append("The source was ternary already, and is packed without loss.")
+    if not hub:
+        parts.append(f"({SOURCE} was a directory, whose name is not on record.)")
+    return parts
+
+
+def _was_ternary(record: dict[str, Any]) -> bool:
+    """Whether weights of the source were ternary already."""
+    rows = _table_of(record, "tensors").values()
+    return bool(_table_of(_table_of(record, "source"), "imported")) or any(
+        isinstance(row, dict) and row.get("method") == "lossless" for row in rows
+    )
+
+
+def command(recipe: Recipe, source: str, was_ternary: bool = False) -> str:
+    """The command line of a conversion by this recipe, into `packed`.
+
+    was_ternary  the source has weights that are ternary already; the defaults are then what it has,
+                 so that all options are written
+    """
+    words = ["ternarize", "convert", source, "packed"]
+    default = Recipe(group_size=GROUP_SIZE, activations="none", head=KEEP, embeddings=KEEP)
+    words += ["--method", recipe.method]
+    for name in ("group_size", "scale_bits", "dtype", "activations", "head", "embeddings"):
+        value = getattr(recipe, name)
+        if value is not None and (was_ternary or value != getattr(default, name)):
+            words += [_option(name), str(value)]
+    for name in ("keep", "include", "planes"):
+        for glob in getattr(recipe, name):
+            words += [_option(name), glob]
+    if recipe.calibrate is not None:
+        usual = type(recipe.calibrate)()
+        words += ["--dataset", recipe.calibrate.dataset]
+        for name, value in vars(recipe.calibrate).items():
+            if name != "dataset" and value != getattr(usual, name):
+                words += [_option(name), str(value)]
+    return shlex.join(words)
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _loading(where: str, architectures: Any, shim: bool) -> list[str]:
+    repo, _, revision = where.partition("@")
+    arguments = json.dumps(repo) + (f", revision={json.dumps(revision)}" if revision else "")
+    listed = isinstance(architectures, list) and architectures  # as in any config.json
+    model_class = str(architectures[0]) if listed else "AutoModel"
+    if not re.fullmatch(r"[A-Za-z_]\w*", model_class):
+        model_class = "AutoModel"
+    causal = model_class.endswith("ForCausalLM")
+    if causal:
+        model_class = "AutoModelForCausalLM"
+    line = f"verify {shlex.quote(where)}"
+    if causal:
+        line = f"generate {shlex.quote(where)} --prompt 'Once upon a time'"
+    install = "`pip install ternarize`, then"
+    parts = [
+        f"{install} on the command line:",
+        _code("console", "ternarize " + line),
+        "in Python:",
+        _code("python", f"import ternarize\n\nmodel = ternarize.load({json.dumps(where)})"),
+        "or through transformers:",
+        _code(
+            "python",
+            "import ternarize  # transformers can then read packed weights\n"
+            f"from transformers import {model_class}\n\n"
+            f"model = {model_class}.from_pretrained({arguments})",
+        ),
+    ]
+    if shim:
+        parts += [
+            "Programs that do not import ternarize find it through the code in this repository:",
+            _code(
+                "python",
+                f"from transformers import {model_class}\n\n"
+                f"model = {model_class}.from_pretrained({arguments}, trust_remote_code=True)",
+            ),
+        ]
+    return parts
+
+
+def _code(kind: str, text: str) -> str:
+    inside = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, inside + 1)  # longer than any in the text, which would end it
+    return f"{fence}{kind}\n{text}\n{fence}"
+
+
+def _licence(inherited: dict[str, Any]) -> str:
+    licence = inherited.get("license_name") or inherited.get("license")
+    if licence is None:
+        return (
+            "The source's licence is not on record. Whatever it asks for holds for these weights."
+        )
+    licence = ", ".join(licence) if isinstance(licence, list) else licence
+    link = inherited.get("license_link")
+    return f"That of the source: {licence}" + (f" ({link})." if link else ".")

@@ -1,0 +1,56 @@
+"""Packed checkpoint -> files that other engines load."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ternarize.errors import UsageError
+from ternarize.progress import Progress
+from ternarize.publish.export.common import open_verified
+from ternarize.publish.export.gguf import export_gguf
+from ternarize.publish.export.hugging_face import (
+    export_bitnet,
+    export_dense,
+    export_gemma_int2,
+    export_mlx,
+)
+
+TARGETS: dict[str, Callable[..., dict[str, Any]]] = {
+    "gguf": export_gguf,
+    "dense": export_dense,
+    "bitnet": export_bitnet,
+    "gemma-int2": export_gemma_int2,
+    "mlx": export_mlx,
+}
+
+
+def export(
+    model: str | Path,
+    output: str | Path,
+    to: str,
+    *,
+    progress: Progress | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Write a packed checkpoint for another engine.
+
+    model    packed directory or Hub id; every digest is checked
+    output   file (gguf) or directory that must not exist yet
+    to       a name of TARGETS
+    options  of the target's function: allow_requantize (all), dtype (dense, mlx), kind, kept_type
+             and tokenizer (gguf)
+
+    Returns {"output", "bytes"} and what the target's function returns: what was written and what
+    was lost.
+
+    Raises UsageError for a target or an option's value that is none; FormatError (DigestError) for
+    what `verify` refuses; CheckpointError for what the target cannot carry; WeightError where a
+    dtype cannot hold a weight; OutputError where the output cannot be put.
+    """
+    if to not in TARGETS:
+        raise UsageError(f"to: {to!r}; expected one of {', '.join(TARGETS)}.")
+    output = Path(output).expanduser()
+    packed = open_verified(model)
+    report = TARGETS[to](packed, output, progress=progress, **options)
+    files = [output] if output.is_file() else list(output.iterdir())
+    return {"output": str(output), "bytes": sum(f.stat().st_size for f in files), **report}

@@ -1,0 +1,395 @@
+"""Export to GGUF, the format of llama.cpp, through the package `gguf`.
+
+Ternary tensors go into blocks of ggml (ggml.py) as trits and scales; int8 ones into Q8_0; kept
+matrices into a floating-point type; vectors into F32, which llama.cpp wants. Names and metadata are
+those that llama.cpp's own converter writes for the same architecture; the vocabulary is written by
+vocabulary.py.
+
+In the architecture `llama` the rows of q_proj and k_proj are reordered: transformers rotates the
+first half of a head's features against the second, llama.cpp each even one against its odd
+neighbour. With a head's rows as (2, dim / 2), theirs are (dim / 2, 2).
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ternarize.errors import CheckpointError, UsageError, WeightError
+from ternarize.files import llama_cpp
+from ternarize.files.headers import byte_view
+from ternarize.progress import Progress
+from ternarize.publish.export import vocabulary
+from ternarize.publish.export.common import (
+    Losses,
+    PackedCheckpoint,
+    carry,
+    carry_or_refit,
+    common_scales,
+    fresh_output,
+    model_config,
+)
+from ternarize.trits import ggml
+from ternarize.trits.int8 import INT8
+from ternarize.trits.scales import scale_values
+from ternarize.trits.ternary import Ternary
+
+KEPT_TYPES = {"f16": "F16", "bf16": "BF16", "f32": "F32", "q8_0": "Q8_0"}
+_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What llama.cpp calls an architecture, and how it differs here.
+
+    permuted  rows of q_proj and k_proj are reordered, see above
+    """
+
+    name: str
+    permuted: bool = False
+
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": Architecture("llama", permuted=True),
+    "MistralForCausalLM": Architecture("llama", permuted=True),
+    "Qwen2ForCausalLM": Architecture("qwen2"),
+    "Qwen3ForCausalLM": Architecture("qwen3"),
+    "MixtralForCausalLM": Architecture("llama", permuted=True),
+    "Qwen3MoeForCausalLM": Architecture("qwen3moe"),
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """A tensor of the file: its name there, ggml's type, logical shape, bytes, and how to make it.
+
+    read  returns the bytes, uint8, in the order of the file
+    """
+
+    name: str
+    type: int
+    shape: tuple[int, ...]
+    nbytes: int
+    read: Callable[[], Tensor]
+
+
+def export_gguf(
+    packed: PackedCheckpoint,
+    output: Path,
+    *,
+    kind: str = "tq2_0",
+    kept_type: str | None = None,
+    tokenizer: bool = True,
+    allow_requantize: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write a packed language model as one GGUF file.
+
+    kind              type of ternary tensors, a name of ggml.TYPES
+    kept_type         type of kept matrices, a name of KEPT_TYPES; None: as they are
+    tokenizer         False writes no vocabulary; such a file can be run on token numbers alone
+    allow_requantize  ternarize again what the type cannot hold, and measure
+
+    Returns what was written, and what was lost (`Losses.report`). Raises CheckpointError for an
+    architecture or a tokenizer that is not known, or a tensor that cannot be carried; UsageError
+    where gguf is not installed; OutputError where the file cannot be put.
+    """
+    gguf = llama_cpp.import_gguf()
+    if kind not in ggml.TYPES:
+        raise UsageError(f"type: {kind!r}; expected one of {', '.join(ggml.TYPES)}.")
+    if kept_type is not None and kept_type not in KEPT_TYPES:
+        raise UsageError(f"kept type: {kept_type!r}; expected one of {', '.join(KEPT_TYPES)}.")
+    config = model_config(packed)
+    architecture = _architecture(packed, config)
+    losses = Losses(kind.upper(), allow_requantize)
+    for name, record in packed.records.items():
+        if record.kind == "ternary":
+            losses.add(carry(packed, name, ggml.TYPES[kind].block, torch.float16)[1], name)
+    losses.stop_unless_allowed(packed, _advice(packed, kind))
+    writer = gguf.GGUFWriter(None, architecture.name)
+    notes: list[str] = []
+    if tokenizer:
+        notes = vocabulary.write(writer, packed.directory, config.vocab_size)
+    else:
+        writer.add_tokenizer_model("none")
+    items = _items(gguf, packed, config, architecture, kind, kept_type, losses)
+    total, done = sum(item.nbytes for item in items), 0
+    for item in items:
+        writer.add_tensor_info(item.name, item.shape, np.dtype(np.void), item.nbytes, item.type)
+    _write_metadata(gguf, writer, packed, config, kind)
+    with fresh_output(packed, output, folder=False) as partial:
+        try:
+            writer.write_header_to_file(partial)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for item in items:
+                data = item.read().numpy()
+                assert data.nbytes == item.nbytes, item.name
+                writer.write_tensor_data(data)
+                done += item.nbytes
+                if progress:
+                    progress(done, total, item.name, "writing")
+        finally:
+            writer.close()
+    return {"to": "gguf", "type": kind, "tensors": len(items), "notes": notes, **losses.report()}
+
+
+def _advice(packed: PackedCheckpoint, kind: str) -> str:
+    record = [r for r in packed.records.values() if r.kind == "ternary"]
+    if kind != "q2_0" and all(r.planes == 1 and not r.rotation[0] for r in record):
+        return "Use --type q2_0, or convert the source with --group-size 256."
+    return "Convert the source with --group-size 256 and, if it is calibrated, --rotation 0."
+
+
+def _architecture(packed: PackedCheckpoint, config: Any) -> Architecture:
+    where = f"{packed.directory / 'config.json'}"
+    names = config.architectures or ["none"]
+    if names[0] not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{where}: architecture {names[0]}; expected one of {', '.join(ARCHITECTURES)}. "
+            "Export it to dense, and use llama.cpp's own converter."
+        )
+    rope = config.rope_parameters
+    # llama.cpp refuses a file of qwen3 that has these biases
+    biased = names[0].startswith("Qwen3") and getattr(config, "attention_bias", False)
+    unknown = [
+        f"{key} {value!r}"
+        for key, value, known in (
+            ("hidden_act", config.hidden_act, ("silu",)),
+            ("rope_type", rope.get("rope_type", "default"), ("default", "linear", "llama3")),
+            ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), (1.0,)),
+            ("use_sliding_window", getattr(config, "use_sliding_window", False), (False, None)),
+            ("attention_bias", biased, (False, None)),
+            # of mixtures of experts: in every layer, with weights that sum to one
+            ("norm_topk_prob", getattr(config, "norm_topk_prob", True), (True,)),
+            ("decoder_sparse_step", getattr(config, "decoder_sparse_step", 1), (1,)),
+            ("mlp_only_layers", getattr(config, "mlp_only_layers", None) or [], ([],)),
+        )
+        if value not in known
+    ]
+    if unknown:
+        raise CheckpointError(
+            f"{where}: {', '.join(unknown)}; this export knows only the plain architecture. "
+            "Export it to dense, and use llama.cpp's own converter."
+        )
+    return ARCHITECTURES[names[0]]
+
+
+def _head_dim(config: Any) -> int:
+    explicit = getattr(config, "head_dim", None)
+    return int(explicit or config.hidden_size // config.num_attention_heads)
+
+
+def _write_metadata(
+    gguf: Any, writer: Any, packed: PackedCheckpoint, config: Any, kind: str
+) -> None:
+    """The keys that llama.cpp reads for a decoder of LLaMA's kind, and those about the model."""
+    counts = writer.get_total_parameter_count()
+    about = gguf.Metadata.load(None, packed.directory, None, counts[0])
+    about.size_label = gguf.size_label(*counts)
+    writer.add_type(gguf.GGUFType.MODEL)
+    about.set_gguf_meta_model(writer)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_file_type(ggml.TYPES[kind].file_type)
+    length, window = config.max_position_embeddings, getattr(config, "sliding_window", None)
+    # llama.cpp has no window in these architectures: within one, nothing is missing
+    writer.add_context_length(min(length, window) if window else length)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    experts = getattr(config, "num_local_experts", None)
+    if experts:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        if hasattr(config, "moe_intermediate_size"):
+            writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(_head_dim(config))
+    writer.add_value_length(_head_dim(config))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    rope = config.rope_parameters
+    writer.add_rope_dimension_count(_head_dim(config))
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope.get("rope_type") == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+
+
+def _items(
+    gguf: Any,
+    packed: PackedCheckpoint,
+    config: Any,
+    architecture: Architecture,
+    kind: str,
+    kept_type: str | None,
+    losses: Losses,
+) -> list[Item]:
+    number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
+    names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
+    items = []
+    factors = llama_cpp.rope_factors(config.rope_parameters, _head_dim(config))
+    if factors is not None:
+        items.append(_float_item("rope_freqs.weight", factors, "F32"))
+    stacks: dict[str, dict[int, Item]] = {}
+    for name in packed.records:
+        if name.endswith(".rotary_emb.inv_freq"):  # old checkpoints; the metadata says the same
+            continue
+        # one matrix for each expert here, one tensor of all of a layer there
+        expert = re.fullmatch(r"(.+\.experts)\.(\d+)(\.\w+\.weight)", name)
+        new = names.get_name(expert[1] + expert[3] if expert else name, (".weight", ".bias"))
+        if new is None:
+            raise CheckpointError(
+                f"{packed.checkpoint.tensors[name].file}: {name} has no name in llama.cpp's "
+                f"architecture {architecture.name}; expected a plain {config.architectures[0]}. "
+                "Export it to dense, and use llama.cpp's own converter."
+            )
+        order = _order(name, config) if architecture.permuted else None
+        item = _item(packed, name, new, order, kind, kept_type, losses)
+        if expert is None:
+            items.append(item)
+        else:
+            stacks.setdefault(new, {})[int(expert[2])] = item
+    items += [_stack(packed, config, new, found) for new, found in stacks.items()]
+    return items
+
+
+def _stack(packed: PackedCheckpoint, config: Any, name: str, experts: dict[int, Item]) -> Item:
+    """The matrices of all experts, one behind the other."""
+    count = config.num_local_experts
+    parts = [experts[number] for number in sorted(experts)]
+    if sorted(experts) != list(range(count)) or len({(p.type, p.shape) for p in parts}) > 1:
+        raise CheckpointError(
+            f"{packed.directory}: {name}: {len(experts)} experts of {count}, in "
+            f"{len({p.type for p in parts})} types; expected all of them in one. Convert the "
+            "source without --keep of single experts."
+        )
+    return Item(
+        name,
+        parts[0].type,
+        (count, *parts[0].shape),
+        sum(part.nbytes for part in parts),
+        lambda: torch.cat([part.read().flatten() for part in parts]),
+    )
+
+
+def _order(name: str, config: Any) -> Tensor | None:
+    """Where each row of the exported tensor comes from; None for the rows as they are."""
+    heads = {
+        "q_proj": config.num_attention_heads,
+        "k_proj": config.num_key_value_heads,
+    }.get(name.split(".")[-2])
+    if heads is None:
+        return None
+    rows = torch.arange(heads * _head_dim(config))
+    return rows.view(heads, 2, -1).transpose(1, 2).flatten()
+
+
+def _item(
+    packed: PackedCheckpoint,
+    name: str,
+    new: str,
+    order: Tensor | None,
+    kind: str,
+    kept_type: str | None,
+    losses: Losses,
+) -> Item:
+    record = packed.records[name]
+    dtype, shape = packed.info(name)
+
+    def rows(tensor: Tensor) -> Tensor:
+        return tensor if order is None else tensor[order]
+
+    if record.kind == "ternary" and shape[-1] % ggml.TYPES[kind].block == 0:
+        block = ggml.TYPES[kind]
+
+        def ternary() -> Tensor:
+            found = carry_or_refit(packed, name, block.block, torch.float16)
+            if any(name in names for names in losses.reasons.values()):
+                losses.measure(name, packed.dense(name), found.dequantize())
+            return ggml.encode(Ternary(rows(found.trits), rows(found.scales), block.block), kind)
+
+        nbytes = math.prod(shape) // block.block * block.nbytes
+        return Item(new, block.id, shape, nbytes, ternary)
+    if record.codec == INT8 and record.shape is not None and _q8_0_scales(packed, name) is not None:
+
+        def int8() -> Tensor:
+            values, _ = packed.stored(name)
+            found = _q8_0_scales(packed, name)
+            assert found is not None
+            return ggml.encode_q8_0(rows(values), rows(found))
+
+        nbytes = math.prod(shape) // ggml.Q8_0_BLOCK * ggml.Q8_0_NBYTES
+        return Item(new, ggml.Q8_0, shape, nbytes, int8)
+    # llama.cpp wants vectors, and routers, in F32
+    single = len(shape) < 2 or new.endswith(".ffn_gate_inp.weight")
+    target = "F32" if single else KEPT_TYPES.get(kept_type or "", dtype)
+    if record.shape is not None:  # what no block can hold: nothing is lost in float32
+        target = KEPT_TYPES.get(kept_type or "", "F32")
+    if target not in _FLOATS and target != "Q8_0":
+        target = "F32"
+
+    def kept() -> Tensor:
+        dense = packed.kept(name) if record.shape is None else packed.dense(name)
+        return _encode_kept(packed, name, rows(dense.view(shape)), target, losses)
+
+    if target == "Q8_0":
+        if shape[-1] % ggml.Q8_0_BLOCK:
+            raise CheckpointError(
+                f"{packed.checkpoint.tensors[name].file}: {name} has {shape[-1]} columns; Q8_0 "
+                "needs a multiple of 32. Use --kept-type f16."
+            )
+        nbytes = math.prod(shape) // ggml.Q8_0_BLOCK * ggml.Q8_0_NBYTES
+        return Item(new, ggml.Q8_0, shape, nbytes, kept)
+    size = _FLOATS[target].itemsize
+    return Item(new, _float_id(target), shape, math.prod(shape) * size, kept)
+
+
+def _q8_0_scales(packed: PackedCheckpoint, name: str) -> Tensor | None:
+    """Scales of an int8 tensor's blocks in Q8_0; None where it cannot be carried."""
+    record = packed.records[name]
+    values, scales = packed.stored(name)
+    if values.dim() != 2 or values.shape[-1] % ggml.Q8_0_BLOCK:
+        return None
+    wide = scale_values(scales, torch.float64)
+    found = common_scales(Ternary(values, wide, record.group_size), ggml.Q8_0_BLOCK)
+    if found is None or not torch.equal(found.to(torch.float16).to(torch.float64), found):
+        return None
+    return found
+
+
+def _float_id(kind: str) -> int:
+    return {"F32": 0, "F16": 1, "BF16": 30}[kind]  # of ggml
+
+
+def _float_item(name: str, values: Tensor, kind: str) -> Item:
+    return Item(
+        name, _float_id(kind), tuple(values.shape), values.nbytes, lambda: byte_view(values)
+    )
+
+
+def _encode_kept(
+    packed: PackedCheckpoint, name: str, dense: Tensor, target: str, losses: Losses
+) -> Tensor:
+    """The bytes of a floating-point tensor in `target`, measured where that rounds."""
+    if target == "Q8_0":
+        gguf = llama_cpp.import_gguf()
+        kind = gguf.GGMLQuantizationType.Q8_0
+        data = gguf.quantize(dense.to(torch.float32).numpy(), kind)
+        losses.measure(name, dense, torch.from_numpy(gguf.dequantize(data, kind)))
+        return torch.from_numpy(data).flatten()
+    cast = dense.to(_FLOATS[target])
+    if bool(cast.isinf().any()):
+        raise WeightError(
+            f"{packed.checkpoint.tensors[name].file}: {name} has weights beyond {target}; expected "
+            "at most 65504. Use --kept-type bf16 or f32."
+        )
+    losses.measure(name, dense, cast)
+    return byte_view(cast)

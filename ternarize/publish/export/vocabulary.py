@@ -1,0 +1,198 @@
+"""The vocabulary of a GGUF file: tokens, merges, special tokens, and how text is split.
+
+Two kinds of BPE tokenizers can be carried; any other is refused, since a file that says something
+near to it gives wrong tokens without a word:
+
+    "gpt2"    byte-level. A file has no regular expressions, llama.cpp knows splits by name
+              (tokenizer.ggml.pre): it must be one of llama_cpp.SPLITS.
+    "llama"   SentencePiece's, with spaces as U+2581 and single bytes for unknown characters. A file
+              has a score for each token and no merges: any two neighbours merge whose union is a
+              token, the one of the highest score first. So the merges must be all that the tokens
+              allow, and those of a token must follow each other.
+
+What counts is the tokenizer that transformers runs, not what files say that it overrides. One
+difference is told, not refused: LLaMA's tokenizers in transformers put no space before a text that
+begins with one, where SentencePiece and llama.cpp do.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from ternarize.errors import CheckpointError
+from ternarize.files import llama_cpp
+from ternarize.measure.evaluate import open_tokenizer
+
+# a Metaspace's prepend_scheme -> which texts get one more space in llama.cpp
+_DIFFERENT = {
+    "never": [],
+    "always": [
+        "llama.cpp puts one more space than transformers before text that begins with a space"
+    ],
+    "first": [
+        "llama.cpp puts one more space than transformers before text that begins with a space, "
+        "and before text behind a special token"
+    ],
+}
+
+
+def write(writer: Any, directory: Path, size: int) -> list[str]:
+    """Add the vocabulary of a checkpoint to a GGUFWriter.
+
+    size  tokens of the model; where the tokenizer has fewer, the rest is marked as unused
+
+    Returns for which texts llama.cpp gives other tokens, in words, if there are any. Raises
+    CheckpointError where there is no tokenizer or llama.cpp would split text differently.
+    """
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise CheckpointError(
+            f"{directory}: no tokenizer; expected tokenizer.json. Copy it from the source of the "
+            "model, or pass --no-tokenizer for a file that takes token numbers alone."
+        )
+    tokenizer = open_tokenizer(directory)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise _unknown(directory, f"is a {type(tokenizer).__name__}", "a fast tokenizer")
+    definition = json.loads(backend.to_str())
+    model = definition["model"]
+    if model["type"] != "BPE":
+        raise _unknown(directory, f"is {model['type']}", "BPE")
+    if model.get("dropout"):
+        raise _unknown(directory, "drops merges at random", "none that does")
+    tokens, types = _tokens(directory, definition, size)
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    notes: list[str] = []
+    if model.get("byte_fallback"):
+        writer.add_tokenizer_model("llama")
+        prefix, notes = _space_prefix(directory, definition)
+        writer.add_add_space_prefix(prefix)
+        writer.add_token_scores(_scores(directory, tokens, types, merges))
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(_split_name(directory, definition))
+        writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    _write_specials(writer, directory, tokenizer)
+    return notes
+
+
+def _space_prefix(directory: Path, definition: dict[str, Any]) -> tuple[bool, list[str]]:
+    """Whether a text gets a space in front, and for which texts llama.cpp's rule is another.
+
+    Refuses what does not just write spaces as U+2581.
+    """
+    normalizer, pre = definition["normalizer"] or {}, definition["pre_tokenizer"] or {}
+    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    if not pre and steps in (llama_cpp.PREPEND + llama_cpp.REPLACE, llama_cpp.REPLACE):
+        return bool(steps != llama_cpp.REPLACE), []
+    plain = pre.get("type") == "Metaspace" and pre.get("split") is False
+    scheme = pre.get("prepend_scheme")
+    if not steps and plain and pre.get("replacement") == llama_cpp.SPACE and scheme in _DIFFERENT:
+        return scheme != "never", _DIFFERENT[scheme]
+    shown = json.dumps([normalizer, pre], ensure_ascii=False)
+    raise _unknown(directory, f"prepares text by {shown:.200}", "spaces as U+2581, no splits")
+
+
+def _scores(
+    directory: Path, tokens: list[str], types: list[int], merges: list[list[str]]
+) -> list[float]:
+    """A score for each token by which llama.cpp merges as the merges do; 0 for what none makes."""
+    missing = [f"<0x{byte:02X}>" for byte in range(256) if f"<0x{byte:02X}>" not in tokens]
+    if missing:
+        raise _unknown(directory, f"has no token {missing[0]}", "one for each byte")
+    number = {token: at for at, token in enumerate(tokens)}
+    scores, made = [0.0] * len(tokens), ""
+    for rank, (left, right) in enumerate(merges):
+        if left + right != made:
+            made = left + right
+            if scores[number[made]]:
+                raise _unknown(directory, f"merges {made!r} at two places", "one place for each")
+            scores[number[made]] = -1.0 - rank
+    listed = {(left, right) for left, right in merges}
+    normal = {token for token, kind in zip(tokens, types, strict=True) if kind == llama_cpp.NORMAL}
+    for token in normal:
+        for cut in range(1, len(token)):
+            pair = token[:cut], token[cut:]
+            if pair not in listed and pair[0] in normal and pair[1] in normal:
+                raise _unknown(directory, f"does not merge {pair}", "all merges to be there")
+    return scores
+
+
+def _split_name(directory: Path, definition: dict[str, Any]) -> str:
+    """llama.cpp's name of the tokenizer's split."""
+    normalizer = (definition["normalizer"] or {}).get("type")
+    # llama.cpp never normalizes; Qwen's NFC changes only text that is not composed
+    if normalizer not in (None, "NFC"):
+        raise _unknown(directory, f"has the normalizer {normalizer}", "none")
+    steps = definition["pre_tokenizer"] or {}
+    steps = steps.get("pretokenizers", [steps])
+    steps = [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]
+    for name, known in llama_cpp.SPLITS.items():
+        if steps == known:
+            if bool(definition["model"].get("ignore_merges")) != (name in llama_cpp.WHOLE_WORDS):
+                continue
+            return name
+    shown = json.dumps(steps, ensure_ascii=False)
+    raise _unknown(
+        directory, f"splits text by {shown:.200}", f"one of {', '.join(llama_cpp.SPLITS)}"
+    )
+
+
+def _tokens(directory: Path, definition: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
+    """Every token by its number, and its type."""
+    tokens = [f"[PAD{number}]" for number in range(size)]
+    types = [llama_cpp.UNUSED] * size
+    added = {each["id"]: each for each in definition["added_tokens"]}
+    words = {number: word for word, number in definition["model"]["vocab"].items()}
+    words |= {number: each["content"] for number, each in added.items()}
+    for each in added.values():
+        for switch in ("lstrip", "rstrip", "single_word"):
+            if each.get(switch):
+                raise _unknown(
+                    directory,
+                    f"has {each['content']!r} with {switch}",
+                    "added tokens that are found everywhere, and leave the spaces beside them",
+                )
+    largest = max(words, default=-1)
+    if largest >= size:
+        raise _unknown(directory, f"has a token {largest}", f"at most {size - 1}, as the model")
+    for number, word in words.items():
+        tokens[number], types[number] = word, llama_cpp.NORMAL
+        if word == definition["model"].get("unk_token"):
+            types[number] = llama_cpp.UNKNOWN
+        elif number in added:
+            types[number] = (
+                llama_cpp.CONTROL if added[number]["special"] else llama_cpp.USER_DEFINED
+            )
+        elif definition["model"].get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", word):
+            types[number] = llama_cpp.BYTE
+    return tokens, types
+
+
+def _write_specials(writer: Any, directory: Path, tokenizer: Any) -> None:
+    """Numbers of special tokens, which of them a text gets, and the template of chats."""
+    ids = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "unk", "pad")}
+    for kind, number in ids.items():
+        if number is not None:
+            getattr(writer, f"add_{kind}_token_id")(number)
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    front = next((n for n in range(len(whole)) if whole[n : n + len(plain)] == plain), 0)
+    before, after = whole[:front], whole[front + len(plain) :]
+    if before not in ([], [ids["bos"]]) or after not in ([], [ids["eos"]]):
+        raise _unknown(
+            directory, f"puts {before} before a text and {after} behind it", "bos, eos or nothing"
+        )
+    writer.add_add_bos_token(bool(before))
+    writer.add_add_eos_token(bool(after))
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _unknown(directory: Path, what: str, expected: str) -> CheckpointError:
+    return CheckpointError(
+        f"{directory}: its tokenizer {what}; this export to GGUF knows {expected}. Pass "
+        "--no-tokenizer for a file that takes token numbers alone."
+    )

@@ -1,0 +1,276 @@
+"""Publish a packed checkpoint on the Hub: all of it in one commit, or nothing.
+
+Files are uploaded first, where nobody sees them, and what has arrived is not sent again; then one
+commit makes them public together. (`upload_folder` of the client is not used: it commits a folder
+in several parts if that takes long, so that for a while the config of one model would stand beside
+the weights of another.)
+"""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from ternarize.convert.verify import verify
+from ternarize.errors import CheckpointError, OutputError, UsageError
+from ternarize.files.json_files import read_json
+from ternarize.files.names import (
+    INDEX,
+    PICKLE,
+    RECORD,
+    SAFETENSORS,
+    WEIGHTS,
+    is_within,
+    module_folders,
+)
+from ternarize.files.sums import SUMS, format_sums, read_sums
+from ternarize.progress import Progress
+from ternarize.publish.card import CARD, is_ours, make_card
+from ternarize.sources.checkpoint import open_checkpoint
+from ternarize.sources.fetch import hub_errors, split_id
+from ternarize.version import __version__
+
+SHIM = "configuration_ternarize.py"
+SHIM_CLASS = "TernarizeConfigShim"
+SHIM_CODE = '''\
+"""Lets transformers read this checkpoint with trust_remote_code=True: it imports ternarize, which
+must be installed (pip install ternarize), and gives back the ordinary configuration."""
+
+import ternarize  # noqa: F401
+from transformers import CONFIG_MAPPING, PretrainedConfig
+
+
+class TernarizeConfigShim:
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoConfig"):
+        pass
+
+    @classmethod
+    def from_pretrained(cls, path, **kwargs):
+        wanted = {key: value for key, value in kwargs.items() if key != "return_unused_kwargs"}
+        table, _ = PretrainedConfig.get_config_dict(path, **wanted)
+        return CONFIG_MAPPING[table["model_type"]].from_pretrained(path, **kwargs)
+'''
+
+
+def push(
+    directory: str | Path,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+    base_model: str | None = None,
+    shim: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Upload a packed checkpoint with its model card to the Hub, in one commit.
+
+    directory       packed checkpoint; it is verified first, and never changed
+    repo            user/name; made if it does not exist
+    private         make it private, and go on only if it is
+    revision        branch to commit to, made if it does not exist
+    create_pr       open a pull request instead
+    commit_message  title of the commit
+    token           None: the one that is logged in (HF_TOKEN, `hf auth login`)
+    base_model      Hub id of the source, for the card; None: as on record
+    shim            add a file of code with which transformers, called with trust_remote_code=True,
+                    finds ternarize without an import
+    dry_run         upload nothing and ask nobody; say what would be sent
+    progress        as in `verify`
+
+    A card (README.md) is written from the record. One that a person has edited is never replaced:
+    that of the directory is sent as it is, and that on the Hub stays. Weight files on the Hub that
+    belong to another model of the same repository are removed in the same commit.
+
+    Returns {"repo", "commit" (None if dry), "url", "pull_request", "files": {path: bytes},
+    "removed": paths, "card": "written", "own" or "kept", "card_text"}.
+
+    Raises FormatError (DigestError) for a directory that `verify` refuses, before the network is
+    asked; UsageError for options that do not go together and a token that cannot be one;
+    OutputError for all that the Hub answers.
+    """
+    directory = Path(os.path.expanduser(directory))
+    if create_pr and revision is not None:
+        raise UsageError(
+            f"--create-pr: with --revision {revision}; a pull request goes to the main branch. "
+            "Leave one out."
+        )
+    if split_id(repo) != (repo, None):
+        raise UsageError(
+            f"{repo}: is no name of a repository; expected user/name. "
+            "A branch goes into --revision."
+        )
+    if base_model is not None and split_id(base_model) != (base_model, None):
+        raise UsageError(f"--base-model: {base_model!r:.80}; expected user/name, a Hub id.")
+    token = None if dry_run else _check_token(token)
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{directory}: no such directory; expected a packed checkpoint. Check the path."
+        )
+    verify(directory, progress=progress)
+    files = _files(directory)
+    where = repo if revision is None else f"{repo}@{revision}"
+    contents: dict[str, bytes] = {}  # what is not sent as it is on the disk
+    card = "own"
+    if CARD not in files or is_ours((directory / CARD).read_text("utf-8", "replace")):
+        card = "written"
+        contents[CARD] = make_card(directory, where, base_model=base_model, shim=shim).encode()
+    if shim:
+        contents |= _shim(directory)
+        digests = read_sums(directory)
+        if digests is not None:
+            digests |= {
+                path: hashlib.sha256(data).hexdigest()
+                for path, data in contents.items()
+                if path != CARD
+            }
+            contents[SUMS] = os.fsencode(format_sums(digests))
+    sent: dict[str, Path | bytes] = {**files, **contents}
+    sizes = {
+        path: len(data) if isinstance(data, bytes) else data.stat().st_size
+        for path, data in sorted(sent.items())
+    }
+    result: dict[str, Any] = {
+        "repo": repo,
+        "revision": revision or "main",
+        "commit": None,
+        "url": None,
+        "pull_request": None,
+        "files": sizes,
+        "removed": [],
+        "card": card,
+        "card_text": contents[CARD].decode() if card == "written" else None,
+    }
+    if dry_run:
+        return result
+    with hub_errors(repo, revision, OutputError, "The same command goes on from there."):
+        return result | _upload(
+            repo, sent, card, private, revision, create_pr, commit_message, token
+        )
+
+
+def _check_token(token: str | None) -> str | None:
+    """The token that will be sent, without spaces around it; UsageError, which does not show it."""
+    from huggingface_hub import get_token
+
+    found = get_token() if token is None else token.strip()
+    if found is not None and not re.fullmatch(r"[!-~]+", found):
+        raise UsageError(
+            "token: is empty, or has a space or another character that no token has; expected "
+            "visible ASCII. Copy it again from huggingface.co/settings/tokens."
+        )
+    return found
+
+
+def _files(directory: Path) -> dict[str, Path]:
+    """The files of a checkpoint, by their path in the repository; OutputError for strange weights.
+
+    What begins with a dot is left out, and so is Python's cache.
+    """
+    ours = {*open_checkpoint(directory).files, SAFETENSORS + INDEX}
+    if (directory / SAFETENSORS).is_file():
+        ours.remove(SAFETENSORS + INDEX)  # which would not be read
+    modules = module_folders(directory)  # weights there belong to the model
+    files = {}
+    for path in sorted(directory.rglob("*")):
+        relative = path.relative_to(directory)
+        hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
+        if hidden or not path.is_file():
+            continue
+        name = relative.as_posix()
+        ours_too = name in ours or is_within(name, modules)
+        if name.endswith((*WEIGHTS, INDEX)) and not ours_too:
+            raise OutputError(
+                f"{path}: is no part of the packed checkpoint; expected no other weights beside "
+                "it. Move it away."
+            )
+        files[name] = path
+    return files
+
+
+def _shim(directory: Path) -> dict[str, bytes]:
+    """The file of code, and a config.json that names it."""
+    config = read_json(directory / "config.json") or {}
+    named = config.get("auto_map") or {}
+    code = f"{SHIM.removesuffix('.py')}.{SHIM_CLASS}"
+    if not isinstance(named, dict) or named.get("AutoConfig", code) != code:
+        raise UsageError(
+            f"{directory / 'config.json'}: has code of its own for AutoConfig; expected a model "
+            "that transformers has. Leave out --shim."
+        )
+    config["auto_map"] = {**named, "AutoConfig": code}
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    return {"config.json": text.encode(), SHIM: SHIM_CODE.encode()}
+
+
+def _upload(
+    repo: str,
+    sent: dict[str, Path | bytes],
+    card: str,
+    private: bool,
+    revision: str | None,
+    create_pr: bool,
+    commit_message: str | None,
+    token: str | None,
+) -> dict[str, Any]:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    api = HfApi(token=token, library_name="ternarize", library_version=__version__)
+    if not create_pr:
+        api.create_repo(repo, private=private or None, exist_ok=True)
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(repo, branch=revision, exist_ok=True)
+    info = api.model_info(repo, revision=revision)
+    if private and not info.private:
+        raise OutputError(
+            f"{repo}: exists and is public; expected a private repository. Nothing was sent: make "
+            "it private on its page, or name another."
+        )
+    there = {each.rfilename for each in info.siblings or []}
+    if CARD in there:
+        published = api.hf_hub_download(repo, CARD, revision=info.sha)
+        if not is_ours(Path(published).read_text("utf-8", "replace")):
+            sent = {path: data for path, data in sent.items() if path != CARD}
+            card = "kept"
+    # what another conversion has left there does not speak of this one
+    stale = {RECORD, SUMS}
+    removed = sorted(path for path in there - sent.keys() if _is_model(path) or path in stale)
+    additions = [CommitOperationAdd(path, data) for path, data in sent.items()]
+    api.preupload_lfs_files(
+        repo, additions, revision=revision, create_pr=create_pr, free_memory=False
+    )
+    # what a .gitignore on the Hub names would silently be left out of the commit
+    ignored = [each.path_in_repo for each in additions if each._should_ignore]
+    if ignored:
+        raise OutputError(
+            f"{repo}: its .gitignore on the Hub leaves out {', '.join(ignored)}; expected all "
+            "files to be taken. Nothing was published: change that file, then push again."
+        )
+    commit = api.create_commit(
+        repo,
+        [*(CommitOperationDelete(path) for path in removed), *additions],
+        commit_message=commit_message or f"Upload weights packed by ternarize {__version__}",
+        revision=revision,
+        create_pr=create_pr,
+        parent_commit=None if create_pr else info.sha,  # what was looked at is what is changed
+    )
+    return {
+        "commit": commit.oid,
+        "url": str(commit.commit_url),
+        "pull_request": commit.pr_url,
+        "removed": removed,
+        "card": card,
+    }
+
+
+def _is_model(path: str) -> bool:
+    """Whether transformers may take this file for the weights of the repository's model."""
+    return path.removesuffix(INDEX) in (SAFETENSORS, PICKLE) or bool(
+        re.fullmatch(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)", path)
+    )

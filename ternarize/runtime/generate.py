@@ -1,0 +1,312 @@
+"""Continue a text, and give its pieces away as they come.
+
+A token is not a piece of text: a character can be spread over several tokens, and many tokenizers
+write the space of a word into the token before or drop it at the start. So each step decodes the
+last tokens twice, without and with the new one, and gives away the difference once it is whole
+characters. What has been given away, joined, is the text that is returned.
+"""
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from ternarize.errors import UsageError, first_line
+from ternarize.measure.evaluate import max_positions
+from ternarize.runtime.decode import Decoder, can_decode
+
+NEW_TOKENS = 128  # where the model's context has room for them
+CONTEXT_TOKENS = 8  # of the prompt, decoded before the first new token
+Model = Any
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A generated text and what it took.
+
+    text            without the prompt and without special tokens
+    prompt_tokens   read at once, in `prompt_seconds` (until the first new token was there)
+    new_tokens      generated, an end token included; all but the first in `seconds`
+    """
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    prompt_seconds: float
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed of generation, without the time for the prompt; 0 when there was one token."""
+        return (self.new_tokens - 1) / self.seconds if self.seconds > 0 else 0.0
+
+
+def generate(
+    model: Model,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    chat: bool = False,
+    stream: Callable[[str], None] | None = None,
+) -> Generation:
+    """Let a language model continue a prompt.
+
+    model           a causal language model of transformers, packed or not
+    prompt          text; empty: begin a document
+    max_new_tokens  at most; None: 128, or what the model's context has room for
+    temperature     0: always the most likely token (greedy); larger: more random
+    top_k           sample from the k most likely tokens
+    top_p           sample from the fewest tokens that have probability p together
+    seed            of the sampling; the caller's random state is left as it was. None: any
+    chat            put the prompt as a user's message into the tokenizer's chat template
+    stream          called with each new piece of text
+
+    Raises UsageError when a value cannot be used, the prompt does not fit the model's context, or
+    the model does not generate; UnicodeEncodeError for a prompt that is no text.
+    """
+    _check_options(max_new_tokens, temperature, top_k, top_p, seed)
+    check_continues(model)
+    ids = _encode(tokenizer, prompt, chat)
+    new_tokens = _room(model, len(ids), max_new_tokens)
+    config = copy.deepcopy(model.generation_config)
+    config.update(
+        max_new_tokens=new_tokens,
+        max_length=None,
+        num_beams=1,  # beams cannot be streamed
+        do_sample=temperature > 0,
+        temperature=temperature if temperature > 0 else None,
+        top_k=(top_k or 0) if temperature > 0 else None,  # 0: all tokens
+        top_p=(top_p or 1.0) if temperature > 0 else None,
+    )
+    if config.pad_token_id is None:
+        end = config.eos_token_id
+        config.pad_token_id = end[0] if isinstance(end, list) else end
+    pieces: list[str] = []
+
+    def give(piece: str) -> None:
+        pieces.append(piece)
+        if stream is not None:
+            stream(piece)
+
+    streamer = _Pieces(tokenizer, ids, give)
+    batch = torch.tensor([ids], device=model.device)
+    fast = can_decode(model, len(ids) + new_tokens) and _is_plain(config)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices, enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        begin = time.perf_counter()
+        with torch.inference_mode():
+            if fast:
+                _generate_by_decoder(model, batch, config, streamer)
+            else:
+                model.generate(
+                    batch,
+                    attention_mask=torch.ones_like(batch),
+                    generation_config=config,
+                    streamer=streamer,
+                )
+        end_time = time.perf_counter()
+    first = streamer.first if streamer.first is not None else end_time
+    return Generation("".join(pieces), len(ids), streamer.new, first - begin, end_time - first)
+
+
+def check_continues(model: Model) -> None:
+    """Raise UsageError for a model that does not continue a text."""
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise UsageError(
+            f"{type(model).__name__}: does not continue a text; expected a causal language model. "
+            "Use another checkpoint."
+        )
+
+
+# What `_generate_by_decoder` knows of a generation's settings; those that do not say which tokens
+# come; and the values with which others say nothing.
+_PLAIN = {"max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "eos_token_id"}
+_SILENT = {
+    "bos_token_id",
+    "pad_token_id",
+    "transformers_version",
+    "use_cache",
+    "_from_model_config",
+}
+_NEUTRAL = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "typical_p": 1.0,
+    "guidance_scale": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "no_repeat_ngram_size": 0,
+}
+
+
+def _is_plain(config: GenerationConfig) -> bool:
+    """Whether nothing is asked for but to take the likeliest token, or to sample from the best."""
+    return all(
+        key in _PLAIN | _SILENT
+        or value is None
+        or value is False
+        or (key in _NEUTRAL and value == _NEUTRAL[key])
+        for key, value in config.to_diff_dict().items()
+    )
+
+
+def _generate_by_decoder(
+    model: Model, ids: torch.Tensor, config: GenerationConfig, streamer: "_Pieces"
+) -> None:
+    """What model.generate does with such a config, by ternarize.decode: the same tokens."""
+    warpers: list[Any] = []
+    if config.do_sample:
+        if config.temperature != 1.0:
+            warpers.append(TemperatureLogitsWarper(config.temperature))
+        if config.top_k:
+            warpers.append(TopKLogitsWarper(config.top_k))
+        if config.top_p < 1.0:
+            warpers.append(TopPLogitsWarper(config.top_p))
+    end = config.eos_token_id
+    ends = end if isinstance(end, list) else [end]
+    streamer.put(ids)
+    decoder = Decoder(model, ids, ids.shape[1] + config.max_new_tokens)
+    for left in range(config.max_new_tokens, 0, -1):
+        scores = decoder.logits.to(torch.float32)
+        for warper in warpers:
+            scores = warper(ids, scores)
+        if config.do_sample:
+            token = torch.multinomial(scores.softmax(-1), 1).squeeze(-1)
+        else:
+            token = scores.argmax(-1)
+        streamer.put(token)
+        if left == 1 or token.item() in ends:
+            break
+        decoder.step(token)
+    streamer.end()
+
+
+class _Pieces(BaseStreamer):
+    """Receives token ids from transformers' generate; gives away whole characters.
+
+    ids[start:done] have been given away and are decoded again as context for what follows.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: list[int], give: Callable[[str], None]) -> None:
+        self.tokenizer = tokenizer
+        self.give = give
+        self.ids = list(prompt)
+        self.start, self.done = max(0, len(prompt) - CONTEXT_TOKENS), len(prompt)
+        self.new = 0
+        self.first: float | None = None
+        self.prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.prompt_seen:  # generate sends the prompt first
+            self.prompt_seen = True
+            return
+        if self.first is None:
+            self.first = time.perf_counter()
+        tokens = value.flatten().tolist()
+        self.ids += tokens
+        self.new += len(tokens)
+        self._emit(whole=True)
+
+    def end(self) -> None:
+        self._emit(whole=False)
+
+    def _emit(self, whole: bool) -> None:
+        before = self._decode(self.ids[self.start : self.done])
+        now = self._decode(self.ids[self.start :])
+        if whole and now.endswith("\ufffd"):
+            return  # the next tokens may complete the character
+        if len(now) > len(before):
+            self.give(now[len(before) :])
+            self.start, self.done = self.done, len(self.ids)
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+
+def _encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
+    """Token ids of a prompt, with what the tokenizer or its chat template puts around it."""
+    prompt.encode("utf-8")  # raises where it is no text, which tokenizers do in their own words
+    if chat:
+        if not tokenizer.chat_template:
+            raise UsageError(
+                "chat: the tokenizer has no chat template; expected a model made for chat. "
+                "Generate without --chat."
+            )
+        message = [{"role": "user", "content": prompt}]
+        try:
+            ids: list[int] = tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, tokenize=True, return_dict=True
+            )["input_ids"]
+        except MemoryError:
+            raise
+        except Exception as error:  # a template is a program of its own and raises what it likes
+            raise UsageError(
+                f"chat: the tokenizer's chat template fails ({type(error).__name__}: "
+                f"{first_line(error)}); expected one that takes a user's message. "
+                "Generate without --chat, or repair the template."
+            ) from error
+    else:
+        ids = tokenizer(prompt, verbose=False)["input_ids"]
+    if ids:
+        return ids
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if begin is None:
+        raise UsageError(
+            "prompt: is empty, and the tokenizer has no token to begin with; expected some text."
+        )
+    return [begin]
+
+
+def _room(model: Model, prompt: int, new: int | None) -> int:
+    """How many tokens to generate: what is asked for, checked against the model's context."""
+    context = max_positions(model.config)
+    if prompt + (new or 1) > context:
+        asked = f" and {new} new ones" if new else ""
+        raise UsageError(
+            f"prompt: {prompt} tokens{asked}; expected at most the model's context of {context} "
+            "together. Shorten the prompt or ask for fewer new tokens."
+        )
+    return new or min(NEW_TOKENS, context - prompt)
+
+
+def _check_options(
+    max_new_tokens: int | None,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int | None,
+) -> None:
+    for name, value, good, expected in (
+        ("new tokens", max_new_tokens, max_new_tokens is None or max_new_tokens > 0, "at least 1"),
+        ("temperature", temperature, 0 <= temperature < float("inf"), "0 (greedy) or more"),
+        ("seed", seed, seed is None or 0 <= seed < 2**64, "0 to 2^64 - 1"),
+        ("top-k", top_k, top_k is None or top_k > 0, "at least 1"),
+        ("top-p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1"),
+    ):
+        if not good:
+            raise UsageError(f"{name}: {value}; expected {expected}.")

@@ -1,0 +1,203 @@
+"""Load a packed checkpoint as a model of transformers.
+
+`load` picks the model class that the checkpoint was made from; the work is done by from_pretrained,
+with the plug-in of plugin.py. This module imports neither torch nor transformers at its top, so
+that `import ternarize` costs nothing.
+"""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from ternarize.errors import CheckpointError, FormatError, TernarizeError, first_line
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+QUANTIZERS = "transformers.quantizers.auto"
+
+
+def load(
+    path: str | Path,
+    *,
+    device: "str | torch.device | dict[str, Any] | None" = None,
+    dtype: "str | torch.dtype | None" = None,
+    activations: str | None = None,
+    head: str | None = None,
+    verify: bool = True,
+    dequantize: bool = False,
+    revision: str | None = None,
+    **kwargs: Any,
+) -> "PreTrainedModel":
+    """Load a packed checkpoint: a transformers model in eval mode with ternary layers.
+
+    path         a directory, or a Hub id (user/name[@revision])
+    device       "cuda", "cpu", ...; "auto" or a device map spreads the model (needs accelerate)
+    dtype        of everything that is not packed; None: as in the checkpoint's config
+    activations  "none" or "int8"; None: as in the checkpoint's config
+    head         "int8": round an output head that the checkpoint keeps in floating point, and the
+                 token embedding if the two are tied, to 8 bits as `convert --head int8` does, from
+                 the numbers that they have in `dtype`; None, or packed: as in the checkpoint
+    verify       check every code, padding, scale and SHA-256 before anything is loaded
+    dequantize   give back an ordinary model with dense weights
+    revision     branch, tag or commit on the Hub
+    kwargs       go to from_pretrained of the model's class; subfolder and variant, as there, say
+                 which folder and which of its weights
+
+    Raises UsageError on a `head` that cannot be rounded, CheckpointError when there is nothing to
+    load, FormatError when the checkpoint is not packed, is damaged, lacks a weight or needs a newer
+    ternarize.
+    """
+    from ternarize.files.json_files import read_config
+    from ternarize.sources.checkpoint import locate
+
+    directory = locate(
+        path,
+        revision,
+        subfolder=kwargs.pop("subfolder", None) or "",
+        variant=kwargs.get("variant"),
+    )
+    table = read_config(directory)
+    if table is None:
+        raise CheckpointError(
+            f"{directory}: no config.json; expected a Hugging Face checkpoint. "
+            "Copy config.json from the source of the model."
+        )
+    _check_is_packed(directory, table)
+
+    import transformers
+
+    from ternarize.files import unmapped
+    from ternarize.trits.ternary import check_device
+
+    unmapped.install()
+    if isinstance(device, str) and device != "auto":
+        check_device(device)
+    with usable(directory / "config.json"):
+        # never asked on the terminal: code that comes with a checkpoint runs on the caller's word
+        trust = {"trust_remote_code": kwargs.get("trust_remote_code") or False}
+        config = transformers.AutoConfig.from_pretrained(directory, **trust)
+        model_class = _model_class(directory, config)
+    switches = {
+        "verify": verify,
+        "dequantize": dequantize or None,
+        "activations": activations,
+        "head": head,
+    }
+    config.quantization_config = table["quantization_config"] | {
+        key: value for key, value in switches.items() if value is not None
+    }
+    if dtype is not None:
+        kwargs["dtype"] = dtype
+    if isinstance(device, dict) or device == "auto":
+        kwargs["device_map"] = device
+    with usable(directory):
+        model: PreTrainedModel = model_class.from_pretrained(directory, config=config, **kwargs)
+    if device is not None and "device_map" not in kwargs:
+        model.to(device)  # type: ignore[arg-type]
+    return model
+
+
+@contextmanager
+def usable(where: Path) -> Iterator[None]:
+    """Turns what transformers raises on a checkpoint that it cannot use into one line.
+
+    It raises whatever a wrong value leads to. What a checkpoint cannot cause goes on as it is.
+    """
+    import torch
+    import transformers
+
+    try:
+        yield
+    except (TernarizeError, MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{where}: transformers {transformers.__version__} cannot use it "
+            f"({type(error).__name__}: {first_line(error)}); expected a complete checkpoint. "
+            "Repair it, or install what it needs."
+        ) from error
+
+
+def _check_is_packed(directory: Path, config: dict[str, Any]) -> None:
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method != "ternarize":
+        what = "no quantization_config" if quantization is None else f"quant_method {method!r}"
+        raise FormatError(
+            f"{directory / 'config.json'}: {what}; expected quant_method 'ternarize'. "
+            "Pack the model with `ternarize convert`, or load it with transformers."
+        )
+    said = quantization.get("activations", "none") if isinstance(quantization, dict) else None
+    if said not in ("none", "int8"):
+        raise FormatError(
+            f"{directory / 'config.json'}: activations {said!r:.80}; expected 'none' or 'int8'. "
+            "Repair the file, or install a newer ternarize."
+        )
+
+
+def _model_class(directory: Path, config: Any) -> Any:
+    import transformers
+
+    for name in config.architectures or []:
+        found = getattr(transformers, name, None)
+        if inspect.isclass(found) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    # code that comes with the checkpoint; from_pretrained asks for trust_remote_code=True
+    for name in getattr(config, "auto_map", None) or {}:
+        if name.startswith("AutoModel") and hasattr(transformers, name):
+            return getattr(transformers, name)
+    raise AttributeError(f"no model class for architectures {config.architectures}")
+
+
+class _AfterImport(MetaPathFinder):
+    """Registers the plug-in right after `transformers.quantizers.auto` has been imported.
+
+    That module holds transformers' table of quantizers, and importing it takes seconds, which only
+    a user who loads a model should pay. transformers has no entry points, so the import itself is
+    the one event that comes before every use of the table, whoever imports first and in whatever
+    order.
+    """
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != QUANTIZERS:
+            return None
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            if spec is not None and spec.loader is not None:
+                _register_after(spec.loader)
+                return spec
+        return None
+
+
+def _register_after(loader: Loader) -> None:
+    execute = loader.exec_module
+
+    def execute_and_register(module: ModuleType) -> None:
+        execute(module)
+        _register()
+
+    loader.exec_module = execute_and_register  # type: ignore[method-assign]
+
+
+def install_hook() -> None:
+    """Make transformers' from_pretrained load packed checkpoints from now on."""
+    if QUANTIZERS in sys.modules:
+        _register()
+    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+def _register() -> None:
+    importlib.import_module("ternarize.runtime.plugin")  # it registers itself

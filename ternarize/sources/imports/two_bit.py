@@ -1,0 +1,215 @@
+"""Layouts with 2 bits for a weight that some models fill with three values.
+
+    mlx      <x>.weight U32 [rows, cols bits / 32], fields q from the low bits; <x>.scales and
+             <x>.biases [rows, cols / group]; w = q scale + bias. config.json: "quantization", with
+             group_size, bits and, by path, what differs. (`metal` of transformers: <x>.qbiases.)
+    gemma    <x>.weight U8 [rows, ceil(cols / 4)], fields t + 2 from the low bits;
+             <x>.weight_scale F32 [rows, 1] = s; w = s t
+
+Both hold weights that are not ternary as well (MLX with any bias, Gemma with t = -2): what is read
+is what is stored, and the conversion refuses a tensor that it cannot pack without loss. Of MLX
+other numbers of bits are read too, for the tensors that are kept (--keep).
+
+Arithmetic. q scale + bias is computed in float64, which is exact for 16-bit scales, and rounded
+once to their dtype; s t in float32 is exact. A runtime that computes gemma in bfloat16 rounds s to
+that.
+
+https://ml-explore.github.io/mlx (quantize, mode affine); transformers/integrations/gemma_quant.py
+and metal_quantization.py
+"""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ternarize.files.checkpoint import Checkpoint, TensorInfo
+from ternarize.files.headers import DTYPES
+from ternarize.models.skeleton import linear_layers
+from ternarize.sources.imports.common import (
+    FLOATS,
+    Decode,
+    Imported,
+    check_patterns,
+    expect,
+    imported,
+    read_rows,
+    refuse,
+)
+from ternarize.trits.ternary import split_groups
+
+BITS = (2, 4, 8)  # fields that do not cross words
+
+
+def mlx(raw: Checkpoint) -> Imported | None:
+    """The checkpoint as float weights if it is in MLX's affine layout, else None."""
+    config = raw.config or {}
+    how = config.get("quantization")
+    biases, name = ".biases", "mlx"
+    if how is None:
+        how = config.get("quantization_config")
+        biases, name = ".qbiases", "metal"
+        if not isinstance(how, dict) or how.get("quant_method") != "metal":
+            return None
+    if not isinstance(how, dict) or how.get("mode", "affine") != "affine":
+        raise refuse(
+            raw,
+            f"quantization of config.json is {str(how)[:80]!r}; expected MLX's, in mode affine",
+            "Convert the checkpoint it was made from.",
+        )
+    if raw.tensors and how.get("bits") != 2 and not _mixed(how):
+        raise refuse(
+            raw,
+            f"quantized to {how.get('bits')!r} bits by {name}; expected 2, which three values need",
+            "Convert the checkpoint it was made from.",
+        )
+    tensors, decode = dict(raw.tensors), dict[str, Decode]()
+    groups: dict[str, int] = {}
+    two = set()
+    for scales in [each for each in raw.tensors if each.endswith(".scales")]:
+        base = scales.removesuffix(".scales")
+        mine = how.get(base)
+        bits, group = (
+            {**how, **(mine if isinstance(mine, dict) else {})}.get(key)
+            for key in ("bits", "group_size")
+        )
+        if bits not in BITS or type(group) is not int or group < 1:
+            raise refuse(
+                raw,
+                f"{base} has {bits!r} bits in groups of {group!r}; expected 2, 4 or 8 bits",
+                "Convert the checkpoint it was made from.",
+            )
+        info = expect(raw, scales, FLOATS, None)
+        *stack, cols = info.shape
+        shape = (*stack, cols * group)
+        expect(raw, base + biases, (info.dtype,), info.shape)
+        expect(raw, base + ".weight", ("U32",), (*stack, cols * group * bits // 32))
+        decode[base + ".weight"] = _affine(raw, base, biases, bits, group)
+        weight = raw.tensors[base + ".weight"]
+        tensors[weight.name] = TensorInfo(weight.name, info.dtype, shape, weight.file)
+        del tensors[scales], tensors[base + biases]
+        groups[weight.name] = group
+        if bits == 2:
+            two.add(weight.name)
+    if raw.tensors and not groups:
+        raise refuse(
+            raw, "config.json says that it is quantized, but it has no scales", "Fetch it again."
+        )
+    return imported(
+        raw,
+        tensors,
+        decode,
+        groups,
+        format=f"{name}, affine",
+        scale="q scale + bias, a scale for each group",
+        ternary_ends=two,
+    )
+
+
+def _mixed(how: dict[str, Any]) -> bool:
+    """Whether some tensors are in 2 bits although most are not."""
+    return any(isinstance(each, dict) and each.get("bits") == 2 for each in how.values())
+
+
+def _affine(raw: Checkpoint, base: str, biases: str, bits: int, group: int) -> Decode:
+    dtype = DTYPES[raw.tensors[base + ".scales"].dtype]
+
+    def rows(first: int, last: int) -> Tensor:
+        words = read_rows(raw, base + ".weight", first, last)
+        q = split_groups(_fields(words, bits).to(torch.float64), group)
+        scale, bias = (
+            read_rows(raw, base + each, first, last).to(torch.float64).unsqueeze(-1)
+            for each in (".scales", biases)
+        )
+        return (q * scale + bias).to(dtype).flatten(-2)
+
+    return rows
+
+
+def gemma(raw: Checkpoint) -> Imported | None:
+    """The checkpoint as float weights if it is in transformers' `gemma` layout, else None."""
+    config = raw.config or {}
+    how = config.get("quantization_config")
+    if not isinstance(how, dict) or how.get("quant_method") != "gemma":
+        return None
+    listed = how.get("modules_to_not_convert")
+    check_patterns(raw, "modules_to_not_convert", listed)
+    patterns = how.get("module_quant_configs") or {}
+    if not isinstance(patterns, dict) or not all(isinstance(p, dict) for p in patterns.values()):
+        raise refuse(
+            raw,
+            f"module_quant_configs of config.json is {str(patterns)[:80]!r}; expected a table of "
+            "tables",
+            "Repair config.json.",
+        )
+    check_patterns(raw, "module_quant_configs", list(patterns))
+
+    def bits(path: str) -> Any:
+        found = [each for pattern, each in patterns.items() if re.search(pattern, path)]
+        return {"num_bits": how.get("num_bits", 4), **(found[0] if found else {})}["num_bits"]
+
+    layers = linear_layers(config, raw.tensors, listed)
+    if isinstance(layers, str):
+        raise refuse(
+            raw, f"gemma, but {layers}, so nothing says which layers it means", "Name the class."
+        )
+    if how.get("quantize_embeddings"):
+        raise refuse(
+            raw,
+            "gemma with quantize_embeddings, which packs the token embedding; expected it in "
+            "floating point",
+            "Convert the checkpoint it was made from.",
+        )
+    tensors, decode = dict(raw.tensors), dict[str, Decode]()
+    for name, (count, cols) in layers.items():
+        path = name.removesuffix(".weight")
+        if bits(path) != 2:
+            raise refuse(
+                raw,
+                f"{path} is in {bits(path)!r} bits; expected 2, which three values need",
+                "Convert the checkpoint it was made from.",
+            )
+        if not raw.tensors:
+            continue
+        weight = expect(raw, name, ("U8", "I8"), (count, -(-cols // 4)))
+        expect(raw, path + ".weight_scale", ("F32",), (count, 1))
+        for activation in ("input", "output"):
+            scale = f"{path}.{activation}_activation_scale"
+            if tensors.pop(scale, None) and bool(raw.read(scale).any()):
+                raise refuse(
+                    raw,
+                    f"{scale} is {float(raw.read(scale))}: activations are rounded in a fixed "
+                    "range, which cannot be carried; expected 0",
+                    "Convert the checkpoint it was made from.",
+                )
+        del tensors[path + ".weight_scale"]
+        tensors[name] = TensorInfo(name, "F32", (count, cols), weight.file)
+        decode[name] = _gemma_rows(raw, name, cols)
+    return imported(
+        raw,
+        tensors,
+        decode,
+        dict.fromkeys(layers, -1),
+        format="gemma, 2 bits",
+        scale="t weight_scale, one for each row",
+    )
+
+
+def _gemma_rows(raw: Checkpoint, name: str, cols: int) -> Decode:
+    def rows(first: int, last: int) -> Tensor:
+        stored = read_rows(raw, name, first, last).view(torch.uint8)
+        trits = _fields(stored, 2)[:, :cols].to(torch.float32) - 2
+        return trits * read_rows(raw, name + "_scale", first, last)
+
+    return rows
+
+
+def _fields(words: Tensor, bits: int) -> Tensor:
+    """The fields of `bits` bits in unsigned words, from the low bits: (..., n) -> (..., n * k).
+
+    uint8 or uint32; returns uint8.
+    """
+    step = torch.arange(0, words.dtype.itemsize * 8, bits)
+    wide = words.to(torch.int64).unsqueeze(-1)
+    return ((wide >> step) & ((1 << bits) - 1)).to(torch.uint8).flatten(-2)

@@ -1,0 +1,239 @@
+"""A tokenizer of transformers from the vocabulary of a GGUF file; export/vocabulary.py is the way
+back.
+
+    "gpt2"    byte-level BPE, with the split that the file names, one of llama_cpp.SPLITS
+    "llama"   SentencePiece's BPE, as llama.cpp runs it: a space in front if the file says so, the
+              two neighbours whose union has the highest score merge first
+
+Any other vocabulary, and one with a token twice, is left out, with a note: a tokenizer that is
+nearly right gives wrong tokens without a word.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import transformers
+
+from ternarize.errors import FormatError
+from ternarize.files import llama_cpp
+
+# other names of splits that llama.cpp treats like those of llama_cpp.SPLITS, in llama-vocab.cpp
+_ALSO = {
+    **dict.fromkeys(("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral"), "llama-bpe"),
+    "deepseek-r1-qwen": "qwen2",
+    "phi-2": "gpt-2",
+}
+_KINDS = ("bos", "eos", "unknown", "padding")
+_LONGEST = 512  # characters of a token; in every place of each a merge is looked for
+_NONE = (
+    "no tokenizer is written; copy tokenizer.json and tokenizer_config.json from the maker's "
+    "checkpoint"
+)
+
+
+def tokenizer_files(
+    where: str, keys: Mapping[str, Any], size: int
+) -> tuple[dict[str, bytes], list[str]]:
+    """The files of the tokenizer that a GGUF file describes, by name, and notes in words.
+
+    where  the file, for errors
+    keys   of the file
+    size   tokens of the model
+
+    No files where the vocabulary is of a kind that is not known; a note says so. Raises FormatError
+    where values have other types than they must, or lists do not belong together.
+    """
+    kind = keys.get("tokenizer.ggml.model", "none")
+    if not isinstance(kind, str):
+        raise FormatError(f"{where}: the kind of its vocabulary is no string; expected one.")
+    if kind == "none":
+        return {}, ["the file has no vocabulary: no tokenizer is written"]
+    pre = keys.get("tokenizer.ggml.pre", "default")
+    split = _ALSO.get(pre, pre) if isinstance(pre, str) else ""
+    if kind not in ("gpt2", "llama") or (kind == "gpt2" and split not in llama_cpp.SPLITS):
+        what = f"split {pre!r:.40}" if kind == "gpt2" else f"kind {kind!r:.40}"
+        return {}, [f"its vocabulary is of the {what}, which is not known here: {_NONE}"]
+    tokens, types = _tokens(where, keys, size)
+    specials = _specials(where, keys, tokens)
+    if len(set(tokens)) != len(tokens):
+        return {}, [f"its vocabulary has a token twice: {_NONE}"]
+    if kind == "llama" and max(map(len, tokens)) > _LONGEST:
+        return {}, [f"its vocabulary has a token of more than {_LONGEST} characters: {_NONE}"]
+    tokenizer = (
+        _byte_level(where, keys, tokens, types, split)
+        if kind == "gpt2"
+        else _sentencepiece(where, keys, tokens, types)
+    )
+    bos_is_usual = kind == "llama" or split in llama_cpp.WHOLE_WORDS  # llama.cpp's defaults
+    begin, end = (
+        keys.get(f"tokenizer.ggml.add_{name}_token", name == "bos" and bos_is_usual) is True
+        for name in ("bos", "eos")
+    )
+    for flag, name in ((begin, "bos"), (end, "eos")):
+        if flag and name not in specials:
+            raise FormatError(f"{where}: adds {name}, but has none; expected its number.")
+    if begin or end:
+        parts = [specials["bos"]] * begin + ["$A"] + [specials["eos"]] * end
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=parts,
+            pair=parts + [f"{'$B' if part == '$A' else part}:1" for part in parts],
+            special_tokens=[(t, tokens.index(t)) for t in dict.fromkeys(parts) if t != "$A"],
+        )
+    names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+    make: Any = transformers.PreTrainedTokenizerFast
+    wrapped = make(
+        tokenizer_object=tokenizer,
+        clean_up_tokenization_spaces=False,
+        **{f"{names[name]}_token": token for name, token in specials.items()},
+    )
+    template = keys.get("tokenizer.chat_template")
+    if isinstance(template, str):
+        wrapped.chat_template = template
+    with tempfile.TemporaryDirectory() as folder:
+        wrapped.save_pretrained(folder)
+        files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+    return files, []
+
+
+def _tokens(where: str, keys: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
+    tokens: Any = keys.get("tokenizer.ggml.tokens")
+    if not _are(tokens, str) or not 0 < len(tokens) <= size:
+        raise FormatError(
+            f"{where}: its vocabulary has {len(tokens) if isinstance(tokens, list) else 'no'} "
+            f"tokens; expected one for each row of the token embedding, {size}. Fetch it again."
+        )
+    types = keys.get("tokenizer.ggml.token_type")
+    if types is None:
+        return tokens, [llama_cpp.NORMAL] * len(tokens)
+    integers = isinstance(types, np.ndarray) and types.dtype.kind in "iu"
+    if not integers or len(types) != len(tokens):
+        raise FormatError(f"{where}: has no type for each token; expected that. Fetch it again.")
+    return tokens, [int(kind) for kind in types]
+
+
+def _are(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(each, kind) for each in value)
+
+
+def _specials(where: str, keys: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for name in _KINDS:
+        number = keys.get(f"tokenizer.ggml.{name}_token_id")
+        if number is None:
+            continue
+        if type(number) is not int or not 0 <= number < len(tokens):
+            raise FormatError(
+                f"{where}: {name} token {str(number):.20}; expected one of {len(tokens)}."
+            )
+        found[name] = tokens[number]
+    return found
+
+
+def _added(
+    tokenizer: tokenizers.Tokenizer, tokens: Sequence[str], types: Sequence[int]
+) -> tokenizers.Tokenizer:
+    """The tokens that are found in a text before it is split; they keep their numbers."""
+    for kinds, add in (
+        ((llama_cpp.CONTROL, llama_cpp.UNKNOWN), tokenizer.add_special_tokens),
+        ((llama_cpp.USER_DEFINED,), tokenizer.add_tokens),
+    ):
+        found = [
+            tokenizers.AddedToken(token, normalized=False)
+            for token, kind in zip(tokens, types, strict=True)
+            if kind in kinds
+        ]
+        add(found)
+    return tokenizer
+
+
+def _byte_level(
+    where: str,
+    keys: Mapping[str, Any],
+    tokens: list[str],
+    types: list[int],
+    split: str,
+) -> tokenizers.Tokenizer:
+    merges: Any = keys.get("tokenizer.ggml.merges")
+    if not _are(merges, str) or any(merge.count(" ") != 1 for merge in merges):
+        raise FormatError(f"{where}: its merges are no pairs; expected pairs. Fetch it again.")
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    for merge in merges:
+        if not {*merge.split(" "), merge.replace(" ", "")} <= vocabulary.keys():
+            raise FormatError(
+                f"{where}: the merge {merge!r:.80} has parts or a result that are no tokens; "
+                "expected tokens. Fetch it again."
+            )
+    model = {
+        "type": "BPE",
+        "vocab": vocabulary,
+        "merges": [merge.split(" ") for merge in merges],
+        "ignore_merges": split in llama_cpp.WHOLE_WORDS,
+    }
+    steps = [
+        {**step, "trim_offsets": True} if step["type"] == "ByteLevel" else step
+        for step in llama_cpp.SPLITS[split]
+    ]
+    tokenizer = _made(where, model, None, {"type": "Sequence", "pretokenizers": steps})
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return _added(tokenizer, tokens, types)
+
+
+def _sentencepiece(
+    where: str, keys: Mapping[str, Any], tokens: list[str], types: list[int]
+) -> tokenizers.Tokenizer:
+    scores = keys.get("tokenizer.ggml.scores")
+    if not isinstance(scores, np.ndarray) or len(scores) != len(tokens):
+        raise FormatError(f"{where}: has no score for each token; expected that. Fetch it again.")
+    normal = {
+        token
+        for token, kind in zip(tokens, types, strict=True)
+        if kind in (llama_cpp.NORMAL, llama_cpp.USER_DEFINED)
+    }
+    value = dict(zip(tokens, scores.tolist(), strict=True))
+    merges = [
+        (made[:cut], made[cut:])
+        for made in sorted(normal, key=lambda token: (-value[token], token))
+        for cut in range(1, len(made))
+        if made[:cut] in normal and made[cut:] in normal
+    ]
+    unknown = keys.get("tokenizer.ggml.unknown_token_id", 0)
+    model = {
+        "type": "BPE",
+        "vocab": {token: number for number, token in enumerate(tokens)},
+        "merges": merges,
+        "byte_fallback": True,
+        "fuse_unk": True,
+        "unk_token": tokens[unknown] if 0 <= unknown < len(tokens) else None,
+    }
+    prefix = keys.get("tokenizer.ggml.add_space_prefix", True) is True
+    steps = llama_cpp.PREPEND * prefix + llama_cpp.REPLACE
+    tokenizer = _made(where, model, {"type": "Sequence", "normalizers": steps}, None)
+    decoders = tokenizers.decoders
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(llama_cpp.SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        + ([decoders.Strip(" ", 1, 0)] if prefix else [])
+    )
+    return _added(tokenizer, tokens, types)
+
+
+def _made(
+    where: str, model: dict[str, Any], normalizer: Any, pre_tokenizer: Any
+) -> tokenizers.Tokenizer:
+    definition = {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "model": model,
+    }
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(definition))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise FormatError(
+            f"{where}: its vocabulary makes no tokenizer ({str(error):.120}). Fetch it again."
+        ) from None

@@ -1,0 +1,78 @@
+"""int8, for weights that three levels would harm too much (formats/int8.md): a byte a weight,
+-127..127, with a scale per group."""
+
+import torch
+from torch import Tensor
+
+from ternarize.errors import FormatError
+from ternarize.trits.scales import to_float
+from ternarize.trits.ternary import split_groups
+
+INT8 = "int8"  # name of the codec
+
+
+def encode_int8(weight: Tensor, group_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Round each group to 255 equal steps.
+
+        scale = max |w| / 127, rounded once to `dtype`        q = clip(round(w / scale), -127, 127)
+
+    weight      (..., rows, cols) float, finite
+    group_size  as in `Ternary`
+    dtype       of the scales, float16 or float32, which must hold them
+
+    Returns q int8 in the weight's shape, computed in float64 and rounded to nearest even, and
+    scales (..., rows, groups), for group_size 0 (..., 1, 1). Where a scale is 0 in `dtype`, q is 0.
+    """
+    cols = weight.shape[-1]
+    groups = split_groups(weight.to(torch.float64), group_size)
+    largest = to_float(int8_scales(weight, group_size), dtype)
+    step = largest.to(torch.float64).unsqueeze(-1)
+    q = (groups / torch.where(step == 0, torch.inf, step)).round().clamp(-127, 127)
+    q = q.flatten(-2)[..., :cols].to(torch.int8)
+    used = split_groups(q, group_size).ne(0).any(-1)
+    if group_size == 0:
+        used = used.any(-2, keepdim=True)
+    return q.contiguous(), torch.where(used, largest, 0)
+
+
+def int8_scales(weight: Tensor, group_size: int) -> Tensor:
+    """max |w| / 127 of each group, float64; shapes as in `encode_int8`."""
+    groups = split_groups(weight.abs().to(torch.float64), group_size)
+    if weight.numel() == 0:
+        largest = groups.new_zeros(groups.shape[:-1])
+    else:
+        largest = groups.amax(-1)
+    if group_size == 0:
+        largest = torch.nn.functional.pad(largest, (0, 0, 0, 1)).amax(-2, keepdim=True)
+    return largest / 127
+
+
+def dequantize_int8(q: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+    """Dense weight = scale * q, computed in float32 and rounded to `dtype`.
+
+    q       (rows, cols) int8
+    scales  (scale_rows, groups) float16 or float32; scale_rows as in `dequantize`
+
+    Returns (rows, cols).
+    """
+    rows, cols = q.shape
+    if scales.shape[0] != rows:
+        scales = scales.repeat_interleave(rows // max(1, scales.shape[0]), dim=0)
+    groups = split_groups(q.to(torch.float32), group_size)
+    wide = scales.to(torch.float32).unsqueeze(-1)
+    return (groups * wide).flatten(-2)[..., :cols].to(dtype)
+
+
+def int8_used(q: Tensor, group_size: int) -> Tensor:
+    """Check int8 weights; returns (..., groups) bool: whether a group has one other than zero.
+
+    Raises FormatError on -128, which no encoder writes.
+    """
+    bad = q == -128
+    if bool(bad.any()):
+        at = int(bad.flatten().nonzero()[0])
+        raise FormatError(
+            f"byte {at}: -128 is no weight of codec int8; expected -127..127. The file is "
+            "damaged: fetch it again."
+        )
+    return split_groups(q, group_size).ne(0).any(-1)

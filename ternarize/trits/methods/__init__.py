@@ -1,0 +1,19 @@
+"""Ternarization without data: float weight -> Ternary.
+
+To add a method: a module with one function of the same signature, a line in METHODS, a test, and a
+row in README.md.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ternarize.trits.methods.absmean import absmean
+from ternarize.trits.methods.itf import itf
+from ternarize.trits.methods.levels import levels
+from ternarize.trits.methods.twn import twn
+from ternarize.trits.ternary import Ternary
+
+METHODS: dict[str, Callable[[Tensor, int], Ternary]] = {"absmean": absmean, "twn": twn, "itf": itf}
+
+__all__ = ["METHODS", "absmean", "itf", "levels", "twn"]

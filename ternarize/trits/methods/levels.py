@@ -1,0 +1,46 @@
+"""Weights that are ternary already: recognised, and represented without loss."""
+
+import torch
+from torch import Tensor
+
+from ternarize.native import lib
+from ternarize.trits.methods.grouped import KINDS, run_native
+from ternarize.trits.ternary import Ternary, check_group_size, split_groups
+
+
+def levels(weight: Tensor, group_size: int) -> Ternary | None:
+    """The exact ternary form of a weight that has one, else None.
+
+        every group: all non-zero |w| are equal      trit = sign(w)      scale = that |w|
+
+    weight      (rows, cols) or (experts, rows, cols), any float dtype
+    group_size  as in `absmean`
+
+    Models trained in ternary (BitNet b1.58, TriLM, ...) are stored like this. What is returned
+    dequantizes to `weight` exactly (-0.0 counts as 0). An ordinary matrix is told from its first
+    groups. NaN and infinity are not ternary: None.
+    """
+    check_group_size(group_size)
+    weight = weight.detach()
+    if lib is not None and weight.device.type == "cpu" and weight.dtype in KINDS:
+        result, answers = run_native(lib.levels, weight, group_size)
+        return result if all(answer == 1 for answer in answers) else None
+    magnitude = weight.abs().to(torch.float64)
+    if group_size == 0:
+        scales = (
+            magnitude.amax((-2, -1), keepdim=True)
+            if weight.numel()
+            else magnitude.new_zeros((*weight.shape[:-2], 1, 1))
+        )
+        equal = (magnitude == scales) | (magnitude == 0)
+    else:
+        groups = split_groups(magnitude, group_size)
+        if groups.shape[-2] == 0 or weight.numel() == 0:
+            scales = groups.new_zeros(groups.shape[:-1])
+            equal = groups == 0
+        else:
+            scales = groups.amax(-1)
+            equal = (groups == scales.unsqueeze(-1)) | (groups == 0)
+    if not bool(equal.all()) or not bool(weight.isfinite().all()):
+        return None
+    return Ternary(weight.sign().to(torch.int8), scales, group_size)

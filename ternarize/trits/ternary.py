@@ -1,0 +1,102 @@
+"""A ternary matrix in memory: trits, their scales, and how weights are grouped.
+
+A group is a run of weights along the input dimension (`cols`) that share one scale:
+
+    group_size = N > 0   N consecutive weights of a row (the last group of a row may be shorter)
+    group_size = -1      one group per row
+    group_size = 0       one scale for the whole matrix (BitNet b1.58's own rule)
+
+A matrix is (rows, cols) = (out_features, in_features); fused experts are (experts, rows, cols),
+a stack of matrices with the same grouping.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ternarize.errors import UsageError, first_line
+
+
+def group_length(cols: int, group_size: int) -> int:
+    """Weights of a full group of a row with `cols` columns (at least 1, so that it can divide)."""
+    return max(1, cols if group_size <= 0 else min(group_size, cols))
+
+
+def group_count(cols: int, group_size: int) -> int:
+    """Groups of a row with `cols` columns."""
+    return -(-cols // group_length(cols, group_size))
+
+
+def check_group_size(group_size: int) -> int:
+    """Return `group_size`; raises UsageError unless it is -1, 0 or positive."""
+    if not -1 <= group_size < 2**63:
+        raise UsageError(
+            f"group size: {group_size}; expected a positive number of weights, -1 (one group per "
+            "row) or 0 (one scale per tensor). Use --group-size 128 if in doubt."
+        )
+    return group_size
+
+
+def check_device(name: str | None) -> str:
+    """A device that is there, "cpu" for None; raises UsageError."""
+    name = "cpu" if name is None else name
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"device: {name!r} cannot be used here ({first_line(error)}); expected one "
+            "such as cpu or cuda."
+        ) from None
+    return name
+
+
+def split_groups(values: Tensor, group_size: int, fill: float = 0) -> Tensor:
+    """View (..., cols) as (..., groups, length), the last group padded with `fill`."""
+    cols = values.shape[-1]
+    length = group_length(cols, group_size)
+    missing = group_count(cols, group_size) * length - cols
+    if missing:
+        values = torch.nn.functional.pad(values, (0, missing), value=fill)
+    return torch.unflatten(values, -1, (group_count(cols, group_size), length))
+
+
+def group_sums(values: Tensor, group_size: int) -> Tensor:
+    """Sums of the groups of (..., cols): (..., groups)."""
+    return split_groups(values, group_size).sum(-1)
+
+
+def spread_scales(scales: Tensor, cols: int, group_size: int) -> Tensor:
+    """The scale of each weight: (..., rows or 1, groups) -> (..., rows or 1, cols)."""
+    return scales.repeat_interleave(group_length(cols, group_size), -1)[..., :cols]
+
+
+@dataclass(frozen=True)
+class Ternary:
+    """weight = scale * trit.
+
+    trits       (rows, cols) or (experts, rows, cols) int8, values -1, 0, +1
+    scales      (..., rows, groups) float64, for group_size 0 (..., 1, 1); finite, >= 0, and 0
+                exactly when all trits of the group are 0. float64, because a scale is rounded
+                only once, to the dtype in which it is stored.
+    group_size  see the module's docstring
+    """
+
+    trits: Tensor
+    scales: Tensor
+    group_size: int
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zero trits."""
+        return 1.0 - float(self.trits.count_nonzero()) / max(1, self.trits.numel())
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """scale * trit as a dense matrix of `dtype`, computed in float64.
+
+        float32 is rounded to once; a 16-bit dtype as torch does it, through float32, which makes no
+        difference for scales as they are stored.
+        """
+        cols = self.trits.shape[-1]
+        groups = split_groups(self.trits, self.group_size).to(torch.float64)
+        return (groups * self.scales.unsqueeze(-1)).flatten(-2)[..., :cols].to(dtype)
