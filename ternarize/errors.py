@@ -10,8 +10,14 @@
     ├── QualityError      the result is worse than a bound that was asked for
     └── OutputError       the result cannot be put where it was asked for
 
-Every message is one line: `where: what is, with its value; what is expected. What to do.`
-The class names are stable; the wording is not.
+Every error is made from four parts, and its message is one line of them:
+
+    CheckpointError("model.safetensors: lm_head.weight", "3 of 64 weights are NaN", "finite ones",
+                    "Repair the source")
+    model.safetensors: lm_head.weight: 3 of 64 weights are NaN; expected finite ones. Repair the
+    source.
+
+The class names and the names of the parts are stable; the wording is not.
 """
 
 import errno
@@ -30,7 +36,19 @@ REMEDY = {
 
 
 class TernarizeError(Exception):
-    """Base of all errors that a user or a file can cause."""
+    """Base of all errors that a user or a file can cause.
+
+    where     file, tensor or option
+    found     what is, with its value
+    expected  what should be there instead, to be read after "expected"; "" where that is plain
+    remedy    what to do, a sentence without its full stop; "" where nobody can say
+    """
+
+    def __init__(
+        self, where: object, found: str = "", expected: str = "", remedy: str = ""
+    ) -> None:
+        super().__init__(str(where), found, expected, remedy)
+        self.where, self.found, self.expected, self.remedy = str(where), found, expected, remedy
 
     def __str__(self) -> str:
         """The message in one line, and nothing in it that a terminal would act on.
@@ -38,7 +56,9 @@ class TernarizeError(Exception):
         Names come from files: line breaks, escape sequences and marks that turn the direction of
         writing are shown as their codes.
         """
-        text = printable(super().__str__())
+        text = f"{self.where}: {self.found}" if self.found else self.where
+        text += f"; expected {self.expected}." if self.expected else "." * bool(self.found)
+        text = printable(text + (f" {self.remedy}." if self.remedy else ""))
         if len(text) <= LONGEST:
             return text
         half = LONGEST // 2

@@ -1,11 +1,10 @@
-"""The command line: what goes where, exit codes, the examples of the documents, CLI.md itself."""
+"""The command line: what goes where, exit codes, CLI.md itself."""
 
 import io
 import json
 import math
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -643,25 +642,6 @@ def test_cli_md_is_what_the_program_says(tmp_path: Path) -> None:
         cwd=ROOT,
     )
     assert (tmp_path / "CLI.md").read_text() == (ROOT / "CLI.md").read_text()
-
-
-def examples(document: str) -> list[str]:
-    """The commands that a document shows: `Example: ternarize ...` and `$ ternarize ...` lines."""
-    text = (ROOT / document).read_text().replace("&quot;", '"')
-    found = re.findall(r"^(?:Example: |\$ )(ternarize (?!\[).*)$", text, re.MULTILINE)
-    return [command for command in found if "[OPTIONS]" not in command]
-
-
-@pytest.mark.parametrize("document", ["CLI.md", "README.md"])
-def test_the_examples_of_the_documents_run(
-    document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    commands = examples(document)
-    assert len(commands) >= 5
-    for command in commands:
-        ok(*shlex.split(command, comments=True)[1:])
 
 
 @pytest.mark.parametrize("output", ["", ".", "/"])

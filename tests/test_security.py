@@ -55,7 +55,7 @@ def classes() -> dict[str, type[TernarizeError]]:
 def test_every_class_of_errors_is_listed_with_its_exit_code(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    text = (ROOT / "README.md").read_text("utf-8")
+    text = (ROOT / "docs" / "errors.md").read_text("utf-8")
     listed = {n: int(c) for n, c in re.findall(r"^\| `(\w+Error)` \| (\d) \|", text, re.M)}
     assert listed.keys() == classes().keys()
     for name, code in listed.items():

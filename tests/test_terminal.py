@@ -38,7 +38,7 @@ def loads(*args, **kwargs):
 
 real, json.loads = json.loads, loads
 
-import ternarize.load
+import ternarize.runtime.load
 
 def load(*args, **kwargs):
     model = loaded(*args, **kwargs)

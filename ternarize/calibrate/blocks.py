@@ -118,9 +118,11 @@ def code_of_the_model(where: object) -> Iterator[None]:
         raise
     except Exception as error:
         raise CheckpointError(
-            f"{where}: its forward fails on the calibration data ({type(error).__name__}: "
-            f"{first_line(error)}); expected it to run. Check that the data fit the model, or "
-            "convert it without --dataset."
+            where,
+            f"its forward fails on the calibration data ({type(error).__name__}: "
+            f"{first_line(error)})",
+            "it to run",
+            "Check that the data fit the model, or convert it without --dataset",
         ) from error
 
 
@@ -287,9 +289,11 @@ class Blocks:
                 info = self.source.tensors.get(name)
                 if info is None or info.shape != tuple(value.shape):
                     raise CheckpointError(
-                        f"{self.source.directory}: {name} {list(value.shape)} comes from undoing "
-                        "what transformers does at loading; expected a tensor of the source. "
-                        "Convert it without --dataset."
+                        self.source.directory,
+                        f"{name} {list(value.shape)} comes from undoing what transformers does at "
+                        "loading",
+                        "a tensor of the source",
+                        "Convert it without --dataset",
                     )
             direct |= undone
         return direct
@@ -302,8 +306,10 @@ class Blocks:
         missing = wanted - {p for n in names for p in self.places[n].parameters}
         if missing:
             raise CheckpointError(
-                f"{self.source.directory}: {sorted(missing)[0]} is not among its tensors; "
-                "expected every weight of the model. Complete the checkpoint."
+                self.source.directory,
+                f"{sorted(missing)[0]} is not among its tensors",
+                "every weight of the model",
+                "Complete the checkpoint",
             )
         self._filling = True
         try:

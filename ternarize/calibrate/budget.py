@@ -63,8 +63,10 @@ def allocate(
     taken, least = _spend([_hull(choices) for choices in measured], int(target_bpw * total))
     if least > target_bpw * total:
         raise UsageError(
-            f"target bpw: {target_bpw}; this model takes at least {least / max(1, total):.4f} bits "
-            "per ternary weight. Ask for that much, or use --scale-bits 8."
+            "target bpw",
+            f"{target_bpw}; this model takes at least {least / max(1, total):.4f} bits per "
+            "ternary weight",
+            remedy="Ask for that much, or use --scale-bits 8",
         )
     chosen = {plan.name: plan for choice in taken for plan in choice.plans}
     return [chosen.get(t.name, t) for t in tensors]
@@ -128,8 +130,10 @@ def _measure(
         while len(seen) < len(blocks.paths):
             if not all(isinstance(c, Call) and c.block == calls[0].block for c in calls):
                 raise CheckpointError(
-                    f"{source.directory}: its forward does not come to all of its blocks; expected "
-                    "that it does. Convert it without --target-bpw."
+                    source.directory,
+                    "its forward does not come to all of its blocks",
+                    "that it does",
+                    "Convert it without --target-bpw",
                 )
             path = calls[0].block
             with blocks.loaded(path) as block:

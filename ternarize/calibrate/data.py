@@ -169,9 +169,11 @@ def read(
         name, padding = Path(how.dataset).name, None
     elif kind == TENSORS:
         raise UsageError(
-            f"{how.dataset}: {model_class.__name__} does not read text alone; expected a "
-            f".safetensors file with tensors named as its forward names them "
-            f"({', '.join(_arguments(model_class)[:4])}, ...), a sample per row. Make one."
+            how.dataset,
+            f"{model_class.__name__} does not read text alone",
+            f"a .safetensors file with tensors named as its forward names them ({', '.join(_arguments(model_class)[:4])}, "
+            "...), a sample per row",
+            "Make one",
         )
     elif how.dataset == SELF:
         _no_column(how)
@@ -182,9 +184,10 @@ def read(
     else:
         if tokenizer is None:
             raise CheckpointError(
-                f"{how.dataset}: {model_class.__name__} has no tokenizer, without which text "
-                "cannot be read; expected tokenizer.json or the like. Copy it from the source of "
-                "the model."
+                how.dataset,
+                f"{model_class.__name__} has no tokenizer, without which text cannot be read",
+                "tokenizer.json or the like",
+                "Copy it from the source of the model",
             )
         seq_len = _length(how, kind, config, tokenizer)
         text = _read_text(how, seq_len, tokenizer)
@@ -280,8 +283,10 @@ def _check_ids(sets: Sequence[Sequence[Sample]], config: Any, where: str) -> Non
     low, high = min(int(row.min()) for row in ids), max(int(row.max()) for row in ids)
     if low < 0 or high >= size:
         raise CheckpointError(
-            f"{where}: has tokens {low} to {high}; expected 0 to {size - 1}, the model's "
-            "vocabulary. Use the tokenizer that belongs to the model."
+            where,
+            f"has tokens {low} to {high}",
+            f"0 to {size - 1}, the model's vocabulary",
+            "Use the tokenizer that belongs to the model",
         )
 
 
@@ -303,8 +308,10 @@ def _read_text(how: Calibrate, seq_len: int, tokenizer: Any) -> _Text:
         paths, others = _list_files(path)
         if not paths:
             raise UsageError(
-                f"{how.dataset}: holds no {', '.join(READERS)} file; expected some text. "
-                "Name a file, or another directory."
+                how.dataset,
+                f"holds no {', '.join(READERS)} file",
+                "some text",
+                "Name a file, or another directory",
             )
         if others:
             notes.append(f"{others} files of other kinds than text were not read")
@@ -319,9 +326,7 @@ def _read_text(how: Calibrate, seq_len: int, tokenizer: Any) -> _Text:
     if empty:
         notes.append(f"{empty} records without text were left out")
     if not documents:
-        raise UsageError(
-            f"{how.dataset}: has no text; expected documents to calibrate on. Check the file."
-        )
+        raise UsageError(how.dataset, "has no text", "documents to calibrate on", "Check the file")
     return _Text(documents, name, files, notes)
 
 
@@ -372,8 +377,10 @@ def _read_file(path: Path, how: Calibrate, tokenizer: Any) -> Iterator[_Document
         for number, text in enumerate(read_documents(path), 1):
             if "\0" in text:  # valid UTF-8, but no text file has one
                 raise UsageError(
-                    f"{path}: document {number} has NUL characters; expected a text file. "
-                    "Name another file."
+                    path,
+                    f"document {number} has NUL characters",
+                    "a text file",
+                    "Name another file",
                 )
             yield _Document(text)
     elif suffix == ".jsonl":
@@ -384,8 +391,10 @@ def _read_file(path: Path, how: Calibrate, tokenizer: Any) -> Iterator[_Document
         yield from _read_parquet(path, how.text_column, tokenizer)
     else:
         raise UsageError(
-            f"{path}: is no kind of file that can be read; expected {', '.join(READERS)} or "
-            ".safetensors. Convert it, or give it the ending of what it is."
+            path,
+            "is no kind of file that can be read",
+            f"{', '.join(READERS)} or .safetensors",
+            "Convert it, or give it the ending of what it is",
         )
 
 
@@ -395,8 +404,10 @@ def _opening(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UsageError(
-            f"{path}: cannot be read ({error.strerror or first_line(error)}); expected a file of "
-            "text. Check the path."
+            path,
+            f"cannot be read ({error.strerror or first_line(error)})",
+            "a file of text",
+            "Check the path",
         ) from None
 
 
@@ -416,8 +427,10 @@ def _read_json(path: Path, column: str | None, tokenizer: Any) -> Iterator[_Docu
     rows = _parse(raw.removeprefix(b"\xef\xbb\xbf"), str(path))
     if not isinstance(rows, list):
         raise UsageError(
-            f"{path}: holds {_name(rows)}; expected a list of strings, or of objects with `text` "
-            "or `messages`. One object per line is a .jsonl file: name it so."
+            path,
+            f"holds {_name(rows)}",
+            "a list of strings, or of objects with `text` or `messages`",
+            "One object per line is a .jsonl file: name it so",
         )
     for number, row in enumerate(rows, 1):
         where = f"{path}: entry {number}"
@@ -433,8 +446,10 @@ def _read_parquet(path: Path, column: str | None, tokenizer: Any) -> Iterator[_D
         arrow, parquet = map(importlib.import_module, ("pyarrow", "pyarrow.parquet"))
     except ImportError:
         raise UsageError(
-            f"{path}: parquet files are read with pyarrow, which is not installed; expected it. "
-            "Run pip install 'ternarize[data]'."
+            path,
+            "parquet files are read with pyarrow, which is not installed",
+            "it",
+            "Run pip install 'ternarize[data]'",
         ) from None
     number = 0
     with _opening(path), path.open("rb") as raw:
@@ -448,8 +463,10 @@ def _read_parquet(path: Path, column: str | None, tokenizer: Any) -> Iterator[_D
                     yield _entry(value, tokenizer, f"{path}: row {number}, {chosen}")
         except (arrow.lib.ArrowException, OSError) as error:  # thrift's errors are OSErrors
             raise UsageError(
-                f"{path}: pyarrow cannot read it ({first_line(error)}); expected a parquet file. "
-                "Repair it, or name another."
+                path,
+                f"pyarrow cannot read it ({first_line(error)})",
+                "a parquet file",
+                "Repair it, or name another",
             ) from None
 
 
@@ -458,18 +475,18 @@ def _parse(raw: bytes, where: str) -> Any:
         return json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"{where}: byte {error.start} is not UTF-8; expected JSON in UTF-8. Convert it."
+            where, f"byte {error.start} is not UTF-8", "JSON in UTF-8", "Convert it"
         ) from None
     except (ValueError, RecursionError) as error:
         raise UsageError(
-            f"{where}: is not JSON ({first_line(error)}); expected a JSON value. Repair it."
+            where, f"is not JSON ({first_line(error)})", "a JSON value", "Repair it"
         ) from None
 
 
 def _record(row: Any, column: str | None, tokenizer: Any, where: str) -> _Document:
     if not isinstance(row, dict):
         raise UsageError(
-            f"{where}: is {_name(row)}; expected an object with `text` or `messages`. Repair it."
+            where, f"is {_name(row)}", "an object with `text` or `messages`", "Repair it"
         )
     chosen = _column(list(row), column, where)
     return _entry(row[chosen], tokenizer, f"{where}, {chosen}")
@@ -481,15 +498,19 @@ def _column(names: list[str], column: str | None, where: str) -> str:
     if column is not None:
         if column not in names:
             raise UsageError(
-                f"{where}: has no column {column!r} but {there or 'none'}; expected the one that "
-                "--text-column names. Name another."
+                where,
+                f"has no column {column!r} but {there or 'none'}",
+                "the one that --text-column names",
+                "Name another",
             )
         return column
     found = [name for name in ("text", "messages") if name in names]
     if len(found) != 1:
         raise UsageError(
-            f"{where}: has {' and '.join(found) or there or 'no columns'}; expected either `text` "
-            "or `messages`. Name the column with --text-column."
+            where,
+            f"has {' and '.join(found) or there or 'no columns'}",
+            "either `text` or `messages`",
+            "Name the column with --text-column",
         )
     return found[0]
 
@@ -501,15 +522,19 @@ def _entry(value: Any, tokenizer: Any, where: str) -> _Document:
         document = _Document(_render(value, tokenizer, where), begin=False)
     elif value is not None and not isinstance(value, str):
         raise UsageError(
-            f"{where}: is {_name(value)}; expected a text, or a list of messages. "
-            "Name another column with --text-column, or repair the data."
+            where,
+            f"is {_name(value)}",
+            "a text, or a list of messages",
+            "Name another column with --text-column, or repair the data",
         )
     try:
         document.text.encode()
     except UnicodeEncodeError as error:
         raise UsageError(
-            f"{where}: character {error.start} is half a surrogate pair; expected Unicode text. "
-            "Repair the data."
+            where,
+            f"character {error.start} is half a surrogate pair",
+            "Unicode text",
+            "Repair the data",
         ) from None
     return document
 
@@ -519,23 +544,28 @@ def _render(messages: list[Any], tokenizer: Any, where: str) -> str:
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise UsageError(
-                f"{where}: a message is {str(message)[:60]!r}; expected objects with `role` and "
-                "`content`. Repair the data."
+                where,
+                f"a message is {str(message)[:60]!r}",
+                "objects with `role` and `content`",
+                "Repair the data",
             )
     if not messages:
         return ""
     if not getattr(tokenizer, "chat_template", None):
         raise UsageError(
-            f"{where}: holds messages, and the tokenizer has no chat template; expected one that "
-            "puts them into the model's form. Use plain text (--text-column), or the tokenizer of "
-            "a chat model."
+            where,
+            "holds messages, and the tokenizer has no chat template",
+            "one that puts them into the model's form",
+            "Use plain text (--text-column), or the tokenizer of a chat model",
         )
     try:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception as error:  # a template is a program of its own and raises what it likes
         raise UsageError(
-            f"{where}: the tokenizer's chat template refuses the messages ({first_line(error)}); "
-            "expected roles and contents that it knows. Repair the data."
+            where,
+            f"the tokenizer's chat template refuses the messages ({first_line(error)})",
+            "roles and contents that it knows",
+            "Repair the data",
         ) from error
     return text
 
@@ -548,8 +578,10 @@ def _name(value: Any) -> str:
 def _no_column(how: Calibrate) -> None:
     if how.text_column is not None:
         raise UsageError(
-            f"text column: {how.text_column!r}, and {how.dataset} has text without columns; "
-            "expected none. Leave --text-column out."
+            "text column",
+            f"{how.text_column!r}, and {how.dataset} has text without columns",
+            "none",
+            "Leave --text-column out",
         )
 
 
@@ -577,8 +609,10 @@ def _read_hub(
     match = re.fullmatch(r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)((?:/[\w.-]+)*)/?", whole)
     if match is None or Path(whole).suffix in READERS:
         raise UsageError(
-            f"{given}: no such file; expected a file or directory of text, a Hub dataset id "
-            f"(user/name), {SELF} or {DEFAULT}. Check the path."
+            given,
+            "no such file",
+            f"a file or directory of text, a Hub dataset id (user/name), {SELF} or {DEFAULT}",
+            "Check the path",
         )
     repo, folder = match[1], match[2].strip("/")
 
@@ -588,9 +622,10 @@ def _read_hub(
             yield
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise UsageError(
-                f"{given}: no such file, and the Hub did not give it as a dataset "
-                f"({type(error).__name__}: {first_line(error)}). Check the name, the network and "
-                "your token."
+                given,
+                f"no such file, and the Hub did not give it as a dataset ({type(error).__name__}: "
+                f"{first_line(error)})",
+                remedy="Check the name, the network and your token",
             ) from None
 
     api = huggingface_hub.HfApi()
@@ -634,17 +669,20 @@ def _hub_files(names: list[str], folder: str, given: str) -> list[str]:
             break
     else:
         raise UsageError(
-            f"{given}: {len(inside)} files, none of them {', '.join(READERS)}; expected text in "
-            "one of these forms. Download it and convert it."
+            given,
+            f"{len(inside)} files, none of them {', '.join(READERS)}",
+            "text in one of these forms",
+            "Download it and convert it",
         )
     # evaluation must not be calibrated on, so other splits are left alone where there is this one
     found = [name for name in found if "train" in name] or found
     folders = sorted({os.path.dirname(name) for name in found})
     if len(folders) > 1:
         raise UsageError(
-            f"{given}: text in {len(folders)} folders ({', '.join(folders[:6])}"
-            f"{', ...' if len(folders) > 6 else ''}); expected one. Name it: "
-            "user/name/folder."
+            given,
+            f"text in {len(folders)} folders ({', '.join(folders[:6])}{', ...' if len(folders) > 6 else ''})",
+            "one",
+            "Name it: user/name/folder",
         )
     return found
 
@@ -693,9 +731,11 @@ def _divide(
             ]
             return sets, notes
     raise UsageError(
-        f"{how.dataset}: makes {counts[0]} samples of {seq_len} tokens, {counts[1]} held out "
-        f"and {counts[2]} to report on; expected at least {least[0]}, 1 and 1. "
-        "Give a longer text, or use shorter samples (--seq-len)."
+        how.dataset,
+        f"makes {counts[0]} samples of {seq_len} tokens, {counts[1]} held out and {counts[2]} to "
+        "report on",
+        f"at least {least[0]}, 1 and 1",
+        "Give a longer text, or use shorter samples (--seq-len)",
     )
 
 
@@ -752,9 +792,11 @@ def _portion(count: int, how: Calibrate, what: str) -> tuple[int, int, int]:
         sizes = count - 2 * other, other, other
     if sizes[0] < min(LEAST, how.num_samples):
         raise UsageError(
-            f"{how.dataset}: {count} {what}; expected at least "
-            f"{min(LEAST, how.num_samples) + 2}, of which one is held out and one reported on. "
-            "Give more."
+            how.dataset,
+            f"{count} {what}",
+            f"at least {min(LEAST, how.num_samples) + 2}, of which one is held out and one "
+            "reported on",
+            "Give more",
         )
     return sizes
 
@@ -776,8 +818,10 @@ def _cutter(
     body = seq_len - len(prefix) - len(suffix)
     if body < 1:
         raise UsageError(
-            f"sequence length: {seq_len}; expected more than the tokenizer's "
-            f"{len(prefix) + len(suffix)} special tokens. Use a larger number (--seq-len)."
+            "sequence length",
+            f"{seq_len}",
+            f"more than the tokenizer's {len(prefix) + len(suffix)} special tokens",
+            "Use a larger number (--seq-len)",
         )
     if kind == ENCODER:
 
@@ -788,8 +832,10 @@ def _cutter(
     start = getattr(config, "decoder_start_token_id", None)
     if start is None:
         raise CheckpointError(
-            f"{how.dataset}: the model's config.json has no decoder_start_token_id; expected "
-            "the token that its decoder begins with. Add it, or give .safetensors samples."
+            how.dataset,
+            "the model's config.json has no decoder_start_token_id",
+            "the token that its decoder begins with",
+            "Add it, or give .safetensors samples",
         )
 
     inside = len(prefix) + body  # of the encoder's window, before what stands behind
@@ -874,8 +920,10 @@ def _write(
     """Samples that the source model writes itself, each a document of its own."""
     if kind != CAUSAL or not model_class.can_generate() or generate is None:
         raise UsageError(
-            f"{SELF}: {model_class.__name__} ({kind}) writes no text of its own; expected a causal "
-            f"language model with its output head. Name a text (--dataset), or use {DEFAULT}."
+            SELF,
+            f"{model_class.__name__} ({kind}) writes no text of its own",
+            "a causal language model with its output head",
+            f"Name a text (--dataset), or use {DEFAULT}",
         )
     head = _own_beginning(config, tokenizer)
     check_room(seq_len, head)
@@ -887,8 +935,10 @@ def _write(
     ordinary = [index for index in range(size) if index not in special]
     if not ordinary:
         raise CheckpointError(
-            f"{SELF}: the model's vocabulary has {size} tokens, none of them ordinary; expected "
-            "words to begin with. Name a text (--dataset)."
+            SELF,
+            f"the model's vocabulary has {size} tokens, none of them ordinary",
+            "words to begin with",
+            "Name a text (--dataset)",
         )
     rng = random.Random(f"ternarize self {how.seed}")
     generator = torch.Generator().manual_seed(how.seed)
@@ -935,8 +985,11 @@ def _read_tensors(path: Path, how: Calibrate, model_class: Any) -> list[list[Sam
                 for name, row in _row(slices, index).items():
                     if row.is_floating_point() and not row.isfinite().all():
                         raise UsageError(
-                            f"{path}: row {index} of {name} has NaN or infinite numbers, or such "
-                            "as float32 does not hold; expected finite ones. Repair the data."
+                            path,
+                            f"row {index} of {name} has NaN or infinite numbers, or such as "
+                            "float32 does not hold",
+                            "finite ones",
+                            "Repair the data",
                         )
                     sha.update(byte_view(row[None]).numpy().tobytes())
                 places.setdefault(sha.digest(), index)
@@ -946,8 +999,10 @@ def _read_tensors(path: Path, how: Calibrate, model_class: Any) -> list[list[Sam
             return [[_row(slices, next(chosen)) for _ in range(size)] for size in sizes]
     except (SafetensorError, OSError) as error:
         raise UsageError(
-            f"{path}: cannot be read as safetensors ({first_line(error)}); expected tensors named "
-            f"as {model_class.__name__}.forward names them. Check the file."
+            path,
+            f"cannot be read as safetensors ({first_line(error)})",
+            f"tensors named as {model_class.__name__}.forward names them",
+            "Check the file",
         ) from None
 
 
@@ -964,21 +1019,27 @@ def _check_tensors(
     unknown = [name for name in shapes if name not in takes]
     if unknown or not shapes:
         raise UsageError(
-            f"{path}: {f'tensor {unknown[0]!r}' if unknown else 'no tensors'}; expected arguments "
-            f"of {model}.forward ({', '.join(takes[:6])}, ...). Name the tensors so."
+            path,
+            f"{f'tensor {unknown[0]!r}' if unknown else 'no tensors'}",
+            f"arguments of {model}.forward ({', '.join(takes[:6])}, ...)",
+            "Name the tensors so",
         )
     rows = {name: shape[0] if shape else 0 for name, shape in shapes.items()}
     if len(set(rows.values())) > 1:
         few, many = min(rows, key=rows.__getitem__), max(rows, key=rows.__getitem__)
         raise UsageError(
-            f"{path}: {rows[few]} rows in {few} and {rows[many]} in {many}; expected the same "
-            "number, a row per sample. Repair the data."
+            path,
+            f"{rows[few]} rows in {few} and {rows[many]} in {many}",
+            "the same number, a row per sample",
+            "Repair the data",
         )
     decoder = ("decoder_input_ids", "decoder_inputs_embeds")
     if decoder[0] in takes and not any(name in shapes for name in decoder):
         raise UsageError(
-            f"{path}: has {', '.join(shapes)}; expected decoder_input_ids too, which {model} needs "
-            "for its decoder. Add what it should write, behind its start token."
+            path,
+            f"has {', '.join(shapes)}",
+            f"decoder_input_ids too, which {model} needs for its decoder",
+            "Add what it should write, behind its start token",
         )
     return next(iter(rows.values()))
 

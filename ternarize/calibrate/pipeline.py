@@ -154,8 +154,11 @@ def _check_same(folder: Path, inputs: Mapping[str, str]) -> None:
         before = json.loads(path.read_text("utf-8"))
         if before != inputs:
             raise OutputError(
-                f"{folder.parent}: holds blocks calibrated on other samples or another device "
-                f"({before} there, {dict(inputs)} now); expected the same. Remove it to begin anew."
+                folder.parent,
+                f"holds blocks calibrated on other samples or another device ({before} there, "
+                f"{dict(inputs)} now)",
+                "the same",
+                "Remove it to begin anew",
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -192,9 +195,10 @@ def _samples(work: Plan, how: Calibrate) -> Samples:
     model_class = getattr(transformers, (settings.architectures or [""])[0], None)
     if model_class is None:
         raise CheckpointError(
-            f"{directory / 'config.json'}: architectures {settings.architectures}; calibration "
-            f"runs the model and needs a class of transformers {transformers.__version__}. Convert "
-            "it without --dataset, or install the version that has the class."
+            directory / "config.json",
+            f"architectures {settings.architectures}; calibration runs the model and needs a "
+            f"class of transformers {transformers.__version__}",
+            remedy="Convert it without --dataset, or install the version that has the class",
         )
     has_tokenizer = any((directory / name).is_file() for name in TOKENIZER_FILES)
     tokenizer = open_tokenizer(directory) if has_tokenizer else None
@@ -318,16 +322,19 @@ def check_quality(
     for name, bound in bounds.items():
         if name not in quality:
             raise QualityError(
-                f"min quality: {name!r} is not measured of this model; expected one of "
-                f"{', '.join(n for n in FIGURES if n in quality)}. Name one of them."
+                "min quality",
+                f"{name!r} is not measured of this model",
+                f"one of {', '.join(n for n in FIGURES if n in quality)}",
+                "Name one of them",
             )
         value = quality[name]["value"]
         assert value is not None
         worse = value > bound if FIGURES[name] else value < bound
         if worse or math.isnan(value):
             raise QualityError(
-                f"{name}: {value:.4f} on the report samples; expected at "
-                f"{'most' if FIGURES[name] else 'least'} {bound}. Nothing was "
-                "written. Calibrate on more or other text; with another --min-quality the same "
-                "command goes on."
+                name,
+                f"{value:.4f} on the report samples",
+                f"at {'most' if FIGURES[name] else 'least'} {bound}",
+                "Nothing was written. Calibrate on more or other text; with another "
+                "--min-quality the same command goes on",
             )

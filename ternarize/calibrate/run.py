@@ -195,8 +195,11 @@ class Calibration:
         paths = {c.block if isinstance(c, Call) else None for x in self.lanes for c in x.waiting}
         if len(paths) != 1 or None in paths:
             raise CheckpointError(
-                f"{self.source.directory}: its forward does not come to the same blocks for every "
-                "batch, or not to all of them; expected that it does. Convert it without --dataset."
+                self.source.directory,
+                "its forward does not come to the same blocks for every batch, or not to all of "
+                "them",
+                "that it does",
+                "Convert it without --dataset",
             )
         (path,) = paths
         assert path is not None
@@ -209,8 +212,10 @@ class Calibration:
                 _hidden(self.blocks.run(self.lanes[0].waiting[FLOAT])), _hidden(targets[0])
             ):
                 raise CheckpointError(
-                    f"{self.source.directory}: {path} gives another output when it is run again; "
-                    "expected a function of its input. Convert it without --dataset."
+                    self.source.directory,
+                    f"{path} gives another output when it is run again",
+                    "a function of its input",
+                    "Convert it without --dataset",
                 )
             if not again:
                 known = self.files()
@@ -235,9 +240,10 @@ class Calibration:
         for lane, output in zip(self.lanes, outputs, strict=True):
             if not bool(_tokens(_hidden(output), lane.mask).isfinite().all()):
                 raise CheckpointError(
-                    f"{self.source.directory}: {path} gives numbers that are not finite; expected "
-                    "finite ones on the calibration data. Use other data, or convert it without "
-                    "--dataset."
+                    self.source.directory,
+                    f"{path} gives numbers that are not finite",
+                    "finite ones on the calibration data",
+                    "Use other data, or convert it without --dataset",
                 )
 
     def _finish(self, lane: _Lane, stream: int) -> Any:

@@ -411,8 +411,10 @@ def convert(
         _refuse_calibration([*asked, *(["min_quality"] if min_quality else [])], method)
     if (window or 1) > 1 and not reconstruct:
         raise UsageError(
-            f"--window: {window} blocks to train together, without training; expected "
-            "--reconstruct STEPS with it. Add it, or leave out --window."
+            "--window",
+            f"{window} blocks to train together, without training",
+            "--reconstruct STEPS with it",
+            "Add it, or leave out --window",
         )
     from ternarize.convert.run import check_bounds, checked
     from ternarize.convert.run import convert as run
@@ -503,12 +505,16 @@ def _refuse_calibration(asked: list[str], method: Method | None) -> None:
     option = "--" + asked[0].replace("_", "-")
     if method is None:
         raise UsageError(
-            f"{option}: is for calibration, which nothing asks for; expected --dataset with it. "
-            "Add --dataset default or a text of your own."
+            option,
+            "is for calibration, which nothing asks for",
+            "--dataset with it",
+            "Add --dataset default or a text of your own",
         )
     raise UsageError(
-        f"{option}: is for calibration, and --method {method.value} uses no data; expected "
-        f"--method gptq with it. Change the method, or leave out {option}."
+        option,
+        f"is for calibration, and --method {method.value} uses no data",
+        "--method gptq with it",
+        f"Change the method, or leave out {option}",
     )
 
 
@@ -519,14 +525,16 @@ def _bounds(asked: list[str]) -> dict[str, float]:
         name, _, text = each.partition("=")
         if name in bounds:
             raise UsageError(
-                f"--min-quality: {name} is given twice; expected one bound for it. Leave one out."
+                "--min-quality", f"{name} is given twice", "one bound for it", "Leave one out"
             )
         try:
             bounds[name] = float(text)
         except ValueError:
             raise UsageError(
-                f"--min-quality: {each!r}; expected NAME=VALUE with a number. Write for instance "
-                "kl_divergence=0.2."
+                "--min-quality",
+                f"{each!r}",
+                "NAME=VALUE with a number",
+                "Write for instance kl_divergence=0.2",
             ) from None
     return bounds
 
@@ -662,16 +670,19 @@ def eval_(
     """
     if (text is None) == (tasks is None):
         raise UsageError(
-            f"eval: {'neither' if text is None else 'both'} of --text and --tasks; expected one. "
-            "Name a text, or tasks."
+            "eval",
+            f"{'neither' if text is None else 'both'} of --text and --tasks",
+            "one",
+            "Name a text, or tasks",
         )
     for_text = {"--source": source, "--seq-len": seq_len, "--max-tokens": max_tokens}
     for_tasks = {"--include-path": include_path, "--limit": limit}
     for option, value in (for_tasks if tasks is None else for_text).items():
         if value is not None:
             raise UsageError(
-                f"{option}: is for {'--tasks' if tasks is None else '--text'}, which is not asked "
-                "for. Leave it out."
+                option,
+                f"is for {'--tasks' if tasks is None else '--text'}, which is not asked for",
+                remedy="Leave it out",
             )
     from ternarize.measure.evaluate import evaluate, evaluate_tasks
 
@@ -779,7 +790,7 @@ def export(
             option = "--" + name.replace("_", "-")
             known = " or ".join(target.value for target in targets)
             raise UsageError(
-                f"{option}: is for --to {known}, and this is --to {to.value}; leave it out."
+                option, f"is for --to {known}, and this is --to {to.value}; leave it out"
             )
         options[name] = value
     if options.pop("no_tokenizer", False):
@@ -917,7 +928,7 @@ def bench(
 
     if threads is not None:
         if not 1 <= threads <= 1024:  # with too many the OpenMP run-time ends the process
-            raise UsageError(f"threads: {threads}; expected 1 to 1024.")
+            raise UsageError("threads", f"{threads}", "1 to 1024")
         torch.set_num_threads(threads)
     loaded = load(
         model,

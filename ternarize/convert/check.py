@@ -191,8 +191,10 @@ def _running(output: Path) -> Iterator[None]:
         if is_no_memory(error):
             raise
         raise CheckpointError(
-            f"{output}: its forward, or its source's, fails ({type(error).__name__}: "
-            f"{first_line(error)}); expected it to run. Load both, and see what they need."
+            output,
+            f"its forward, or its source's, fails ({type(error).__name__}: {first_line(error)})",
+            "it to run",
+            "Load both, and see what they need",
         ) from error
 
 

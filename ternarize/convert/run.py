@@ -160,8 +160,10 @@ def _cast(piece: Tensor, dtype: torch.dtype, tensor: TensorPlan) -> Tensor:
     data = piece.to(dtype)
     if bool((data.isinf() & piece.isfinite()).any()):
         raise UsageError(
-            f"{tensor.name}: {float(piece.abs().max())} does not fit {tensor.dtype}; expected a "
-            "dtype that holds every kept weight. Use --dtype bfloat16 or float32."
+            tensor.name,
+            f"{float(piece.abs().max())} does not fit {tensor.dtype}",
+            "a dtype that holds every kept weight",
+            "Use --dtype bfloat16 or float32",
         )
     return data
 
@@ -455,8 +457,10 @@ def convert(
     check_bounds(recipe, min_quality or {})
     if stream and recipe.calibrate is not None:
         raise UsageError(
-            "--stream: with calibration, which reads the weights more than once; expected one of "
-            "the two. Leave out --stream, or --dataset and --method gptq."
+            "--stream",
+            "with calibration, which reads the weights more than once",
+            "one of the two",
+            "Leave out --stream, or --dataset and --method gptq",
         )
     output = Path(os.path.expanduser(output))
     check_name(output)
@@ -494,9 +498,10 @@ def checked(work: Plan, allow_missing: bool) -> Plan:
     refuse_empty(work)
     if work.missing and work.recipe.calibrate is not None:
         raise UsageError(
-            f"--allow-missing: {work.model} lacks {work.missing[0]}, and calibration runs the "
-            "model; expected every weight. Complete the checkpoint, or leave out --dataset and "
-            "--method gptq."
+            "--allow-missing",
+            f"{work.model} lacks {work.missing[0]}, and calibration runs the model",
+            "every weight",
+            "Complete the checkpoint, or leave out --dataset and --method gptq",
         )
     return work
 
@@ -513,12 +518,14 @@ def _alone(partial: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise OutputError(
-            f"{partial}: another conversion is writing here; expected to be alone. Wait for it."
+            partial, "another conversion is writing here", "to be alone", "Wait for it"
         ) from None
     except OSError as error:
         raise OutputError(
-            f"{partial}: cannot be made ({error.strerror or error}); expected a place to write. "
-            "Name another output."
+            partial,
+            f"cannot be made ({error.strerror or error})",
+            "a place to write",
+            "Name another output",
         ) from None
     try:
         yield
@@ -532,8 +539,10 @@ def _claim(partial: Path) -> None:
     """Make `partial` with a journal, the mark of what is ours; OutputError if it is another's."""
     if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
         raise OutputError(
-            f"{partial}: exists and is no directory; expected a free name. Move it away, or name "
-            "another output."
+            partial,
+            "exists and is no directory",
+            "a free name",
+            "Move it away, or name another output",
         )
     try:
         partial.mkdir(exist_ok=True)
@@ -544,8 +553,10 @@ def _claim(partial: Path) -> None:
             (partial / JOURNAL).touch()
     except OSError as error:
         raise OutputError(
-            f"{partial}: cannot be made ({error.strerror or error}); expected a place to write. "
-            "Name another output."
+            partial,
+            f"cannot be made ({error.strerror or error})",
+            "a place to write",
+            "Name another output",
         ) from None
 
 
@@ -556,8 +567,10 @@ def _is_empty(partial: Path) -> bool:
 
 def _foreign(partial: Path, file: str) -> OutputError:
     return OutputError(
-        f"{partial}: exists and is no unfinished conversion ({file}); expected a free name. Move "
-        "it away, or name another output."
+        partial,
+        f"exists and is no unfinished conversion ({file})",
+        "a free name",
+        "Move it away, or name another output",
     )
 
 
@@ -565,14 +578,18 @@ def check_bounds(recipe: Recipe, bounds: Mapping[str, float]) -> None:
     """Raise UsageError for a bound that no figure of the conversion would be compared with."""
     if bounds and recipe.calibrate is None:
         raise UsageError(
-            f"min quality: {', '.join(bounds)}, and method {recipe.method!r} measures nothing; "
-            f"expected {GPTQ!r}, which calibrates. Use it, or leave the bound out."
+            "min quality",
+            f"{', '.join(bounds)}, and method {recipe.method!r} measures nothing",
+            f"{GPTQ!r}, which calibrates",
+            "Use it, or leave the bound out",
         )
     for name, bound in bounds.items():
         if name not in FIGURES or not math.isfinite(bound):
             raise UsageError(
-                f"min quality: {name}={bound}; expected a number for one of {', '.join(FIGURES)}. "
-                "Use for instance kl_divergence=0.2."
+                "min quality",
+                f"{name}={bound}",
+                f"a number for one of {', '.join(FIGURES)}",
+                "Use for instance kl_divergence=0.2",
             )
 
 
@@ -611,9 +628,10 @@ def _run(
         if work.source.directory in where.parents and work.source.stream is None:
             verb = "read"
         raise OutputError(
-            f"{where}: cannot be {verb} ({error.strerror or error}); what is done is kept. "
-            f"{REMEDY.get(error.errno or 0, 'Look after the disk')}, then run the same command "
-            "again."
+            where,
+            f"cannot be {verb} ({error.strerror or error}); what is done is kept",
+            remedy=f"{REMEDY.get(error.errno or 0, 'Look after the disk')}, then run the same command "
+            "again",
         ) from error
     except (MemoryError, RuntimeError) as error:
         if not is_no_memory(error):
@@ -641,8 +659,10 @@ def threads_that_fit(work: Plan, threads: int) -> int:
     if need <= memory:  # then it is a limit of addresses
         memory, need = addresses, need + 3 * _ADDRESSES
     raise OutputError(
-        f"memory: {memory / 1e9:.3f} GB are left to this process; the conversion needs "
-        f"{need / 1e9:.3f} GB. Allow it more (ulimit, or the container's limit)."
+        "memory",
+        f"{memory / 1000000000.0:.3f} GB are left to this process; the conversion needs "
+        f"{need / 1000000000.0:.3f} GB",
+        remedy="Allow it more (ulimit, or the container's limit)",
     )
 
 
@@ -695,8 +715,9 @@ def _finished(work: Plan, output: Path) -> dict[str, Any] | None:
         record: dict[str, Any] = json.loads((output / RECORD).read_text("utf-8"))
     except OSError as error:
         raise OutputError(
-            f"{output}: is complete, but cannot be tidied up ({error.strerror or error}). Get the "
-            "permission to write, then run the same command again."
+            output,
+            f"is complete, but cannot be tidied up ({error.strerror or error})",
+            remedy="Get the permission to write, then run the same command again",
         ) from error
     return record
 
@@ -724,13 +745,13 @@ def _check_output(work: Plan, output: Path) -> None:
     inside = inside or partial in (source, *source.parents)
     if work.source.stream is None and inside:
         raise OutputError(
-            f"{output}: is the source {work.source.directory} or inside it; expected another "
-            "place, since the source is never changed. Name another output."
+            output,
+            f"is the source {work.source.directory} or inside it",
+            "another place, since the source is never changed",
+            "Name another output",
         )
     if (output.exists() or output.is_symlink()) and not _is_of(work, output):
-        raise OutputError(
-            f"{output}: exists already; expected a new directory. Remove it or name another."
-        )
+        raise OutputError(output, "exists already", "a new directory", "Remove it or name another")
     parent = next(p for p in target.parents if p.exists())
     have = shutil.disk_usage(parent).free
     if partial.is_dir():
@@ -746,7 +767,9 @@ def _check_output(work: Plan, output: Path) -> None:
         need += stages * sum(t.stored_bytes() for t in work.tensors if t.ternary)
     if have < need:
         raise OutputError(
-            f"{parent}: {have / 1e9:.3f} GB free; the result needs {need / 1e9:.3f} GB. Make room."
+            parent,
+            f"{have / 1000000000.0:.3f} GB free; the result needs {need / 1000000000.0:.3f} GB",
+            remedy="Make room",
         )
 
 
@@ -831,8 +854,10 @@ class _Conversion:
             # what is away may come back, and what has been done is then worth keeping
             away = FileNotFoundError() if any(len(each) == 1 for each in stamps) else None
             raise CheckpointError(
-                f"{self.work.source.directory}: {changed} changed during the conversion; expected "
-                "a source at rest. Convert it again."
+                self.work.source.directory,
+                f"{changed} changed during the conversion",
+                "a source at rest",
+                "Convert it again",
             ) from away
         # the disk works while the processors check
         with thread_pool(1 + self.threads) as beside:
@@ -871,8 +896,10 @@ class _Conversion:
             if changed and before != now:
                 why += " and with other options"
             raise OutputError(
-                f"{self.partial}: holds an unfinished conversion {why}; expected none. Finish it "
-                "with its own command, or remove it."
+                self.partial,
+                f"holds an unfinished conversion {why}",
+                "none",
+                "Finish it with its own command, or remove it",
             )
         for line in lines[1:]:
             if "sha256" not in line:

@@ -101,8 +101,10 @@ def _compare(
     record = read_json(packed.directory / RECORD)
     if record is None:
         raise FormatError(
-            f"{packed.directory}: has no {RECORD}; expected the record of its conversion, without "
-            "which it cannot be repeated. Verify without --source."
+            packed.directory,
+            f"has no {RECORD}",
+            "the record of its conversion, without which it cannot be repeated",
+            "Verify without --source",
         )
     recipe = read_recipe(record)
     work = plan(source, recipe, again=True)
@@ -111,8 +113,10 @@ def _compare(
         name = sorted(expected.keys() ^ records.keys())[0]
         where = "the source" if name in expected else "the packed checkpoint"
         raise FormatError(
-            f"{packed.directory}: {name} is in {where} alone; expected the same tensors. "
-            f"Check that {source} is the source."
+            packed.directory,
+            f"{name} is in {where} alone",
+            "the same tensors",
+            f"Check that {source} is the source",
         )
     total = sum(t.info.nbytes for t in work.tensors)
     done, ways = 0, Counter({AGAIN: 0, ERROR: 0, SHAPE: 0})
@@ -134,8 +138,9 @@ def _compare(
                 _check_error(where, relative_error(result), said.get("relative_error"), source)
         if not same:
             raise DigestError(
-                f"{where}: is not what {source} gives by the recipe on "
-                "record. Check that it is the source, and that both are unchanged."
+                where,
+                f"is not what {source} gives by the recipe on record",
+                remedy="Check that it is the source, and that both are unchanged",
             )
         done += tensor.info.nbytes
         if progress:
@@ -202,8 +207,10 @@ def _check_error(where: str, found: float | None, said: Any, source: str | Path)
         same = math.isclose(found, said, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
     if not same:
         raise DigestError(
-            f"{where}: its relative error against {source} is {found}, on record it is {said!r}; "
-            "expected the same. Check that it is the source, and that both are unchanged."
+            where,
+            f"its relative error against {source} is {found}, on record it is {said!r}",
+            "the same",
+            "Check that it is the source, and that both are unchanged",
         )
 
 

@@ -156,8 +156,10 @@ def open_files(
             for info in _list_tensors(checkpoint, file):
                 if info.name in checkpoint.tensors:
                     raise FormatError(
-                        f"{file}: {info.name} is also in {checkpoint.tensors[info.name].file}; "
-                        "expected each tensor once. Fetch the checkpoint again."
+                        file,
+                        f"{info.name} is also in {checkpoint.tensors[info.name].file}",
+                        "each tensor once",
+                        "Fetch the checkpoint again",
                     )
                 checkpoint.tensors[info.name] = info
     return checkpoint
@@ -203,19 +205,24 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # torch raises many kinds, with pages of advice
         first = re.sub(r"\s+", " ", str(error))[:160]
         raise FormatError(
-            f"{path.name}: torch cannot load it as weights only ({type(error).__name__}: {first}). "
-            "Convert the source to safetensors with software that you trust."
+            path.name,
+            f"torch cannot load it as weights only ({type(error).__name__}: {first})",
+            remedy="Convert the source to safetensors with software that you trust",
         ) from None
     if not isinstance(table, dict):
         raise FormatError(
-            f"{path.name}: holds a {type(table).__name__}; expected a table of tensors. "
-            "Save the model's state_dict alone."
+            path.name,
+            f"holds a {type(table).__name__}",
+            "a table of tensors",
+            "Save the model's state_dict alone",
         )
     for name, value in table.items():
         dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
         if not isinstance(name, str) or not dense or value.dtype not in DTYPE_NAMES:
             raise FormatError(
-                f"{path.name}: {name!r} is no dense tensor of a known dtype; expected a table of "
-                "tensors. Save the model's state_dict alone."
+                path.name,
+                f"{name!r} is no dense tensor of a known dtype",
+                "a table of tensors",
+                "Save the model's state_dict alone",
             )
     return {name: value.detach() for name, value in table.items()}

@@ -119,8 +119,10 @@ def store_scales(scales: Tensor, *, exact: bool = False, bits: int = 16) -> Tens
     single = scales.to(torch.float32)
     if bool(single.isinf().any()):
         raise WeightError(
-            f"scales: the largest is {float(scales.max()):.3g}; expected at most 3.4e38, the "
-            "largest float32. Repair the source."
+            "scales",
+            f"the largest is {float(scales.max()):.3g}",
+            "at most 3.4e38, the largest float32",
+            "Repair the source",
         )
     half = to_float(scales.cpu(), torch.float16)  # an infinite one is not chosen
     candidates = (half, scales.to(torch.bfloat16), single)
@@ -249,8 +251,10 @@ def _table(file: str, metadata: Mapping[str, str]) -> tuple[set[str], dict[str, 
     """The features and the table of records of one file, as parsed; version, features checked."""
     if KEY not in metadata:
         raise FormatError(
-            f"{file}: no {KEY!r} in its metadata; expected a packed checkpoint. "
-            "Pack the model with `ternarize convert`."
+            file,
+            f"no {KEY!r} in its metadata",
+            "a packed checkpoint",
+            "Pack the model with `ternarize convert`",
         )
     try:
         table = strict_json(metadata[KEY])
@@ -265,9 +269,10 @@ def _table(file: str, metadata: Mapping[str, str]) -> tuple[set[str], dict[str, 
         digest = hashlib.sha256(text.removesuffix(end).encode()).hexdigest()
         if not text.endswith(end) or digest != said:
             raise DigestError(
-                f"{file}: its ternarize metadata has another SHA-256 than it says "
-                f"({str(said)[:12]!r}); it has changed since it was written. "
-                "Fetch the file again."
+                file,
+                f"its ternarize metadata has another SHA-256 than it says ({str(said)[:12]!r}); "
+                "it has changed since it was written",
+                remedy="Fetch the file again",
             )
     tensors = table.get("tensors")
     if not isinstance(tensors, dict):
@@ -294,8 +299,10 @@ def check_listed(where: str, table: Any, records: Mapping[str, Record], packed: 
         file = packed.tensors[name].file
         if said[file] is not True or digest != records[name].sha256:
             raise DigestError(
-                f"{file}: {name}: is not the tensor that {where} lists; expected files of one "
-                "conversion. Fetch the checkpoint again."
+                f"{file}: {name}",
+                f"is not the tensor that {where} lists",
+                "files of one conversion",
+                "Fetch the checkpoint again",
             )
 
 
@@ -305,8 +312,10 @@ def check_format(checkpoint: Checkpoint) -> None:
         said = checkpoint.metadata[file].get("format")
         if said != "pt":
             raise FormatError(
-                f"{file}: its metadata has the format {said!r:.80}; expected 'pt', by which other "
-                "programs know it. Fetch the file again."
+                file,
+                f"its metadata has the format {said!r:.80}",
+                "'pt', by which other programs know it",
+                "Fetch the file again",
             )
 
 
@@ -314,16 +323,18 @@ def check_version(where: str, version: Any, features: Any) -> None:
     """Refuse what only a newer reader understands; raises FormatError."""
     if type(version) is not int or version != FORMAT_VERSION:
         raise FormatError(
-            f"{where}: format version {version!r}; this reader knows version {FORMAT_VERSION}. "
-            "Install a newer ternarize."
+            where,
+            f"format version {version!r}; this reader knows version {FORMAT_VERSION}",
+            remedy="Install a newer ternarize",
         )
     if not isinstance(features, list) or not all(isinstance(f, str) for f in features):
         raise _damaged(where, f"features is {features!r}; expected a list of names")
     unknown = sorted(set(features) - FEATURES)
     if unknown:
         raise FormatError(
-            f"{where}: needs the feature {', '.join(unknown)}, which this reader does not know. "
-            "Install a newer ternarize."
+            where,
+            f"needs the feature {', '.join(unknown)}, which this reader does not know",
+            remedy="Install a newer ternarize",
         )
 
 
@@ -433,9 +444,10 @@ def _check_tensor(checkpoint: Checkpoint, name: str, record: Record) -> str:
         raise type(error)(f"{info.file}: {name}: {error}") from None
     if sha.hexdigest() != record.sha256:
         raise DigestError(
-            f"{info.file}: {name}: its SHA-256 is {sha.hexdigest()[:12]}..., the record says "
-            f"{record.sha256[:12]}...; the bytes have changed since they were written. "
-            "Fetch the file again."
+            f"{info.file}: {name}",
+            f"its SHA-256 is {sha.hexdigest()[:12]}..., the record says {record.sha256[:12]}...; "
+            "the bytes have changed since they were written",
+            remedy="Fetch the file again",
         )
     return name
 
@@ -455,8 +467,10 @@ def _check_scales(scales: Tensor, used: Tensor, record: Record) -> None:
         if bool(no_number.any()):
             at = no_number.nonzero()[0].tolist()
             raise FormatError(
-                f"scale at {at}: {int(scales[tuple(at)])} is no code of a scale; expected 0 or "
-                "8..247. The file is damaged: fetch it again."
+                f"scale at {at}",
+                f"{int(scales[tuple(at)])} is no code of a scale",
+                "0 or 8..247",
+                "The file is damaged: fetch it again",
             )
         scales = scale_values(scales)
     # non-negative floats are ordered like their bits, and infinity is the first that is not finite
@@ -476,8 +490,9 @@ def _check_scales(scales: Tensor, used: Tensor, record: Record) -> None:
         if bool(bad.any()):
             at = bad.nonzero()[0].tolist()
             raise FormatError(
-                f"scale at {at}: {float(values[tuple(at)])} {what}. "
-                "The file is damaged: fetch it again."
+                f"scale at {at}",
+                f"{float(values[tuple(at)])} {what}",
+                remedy="The file is damaged: fetch it again",
             )
 
 
@@ -526,8 +541,9 @@ def _record(where: str, value: Any) -> Record:
     group_size = min(group_size, LONGEST)
     if not isinstance(codec, str) or codec not in CODECS:
         raise FormatError(
-            f"{where}: codec {codec!r}; this reader knows {', '.join(CODECS)}. Install a newer "
-            "ternarize."
+            where,
+            f"codec {codec!r}; this reader knows {', '.join(CODECS)}",
+            remedy="Install a newer ternarize",
         )
     if "transposed" in value and transposed is not True:
         raise _damaged(where, f"its transposed is {transposed!r}; expected true, or nothing")
@@ -563,4 +579,4 @@ def _is_matrix(shape: Any) -> bool:
 
 
 def _damaged(where: str, what: str) -> FormatError:
-    return FormatError(f"{where}: {what}. The file is damaged: fetch it again.")
+    return FormatError(where, f"{what}", remedy="The file is damaged: fetch it again")

@@ -138,7 +138,7 @@ def _is_sizes(value: Any) -> bool:
 
 def broken_file(path: Path, what: str, expected: str) -> FormatError:
     expected = f"; {expected}" if expected else ""
-    return FormatError(f"{path.name}: {what}{expected}. The file is damaged: fetch it again.")
+    return FormatError(path.name, f"{what}{expected}", remedy="The file is damaged: fetch it again")
 
 
 def read_bytes(path: Path, start: int, nbytes: int, buffer: Tensor | None = None) -> Tensor:

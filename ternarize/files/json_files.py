@@ -33,15 +33,17 @@ def read_config(directory: Path) -> dict[str, Any] | None:
                 names = each.values() if isinstance(each, dict) else [each]
                 if not all(name in (None, "") or re.fullmatch(r"\w+", str(name)) for name in names):
                     raise FormatError(
-                        f"config.json: {key} is {each!r:.80}; expected one of transformers' own. "
-                        "It names code of the Hub: do not trust this checkpoint."
+                        "config.json",
+                        f"{key} is {each!r:.80}",
+                        "one of transformers' own",
+                        "It names code of the Hub: do not trust this checkpoint",
                     )
             if isinstance(each, dict):
                 walk(each)
             many = isinstance(each, int) and each > MAX_LAYERS
             if many and re.fullmatch(_LAYERS, key):
                 raise FormatError(
-                    f"config.json: {key} is {each}; expected at most {MAX_LAYERS}. Repair the file."
+                    "config.json", f"{key} is {each}", f"at most {MAX_LAYERS}", "Repair the file"
                 )
 
     walk(table or {})
@@ -57,18 +59,19 @@ def read_json(path: Path, *, strict: bool = False) -> dict[str, Any] | None:
         return None
     if path.stat().st_size > MAX_JSON:
         raise FormatError(
-            f"{path.name}: {path.stat().st_size} bytes; expected at most {MAX_JSON}. "
-            "Repair the file."
+            path.name, f"{path.stat().st_size} bytes", f"at most {MAX_JSON}", "Repair the file"
         )
     try:
         with readable(path):
             text = path.read_text("utf-8")
         table = strict_json(text) if strict else json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path.name}: not valid JSON ({error}). Repair the file.") from None
+        raise FormatError(
+            path.name, f"not valid JSON ({error})", remedy="Repair the file"
+        ) from None
     if not isinstance(table, dict):
         raise FormatError(
-            f"{path.name}: holds a {type(table).__name__}; expected a JSON object. Repair the file."
+            path.name, f"holds a {type(table).__name__}", "a JSON object", "Repair the file"
         )
     return table
 
@@ -102,5 +105,7 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror or error}). Check the file, then try again."
+            path,
+            f"cannot be read ({error.strerror or error})",
+            remedy="Check the file, then try again",
         ) from error

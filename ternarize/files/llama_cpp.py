@@ -55,8 +55,10 @@ def import_gguf() -> Any:
         module = importlib.import_module("gguf")
     except ImportError:
         raise UsageError(
-            "gguf: the package is not installed; expected it for GGUF files. "
-            "Run pip install 'ternarize[gguf]'."
+            "gguf",
+            "the package is not installed",
+            "it for GGUF files",
+            "Run pip install 'ternarize[gguf]'",
         ) from None
     return module
 

@@ -42,8 +42,10 @@ def module_folders(directory: Path) -> list[str]:
         name = posixpath.normpath(folder) if isinstance(folder, str) else None
         if name is None or name.startswith(("/", "..", "~")) or re.search(r"[\\:\0]", name):
             raise FormatError(
-                f"{path.name}: names the folder {folder!r:.80}; expected one below it. "
-                "Do not trust this checkpoint."
+                path.name,
+                f"names the folder {folder!r:.80}",
+                "one below it",
+                "Do not trust this checkpoint",
             )
         found += [name] if name != "." else []
     return found

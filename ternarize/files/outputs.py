@@ -10,7 +10,7 @@ from ternarize.errors import OutputError
 def check_name(output: Path) -> None:
     """OutputError for "", ".", ".." and "/": beside them nothing can be put."""
     if output.name in ("", ".."):
-        raise OutputError(f"{output}: exists already; expected a new name. Name another.")
+        raise OutputError(output, "exists already", "a new name", "Name another")
 
 
 def sync_files(path: Path, but: Collection[str] = ()) -> None:

@@ -61,7 +61,9 @@ def read_sums(directory: Path) -> dict[str, str] | None:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror or error}). Check the file, then try again."
+            path,
+            f"cannot be read ({error.strerror or error})",
+            remedy="Check the file, then try again",
         ) from error
     if len(raw) > MAX_BYTES:
         raise _broken(f"more than {MAX_BYTES} bytes")
@@ -118,7 +120,9 @@ def sha256(path: Path) -> str:
         return hash_file(path, hashlib.sha256())
     except OSError as error:
         raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror or error}). Check the file, then try again."
+            path,
+            f"cannot be read ({error.strerror or error})",
+            remedy="Check the file, then try again",
         ) from error
 
 
@@ -132,4 +136,4 @@ def hash_file(path: Path, sha: Any) -> str:
 
 
 def _broken(what: str) -> FormatError:
-    return FormatError(f"{SUMS}: {what}. Fetch it again, or remove it.")
+    return FormatError(SUMS, f"{what}", remedy="Fetch it again, or remove it")

@@ -52,15 +52,17 @@ def bench(
     numbers = {"prompt": prompt, "decode": decode, "batch": batch, "repeats": repeats}
     for name, value in numbers.items():
         if not 1 <= value <= MAX_COUNT:
-            raise UsageError(f"{name}: {value}; expected 1 to {MAX_COUNT}.")
+            raise UsageError(name, f"{value}", f"1 to {MAX_COUNT}")
     check_continues(model)
     if model.device.type != "cpu":
-        raise UsageError(f"device: {model.device}; expected cpu. Load the model there.")
+        raise UsageError("device", f"{model.device}", "cpu", "Load the model there")
     context = max_positions(model.config)
     if prompt + decode > context:
         raise UsageError(
-            f"prompt: {prompt} tokens and {decode} to decode; expected at most the model's context "
-            f"of {context} together. Ask for fewer."
+            "prompt",
+            f"{prompt} tokens and {decode} to decode",
+            f"at most the model's context of {context} together",
+            "Ask for fewer",
         )
     times = [run(model, prompt, decode, batch) for _ in range(repeats + 1)][1:]
     prompt_seconds, decode_seconds = (statistics.median(t) for t in zip(*times, strict=True))
@@ -99,8 +101,10 @@ def run(model: Model, prompt: int, decode: int, batch: int = 1) -> tuple[float, 
             out = model(ids, use_cache=True, logits_to_keep=1)
             if not cache_of(out):
                 raise UsageError(
-                    f"{type(model).__name__}: keeps no keys and values from token to token; "
-                    "expected a model that does. Measure another."
+                    type(model).__name__,
+                    "keeps no keys and values from token to token",
+                    "a model that does",
+                    "Measure another",
                 )
             read = time.perf_counter()
             for _ in range(decode):

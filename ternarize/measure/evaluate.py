@@ -120,7 +120,7 @@ def evaluate(
         ("batch size", batch_size, 1),
     ):
         if value is not None and value < least:
-            raise UsageError(f"{name}: {value}; expected at least {least}. Use a larger number.")
+            raise UsageError(name, f"{value}", f"at least {least}", "Use a larger number")
     dtype = _dtype(dtype, device)
     device = device if device == "auto" else check_device(device)
     work = prepare(packed, source, text, seq_len, max_tokens)
@@ -151,14 +151,19 @@ def prepare(
     if len({checkpoint.kind for checkpoint in checkpoints}) > 1:
         theirs = checkpoints[1]
         raise UsageError(
-            f"{theirs.directory}: is a {theirs.kind} ({theirs.model_class.__name__}) and "
-            f"{ours.directory} a {ours.kind} ({ours.model_class.__name__}); expected the model "
-            "and its source. Name the source that was converted."
+            theirs.directory,
+            f"is a {theirs.kind} ({theirs.model_class.__name__}) and {ours.directory} a "
+            f"{ours.kind} ({ours.model_class.__name__})",
+            "the model and its source",
+            "Name the source that was converted",
         )
     if ours.kind == ENCODER and source is None:
         raise UsageError(
-            f"{ours.directory}: is an encoder ({ours.model_class.__name__}), which is measured by "
-            "the distance to its source; expected a source. Name it with --source."
+            ours.directory,
+            f"is an encoder ({ours.model_class.__name__}), which is measured by the distance to "
+            "its source",
+            "a source",
+            "Name it with --source",
         )
     _check_vocabularies(checkpoints)
     tokenizer = _shared_tokenizer(checkpoints)
@@ -250,12 +255,11 @@ def read_documents(path: str | Path) -> list[str]:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"{path}: byte {error.start} is not UTF-8; expected a text file. Convert it to UTF-8."
+            path, f"byte {error.start} is not UTF-8", "a text file", "Convert it to UTF-8"
         ) from None
     except OSError as error:
         raise UsageError(
-            f"{path}: cannot be read ({error.strerror or error}); expected a text file. "
-            "Check the path."
+            path, f"cannot be read ({error.strerror or error})", "a text file", "Check the path"
         ) from None
     documents: list[list[str]] = [[]]
     for line in text.split("\n"):
@@ -292,8 +296,10 @@ def cut_windows(
     windows = cut(ids, prefix, seq_len)
     if not windows:
         raise UsageError(
-            f"{where}: {len(ids)} tokens are used; expected at least one window of {seq_len}. "
-            "Give a longer text or more tokens, or use shorter windows (--seq-len)."
+            where,
+            f"{len(ids)} tokens are used",
+            f"at least one window of {seq_len}",
+            "Give a longer text or more tokens, or use shorter windows (--seq-len)",
         )
     return torch.tensor(windows, dtype=torch.int64)
 
@@ -327,8 +333,10 @@ def check_room(seq_len: int, prefix: Sequence[int]) -> None:
     """Raise UsageError for windows that have no room for more than what they begin with."""
     if seq_len <= len(prefix):
         raise UsageError(
-            f"sequence length: {seq_len}; expected more than the {len(prefix)} tokens that the "
-            "tokenizer puts in front of a text. Use a larger number (--seq-len)."
+            "sequence length",
+            f"{seq_len}",
+            f"more than the {len(prefix)} tokens that the tokenizer puts in front of a text",
+            "Use a larger number (--seq-len)",
         )
 
 
@@ -364,9 +372,10 @@ def frame(tokenizer: Any) -> Frame:
         if bare and text and len(full) > len(text) == text[-1] - text[0] + 1:
             return Frame(full[: text[0]], full[text[-1] + 1 :])
     raise CheckpointError(
-        f"{type(tokenizer).__name__}: gives {full} for {probe!r}, and {bare} without special "
-        "tokens; expected to see which of them it puts before a text and which behind. Repair the "
-        "tokenizer."
+        type(tokenizer).__name__,
+        f"gives {full} for {probe!r}, and {bare} without special tokens",
+        "to see which of them it puts before a text and which behind",
+        "Repair the tokenizer",
     )
 
 
@@ -419,9 +428,10 @@ def compare_windows(
     if columns.isnan().any():
         window = int(columns.isnan().any(0).nonzero()[0])
         raise CheckpointError(
-            f"{type(models[0]).__name__}: the logits of window {window} are NaN in "
-            f"{str(models[0].dtype)[6:]}; expected finite ones. Compute in another dtype "
-            "(--dtype float32), or verify the checkpoint."
+            type(models[0]).__name__,
+            f"the logits of window {window} are NaN in {str(models[0].dtype)[6:]}",
+            "finite ones",
+            "Compute in another dtype (--dtype float32), or verify the checkpoint",
         )
     return summarize(columns)
 
@@ -519,30 +529,34 @@ def evaluate_tasks(
     """
     for name, value in (("limit", limit), ("batch size", batch_size)):
         if value is not None and value < 1:
-            raise UsageError(f"{name}: {value}; expected at least 1. Use a larger number.")
+            raise UsageError(name, f"{value}", "at least 1", "Use a larger number")
     if include_path is not None and not Path(include_path).expanduser().is_dir():
-        raise UsageError(f"{include_path}: no such directory; expected one with tasks. Check it.")
+        raise UsageError(include_path, "no such directory", "one with tasks", "Check it")
     try:
         harness = importlib.import_module("lm_eval")
         models = importlib.import_module("lm_eval.models.huggingface")
         task_list = importlib.import_module("lm_eval.tasks")
     except ImportError as error:
         raise UsageError(
-            f"--tasks: the lm-evaluation-harness cannot be imported ({error}); expected it. "
-            "Run pip install 'ternarize[lm-eval]'."
+            "--tasks",
+            f"the lm-evaluation-harness cannot be imported ({error})",
+            "it",
+            "Run pip install 'ternarize[lm-eval]'",
         ) from None
     include = None if include_path is None else str(Path(include_path).expanduser())
     known = task_list.TaskManager(include_path=include)
     for task in tasks:
         if not known.match_tasks([task]):
             raise UsageError(
-                f"--tasks: {task!r} is no task of lm_eval {harness.__version__}; expected one of "
-                "`lm_eval ls tasks`, or of --include-path. Check the name."
+                "--tasks",
+                f"{task!r} is no task of lm_eval {harness.__version__}",
+                "one of `lm_eval ls tasks`, or of --include-path",
+                "Check the name",
             )
     checkpoint = _Checkpoint.at(packed)
     if checkpoint.kind != CAUSAL:
         raise UsageError(
-            f"{checkpoint.directory}: is an {checkpoint.kind}; expected a {CAUSAL} to run tasks on."
+            checkpoint.directory, f"is an {checkpoint.kind}", f"a {CAUSAL} to run tasks on"
         )
     tokenizer = _shared_tokenizer([checkpoint])
     device = device if device == "auto" else check_device(device)
@@ -560,8 +574,10 @@ def evaluate_tasks(
     except (OSError, ValueError) as error:  # what loaders of data sets raise
         first = re.sub(r"\s+", " ", str(error)).strip()[:200]
         raise CheckpointError(
-            f"--tasks {','.join(tasks)}: cannot be run ({type(error).__name__}: {first}); expected "
-            "its data in the cache or on the network. Check both."
+            f"--tasks {','.join(tasks)}",
+            f"cannot be run ({type(error).__name__}: {first})",
+            "its data in the cache or on the network",
+            "Check both",
         ) from error
     return {
         "kind": CAUSAL,
@@ -654,9 +670,10 @@ def _compare_lines(
     cosines = torch.cat(parts)
     if cosines.isnan().any():
         raise CheckpointError(
-            f"{type(models[0]).__name__}: embedding {int(cosines.isnan().nonzero()[0])} is NaN; "
-            "expected finite ones. Compute in another dtype (--dtype float32), or verify the "
-            "checkpoint."
+            type(models[0]).__name__,
+            f"embedding {int(cosines.isnan().nonzero()[0])} is NaN",
+            "finite ones",
+            "Compute in another dtype (--dtype float32), or verify the checkpoint",
         )
     at = int(cosines.argmin())
     return {"cosine": {**_mean(cosines), "minimum": float(cosines[at]), "at": at}}
@@ -682,9 +699,12 @@ def _encode_lines(
         rows.append(row)
     if not rows:
         raise UsageError(
-            f"{where}: no line to embed within "
+            where,
+            "no line to embed within "
             f"{'its end' if max_tokens is None else f'{max_tokens} tokens'} ({len(lines)} lines "
-            "with text); expected at least one. Give a longer text or more tokens."
+            "with text)",
+            "at least one",
+            "Give a longer text or more tokens",
         )
     return rows
 
@@ -706,8 +726,10 @@ class _Checkpoint:
         directory, table, read = _look(model)
         if table is None:
             raise CheckpointError(
-                f"{directory}: no config.json; expected a Hugging Face checkpoint. "
-                "Copy config.json from the source of the model."
+                directory,
+                "no config.json",
+                "a Hugging Face checkpoint",
+                "Copy config.json from the source of the model",
             )
         with usable(directory / "config.json"):
             if read is not None:  # without the quantization that it is stored in
@@ -722,9 +744,11 @@ class _Checkpoint:
         ]
         if not known:
             raise CheckpointError(
-                f"{directory / 'config.json'}: architectures {config.architectures}; expected a "
-                f"model class of transformers {transformers.__version__}. Code that comes with a "
-                "checkpoint is not run here; install the version that has the class."
+                directory / "config.json",
+                f"architectures {config.architectures}",
+                f"a model class of transformers {transformers.__version__}",
+                "Code that comes with a checkpoint is not run here; install the version that has "
+                "the class",
             )
         model_class = getattr(transformers, known[0])
         kind = _kind(model_class, config)
@@ -744,8 +768,10 @@ class _Checkpoint:
             )
         if head is not None:
             raise UsageError(
-                f"head: {head!r}, but {self.directory} is not packed; expected a packed "
-                "checkpoint. Leave head out."
+                "head",
+                f"{head!r}, but {self.directory} is not packed",
+                "a packed checkpoint",
+                "Leave head out",
             )
         options: dict[str, Any] = {"device_map": device} if device == "auto" else {}
         source = self.read
@@ -766,8 +792,10 @@ class _Checkpoint:
         missing = sorted(name for name in info["missing_keys"] if "pooler" not in name.split("."))
         if missing:
             raise CheckpointError(
-                f"{self.directory}: {len(missing)} weights are missing, first {missing[0]}; "
-                f"expected all of {self.model_class.__name__}. Complete the checkpoint."
+                self.directory,
+                f"{len(missing)} weights are missing, first {missing[0]}",
+                f"all of {self.model_class.__name__}",
+                "Complete the checkpoint",
             )
         if isinstance(source, Imported) and source.activations == "int8":
             for place in locate_tensors(model, source.group_sizes).values():
@@ -839,7 +867,7 @@ def _kind(model_class: Any, config: Any) -> str:
     else:
         what = "a model with another head, or of several modalities"
     raise CheckpointError(
-        f"{name}: is {what}; {SUPPORTED}. Measure it with the tools of its own task."
+        name, f"is {what}; {SUPPORTED}", remedy="Measure it with the tools of its own task"
     )
 
 
@@ -860,8 +888,10 @@ def _shared_tokenizer(checkpoints: Sequence[_Checkpoint]) -> Any:
         if _has_tokenizer(checkpoint):
             return open_tokenizer(checkpoint.directory)
     raise CheckpointError(
-        f"{checkpoints[0].directory}: no tokenizer; expected tokenizer.json or the like. "
-        "Copy it from the source of the model."
+        checkpoints[0].directory,
+        "no tokenizer",
+        "tokenizer.json or the like",
+        "Copy it from the source of the model",
     )
 
 
@@ -886,9 +916,10 @@ def _check_vocabularies(checkpoints: Sequence[_Checkpoint]) -> None:
     sizes = [vocabulary_size(checkpoint.config) for checkpoint in checkpoints]
     if len(set(sizes)) > 1:
         raise UsageError(
-            f"{checkpoints[1].directory}: vocabulary of {sizes[1]} tokens, and "
-            f"{checkpoints[0].directory} has {sizes[0]}; expected the same. "
-            "Name the source that was converted."
+            checkpoints[1].directory,
+            f"vocabulary of {sizes[1]} tokens, and {checkpoints[0].directory} has {sizes[0]}",
+            "the same",
+            "Name the source that was converted",
         )
 
 
@@ -896,8 +927,10 @@ def check_seq_len(seq_len: int, limit: int) -> None:
     """Raise UsageError for samples of more tokens than a model has positions."""
     if seq_len > limit:
         raise UsageError(
-            f"sequence length: {seq_len}; expected at most the model's {limit} positions. "
-            f"Use --seq-len {limit}."
+            "sequence length",
+            f"{seq_len}",
+            f"at most the model's {limit} positions",
+            f"Use --seq-len {limit}",
         )
 
 
@@ -905,8 +938,10 @@ def _check_ids(windows: Tensor, checkpoint: _Checkpoint, where: str) -> None:
     size, largest = vocabulary_size(checkpoint.config), int(windows.max())
     if size is not None and largest >= size:
         raise CheckpointError(
-            f"{checkpoint.directory}: its tokenizer gives token {largest} for {where}; expected "
-            f"tokens below the model's {size}. Copy the tokenizer that belongs to the model."
+            checkpoint.directory,
+            f"its tokenizer gives token {largest} for {where}",
+            f"tokens below the model's {size}",
+            "Copy the tokenizer that belongs to the model",
         )
 
 
@@ -917,5 +952,5 @@ def _dtype(dtype: str | torch.dtype | None, device: str | None) -> torch.dtype |
         return dtype
     found = getattr(torch, dtype, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise UsageError(f"dtype: {dtype!r}; expected one of float32, float16, bfloat16.")
+        raise UsageError("dtype", f"{dtype!r}", "one of float32, float16, bfloat16")
     return found

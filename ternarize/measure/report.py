@@ -160,12 +160,14 @@ def plot(report: dict[str, Any], path: str | Path) -> None:
         )
     except ImportError:
         raise UsageError(
-            f"{path}: plots are drawn with matplotlib, which is not installed; expected it. "
-            "Run pip install 'ternarize[plot]'."
+            path,
+            "plots are drawn with matplotlib, which is not installed",
+            "it",
+            "Run pip install 'ternarize[plot]'",
         ) from None
     if not path.parent.is_dir():
         raise OutputError(
-            f"{path}: there is no directory {path.parent}; expected one. Make it, or name another."
+            path, f"there is no directory {path.parent}", "one", "Make it, or name another"
         )
     errors = (report["calibration"] or {}).get("blocks", [])
     rows = [row for row in report["tensors"] if row["kind"] == "ternary"]
@@ -174,8 +176,10 @@ def plot(report: dict[str, Any], path: str | Path) -> None:
     known = canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in known:
         raise UsageError(
-            f"{path}: {path.suffix or 'no suffix'} is no kind of image; expected one of "
-            f"{', '.join(sorted(known))}. Name it .png."
+            path,
+            f"{path.suffix or 'no suffix'} is no kind of image",
+            f"one of {', '.join(sorted(known))}",
+            "Name it .png",
         )
     axes = list(figure.subplots(3 if errors else 2, 1))
     if errors:

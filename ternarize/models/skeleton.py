@@ -111,8 +111,10 @@ def linear_layers(
         if name not in stored or name in skeleton.sharing:
             why = "is tied to another" if name in skeleton.sharing else "has no matrix of its own"
             raise SelectionError(
-                f"{name}: is quantized by config.json, but {why}; expected a weight of its own. "
-                "List it in modules_to_not_convert, or complete the checkpoint."
+                name,
+                f"is quantized by config.json, but {why}",
+                "a weight of its own",
+                "List it in modules_to_not_convert, or complete the checkpoint",
             )
     return {stored[name]: shape for name, shape in layers.items()}
 
@@ -323,8 +325,10 @@ def _build(config_json: str) -> Skeleton | str:
         return f"{architecture} needs a package that is not installed ({first_line(error)})"
     except Exception as error:  # whatever the class makes of a config that it cannot use
         raise SelectionError(
-            f"config.json: {architecture} of {release} cannot be built from it: "
-            f"{type(error).__name__}: {first_line(error)}. Repair it, or use another transformers."
+            "config.json",
+            f"{architecture} of {release} cannot be built from it: {type(error).__name__}: "
+            f"{first_line(error)}",
+            remedy="Repair it, or use another transformers",
         ) from error
     return Skeleton(model)
 

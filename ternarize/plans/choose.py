@@ -211,8 +211,9 @@ def _check_include(
             continue
         reason = verdicts[names[0]].error or verdicts[names[0]].reason
         raise SelectionError(
-            f"{names[0]}: --include {pattern!r} asks for a ternary tensor, but it cannot be one: "
-            f"{reason}. Leave it out."
+            names[0],
+            f"--include {pattern!r} asks for a ternary tensor, but it cannot be one: {reason}",
+            remedy="Leave it out",
         )
 
 
@@ -225,9 +226,10 @@ def check_fused_choices(choices: Iterable[Choice]) -> None:
             if other.codec != choice.codec:
                 kept, ternary = (choice, other) if other.ternary else (other, choice)
                 raise SelectionError(
-                    f"{kept.name}: kept ({kept.reason}), but {ternary.name} is ternary "
-                    f"({ternary.reason}), and both load into {parameter}, which is one or the "
-                    f"other. Widen the glob to all of them."
+                    kept.name,
+                    f"kept ({kept.reason}), but {ternary.name} is ternary ({ternary.reason}), and "
+                    f"both load into {parameter}, which is one or the other",
+                    remedy="Widen the glob to all of them",
                 )
 
 
@@ -245,8 +247,10 @@ def _ends(
         return {}
     if isinstance(skeleton, str):
         raise SelectionError(
-            f"{next(iter(asked))}: {skeleton}, so nothing shows which tensor that is; expected a "
-            "config.json of an architecture that transformers has. Leave the option out."
+            next(iter(asked)),
+            f"{skeleton}, so nothing shows which tensor that is",
+            "a config.json of an architecture that transformers has",
+            "Leave the option out",
         )
     families: dict[str, set[str]] = {}
     for option in ("--head", "--embeddings"):
@@ -254,8 +258,10 @@ def _ends(
         if option in asked and not families[option]:
             what = "output head" if option == "--head" else "token embedding"
             raise SelectionError(
-                f"{option} {asked[option]}: {skeleton.name} has no {what} that can be packed; "
-                "expected one. Leave the option out."
+                f"{option} {asked[option]}",
+                f"{skeleton.name} has no {what} that can be packed",
+                "one",
+                "Leave the option out",
             )
     shared = families["--head"] == families["--embeddings"]
     if shared and len(set(asked.values())) > 1:
@@ -272,9 +278,10 @@ def _ends(
             why = "stored in another form than the model's"
         if why or not names:
             raise SelectionError(
-                f"{option} {what}: {min(family)} cannot be packed "
-                f"({why or 'the checkpoint does not have it'}); expected one that only looks up "
-                "and multiplies. Leave the option out."
+                f"{option} {what}",
+                f"{min(family)} cannot be packed ({why or 'the checkpoint does not have it'})",
+                "one that only looks up and multiplies",
+                "Leave the option out",
             )
         for name in names:
             tie = "; the output head and the token embedding are tied" if shared else ""
@@ -282,7 +289,9 @@ def _ends(
             wanted = tuple(skeleton.parameters[verdicts[name].parameters[0]].shape)
             if shapes[name] != wanted:
                 raise SelectionError(
-                    f"{name}: its shape is {list(shapes[name])}; {skeleton.name} with this "
-                    f"config.json has {list(wanted)}. Repair config.json."
+                    name,
+                    f"its shape is {list(shapes[name])}; {skeleton.name} with this config.json "
+                    f"has {list(wanted)}",
+                    remedy="Repair config.json",
                 )
     return found

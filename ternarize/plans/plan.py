@@ -57,8 +57,10 @@ def plan(
     if not source.tensors:
         if source.config is None:
             raise CheckpointError(
-                f"{model}: no weights and no config.json; expected a Hugging Face checkpoint. "
-                "Check the path."
+                model,
+                "no weights and no config.json",
+                "a Hugging Face checkpoint",
+                "Check the path",
             )
         source.files = [SAFETENSORS]
         source.tensors = {
@@ -86,8 +88,10 @@ def plan(
         notes.append(f"ternary already ({source.format}): packed without loss")
         if recipe.calibrate is not None:
             raise UsageError(
-                f"{model}: is ternary already ({source.format}); expected weights that "
-                "calibration can fit. Leave out --dataset and --method gptq."
+                model,
+                f"is ternary already ({source.format})",
+                "weights that calibration can fit",
+                "Leave out --dataset and --method gptq",
             )
     if recipe.calibrate is not None and recipe.group_size is None:
         recipe = replace(recipe, group_size=GROUP_SIZE)
@@ -142,9 +146,9 @@ def _plan_tensor(info: TensorInfo, choice: Choice, recipe: Recipe) -> TensorPlan
         shape = (*shape[:-2], shape[-1], shape[-2])
     if choice.codec and info.dtype not in _TERNARIZABLE:
         raise CheckpointError(
-            f"{info.file}: {info.name} is {info.dtype}; weights to pack are "
-            f"{', '.join(_TERNARIZABLE)}. Convert a checkpoint in floating point, or name it "
-            "with --keep."
+            info.file,
+            f"{info.name} is {info.dtype}; weights to pack are {', '.join(_TERNARIZABLE)}",
+            remedy="Convert a checkpoint in floating point, or name it with --keep",
         )
     dtype = info.dtype
     if recipe.dtype and dtype in _FLOATS:
@@ -218,8 +222,10 @@ def check_fused(tensors: Iterable[TensorPlan]) -> None:
             )
             if mine != theirs:
                 raise SelectionError(
-                    f"{tensor.name}: {mine}, but {other.name} has {theirs}, and both load into "
-                    f"{parameter}; expected the same. Widen --planes to all of them."
+                    tensor.name,
+                    f"{mine}, but {other.name} has {theirs}, and both load into {parameter}",
+                    "the same",
+                    "Widen --planes to all of them",
                 )
 
 
@@ -241,12 +247,16 @@ def _refuse_quantized(source: Checkpoint) -> None:
     method = config.get("quant_method", "unknown") if isinstance(config, dict) else "unknown"
     if method == container.KEY:
         raise CheckpointError(
-            f"{source.directory}: is a packed checkpoint already (quant_method {method}); "
-            "expected one in floating point. Use it as it is, or convert its source."
+            source.directory,
+            f"is a packed checkpoint already (quant_method {method})",
+            "one in floating point",
+            "Use it as it is, or convert its source",
         )
     raise CheckpointError(
-        f"{source.directory}: is quantized already (quant_method {method} in config.json); "
-        "expected weights in floating point. Convert the checkpoint it was made from."
+        source.directory,
+        f"is quantized already (quant_method {method} in config.json)",
+        "weights in floating point",
+        "Convert the checkpoint it was made from",
     )
 
 
@@ -256,12 +266,14 @@ def refuse_empty(work: Plan) -> None:
         return
     if work.recipe.keep:
         raise SelectionError(
-            f"{work.model}: --keep leaves no tensor to ternarize; expected some. Keep less."
+            work.model, "--keep leaves no tensor to ternarize", "some", "Keep less"
         )
     reasons = Counter(t.choice.reason for t in work.tensors).most_common(5)
     said = ", ".join(f"{reason} ({count})" for reason, count in reasons)
     raise SelectionError(
-        f"{work.model}: none of its {len(work.tensors)} tensors, first "
+        work.model,
+        f"none of its {len(work.tensors)} tensors, first "
         f"{work.tensors[0].name if work.tensors else 'none'}, is a linear weight to ternarize: "
-        f"{said}; expected some. --dry-run lists them all, and --include can name some."
+        f"{said}",
+        "some. --dry-run lists them all, and --include can name some",
     )

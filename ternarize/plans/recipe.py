@@ -79,7 +79,7 @@ class Calibrate:
             ),
         ):
             if not good:
-                raise UsageError(f"{what}: {value}; expected {expected}.")
+                raise UsageError(what, f"{value}", f"{expected}")
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,11 @@ class Recipe:
     def __post_init__(self) -> None:
         if (self.method == GPTQ) != (self.calibrate is not None):
             raise UsageError(
-                f"method: {self.method!r} {'without' if self.method == GPTQ else 'with'} data to "
-                f"calibrate on; expected {GPTQ!r} with, and any other without. Use --method gptq, "
-                "or leave out the options of calibration."
+                "method",
+                f"{self.method!r} {'without' if self.method == GPTQ else 'with'} data to "
+                "calibrate on",
+                f"{GPTQ!r} with, and any other without",
+                "Use --method gptq, or leave out the options of calibration",
             )
         if self.group_size is not None:
             check_group_size(self.group_size)
@@ -133,7 +135,7 @@ class Recipe:
         ):
             if value not in known:
                 names = ", ".join(str(k) for k in known if k is not None)
-                raise UsageError(f"{what}: {value!r}; expected one of {names}.")
+                raise UsageError(what, f"{value!r}", f"one of {names}")
 
 
 Options = TypeVar("Options", Recipe, Calibrate)
@@ -145,8 +147,10 @@ def read_recipe(record: dict[str, Any]) -> Recipe:
         return _options(Recipe, record.get("recipe"))
     except (TypeError, UsageError) as error:
         raise FormatError(
-            f"{RECORD}: its recipe cannot be used ({error}); expected the options of a conversion. "
-            "Fetch it again."
+            RECORD,
+            f"its recipe cannot be used ({error})",
+            "the options of a conversion",
+            "Fetch it again",
         ) from None
 
 

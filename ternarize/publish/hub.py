@@ -98,20 +98,20 @@ def push(
     directory = Path(os.path.expanduser(directory))
     if create_pr and revision is not None:
         raise UsageError(
-            f"--create-pr: with --revision {revision}; a pull request goes to the main branch. "
-            "Leave one out."
+            "--create-pr",
+            f"with --revision {revision}; a pull request goes to the main branch",
+            remedy="Leave one out",
         )
     if split_id(repo) != (repo, None):
         raise UsageError(
-            f"{repo}: is no name of a repository; expected user/name. "
-            "A branch goes into --revision."
+            repo, "is no name of a repository", "user/name", "A branch goes into --revision"
         )
     if base_model is not None and split_id(base_model) != (base_model, None):
-        raise UsageError(f"--base-model: {base_model!r:.80}; expected user/name, a Hub id.")
+        raise UsageError("--base-model", f"{base_model!r:.80}", "user/name, a Hub id")
     token = None if dry_run else _check_token(token)
     if not directory.is_dir():
         raise CheckpointError(
-            f"{directory}: no such directory; expected a packed checkpoint. Check the path."
+            directory, "no such directory", "a packed checkpoint", "Check the path"
         )
     verify(directory, progress=progress)
     files = _files(directory)
@@ -162,8 +162,10 @@ def _check_token(token: str | None) -> str | None:
     found = get_token() if token is None else token.strip()
     if found is not None and not re.fullmatch(r"[!-~]+", found):
         raise UsageError(
-            "token: is empty, or has a space or another character that no token has; expected "
-            "visible ASCII. Copy it again from huggingface.co/settings/tokens."
+            "token",
+            "is empty, or has a space or another character that no token has",
+            "visible ASCII",
+            "Copy it again from huggingface.co/settings/tokens",
         )
     return found
 
@@ -187,8 +189,10 @@ def _files(directory: Path) -> dict[str, Path]:
         ours_too = name in ours or is_within(name, modules)
         if name.endswith((*WEIGHTS, INDEX)) and not ours_too:
             raise OutputError(
-                f"{path}: is no part of the packed checkpoint; expected no other weights beside "
-                "it. Move it away."
+                path,
+                "is no part of the packed checkpoint",
+                "no other weights beside it",
+                "Move it away",
             )
         files[name] = path
     return files
@@ -201,8 +205,10 @@ def _shim(directory: Path) -> dict[str, bytes]:
     code = f"{SHIM.removesuffix('.py')}.{SHIM_CLASS}"
     if not isinstance(named, dict) or named.get("AutoConfig", code) != code:
         raise UsageError(
-            f"{directory / 'config.json'}: has code of its own for AutoConfig; expected a model "
-            "that transformers has. Leave out --shim."
+            directory / "config.json",
+            "has code of its own for AutoConfig",
+            "a model that transformers has",
+            "Leave out --shim",
         )
     config["auto_map"] = {**named, "AutoConfig": code}
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
@@ -229,8 +235,10 @@ def _upload(
     info = api.model_info(repo, revision=revision)
     if private and not info.private:
         raise OutputError(
-            f"{repo}: exists and is public; expected a private repository. Nothing was sent: make "
-            "it private on its page, or name another."
+            repo,
+            "exists and is public",
+            "a private repository",
+            "Nothing was sent: make it private on its page, or name another",
         )
     there = {each.rfilename for each in info.siblings or []}
     if CARD in there:
@@ -249,8 +257,10 @@ def _upload(
     ignored = [each.path_in_repo for each in additions if each._should_ignore]
     if ignored:
         raise OutputError(
-            f"{repo}: its .gitignore on the Hub leaves out {', '.join(ignored)}; expected all "
-            "files to be taken. Nothing was published: change that file, then push again."
+            repo,
+            f"its .gitignore on the Hub leaves out {', '.join(ignored)}",
+            "all files to be taken",
+            "Nothing was published: change that file, then push again",
         )
     commit = api.create_commit(
         repo,

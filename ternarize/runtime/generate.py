@@ -130,8 +130,10 @@ def check_continues(model: Model) -> None:
     """Raise UsageError for a model that does not continue a text."""
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise UsageError(
-            f"{type(model).__name__}: does not continue a text; expected a causal language model. "
-            "Use another checkpoint."
+            type(model).__name__,
+            "does not continue a text",
+            "a causal language model",
+            "Use another checkpoint",
         )
 
 
@@ -254,8 +256,10 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
     if chat:
         if not tokenizer.chat_template:
             raise UsageError(
-                "chat: the tokenizer has no chat template; expected a model made for chat. "
-                "Generate without --chat."
+                "chat",
+                "the tokenizer has no chat template",
+                "a model made for chat",
+                "Generate without --chat",
             )
         message = [{"role": "user", "content": prompt}]
         try:
@@ -266,9 +270,10 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
             raise
         except Exception as error:  # a template is a program of its own and raises what it likes
             raise UsageError(
-                f"chat: the tokenizer's chat template fails ({type(error).__name__}: "
-                f"{first_line(error)}); expected one that takes a user's message. "
-                "Generate without --chat, or repair the template."
+                "chat",
+                f"the tokenizer's chat template fails ({type(error).__name__}: {first_line(error)})",
+                "one that takes a user's message",
+                "Generate without --chat, or repair the template",
             ) from error
     else:
         ids = tokenizer(prompt, verbose=False)["input_ids"]
@@ -277,7 +282,7 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if begin is None:
         raise UsageError(
-            "prompt: is empty, and the tokenizer has no token to begin with; expected some text."
+            "prompt", "is empty, and the tokenizer has no token to begin with", "some text"
         )
     return [begin]
 
@@ -288,8 +293,10 @@ def _room(model: Model, prompt: int, new: int | None) -> int:
     if prompt + (new or 1) > context:
         asked = f" and {new} new ones" if new else ""
         raise UsageError(
-            f"prompt: {prompt} tokens{asked}; expected at most the model's context of {context} "
-            "together. Shorten the prompt or ask for fewer new tokens."
+            "prompt",
+            f"{prompt} tokens{asked}",
+            f"at most the model's context of {context} together",
+            "Shorten the prompt or ask for fewer new tokens",
         )
     return new or min(NEW_TOKENS, context - prompt)
 
@@ -309,4 +316,4 @@ def _check_options(
         ("top-p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1"),
     ):
         if not good:
-            raise UsageError(f"{name}: {value}; expected {expected}.")
+            raise UsageError(name, f"{value}", f"{expected}")

@@ -145,8 +145,9 @@ def trits_of_lanes(lanes: Tensor, rows: int, cols: int, group_size: int, form: s
     size, blocks, block = lanes_shape(form, rows, cols, group_size)
     if lanes.dtype != torch.uint8 or lanes.shape != (size,):
         raise FormatError(
-            f"lanes: {tuple(lanes.shape)} {lanes.dtype}; expected ({size},) torch.uint8 for "
-            f"{rows} x {cols} weights in groups of {group_size}."
+            "lanes",
+            f"{tuple(lanes.shape)} {lanes.dtype}",
+            f"({size},) torch.uint8 for {rows} x {cols} weights in groups of {group_size}",
         )
     left = lanes.view(blocks, _quads(cols, group_size), 16, 4).to(torch.int16)
     found = []
@@ -169,7 +170,9 @@ def trits_of_lanes(lanes: Tensor, rows: int, cols: int, group_size: int, form: s
 
 def _no_digits(form: str) -> FormatError:
     return FormatError(
-        f"lanes: a byte is not one of {form}. The memory was overwritten: load the model again."
+        "lanes",
+        f"a byte is not one of {form}",
+        remedy="The memory was overwritten: load the model again",
     )
 
 

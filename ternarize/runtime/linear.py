@@ -94,7 +94,7 @@ class Layout:
     def __post_init__(self) -> None:
         if self.activations not in ACTIVATIONS:
             raise UsageError(
-                f"activations: {self.activations!r}; expected one of {', '.join(ACTIVATIONS)}."
+                "activations", f"{self.activations!r}", f"one of {', '.join(ACTIVATIONS)}"
             )
 
     @property
@@ -197,7 +197,7 @@ def _lanes_product(
 ) -> Tensor:
     """`product` by the kernels, the planes and the bias summed in float32 and rounded once."""
     if x.shape[-1] != layout.cols:
-        raise UsageError(f"input: {x.shape[-1]} columns; the layer has {layout.cols}.")
+        raise UsageError("input", f"{x.shape[-1]} columns; the layer has {layout.cols}")
     x = _autocast(x, layout)
     rounded = layout.activations == "int8"
     wide = x if bias is None and layout.planes == 1 else x.to(torch.float32)
@@ -433,15 +433,18 @@ def check_part(name: str, packed: Any, scale: Any, layout: Layout) -> None:
     what = next((what for what, found in against.items() if found), None)
     if cols != layout.cols and what is not None:
         raise UsageError(
-            f"{name}: {layout.cols} columns with {what} cannot be cut for "
-            f"{packed.device_mesh.size()} processes; tensor parallelism needs one plane, not "
-            "rotated, and activations that are not rounded. Use one process."
+            name,
+            f"{layout.cols} columns with {what} cannot be cut for {packed.device_mesh.size()} "
+            "processes; tensor parallelism needs one plane, not rotated, and activations that "
+            "are not rounded",
+            remedy="Use one process",
         )
     if not fits or scales.shape[-2] != part.shape[-2]:
         raise UsageError(
-            f"{name}: {layout.cols} columns with group_size {layout.group_size} cannot be cut for "
-            f"{packed.device_mesh.size()} processes; tensor parallelism needs whole groups in "
-            "each. Use fewer processes, or convert with a smaller group size."
+            name,
+            f"{layout.cols} columns with group_size {layout.group_size} cannot be cut for "
+            f"{packed.device_mesh.size()} processes; tensor parallelism needs whole groups in each",
+            remedy="Use fewer processes, or convert with a smaller group size",
         )
 
 
@@ -773,8 +776,10 @@ class PackedMatrix:
     def _exposed(self) -> Tensor:
         if self.layout.activations != "none":
             raise UsageError(
-                f"activations: {self.layout.activations!r}, but this model multiplies by all "
-                "experts at once, where inputs cannot be rounded. Load it with activations='none'."
+                "activations",
+                f"{self.layout.activations!r}, but this model multiplies by all experts at once, "
+                "where inputs cannot be rounded",
+                remedy="Load it with activations='none'",
             )
         return self.dense()
 
@@ -804,8 +809,10 @@ class PackedMatrix:
                 options = kwargs or {}
                 if len(args) > 3 or options.get("max_norm") is not None:
                     raise UsageError(
-                        "max_norm: changes the rows that are looked up, but the embedding is "
-                        "packed; expected none. Convert with --embeddings keep."
+                        "max_norm",
+                        "changes the rows that are looked up, but the embedding is packed",
+                        "none",
+                        "Convert with --embeddings keep",
                     )
                 stored = _stored(matrix.packed, matrix.scale, matrix.layout)
                 return gather(x, *stored, replace(matrix.layout, lanes=None), matrix.dtype)

@@ -69,8 +69,10 @@ def load(
     table = read_config(directory)
     if table is None:
         raise CheckpointError(
-            f"{directory}: no config.json; expected a Hugging Face checkpoint. "
-            "Copy config.json from the source of the model."
+            directory,
+            "no config.json",
+            "a Hugging Face checkpoint",
+            "Copy config.json from the source of the model",
         )
     _check_is_packed(directory, table)
 
@@ -122,9 +124,11 @@ def usable(where: Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise CheckpointError(
-            f"{where}: transformers {transformers.__version__} cannot use it "
-            f"({type(error).__name__}: {first_line(error)}); expected a complete checkpoint. "
-            "Repair it, or install what it needs."
+            where,
+            f"transformers {transformers.__version__} cannot use it ({type(error).__name__}: "
+            f"{first_line(error)})",
+            "a complete checkpoint",
+            "Repair it, or install what it needs",
         ) from error
 
 
@@ -134,14 +138,18 @@ def _check_is_packed(directory: Path, config: dict[str, Any]) -> None:
     if method != "ternarize":
         what = "no quantization_config" if quantization is None else f"quant_method {method!r}"
         raise FormatError(
-            f"{directory / 'config.json'}: {what}; expected quant_method 'ternarize'. "
-            "Pack the model with `ternarize convert`, or load it with transformers."
+            directory / "config.json",
+            f"{what}",
+            "quant_method 'ternarize'",
+            "Pack the model with `ternarize convert`, or load it with transformers",
         )
     said = quantization.get("activations", "none") if isinstance(quantization, dict) else None
     if said not in ("none", "int8"):
         raise FormatError(
-            f"{directory / 'config.json'}: activations {said!r:.80}; expected 'none' or 'int8'. "
-            "Repair the file, or install a newer ternarize."
+            directory / "config.json",
+            f"activations {said!r:.80}",
+            "'none' or 'int8'",
+            "Repair the file, or install a newer ternarize",
         )
 
 

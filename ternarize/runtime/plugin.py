@@ -90,11 +90,11 @@ class TernarizeConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.activations, self.verify, self.dequantize = activations, verify, dequantize
         if head not in (None, INT8):
-            raise UsageError(f"head: {head!r}; expected {INT8!r}, or None to leave it as it is.")
+            raise UsageError("head", f"{head!r}", f"{INT8!r}, or None to leave it as it is")
         names = [] if missing is None else missing
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise FormatError(
-                f"config.json: missing is {missing!r:.80}; expected a list of names. Repair it."
+                "config.json", f"missing is {missing!r:.80}", "a list of names", "Repair it"
             )
         self.head, self.missing = head, missing
 
@@ -136,8 +136,10 @@ class TernarizeQuantizer(HfQuantizer):
     def __init__(self, quantization_config: TernarizeConfig, **kwargs: Any) -> None:
         if not kwargs.get("pre_quantized", True):
             raise UsageError(
-                "quantization_config: the checkpoint is not packed, and from_pretrained does not "
-                "ternarize; expected a packed checkpoint. Run `ternarize convert` first."
+                "quantization_config",
+                "the checkpoint is not packed, and from_pretrained does not ternarize",
+                "a packed checkpoint",
+                "Run `ternarize convert` first",
             )
         super().__init__(quantization_config, **kwargs)
 
@@ -150,8 +152,9 @@ class TernarizeQuantizer(HfQuantizer):
         files = [Path(file) for file in checkpoint_files or []]
         if not files or any(file.suffix != ".safetensors" for file in files):
             raise FormatError(
-                f"{', '.join(file.name for file in files) or 'no files'}: a packed checkpoint is "
-                "stored in safetensors. Load it from its directory."
+                ", ".join(file.name for file in files) or "no files",
+                "a packed checkpoint is stored in safetensors",
+                remedy="Load it from its directory",
             )
         self.stamps = {file: stamp(file) for file in files}
         packed = open_files(files[0].parent, [file.name for file in files])
@@ -194,8 +197,7 @@ class TernarizeQuantizer(HfQuantizer):
         for file, before in self.stamps.items():  # what was verified is what was loaded
             if stamp(file) != before:
                 raise FormatError(
-                    f"{file.name}: changed while it was loaded; expected a file at rest. "
-                    "Load it again."
+                    file.name, "changed while it was loaded", "a file at rest", "Load it again"
                 )
         if self.to_round:
             _round_head(model, self.to_round)
@@ -225,9 +227,11 @@ class TernarizeQuantizer(HfQuantizer):
         adapted = [name for name, m in model.named_modules() if type(m) is AdaptedLinear]
         if adapted:
             raise UsageError(
-                f"{adapted[0]}: an adapter wraps it, so that save_pretrained of the base model "
-                "cannot name its weight; expected layers without one. Call save_pretrained of the "
-                "PEFT model, or unload the adapter first."
+                adapted[0],
+                "an adapter wraps it, so that save_pretrained of the base model cannot name its "
+                "weight",
+                "layers without one",
+                "Call save_pretrained of the PEFT model, or unload the adapter first",
             )
         return None, container.dump_metadata(_saved_records(model, self.source_transposed))
 
@@ -239,8 +243,9 @@ class TernarizeQuantizer(HfQuantizer):
         for name, module in _packed_modules(model):
             if any(p.is_meta for p in module.parameters(recurse=False)):
                 raise UsageError(
-                    f"{name}: is offloaded; a dense copy needs it in memory. Load the model "
-                    "without offloading to dequantize it."
+                    name,
+                    "is offloaded; a dense copy needs it in memory",
+                    remedy="Load the model without offloading to dequantize it",
                 )
             if isinstance(module, TernaryExperts):
                 dense_experts(module, dtype or model.dtype)
@@ -301,9 +306,10 @@ def _keep_size(model: Any, new_num_tokens: int | None = None, *args: Any, **kwar
     multiple = kwargs.get("pad_to_multiple_of") or (args[0] if args else None)
     if multiple or new_num_tokens not in (None, embedding.num_embeddings):
         raise UsageError(
-            f"{type(model).__name__}: its token embedding is packed and keeps its "
-            f"{embedding.num_embeddings} rows; expected no resize_token_embeddings. Load the model "
-            "with dequantize=True, or convert it with --embeddings keep."
+            type(model).__name__,
+            f"its token embedding is packed and keeps its {embedding.num_embeddings} rows",
+            "no resize_token_embeddings",
+            "Load the model with dequantize=True, or convert it with --embeddings keep",
         )
     return embedding
 
@@ -351,9 +357,10 @@ def _insert_modules(
         known = [target for target in place.targets if target in parameters]
         if not known and not _may_be_unexpected(model, place.targets[0]):
             raise FormatError(
-                f"{source.file}: {name}: is packed, but {type(model).__name__} has no parameter "
-                f"{place.targets[0]}. Load the checkpoint with the model class that it was made "
-                "from, or install the version of transformers that wrote its config.json."
+                f"{source.file}: {name}",
+                f"is packed, but {type(model).__name__} has no parameter {place.targets[0]}",
+                remedy="Load the checkpoint with the model class that it was made from, or install the "
+                "version of transformers that wrote its config.json",
             )
         for target in known:
             targets.setdefault(target, []).append(source)
@@ -362,8 +369,9 @@ def _insert_modules(
         packed = next((targets[t][0] for t in place.targets if t in targets), None)
         if packed is not None and name not in sources:
             raise FormatError(
-                f"{name}: is not packed, but {packed.name} is, and {type(model).__name__} fuses "
-                "the two. Pack both or neither."
+                name,
+                f"is not packed, but {packed.name} is, and {type(model).__name__} fuses the two",
+                remedy="Pack both or neither",
             )
     tied = model.all_tied_weights_keys
     ends = _ends(model)
@@ -414,10 +422,11 @@ def _insert_module(
         if wrong or not (linear or is_embedding or len(dense) == 3):
             part = targets[f"{path}.{leaf}"][0]
             raise FormatError(
-                f"{part.file}: {part.name}: is {list(part.record.shape or [])}"
-                f"{', transposed' if layout.transposed else ''}; {path}.{leaf} is "
-                f"{list(dense)} in a {type(module).__name__}, which it does not fit. "
-                "Check that config.json belongs to the weights."
+                f"{part.file}: {part.name}",
+                f"is {list(part.record.shape or [])}{', transposed' if layout.transposed else ''}; "
+                f"{path}.{leaf} is {list(dense)} in a {type(module).__name__}, which it does not "
+                "fit",
+                remedy="Check that config.json belongs to the weights",
             )
         parameters[leaf] = layout, fused if layout.group_size == 0 else logical[-2], dtype
     if is_embedding:
@@ -458,9 +467,9 @@ def _common_layout(parts: list[Source], activations: str) -> Layout:
                 for one, eight in zip((layout, layouts[0]), eight_bits, strict=True)
             )
             raise FormatError(
-                f"{part.file}: {part.name}: {mine}, but {parts[0].name}, which the model fuses "
-                f"with it, has {theirs}. Convert both with the same group size, planes, rotation "
-                "and scale bits."
+                f"{part.file}: {part.name}",
+                f"{mine}, but {parts[0].name}, which the model fuses with it, has {theirs}",
+                remedy="Convert both with the same group size, planes, rotation and scale bits",
             )
     return layouts[0]
 
@@ -511,24 +520,27 @@ def _check_conversion(converter: Any, parts: list[Source], parameter: Tensor) ->
     weights = sum(math.prod(part.record.shape or ()) for part in parts)
     if len(converter.target_patterns) == 1 and weights != parameter.numel():
         raise FormatError(
-            f"{parts[0].file}: {parts[0].name}: with what the model fuses with it, {len(parts)} "
-            f"tensors of {weights} weights; the model has {parameter.numel()}. "
-            "The checkpoint is incomplete, or config.json belongs to another model."
+            f"{parts[0].file}: {parts[0].name}",
+            f"with what the model fuses with it, {len(parts)} tensors of {weights} weights; the "
+            f"model has {parameter.numel()}",
+            remedy="The checkpoint is incomplete, or config.json belongs to another model",
         )
     kinds = [type(operation).__name__ for operation in converter.operations]
     if not is_rowwise(converter, len(shape), record.transposed):
         raise FormatError(
-            f"{parts[0].file}: {parts[0].name}: is packed, but the model's loading needs "
-            f"{', '.join(kinds)} on it, which packed rows do not allow. "
-            "Convert the model with --keep for this tensor."
+            f"{parts[0].file}: {parts[0].name}",
+            f"is packed, but the model's loading needs {', '.join(kinds)} on it, which packed "
+            "rows do not allow",
+            remedy="Convert the model with --keep for this tensor",
         )
     if record.group_size == 0:
         cut = set(kinds) - {"MergeModulelist", "Concatenate", "Transpose"}
         if cut or any(part.record.shape != shape for part in parts):
             raise FormatError(
-                f"{parts[0].file}: {parts[0].name}: has one scale for the whole tensor, but the "
-                "model cuts it, or fuses it with a tensor of another size. "
-                "Convert the model with --group-size -1."
+                f"{parts[0].file}: {parts[0].name}",
+                "has one scale for the whole tensor, but the model cuts it, or fuses it with a "
+                "tensor of another size",
+                remedy="Convert the model with --group-size -1",
             )
 
 
@@ -560,8 +572,11 @@ def _check_beside(model: Any, missing: Iterable[str]) -> None:
             continue
         if isinstance(model.get_submodule(path), Packed):
             raise FormatError(
-                f"{name}: is missing, and other weights of the same {type(model).__name__} module "
-                "are packed; expected all or none. Complete the checkpoint."
+                name,
+                f"is missing, and other weights of the same {type(model).__name__} module are "
+                "packed",
+                "all or none",
+                "Complete the checkpoint",
             )
 
 
@@ -579,9 +594,9 @@ def _check_complete(model: Any, places: "Mapping[str, Place]", missing: Sequence
     for name in lacking:
         if name not in missing:
             raise FormatError(
-                f"{name}: {type(model).__name__} needs it, and the checkpoint does not have it"
-                f"{f' (and {len(lacking) - 1} more)' if len(lacking) > 1 else ''}. "
-                "The checkpoint is incomplete, or config.json belongs to another model."
+                name,
+                f"{type(model).__name__} needs it, and the checkpoint does not have it{f' (and {len(lacking) - 1} more)' if len(lacking) > 1 else ''}",
+                remedy="The checkpoint is incomplete, or config.json belongs to another model",
             )
 
 
@@ -596,8 +611,10 @@ def _head_to_round(model: Any) -> set[str]:
     if not family or why:
         what = f"{min(family)} cannot be packed ({why})" if family else "there is none to be packed"
         raise UsageError(
-            f"head int8: {type(model).__name__}: {what}; expected an output head that only "
-            "multiplies. Leave head out."
+            f"head int8: {type(model).__name__}",
+            f"{what}",
+            "an output head that only multiplies",
+            "Leave head out",
         )
     return family
 
@@ -611,8 +628,9 @@ def _round_head(model: Any, family: set[str]) -> None:
     if weight.is_meta or hasattr(weight, "to_local"):
         where = "offloaded" if weight.is_meta else "spread over processes"
         raise UsageError(
-            f"{first}: is {where}; it has to be in memory to become int8. Leave head out, or "
-            "convert with --head int8."
+            first,
+            f"is {where}; it has to be in memory to become int8",
+            remedy="Leave head out, or convert with --head int8",
         )
     try:
         q, scale = _to_int8(weight.detach())
@@ -706,9 +724,11 @@ def _saved_records(model: Any, transposed: Mapping[str, bool]) -> dict[str, Reco
             packed, scale = tensors[name], tensors[name + SCALE_SUFFIX]
             if scale.ndim != packed.ndim:
                 raise UsageError(
-                    f"{name}: transformers {transformers_version} drops a dimension of its scales "
-                    f"as it saves them; expected {packed.ndim}. Install transformers >= 5.23, or "
-                    "copy the packed directory."
+                    name,
+                    f"transformers {transformers_version} drops a dimension of its scales as it "
+                    "saves them",
+                    f"{packed.ndim}",
+                    "Install transformers >= 5.23, or copy the packed directory",
                 )
             records[name] = Record(
                 container.digest(packed, scale),

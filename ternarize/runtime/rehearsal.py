@@ -84,9 +84,11 @@ def _incomplete(work: Plan, architecture: str, missing: list[str]) -> Checkpoint
     strange = strangers(work.source.tensors, work.source.config)
     found = f", but has {some(strange)}, which it does not know" if strange else ""
     return CheckpointError(
-        f"{work.model}: lacks {some(missing)}, which {architecture} needs{found}; expected every "
-        "weight of the model. Complete the checkpoint or repair config.json (architectures), or "
-        "use --allow-missing, and whoever loads the result makes them up."
+        work.model,
+        f"lacks {some(missing)}, which {architecture} needs{found}",
+        "every weight of the model",
+        "Complete the checkpoint or repair config.json (architectures), or use --allow-missing, "
+        "and whoever loads the result makes them up",
     )
 
 
@@ -118,14 +120,16 @@ def _check_fill(
     name = type(model).__name__
     for target, shape, expected in sorted(found.mismatched_keys):
         raise SelectionError(
-            f"{work.model}: {target} would be {list(shape)}; {name} with this config.json has "
-            f"{list(expected)}. Repair config.json, or convert the checkpoint that belongs to it."
+            work.model,
+            f"{target} would be {list(shape)}; {name} with this config.json has {list(expected)}",
+            remedy="Repair config.json, or convert the checkpoint that belongs to it",
         )
     for target, error in sorted(found.conversion_errors.items()):
         raise SelectionError(
-            f"{work.model}: {target} of {name} cannot be made of what would be stored "
-            f"({first_line(error)}); expected tensors that its loading can join. "
-            "Leave them in floating point with --keep."
+            work.model,
+            f"{target} of {name} cannot be made of what would be stored ({first_line(error)})",
+            "tensors that its loading can join",
+            "Leave them in floating point with --keep",
         )
 
 

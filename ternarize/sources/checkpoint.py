@@ -36,8 +36,10 @@ def open_checkpoint(
     """
     if not directory.is_dir():
         raise CheckpointError(
-            f"{directory}: no such directory; expected a Hugging Face checkpoint. "
-            "Check the path or the Hub id."
+            directory,
+            "no such directory",
+            "a Hugging Face checkpoint",
+            "Check the path or the Hub id",
         )
     config = read_config(directory)
     for main in (SAFETENSORS, PICKLE):
@@ -79,22 +81,22 @@ def _open_sharded(
 ) -> Checkpoint:
     weight_map = (read_json(directory / index, strict=True) or {}).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise FormatError(
-            f"{index}: no weight_map; expected a table of tensor name: file. Fetch it again."
-        )
+        raise FormatError(index, "no weight_map", "a table of tensor name: file", "Fetch it again")
     files = sorted(set(map(str, weight_map.values())))
     for file in files:
         if file not in weight_map.values() or re.search(r"[/\\:]", file) or file in ("", ".", ".."):
             raise FormatError(
-                f"{index}: names the file {file!r}; expected a name in the same directory. "
-                "Do not trust this checkpoint."
+                index,
+                f"names the file {file!r}",
+                "a name in the same directory",
+                "Do not trust this checkpoint",
             )
         if not os.path.isfile(directory / file):  # unlike Path's, never raises on a strange name
-            raise CheckpointError(f"{index}: {file!r} is missing beside it. Fetch it again.")
+            raise CheckpointError(index, f"{file!r} is missing beside it", remedy="Fetch it again")
     checkpoint = open_files(directory, files, config)
     for disagreement in _disagreements(checkpoint, weight_map):
         if strict:
-            raise FormatError(f"{index}: {disagreement}. Fetch the checkpoint again.")
+            raise FormatError(index, f"{disagreement}", remedy="Fetch the checkpoint again")
         checkpoint.notes.append(f"{index} {disagreement}; the files themselves decide")
     return checkpoint
 
@@ -140,24 +142,29 @@ def locate(
     if os.path.isdir(path):
         if not os.path.isdir(os.path.join(path, subfolder)):
             raise CheckpointError(
-                f"{model}: has no folder {subfolder!r}; expected one with a checkpoint. "
-                "Check the name."
+                model, f"has no folder {subfolder!r}", "one with a checkpoint", "Check the name"
             )
         return Path(path, subfolder)
     if os.path.exists(path):
         raise CheckpointError(
-            f"{model}: is a file; expected a checkpoint directory or a Hub id. "
-            "Name the directory that holds it."
+            model,
+            "is a file",
+            "a checkpoint directory or a Hub id",
+            "Name the directory that holds it",
         )
     named = split_id(str(model))
     if named is None:
         raise CheckpointError(
-            f"{model}: no such directory; expected a checkpoint directory or a Hub id "
-            "(user/name). Check the path."
+            model,
+            "no such directory",
+            "a checkpoint directory or a Hub id (user/name)",
+            "Check the path",
         )
     repo, at = named
     if revision and at:
-        raise UsageError(f"{model}: names a revision, and so does revision={revision!r}. Name one.")
+        raise UsageError(
+            model, f"names a revision, and so does revision={revision!r}", remedy="Name one"
+        )
     return fetch(
         repo, revision or at, config_only=config_only, subfolder=subfolder, variant=variant
     )
@@ -171,8 +178,10 @@ def open_stream(model: str | Path, folder: Path) -> Checkpoint:
     named = split_id(str(model))
     if named is None or os.path.exists(os.path.expanduser(model)):
         raise UsageError(
-            f"{model}: is on this disk; expected a Hub id (user/name[@revision]) to stream. "
-            "Leave out --stream: local files are read where they are, and never deleted."
+            model,
+            "is on this disk",
+            "a Hub id (user/name[@revision]) to stream",
+            "Leave out --stream: local files are read where they are, and never deleted",
         )
     stream = HubStream(*named, folder)
     checkpoint = open_checkpoint(folder, strict=False)

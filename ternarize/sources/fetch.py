@@ -180,9 +180,12 @@ def _set_aside(path: Path) -> list[tuple[Path, Path]]:
 
 def _edited(repo: str, path: Path) -> CheckpointError:
     return CheckpointError(
-        f"{path}: has other bytes than the Hub's digest of it promises, and {repo} cannot be "
-        "asked for the right ones; expected the file that was uploaded. It was left as it is: "
-        "fetch it with a network, or copy the folder elsewhere and use it by its path."
+        path,
+        f"has other bytes than the Hub's digest of it promises, and {repo} cannot be asked for "
+        "the right ones",
+        "the file that was uploaded",
+        "It was left as it is: fetch it with a network, or copy the folder elsewhere and use it "
+        "by its path",
     )
 
 
@@ -197,8 +200,10 @@ def _remove(path: Path) -> None:
 
 def _damaged(repo: str, file: str) -> CheckpointError:
     return CheckpointError(
-        f"{repo}: {file} came twice with other bytes than the Hub's digest promises; expected the "
-        "file that was uploaded. It was not kept: try again later, or over another network."
+        repo,
+        f"{file} came twice with other bytes than the Hub's digest promises",
+        "the file that was uploaded",
+        "It was not kept: try again later, or over another network",
     )
 
 
@@ -389,8 +394,10 @@ class HubStream:
                 self.files[each.rfilename] = (each.size or 0, digest or "")
         if not self.files:
             raise CheckpointError(
-                f"{repo}: no {SAFETENSORS} and no index of several; expected safetensors, which "
-                "alone can be read in parts. Convert it without --stream."
+                repo,
+                f"no {SAFETENSORS} and no index of several",
+                "safetensors, which alone can be read in parts",
+                "Convert it without --stream",
             )
         for name in self.files:
             self._make_hole(name)

@@ -21,13 +21,17 @@ def open_packed(model: str | Path) -> tuple[Checkpoint, dict[str, Record]]:
     config = (packed.config or {}).get("quantization_config")
     if not isinstance(config, dict) or config.get("quant_method") != container.KEY:
         raise FormatError(
-            f"{model}: config.json does not say quant_method {container.KEY}; expected a packed "
-            "checkpoint. Pack the model with `ternarize convert`."
+            model,
+            f"config.json does not say quant_method {container.KEY}",
+            "a packed checkpoint",
+            "Pack the model with `ternarize convert`",
         )
     container.check_version("config.json", config.get("format_version"), [])
     for file in packed.files:
         if not file.endswith(".safetensors"):
-            raise FormatError(f"{file}: a packed checkpoint is in safetensors. Fetch it again.")
+            raise FormatError(
+                file, "a packed checkpoint is in safetensors", remedy="Fetch it again"
+            )
     records = container.records_of(packed)
     container.check_format(packed)
     return packed, records
@@ -44,20 +48,24 @@ def check_record(packed: Checkpoint, records: dict[str, Record]) -> dict[str, An
     container.check_version(RECORD, record.get("format_version"), [])
     rows = record.get("tensors")
     if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
-        raise FormatError(f"{RECORD}: has no table of tensors. Fetch it again, or remove it.")
+        raise FormatError(RECORD, "has no table of tensors", remedy="Fetch it again, or remove it")
     said = {name: row.get("becomes") for name, row in rows.items() if row.get("becomes") != "tied"}
     found = {name: record.kind for name, record in records.items()}
     for name in sorted(said.keys() | found.keys()):
         if said.get(name) != found.get(name):
             raise FormatError(
-                f"{RECORD}: {name} is {said.get(name, 'missing')} there and "
-                f"{found.get(name, 'missing')} in the files. Fetch the checkpoint again."
+                RECORD,
+                f"{name} is {said.get(name, 'missing')} there and {found.get(name, 'missing')} in "
+                "the files",
+                remedy="Fetch the checkpoint again",
             )
     container.check_listed(RECORD, rows, records, packed)
     if not _is_calibration(record.get("calibration")):
         raise FormatError(
-            f"{RECORD}: its calibration cannot be read; expected data, quality, forms and blocks, "
-            "as a conversion writes them. Fetch it again, or remove it."
+            RECORD,
+            "its calibration cannot be read",
+            "data, quality, forms and blocks, as a conversion writes them",
+            "Fetch it again, or remove it",
         )
     return record
 

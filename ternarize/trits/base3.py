@@ -185,8 +185,10 @@ def _check_width(packed: Tensor, cols: int, group_size: int) -> int:
     width = packed_width(cols, group_size)
     if packed.dtype != torch.uint8 or packed.shape[-1] != width:
         raise FormatError(
-            f"packed rows: {packed.shape[-1]} elements of {packed.dtype}; expected {width} bytes "
-            f"for {cols} columns in groups of {group_size}. The file is damaged."
+            "packed rows",
+            f"{packed.shape[-1]} elements of {packed.dtype}",
+            f"{width} bytes for {cols} columns in groups of {group_size}",
+            "The file is damaged",
         )
     return width
 
@@ -198,4 +200,6 @@ def _bad_byte(packed: Tensor, offset: int) -> FormatError:
         if value > LARGEST_CODE
         else "has padding other than zero trits; a tensor has exactly one byte form"
     )
-    return FormatError(f"byte {offset}: {value} {what}. The file is damaged: fetch it again.")
+    return FormatError(
+        f"byte {offset}", f"{value} {what}", remedy="The file is damaged: fetch it again"
+    )

@@ -72,7 +72,9 @@ def int8_used(q: Tensor, group_size: int) -> Tensor:
     if bool(bad.any()):
         at = int(bad.flatten().nonzero()[0])
         raise FormatError(
-            f"byte {at}: -128 is no weight of codec int8; expected -127..127. The file is "
-            "damaged: fetch it again."
+            f"byte {at}",
+            "-128 is no weight of codec int8",
+            "-127..127",
+            "The file is damaged: fetch it again",
         )
     return split_groups(q, group_size).ne(0).any(-1)

@@ -32,8 +32,10 @@ def check_group_size(group_size: int) -> int:
     """Return `group_size`; raises UsageError unless it is -1, 0 or positive."""
     if not -1 <= group_size < 2**63:
         raise UsageError(
-            f"group size: {group_size}; expected a positive number of weights, -1 (one group per "
-            "row) or 0 (one scale per tensor). Use --group-size 128 if in doubt."
+            "group size",
+            f"{group_size}",
+            "a positive number of weights, -1 (one group per row) or 0 (one scale per tensor)",
+            "Use --group-size 128 if in doubt",
         )
     return group_size
 
@@ -45,8 +47,9 @@ def check_device(name: str | None) -> str:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(
-            f"device: {name!r} cannot be used here ({first_line(error)}); expected one "
-            "such as cpu or cuda."
+            "device",
+            f"{name!r} cannot be used here ({first_line(error)})",
+            "one such as cpu or cuda",
         ) from None
     return name
 

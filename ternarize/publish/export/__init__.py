@@ -48,7 +48,7 @@ def export(
     dtype cannot hold a weight; OutputError where the output cannot be put.
     """
     if to not in TARGETS:
-        raise UsageError(f"to: {to!r}; expected one of {', '.join(TARGETS)}.")
+        raise UsageError("to", f"{to!r}", f"one of {', '.join(TARGETS)}")
     output = Path(output).expanduser()
     packed = open_verified(model)
     report = TARGETS[to](packed, output, progress=progress, **options)

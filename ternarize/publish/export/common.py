@@ -183,8 +183,9 @@ class Losses:
             for reason, names in self.reasons.items()
         ]
         raise CheckpointError(
-            f"{packed.directory}: {'; '.join(what)}; {self.target} cannot carry this. {advice} "
-            "--allow-requantize exports the nearest, and says what it costs."
+            packed.directory,
+            f"{'; '.join(what)}; {self.target} cannot carry this",
+            remedy=f"{advice} --allow-requantize exports the nearest, and says what it costs",
         )
 
     def measure(self, name: str, before: Tensor, after: Tensor) -> None:
@@ -234,8 +235,7 @@ def fresh_output(packed: PackedCheckpoint, output: Path, *, folder: bool) -> Ite
     _check_free(output)
     if source in output.resolve().parents:
         raise OutputError(
-            f"{output}: is inside the model {source}; expected another place. The source is never "
-            "changed."
+            output, f"is inside the model {source}", "another place", "The source is never changed"
         )
     partial = output.with_name(output.name + ".partial")
     try:
@@ -246,8 +246,10 @@ def fresh_output(packed: PackedCheckpoint, output: Path, *, folder: bool) -> Ite
             partial.touch(exist_ok=False)
     except OSError as error:
         raise OutputError(
-            f"{partial}: cannot be made ({error.strerror or error}); expected a place to write. "
-            "Remove what is there, or name another output."
+            partial,
+            f"cannot be made ({error.strerror or error})",
+            "a place to write",
+            "Remove what is there, or name another output",
         ) from None
     try:
         yield partial
@@ -257,7 +259,9 @@ def fresh_output(packed: PackedCheckpoint, output: Path, *, folder: bool) -> Ite
         sync_names(output.parent)
     except OSError as error:
         raise OutputError(
-            f"{partial}: cannot be written ({error.strerror or error}). Make room or permission."
+            partial,
+            f"cannot be written ({error.strerror or error})",
+            remedy="Make room or permission",
         ) from error
     finally:
         if partial.is_dir():
@@ -268,4 +272,4 @@ def fresh_output(packed: PackedCheckpoint, output: Path, *, folder: bool) -> Ite
 
 def _check_free(output: Path) -> None:
     if output.exists() or output.is_symlink():
-        raise OutputError(f"{output}: exists already; expected a new name. Remove it or change it.")
+        raise OutputError(output, "exists already", "a new name", "Remove it or change it")

@@ -102,9 +102,9 @@ def export_gguf(
     """
     gguf = llama_cpp.import_gguf()
     if kind not in ggml.TYPES:
-        raise UsageError(f"type: {kind!r}; expected one of {', '.join(ggml.TYPES)}.")
+        raise UsageError("type", f"{kind!r}", f"one of {', '.join(ggml.TYPES)}")
     if kept_type is not None and kept_type not in KEPT_TYPES:
-        raise UsageError(f"kept type: {kept_type!r}; expected one of {', '.join(KEPT_TYPES)}.")
+        raise UsageError("kept type", f"{kept_type!r}", f"one of {', '.join(KEPT_TYPES)}")
     config = model_config(packed)
     architecture = _architecture(packed, config)
     losses = Losses(kind.upper(), allow_requantize)
@@ -152,8 +152,10 @@ def _architecture(packed: PackedCheckpoint, config: Any) -> Architecture:
     names = config.architectures or ["none"]
     if names[0] not in ARCHITECTURES:
         raise CheckpointError(
-            f"{where}: architecture {names[0]}; expected one of {', '.join(ARCHITECTURES)}. "
-            "Export it to dense, and use llama.cpp's own converter."
+            where,
+            f"architecture {names[0]}",
+            f"one of {', '.join(ARCHITECTURES)}",
+            "Export it to dense, and use llama.cpp's own converter",
         )
     rope = config.rope_parameters
     # llama.cpp refuses a file of qwen3 that has these biases
@@ -175,8 +177,9 @@ def _architecture(packed: PackedCheckpoint, config: Any) -> Architecture:
     ]
     if unknown:
         raise CheckpointError(
-            f"{where}: {', '.join(unknown)}; this export knows only the plain architecture. "
-            "Export it to dense, and use llama.cpp's own converter."
+            where,
+            f"{', '.join(unknown)}; this export knows only the plain architecture",
+            remedy="Export it to dense, and use llama.cpp's own converter",
         )
     return ARCHITECTURES[names[0]]
 
@@ -247,9 +250,10 @@ def _items(
         new = names.get_name(expert[1] + expert[3] if expert else name, (".weight", ".bias"))
         if new is None:
             raise CheckpointError(
-                f"{packed.checkpoint.tensors[name].file}: {name} has no name in llama.cpp's "
-                f"architecture {architecture.name}; expected a plain {config.architectures[0]}. "
-                "Export it to dense, and use llama.cpp's own converter."
+                packed.checkpoint.tensors[name].file,
+                f"{name} has no name in llama.cpp's architecture {architecture.name}",
+                f"a plain {config.architectures[0]}",
+                "Export it to dense, and use llama.cpp's own converter",
             )
         order = _order(name, config) if architecture.permuted else None
         item = _item(packed, name, new, order, kind, kept_type, losses)
@@ -267,9 +271,10 @@ def _stack(packed: PackedCheckpoint, config: Any, name: str, experts: dict[int, 
     parts = [experts[number] for number in sorted(experts)]
     if sorted(experts) != list(range(count)) or len({(p.type, p.shape) for p in parts}) > 1:
         raise CheckpointError(
-            f"{packed.directory}: {name}: {len(experts)} experts of {count}, in "
-            f"{len({p.type for p in parts})} types; expected all of them in one. Convert the "
-            "source without --keep of single experts."
+            f"{packed.directory}: {name}",
+            f"{len(experts)} experts of {count}, in {len({p.type for p in parts})} types",
+            "all of them in one",
+            "Convert the source without --keep of single experts",
         )
     return Item(
         name,
@@ -343,8 +348,9 @@ def _item(
     if target == "Q8_0":
         if shape[-1] % ggml.Q8_0_BLOCK:
             raise CheckpointError(
-                f"{packed.checkpoint.tensors[name].file}: {name} has {shape[-1]} columns; Q8_0 "
-                "needs a multiple of 32. Use --kept-type f16."
+                packed.checkpoint.tensors[name].file,
+                f"{name} has {shape[-1]} columns; Q8_0 needs a multiple of 32",
+                remedy="Use --kept-type f16",
             )
         nbytes = math.prod(shape) // ggml.Q8_0_BLOCK * ggml.Q8_0_NBYTES
         return Item(new, ggml.Q8_0, shape, nbytes, kept)
@@ -388,8 +394,10 @@ def _encode_kept(
     cast = dense.to(_FLOATS[target])
     if bool(cast.isinf().any()):
         raise WeightError(
-            f"{packed.checkpoint.tensors[name].file}: {name} has weights beyond {target}; expected "
-            "at most 65504. Use --kept-type bf16 or f32."
+            packed.checkpoint.tensors[name].file,
+            f"{name} has weights beyond {target}",
+            "at most 65504",
+            "Use --kept-type bf16 or f32",
         )
     losses.measure(name, dense, cast)
     return byte_view(cast)

@@ -321,7 +321,7 @@ def _dtype(packed: PackedCheckpoint, asked: str | None) -> torch.dtype:
         return config_dtype(packed.config)
     dtype = getattr(torch, asked, None)
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise UsageError(f"dtype: {asked!r}; expected float32, float16 or bfloat16.")
+        raise UsageError("dtype", f"{asked!r}", "float32, float16 or bfloat16")
     assert isinstance(dtype, torch.dtype)
     return dtype
 
@@ -339,8 +339,10 @@ def _split_modules(packed: PackedCheckpoint, losses: Losses) -> tuple[list[str],
     model_class = getattr(transformers, architecture, None)
     if model_class is None:
         raise CheckpointError(
-            f"{packed.directory / 'config.json'}: architecture {architecture}; expected one that "
-            f"transformers {transformers.__version__} has. Export it to dense."
+            packed.directory / "config.json",
+            f"architecture {architecture}",
+            f"one that transformers {transformers.__version__} has",
+            "Export it to dense",
         )
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -367,9 +369,11 @@ def _split_modules(packed: PackedCheckpoint, losses: Losses) -> tuple[list[str],
     for module in sorted(layers):  # transformers matches these names loosely
         if should_convert_module(module, untouched) != (module in modules):
             raise CheckpointError(
-                f"{packed.directory}: {module} cannot be told from the layers that stay dense by "
-                "the rules of transformers; expected all or none of its kind packed. Export it to "
-                "dense."
+                packed.directory,
+                f"{module} cannot be told from the layers that stay dense by the rules of "
+                "transformers",
+                "all or none of its kind packed",
+                "Export it to dense",
             )
     return linear, untouched
 
@@ -413,9 +417,10 @@ def _dense_item(
         cast = dense.to(dtype)
         if bool((cast.isinf() & dense.isfinite()).any()):
             raise WeightError(
-                f"{packed.checkpoint.tensors[name].file}: {name} has weights up to "
-                f"{float(dense.abs().max()):.3g}; {str(dtype)[6:]} cannot hold them. "
-                "Use --dtype bfloat16 or float32."
+                packed.checkpoint.tensors[name].file,
+                f"{name} has weights up to {float(dense.abs().max()):.3g}; {str(dtype)[6:]} "
+                "cannot hold them",
+                remedy="Use --dtype bfloat16 or float32",
             )
         losses.measure(name, dense, cast)
         return cast.transpose(-1, -2).contiguous() if record.transposed else cast

@@ -47,8 +47,11 @@ def write(writer: Any, directory: Path, size: int) -> list[str]:
     """
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise CheckpointError(
-            f"{directory}: no tokenizer; expected tokenizer.json. Copy it from the source of the "
-            "model, or pass --no-tokenizer for a file that takes token numbers alone."
+            directory,
+            "no tokenizer",
+            "tokenizer.json",
+            "Copy it from the source of the model, or pass --no-tokenizer for a file that takes "
+            "token numbers alone",
         )
     tokenizer = open_tokenizer(directory)
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -193,6 +196,7 @@ def _write_specials(writer: Any, directory: Path, tokenizer: Any) -> None:
 
 def _unknown(directory: Path, what: str, expected: str) -> CheckpointError:
     return CheckpointError(
-        f"{directory}: its tokenizer {what}; this export to GGUF knows {expected}. Pass "
-        "--no-tokenizer for a file that takes token numbers alone."
+        directory,
+        f"its tokenizer {what}; this export to GGUF knows {expected}",
+        remedy="Pass --no-tokenizer for a file that takes token numbers alone",
     )

@@ -78,7 +78,9 @@ def find_gguf(model: str | Path) -> tuple[Path, str | None, bool] | None:
     models = {part[1] if (part := _PART.fullmatch(name)) else name for name in found}
     if len(models) > 1:
         raise CheckpointError(
-            f"{path}: has {len(models)} GGUF models, {', '.join(sorted(models)[:3])}; expected "
-            "one. Name a file."
+            path,
+            f"has {len(models)} GGUF models, {', '.join(sorted(models)[:3])}",
+            "one",
+            "Name a file",
         )
     return Path(path, found[0]), layout, False

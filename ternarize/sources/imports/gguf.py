@@ -91,7 +91,7 @@ class _Head:
         self.at = 0
 
     def broken(self, what: str, expected: str) -> FormatError:
-        return FormatError(f"{self.path.name}: {what}; expected {expected}. Fetch it again.")
+        return FormatError(self.path.name, f"{what}", f"{expected}", "Fetch it again")
 
     def bytes(self, count: int) -> bytes:
         left = min(self.size, MAX_HEADER) - self.at
@@ -220,28 +220,36 @@ def _read_all(path: Path) -> tuple[dict[str, Any], list[Stored]]:
     match = _PART.fullmatch(path.name)
     if match is None or type(total) is not int or int(match[3]) != total:
         raise FormatError(
-            f"{path.name}: is one of {total!r:.20} files; expected a name that ends in "
-            "-00001-of-0000N.gguf. Give the files their names again, or merge them."
+            path.name,
+            f"is one of {total!r:.20} files",
+            "a name that ends in -00001-of-0000N.gguf",
+            "Give the files their names again, or merge them",
         )
     tensors, first = [], keys
     for number in range(total):
         part = path.with_name(f"{match[1]}-{number + 1:05d}-of-{total:05d}.gguf")
         if not part.is_file():
-            raise CheckpointError(f"{path.name}: {part.name} is missing beside it. Fetch it too.")
+            raise CheckpointError(
+                path.name, f"{part.name} is missing beside it", remedy="Fetch it too"
+            )
         keys, found = read_gguf(part)
         place = keys.get("split.no"), keys.get("split.count")
         if not all(type(each) is int for each in place) or place != (number, total):
             raise FormatError(
-                f"{part.name}: says it is file {keys.get('split.no')!r:.20} of "
-                f"{keys.get('split.count')!r:.20}; expected {number} of {total}. Fetch it again."
+                part.name,
+                f"says it is file {keys.get('split.no')!r:.20} of {keys.get('split.count')!r:.20}",
+                f"{number} of {total}",
+                "Fetch it again",
             )
         first = keys if number == 0 else first
         tensors += found
     listed = first.get("split.tensors.count", len(tensors))
     if type(listed) is not int or listed != len(tensors):
         raise FormatError(
-            f"{path.name}: {len(tensors)} tensors in {total} files; expected "
-            f"{listed!r:.20}. Fetch them again."
+            path.name,
+            f"{len(tensors)} tensors in {total} files",
+            f"{listed!r:.20}",
+            "Fetch them again",
         )
     return first, tensors
 
@@ -344,8 +352,9 @@ class _Keys:
 
     def wrong(self, what: str, expected: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.where}: {what}; this import knows {expected}. Take the model from its maker's "
-            "checkpoint."
+            self.where,
+            f"{what}; this import knows {expected}",
+            remedy="Take the model from its maker's checkpoint",
         )
 
     def get(self, key: str, default: Any, kind: type = int) -> Any:
@@ -502,12 +511,14 @@ def open_gguf(path: Path, layout: str | None = None, alone: bool = True) -> Impo
     keys, stored = _read_all(path)
     by_name = {tensor.name: tensor for tensor in stored}
     if len(by_name) != len(stored):
-        raise FormatError(f"{path.name}: a tensor is in two of its files. Fetch them again.")
+        raise FormatError(path.name, "a tensor is in two of its files", remedy="Fetch them again")
     named = keys.get("general.architecture")
     if not isinstance(named, str) or named not in ARCHITECTURES:
         raise CheckpointError(
-            f"{path.name}: architecture {str(named)!r:.60}; expected one of "
-            f"{', '.join(ARCHITECTURES)}. Take the model from its maker's checkpoint."
+            path.name,
+            f"architecture {str(named)!r:.60}",
+            f"one of {', '.join(ARCHITECTURES)}",
+            "Take the model from its maker's checkpoint",
         )
     lookup = _Keys(path.name, named, keys)
     arch = ARCHITECTURES[named]
@@ -516,18 +527,22 @@ def open_gguf(path: Path, layout: str | None = None, alone: bool = True) -> Impo
     config = _config(lookup, arch, by_name, keys)
     if not any(_is_ternary(tensor) for tensor in stored):
         raise CheckpointError(
-            f"{path.name}: has no weights in TQ1_0, TQ2_0, Q2_0 or I2_S; expected some. Convert an "
-            "ordinary model from its maker's checkpoint."
+            path.name,
+            "has no weights in TQ1_0, TQ2_0, Q2_0 or I2_S",
+            "some",
+            "Convert an ordinary model from its maker's checkpoint",
         )
     i2_s = any(tensor.type == ggml.I2_S_TYPE for tensor in stored)
     if i2_s and layout is None:
         raise UsageError(
-            f"{path.name}: has weights in I2_S, which bitnet.cpp writes in three layouts without "
-            f"saying which; expected one. Name {path.name}@x86 (most files), {path.name}@arm, or "
-            f"{path.name}@rows (x86 without ACT_PARALLEL)."
+            path.name,
+            "has weights in I2_S, which bitnet.cpp writes in three layouts without saying which",
+            "one",
+            f"Name {path.name}@x86 (most files), {path.name}@arm, or {path.name}@rows (x86 "
+            "without ACT_PARALLEL)",
         )
     if layout and not i2_s:
-        raise UsageError(f"{path.name}: has no weights in I2_S. Leave out @{layout}.")
+        raise UsageError(path.name, "has no weights in I2_S", remedy=f"Leave out @{layout}")
     tensors: dict[str, TensorInfo] = {}
     decode: dict[str, Decode] = {}
     group_sizes: dict[str, int] = {}
@@ -603,11 +618,11 @@ def _logical(
         group_size = 0 if layout and tensor.type == ggml.I2_S_TYPE else tensor.block[0]
     if "{}" in name:
         if len(shape) != 3:
-            raise FormatError(f"{where}: {tensor.name} has shape {list(shape)}; expected experts.")
+            raise FormatError(where, f"{tensor.name} has shape {list(shape)}", "experts")
         count = config.get("num_experts", config.get("num_local_experts"))
         if shape[0] != count:
             raise FormatError(
-                f"{where}: {tensor.name} has {shape[0]} experts; expected {count}. Fetch it again."
+                where, f"{tensor.name} has {shape[0]} experts", f"{count}", "Fetch it again"
             )
         return [
             _Logical(
@@ -622,16 +637,16 @@ def _logical(
     if kind == "ffn_gate_inp_shexp" and len(shape) == 1:
         shape = (1, *shape)
     if len(shape) > 2:
-        raise FormatError(
-            f"{where}: {tensor.name} has shape {list(shape)}; expected a matrix or a vector."
-        )
+        raise FormatError(where, f"{tensor.name} has shape {list(shape)}", "a matrix or a vector")
     if permuted:
         dim = config["head_dim"]
         heads = config["num_attention_heads" if kind == "attn_q" else "num_key_value_heads"]
         if shape[0] != heads * dim:
             raise FormatError(
-                f"{where}: {tensor.name} has shape {list(shape)}; expected {heads} heads of {dim}. "
-                "Fetch it again."
+                where,
+                f"{tensor.name} has shape {list(shape)}",
+                f"{heads} heads of {dim}",
+                "Fetch it again",
             )
         base = _halves(base, dim) if len(shape) == 2 else _halves_of_bias(base, dim)
     return [_Logical(name, shape, dtype, base, group_size)]
@@ -643,8 +658,10 @@ def _named(tensor: Stored, arch: Architecture, where: str) -> tuple[str, str]:
     table = _TOP if match and match[1] is None else {**_BLOCK, **arch.names}
     if match is None or match[2] not in table:
         raise CheckpointError(
-            f"{where}: {tensor.name:.80} is not known in this architecture; expected a plain "
-            f"{arch.model_class}. Take the model from its maker's checkpoint."
+            where,
+            f"{tensor.name:.80} is not known in this architecture",
+            f"a plain {arch.model_class}",
+            "Take the model from its maker's checkpoint",
         )
     prefix = "" if match[1] is None else f"model.layers.{int(match[1])}."
     return f"{prefix}{table[match[2]]}.{match[3]}", match[2]
@@ -676,8 +693,10 @@ def _decoder(tensor: Stored, layout: str | None, where: str) -> Decode:
         module.dequantize(np.zeros((1, tensor.block[1]), np.uint8), kind)
     except NotImplementedError:
         raise CheckpointError(
-            f"{where}: {tensor.name} is {kind.name}, which the package gguf cannot decode; "
-            "expected a type that it can. Requantize that tensor, to F16 for instance."
+            where,
+            f"{tensor.name} is {kind.name}, which the package gguf cannot decode",
+            "a type that it can",
+            "Requantize that tensor, to F16 for instance",
         ) from None
 
     def rounded(first: int, last: int) -> Tensor:
@@ -690,8 +709,10 @@ def _decoder(tensor: Stored, layout: str | None, where: str) -> Decode:
 def _check_digits(digits: Tensor, tensor: Stored, where: str) -> None:
     if bool((digits == 3).any()):
         raise CheckpointError(
-            f"{where}: {tensor.name} has weights of two scales, which are no trits; expected -1, 0 "
-            "and +1 times a scale. It is no ternary model, or it is damaged."
+            where,
+            f"{tensor.name} has weights of two scales, which are no trits",
+            "-1, 0 and +1 times a scale",
+            "It is no ternary model, or it is damaged",
         )
 
 
@@ -700,8 +721,10 @@ def _i2_s(tensor: Stored, layout: str, where: str) -> Decode:
     block, together = ggml.I2_S[layout]
     if cols % block or rows % together:
         raise CheckpointError(
-            f"{where}: {tensor.name} is {list(tensor.shape)}; expected columns that {block} "
-            f"divides and rows that {together} does, in I2_S as on {layout}. Name another layout."
+            where,
+            f"{tensor.name} is {list(tensor.shape)}",
+            f"columns that {block} divides and rows that {together} does, in I2_S as on {layout}",
+            "Name another layout",
         )
     tail = read_bytes(tensor.path, tensor.start + rows * cols // 4, 4)
     scale = float(tail.view(torch.float32))
@@ -744,7 +767,9 @@ def _check_whole(where: str, config: dict[str, Any], tensors: Mapping[str, Tenso
         found = tensors[name].shape if name in tensors else None
         if expected.get(name) != found:
             raise FormatError(
-                f"{where}: {name} {'is missing' if found is None else f'is {list(found)}'}; "
-                f"expected {list(expected[name]) if name in expected else 'no such tensor'}, by "
-                "what the file says of its architecture. Fetch it again."
+                where,
+                f"{name} {'is missing' if found is None else f'is {list(found)}'}",
+                f"{list(expected[name]) if name in expected else 'no such tensor'}, by what the "
+                "file says of its architecture",
+                "Fetch it again",
             )

@@ -50,7 +50,7 @@ def tokenizer_files(
     """
     kind = keys.get("tokenizer.ggml.model", "none")
     if not isinstance(kind, str):
-        raise FormatError(f"{where}: the kind of its vocabulary is no string; expected one.")
+        raise FormatError(where, "the kind of its vocabulary is no string", "one")
     if kind == "none":
         return {}, ["the file has no vocabulary: no tokenizer is written"]
     pre = keys.get("tokenizer.ggml.pre", "default")
@@ -76,7 +76,7 @@ def tokenizer_files(
     )
     for flag, name in ((begin, "bos"), (end, "eos")):
         if flag and name not in specials:
-            raise FormatError(f"{where}: adds {name}, but has none; expected its number.")
+            raise FormatError(where, f"adds {name}, but has none", "its number")
     if begin or end:
         parts = [specials["bos"]] * begin + ["$A"] + [specials["eos"]] * end
         tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
@@ -104,15 +104,17 @@ def _tokens(where: str, keys: Mapping[str, Any], size: int) -> tuple[list[str], 
     tokens: Any = keys.get("tokenizer.ggml.tokens")
     if not _are(tokens, str) or not 0 < len(tokens) <= size:
         raise FormatError(
-            f"{where}: its vocabulary has {len(tokens) if isinstance(tokens, list) else 'no'} "
-            f"tokens; expected one for each row of the token embedding, {size}. Fetch it again."
+            where,
+            f"its vocabulary has {len(tokens) if isinstance(tokens, list) else 'no'} tokens",
+            f"one for each row of the token embedding, {size}",
+            "Fetch it again",
         )
     types = keys.get("tokenizer.ggml.token_type")
     if types is None:
         return tokens, [llama_cpp.NORMAL] * len(tokens)
     integers = isinstance(types, np.ndarray) and types.dtype.kind in "iu"
     if not integers or len(types) != len(tokens):
-        raise FormatError(f"{where}: has no type for each token; expected that. Fetch it again.")
+        raise FormatError(where, "has no type for each token", "that", "Fetch it again")
     return tokens, [int(kind) for kind in types]
 
 
@@ -127,9 +129,7 @@ def _specials(where: str, keys: Mapping[str, Any], tokens: Sequence[str]) -> dic
         if number is None:
             continue
         if type(number) is not int or not 0 <= number < len(tokens):
-            raise FormatError(
-                f"{where}: {name} token {str(number):.20}; expected one of {len(tokens)}."
-            )
+            raise FormatError(where, f"{name} token {str(number):.20}", f"one of {len(tokens)}")
         found[name] = tokens[number]
     return found
 
@@ -160,13 +160,15 @@ def _byte_level(
 ) -> tokenizers.Tokenizer:
     merges: Any = keys.get("tokenizer.ggml.merges")
     if not _are(merges, str) or any(merge.count(" ") != 1 for merge in merges):
-        raise FormatError(f"{where}: its merges are no pairs; expected pairs. Fetch it again.")
+        raise FormatError(where, "its merges are no pairs", "pairs", "Fetch it again")
     vocabulary = {token: number for number, token in enumerate(tokens)}
     for merge in merges:
         if not {*merge.split(" "), merge.replace(" ", "")} <= vocabulary.keys():
             raise FormatError(
-                f"{where}: the merge {merge!r:.80} has parts or a result that are no tokens; "
-                "expected tokens. Fetch it again."
+                where,
+                f"the merge {merge!r:.80} has parts or a result that are no tokens",
+                "tokens",
+                "Fetch it again",
             )
     model = {
         "type": "BPE",
@@ -188,7 +190,7 @@ def _sentencepiece(
 ) -> tokenizers.Tokenizer:
     scores = keys.get("tokenizer.ggml.scores")
     if not isinstance(scores, np.ndarray) or len(scores) != len(tokens):
-        raise FormatError(f"{where}: has no score for each token; expected that. Fetch it again.")
+        raise FormatError(where, "has no score for each token", "that", "Fetch it again")
     normal = {
         token
         for token, kind in zip(tokens, types, strict=True)
@@ -235,5 +237,5 @@ def _made(
         return tokenizers.Tokenizer.from_str(json.dumps(definition))
     except Exception as error:  # tokenizers raises nothing narrower
         raise FormatError(
-            f"{where}: its vocabulary makes no tokenizer ({str(error):.120}). Fetch it again."
+            where, f"its vocabulary makes no tokenizer ({str(error):.120})", remedy="Fetch it again"
         ) from None
