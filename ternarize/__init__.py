@@ -4,6 +4,27 @@
 
 After `import ternarize`, transformers' own from_pretrained loads packed checkpoints too. The import
 itself is light: torch and transformers are imported by what needs them.
+
+Data goes one way: source -> tensor -> Ternary -> bytes -> packed checkpoint -> a model that runs.
+The rooms stand in this order, and a module imports only from those above it:
+
+    errors.py    what can go wrong
+    native.py    the compiled core, or none
+    threads.py   work in threads that a signal ends in order
+    progress.py  how long work tells how far it is
+    trits/       what a trit is: weights -> trits and scales, trits <-> bytes, rotation
+    files/       what lies on a disk: containers, records, digests, whole writes
+    models/      what transformers says of a model: its skeleton, where tensors go, what it reads
+    sources/     where weights come from: folders, the Hub, ternary checkpoints of others
+    plans/       the recipe, what becomes of each tensor and why, where each byte will lie
+    runtime/     packed weights that run: kernels, modules, loading, generating
+    measure/     how good and how fast a model is, and what a packed checkpoint holds
+    calibrate/   data -> samples -> statistics, block by block -> better trits
+    convert/     a checkpoint into a packed one, and the proof that it is one
+    publish/     to the Hub, and into files of other engines
+    cli/         the command line
+
+Each room's own docstring lists its modules. csrc/ is the compiled core (C++, optional).
 """
 
 import importlib
@@ -20,9 +41,6 @@ from ternarize.errors import (
     UsageError,
     WeightError,
 )
-
-# The function takes the place of the submodule of the same name: bound here, after the import that
-# binds the submodule, it stays (an import of a submodule binds it only the first time).
 from ternarize.runtime.load import install_hook, load
 from ternarize.version import __version__
 

@@ -23,7 +23,7 @@ The class names and the names of the parts are stable; the wording is not.
 import errno
 from collections.abc import Sequence
 
-LONGEST = 2000  # characters of a message; names of a hostile file can have any length
+LONGEST_MESSAGE = 2000  # characters of a message; names of a hostile file can have any length
 
 # what to do about an error of the system, by its number
 REMEDY = {
@@ -59,9 +59,9 @@ class TernarizeError(Exception):
         text = f"{self.where}: {self.found}" if self.found else self.where
         text += f"; expected {self.expected}." if self.expected else "." * bool(self.found)
         text = printable(text + (f" {self.remedy}." if self.remedy else ""))
-        if len(text) <= LONGEST:
+        if len(text) <= LONGEST_MESSAGE:
             return text
-        half = LONGEST // 2
+        half = LONGEST_MESSAGE // 2
         return f"{text[:half]} [...] {text[-half:]}"
 
 

@@ -16,9 +16,11 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
+# processors that this process may use: threads where nobody says how many
+THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 TICK = 0.1  # seconds that a signal may have to wait
 
 _handlers: dict[int, Any] = {}  # of the signals that are held
@@ -106,7 +108,7 @@ def let_through() -> None:
         _raised = False
 
 
-def result_of(future: "Future[Result]") -> Result:
+def result_of(future: "Future[_Result]") -> _Result:
     """Wait for a result, with an open ear for signals."""
     let_through()
     while not future.done():
@@ -134,11 +136,11 @@ def thread_pool(threads: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def in_threads(
-    function: Callable[[Item], Result],
-    items: Iterable[Item],
+    function: Callable[[_Item], _Result],
+    items: Iterable[_Item],
     threads: int,
-    done: Callable[[Result], None] | None = None,
-) -> list[Result]:
+    done: Callable[[_Result], None] | None = None,
+) -> list[_Result]:
     """[function(item) for item in items], in so many threads.
 
     done  called with each result, in their order
@@ -152,6 +154,3 @@ def in_threads(
             if done:
                 done(results[-1])
     return results
-
-
-THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
