@@ -3,7 +3,7 @@
     python benchmarks/planning.py WORK_DIRECTORY [--json F]
 
 Writes the full-size config.json of two mixtures of experts (shapes of DeepSeek-V3, 671 B, and of
-gpt-oss, 117 B) and times plan() on each, in a process that has imported transformers.
+gpt-oss, 117 B) and times make_plan() on each, in a process that has imported transformers.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import Any
 
 import transformers
 
-from ternarize.plans.plan import plan
+from ternarize.plans.plan import make_plan
 from ternarize.plans.recipe import Recipe
 
 CONFIGS = {
@@ -38,7 +38,7 @@ def main() -> None:
         directory = options.work / name
         config.save_pretrained(directory)
         start = time.perf_counter()
-        work = plan(directory, Recipe(), config_only=True)
+        work = make_plan(directory, Recipe(), config_only=True)
         packed, coverage = work.packed_bytes(), work.coverage()
         seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ternarize.calibrate.blocks import Blocks, Call
 from ternarize.plans.layout import Plan
-from ternarize.plans.plan import plan
+from ternarize.plans.plan import make_plan
 from ternarize.plans.recipe import Calibrate, Recipe
 
 NAMES = (*tiny_models.CONFIGS, *tiny_models.MORE)
@@ -66,7 +66,7 @@ def recipe(dataset: Path, **options: Any) -> Recipe:
 
 def blocks_of(directory: Path) -> tuple[Plan, Blocks]:
     """The blocks that hold what becomes ternary."""
-    work = plan(directory, Recipe())
+    work = make_plan(directory, Recipe())
     return work, Blocks(work.source, [t.name for t in work.tensors if t.ternary])
 
 

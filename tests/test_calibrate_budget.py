@@ -15,7 +15,7 @@ from ternarize.convert.verify import verify
 from ternarize.errors import UsageError
 from ternarize.files.headers import DTYPES
 from ternarize.plans.layout import Plan, TensorPlan
-from ternarize.plans.plan import check_fused, plan
+from ternarize.plans.plan import check_fused, make_plan
 from ternarize.plans.recipe import Recipe
 
 Curve = list[tuple[int, float]]
@@ -98,7 +98,9 @@ def spend(work: Plan, name: str, target: float) -> list[TensorPlan]:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    return plan(calibrating.save("llama", tmp_path_factory.mktemp("llama") / "source"), Recipe())
+    return make_plan(
+        calibrating.save("llama", tmp_path_factory.mktemp("llama") / "source"), Recipe()
+    )
 
 
 def test_more_bits_are_spent_the_more_there_are(llama: Plan) -> None:
@@ -122,7 +124,7 @@ def test_a_sensitive_matrix_gets_more_bits_than_its_like(tmp_path: Path) -> None
     directory = calibrating.save("llama", tmp_path / "source")
     like, sensitive = (f"model.layers.{i}.self_attn.o_proj.weight" for i in (0, 1))
     calibrating.change(directory, sensitive, lambda w: w * 8)
-    work = plan(directory, Recipe())
+    work = make_plan(directory, Recipe())
     spent = []
     for target in (2.1, 2.3):
         found = {t.name: t for t in spend(work, "llama", target)}
@@ -149,7 +151,7 @@ def test_the_stages_of_a_conversion_are_told_one_after_the_other(tmp_path: Path)
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt2", "gpt_oss"])
 def test_tensors_of_one_parameter_share_a_form(name: str, tmp_path: Path) -> None:
-    work = plan(calibrating.save(name, tmp_path / "source"), Recipe())
+    work = make_plan(calibrating.save(name, tmp_path / "source"), Recipe())
     found = spend(work, name, 2.6)  # check_fused is in `spend`
     assert 1.6 < bits_per_weight(found) <= 2.6
     forms = {(t.group_size, t.planes) for t in found if t.ternary}

@@ -25,7 +25,7 @@ from ternarize.convert.run import convert
 from ternarize.convert.verify import verify
 from ternarize.errors import CheckpointError, SelectionError, UsageError, WeightError
 from ternarize.measure.evaluate import compare_logits, summarize
-from ternarize.plans.plan import check_fused, plan
+from ternarize.plans.plan import check_fused, make_plan
 from ternarize.plans.recipe import Recipe
 from ternarize.progress import Progress
 from ternarize.trits.methods import absmean
@@ -484,7 +484,7 @@ def test_what_windows_begin_with_is_on_record(tmp_path: Path, seen: Seen) -> Non
 
 
 def test_tensors_of_one_parameter_must_have_one_form(tmp_path: Path) -> None:
-    work = plan(calibrating.save("mixtral", tmp_path / "source"), Recipe())
+    work = make_plan(calibrating.save("mixtral", tmp_path / "source"), Recipe())
     tensors = [t for t in work.tensors if t.ternary]
     check_fused(tensors)
     at = next(i for i, t in enumerate(tensors) if "experts.1.w1" in t.name)

@@ -35,7 +35,7 @@ from ternarize.errors import (
 )
 from ternarize.files import container
 from ternarize.plans import layout
-from ternarize.plans.plan import plan
+from ternarize.plans.plan import make_plan
 from ternarize.plans.recipe import Calibrate, Recipe
 from ternarize.sources.checkpoint import open_checkpoint
 from ternarize.sources.packed import open_packed
@@ -166,7 +166,7 @@ def test_bits_per_weight_are_those_of_the_stored_bytes(llama: Path, tmp_path: Pa
 
 
 def test_the_plan_promises_the_exact_size_of_the_files(llama: Path, tmp_path: Path) -> None:
-    promised = plan(llama).packed_bytes()
+    promised = make_plan(llama).packed_bytes()
     convert(llama, tmp_path / "packed")
     assert (tmp_path / "packed" / "model.safetensors").stat().st_size == promised
 
@@ -291,7 +291,7 @@ def test_config_and_tokenizer_files_are_carried_over(source: Path, tmp_path: Pat
     (source / "1_Pooling").mkdir()
     (source / "1_Pooling" / "config.json").write_text("{}")
     (source / "training_args.bin").write_bytes(b"x")
-    work = plan(source)
+    work = make_plan(source)
     assert "training_args.bin" in work.left_out
     convert(source, tmp_path / "packed", Recipe(activations="int8"))
     assert (tmp_path / "packed/tokenizer.json").read_bytes() == b'{"odd":   "spacing"}\n'
@@ -548,7 +548,7 @@ def test_too_little_disk_is_found_out_before_the_start(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     refused(OutputError, "free; the result needs", source, tmp_path / "out")
     calibrated = Recipe("gptq", calibrate=Calibrate())  # its blocks need room as well
-    room = plan(source, calibrated).packed_bytes() + (1 << 20) + 4000
+    room = make_plan(source, calibrated).packed_bytes() + (1 << 20) + 4000
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=room))
     refused(OutputError, "free; the result needs", source, tmp_path / "out", calibrated)
     convert(source, tmp_path / "out")
@@ -557,7 +557,7 @@ def test_too_little_disk_is_found_out_before_the_start(
 def test_too_many_tensors_for_a_header_are_found_out_before_the_start(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    header = plan(llama).shards[0].data_start() - 8
+    header = make_plan(llama).shards[0].data_start() - 8
     monkeypatch.setattr(layout, "MAX_HEADER", header)
     convert(llama, tmp_path / "fits")
     monkeypatch.setattr(layout, "MAX_HEADER", header - 1)
@@ -650,7 +650,7 @@ def test_too_little_memory_keeps_what_is_done(
 def test_the_memory_that_is_left_decides_how_many_threads_convert(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work, no_limit = plan(llama), float("inf")
+    work, no_limit = make_plan(llama), float("inf")
     assert pipeline.threads_that_fit(work, 8) == 8
     for memory, fit in ((work.convert_memory(3), 3), (work.convert_memory(1), 1)):
         monkeypatch.setattr(pipeline, "memory_left", lambda memory=memory: (memory, no_limit))
@@ -715,10 +715,10 @@ def test_a_break_before_the_last_rename_can_be_resumed(
 
 def test_a_plan_of_a_sharded_model_needs_no_shards(tmp_path: Path) -> None:
     tiny_models.save("llama", tmp_path / "source", max_shard_size="60KB")
-    total = plan(tmp_path / "source").coverage()
+    total = make_plan(tmp_path / "source").coverage()
     for shard in (tmp_path / "source").glob("*.safetensors"):
         shard.unlink()
-    assert plan(tmp_path / "source", config_only=True).coverage() == total
+    assert make_plan(tmp_path / "source", config_only=True).coverage() == total
 
 
 def test_a_disk_that_cannot_reserve_space_is_good_enough(
@@ -788,9 +788,9 @@ def test_verify_tells_another_source_from_the_right_one(
 
 
 def test_a_plan_needs_only_a_config(source: Path) -> None:
-    with_weights = plan(source)
+    with_weights = make_plan(source)
     (source / "model.safetensors").unlink()
-    without = plan(source, config_only=True)
+    without = make_plan(source, config_only=True)
     assert without.packed_bytes() == with_weights.packed_bytes()
     assert without.coverage() == with_weights.coverage()
 

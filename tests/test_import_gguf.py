@@ -25,7 +25,7 @@ from ternarize.convert.run import convert
 from ternarize.convert.verify import verify
 from ternarize.errors import CheckpointError, FormatError, TernarizeError, UsageError
 from ternarize.measure import evaluate
-from ternarize.plans.plan import plan
+from ternarize.plans.plan import make_plan
 from ternarize.plans.recipe import Recipe
 from ternarize.publish.export import export
 from ternarize.publish.export.common import PackedCheckpoint, open_verified
@@ -287,7 +287,7 @@ def test_what_lies_around_a_file_is_not_looked_at(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ternarize.plans.copied.small_files", None)
-    work = plan(f"{small}@x86")
+    work = make_plan(f"{small}@x86")
     assert work.copied == work.left_out == []
     directory, config, source = evaluate._look(f"{small}@x86")  # it is no Hub id
     assert directory == small.parent and config and source is not None
@@ -484,7 +484,7 @@ def test_dense_tensors_are_decoded_by_gguf(tmp_path: Path, kind: str) -> None:
     }
     stored = {name: (n, shape, raw.tobytes()) for name, (n, shape, raw) in tensors.items()}
     path = changed(tmp_path / "m.gguf", {}, stored)
-    work = plan(f"{path}@x86")
+    work = make_plan(f"{path}@x86")
     assert any(f"2 tensors in {kind}" in note for note in work.notes) is (kind != "BF16")
     convert(f"{path}@x86", tmp_path / "packed")
     found = dense(tmp_path / "packed")

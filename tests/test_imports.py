@@ -25,7 +25,7 @@ from ternarize.convert.run import convert
 from ternarize.convert.verify import verify
 from ternarize.errors import CheckpointError, TernarizeError
 from ternarize.measure.evaluate import evaluate
-from ternarize.plans.plan import plan
+from ternarize.plans.plan import make_plan
 from ternarize.plans.recipe import Recipe
 from ternarize.publish.export import export
 from ternarize.publish.export.common import open_verified
@@ -462,7 +462,7 @@ def trilm(tensors: Tensors, name: str) -> None:
 def test_a_scale_for_each_shard_takes_the_fewest_bits(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 384, "head_dim": 48}
     source = make(tmp_path / "source", "Llama", None, trilm, torch.float16, **sizes)
-    work = plan(source)
+    work = make_plan(source)
     assert work.to_dict()["recipe"]["group_size"] is None
     record = convert(source, tmp_path / "out")
     stored = tensors_of(source)
@@ -484,10 +484,10 @@ def test_groups_that_cut_across_shards_are_refused(tmp_path: Path) -> None:
     sizes = {"hidden_size": 192, "intermediate_size": 384, "head_dim": 48}
     source = make(tmp_path / "source", "Llama", None, trilm, torch.float16, **sizes)
     with pytest.raises(CheckpointError, match="ternary in floating point.*for 48 weights"):
-        plan(source, Recipe(group_size=48))
+        make_plan(source, Recipe(group_size=48))
     for group_size in (-1, 0):  # 128 would not do either, where rows have a scale for each part
         with pytest.raises(CheckpointError, match="Leave out --group-size"):
-            plan(source, Recipe(group_size=group_size))
+            make_plan(source, Recipe(group_size=group_size))
     record = convert(source, tmp_path / "out", Recipe(group_size=32))
     assert {r.get("method") for r in record["tensors"].values()} == {"lossless", None}
 
@@ -755,6 +755,6 @@ def test_groups_that_lose_something_are_refused(recipe: Recipe, tmp_path: Path) 
     how = {"quantization": {"bits": 2, "group_size": 64}}
     source = make(tmp_path / "source", "Llama", how, affine(64), **WIDE)
     with pytest.raises(CheckpointError, match="Leave out --group-size"):
-        plan(source, recipe)
+        make_plan(source, recipe)
     record = convert(source, tmp_path / "out", Recipe(group_size=32))
     assert {r.get("method") for r in record["tensors"].values()} == {"lossless", None}

@@ -26,7 +26,7 @@ from ternarize.convert.verify import verify
 from ternarize.errors import SelectionError, UsageError
 from ternarize.files import container
 from ternarize.measure.report import inspect
-from ternarize.plans.plan import plan
+from ternarize.plans.plan import make_plan
 from ternarize.plans.recipe import Recipe
 from ternarize.runtime.linear import Packed, PackedEmbedding, TernaryLinear
 from ternarize.sources.checkpoint import open_checkpoint
@@ -218,10 +218,10 @@ def test_globs_choose_which_tensors_get_two_planes(tmp_path: Path) -> None:
 def test_tensors_that_load_into_one_parameter_get_the_same_number_of_planes(tmp_path: Path) -> None:
     tiny_models.save("mixtral", tmp_path)
     with pytest.raises(SelectionError, match="both load into .*Widen --planes"):
-        plan(tmp_path, Recipe(planes=("*experts.2.w1*",)))
-    plan(tmp_path, Recipe(planes=("*.w1.weight", "*.w3.weight")))
+        make_plan(tmp_path, Recipe(planes=("*experts.2.w1*",)))
+    make_plan(tmp_path, Recipe(planes=("*.w1.weight", "*.w3.weight")))
     with pytest.raises(SelectionError, match="--planes 'lm_head.*': matches no tensor"):
-        plan(tmp_path, Recipe(planes=("lm_head.*",)))
+        make_plan(tmp_path, Recipe(planes=("lm_head.*",)))
 
 
 # --- heads and embeddings --------------------------------------------------------------------
@@ -263,7 +263,9 @@ def test_tied_weights_stay_one_tensor(name: str, tmp_path: Path) -> None:
     record = converted(name, tmp_path, Recipe("itf", 32, head="int8"))
     reasons = [row["reason"] for row in record["tensors"].values() if row["becomes"] == "int8"]
     assert reasons == ["--head int8; the output head and the token embedding are tied"]
-    assert any("are tied" in note for note in plan(tmp_path / "source", Recipe(head="int8")).notes)
+    assert any(
+        "are tied" in note for note in make_plan(tmp_path / "source", Recipe(head="int8")).notes
+    )
     model: Any = ternarize.load(tmp_path / "packed")
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     for _ in range(2):
@@ -298,7 +300,7 @@ def test_a_tied_tensor_may_be_rotated(tmp_path: Path) -> None:
 def test_tied_ends_cannot_become_different_things(tmp_path: Path) -> None:
     tiny_models.save("llama_tied", tmp_path)
     with pytest.raises(UsageError, match="ties the two, so that they are one tensor"):
-        plan(tmp_path, Recipe(head="int8", embeddings="ternary"))
+        make_plan(tmp_path, Recipe(head="int8", embeddings="ternary"))
 
 
 def test_untied_ends_can(tmp_path: Path) -> None:
@@ -354,13 +356,13 @@ def test_a_head_with_values_of_its_own_is_not_tied(
 def test_what_has_no_head_or_no_embedding_is_told_so(tmp_path: Path) -> None:
     tiny_models.save("bert", tmp_path / "bert")
     with pytest.raises(SelectionError, match="--head int8: BertModel has no output head"):
-        plan(tmp_path / "bert", Recipe(head="int8"))
+        make_plan(tmp_path / "bert", Recipe(head="int8"))
     tiny_models.save("vit", tmp_path / "vit")
     with pytest.raises(SelectionError, match="--embeddings int8: .* has no token embedding"):
-        plan(tmp_path / "vit", Recipe(embeddings="int8"))
+        make_plan(tmp_path / "vit", Recipe(embeddings="int8"))
     tiny_models.save("llama", tmp_path / "llama")
     with pytest.raises(SelectionError, match="lm_head.weight: --keep 'lm_head.*' matches, but"):
-        plan(tmp_path / "llama", Recipe(head="int8", keep=("lm_head.*",)))
+        make_plan(tmp_path / "llama", Recipe(head="int8", keep=("lm_head.*",)))
     with pytest.raises(UsageError, match="head: 'int4'; expected one of keep, int8, ternary"):
         Recipe(head="int4")
 

@@ -20,7 +20,7 @@ from ternarize.convert.run import convert
 from ternarize.convert.verify import verify
 from ternarize.errors import CheckpointError, FormatError, SelectionError, UsageError
 from ternarize.measure.evaluate import evaluate
-from ternarize.plans.plan import plan
+from ternarize.plans.plan import make_plan
 from ternarize.plans.recipe import Calibrate, Recipe
 from ternarize.runtime.rehearsal import rehearse
 
@@ -103,7 +103,7 @@ def test_a_source_that_lacks_a_weight_is_refused_by_name(source: Path, tmp_path:
         convert(source, tmp_path / "packed", RECIPE)
     assert not list(tmp_path.glob("packed*"))
     with pytest.raises(CheckpointError, match=expected):
-        rehearse(plan(source, RECIPE, config_only=True))
+        rehearse(make_plan(source, RECIPE, config_only=True))
 
 
 def test_what_the_source_may_lack_is_said_and_made_up_by_the_loader(
@@ -239,9 +239,9 @@ def test_what_training_puts_around_names_is_taken_off_and_said(
 @pytest.mark.parametrize("prefix", ["module.", "0.auto_model."])
 def test_prefixes_are_taken_off_any_model(name: str, prefix: str, tmp_path: Path) -> None:
     tiny_models.save(name, tmp_path / "source", torch.float32)
-    plain = plan(tmp_path / "source", RECIPE)
+    plain = make_plan(tmp_path / "source", RECIPE)
     edit(tmp_path / "source", lambda tensors: {prefix + key: t for key, t in tensors.items()})
-    found = rehearse(plan(tmp_path / "source", RECIPE))
+    found = rehearse(make_plan(tmp_path / "source", RECIPE))
     assert {t.name for t in found.tensors} == {t.name for t in plain.tensors}
     assert [note.split(",")[0] for note in found.notes][-1] == f"{prefix} is taken off all names"
 
@@ -355,7 +355,7 @@ def test_a_checkpoint_in_a_folder_is_pointed_at(source: Path, tmp_path: Path) ->
     (tmp_path / "sentences").mkdir()
     source.rename(tmp_path / "sentences" / "0_Transformer")
     with pytest.raises(CheckpointError, match="0_Transformer in it has some: name .*0_Transformer"):
-        plan(tmp_path / "sentences", RECIPE)
+        make_plan(tmp_path / "sentences", RECIPE)
 
 
 def test_remains_of_training_stay_behind(source: Path, tmp_path: Path) -> None:
@@ -406,21 +406,23 @@ def test_modules_outside_the_folder_are_refused(tmp_path: Path) -> None:
     for path in ("../elsewhere", "a/../../elsewhere", "/etc"):
         (tmp_path / "source" / "modules.json").write_text(json.dumps([{"path": path}]))
         with pytest.raises(FormatError, match=f"names the folder '{path}'"):
-            plan(tmp_path / "source", RECIPE)
+            make_plan(tmp_path / "source", RECIPE)
 
 
 @pytest.mark.parametrize("text", ['{"a": 1}', "[1]", "no JSON", '[{"path": "./1_Pooling/"}]'])
 def test_a_modules_json_of_another_kind_is_a_file_like_others(text: str, tmp_path: Path) -> None:
     sentences(tmp_path / "source", "1_Pooling")
     (tmp_path / "source" / "modules.json").write_text(text)
-    assert {"modules.json", "1_Pooling/config.json"} <= {*plan(tmp_path / "source", RECIPE).copied}
+    assert {"modules.json", "1_Pooling/config.json"} <= {
+        *make_plan(tmp_path / "source", RECIPE).copied
+    }
 
 
 def test_a_module_in_a_linked_folder_comes_along(tmp_path: Path) -> None:
     sentences(tmp_path / "source", "2_Dense")
     (tmp_path / "source" / "2_Dense").rename(tmp_path / "elsewhere")
     (tmp_path / "source" / "2_Dense").symlink_to(tmp_path / "elsewhere")
-    assert "2_Dense/config.json" in plan(tmp_path / "source", RECIPE).copied
+    assert "2_Dense/config.json" in make_plan(tmp_path / "source", RECIPE).copied
 
 
 def test_files_beside_the_model_do_not_change_the_result(source: Path, tmp_path: Path) -> None:
@@ -514,6 +516,6 @@ def test_what_blocks_share_is_packed_once_but_not_calibrated(tmp_path: Path) -> 
     assert first.weight is second.weight
     assert first.weight_scale is second.weight_scale
     assert_near(tmp_path / "packed", tmp_path / "source")
-    calibrated = plan(tmp_path / "source", Recipe("gptq", 32, calibrate=Calibrate()))
+    calibrated = make_plan(tmp_path / "source", Recipe("gptq", 32, calibrate=Calibrate()))
     reasons = {t.name: t.choice.reason for t in calibrated.tensors}
     assert reasons[name].startswith("tied to")

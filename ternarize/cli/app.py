@@ -418,7 +418,7 @@ def convert(
         )
     from ternarize.convert.run import check_bounds, checked
     from ternarize.convert.run import convert as run
-    from ternarize.plans.plan import plan
+    from ternarize.plans.plan import make_plan
     from ternarize.plans.recipe import Calibrate, Recipe
     from ternarize.threads import THREADS
 
@@ -440,7 +440,7 @@ def convert(
     bounds = _bounds(min_quality or [])
     check_bounds(recipe, bounds)
     if dry_run:
-        work = plan(model, recipe, config_only=True)
+        work = make_plan(model, recipe, config_only=True)
         try:
             work = checked(work, allow_missing)
         except TernarizeError:  # of which the plan tells the reasons

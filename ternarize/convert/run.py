@@ -60,7 +60,7 @@ from ternarize.plans.layout import (
     said_group_size,
 )
 from ternarize.plans.lossless import check_lossless, finer, is_lossless, not_lossless, own_groups
-from ternarize.plans.plan import calibrated_plan, plan, refuse_empty
+from ternarize.plans.plan import calibrated_plan, make_plan, refuse_empty
 from ternarize.plans.recipe import GPTQ, WITHOUT_DATA, Recipe
 from ternarize.progress import Progress
 from ternarize.runtime.rehearsal import rehearse
@@ -470,7 +470,7 @@ def convert(
         with _alone(partial):
             _claim(partial)
             try:
-                work = checked(plan(model, recipe, stream=partial / SOURCE), allow_missing)
+                work = checked(make_plan(model, recipe, stream=partial / SOURCE), allow_missing)
                 _check_output(work, output)
                 record = _finished(work, output)
                 record = record or _run(work, output, partial, threads, device, progress, {})
@@ -479,7 +479,7 @@ def convert(
                 shutil.rmtree(partial / SOURCE, ignore_errors=True)
                 if partial.is_dir() and _is_empty(partial):
                     shutil.rmtree(partial)
-    work = checked(plan(model, recipe), allow_missing)
+    work = checked(make_plan(model, recipe), allow_missing)
     _check_output(work, output)
     with _alone(partial):
         _check_output(work, output)  # again: another conversion may just have ended
@@ -984,7 +984,7 @@ class _Conversion:
         return [t for t in tensors if not t.tied_to and t.name not in self.results]
 
     def _own_groups(self, index: int) -> None:
-        """What `plan` does with weights that it can look at: `own_groups` or `check_lossless`."""
+        """As `make_plan` with weights that it can look at: `own_groups` or `check_lossless`."""
         shard, group_size = self.shards[index], self.work.recipe.group_size
         if group_size is not None:
             check_lossless(self.work.source, self._undone(index), group_size)

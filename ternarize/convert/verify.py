@@ -33,7 +33,7 @@ from ternarize.files.json_files import read_json
 from ternarize.files.names import RECORD
 from ternarize.files.sums import check_sums
 from ternarize.plans.layout import TensorPlan
-from ternarize.plans.plan import calibrated_plan, plan
+from ternarize.plans.plan import calibrated_plan, make_plan
 from ternarize.plans.recipe import Recipe, read_recipe
 from ternarize.progress import Progress
 from ternarize.sources.packed import check_record, open_packed
@@ -107,7 +107,7 @@ def _compare(
             "Verify without --source",
         )
     recipe = read_recipe(record)
-    work = plan(source, recipe, again=True)
+    work = make_plan(source, recipe, for_record=True)
     expected = {t.name: t for t in work.tensors if not t.tied_to}
     if expected.keys() != records.keys():
         name = sorted(expected.keys() ^ records.keys())[0]

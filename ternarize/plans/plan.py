@@ -31,20 +31,20 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _TERNARIZABLE = ("F32", "F16", "BF16")
 
 
-def plan(
+def make_plan(
     model: str | Path,
     recipe: Recipe = Recipe(),  # noqa: B008
     *,
     config_only: bool = False,
     stream: Path | None = None,
-    again: bool = False,
+    for_record: bool = False,
 ) -> Plan:
     """Lay out a conversion from headers, without reading weights (except to compare tied copies).
 
     model        directory, or Hub id user/name[@revision]
     config_only  a config.json without weights is enough: names and shapes come from the skeleton
     stream       folder to fetch weight files to, one by one, when they are read; see `HubStream`
-    again        the conversion is on record, which says the groups: no weight is looked at for them
+    for_record   the conversion is on record, which says the groups: no weight is looked at for that
 
     Raises CheckpointError, FormatError, SelectionError.
     """
@@ -53,7 +53,7 @@ def plan(
     _refuse_quantized(source)
     notes = []
     # weights can be looked at without a download, and have to be
-    here = bool(source.tensors) and stream is None and not again
+    here = bool(source.tensors) and stream is None and not for_record
     if not source.tensors:
         if source.config is None:
             raise CheckpointError(

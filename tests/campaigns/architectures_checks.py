@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 import ternarize
 from ternarize.convert.run import convert
 from ternarize.convert.verify import verify
-from ternarize.errors import LONGEST, TernarizeError
-from ternarize.plans.plan import plan
+from ternarize.errors import LONGEST_MESSAGE, TernarizeError
+from ternarize.plans.plan import make_plan
 from ternarize.plans.recipe import Recipe
 
 from .architectures_inputs import tensors
@@ -99,7 +99,7 @@ class Case:
 
 def badly_said(line: str) -> str:
     """What is wrong with the form of a refusal; "" where nothing is."""
-    if not line.isprintable() or len(line) > LONGEST + 10:
+    if not line.isprintable() or len(line) > LONGEST_MESSAGE + 10:
         return "not one printable line: "
     if ": " not in line or not line.endswith(".") or ". " not in line:
         return "does not say where, what and what to do: "
@@ -176,7 +176,7 @@ def ask_conversion(
 
 def check_plan(source: Path, recipe: Recipe) -> None:
     """Every tensor of the files is in the plan, with a reason, and the numbers add up."""
-    work = plan(source, recipe)
+    work = make_plan(source, recipe)
     stored = sum(tensor.numel() for tensor in read(source).values())
     coverage = work.coverage()
     parts = sum(count for part, count in coverage.items() if part != "total")

@@ -293,10 +293,10 @@ def memory(starved: Starved, count: int) -> dict[str, Any]:
     differs from machine to machine; two that no conversion can do with are there from the start.
     """
     from ternarize.convert import run as pipeline
-    from ternarize.plans.plan import plan
+    from ternarize.plans.plan import make_plan
 
     trial, worst, fewer = starved.trial, 0.0, 0
-    work = plan(trial.source)
+    work = make_plan(trial.source)
 
     def needed(kind: int, threads: int) -> int:
         extra = (threads + 2) * pipeline._ADDRESSES if kind == resource.RLIMIT_AS else 0
