@@ -16,11 +16,12 @@ from torch import Tensor
 from ternarize.calibrate.blocks import Batch
 from ternarize.calibrate.budget import allocate, describe
 from ternarize.calibrate.data import ENCODER_DECODER, MAX_SEQ_LEN, SELF, Samples, kind_of, read
-from ternarize.calibrate.run import Calibration, open_solved, write_whole
+from ternarize.calibrate.run import Calibration, open_solved
 from ternarize.errors import CheckpointError, OutputError, QualityError
 from ternarize.files import container
 from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.container import Record
+from ternarize.files.outputs import write_whole
 from ternarize.measure.evaluate import (
     CAUSAL,
     TOKENIZER_FILES,

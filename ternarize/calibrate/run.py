@@ -13,7 +13,6 @@ was broken off reads those files and repeats only the forwards.
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -48,6 +47,7 @@ from ternarize.files import container
 from ternarize.files.checkpoint import Checkpoint, open_files
 from ternarize.files.container import SCALE_SUFFIX, Record
 from ternarize.files.headers import DTYPES
+from ternarize.files.outputs import write_whole
 from ternarize.models.skeleton import model_end
 from ternarize.plans.layout import TensorPlan
 from ternarize.progress import Progress
@@ -710,16 +710,6 @@ class Parts:
         """The parameters that the block runs with."""
         weights = {n: self.forms[n].parameter(sum_planes(p)) for n, p in self.stored.items()}
         return weights | self.vectors
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that is complete on the disk before it has its name."""
-    temporary = path.with_suffix(".new")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def open_solved(file: Path) -> Checkpoint:

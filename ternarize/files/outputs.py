@@ -13,6 +13,19 @@ def check_name(output: Path) -> None:
         raise OutputError(output, "exists already", "a new name", "Name another")
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file that is complete on the disk before it has its name.
+
+    Until then it has the ending .new; the list of names has to be synced where that matters.
+    """
+    temporary = path.with_suffix(".new")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
 def sync_files(path: Path, but: Collection[str] = ()) -> None:
     """Bring a file, or the files of a directory and their names, to the disk.
 
