@@ -74,7 +74,7 @@ def test_every_class_of_errors_is_listed_with_its_exit_code(
 def test_an_error_is_one_line_whatever_a_name_holds(name: str) -> None:
     for each in classes().values():
         text = str(each(f"model.safetensors: {name}: is wrong. Repair it."))
-        assert text.isprintable() and len(text) < 2 * errors.LONGEST
+        assert text.isprintable() and len(text) < 2 * errors.LONGEST_MESSAGE
         assert text.startswith("model.safetensors: ") and text.endswith(": is wrong. Repair it.")
 
 

@@ -33,7 +33,7 @@ from typer.testing import CliRunner
 import ternarize
 from ternarize.cli.app import app
 from ternarize.convert.verify import verify
-from ternarize.errors import LONGEST, TernarizeError
+from ternarize.errors import LONGEST_MESSAGE, TernarizeError
 from ternarize.measure.report import inspect
 from ternarize.publish.export import export
 
@@ -110,7 +110,7 @@ def execute(case: Case, action: str, folder: Path, sample: bool) -> Found:
     except (TernarizeError, reference.Invalid) as error:
         outcome, message = "refused", str(error)
         if isinstance(error, TernarizeError):
-            bad = not message.isprintable() or len(message) > LONGEST + 10
+            bad = not message.isprintable() or len(message) > LONGEST_MESSAGE + 10
             known = {*os.listdir(folder), *NAMES, str(folder)}
             if bad or (case.named and not any(name in message for name in known)):
                 outcome = "badly said"
