@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ternarize.calibrate.gptq import probe_rows, solve
 from ternarize.calibrate.statistics import Inputs, Moments
-from ternarize.files import container
+from ternarize.trits.scales import store_scales
 
 SHAPES = ["256x256", "256x768", "512x512", "1024x1024", "2048x2048", "4096x4096"]
 SHARED = 64  # directions in which inputs are correlated
@@ -77,7 +77,7 @@ def statistics(rows: int, cols: int) -> tuple[Tensor, Moments, Moments]:
 
 
 def half(scales: Tensor) -> Tensor:
-    return container.store_scales(scales).double()
+    return store_scales(scales).double()
 
 
 def solver_row(rows: int, cols: int) -> dict[str, Any]:

@@ -12,14 +12,14 @@ from torch import Tensor
 from ternarize.calibrate import gptq
 from ternarize.calibrate.gptq import solve
 from ternarize.calibrate.statistics import Inputs, Moments
-from ternarize.files import container
 from ternarize.trits.methods import itf
 from ternarize.trits.rotation import block_size, rotate, signs, unrotate
+from ternarize.trits.scales import store_scales
 from ternarize.trits.ternary import Ternary
 
 
 def half(scales: Tensor) -> Tensor:
-    return container.store_scales(scales).double()
+    return store_scales(scales).double()
 
 
 def moments(x: Tensor, y: Tensor | None, *, keep: bool = False) -> Moments:

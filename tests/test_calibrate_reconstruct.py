@@ -18,9 +18,9 @@ from ternarize.calibrate.reconstruct import (
     parameters,
     reconstruct,
 )
-from ternarize.files import container
 from ternarize.trits.methods import itf, levels
 from ternarize.trits.rotation import rotate
+from ternarize.trits.scales import store_scales
 
 FORMS = [
     Form(32),
@@ -34,7 +34,7 @@ FORMS = [
 
 
 def half(scales: Tensor) -> Tensor:
-    return container.store_scales(scales).double()
+    return store_scales(scales).double()
 
 
 def start(form: Form, *shape: int) -> tuple[Tensor, Tensor]:

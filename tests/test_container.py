@@ -22,10 +22,11 @@ from torch import Tensor
 from ternarize.errors import DigestError, FormatError, WeightError
 from ternarize.files import container
 from ternarize.files.checkpoint import open_files
-from ternarize.files.container import Record, decode, digest, dump_metadata, encode, store_scales
+from ternarize.files.container import Record, decode, digest, dump_metadata, encode
 from ternarize.sources.checkpoint import open_checkpoint
 from ternarize.trits.methods import absmean, levels
 from ternarize.trits.rotation import rotate
+from ternarize.trits.scales import store_scales
 from ternarize.trits.ternary import Ternary
 
 every_engine = pytest.mark.parametrize("name", ENGINES)

@@ -22,6 +22,7 @@ from ternarize.plans.recipe import Recipe
 from ternarize.runtime import linear, plugin
 from ternarize.runtime.linear import PackedEmbedding, TernaryLinear
 from ternarize.runtime.plugin import TernarizeConfig
+from ternarize.trits import int8
 from ternarize.trits.int8 import dequantize_int8
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny-llama"
@@ -41,7 +42,7 @@ def both(name: str, folder: Path) -> tuple[Any, Any]:
 def test_it_is_the_head_of_a_conversion(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plugin, "_PIECE", 1000)  # in pieces, with a shorter one at the end
+    monkeypatch.setattr(int8, "_PIECE", 1000)  # in pieces, with a shorter one at the end
     ours, theirs = both(name, tmp_path)
     found, expected = ours.state_dict(), theirs.state_dict()
     assert found.keys() == expected.keys()

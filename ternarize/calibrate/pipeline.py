@@ -17,25 +17,20 @@ from ternarize.calibrate.blocks import Batch
 from ternarize.calibrate.budget import allocate, describe
 from ternarize.calibrate.data import ENCODER_DECODER, MAX_SEQ_LEN, SELF, Samples, kind_of, read
 from ternarize.calibrate.run import Calibration, open_solved
-from ternarize.errors import CheckpointError, OutputError, QualityError
+from ternarize.errors import CheckpointError, OutputError
 from ternarize.files import container
 from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.container import Record
 from ternarize.files.outputs import write_whole
-from ternarize.measure.evaluate import (
-    CAUSAL,
-    TOKENIZER_FILES,
-    compare_logits,
-    open_tokenizer,
-    pool,
-    summarize,
-)
+from ternarize.measure.encoders import pool
+from ternarize.measure.language_models import compare_logits, summarize
+from ternarize.models.configuration import usable
+from ternarize.models.reads import CAUSAL, TOKENIZER_FILES, open_tokenizer
 from ternarize.plans.layout import Plan, TensorPlan
 from ternarize.plans.recipe import Calibrate
 from ternarize.progress import Progress
 from ternarize.runtime.decode import cache_of
-from ternarize.runtime.load import usable
-from ternarize.trits.scales import scale_values
+from ternarize.trits.scales import scale_values, store_scales
 
 TOKENS_IN_BATCH = 4096
 BUDGET, INPUTS, ENVIRONMENTS = "budget.json", "inputs.json", "environments.json"
@@ -80,7 +75,7 @@ def calibrate(
     bits = work.recipe.scale_bits
 
     def rounding(scales: Tensor) -> Tensor:
-        stored = container.store_scales(scales.cpu(), bits=bits)
+        stored = store_scales(scales.cpu(), bits=bits)
         return scale_values(stored, torch.float64).to(scales.device)
 
     def calibration(**sets: Sequence[Batch]) -> Calibration:
@@ -298,44 +293,3 @@ def _quality(calibration: Calibration, samples: Samples) -> dict[str, dict[str, 
 def _main(output: Any) -> Tensor:
     first: Tensor = output[0]
     return first
-
-
-# figure -> whether more of it is worse
-FIGURES = {
-    "perplexity": True,
-    "perplexity_ratio": True,
-    "kl_divergence": True,
-    "top1_agreement": False,
-    "cosine": False,
-}
-
-
-def check_quality(
-    quality: Mapping[str, Mapping[str, float | None]], bounds: Mapping[str, float]
-) -> None:
-    """Compare the figures on the report set with bounds.
-
-    bounds  figure -> the most it may be (perplexity, perplexity_ratio, kl_divergence), or the least
-            (top1_agreement, cosine)
-
-    Raises QualityError where a bound is exceeded, or is one on what is not measured of the model.
-    """
-    for name, bound in bounds.items():
-        if name not in quality:
-            raise QualityError(
-                "min quality",
-                f"{name!r} is not measured of this model",
-                f"one of {', '.join(n for n in FIGURES if n in quality)}",
-                "Name one of them",
-            )
-        value = quality[name]["value"]
-        assert value is not None
-        worse = value > bound if FIGURES[name] else value < bound
-        if worse or math.isnan(value):
-            raise QualityError(
-                name,
-                f"{value:.4f} on the report samples",
-                f"at {'most' if FIGURES[name] else 'least'} {bound}",
-                "Nothing was written. Calibrate on more or other text; with another "
-                "--min-quality the same command goes on",
-            )

@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ternarize.calibrate.data import SELF
-from ternarize.calibrate.pipeline import FIGURES, calibrate, check_quality
+from ternarize.calibrate.pipeline import calibrate
 from ternarize.calibrate.run import read_solved
 from ternarize.errors import (
     REMEDY,
@@ -49,7 +49,8 @@ from ternarize.files.headers import DTYPE_NAMES, DTYPES, Entry, byte_view, read_
 from ternarize.files.names import INDEX, RECORD, SAFETENSORS
 from ternarize.files.outputs import check_name, sync_files, sync_names
 from ternarize.files.sums import SUMS, format_sums, listed, sha256
-from ternarize.measure.evaluate import DEFAULT
+from ternarize.measure.documents import DEFAULT
+from ternarize.measure.figures import FIGURES, check_quality
 from ternarize.plans.layout import (
     PIECE,
     Plan,
@@ -68,11 +69,11 @@ from ternarize.sources.fetch import split_id
 from ternarize.sources.imports.common import Imported
 from ternarize.sources.origin import hub_commit, read_card
 from ternarize.threads import THREADS, TICK, let_through, result_of, thread_pool
-from ternarize.trits.int8 import INT8, encode_int8, int8_scales
+from ternarize.trits.int8 import INT8, encode_int8, int8_dtype
 from ternarize.trits.methods import METHODS, levels
 from ternarize.trits.methods.grouped import distance, fixed_sum
 from ternarize.trits.rotation import rotate
-from ternarize.trits.scales import scale_codes, scale_values, to_float
+from ternarize.trits.scales import scale_codes, scale_values, store_scales, to_float
 from ternarize.trits.ternary import Ternary, check_device, split_groups
 from ternarize.version import __version__
 
@@ -213,7 +214,7 @@ def _ternarize(
     _, shape = tensor.record("").stored_shapes()
     flat = torch.cat(all_scales) if all_scales else torch.empty(0, dtype=torch.float64)
     bits = 8 if tensor.scale_dtype == "U8" else 16
-    scales = container.store_scales(flat.reshape(shape), exact=lossless, bits=bits)
+    scales = store_scales(flat.reshape(shape), exact=lossless, bits=bits)
     scale_dtype = DTYPE_NAMES[scales.dtype]
     if scales.dtype.itemsize != DTYPES[tensor.scale_dtype].itemsize:
         raise Relayout(tensor.name, tensor.group_size, scale_dtype)
@@ -323,10 +324,8 @@ def _to_int8(source: Checkpoint, tensor: TensorPlan, write: Write, device: str) 
     dtype = DTYPES[tensor.scale_dtype]
     for start, stop in tensor.pieces():
         weight = logical(source.read(tensor.name, start, stop, buffer).to(device), tensor)
-        _check_finite(weight)
-        exact = int8_scales(weight, tensor.group_size)
         # a piece that float16 cannot serve: all scales of the tensor become float32
-        if container.store_scales(exact).dtype.itemsize > dtype.itemsize:
+        if int8_dtype(weight, tensor.group_size).itemsize > dtype.itemsize:
             raise Relayout(tensor.name, tensor.group_size, "F32")
         q, scales = encode_int8(weight, tensor.group_size, dtype)
         missed = split_groups(weight.to(torch.float64), tensor.group_size)
@@ -441,7 +440,7 @@ def convert(
     progress  called after each tensor with (bytes of the source done, in all, tensor, "packing");
               before that, with calibration, for each block and part of it, in stages of their own
     min_quality  bounds on the figures that calibration measures: {"kl_divergence": 0.2}; see
-                 `ternarize.calibrate.pipeline.check_quality`
+                 `ternarize.measure.figures.check_quality`
     stream    have one weight file of a Hub model at a time on the disk, beside the output, and
               delete it once it is packed; not with calibration, which reads them again and again
     allow_missing  convert a source that lacks parameters of its model: the record names them, and

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ternarize.errors import DigestError, FormatError, WeightError
+from ternarize.errors import DigestError, FormatError
 from ternarize.files.checkpoint import Checkpoint, TensorInfo, uncollected
 from ternarize.files.headers import byte_view, read_bytes
 from ternarize.files.json_files import strict_json
@@ -35,7 +35,7 @@ from ternarize.threads import THREADS, in_threads
 from ternarize.trits.base3 import BASE3, pack, packed_width, unpack, used_groups
 from ternarize.trits.int8 import INT8, dequantize_int8, int8_used
 from ternarize.trits.rotation import BLOCKS, unrotate
-from ternarize.trits.scales import scale_codes, scale_values, to_float
+from ternarize.trits.scales import scale_values, store_scales
 from ternarize.trits.ternary import Ternary, group_count
 
 FORMAT_VERSION = 1
@@ -53,8 +53,6 @@ SCALE_DTYPES = {  # of scales that are floating-point numbers; a ternary tensor'
 CHUNK = 1 << 22  # bytes read and hashed at a time
 LONGEST = 2**63 - 1  # a group that is longer than this, and so than any row, is the row as well
 _PACKED_MEMBERS = {"shape", "group_size", "codec", "transposed", "planes", "rotation"}
-_F16_NORMAL = (2.0**-14, 65504.0)  # below, float16 loses digits; above, it is infinite
-_SCALE8 = (2.0**-14, 61440.0)  # the numbers of the codes 8 and 247
 
 
 @dataclass(frozen=True)
@@ -105,39 +103,6 @@ class Record:
         scale_rows = 1 if self.group_size == 0 else rows
         width = cols if self.codec == INT8 else self.planes * packed_width(cols, self.group_size)
         return (*stack, rows, width), (*stack, scale_rows, self.planes * groups)
-
-
-def store_scales(scales: Tensor, *, exact: bool = False, bits: int = 16) -> Tensor:
-    """Round float64 scales once, to nearest even, to the dtype in which they are stored.
-
-    float16 if it holds all of them as normal numbers (or 0), else float32. With `exact`, the first
-    of float16, bfloat16, float32 that holds every scale without rounding. With 8 `bits`, and not
-    `exact`, uint8 codes (`codecs.scale_codes`) if their numbers span all of the scales.
-
-    Raises WeightError on a scale beyond float32, which only weights in float64 can have.
-    """
-    single = scales.to(torch.float32)
-    if bool(single.isinf().any()):
-        raise WeightError(
-            "scales",
-            f"the largest is {float(scales.max()):.3g}",
-            "at most 3.4e38, the largest float32",
-            "Repair the source",
-        )
-    half = to_float(scales.cpu(), torch.float16)  # an infinite one is not chosen
-    candidates = (half, scales.to(torch.bfloat16), single)
-    if exact:
-        return next(
-            (c for c in candidates if torch.equal(c.to(torch.float64), scales.cpu())),
-            candidates[-1],
-        )
-    positive = scales[scales > 0]
-    if positive.numel() == 0:
-        return half if bits == 16 else scale_codes(scales)
-    low, high = float(positive.min()), float(positive.max())
-    if bits == 8 and _SCALE8[0] <= low and high <= _SCALE8[1]:
-        return scale_codes(scales)
-    return half if _F16_NORMAL[0] <= low and high <= _F16_NORMAL[1] else single
 
 
 def encode(*planes: Ternary, exact: bool = False, bits: int = 16) -> tuple[Tensor, Tensor]:

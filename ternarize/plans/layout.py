@@ -20,7 +20,6 @@ from ternarize.plans.recipe import GROUP_SIZE, Recipe
 from ternarize.threads import THREADS
 
 PIECE = 1 << 21  # weights read, ternarized and written at a time by one thread
-INT8_GROUP_SIZE = -1  # finer groups take more room, and gain nothing that perplexity shows
 SHOWN_FILES = 8  # in a note; the plan lists all
 
 

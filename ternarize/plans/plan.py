@@ -20,11 +20,12 @@ from ternarize.files.names import SAFETENSORS
 from ternarize.models.skeleton import Equal, skeleton_shapes, why_no_skeleton
 from ternarize.plans.choose import Choice, check_fused_choices, end_tensors, select
 from ternarize.plans.copied import not_read, small_files
-from ternarize.plans.layout import INT8_GROUP_SIZE, Plan, Shard, TensorPlan
+from ternarize.plans.layout import Plan, Shard, TensorPlan
 from ternarize.plans.lossless import check_lossless, own_groups
 from ternarize.plans.recipe import GROUP_SIZE, KEEP, KEPT_DTYPES, TERNARY, Recipe
 from ternarize.sources.imports import open_source
 from ternarize.sources.imports.common import Imported
+from ternarize.trits.int8 import INT8_GROUP_SIZE
 from ternarize.trits.rotation import block_size
 
 _FLOATS = ("F64", "F32", "F16", "BF16")

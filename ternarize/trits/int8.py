@@ -4,11 +4,13 @@
 import torch
 from torch import Tensor
 
-from ternarize.errors import FormatError
-from ternarize.trits.scales import to_float
+from ternarize.errors import FormatError, WeightError
+from ternarize.trits.scales import store_scales, to_float
 from ternarize.trits.ternary import split_groups
 
 INT8 = "int8"  # name of the codec
+INT8_GROUP_SIZE = -1  # finer groups take more room, and gain nothing that perplexity shows
+_PIECE = 1 << 22  # weights
 
 
 def encode_int8(weight: Tensor, group_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -33,6 +35,31 @@ def encode_int8(weight: Tensor, group_size: int, dtype: torch.dtype) -> tuple[Te
     if group_size == 0:
         used = used.any(-2, keepdim=True)
     return q.contiguous(), torch.where(used, largest, 0)
+
+
+def rows_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix in int8 with a scale for each row, as a conversion stores it: q and scales.
+
+    A piece at a time, because it is worked out in float64. Raises WeightError as `int8_dtype`.
+    """
+    rows = max(1, _PIECE // max(1, weight.shape[1]))
+    pieces = [weight[first : first + rows] for first in range(0, len(weight), rows)]
+    dtype = torch.float16
+    for piece in pieces:
+        dtype = torch.promote_types(dtype, int8_dtype(piece, INT8_GROUP_SIZE))
+    parts = [encode_int8(piece, INT8_GROUP_SIZE, dtype) for piece in pieces]
+    return torch.cat([q for q, _ in parts]), torch.cat([scales for _, scales in parts])
+
+
+def int8_dtype(weight: Tensor, group_size: int) -> torch.dtype:
+    """The dtype that holds the scales of a weight: float16, else float32; see `store_scales`.
+
+    Raises WeightError where a weight is not finite.
+    """
+    scales = int8_scales(weight, group_size)
+    if not bool(scales.isfinite().all()):
+        raise WeightError("int8", "has weights that are not finite", remedy="Repair the source")
+    return store_scales(scales).dtype
 
 
 def int8_scales(weight: Tensor, group_size: int) -> Tensor:

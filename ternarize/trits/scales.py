@@ -1,11 +1,14 @@
-"""Scales in fewer bits: the upper part of a float16 (formats/container.md, 4.6).
-
-That halves what scales cost where groups are small.
-"""
+"""Scales as they are stored: in float16 where it holds them, or in 8 bits, its upper part
+(formats/container.md, 4.6), which halves what scales cost where groups are small."""
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ternarize.errors import WeightError
+
+_F16_NORMAL = (2.0**-14, 65504.0)  # below, float16 loses digits; above, it is infinite
+_SCALE8 = (2.0**-14, 61440.0)  # the numbers of the codes 8 and 247
 
 
 def scale_codes(scales: Tensor) -> Tensor:
@@ -42,3 +45,36 @@ def to_float(scales: Tensor, dtype: torch.dtype) -> Tensor:
     with np.errstate(over="ignore"):  # the caller looks for infinities where there can be some
         half = torch.from_numpy(scales.cpu().numpy().astype(np.float16))
     return half.to(scales.device)
+
+
+def store_scales(scales: Tensor, *, exact: bool = False, bits: int = 16) -> Tensor:
+    """Round float64 scales once, to nearest even, to the dtype in which they are stored.
+
+    float16 if it holds all of them as normal numbers (or 0), else float32. With `exact`, the first
+    of float16, bfloat16, float32 that holds every scale without rounding. With 8 `bits`, and not
+    `exact`, uint8 codes (`scale_codes`) if their numbers span all of the scales.
+
+    Raises WeightError on a scale beyond float32, which only weights in float64 can have.
+    """
+    single = scales.to(torch.float32)
+    if bool(single.isinf().any()):
+        raise WeightError(
+            "scales",
+            f"the largest is {float(scales.max()):.3g}",
+            "at most 3.4e38, the largest float32",
+            "Repair the source",
+        )
+    half = to_float(scales.cpu(), torch.float16)  # an infinite one is not chosen
+    candidates = (half, scales.to(torch.bfloat16), single)
+    if exact:
+        return next(
+            (c for c in candidates if torch.equal(c.to(torch.float64), scales.cpu())),
+            candidates[-1],
+        )
+    positive = scales[scales > 0]
+    if positive.numel() == 0:
+        return half if bits == 16 else scale_codes(scales)
+    low, high = float(positive.min()), float(positive.max())
+    if bits == 8 and _SCALE8[0] <= low and high <= _SCALE8[1]:
+        return scale_codes(scales)
+    return half if _F16_NORMAL[0] <= low and high <= _F16_NORMAL[1] else single
