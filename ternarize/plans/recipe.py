@@ -1,177 +1,309 @@
-"""TODO."""
+"""The recipe of a conversion: each option is declared here, once.
 
-from dataclasses import dataclass
-from typing import Any, TypeVar, get_args, get_type_hints
+Its name, help, default, range and allowed values stand on a field of `Recipe` or `Calibrate`. The
+options of `ternarize convert`, CLI.md, the checks, and the reading of records and of files with
+recipes are made from them. Nothing here needs torch: `ternarize --help` imports it.
+"""
+
+import tomllib
+from dataclasses import Field, dataclass, field, fields
+from numbers import Integral, Real
+from pathlib import Path
+from types import NoneType
+from typing import Any, TypeVar, get_args
 
 from ternarize.errors import FormatError, UsageError
+from ternarize.files.json_files import MAX_JSON, strict_json
 from ternarize.files.names import RECORD
-from ternarize.trits.int8 import INT8
-from ternarize.trits.methods import METHODS
-from ternarize.trits.rotation import BLOCKS
-from ternarize.trits.ternary import check_group_size
 
-KEEP, TERNARY = "keep", "ternary"  # and INT8: what --head and --embeddings may be
-
-
+KEEP, TERNARY = "keep", "ternary"  # and int8: what --head and --embeddings may be
+ENDS = (KEEP, "int8", TERNARY)  # what the output head and the token embedding may become
 ACTIVATIONS = ("none", "int8")
 GROUP_SIZE = 128  # of weights that are not ternary yet
 GPTQ = "gptq"  # the calibrated method
 WITHOUT_DATA = "itf"  # the method of what a calibrated conversion cannot calibrate
-ENDS = (KEEP, INT8, TERNARY)  # what the output head and the token embedding may become
 MAX_COUNT = 2**31 - 1  # samples, steps, tokens: what is made of them fits in 64 bits
 KEPT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True)
+class Span:
+    """The numbers from `low` to `high`, both among them."""
+
+    low: float
+    high: float
+    words: str = "{low} to {high}"
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        return self.words.format(low=self.low, high=self.high)
+
+
+def option(
+    default: Any, text: str, allowed: Span | tuple[Any, ...] | None = None, metavar: str = ""
+) -> Any:
+    """The field of an option.
+
+    text     the help; may have {default} and {allowed} in it
+    allowed  what its value may be, besides None where its type has that
+    metavar  the word for its value in the help, where that is not its type
+    """
+    words = " or ".join(map(str, allowed)) if isinstance(allowed, tuple) else str(allowed)
+    text = text.format(default=default, allowed=words)
+    return field(default=default, metadata={"help": text, "allowed": allowed, "metavar": metavar})
+
+
+GROUPS = Span(
+    -1,
+    2**63 - 1,
+    "a positive number of weights, -1 (one group per row) or 0 (one scale per tensor)",
+)
+COUNT, STEPS = Span(1, MAX_COUNT), Span(0, MAX_COUNT, "{low} to {high} steps")
 
 
 @dataclass(frozen=True)
 class Calibrate:
     """How weights are fitted to what a model does on text (or other input).
 
-    dataset      .txt, .jsonl, .json or .parquet file, or a directory of them; .safetensors file of
-                 inputs; Hub dataset user/name[/folder][@revision]; "self": what the model writes;
-                 "default": the text that comes with ternarize
-    num_samples  samples to calibrate on; a tenth as many choose, another tenth give the figures
-    seq_len      tokens of a sample; None: what the model can take, at most 512
-    seed         of the choice of samples, of rotations and of training
-    text_column  of .jsonl, .json and .parquet; None: `text` or `messages`
-    rotation     largest block of the rotation of inputs, a power of four; 0: none
-    reconstruct  steps of training for each block; 0: none
-    window       blocks trained together, 1 to 4
-    distill      steps of training for the whole model, which has to be in memory; 0: none
-    target_bpw   bits per ternary weight to be spent where they matter; None: all alike
+    Raises UsageError for a value that an option cannot have. A tenth as many samples as calibrate
+    choose between results, another tenth give the figures; `dataset` may also be a .safetensors
+    file of inputs.
     """
 
-    dataset: str = "default"
-    num_samples: int = 256
-    seq_len: int | None = None
-    seed: int = 0
-    text_column: str | None = None
-    rotation: int = 256
-    reconstruct: int = 0
-    window: int = 1
-    distill: int = 0
-    target_bpw: float | None = None
+    dataset: str = option(
+        "default",
+        "Calibrate on texts: a .txt, .jsonl, .json or .parquet file, a directory of them, or a Hub "
+        "dataset; self: what the model writes; default: a text that comes with ternarize.",
+    )
+    num_samples: int = option(256, "Samples to calibrate on; default: {default}.", COUNT)
+    seq_len: int | None = option(
+        None,
+        "Tokens of a sample; default: what the model takes, at most 512.",
+        Span(2, MAX_COUNT),
+    )
+    seed: int = option(
+        0,
+        "Of the choice of samples, of rotation and training; default: {default}.",
+        Span(0, 2**32 - 1),
+    )
+    text_column: str | None = option(None, "Column of the texts; default: text or messages.")
+    rotation: int = option(
+        256,
+        "Largest block of the rotation of inputs, a power of 4; 0: none; default: {default}.",
+        (0, 4, 16, 64, 256, 1024),
+    )
+    reconstruct: int = option(
+        0, "Steps of training for each block; default: {default}.", STEPS, "STEPS"
+    )
+    window: int = option(1, "Blocks to train together, {allowed}; default: {default}.", Span(1, 4))
+    distill: int = option(
+        0,
+        "Steps of training for the whole model, with all of it in memory; default: {default}.",
+        STEPS,
+        "STEPS",
+    )
+    target_bpw: float | None = option(
+        None,
+        "Bits per ternary weight, spent where they matter most.",
+        Span(1.6, 16, "{low} to {high} bits"),
+    )
 
     def __post_init__(self) -> None:
-        counts, steps = range(MAX_COUNT + 1), f"0 to {MAX_COUNT} steps"
-        for what, value, good, expected in (
-            ("num samples", self.num_samples, self.num_samples in counts[1:], f"1 to {MAX_COUNT}"),
-            (
-                "seq len",
-                self.seq_len,
-                self.seq_len is None or self.seq_len in counts[2:],
-                f"2 to {MAX_COUNT}",
-            ),
-            ("seed", self.seed, 0 <= self.seed < 2**32, "0 to 4294967295"),
-            (
-                "rotation",
-                self.rotation,
-                self.rotation in (0, *BLOCKS),
-                f"0 or one of {', '.join(map(str, BLOCKS))}",
-            ),
-            ("reconstruct", self.reconstruct, self.reconstruct in counts, steps),
-            ("distill", self.distill, self.distill in counts, steps),
-            ("window", self.window, 1 <= self.window <= 4, "1 to 4 blocks"),
-            (
-                "target bpw",
-                self.target_bpw,
-                self.target_bpw is None or 1.6 <= self.target_bpw <= 16,
-                "1.6 to 16 bits",
-            ),
-        ):
-            if not good:
-                raise UsageError(what, f"{value}", f"{expected}")
+        _check(self)
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What is done to a checkpoint; with the source it determines every byte of the result.
 
-    method       a name of ternarize.trits.methods.METHODS, or "gptq" with `calibrate`
-    group_size   weights per scale; -1 one group per row; 0 one scale per tensor; None: 128, and of
-                 weights that are ternary already the largest groups in which they are
-    keep         globs of tensors to leave in floating point
-    include      globs of tensors to ternarize although they are kept by default
-    dtype        float32, float16 or bfloat16 for kept floating-point tensors; None: as they are
-    activations  none, or int8 per token; recorded for the loader; None: what the model was trained
-                 with, as far as its format says that, else none
-    scale_bits   16 or 8, of the scales of ternary weights
-    planes       globs of ternary tensors that become the sum of two ternary matrices
-    head         keep, int8 or ternary: the output head; None: ternary if the source has it in a
-                 ternary format, else keep
-    embeddings   likewise the token embedding; tied to the head, both become what either says
-    calibrate    None: weights are ternarized without data
+    Raises UsageError for a value that an option cannot have, and where the method and `calibrate`
+    do not go together: it is there for "gptq" alone.
     """
 
-    method: str = "absmean"
-    group_size: int | None = None
-    keep: tuple[str, ...] = ()
-    include: tuple[str, ...] = ()
-    dtype: str | None = None
-    activations: str | None = None
-    scale_bits: int = 16
-    planes: tuple[str, ...] = ()
-    head: str | None = None
-    embeddings: str | None = None
+    method: str = option(
+        "absmean",
+        "How weights become trits; gptq calibrates. Default: {default}, with --dataset gptq.",
+        ("absmean", "twn", "itf", GPTQ),
+    )
+    group_size: int | None = option(
+        None,
+        "Weights per scale; -1: one group per row; 0: one scale per tensor. Default: "
+        f"{GROUP_SIZE}; of weights that are ternary already their own.",
+        GROUPS,
+    )
+    keep: tuple[str, ...] = option((), "Leave tensors that match this glob as they are.")
+    include: tuple[str, ...] = option(
+        (), "Ternarize linear weights that match this glob, kept by default."
+    )
+    dtype: str | None = option(
+        None, "Dtype of kept weights; default: as in the source.", tuple(KEPT_DTYPES)
+    )
+    activations: str | None = option(
+        None,
+        "Recorded for the loader: int8 per token, or none. Default: none; of imported models what "
+        "they were trained with.",
+        ACTIVATIONS,
+    )
+    scale_bits: int = option(16, "Bits of a scale: {allowed}; default: {default}.", (16, 8))
+    planes: tuple[str, ...] = option(
+        (), "Make tensors that match this glob the sum of two ternary ones."
+    )
+    head: str | None = option(
+        None,
+        "What becomes of the output head. Default: keep; ternary if the source has it in 2 bits.",
+        ENDS,
+    )
+    embeddings: str | None = option(
+        None,
+        "What becomes of the token embedding; if tied to the head, of both. Default: as of the "
+        "head.",
+        ENDS,
+    )
     calibrate: Calibrate | None = None
 
     def __post_init__(self) -> None:
+        _check(self)
         if (self.method == GPTQ) != (self.calibrate is not None):
             raise UsageError(
                 "method",
                 f"{self.method!r} {'without' if self.method == GPTQ else 'with'} data to "
                 "calibrate on",
                 f"{GPTQ!r} with, and any other without",
-                "Use --method gptq, or leave out the options of calibration",
+                f"Make it {GPTQ}, or leave out the options of calibration",
             )
-        if self.group_size is not None:
-            check_group_size(self.group_size)
-        for what, value, known in (
-            ("method", self.method, (*METHODS, GPTQ)),
-            ("dtype", self.dtype, (None, *KEPT_DTYPES)),
-            ("activations", self.activations, (None, *ACTIVATIONS)),
-            ("scale bits", self.scale_bits, (16, 8)),
-            ("head", self.head, (None, *ENDS)),
-            ("embeddings", self.embeddings, (None, *ENDS)),
-        ):
-            if value not in known:
-                names = ", ".join(str(k) for k in known if k is not None)
-                raise UsageError(what, f"{value!r}", f"one of {names}")
 
 
-Options = TypeVar("Options", Recipe, Calibrate)
+Made = TypeVar("Made", Recipe, Calibrate)
+_TYPES = {int: Integral, float: Real}  # numpy's numbers are some, too
+_WORDS = {int: "a whole number", float: "a number", str: "a text", ...: "a list of texts"}
+
+
+def _check(options: Recipe | Calibrate) -> None:
+    """Raise UsageError for the first value that its option cannot have; make tuples of lists."""
+    for each in fields(options):
+        value = getattr(options, each.name)
+        if isinstance(value, list):
+            value = tuple(value)
+            object.__setattr__(options, each.name, value)
+        if not _can_be(each, value):
+            what = each.name.replace("_", " ")
+            raise UsageError(what, f"{value!r:.60}", _expected(each))
+
+
+def _can_be(option: Field[Any], value: Any) -> bool:
+    kinds = get_args(option.type) or (option.type,)
+    if ... in kinds:
+        return isinstance(value, tuple) and all(isinstance(each, str) for each in value)
+    if value is None:
+        return NoneType in kinds
+    good = isinstance(value, tuple(_TYPES.get(kind, kind) for kind in kinds))
+    allowed = option.metadata.get("allowed")
+    return good and not isinstance(value, bool) and (allowed is None or value in allowed)
+
+
+def _expected(option: Field[Any]) -> str:
+    allowed = option.metadata.get("allowed")
+    if allowed is not None:
+        return (
+            f"one of {', '.join(map(str, allowed))}" if isinstance(allowed, tuple) else str(allowed)
+        )
+    kinds = get_args(option.type) or (option.type,)
+    return next((words for kind, words in reversed(_WORDS.items()) if kind in kinds), "a table")
+
+
+# --- recipes that are written down ---------------------------------------------------------------
+
+# name: (its options, what it costs); the figures are those of benchmarks/results/calibration.md
+NAMED: dict[str, tuple[dict[str, Any], str]] = {
+    "fast": ({"method": "itf"}, "no data"),
+    "good": ({"method": GPTQ, "calibrate": {}}, "calibrated, block by block"),
+    "best": (
+        {"method": GPTQ, "calibrate": {"num_samples": 512, "distill": 1000}},
+        "then trained: more than five times the time, the whole model in memory, and much text, "
+        "which --dataset names",
+    ),
+}
+
+
+def open_recipe(name: str) -> Recipe:
+    """A recipe by its name in NAMED, or from a file.
+
+    The file is TOML or JSON, with options under their names and those of calibration in a table
+    `calibrate`; or the record of a conversion, ternarize.json.
+
+    Raises UsageError, naming the file and the key, where it cannot be read or used.
+    """
+    if name in NAMED:
+        return _made(Recipe, NAMED[name][0])
+    table = _read(name)
+    try:
+        return _of_table(table)
+    except UsageError as error:
+        remedy = error.remedy or "Mend the file"
+        raise UsageError(f"{name}: {error.where}", error.found, error.expected, remedy) from None
+
+
+def _read(name: str) -> dict[str, Any]:
+    """What a file with a recipe holds: JSON where it begins with a brace, else TOML."""
+    path = Path(name)
+    try:
+        if not path.is_file():
+            inside = (path / RECORD).is_file()
+            raise UsageError(
+                name,
+                "is a directory" if path.is_dir() else "there is no such file",
+                f"one of {', '.join(NAMED)}, or a file in TOML or JSON",
+                f"Name {path / RECORD}" if inside else "Check the path",
+            )
+        if path.stat().st_size > MAX_JSON:
+            raise UsageError(name, f"{path.stat().st_size} bytes", f"at most {MAX_JSON}")
+        text = path.read_text("utf-8-sig")
+    except (OSError, ValueError) as error:
+        found = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+        raise UsageError(name, found, "a file in TOML or JSON", "Check the file") from None
+    form, parse = ("JSON", strict_json) if text.lstrip()[:1] == "{" else ("TOML", tomllib.loads)
+    try:
+        table: dict[str, Any] = parse(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(name, f"not valid {form} ({error})", remedy="Mend the file") from None
+    return table
 
 
 def read_recipe(record: dict[str, Any]) -> Recipe:
     """The recipe on record; raises FormatError where it is none."""
     try:
-        return _options(Recipe, record.get("recipe"))
-    except (TypeError, UsageError) as error:
+        return _of_table({"recipe": record.get("recipe")})
+    except UsageError as error:
+        found = f"{error.found}: the recipe cannot be used"
         raise FormatError(
-            RECORD,
-            f"its recipe cannot be used ({error})",
-            "the options of a conversion",
-            "Fetch it again",
+            f"{RECORD}: {error.where}", found, error.expected, "Fetch it again"
         ) from None
 
 
-def _options(kind: type[Options], value: Any) -> Options:
-    """Plain data as Recipe or Calibrate; raises TypeError for what `asdict` cannot have given."""
-    hints = get_type_hints(kind)
-    if not isinstance(value, dict) or not value.keys() <= hints.keys():
-        raise TypeError(f"{kind.__name__.lower()} is {str(value)[:60]!r}")
-    options: dict[str, Any] = {}
-    for name, each in value.items():
-        allowed: tuple[Any, ...] = get_args(hints[name]) or (hints[name],)
-        options[name] = each
-        if hints[name] == tuple[str, ...]:
-            good = isinstance(each, list) and all(isinstance(item, str) for item in each)
-            options[name] = tuple(each) if good else each
-        elif Calibrate in allowed and isinstance(each, dict):
-            good, options[name] = True, _options(Calibrate, each)
-        else:
-            if float in allowed:
-                allowed = (*allowed, int)
-            good = isinstance(each, allowed) and not isinstance(each, bool)
-        if not good:
-            raise TypeError(f"{name} is {str(each)[:60]!r}")
-    return kind(**options)
+def _of_table(table: dict[str, Any]) -> Recipe:
+    """The recipe that a record has, or else a table is."""
+    return _made(Recipe, table["recipe"], "recipe") if "recipe" in table else _made(Recipe, table)
+
+
+def _made(kind: type[Made], table: Any, at: str = "") -> Made:
+    """Plain data as Recipe or Calibrate; raises UsageError, naming the key.
+
+    at  the key under which the table stands, "" at the top
+    """
+    if not isinstance(table, dict):
+        raise UsageError(at, f"{table!r:.60}", "a table of options")
+    known = [each.name for each in fields(kind)]
+    inside = f"{at}." * bool(at)
+    for name in table:
+        if name not in known:
+            raise UsageError(f"{inside}{name!r:.60}", "is no option", f"one of {', '.join(known)}")
+    if isinstance(table.get("calibrate"), dict):
+        calibrate = _made(Calibrate, table["calibrate"], f"{inside}calibrate")
+        table = {**table, "calibrate": calibrate}
+    try:
+        return kind(**table)
+    except UsageError as error:
+        where = inside + error.where.replace(" ", "_")
+        raise UsageError(where, error.found, error.expected, error.remedy) from None
