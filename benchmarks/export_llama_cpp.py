@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 import ternarize
 from ternarize.measure.bench import bench
-from ternarize.measure.evaluate import cut_windows, open_tokenizer, read_documents
+from ternarize.measure.documents import cut_windows, read_documents
+from ternarize.models.reads import open_tokenizer
 from ternarize.publish.export import export
-from ternarize.runtime.linear import TernaryLinear
+from ternarize.runtime.modules.linear import TernaryLinear
 
 llama_cpp: Any = importlib.import_module("llama_cpp")  # has no types for us
 Engine = Any

@@ -100,7 +100,7 @@ class Matrix:
         return self.lanes.nbytes + self.scales.nbytes
 
     def times(self, x: Tensor, activations: str, threads: int) -> Tensor:
-        return kernels.product(
+        return kernels.product_of_lanes(
             x,
             self.lanes,
             self.scales,
@@ -368,7 +368,7 @@ def head_table(threads: int, rounds: int, tokens: int, rows: int = 32000) -> lis
     weights, theirs = itertools.cycle(ours), itertools.cycle(dense)
 
     def product(activations: str) -> Tensor:
-        return kernels.int8_product(x, next(weights), scales, -1, activations, threads)
+        return kernels.product_of_int8(x, next(weights), scales, -1, activations, threads)
 
     runs: Runs = {
         "read": lambda: read(next(weights).view(-1).view(torch.uint8), threads),

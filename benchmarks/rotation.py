@@ -19,7 +19,7 @@ from common import parser, write_figures
 from torch import Tensor
 
 from ternarize.files import container
-from ternarize.runtime.linear import TernaryLinear
+from ternarize.runtime.modules.linear import TernaryLinear
 from ternarize.trits.methods import absmean
 from ternarize.trits.rotation import BLOCKS, rotate, signs
 

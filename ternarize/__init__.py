@@ -45,8 +45,8 @@ from ternarize.runtime.load import install_hook, load
 from ternarize.version import __version__
 
 if TYPE_CHECKING:
-    from ternarize.runtime.linear import TernaryLinear
-    from ternarize.runtime.plugin import TernarizeConfig
+    from ternarize.runtime.modules.linear import TernaryLinear
+    from ternarize.runtime.plugin.quantizer import TernarizeConfig
     from ternarize.trits.ternary import Ternary
 
 __all__ = [
@@ -67,8 +67,8 @@ __all__ = [
 ]
 
 _LATER = {
-    "TernaryLinear": "runtime.linear",
-    "TernarizeConfig": "runtime.plugin",
+    "TernaryLinear": "runtime.modules.linear",
+    "TernarizeConfig": "runtime.plugin.quantizer",
     "Ternary": "trits.ternary",
 }
 

@@ -23,11 +23,12 @@ from transformers.pytorch_utils import Conv1D
 
 from ternarize.files import container
 from ternarize.files.container import Record
-from ternarize.models.places import locate, turns_if_needed
+from ternarize.models.places import bars_rows, locate, turns_if_needed
 from ternarize.native import lib
-from ternarize.runtime import linear
-from ternarize.runtime.linear import Packed, PackedEmbedding
-from ternarize.runtime.plugin import is_rowwise
+from ternarize.runtime import products
+from ternarize.runtime.forms import dense_matrix
+from ternarize.runtime.modules.embedding import PackedEmbedding
+from ternarize.runtime.packed import Packed
 from ternarize.sources.checkpoint import open_checkpoint
 from ternarize.trits.base3 import BASE3
 from ternarize.trits.methods.absmean import absmean
@@ -49,12 +50,11 @@ def packable(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str,
         module = model.get_submodule(path)
         experts = parameter.ndim == 3 and leaf.endswith("_proj")
         linear = leaf == "weight" and (type(module) is nn.Linear or isinstance(module, Conv1D))
-        converter = place.converter
-        if converter is not None and not is_rowwise(converter, parameter.ndim, False):
+        if bars_rows(place.operations, parameter.ndim, False):
             continue
         if experts or linear:
             in_first = getattr(module, "is_transposed", "Llama4" in type(module).__name__)
-            if converter is not None and any(map(turns_if_needed, converter.operations)):
+            if any(map(turns_if_needed, place.operations)):
                 in_first = tensors[name].shape != parameter.shape
             found[name] = isinstance(module, Conv1D) or (experts and in_first)
     return found
@@ -214,7 +214,7 @@ def stored(model: Any) -> Any:
 def dequantized_output(model: Any) -> Tensor:
     """`output` with every weight dequantized from the stored form, which the model is left in."""
     # int8 weights have a kernel in their stored form too
-    with mock.patch.object(linear, "_is_int8_for_kernels", return_value=False):
+    with mock.patch.object(products, "is_int8_for_core", return_value=False):
         return output(stored(model))
 
 
@@ -248,8 +248,8 @@ def assert_products_near(model: nn.Module) -> None:
             limit = x.abs().amax(-1, keepdim=True).double() * 2.0**-20
             experts = zip(packed, scale, strict=True) if packed.ndim == 2 else [(packed, scale)]
             for lanes, scales in experts:
-                w = linear._dense(lanes, scales, layout, torch.float64)
-                error = (linear.product(x, lanes, scales, None, layout) - x.double() @ w.T).abs()
+                w = dense_matrix(lanes, scales, layout, torch.float64)
+                error = (products.product(x, lanes, scales, None, layout) - x.double() @ w.T).abs()
                 assert bool((error <= limit * w.abs().sum(-1)).all()), f"{name}.{leaf}"
 
 

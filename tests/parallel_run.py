@@ -16,7 +16,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 import ternarize
 from ternarize.errors import UsageError
-from ternarize.runtime.plugin import TernarizeConfig
+from ternarize.runtime.plugin.quantizer import TernarizeConfig
 
 RUN = ("plain", "int8_head", "rotated_rows")
 REFUSED = {

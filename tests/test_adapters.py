@@ -18,7 +18,8 @@ import ternarize
 from ternarize.errors import UsageError
 from ternarize.runtime.adapters import AdaptedLinear
 from ternarize.runtime.decode import Decoder, can_decode
-from ternarize.runtime.linear import Packed, TernaryLinear
+from ternarize.runtime.modules.linear import TernaryLinear
+from ternarize.runtime.packed import Packed
 
 peft = pytest.importorskip("peft")
 

@@ -14,7 +14,7 @@ from campaigns.architectures_checks import FAILED, OK, REFUSED
 from campaigns.architectures_small import Style, default_config, small
 
 from ternarize.errors import SelectionError
-from ternarize.runtime import plugin
+from ternarize.runtime.plugin import quantizer as plugin
 
 ROOT = Path(__file__).parents[1]
 # dense, tied Conv1D, fused experts, encoder-decoder, vision, audio, image and text, state space;

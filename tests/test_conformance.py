@@ -23,9 +23,10 @@ from ternarize.files import container
 from ternarize.files.checkpoint import Checkpoint, open_files
 from ternarize.files.container import Record
 from ternarize.files.headers import byte_view
-from ternarize.runtime.linear import Layout, PackedMatrix
+from ternarize.runtime.forms import Layout
+from ternarize.runtime.modules.matrix import PackedMatrix
 from ternarize.sources.checkpoint import open_checkpoint
-from ternarize.trits.base3 import dequantize
+from ternarize.trits.base3 import dequantize_base3
 from ternarize.trits.int8 import dequantize_int8, encode_int8
 from ternarize.trits.rotation import BLOCKS, rotate, signs, unrotate
 from ternarize.trits.scales import scale_codes, scale_values
@@ -144,7 +145,9 @@ def at_run_time(found: Stored) -> Tensor:
             dense[at] = dequantize_int8(data, scale, record.group_size, torch.float32)
         else:
             planes = {"planes": record.planes}
-            dense[at] = dequantize(data, scale, cols, record.group_size, torch.float32, **planes)
+            dense[at] = dequantize_base3(
+                data, scale, cols, record.group_size, torch.float32, **planes
+            )
     return dense.view(record.shape)
 
 

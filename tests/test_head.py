@@ -19,9 +19,12 @@ from ternarize.measure import bench
 from ternarize.measure.evaluate import evaluate
 from ternarize.native import lib
 from ternarize.plans.recipe import Recipe
-from ternarize.runtime import linear, plugin
-from ternarize.runtime.linear import PackedEmbedding, TernaryLinear
-from ternarize.runtime.plugin import TernarizeConfig
+from ternarize.runtime import products
+from ternarize.runtime.forms import dense_matrix
+from ternarize.runtime.modules.embedding import PackedEmbedding
+from ternarize.runtime.modules.linear import TernaryLinear
+from ternarize.runtime.plugin.int8_head import round_head
+from ternarize.runtime.plugin.quantizer import TernarizeConfig
 from ternarize.trits import int8
 from ternarize.trits.int8 import dequantize_int8
 
@@ -107,11 +110,11 @@ def test_numbers_that_are_none_are_refused(number: float) -> None:
     weight = torch.ones(5, 4)
     weight[3, 2] = number
     with pytest.raises(FormatError, match=r"lm_head.weight: has weights that are not finite"):
-        plugin._round_head(Headed(weight), {"lm_head.weight"})
+        round_head(Headed(weight), {"lm_head.weight"})
 
 
 class Headed(nn.Module):
-    """As much of a model as `_round_head` asks for."""
+    """As much of a model as `round_head` asks for."""
 
     all_tied_weights_keys: dict[str, str]
 
@@ -126,10 +129,10 @@ def test_small_scales_and_a_bias() -> None:
     """Scales that float16 does not hold as normal numbers are float32; the bias stays."""
     model: Any = Headed(torch.randn(5, 4) * 1e-5)
     bias = model.lm_head.bias
-    plugin._round_head(model, {"lm_head.weight"})
+    round_head(model, {"lm_head.weight"})
     assert model.lm_head.weight_scale.dtype == torch.float32 and model.lm_head.bias is bias
     with pytest.raises(UsageError, match="lm_head.weight: is offloaded"):
-        plugin._round_head(Headed(torch.empty(5, 4, device="meta")), {"lm_head.weight"})
+        round_head(Headed(torch.empty(5, 4, device="meta")), {"lm_head.weight"})
 
 
 @native
@@ -140,13 +143,13 @@ def test_the_head_is_never_dense(
     ours, _ = both(name, tmp_path)
     expected = packing.output(ours)
     head = ours.get_output_embeddings().weight
-    real = linear._dense
+    real = dense_matrix
 
     def without_the_head(packed: Any, *others: Any) -> Tensor:
         assert packed is not head
         return real(packed, *others)
 
-    monkeypatch.setattr(linear, "_dense", without_the_head)
+    monkeypatch.setattr(products, "dense_matrix", without_the_head)
     assert torch.equal(packing.output(ours), expected)
 
 

@@ -1,6 +1,6 @@
 """Products with packed weights: every variant of the core equals their definition in torch.
 
-The definition, `product_of_trits`, is compared with float64 and with `linear.rounded_linear`.
+The definition, `product_of_trits`, is compared with float64 and with `products.rounded_linear`.
 """
 
 import itertools
@@ -26,11 +26,11 @@ from ternarize.runtime.kernels import (
     LANES2,
     LANES3,
     from_lanes,
-    product,
+    product_of_lanes,
     product_of_trits,
     to_lanes,
 )
-from ternarize.runtime.linear import rounded_linear
+from ternarize.runtime.products import rounded_linear
 from ternarize.trits import base3, int8
 from ternarize.trits.scales import scale_codes
 from ternarize.trits.ternary import group_count
@@ -95,7 +95,7 @@ def run(
     rows, cols = trits.shape
     lanes = to_lanes(base3.pack(trits, group_size), cols, group_size, form)
     in_order = kernels.scale_lanes(scales, rows, form)
-    return product(x, lanes, in_order, rows, group_size, form, activations, threads)
+    return product_of_lanes(x, lanes, in_order, rows, group_size, form, activations, threads)
 
 
 def assert_same(
@@ -298,7 +298,7 @@ def test_callers_at_the_same_time() -> None:
     in_order = kernels.scale_lanes(scales, rows, form)
 
     def work(i: int) -> bool:
-        y = product(x[i % 4], lanes, in_order, rows, -1, form, "int8", 3)
+        y = product_of_lanes(x[i % 4], lanes, in_order, rows, -1, form, "int8", 3)
         return torch.equal(y, want[i % 4])
 
     with ThreadPoolExecutor(4) as callers:
@@ -370,7 +370,7 @@ def random_int8(rows: int, cols: int) -> Tensor:
 def assert_int8(
     x: Tensor, weight: Tensor, scales: Tensor, group_size: int, activations: str, threads: int = 2
 ) -> None:
-    got = kernels.int8_product(x, weight, scales, group_size, activations, threads)
+    got = kernels.product_of_int8(x, weight, scales, group_size, activations, threads)
     want = product_of_trits(x, weight, scales, group_size, activations)
     assert got.dtype == want.dtype == x.dtype
     assert torch.equal(got, want), f"{tuple(x.shape)} {tuple(weight.shape)} {group_size}"
@@ -397,7 +397,7 @@ def test_int8_batches(cpu: str, activations: str, group_size: int) -> None:
     most = inputs(300, cols)
     want = product_of_trits(most, weight, scales, group_size, activations)
     for tokens in (*range(1, 18), 31, 32, 33, 48, 49, 64, 65, 127, 128, 129, 300):
-        got = kernels.int8_product(most[:tokens], weight, scales, group_size, activations, 2)
+        got = kernels.product_of_int8(most[:tokens], weight, scales, group_size, activations, 2)
         assert torch.equal(got, want[:tokens]), tokens
 
 
@@ -455,7 +455,7 @@ def test_int8_and_numbers_that_are_none(cpu: str, activations: str) -> None:
         x[1] = 0
         x[2, 5] = torch.nan
         x[3, 7] = torch.inf
-        got = kernels.int8_product(x, weight, scales, 32, activations)
+        got = kernels.product_of_int8(x, weight, scales, 32, activations)
         want = product_of_trits(x, weight, scales, 32, activations)
         torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
         assert got[1].eq(0).all() and got[2:4].isnan().all()
@@ -471,13 +471,13 @@ def test_int8_on_torch_alone(activations: str) -> None:
 def test_int8_of_any_shape_and_stride() -> None:
     weight, scales = random_int8(33, 40), random_scales(33, 40, -1)
     x = inputs(6, 40)
-    flat = kernels.int8_product(x, weight, scales, -1, "none")
-    by_three = kernels.int8_product(x.view(2, 3, 40), weight, scales, -1, "none")
+    flat = kernels.product_of_int8(x, weight, scales, -1, "none")
+    by_three = kernels.product_of_int8(x.view(2, 3, 40), weight, scales, -1, "none")
     assert torch.equal(by_three.view(6, 33), flat)
-    turned = kernels.int8_product(x.T.contiguous().T, weight, scales, -1, "none")
+    turned = kernels.product_of_int8(x.T.contiguous().T, weight, scales, -1, "none")
     assert torch.equal(turned, flat)
-    assert kernels.int8_product(x[:0], weight, scales, -1, "none").shape == (0, 33)
-    assert kernels.int8_product(x, weight[:0], scales[:0], -1, "none").shape == (6, 0)
+    assert kernels.product_of_int8(x[:0], weight, scales, -1, "none").shape == (0, 33)
+    assert kernels.product_of_int8(x, weight[:0], scales[:0], -1, "none").shape == (6, 0)
 
 
 @pytest.mark.parametrize("group_size", [-1, 0, 100])
@@ -485,7 +485,7 @@ def test_the_definition_is_a_product_with_int8(group_size: int) -> None:
     weight, scales = random_int8(50, 700), random_scales(50, 700, group_size)
     x = inputs(4, 700)
     dense = int8.dequantize_int8(weight, scales, group_size, torch.float32).double()
-    got = kernels.int8_product(x, weight, scales, group_size, "none").double()
+    got = kernels.product_of_int8(x, weight, scales, group_size, "none").double()
     exact = x.double() @ dense.T
     bound = x.double().abs().amax(-1, keepdim=True) * 2.0**-20 * dense.abs().sum(-1) + 1e-5
     assert bool(((got - exact).abs() <= bound).all())
@@ -510,9 +510,9 @@ def test_wrong_int8_is_refused(changed: dict[str, Any], message: str) -> None:
         "group_size": 32,
         "activations": "none",
     }
-    assert kernels.int8_product(**given).shape == (2, 70)
+    assert kernels.product_of_int8(**given).shape == (2, 70)
     with pytest.raises(ValueError, match=message):
-        kernels.int8_product(**(given | changed))
+        kernels.product_of_int8(**(given | changed))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -535,7 +535,7 @@ def test_the_definition_is_a_product(dtype: torch.dtype, group_size: int) -> Non
     trits, scales = random_trits(50, 700), random_scales(50, 700, group_size)
     x = inputs(4, 700, dtype)
     x[1, 3] = 3000  # an outlier: all else of this token is rounded to its unit
-    wide = base3.dequantize(
+    wide = base3.dequantize_base3(
         base3.pack(trits, group_size), scales, 700, group_size, torch.float32
     ).double()
     got = product_of_trits(x, trits, scales, group_size, "none").double()
@@ -551,7 +551,7 @@ def test_8_bits_as_linear_layers_have_them(group_size: int) -> None:
     trits, scales = random_trits(50, 700), random_scales(50, 700, group_size)
     x = inputs(4, 700)
     packed = base3.pack(trits, group_size)
-    dense = base3.dequantize(packed, scales, 700, group_size, torch.float32)
+    dense = base3.dequantize_base3(packed, scales, 700, group_size, torch.float32)
     got = product_of_trits(x, trits, scales, group_size, "int8")
     torch.testing.assert_close(got, rounded_linear(x, dense), rtol=1e-5, atol=1e-4)
 
@@ -605,9 +605,9 @@ def arguments(**changed: Any) -> dict[str, Any]:
     ],
 )
 def test_wrong_sizes_are_refused(changed: dict[str, Any], message: str) -> None:
-    assert product(**arguments()).shape == (2, 70)
+    assert product_of_lanes(**arguments()).shape == (2, 70)
     with pytest.raises(ValueError, match=message):
-        product(**arguments(**changed))
+        product_of_lanes(**arguments(**changed))
 
 
 @native
@@ -623,7 +623,7 @@ def test_wrong_sizes_are_refused(changed: dict[str, Any], message: str) -> None:
 )
 def test_wrong_tensors_are_refused(changed: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected dense x"):
-        product(**arguments(**changed))
+        product_of_lanes(**arguments(**changed))
 
 
 @native
@@ -638,9 +638,9 @@ def test_several_matrices_that_share_their_inputs(tokens: int, activations: str)
         matrices.append((lanes, kernels.scale_lanes(scales, rows, form), rows))
         want.append(product_of_trits(x, trits, scales, 64, activations))
     for threads in (1, 2, 7):
-        got = kernels.products(x, matrices, 64, form, activations, threads)
+        got = kernels.products_of_lanes(x, matrices, 64, form, activations, threads)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    assert kernels.products(x, [], 64, form, activations) == []
+    assert kernels.products_of_lanes(x, [], 64, form, activations) == []
 
 
 @native
@@ -659,7 +659,7 @@ def test_a_cpu_without_tables_refuses_lanes3() -> None:
     size, blocks, block = kernels.lanes_shape(LANES3, 70, 64, 32)
     lanes, scales = torch.zeros(size, dtype=torch.uint8), torch.zeros(blocks * 2 * block)
     with pytest.raises(ValueError, match="'lanes3', which 'portable' cannot multiply"):
-        product(**arguments(lanes=lanes, scales=scales, form=LANES3))
+        product_of_lanes(**arguments(lanes=lanes, scales=scales, form=LANES3))
 
 
 @native

@@ -1,9 +1,7 @@
-"""TernaryLinear and fused experts compute what dense layers with the same weights compute."""
+"""TernaryLinear computes what a dense layer with the same weights computes."""
 
 import copy
 import io
-import threading
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,16 +13,9 @@ from ternarize.errors import UsageError
 from ternarize.files import container
 from ternarize.native import lib
 from ternarize.runtime import kernels
-from ternarize.runtime.linear import (
-    Layout,
-    PackedMatrix,
-    TernaryExperts,
-    TernaryLinear,
-    check_part,
-    dense_experts,
-    rounded_linear,
-    ternary_experts,
-)
+from ternarize.runtime.modules.linear import TernaryLinear
+from ternarize.runtime.modules.matrix import PackedMatrix
+from ternarize.runtime.products import rounded_linear
 from ternarize.trits import base3, int8
 from ternarize.trits.methods.absmean import absmean
 from ternarize.trits.rotation import rotate, unrotate
@@ -191,60 +182,6 @@ def test_it_compiles_into_one_graph() -> None:
 def test_unknown_activations_are_refused() -> None:
     with pytest.raises(UsageError, match="activations: 'int4'; expected one of none, int8"):
         filled(8, 20, activations="int4")
-
-
-class Part:
-    """A tensor of which this process holds a part, as tensor parallelism cuts it."""
-
-    def __init__(self, part: Tensor) -> None:
-        self.part, self.device_mesh = part, SimpleNamespace(size=lambda: 2)
-
-    def to_local(self) -> Tensor:
-        return self.part
-
-
-@pytest.mark.parametrize(
-    ("group_size", "packed", "scale", "fits"),
-    [
-        (32, (24, 14), (24, 2), True),  # two of four groups
-        (32, (12, 28), (12, 4), True),  # half of the rows
-        (64, (24, 13), (24, 1), True),
-        (128, (24, 13), (24, 1), False),  # half of the only group
-        (-1, (24, 13), (24, 1), False),
-        (-1, (24, 13), (24, 0), False),  # the other half, which has no scale
-        (-1, (12, 26), (12, 1), True),
-        (0, (12, 26), (1, 1), False),
-    ],
-)
-def test_parts_of_whole_groups_alone_can_be_read(
-    group_size: int, packed: tuple[int, int], scale: tuple[int, int], fits: bool
-) -> None:
-    part, scales = Part(torch.zeros(packed, dtype=torch.uint8)), Part(torch.zeros(scale))
-    if fits:
-        check_part("mlp.weight", part, scales, Layout(128, group_size))
-        return
-    with pytest.raises(UsageError, match="mlp.weight: 128 columns .* needs whole groups in each"):
-        check_part("mlp.weight", part, scales, Layout(128, group_size))
-
-
-def test_a_cut_through_the_columns_of_two_planes_is_refused() -> None:
-    layout = Layout(128, 32, planes=2)
-    check_part("w", Part(torch.zeros(12, 56)), Part(torch.zeros(12, 8)), layout)  # half the rows
-    with pytest.raises(UsageError, match="cannot be cut"):
-        check_part("w", Part(torch.zeros(24, 28)), Part(torch.zeros(24, 4)), layout)
-
-
-@pytest.mark.parametrize(
-    ("layout", "what"),
-    [
-        (Layout(128, 32, rotation=(64, 0)), "rotation 64"),
-        (Layout(128, 32, activations="int8"), "int8 activations"),
-    ],
-)
-def test_a_cut_through_columns_that_belong_together_is_refused(layout: Layout, what: str) -> None:
-    check_part("w", Part(torch.zeros(12, 28)), Part(torch.zeros(12, 4)), layout)  # half the rows
-    with pytest.raises(UsageError, match=f"w: 128 columns with {what} cannot be cut for 2"):
-        check_part("w", Part(torch.zeros(24, 14)), Part(torch.zeros(24, 2)), layout)
 
 
 # --- rotated matrices --------------------------------------------------------------------------
@@ -432,181 +369,3 @@ def test_autocast_does_not_round_the_int8_product() -> None:
     expected = layer(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(layer(x), expected)
-
-
-# --- fused experts -----------------------------------------------------------------------------
-
-
-class Looping(nn.Module):
-    """Experts as most models write them: one at a time, and only those that are hit."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.up_proj = nn.Parameter(random(4, 24, 40).to(dtype))
-        self.down_proj = nn.Parameter(random(4, 40, 24, seed=1).to(dtype))
-
-    def act(self, x: Tensor) -> Tensor:
-        return x.relu()
-
-    def forward(self, x: Tensor, experts: Tensor) -> Tensor:
-        y = torch.zeros_like(x)
-        for expert in torch.unique(experts):
-            hit = experts == expert
-            inner = self.act(F.linear(x[hit], self.up_proj[expert]))
-            y[hit] = F.linear(inner, self.down_proj[expert])
-        return y
-
-
-class Transposed(Looping):
-    """Experts that store their matrices as (cols, rows), as GPT-OSS does."""
-
-    def forward(self, x: Tensor, experts: Tensor) -> Tensor:
-        y = torch.zeros_like(x)
-        for expert in torch.unique(experts):
-            hit = experts == expert
-            y[hit] = self.act(x[hit] @ self.down_proj[expert]) @ self.up_proj[expert]
-        return y
-
-
-class AtOnce(Looping):
-    """Experts that multiply by all matrices at once, as Llama 4 does."""
-
-    def forward(self, x: Tensor, experts: Tensor) -> Tensor:
-        x = x.view(self.down_proj.shape[0], -1, x.shape[-1])
-        return torch.bmm(torch.bmm(x, self.down_proj), self.up_proj).flatten(0, 1)
-
-
-def packed_and_dense(
-    cls: type[Looping],
-    activations: str = "none",
-    group_size: int = 32,
-    rotation: tuple[int, int] = (0, 0),
-) -> tuple[TernaryExperts, Looping]:
-    """The same experts twice: with packed parameters, and dense with the dequantized ones."""
-    transposed = cls is not Looping
-    experts, dense = cls(), cls()
-    stored: dict[str, tuple[Tensor, Tensor]] = {}
-    parameters = {}
-    for name, weight in dense.named_parameters():
-        matrix = weight.data.mT.contiguous() if transposed else weight.data
-        packed, scale = stored[name] = container.encode(absmean(matrix, group_size))
-        layout = Layout(matrix.shape[-1], group_size, transposed, activations, rotation=rotation)
-        parameters[name] = layout, scale.shape[-2], scale.dtype
-        weight.data = PackedMatrix(packed, scale, layout, torch.float32).dense()
-    ternary_experts(experts, parameters)
-    for name, (packed, scale) in stored.items():
-        getattr(experts, name).data, getattr(experts, f"{name}_scale").data = packed, scale
-    assert isinstance(experts, TernaryExperts)
-    return experts, dense
-
-
-X, HIT = random(6, 40, seed=5), torch.tensor([0, 2, 2, 0, 2, 0])
-
-
-@pytest.mark.parametrize("group_size", GROUP_SIZES)
-@pytest.mark.parametrize("cls", [Looping, Transposed, AtOnce])
-def test_experts_equal_dense_experts(cls: type[Looping], group_size: int) -> None:
-    experts, dense = packed_and_dense(cls, group_size=group_size)
-    x = X[:4] if cls is AtOnce else X
-    y = experts(x, HIT[: len(x)])
-    if cls is Transposed:  # x @ W and F.linear(x, W^T) may sum in another order
-        assert torch.allclose(y, dense(x, HIT), atol=1e-5)
-    else:
-        assert torch.equal(y, dense(x, HIT[: len(x)]))
-
-
-@pytest.mark.parametrize("cls", [Looping, Transposed, AtOnce])
-def test_rotated_experts_equal_dense_experts(cls: type[Looping]) -> None:
-    experts, dense = packed_and_dense(cls, rotation=(4, 5))
-    plain, _ = packed_and_dense(cls)
-    x = (X[:4] if cls is AtOnce else X).clone().requires_grad_()
-    hit = HIT[: len(x)]
-    y, expected = experts(x, hit), dense(x, hit)
-    assert torch.allclose(y, expected, rtol=0, atol=1e-5 * float(expected.detach().abs().max()))
-    assert not torch.allclose(y, plain(x, hit), rtol=0.1)
-    (ours,), (theirs,) = (torch.autograd.grad(out.square().sum(), x) for out in (y, expected))
-    assert float((ours - theirs).abs().max()) <= 1e-5 * float(theirs.abs().max())
-    dense_experts(experts, torch.float32)
-    for name, parameter in dense.named_parameters():
-        assert torch.equal(getattr(experts, name), parameter)
-
-
-def test_only_experts_that_are_hit_are_dequantized(monkeypatch: pytest.MonkeyPatch) -> None:
-    experts, _ = packed_and_dense(Looping)
-    calls = []
-    dequantize = base3.dequantize
-
-    def counted(packed: Tensor, *rest: Any, **options: Any) -> Tensor:
-        calls.append(packed.shape)
-        return dequantize(packed, *rest, **options)
-
-    monkeypatch.setattr(base3, "dequantize", counted)
-    experts(X, HIT)
-    assert [tuple(shape)[0] for shape in calls] == [24, 40, 24, 40]  # experts 0 and 2, one by one
-
-
-def test_experts_stay_packed_while_they_run_in_many_threads() -> None:
-    experts, dense = packed_and_dense(Looping)
-    expected = dense(X, HIT)
-    wrong: list[str] = []
-
-    def work() -> None:
-        for _ in range(20):
-            if not torch.equal(experts(X, HIT), expected):
-                wrong.append("output")
-            if experts.up_proj.dtype != torch.uint8:
-                wrong.append("parameter")
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-
-
-def test_int8_activations_reach_the_experts() -> None:
-    experts, dense = packed_and_dense(Looping, "int8")
-    expected = torch.zeros_like(X)
-    for expert in (0, 2):
-        hit = expert == HIT
-        inner = rounded_linear(X[hit], dense.up_proj[expert]).relu()
-        expected[hit] = rounded_linear(inner, dense.down_proj[expert])
-    assert torch.equal(experts(X, HIT), expected)
-    assert not torch.equal(experts(X, HIT), dense(X, HIT))
-    other, dense = packed_and_dense(Transposed, "int8")
-    assert (other(X, HIT) - dense(X, HIT)).abs().max() > 0
-
-
-def test_int8_activations_are_refused_where_products_cannot_be_seen() -> None:
-    experts, _ = packed_and_dense(AtOnce, "int8")
-    with pytest.raises(UsageError, match="multiplies by all experts at once"):
-        experts(X[:4], HIT[:4])
-
-
-def test_experts_are_dense_again_after_the_inverse() -> None:
-    for cls in (Looping, Transposed):
-        experts, dense = packed_and_dense(cls)
-        dense_experts(experts, torch.float32)
-        assert experts.__class__.__name__ == cls.__name__
-        for name, parameter in dense.named_parameters():
-            assert torch.equal(getattr(experts, name), parameter)
-        assert experts.state_dict().keys() == dense.state_dict().keys()
-
-
-def test_experts_can_be_copied_and_pickled() -> None:
-    experts, _ = packed_and_dense(Looping)
-    buffer = io.BytesIO()
-    torch.save(experts, buffer)
-    buffer.seek(0)
-    for other in (copy.deepcopy(experts), torch.load(buffer, weights_only=False)):
-        assert isinstance(other, Looping) and isinstance(other, TernaryExperts)
-        assert torch.equal(other(X, HIT), experts(X, HIT))
-
-
-def test_gradients_flow_through_experts() -> None:
-    experts, dense = packed_and_dense(Looping)
-    x = X.clone().requires_grad_()
-    (ours,) = torch.autograd.grad(experts(x, HIT).square().sum(), x)
-    (theirs,) = torch.autograd.grad(dense(x, HIT).square().sum(), x)
-    assert torch.allclose(ours, theirs, atol=1e-4)

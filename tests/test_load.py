@@ -30,8 +30,10 @@ from ternarize.errors import CheckpointError, DigestError, FormatError, UsageErr
 from ternarize.files import container
 from ternarize.files.container import Record
 from ternarize.plans.recipe import Recipe
-from ternarize.runtime.linear import Packed, TernaryExperts, TernaryLinear
-from ternarize.runtime.plugin import TernarizeConfig
+from ternarize.runtime.modules.experts import TernaryExperts
+from ternarize.runtime.modules.linear import TernaryLinear
+from ternarize.runtime.packed import Packed
+from ternarize.runtime.plugin.quantizer import TernarizeConfig
 from ternarize.sources.checkpoint import open_checkpoint
 from ternarize.trits.methods.absmean import absmean
 from ternarize.trits.rotation import block_size
@@ -759,7 +761,7 @@ assert callable(ternarize.load) and ternarize.TernaryLinear and ternarize.Ternar
     [
         "import ternarize; import transformers",
         "from transformers import PreTrainedModel; import ternarize",  # tables are filled already
-        "import ternarize.load, ternarize.plugin",
+        "import ternarize.runtime.load, ternarize.runtime.plugin.quantizer",
     ],
 )
 def test_the_order_of_imports_does_not_matter(imports: str) -> None:

@@ -28,7 +28,9 @@ from ternarize.files import container
 from ternarize.measure.report import inspect
 from ternarize.plans.plan import make_plan
 from ternarize.plans.recipe import Recipe
-from ternarize.runtime.linear import Packed, PackedEmbedding, TernaryLinear
+from ternarize.runtime.modules.embedding import PackedEmbedding
+from ternarize.runtime.modules.linear import TernaryLinear
+from ternarize.runtime.packed import Packed
 from ternarize.sources.checkpoint import open_checkpoint
 from ternarize.sources.packed import open_packed
 from ternarize.trits.methods import METHODS
@@ -361,7 +363,7 @@ def test_what_has_no_head_or_no_embedding_is_told_so(tmp_path: Path) -> None:
     with pytest.raises(SelectionError, match="--embeddings int8: .* has no token embedding"):
         make_plan(tmp_path / "vit", Recipe(embeddings="int8"))
     tiny_models.save("llama", tmp_path / "llama")
-    with pytest.raises(SelectionError, match="lm_head.weight: --keep 'lm_head.*' matches, but"):
+    with pytest.raises(SelectionError, match="lm_head.weight: both --head int8 and --keep"):
         make_plan(tmp_path / "llama", Recipe(head="int8", keep=("lm_head.*",)))
     with pytest.raises(UsageError, match="head: 'int4'; expected one of keep, int8, ternary"):
         Recipe(head="int4")

@@ -19,7 +19,7 @@ import ternarize
 from ternarize.convert.run import convert
 from ternarize.plans.recipe import Recipe
 from ternarize.publish.hub import _shim
-from ternarize.runtime.linear import Packed
+from ternarize.runtime.packed import Packed
 
 EXAMPLE = Path(__file__).parents[1] / "examples/tiny-llama"
 PROMPT = "The function returns"

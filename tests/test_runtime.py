@@ -11,7 +11,8 @@ import tiny_models
 import torch
 import transformers
 from packing import pack_checkpoint
-from test_linear import HIT, Looping, Transposed, X, filled, packed_and_dense, random
+from test_experts import HIT, Looping, Transposed, X, packed_and_dense
+from test_linear import filled, random
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
@@ -22,8 +23,12 @@ from ternarize.errors import FormatError, UsageError
 from ternarize.files import container
 from ternarize.measure import bench
 from ternarize.native import lib
-from ternarize.runtime import linear
-from ternarize.runtime.linear import Layout, TernaryLinear, packed_embedding, use_lanes
+from ternarize.runtime import forms, products
+from ternarize.runtime.forms import Layout
+from ternarize.runtime.modules.embedding import packed_embedding
+from ternarize.runtime.modules.experts import dense_experts
+from ternarize.runtime.modules.linear import TernaryLinear, prepared_linears
+from ternarize.runtime.packed import use_lanes
 from ternarize.trits import int8
 from ternarize.trits.methods.absmean import absmean
 from ternarize.trits.scales import scale_codes
@@ -120,7 +125,7 @@ def test_autocast_chooses_the_dtype() -> None:
 def test_layers_that_share_an_input_give_what_each_gives_alone() -> None:
     plain = [in_lanes(layer_of(32, bias=False)) for _ in range(3)]
     outs = [torch.empty(3, ROWS) for _ in plain]
-    call = linear.prepared_products(plain, X32, outs)
+    call = prepared_linears(plain, X32, outs)
     assert call is not None
     call()
     assert all(torch.equal(y, m(X32)) for y, m in zip(outs, plain, strict=True))
@@ -128,9 +133,9 @@ def test_layers_that_share_an_input_give_what_each_gives_alone() -> None:
     other = [nn.Linear(COLS, ROWS), layer_of(32), in_lanes(layer_of(32)), turned]
     other += [in_lanes(layer_of(32, 2, bias=False))]
     for module in other:
-        assert linear.prepared_products([module], X32, outs[:1]) is None
+        assert prepared_linears([module], X32, outs[:1]) is None
     other_groups = in_lanes(layer_of(-1, bias=False))
-    assert linear.prepared_products([*plain, other_groups], X32, outs) is None
+    assert prepared_linears([*plain, other_groups], X32, outs) is None
 
 
 def test_threads_change_nothing() -> None:
@@ -187,7 +192,7 @@ def test_int8_weights_are_multiplied_as_they_are(
 ) -> None:
     layer = int8_layer(group_size).to(dtype)
     weight, bias = layer.dequantized(torch.float32).double(), layer.bias.detach().double()
-    monkeypatch.setattr(linear, "_dense", None)
+    monkeypatch.setattr(products, "dense_matrix", None)
     for tokens in (1, 37):
         x = random(tokens, COLS, seed=2).to(dtype)
         y = layer(x).detach()
@@ -349,7 +354,7 @@ def test_a_byte_that_is_no_code_is_refused_with_its_place() -> None:
 
 
 def test_without_the_core_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "lib", None)
+    monkeypatch.setattr(forms, "lib", None)
     layer = layer_of(32)
     layer.use_lanes()
     assert layer.layouts["weight"].lanes is None
@@ -368,20 +373,20 @@ def test_experts_in_lanes(
     experts.use_lanes()
     assert all(layout.lanes is not None for layout in experts.layouts.values())
     read: list[int] = []
-    multiply = linear._multiply
+    multiply = products._multiply
 
     def counted(x: Tensor, packed: Tensor, *rest: Any) -> Tensor:
         read.append(packed.data_ptr())
         return multiply(x, packed, *rest)
 
-    monkeypatch.setattr(linear, "_multiply", counted)
+    monkeypatch.setattr(products, "_multiply", counted)
     assert torch.allclose(experts(X, HIT), expected, atol=1e-5)
     assert len(read) == len(set(read)) == 4  # two matrices of experts 0 and 2
     after: dict[str, Tensor] = experts.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     again = copy.deepcopy(experts)
     assert torch.equal(again(X, HIT), experts(X, HIT))
-    linear.dense_experts(experts, torch.float32)
+    dense_experts(experts, torch.float32)
     assert experts.up_proj.shape == (4, 24, 40)
 
 

@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from ternarize.errors import UsageError
-from ternarize.measure.evaluate import max_positions
+from ternarize.models.reads import max_positions
 from ternarize.native import lib
 from ternarize.plans.recipe import MAX_COUNT
 from ternarize.runtime import kernels
 from ternarize.runtime.decode import Decoder, cache_of, can_decode
 from ternarize.runtime.generate import check_continues
-from ternarize.runtime.linear import PackedEmbedding, TernaryExperts
+from ternarize.runtime.modules.embedding import PackedEmbedding
+from ternarize.runtime.modules.experts import TernaryExperts
 
 READ_BYTES = 1 << 28  # of the loop that measures memory: more than caches hold
 Model = Any

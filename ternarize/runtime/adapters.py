@@ -22,10 +22,11 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ternarize.errors import UsageError
-from ternarize.runtime.linear import Packed, TernaryLinear
+from ternarize.runtime.modules.linear import TernaryLinear
+from ternarize.runtime.packed import Packed, packed_modules
 
 _INSTEAD = (
-    "Load the model with dequantize=True for that, or keep the adapter beside the packed model."
+    "Load the model with dequantize=True for that, or keep the adapter beside the packed model"
 )
 
 
@@ -61,7 +62,7 @@ class DenseView(Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        raise _is_packed(self.module)
+        raise _unchangeable(self.module)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -75,27 +76,28 @@ class DenseView(Tensor):
         ]
         for target in tree_leaves(written):
             if isinstance(target, cls):
-                raise _is_packed(target.module)
+                raise _unchangeable(target.module)
         if func is torch.ops.aten.detach.default:
             return cls(args[0].module, args[0].seen)
-        result = func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
+        result = func(*tree_map(_numbers, args), **tree_map(_numbers, kwargs))
         aliases = [returned.alias_info for returned in func._schema.returns]
         if isinstance(args[0], cls) and any(a is not None and not a.is_write for a in aliases):
             return tree_map(lambda part: cls(args[0].module, part), result)  # its views
         return result
 
 
-def _dense(value: Any) -> Any:
+def _numbers(value: Any) -> Any:
     if not isinstance(value, DenseView):
         return value
     return value.module.dequantized(torch.float32) if value.seen is None else value.seen
 
 
-def _is_packed(module: TernaryLinear) -> UsageError:
+def _unchangeable(module: TernaryLinear) -> UsageError:
     return UsageError(
-        f"{type(module).__name__}({module.in_features}, {module.out_features}): its weight is "
-        "packed and cannot be changed, as merging an adapter, or an initialization from the "
-        f"weight, would. {_INSTEAD}"
+        f"{type(module).__name__}({module.in_features}, {module.out_features})",
+        "its weight is packed and cannot be changed, as merging an adapter, or an initialization "
+        "from the weight, would",
+        remedy=_INSTEAD,
     )
 
 
@@ -109,7 +111,7 @@ class AdaptedLinear(TernaryLinear):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Also what `self.weight = parameter` comes to. Packed ones may be put there (loading)."""
         if name == "weight" and (param is None or param.dtype != self.layouts[name].dtype):
-            raise _is_packed(self)
+            raise _unchangeable(self)
         super().register_parameter(name, param)
 
 
@@ -127,23 +129,40 @@ def _registered(parent: nn.Module, name: str, child: nn.Module | None) -> None:
 
 
 def _adapt(wrapper: nn.Module, name: str, layer: Packed) -> None:
-    what = f"{type(layer).__name__}: is packed, and {type(wrapper).__name__} of PEFT would"
+    def refused(does: str, expected: str = "", remedy: str = _INSTEAD) -> UsageError:
+        what = f"is packed, and {type(wrapper).__name__} of PEFT would {does}"
+        return UsageError(type(layer).__name__, what, expected, remedy)
+
     if name == "original_module":
-        raise UsageError(f"{what} train a copy of it (modules_to_save). {_INSTEAD}")
+        raise refused("train a copy of it (modules_to_save)")
     if not isinstance(layer, TernaryLinear) or hasattr(wrapper, "parameter_name"):
-        raise UsageError(f"{what} change its parameters; expected linear layers. {_INSTEAD}")
+        raise refused("change its parameters", "linear layers")
     if hasattr(layer.held("weight"), "to_local"):
-        raise UsageError(f"{what} need all of it; here it is cut into parts. Use one process.")
+        raise refused("need all of it; here it is cut into parts", remedy="Use one process")
     if type(layer) is TernaryLinear:
         layer.__class__ = AdaptedLinear
 
 
 def _refuse_osf(model: nn.Module) -> None:
     """OSF looks at the weight before it wraps a layer, and passes over one that is in lanes."""
-    if any(isinstance(module, Packed) for module in model.modules()):
+    if packed_modules(model):
         raise UsageError(
-            "OSF: the model has packed layers, which OSF of PEFT would leave out or cut at a wrong "
-            f"rank. Expected another method (LoRA). {_INSTEAD}"
+            "OSF",
+            "the model has packed layers, which OSF of PEFT would leave out or cut at a wrong rank",
+            "another method (LoRA)",
+            _INSTEAD,
+        )
+
+
+def check_none(model: nn.Module) -> None:
+    """Raise UsageError where an adapter wraps a layer of a model that is about to be saved."""
+    adapted = [name for name, m in model.named_modules() if type(m) is AdaptedLinear]
+    if adapted:
+        raise UsageError(
+            adapted[0],
+            "an adapter wraps it, so that save_pretrained of the base model cannot name its weight",
+            "layers without one",
+            "Call save_pretrained of the PEFT model, or unload the adapter first",
         )
 
 

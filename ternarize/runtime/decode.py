@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ternarize.files.headers import DTYPE_NAMES
+from ternarize.models.reads import CACHES
 from ternarize.native import lib
-from ternarize.runtime import kernels
-from ternarize.runtime.linear import prepared_products
+from ternarize.runtime.kernels import CORE_DTYPES
+from ternarize.runtime.modules.linear import prepared_linears
 
 # Models of transformers whose layers are the one above. Where they differ: BitNet has a norm before
 # o and one before down, Qwen3 norms of the queries' and keys' heads, Qwen2 biases (in modules).
@@ -39,8 +41,6 @@ HIDDEN_ACTS = ("silu", "relu2")
 ROPES = ("default", "linear", "llama3", "yarn")  # the same for any length of text
 
 
-# What transformers calls a model's memory of a text: now, and before (that of state-space models)
-CACHES = ("cache", "past_key_values", "cache_params")
 Model = Any
 
 
@@ -71,7 +71,7 @@ def can_decode(model: Model, capacity: int) -> bool:
         and len(body.layers) == config.num_hidden_layers
         and not model.training
         and model.device.type == "cpu"
-        and model.dtype in kernels.KINDS
+        and model.dtype in CORE_DTYPES
         and not torch.is_autocast_enabled("cpu")
         and config._attn_implementation in ("eager", "sdpa")
         and config.hidden_act in HIDDEN_ACTS
@@ -192,7 +192,7 @@ class Decoder:
 
     def _linears(self, modules: list[nn.Linear], x: Tensor) -> list[Tensor]:
         outs = [self._new(module.out_features) for module in modules]
-        call = prepared_products(modules, x, outs)
+        call = prepared_linears(modules, x, outs)
         if call is not None:
             self.held += (x, *outs, *(p.data for m in modules for p in m.parameters()))
             self.calls.append(call)
@@ -231,7 +231,7 @@ def prepared_norm(
     _expect_plain(x, weight, out)
     _expect(x.shape == out.shape and x.shape[-1] % n == 0)
     at = x.data_ptr(), weight.data_ptr(), epsilon, out.data_ptr()
-    return partial(lib.rms_norm, kernels.KINDS[x.dtype], x.numel() // n, n, *at, threads)
+    return partial(lib.rms_norm, DTYPE_NAMES[x.dtype], x.numel() // n, n, *at, threads)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -255,7 +255,7 @@ def prepared_gate(
     _expect_plain(gate, up, out)
     _expect(gate.shape == up.shape == out.shape)
     at = gate.data_ptr(), up.data_ptr(), out.data_ptr()
-    return partial(lib.gate, kernels.KINDS[gate.dtype], activation, gate.numel(), *at, threads)
+    return partial(lib.gate, DTYPE_NAMES[gate.dtype], activation, gate.numel(), *at, threads)
 
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -278,7 +278,7 @@ def prepared_dense(x: Tensor, weight: Tensor, out: Tensor, threads: int) -> Call
     _expect_plain(x, weight, out)
     _expect(weight.shape == (rows, cols) and out.shape == (tokens, rows))
     at = x.data_ptr(), weight.data_ptr(), out.data_ptr()
-    return partial(lib.dense, kernels.KINDS[x.dtype], tokens, rows, cols, *at, threads)
+    return partial(lib.dense, DTYPE_NAMES[x.dtype], tokens, rows, cols, *at, threads)
 
 
 def prepared_attention(
@@ -305,7 +305,7 @@ def prepared_attention(
     _expect(values.shape == keys.mT.shape and position.dtype == torch.int64)
     shape = batch, q.shape[1] // dim, kv_heads, dim, capacity
     addresses = [t.data_ptr() for t in (*given, position)]
-    return partial(lib.attend, kernels.KINDS[q.dtype], *shape, scaling, addresses, threads)
+    return partial(lib.attend, DTYPE_NAMES[q.dtype], *shape, scaling, addresses, threads)
 
 
 def attention(

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from ternarize.errors import UsageError, first_line
-from ternarize.measure.evaluate import max_positions
+from ternarize.models.reads import max_positions
 from ternarize.runtime.decode import Decoder, can_decode
 
 NEW_TOKENS = 128  # where the model's context has room for them

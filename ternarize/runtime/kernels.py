@@ -12,13 +12,13 @@ both. Scales lie beside it in the order of the same blocks of rows (`scale_lanes
 There are products for AVX2, AVX-VNNI, AVX-512 with VNNI and VBMI, AMX, AArch64 with dot products
 (NEON; exact under an emulator, never timed on a processor), and portable ones.
 
-What `product` computes is defined by `product_of_trits`, in torch; the compiled core gives the same
-bits on every CPU and with any number of threads. Inputs become integers (`quantize`), whose sums
-over a group are exact; the float operations after them have one order. ternarize/csrc/lanes.h has
-the layouts and the arithmetic in full.
+What `product_of_lanes` computes is defined by `product_of_trits`, in torch; the compiled core gives
+the same bits on every CPU and with any number of threads. Inputs become integers (`quantize`),
+whose sums over a group are exact; the float operations after them have one order.
+ternarize/csrc/lanes.h has the layouts and the arithmetic in full.
 
-int8 weights are multiplied as they are stored (`int8_product`), by the same definition with them in
-place of the trits.
+int8 weights are multiplied as they are stored (`product_of_int8`), by the same definition with them
+in place of the trits.
 """
 
 import ctypes
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from ternarize.errors import FormatError
+from ternarize.files.headers import DTYPE_NAMES
 from ternarize.native import lib
 from ternarize.threads import THREADS
 from ternarize.trits import base3
@@ -42,7 +43,7 @@ LONGEST_GROUP = 1 << 16  # columns; the sums of longer groups could leave 32 bit
 DIGITS_LIMIT = 127 * (65536 + 256 + 1)  # the largest number of three digits -128..127
 _FIELDS = {LANES2: 4, LANES3: 5}  # rows that share a byte, each 16 behind the one before
 _POWERS = {LANES2: (1, 4, 16, 64), LANES3: (1, 3, 9, 28, 84)}  # byte = sum of (trit + 1) * power
-KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+CORE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of inputs
 
 
 def _openmp() -> int:
@@ -101,14 +102,14 @@ def to_lanes(
 ) -> Tensor:
     """The run-time layout of stored bytes.
 
-    packed  (rows, packed_width) uint8, as in codecs.unpack
+    packed  (rows, packed_width) uint8, as in base3.unpack
     out     where it is to be, if not in memory of its own
 
-    Returns (bytes,) uint8, of the size that `lanes_shape` says. Raises FormatError as codecs.unpack
+    Returns (bytes,) uint8, of the size that `lanes_shape` says. Raises FormatError as base3.unpack
     does: every byte is checked. The compiled core raises ValueError for groups of more than
     LONGEST_GROUP columns.
     """
-    rows = packed.shape[0]
+    rows, quads = packed.shape[0], _quads(cols, group_size)
     size, blocks, block = lanes_shape(form, rows, cols, group_size)
     if lib is not None and packed.device.type == "cpu":
         out = memory(size) if out is None else out
@@ -118,7 +119,7 @@ def to_lanes(
         return out
     trits = _in_quads(base3.unpack(packed, cols, group_size), group_size)
     trits = torch.nn.functional.pad(trits, (0, 0, 0, blocks * block - rows))
-    digits = trits.view(blocks, _FIELDS[form], 16, _quads(cols, group_size), 4).to(torch.int16) + 1
+    digits = trits.view(blocks, _FIELDS[form], 16, quads, 4).to(torch.int16) + 1
     powers = torch.tensor(_POWERS[form], dtype=torch.int16, device=packed.device)
     codes = (digits * powers.view(-1, 1, 1, 1)).sum(1)  # blocks, lane, quad, column
     return codes.permute(0, 2, 1, 3).to(torch.uint8).flatten().contiguous()
@@ -142,14 +143,17 @@ def from_lanes(
 
 def trits_of_lanes(lanes: Tensor, rows: int, cols: int, group_size: int, form: str) -> Tensor:
     """The trits (rows, cols) int8 of a run-time layout, in torch; raises as `from_lanes` does."""
-    size, blocks, block = lanes_shape(form, rows, cols, group_size)
+    (size, blocks, block), quads = (
+        lanes_shape(form, rows, cols, group_size),
+        _quads(cols, group_size),
+    )
     if lanes.dtype != torch.uint8 or lanes.shape != (size,):
         raise FormatError(
             "lanes",
             f"{tuple(lanes.shape)} {lanes.dtype}",
             f"({size},) torch.uint8 for {rows} x {cols} weights in groups of {group_size}",
         )
-    left = lanes.view(blocks, _quads(cols, group_size), 16, 4).to(torch.int16)
+    left = lanes.view(blocks, quads, 16, 4).to(torch.int16)
     found = []
     for power in reversed(_POWERS[form]):
         found.append(left // power)
@@ -158,11 +162,7 @@ def trits_of_lanes(lanes: Tensor, rows: int, cols: int, group_size: int, form: s
     if bool((digits > 2).any()):
         raise _no_digits(form)
     # blocks, field, quad, lane, column -> rows, padded columns
-    trits = (
-        (digits - 1)
-        .permute(0, 1, 3, 2, 4)
-        .reshape(blocks * block, _quads(cols, group_size) * 4)[:rows]
-    )
+    trits = (digits - 1).permute(0, 1, 3, 2, 4).reshape(blocks * block, quads * 4)[:rows]
     length = group_length(cols, group_size)
     padded = split_groups(trits, -(-length // 4) * 4 if group_size > 0 else -1)
     return padded[..., :length].flatten(-2)[:, :cols].to(torch.int8).contiguous()
@@ -187,7 +187,7 @@ def _in_quads(values: Tensor, group_size: int) -> Tensor:
 def scale_lanes(scales: Tensor, rows: int, form: str) -> Tensor:
     """Scales in the order of a run-time layout: block, group, row of the block.
 
-    scales  (scale_rows, groups) float, or uint8 as codecs.scale_codes makes them; scale_rows
+    scales  (scale_rows, groups) float, or uint8 as scales.scale_codes makes them; scale_rows
             divides rows
 
     Returns (blocks * groups * block,) float16 if the scales are that or codes (which it holds
@@ -209,7 +209,7 @@ def lane_scales(scales: Tensor, rows: int, scale_rows: int, groups: int, form: s
     return values[:: max(1, rows // max(1, scale_rows))].contiguous()
 
 
-def product(
+def product_of_lanes(
     x: Tensor,
     lanes: Tensor,
     scales: Tensor,
@@ -228,10 +228,10 @@ def product(
     Returns (..., rows) in x's dtype: what `product_of_trits` gives, bit for bit. The compiled core
     raises ValueError for groups of more than LONGEST_GROUP columns.
     """
-    return products(x, [(lanes, scales, rows)], group_size, form, activations, threads)[0]
+    return products_of_lanes(x, [(lanes, scales, rows)], group_size, form, activations, threads)[0]
 
 
-def products(
+def products_of_lanes(
     x: Tensor,
     matrices: Sequence[tuple[Tensor, Tensor, int]],
     group_size: int,
@@ -239,9 +239,9 @@ def products(
     activations: str,
     threads: int = THREADS,
 ) -> list[Tensor]:
-    """`product` with several matrices, (lanes, scales, rows) of each, whose inputs are the same.
+    """`product_of_lanes` of several matrices, (lanes, scales, rows) of each, and the same inputs.
 
-    The inputs are rounded once, and the threads share the rows of all. Raises as `product`.
+    The inputs are rounded once, and the threads share the rows of all. Raises as that does.
     """
     cols = x.shape[-1]
     flat = x.reshape(-1, cols)
@@ -256,11 +256,11 @@ def products(
         return found
     flat = flat.contiguous()
     outs = [torch.empty((*x.shape[:-1], rows), dtype=x.dtype) for _, _, rows in matrices]
-    prepared_products(flat, matrices, outs, group_size, form, activations, threads)()
+    prepared_lanes(flat, matrices, outs, group_size, form, activations, threads)()
     return outs
 
 
-def prepared_products(
+def prepared_lanes(
     x: Tensor,
     matrices: Sequence[tuple[Tensor, Tensor, int]],
     outs: Sequence[Tensor],
@@ -269,7 +269,7 @@ def prepared_products(
     activations: str,
     threads: int,
 ) -> Callable[[], None]:
-    """A call of the compiled core that sets outs, (..., rows) of x's dtype, to `products`.
+    """A call of the compiled core that sets outs, (..., rows) of x's dtype, to `products_of_lanes`.
 
     It knows the memory only: whoever calls it keeps the tensors. They are dense.
     """
@@ -293,12 +293,11 @@ def prepared_products(
             "product: expected dense x, out of its dtype, lanes in uint8, scales in float16 or "
             "float32, and activations int8 or none."
         )
-    how = form, group_size, activations == "int8", threads
-    kind = KINDS[x.dtype]
-    return partial(lib.products, x.data_ptr(), kind, tokens, cols, addresses, *how)
+    given = x.data_ptr(), DTYPE_NAMES[x.dtype], tokens, cols, addresses
+    return partial(lib.products, *given, form, group_size, activations == "int8", threads)
 
 
-def int8_product(
+def product_of_int8(
     x: Tensor,
     weight: Tensor,
     scales: Tensor,
@@ -327,30 +326,17 @@ def int8_product(
     # what the core cannot see
     assert weight.dtype == torch.int8 and weight.is_contiguous() and scales.is_contiguous()
     assert activations in ("int8", "none")
-    lib.int8_product(
-        flat.data_ptr(),
-        KINDS[x.dtype],
-        flat.shape[0],
-        cols,
-        weight.data_ptr(),
-        weight.numel(),
-        scales.data_ptr(),
-        scales.shape[0],
-        scales.numel(),
-        KINDS[scales.dtype],
-        group_size,
-        activations == "int8",
-        out.data_ptr(),
-        rows,
-        threads,
-    )
+    given = flat.data_ptr(), DTYPE_NAMES[x.dtype], flat.shape[0], cols
+    matrix = weight.data_ptr(), weight.numel(), scales.data_ptr(), scales.shape[0], scales.numel()
+    form = DTYPE_NAMES[scales.dtype], group_size, activations == "int8"
+    lib.int8_product(*given, *matrix, *form, out.data_ptr(), rows, threads)
     return out
 
 
 def product_of_trits(
     x: Tensor, trits: Tensor, scales: Tensor, group_size: int, activations: str
 ) -> Tensor:
-    """The definition of `product`, and with int8 weights for the trits that of `int8_product`.
+    """The definition of `product_of_lanes`; with int8 weights as trits, of `product_of_int8`.
 
         s_p[group] = sum over the group's columns of trit * q_p            exact integers
         value      = float(s_0)   or   float(s_2) 65536 + (float(s_1) 256 + float(s_0))
@@ -379,7 +365,7 @@ def product_of_trits(
 def quantize(x: Tensor, activations: str) -> tuple[Tensor, Tensor]:
     """Inputs as integers with a factor for each token.
 
-    "int8", for models trained so: 8 bits, as linear.rounded_linear rounds (BitNet b1.58, section 2)
+    "int8", for models trained so: 8 bits, as products.rounded_linear rounds (BitNet b1.58, sect. 2)
 
         q_0 = round(127 x / absmax)                     factor = absmax / 127
 

@@ -6,17 +6,15 @@ that `import ternarize` costs nothing.
 """
 
 import importlib
-import inspect
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ternarize.errors import CheckpointError, FormatError, TernarizeError, first_line
+from ternarize.errors import CheckpointError, FormatError
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +56,7 @@ def load(
     ternarize.
     """
     from ternarize.files.json_files import read_config
+    from ternarize.models.configuration import usable
     from ternarize.sources.checkpoint import locate
 
     directory = locate(
@@ -88,7 +87,7 @@ def load(
         # never asked on the terminal: code that comes with a checkpoint runs on the caller's word
         trust = {"trust_remote_code": kwargs.get("trust_remote_code") or False}
         config = transformers.AutoConfig.from_pretrained(directory, **trust)
-        model_class = _model_class(directory, config)
+        model_class = _model_class(config)
     switches = {
         "verify": verify,
         "dequantize": dequantize or None,
@@ -107,29 +106,6 @@ def load(
     if device is not None and "device_map" not in kwargs:
         model.to(device)  # type: ignore[arg-type]
     return model
-
-
-@contextmanager
-def usable(where: Path) -> Iterator[None]:
-    """Turns what transformers raises on a checkpoint that it cannot use into one line.
-
-    It raises whatever a wrong value leads to. What a checkpoint cannot cause goes on as it is.
-    """
-    import torch
-    import transformers
-
-    try:
-        yield
-    except (TernarizeError, MemoryError, torch.cuda.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            where,
-            f"transformers {transformers.__version__} cannot use it ({type(error).__name__}: "
-            f"{first_line(error)})",
-            "a complete checkpoint",
-            "Repair it, or install what it needs",
-        ) from error
 
 
 def _check_is_packed(directory: Path, config: dict[str, Any]) -> None:
@@ -153,13 +129,13 @@ def _check_is_packed(directory: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _model_class(directory: Path, config: Any) -> Any:
+def _model_class(config: Any) -> Any:
     import transformers
 
-    for name in config.architectures or []:
-        found = getattr(transformers, name, None)
-        if inspect.isclass(found) and issubclass(found, transformers.PreTrainedModel):
-            return found
+    from ternarize.models.configuration import class_of
+
+    if (found := class_of(config)) is not None:
+        return found
     # code that comes with the checkpoint; from_pretrained asks for trust_remote_code=True
     for name in getattr(config, "auto_map", None) or {}:
         if name.startswith("AutoModel") and hasattr(transformers, name):
@@ -208,4 +184,4 @@ def install_hook() -> None:
 
 
 def _register() -> None:
-    importlib.import_module("ternarize.runtime.plugin")  # it registers itself
+    importlib.import_module("ternarize.runtime.plugin.quantizer")  # it registers itself

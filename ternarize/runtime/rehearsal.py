@@ -21,12 +21,13 @@ from transformers.modeling_utils import LoadStateDictConfig
 from ternarize.errors import CheckpointError, FormatError, SelectionError, first_line, some
 from ternarize.files.container import SCALE_SUFFIX
 from ternarize.files.headers import DTYPES
+from ternarize.models.configuration import usable
 from ternarize.models.places import Place, locate, missing_parameters, present, ties
 from ternarize.models.skeleton import empty_model, strangers, why_no_skeleton
 from ternarize.plans.layout import Plan
 from ternarize.progress import without_bars
-from ternarize.runtime.load import usable
-from ternarize.runtime.plugin import Source, TernarizeConfig, TernarizeQuantizer
+from ternarize.runtime.plugin.prepare import Source
+from ternarize.runtime.plugin.quantizer import TernarizeConfig, TernarizeQuantizer
 
 Stored = Mapping[str, tuple[str, tuple[int, ...]]]  # name of the output -> (dtype, shape)
 

@@ -1,0 +1,7 @@
+"""Packed layers: modules that hold packed weights and compute as if the weights were dense.
+
+linear.py     TernaryLinear, an nn.Linear, because that is what other software (PEFT) looks for
+matrix.py     a packed parameter that a model's own code uses as if it were dense
+experts.py    experts that a model fuses into one parameter
+embedding.py  token embeddings
+"""

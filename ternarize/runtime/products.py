@@ -1,0 +1,209 @@
+"""Products with packed weights: y = x W^T, by what serves the weight, the input and the device.
+
+    W = scale * trit, a sum of two such, or scale * int8
+
+The kernels (kernels.py) multiply lanes and int8 weights without W, on the CPU. What they do not
+serve (other devices, parts of a tensor, ternary parameters that modules share, float64 inputs) goes
+the dense way: W is dequantized for the length of one product and never kept.
+
+With activations "int8" the input of each product is rounded to 8 bits per token, as models trained
+as BitNet b1.58 expect (https://arxiv.org/abs/2402.17764, section 2):
+
+    q = round(127 x / absmax(x))        y = (q W^T) absmax(x) / 127 + b
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ternarize.errors import UsageError
+from ternarize.runtime import kernels
+from ternarize.runtime.forms import Lanes, Layout, dense_matrix, dense_weight, is_int8_for_core
+from ternarize.runtime.kernels import CORE_DTYPES
+from ternarize.trits.rotation import rotate
+
+
+def product(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, layout: Layout
+) -> Tensor:
+    """y = x W^T + b with a packed W.
+
+    x       (..., cols) float; y has its dtype (under autocast that of F.linear)
+    packed  (rows, width) uint8, or int8 where that is the codec; or lanes (bytes,) uint8
+    scale   (scale_rows, planes * groups) float, or uint8 codes; scale_rows divides rows. Of lanes:
+            kernels.scale_lanes, of one plane behind the other
+    bias    (rows,) or None
+
+    Where x needs a gradient, the backward pass dequantizes W again instead of keeping it. Rounded
+    activations are differentiated as if they were not rounded (the straight-through estimator).
+    """
+    if layout.rotation[0]:
+        x = _turned(x, layout)
+    if torch.is_grad_enabled() and x.requires_grad:
+        apply: Any = _Product.apply
+        y: Tensor = apply(x, packed, scale, bias, layout)
+        return y
+    return _product(x, packed, scale, bias, layout)
+
+
+def _turned(x: Any, layout: Layout) -> Tensor:
+    """R^T x. What is to be rounded to 8 bits is not rounded to 16 by autocast first."""
+    if hasattr(x, "to_local"):  # a DTensor: whole inputs in each process (`check_part`)
+        part = _turned(x.to_local(), layout)
+        whole: Tensor = x.from_local(part, x.device_mesh, x.placements)
+        return whole
+    if layout.activations == "none":
+        return rotate(x, *layout.rotation)
+    with torch.autocast(x.device.type, enabled=False):
+        return rotate(x, *layout.rotation)
+
+
+def _product(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, layout: Layout
+) -> Tensor:
+    if x.dtype in CORE_DTYPES and x.device.type == "cpu":
+        if layout.lanes is not None:
+            return _by_lanes(x, packed, scale, bias, layout, layout.lanes)
+        if is_int8_for_core(packed, scale, layout):
+            return _by_int8(x, packed, scale, bias, layout)
+    if layout.activations == "none":
+        return F.linear(x, dense_matrix(packed, scale, layout, x.dtype), bias)
+    y = rounded_linear(x, dense_matrix(packed, scale, layout, torch.float32))
+    return y if bias is None else y + bias
+
+
+class _Product(torch.autograd.Function):
+    """`product` with a backward pass that does not hold the dense weight from the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, layout: Layout
+    ) -> Tensor:
+        ctx.save_for_backward(packed, scale)
+        ctx.layout = layout
+        return _product(x, packed, scale, bias, layout)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Tensor | None, None]:
+        packed, scale = ctx.saved_tensors
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None
+        dense = dense_matrix(packed, scale, ctx.layout, grad.dtype)
+        return grad @ dense, None, None, grad_bias, None
+
+
+def rounded_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T with each token of x rounded to 8 bits: the way without the compiled core.
+
+        q = round(x * 127 / absmax)        y = (q W^T) * (absmax / 127)
+
+    x       (..., cols) float, worked on in float32; absmax is max |x| over cols, and rounding is to
+            the nearest even, so that q is an integer in [-127, 127] with no zero point
+    weight  (rows, cols) float32
+
+    Returns (..., rows) in x's dtype; a token of zeros gives zeros.  BitNet b1.58, section 2.
+    """
+    wide = x.to(torch.float32)
+    absmax = wide.abs().amax(-1, keepdim=True)
+    q = (wide * 127 / torch.where(absmax == 0, 1, absmax)).round()
+    with torch.autocast(x.device.type, enabled=False):  # it would round the scales in W to 16 bits
+        y = F.linear(q, weight)
+    return (y * (absmax / 127)).to(x.dtype)
+
+
+def gather(
+    ids: Tensor, packed: Tensor, scale: Tensor, layout: Layout, dtype: torch.dtype
+) -> Tensor:
+    """Rows of a packed matrix, dequantized: what `F.embedding(ids, W)` gives.
+
+    ids            any shape, int
+    packed, scale  as in `product`, in the stored form; scale_rows is 1 or rows
+    dtype          of the result
+
+    Returns (*ids.shape, cols). Nothing else of W is dequantized.
+    """
+    flat = ids.reshape(-1)
+    rows = F.embedding(flat, packed)
+    scales = scale if scale.shape[0] == 1 else F.embedding(flat, scale)
+    return dense_weight(rows, scales, layout, dtype).view(*ids.shape, layout.cols)
+
+
+# --- by the compiled core ------------------------------------------------------------------------
+
+
+def _by_lanes(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, layout: Layout, lanes: Lanes
+) -> Tensor:
+    """`product` by the kernels, the planes and the bias summed in float32 and rounded once."""
+    if x.shape[-1] != layout.cols:
+        raise UsageError("input", f"{x.shape[-1]} columns; the layer has {layout.cols}")
+    x = _autocast(x, layout)
+    rounded = layout.activations == "int8"
+    wide = x if bias is None and layout.planes == 1 else x.to(torch.float32)
+    multiply: Any = _compiled_multiply if torch.compiler.is_compiling() else _multiply
+    y: Tensor | None = None
+    for plane, scales in zip(packed.chunk(layout.planes), scale.chunk(layout.planes), strict=True):
+        part = multiply(wide, plane, scales, lanes.rows, layout.group_size, lanes.form, rounded)
+        y = part if y is None else y + part
+    assert y is not None
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def _by_int8(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, layout: Layout
+) -> Tensor:
+    """`_by_lanes` with int8 weights in their stored form."""
+    x = _autocast(x, layout)
+    wide = x if bias is None else x.to(torch.float32)
+    multiply: Any = _compiled_multiply_int8 if torch.compiler.is_compiling() else _multiply_int8
+    y: Tensor = multiply(wide, packed, scale, layout.group_size, layout.activations == "int8")
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def _autocast(x: Tensor, layout: Layout) -> Tensor:
+    """x as F.linear would take it; what is to be rounded to 8 bits stays as it is."""
+    if layout.activations == "none" and torch.is_autocast_enabled("cpu"):
+        return x.to(torch.get_autocast_dtype("cpu"))
+    return x
+
+
+def _multiply(
+    x: Tensor, packed: Tensor, scale: Tensor, rows: int, group_size: int, form: str, rounded: bool
+) -> Tensor:
+    activations = "int8" if rounded else "none"
+    threads = torch.get_num_threads()
+    x = x.detach()  # the core takes no tensors that need gradients
+    return kernels.product_of_lanes(x, packed, scale, rows, group_size, form, activations, threads)
+
+
+# A compiler cannot look into the core. Only it takes this way: an operator of torch costs more
+# around each call than a small product itself.
+_compiled_multiply = torch.library.custom_op(
+    "ternarize::product", _multiply, mutates_args=(), device_types="cpu"
+)
+
+
+@_compiled_multiply.register_fake
+def _(
+    x: Tensor, packed: Tensor, scale: Tensor, rows: int, group_size: int, form: str, rounded: bool
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+def _multiply_int8(
+    x: Tensor, packed: Tensor, scale: Tensor, group_size: int, rounded: bool
+) -> Tensor:
+    activations = "int8" if rounded else "none"
+    threads = torch.get_num_threads()
+    return kernels.product_of_int8(x.detach(), packed, scale, group_size, activations, threads)
+
+
+_compiled_multiply_int8 = torch.library.custom_op(
+    "ternarize::int8_product", _multiply_int8, mutates_args=(), device_types="cpu"
+)
+
+
+@_compiled_multiply_int8.register_fake
+def _(x: Tensor, packed: Tensor, scale: Tensor, group_size: int, rounded: bool) -> Tensor:
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))
