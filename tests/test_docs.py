@@ -130,9 +130,9 @@ def assert_says(said: str, shown: list[str]) -> None:
     )
 
 
-def run_command(*arguments: str) -> str:
+def run_command(*arguments: str, code: int = 0) -> str:
     result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.stderr
+    assert result.exit_code == code, result.stderr
     return result.output
 
 
@@ -144,7 +144,8 @@ def run_example(language: str, text: str, names: dict[str, Any]) -> str:
         return printed.getvalue()
     program, *arguments = shlex.split(text, comments=True)
     if program == "ternarize":
-        return run_command(*arguments)
+        fails = re.search(r"# exit code (\d)$", text)
+        return run_command(*arguments, code=int(fails[1]) if fails else 0)
     assert program == "python", f"{text}: not an example that can be run"
     return subprocess.run(
         [sys.executable, *arguments], check=True, capture_output=True, text=True
