@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 import ternarize
 from ternarize.cli.app import app
 from ternarize.convert import check as checking
-from ternarize.convert.check import check
+from ternarize.convert.check import check_conversion
 from ternarize.convert.run import convert
-from ternarize.measure.evaluate import Work, evaluate, open_tokenizer, prepare
+from ternarize.measure.evaluate import Evaluation, evaluate, prepare
+from ternarize.models.reads import open_tokenizer
 from ternarize.plans.recipe import Recipe
 from ternarize.runtime.generate import generate
 
@@ -46,7 +47,7 @@ def bytes_of(directory: Path) -> dict[str, bytes]:
 
 
 def test_the_figures_are_those_of_an_evaluation_on_the_text_that_comes_along(packed: Path) -> None:
-    found = check(packed, EXAMPLE)
+    found = check_conversion(packed, EXAMPLE)
     assert found is not None and found["measured"]
     expected = evaluate(packed, source=EXAMPLE, text="default", max_tokens=2048)
     for name in (*FIGURES, "tokens", "windows", "seq_len", "windows_begin_with", "kind"):
@@ -56,7 +57,7 @@ def test_the_figures_are_those_of_an_evaluation_on_the_text_that_comes_along(pac
 
 
 def test_each_model_continues_the_same_words(packed: Path) -> None:
-    found = check(packed, EXAMPLE)
+    found = check_conversion(packed, EXAMPLE)
     assert found is not None
     tokenizer = open_tokenizer(EXAMPLE)
     models: dict[str, Any] = {
@@ -71,7 +72,7 @@ def test_each_model_continues_the_same_words(packed: Path) -> None:
 
 def test_a_check_changes_nothing_of_what_was_converted(packed: Path) -> None:
     before = bytes_of(packed)
-    first, again = check(packed, EXAMPLE), check(packed, EXAMPLE)
+    first, again = check_conversion(packed, EXAMPLE), check_conversion(packed, EXAMPLE)
     assert first is not None and again is not None
     for found in (first, again):
         assert found.pop("seconds") > 0
@@ -83,14 +84,14 @@ def test_a_model_of_few_positions_is_measured_in_windows_that_it_takes(
     small: tuple[Path, Path],
 ) -> None:
     source, output = small
-    found = check(output, source)
+    found = check_conversion(output, source)
     assert found is not None and found["measured"], found
     assert (found["seq_len"], found["windows"]) == (64, 32)
     for directory in small:
         config = json.loads((directory / "config.json").read_text())
         config["max_position_embeddings"] = 8  # as many tokens as PROMPT has
         (directory / "config.json").write_text(json.dumps(config))
-    found = check(output, source)
+    found = check_conversion(output, source)
     assert found is not None and found["measured"], found
     assert found["seq_len"] == 8
     assert found["writes"] == {"prompt": checking.PROMPT, "source": "", "packed": ""}
@@ -99,7 +100,7 @@ def test_a_model_of_few_positions_is_measured_in_windows_that_it_takes(
 def test_an_encoder_is_compared_by_its_embeddings(tmp_path: Path) -> None:
     source = save("bert", tmp_path / "source", around="<s> $A </s>")
     output = converted(source, tmp_path / "packed")
-    found = check(output, source)
+    found = check_conversion(output, source)
     assert found is not None and found["measured"], found
     expected = evaluate(output, source=source, text="default", max_tokens=2048)
     assert found["cosine"] == expected["cosine"]
@@ -109,21 +110,21 @@ def test_an_encoder_is_compared_by_its_embeddings(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["t5", "vit", "bert_classifier"])
 def test_of_other_models_nothing_is_said(name: str, tmp_path: Path) -> None:
     source = save(name, tmp_path / "source")
-    assert check(converted(source, tmp_path / "packed"), source) is None
+    assert check_conversion(converted(source, tmp_path / "packed"), source) is None
 
 
 def test_without_a_tokenizer_nothing_is_said(tmp_path: Path) -> None:
     source = save("llama", tmp_path / "source")
     for path in source.glob("tokenizer*"):
         path.unlink()
-    assert check(converted(source, tmp_path / "packed"), source) is None
+    assert check_conversion(converted(source, tmp_path / "packed"), source) is None
 
 
 # --- what is not measured -----------------------------------------------------------------------
 
 
 def unmeasured(output: Path, source: Path, **options: Any) -> tuple[str, str | None]:
-    found = check(output, source, **options)
+    found = check_conversion(output, source, **options)
     assert found is not None and set(found) == {"measured", "why", "command"}
     assert found["measured"] is False and found["why"].isprintable()
     return found["why"], found["command"]
@@ -136,7 +137,7 @@ def assert_command(command: str | None, packed: Path) -> None:
     assert program == "ternarize" and str(packed) in words
     done = CliRunner().invoke(app, [*words, "--json"])
     assert done.exit_code == 0, done.output
-    said, found = json.loads(done.stdout), check(packed, EXAMPLE)
+    said, found = json.loads(done.stdout), check_conversion(packed, EXAMPLE)
     assert found is not None
     assert all(said[name] == found[name] for name in FIGURES)
 
@@ -172,7 +173,7 @@ def test_for_what_takes_too_long_there_is_the_command(
 ) -> None:
     with monkeypatch.context() as patch:  # told before anything is loaded, by the products alone
         patch.setattr(checking, "_operations_per_second", lambda: 1e6)
-        patch.setattr(Work, "load", None)
+        patch.setattr(Evaluation, "load", None)
         why, command = unmeasured(packed, EXAMPLE)
     # 1,836,288 weights, 2,048 tokens, 2 models, 2 operations
     assert why == "time: it would take about 250.7 minutes here"
@@ -185,7 +186,7 @@ def test_windows_that_take_too_long_are_broken_off(
     calls: list[int] = []
     monkeypatch.setattr(checking, "_operations_per_second", lambda: float("inf"))
     monkeypatch.setattr(checking, "SECONDS", 1e-9)
-    monkeypatch.setattr(Work, "batch_size", lambda _: 1)
+    monkeypatch.setattr(Evaluation, "batch_size", lambda _: 1)
     why, command = unmeasured(packed, EXAMPLE, progress=lambda *call: calls.append(call[0]))
     assert why.startswith("time: it would take about ") and command is not None
     assert calls == []
@@ -225,7 +226,7 @@ def test_memory_that_runs_out_is_told_in_one_line(
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(Work, "measure", fail)
+    monkeypatch.setattr(Evaluation, "measure", fail)
     why, command = unmeasured(packed, EXAMPLE)
     assert said in why and command is not None
 
@@ -259,4 +260,4 @@ def test_our_own_mistakes_are_not_hidden(packed: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(checking, "_too_large", broken)
     with pytest.raises(AttributeError):
-        check(packed, EXAMPLE)
+        check_conversion(packed, EXAMPLE)

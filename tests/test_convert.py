@@ -22,8 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ternarize
+from ternarize.convert import limits
 from ternarize.convert import run as pipeline
-from ternarize.convert.run import convert, memory_left
+from ternarize.convert.limits import memory_left
+from ternarize.convert.run import convert
 from ternarize.convert.verify import verify
 from ternarize.errors import (
     CheckpointError,
@@ -422,7 +424,7 @@ def test_bytes_that_did_not_reach_the_disk_are_written_again(
     """After a power cut the journal may know of tensors whose data was lost."""
     convert(llama, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline._Conversion, "_write_small_files", _die)
+        patch.setattr(pipeline, "write_small_files", _die)
         with pytest.raises(Break):
             convert(llama, tmp_path / "packed")
     shard = tmp_path / "packed.partial" / "model.safetensors"
@@ -568,17 +570,17 @@ def test_too_many_tensors_for_a_header_are_found_out_before_the_start(
 def test_a_full_disk_keeps_what_is_done(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = pipeline._write_all, 0
+    real, calls = pipeline.write_at, 0
 
-    def full(file: Any, data: Tensor) -> None:
+    def full(*args: Any) -> None:
         nonlocal calls
         calls += 1
         if calls > 9:
             raise OSError(28, "No space left on device")
-        real(file, data)
+        real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_write_all", full)
+        patch.setattr(pipeline, "write_at", full)
         with pytest.raises(OutputError, match="No space left on device"):
             convert(source, tmp_path / "out", threads=1)
     assert not (tmp_path / "out").exists()
@@ -590,7 +592,7 @@ def test_an_unfinished_conversion_with_other_options_is_not_touched(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline._Conversion, "_write_small_files", _die)
+        patch.setattr(pipeline, "write_small_files", _die)
         with pytest.raises(Break):
             convert(source, tmp_path / "out")
     before = digest_of(tmp_path / "out.partial")
@@ -607,7 +609,7 @@ def test_a_break_after_the_last_rename_is_tidied_up_by_the_same_command_alone(
 ) -> None:
     record = convert(source, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_tidy", _die)
+        patch.setattr(pipeline, "tidy", _die)
         with pytest.raises(Break):
             convert(source, tmp_path / "out")
     assert (tmp_path / "out" / pipeline.JOURNAL).is_file()
@@ -652,12 +654,12 @@ def test_the_memory_that_is_left_decides_how_many_threads_convert(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work, no_limit = make_plan(llama), float("inf")
-    assert pipeline.threads_that_fit(work, 8) == 8
+    assert limits.threads_that_fit(work, 8) == 8
     for memory, fit in ((work.convert_memory(3), 3), (work.convert_memory(1), 1)):
-        monkeypatch.setattr(pipeline, "memory_left", lambda memory=memory: (memory, no_limit))
-        assert pipeline.threads_that_fit(work, 8) == fit
+        monkeypatch.setattr(limits, "memory_left", lambda memory=memory: (memory, no_limit))
+        assert limits.threads_that_fit(work, 8) == fit
     for left in ((work.convert_memory(1) - 1, no_limit), (no_limit, work.convert_memory(1))):
-        monkeypatch.setattr(pipeline, "memory_left", lambda left=left: left)
+        monkeypatch.setattr(limits, "memory_left", lambda left=left: left)
         with pytest.raises(OutputError, match="left to this process; the conversion needs"):
             convert(llama, tmp_path / "out")
     assert os.listdir(tmp_path) == []
@@ -680,13 +682,13 @@ def test_a_source_that_may_not_be_read_is_named(
 def test_a_source_that_changes_during_the_conversion_is_refused(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = pipeline._Conversion._write_small_files
+    real = pipeline.write_small_files
 
-    def touch(self: Any) -> Any:
+    def touch(*args: Any) -> Any:
         os.utime(source / "model.safetensors", ns=(1, 1))
-        return real(self)
+        return real(*args)
 
-    monkeypatch.setattr(pipeline._Conversion, "_write_small_files", touch)
+    monkeypatch.setattr(pipeline, "write_small_files", touch)
     with pytest.raises(CheckpointError, match=": model.safetensors changed during the conversion"):
         convert(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -812,5 +814,5 @@ def test_the_memory_that_a_container_leaves(
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr("ternarize.convert.run._CGROUP", tmp_path)
+    monkeypatch.setattr("ternarize.convert.limits._CGROUP", tmp_path)
     assert memory_left()[0] == left

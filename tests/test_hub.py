@@ -911,7 +911,7 @@ def test_a_stream_asks_for_the_room_that_it_takes(
     convert(sharded, tmp_path / "expected")
     packed = sum(path.stat().st_size for path in (tmp_path / "expected").iterdir())
     usage = type("Usage", (), {"free": packed + (1 << 20) + 10_000})
-    monkeypatch.setattr("ternarize.convert.run.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("ternarize.convert.limits.shutil.disk_usage", lambda path: usage)
     convert(sharded, tmp_path / "enough")
     with pytest.raises(OutputError, match="GB free; the result needs"):
         convert("user/source", tmp_path / "packed", stream=True)

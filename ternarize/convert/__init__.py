@@ -1,1 +1,14 @@
-"""TODO."""
+"""A checkpoint into a packed one, by its plan, and the proof that it is one.
+
+What reads weights and writes them in the order of a plan, and what compares the two afterwards. It
+may import from all rooms but `publish` and `cli`.
+
+    tensor.py     one tensor: read a piece, fit it, write it; what it turned out to need
+    workplace.py  OUTPUT.partial: who may work there, and whose it is
+    journal.py    how far a conversion is, and how a second run takes it up
+    limits.py     memory, threads and room on the disk
+    record.py     ternarize.json, config.json, the index
+    run.py        plan -> calibrate -> shards -> record -> verify -> rename
+    verify.py     a packed checkpoint is whole, and what its source gives
+    check.py      how good a conversion without data is, seen at once
+"""

@@ -25,24 +25,19 @@ from typing import Any
 
 import torch
 
-from ternarize.convert.run import memory_left
+from ternarize.convert.limits import memory_left
 from ternarize.errors import CheckpointError, TernarizeError, first_line, is_no_memory, printable
 from ternarize.files.names import RECORD
-from ternarize.measure.evaluate import (
-    CAUSAL,
-    CHUNK,
-    DEFAULT,
-    Work,
-    config_if_measured,
-    max_positions,
-    prepare,
-    vocabulary_size,
-)
+from ternarize.measure.documents import DEFAULT
+from ternarize.measure.evaluate import Evaluation, prepare
+from ternarize.measure.language_models import LOGITS
+from ternarize.measure.measured import config_if_measured
+from ternarize.models.reads import CAUSAL, max_positions, vocabulary_size
 from ternarize.progress import Progress
 from ternarize.runtime.generate import generate
 
 TOKENS, SEQ_LEN = 2048, 256
-PROMPT, NEW_TOKENS = "The best way to learn a language is", 24
+PROMPT, CONTINUATION = "The best way to learn a language is", 24
 SECONDS = 60.0  # that the windows may take
 
 
@@ -50,7 +45,7 @@ class _TooSlow(TernarizeError):
     """The windows that are done say that all of them take longer than they may."""
 
 
-def check(
+def check_conversion(
     output: str | Path,
     source: str | Path,
     *,
@@ -82,10 +77,10 @@ def check(
     try:
         why = "its source was streamed, and is no longer on this disk" if streamed else None
         if why is None:
-            work = prepare(output, source, DEFAULT, seq_len, TOKENS)
-            why = _too_large(work, Path(output))
+            evaluation = prepare(output, source, DEFAULT, seq_len, TOKENS)
+            why = _too_large(evaluation, Path(output))
         if why is None:
-            found = _measure(work, Path(output), progress)
+            found = _measure_both(evaluation, Path(output), progress)
             seconds = time.perf_counter() - began
             return {"measured": True, **found, "text": DEFAULT, "seconds": seconds}
     except _TooSlow as error:
@@ -107,15 +102,15 @@ def _command(output: str | Path, source: str | Path, seq_len: int) -> str:
     return shlex.join(words)
 
 
-def _too_large(work: Work, output: Path) -> str | None:
+def _too_large(evaluation: Evaluation, output: Path) -> str | None:
     """Why a model is too large to be measured here and now; None if it is not."""
     coverage = json.loads((output / RECORD).read_text("utf-8"))["coverage"]
     parameters = coverage["total"] - coverage["tied"]
-    need, left = _memory(work, coverage), _memory_free()
+    need, left = _memory(evaluation, coverage), _memory_free()
     if need > left:
         return f"memory: both models need {need / 1e9:.1f} GB, and {left / 1e9:.1f} GB are left"
     # a product takes two operations for each weight and token; experts that sleep count as well
-    operations = 2 * parameters * TOKENS * len(work.checkpoints)
+    operations = 2 * parameters * TOKENS * len(evaluation.checkpoints)
     seconds = operations / _operations_per_second()
     if seconds > SECONDS:
         return f"time: it would take about {_minutes(seconds)} here"
@@ -126,13 +121,15 @@ def _minutes(seconds: float) -> str:
     return f"{seconds / 60:,.1f} minutes"
 
 
-def _memory(work: Work, coverage: dict[str, int]) -> int:
+def _memory(evaluation: Evaluation, coverage: dict[str, int]) -> int:
     """Bytes that both models in float32 and the logits of one batch take."""
     dense = 4 * (coverage["total"] - coverage["tied"] + coverage["kept"])
     packed = coverage["ternary"] // 2 + coverage["int8"]  # in run-time layouts of 2 bits, scales
-    vocabulary = max(vocabulary_size(each.config) or 1 for each in work.checkpoints)
-    logits = 4 * work.batch_size() * work.seq_len * vocabulary * len(work.checkpoints)
-    return dense + packed + logits + 8 * 4 * max(CHUNK, vocabulary)
+    vocabulary = max(vocabulary_size(each.config) or 1 for each in evaluation.checkpoints)
+    logits = (
+        4 * evaluation.batch_size() * evaluation.seq_len * vocabulary * len(evaluation.checkpoints)
+    )
+    return dense + packed + logits + 8 * 4 * max(LOGITS, vocabulary)
 
 
 def _memory_free() -> float:
@@ -159,7 +156,9 @@ def _operations_per_second() -> float:
     return 2 * rows * size * size / max(min(times), 1e-9)
 
 
-def _measure(work: Work, output: Path, progress: Progress | None) -> dict[str, Any]:
+def _measure_both(
+    evaluation: Evaluation, output: Path, progress: Progress | None
+) -> dict[str, Any]:
     """Measures, and what both models write; raises _TooSlow."""
 
     def in_time(done: int, total: int, known: str, stage: str) -> None:
@@ -169,13 +168,19 @@ def _measure(work: Work, output: Path, progress: Progress | None) -> dict[str, A
         if progress is not None:
             progress(done, total, known, stage)
 
-    models = work.load("cpu", torch.float32)
+    models = evaluation.load("cpu", torch.float32)
     with _running(output):
         started = time.perf_counter()
-        measures = work.measure(models, None, in_time)
-        found = {"kind": work.kind, **work.read(), "dtype": "float32", "device": "cpu", **measures}
-        if work.kind == CAUSAL:
-            packed, source = (_continue(model, work) for model in models)
+        measures = evaluation.measure(models, None, in_time)
+        found = {
+            "kind": evaluation.kind,
+            **evaluation.read(),
+            "dtype": "float32",
+            "device": "cpu",
+            **measures,
+        }
+        if evaluation.kind == CAUSAL:
+            packed, source = (_continue(model, evaluation) for model in models)
             found["writes"] = {"prompt": PROMPT, "source": source, "packed": packed}
     return found
 
@@ -198,9 +203,11 @@ def _running(output: Path) -> Iterator[None]:
         ) from error
 
 
-def _continue(model: Any, work: Work) -> str:
+def _continue(model: Any, evaluation: Evaluation) -> str:
     """What a model writes behind PROMPT, always the likeliest token; "" where it has no room."""
-    room = max_positions(model.config) - len(work.tokenizer(PROMPT)["input_ids"])
+    room = max_positions(model.config) - len(evaluation.tokenizer(PROMPT)["input_ids"])
     if room < 1:
         return ""
-    return generate(model, work.tokenizer, PROMPT, max_new_tokens=min(NEW_TOKENS, room)).text
+    return generate(
+        model, evaluation.tokenizer, PROMPT, max_new_tokens=min(CONTINUATION, room)
+    ).text

@@ -24,7 +24,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ternarize.convert.run import Relayout, Result, convert_tensor, relative_error
+from ternarize.convert.record import relative_error
+from ternarize.convert.tensor import Result, convert_tensor
 from ternarize.errors import DigestError, FormatError
 from ternarize.files import container
 from ternarize.files.checkpoint import Checkpoint
@@ -98,49 +99,47 @@ def _compare(
     packed: Checkpoint, records: dict[str, Record], source: str | Path, progress: Progress | None
 ) -> dict[str, int]:
     """Compare every tensor with the source; returns how many were compared in which way."""
-    record = read_json(packed.directory / RECORD)
-    if record is None:
+    table = read_json(packed.directory / RECORD)
+    if table is None:
         raise FormatError(
             packed.directory,
             f"has no {RECORD}",
             "the record of its conversion, without which it cannot be repeated",
             "Verify without --source",
         )
-    recipe = read_recipe(record)
-    work = make_plan(source, recipe, for_record=True)
-    expected = {t.name: t for t in work.tensors if not t.tied_to}
-    if expected.keys() != records.keys():
-        name = sorted(expected.keys() ^ records.keys())[0]
-        where = "the source" if name in expected else "the packed checkpoint"
+    recipe = read_recipe(table)
+    plan = make_plan(source, recipe, for_record=True)
+    planned = {t.name: t for t in plan.tensors if not t.tied_to}
+    if planned.keys() != records.keys():
+        name = sorted(planned.keys() ^ records.keys())[0]
+        where = "the source" if name in planned else "the packed checkpoint"
         raise FormatError(
             packed.directory,
             f"{name} is in {where} alone",
             "the same tensors",
             f"Check that {source} is the source",
         )
-    total = sum(t.info.nbytes for t in work.tensors)
+    total = sum(t.info.nbytes for t in plan.tensors)
     done, ways = 0, Counter({AGAIN: 0, ERROR: 0, SHAPE: 0})
-    for name, tensor in expected.items():
-        said = record["tensors"][name]
-        way = _way(tensor, records[name], said, recipe)
+    for name, tensor in planned.items():
+        row = table["tensors"][name]
+        way = _way_to_compare(tensor, records[name], row, recipe)
         ways[way] += 1
-        where = f"{packed.tensors[name].file}: {name}"
+        info = packed.tensors[name]
+        where = f"{info.file}: {name}"
         if way == SHAPE:
-            info = packed.tensors[name]
             same = (info.dtype, info.shape) == (tensor.dtype, tensor.shape)
-        elif way == AGAIN:
-            result = _derive(packed, records[name], work.source, tensor, recipe)
-            same = result is not None
         else:
-            result = _measure(packed, records[name], work.source, tensor, recipe)
+            by_error = way == ERROR
+            result = _again(packed, records[name], plan.source, tensor, recipe, by_error=by_error)
             same = result is not None
-            if result is not None:
-                _check_error(where, relative_error(result), said.get("relative_error"), source)
+            if result is not None and by_error:
+                _check_error(where, relative_error(result), row.get("relative_error"), source)
         if not same:
             raise DigestError(
                 where,
                 f"is not what {source} gives by the recipe on record",
-                remedy="Check that it is the source, and that both are unchanged",
+                remedy=_SOURCE,
             )
         done += tensor.info.nbytes
         if progress:
@@ -148,70 +147,57 @@ def _compare(
     return dict(ways)
 
 
-def _way(tensor: TensorPlan, record: Record, said: dict[str, Any], recipe: Recipe) -> str:
+_SOURCE = "Check that it is the source, and that both are unchanged"
+
+
+def _way_to_compare(tensor: TensorPlan, record: Record, row: dict[str, Any], recipe: Recipe) -> str:
     """How a tensor can be compared with the source, by what the record says of it."""
     if recipe.calibrate is None:
         return AGAIN
     # what saw too few tokens is not calibrated, but may be rotated, which plain conversions are not
-    if tensor.ternary and (said.get("method") == recipe.method or record.rotation[0]):
+    if tensor.ternary and (row.get("method") == recipe.method or record.rotation[0]):
         return ERROR
-    if not tensor.packed and said.get("fitted") is True:
+    if not tensor.packed and row.get("fitted") is True:
         return SHAPE
     return AGAIN
 
 
-def _derive(
-    packed: Checkpoint, record: Record, source: Checkpoint, tensor: TensorPlan, recipe: Recipe
+def _again(
+    packed: Checkpoint,
+    record: Record,
+    source: Checkpoint,
+    tensor: TensorPlan,
+    recipe: Recipe,
+    *,
+    by_error: bool,
 ) -> Result | None:
-    """What the source's tensor gives in the layout on record; None if that is something else."""
+    """Convert the source's tensor in the layout on record; None if that gives something else.
+
+    by_error  with the packed checkpoint in the place of what calibration has found, to measure how
+              far its trits are from the weights: the figure is then the same by construction
+    """
+    if by_error:
+        tensor = calibrated_plan(tensor, recipe)
     if tensor.packed and record.shape is not None:
         scale = packed.tensors[tensor.name + SCALE_SUFFIX].dtype
         tensor = replace(tensor, group_size=record.group_size, scale_dtype=scale)
         if recipe.calibrate is not None and recipe.calibrate.target_bpw is not None:
             tensor = replace(tensor, planes=record.planes)
-    try:
-        result = convert_tensor(source, tensor, recipe, _discard)
-    except Relayout:
-        return None
-    return result if tensor.record(result.sha256) == record else None
-
-
-def _measure(
-    packed: Checkpoint, record: Record, source: Checkpoint, tensor: TensorPlan, recipe: Recipe
-) -> Result | None:
-    """How far packed trits are from the source's tensor; None if they are not of its kind.
-
-    The conversion itself measures, with the packed checkpoint in the place of what calibration
-    has found: the figure is then the same by construction.
-    """
-    assert recipe.calibrate is not None
-    scale = packed.tensors[tensor.name + SCALE_SUFFIX].dtype
-    tensor = replace(
-        calibrated_plan(tensor, recipe), group_size=record.group_size, scale_dtype=scale
-    )
-    if recipe.calibrate.target_bpw is not None:
-        tensor = replace(tensor, planes=record.planes)
     if tensor.record(record.sha256) != record:
         return None
-    try:
-        result = convert_tensor(source, tensor, recipe, _discard, solved=(packed, record))
-    except Relayout:
-        return None
-    return result if result.sha256 == record.sha256 else None
+    solved = (packed, record) if by_error else None
+    result = convert_tensor(source, tensor, recipe, _discard, solved=solved)
+    return result if isinstance(result, Result) and result.sha256 == record.sha256 else None
 
 
-def _check_error(where: str, found: float | None, said: Any, source: str | Path) -> None:
-    if found is None or not isinstance(said, (int, float)):
-        same = found is None and said is None
+def _check_error(where: str, found: float | None, recorded: Any, source: str | Path) -> None:
+    if found is None or not isinstance(recorded, (int, float)):
+        same = found is None and recorded is None
     else:
-        same = math.isclose(found, said, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+        same = math.isclose(found, recorded, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
     if not same:
-        raise DigestError(
-            where,
-            f"its relative error against {source} is {found}, on record it is {said!r}",
-            "the same",
-            "Check that it is the source, and that both are unchanged",
-        )
+        what = f"its relative error against {source} is {found}, on record it is {recorded!r}"
+        raise DigestError(where, what, "the same", _SOURCE)
 
 
 def _discard(name: str, offset: int, data: Tensor) -> None:

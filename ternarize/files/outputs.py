@@ -1,16 +1,28 @@
 """The place of a result: it has a name of its own, and what is in it reaches the disk."""
 
+import errno
 import os
 from collections.abc import Collection
+from io import FileIO
 from pathlib import Path
 
 from ternarize.errors import OutputError
 
 
-def check_name(output: Path) -> None:
-    """OutputError for "", ".", ".." and "/": beside them nothing can be put."""
+def partial_of(output: Path) -> Path:
+    """Where a result is written until it is complete, beside its final name.
+
+    Raises OutputError for "", ".", ".." and "/": beside them nothing can be put.
+    """
     if output.name in ("", ".."):
         raise OutputError(output, "exists already", "a new name", "Name another")
+    return output.with_name(output.name + ".partial")
+
+
+def cannot_make(path: Path, error: OSError, remedy: str = "Name another output") -> OutputError:
+    """What to raise where the place of a result cannot be made."""
+    found = f"cannot be made ({error.strerror or error})"
+    return OutputError(path, found, "a place to write", remedy)
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -24,6 +36,27 @@ def write_whole(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def reserve(path: Path, size: int) -> None:
+    """Make a file exactly `size` bytes long, with room on the disk where that can be asked."""
+    path.touch()
+    with path.open("r+b") as file:
+        file.truncate(size)
+        if hasattr(os, "posix_fallocate") and size:
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:  # file systems that cannot reserve say so in many ways
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+                    raise
+
+
+def write_at(file: FileIO, offset: int, data: memoryview) -> None:
+    """Write all of some bytes at their place in a file that is not buffered."""
+    file.seek(offset)
+    done = 0
+    while done < len(data):
+        done += file.write(data[done:])
 
 
 def sync_files(path: Path, but: Collection[str] = ()) -> None:

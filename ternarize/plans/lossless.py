@@ -21,6 +21,20 @@ def is_lossless(source: Checkpoint, tensor: TensorPlan, group_size: int) -> bool
     )
 
 
+def exact_groups(source: Checkpoint, tensor: TensorPlan) -> int | None:
+    """The groups in which a tensor of an ordinary source is ternary: packed so, it loses nothing.
+
+    Those that are planned, or finer ones if only these are exact (several matrices with a scale
+    each, fused); None if it is in none. An ordinary weight is told from its first row.
+    """
+    cols = tensor.shape[-1]
+    if not tensor.choice.transposed and cols:
+        first_row = source.read(tensor.name, 0, min(cols, tensor.info.numel)).reshape(-1, cols)
+        if levels(first_row, GROUP_SIZE if tensor.group_size <= 0 else tensor.group_size) is None:
+            return None
+    return next((n for n in finer(tensor.group_size) if is_lossless(source, tensor, n)), None)
+
+
 def own_groups(
     source: Checkpoint, tensors: Iterable[TensorPlan], everything: Iterable[TensorPlan], read: bool
 ) -> list[TensorPlan]:

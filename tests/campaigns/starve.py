@@ -292,14 +292,14 @@ def memory(starved: Starved, count: int) -> dict[str, Any]:
     These limits are set when the conversion asks for them, since what a process has taken by then
     differs from machine to machine; two that no conversion can do with are there from the start.
     """
-    from ternarize.convert import run as pipeline
+    from ternarize.convert import limits
     from ternarize.plans.plan import make_plan
 
     trial, worst, fewer = starved.trial, 0.0, 0
     work = make_plan(trial.source)
 
     def needed(kind: int, threads: int) -> int:
-        extra = (threads + 2) * pipeline._ADDRESSES if kind == resource.RLIMIT_AS else 0
+        extra = (threads + 2) * limits.ADDRESSES if kind == resource.RLIMIT_AS else 0
         return work.convert_memory(threads) + extra
 
     def allow(kind: int, allowed: int) -> None:
@@ -308,13 +308,13 @@ def memory(starved: Starved, count: int) -> dict[str, Any]:
         limit(kind, (pages + 64) * resource.getpagesize() + allowed)  # 64: for the look itself
 
     def limited(kind: int, allowed: int) -> Callable[[], None]:
-        look = pipeline.memory_left
+        look = limits.memory_left
 
         def left() -> tuple[float, float]:
             allow(kind, allowed)
             return look()
 
-        return lambda: vars(pipeline).update(memory_left=left)
+        return lambda: vars(limits).update(memory_left=left)
 
     for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS):
         early = partial(allow, kind, needed(kind, 1) // 8)

@@ -24,8 +24,7 @@ from ternarize.errors import CheckpointError, OutputError
 from ternarize.files import container
 from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.container import SCALE_SUFFIX, Record
-from ternarize.files.outputs import check_name, sync_files, sync_names
-from ternarize.runtime.load import usable
+from ternarize.files.outputs import cannot_make, partial_of, sync_files, sync_names
 from ternarize.sources.packed import open_packed
 from ternarize.trits.base3 import BASE3
 from ternarize.trits.methods import itf
@@ -80,10 +79,9 @@ def open_verified(model: str | Path) -> PackedCheckpoint:
 
 def model_config(packed: PackedCheckpoint) -> Any:
     """The configuration as transformers reads it, without running code of the checkpoint."""
-    import transformers
+    from ternarize.models.configuration import open_config  # imports transformers
 
-    with usable(packed.directory / "config.json"):
-        return transformers.AutoConfig.from_pretrained(packed.directory, trust_remote_code=False)
+    return open_config(packed.directory)
 
 
 def common_scales(ternary: Ternary, block: int) -> Tensor | None:
@@ -231,13 +229,12 @@ def fresh_output(packed: PackedCheckpoint, output: Path, *, folder: bool) -> Ite
     Raises OutputError where something has the name already, or nothing can be written.
     """
     source = packed.directory.resolve()
-    check_name(output)
+    partial = partial_of(output)
     _check_free(output)
     if source in output.resolve().parents:
         raise OutputError(
             output, f"is inside the model {source}", "another place", "The source is never changed"
         )
-    partial = output.with_name(output.name + ".partial")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         if folder:
@@ -245,12 +242,8 @@ def fresh_output(packed: PackedCheckpoint, output: Path, *, folder: bool) -> Ite
         else:
             partial.touch(exist_ok=False)
     except OSError as error:
-        raise OutputError(
-            partial,
-            f"cannot be made ({error.strerror or error})",
-            "a place to write",
-            "Remove what is there, or name another output",
-        ) from None
+        remedy = "Remove what is there, or name another output"
+        raise cannot_make(partial, error, remedy) from None
     try:
         yield partial
         sync_files(partial)

@@ -1,0 +1,153 @@
+"""How far a conversion is, in memory and in its journal, from which a second run takes it up.
+
+The journal has a line of identity, then one for each tensor that is done (a Result) and each change
+of layout (a Change). A Result counts only if the bytes in the shard have the digest that it says.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from ternarize.calibrate.pipeline import Calibrated
+from ternarize.convert.tensor import Change, Result
+from ternarize.convert.workplace import JOURNAL, STREAMED, changed, not_ours
+from ternarize.errors import OutputError
+from ternarize.files.headers import read_bytes
+from ternarize.files.outputs import write_whole
+from ternarize.plans.layout import PIECE, Plan, Shard, TensorPlan
+
+
+@dataclass
+class State:
+    """How far a conversion is.
+
+    shards      the files of the output, as they are laid out by now
+    unsealed    which of them have no header yet
+    results     what came of the tensors that are done
+    calibrated  what calibration has found
+    """
+
+    shards: list[Shard]
+    unsealed: set[int]
+    results: dict[str, Result] = field(default_factory=dict)
+    calibrated: Calibrated | None = None
+
+    @property
+    def tensors(self) -> list[TensorPlan]:
+        return [tensor for shard in self.shards for tensor in shard.tensors]
+
+    def undone(self, index: int) -> list[TensorPlan]:
+        """The tensors of a shard that are to be converted."""
+        tensors = self.shards[index].tensors
+        return [t for t in tensors if not t.tied_to and t.name not in self.results]
+
+    def bytes_done(self) -> int:
+        """Bytes of the source's tensors that are done."""
+        return sum(t.info.nbytes for t in self.tensors if t.tied_to or t.name in self.results)
+
+    def take(self, entry: Result | Change) -> None:
+        """Count a tensor as done, or change the layout: what its shard has is to be done again."""
+        if isinstance(entry, Result):
+            self.results[entry.name] = entry
+            return
+        asking = next(t for t in self.tensors if t.name == entry.name)
+        for index, shard in enumerate(self.shards):
+            tensors = tuple(_relaid(t, asking, entry) for t in shard.tensors)
+            if tensors != shard.tensors:
+                self.shards[index] = replace(shard, tensors=tensors)
+                self.unsealed.add(index)
+                for tensor in tensors:
+                    self.results.pop(tensor.name, None)
+
+    def forget_unwritten(self, partial: Path) -> None:
+        """Forget results whose bytes, in the layout of now, did not reach the disk."""
+        for shard in self.shards:
+            there = dict(_digests(partial / shard.file, shard, self.results))
+            for tensor in shard.tensors:
+                result = self.results.get(tensor.name)
+                if result is not None and there.get(tensor.name) != result.sha256:
+                    del self.results[tensor.name]
+
+
+def _relaid(tensor: TensorPlan, asking: TensorPlan, change: Change) -> TensorPlan:
+    """A tensor's plan after `asking` has got its change of layout.
+
+    8-bit scales do not mix with others in the parameter that several tensors load into.
+    """
+    if tensor.name == asking.name:
+        return replace(tensor, group_size=change.group_size, scale_dtype=change.scale_dtype)
+    fused = not set(tensor.choice.parameters).isdisjoint(asking.choice.parameters)
+    if fused and tensor.scale_dtype == "U8" and change.scale_dtype != "U8":
+        return replace(tensor, scale_dtype="F16")
+    return tensor
+
+
+def _digests(path: Path, shard: Shard, results: dict[str, Result]) -> Iterator[tuple[str, str]]:
+    """What the bytes on the disk give for the tensors of a shard that have results."""
+    done = [tensor for tensor in shard.tensors if tensor.name in results]
+    if not done or not path.is_file() or path.stat().st_size != shard.nbytes():
+        return
+    layout, base = shard.layout(), shard.data_start()
+    for tensor in done:
+        sha = hashlib.sha256()
+        for name, _, _ in tensor.stored():
+            start, nbytes = base + layout[name].start, layout[name].nbytes
+            for at in range(0, nbytes, PIECE):
+                piece = read_bytes(path, start + at, min(PIECE, nbytes - at))
+                sha.update(piece.numpy().data)
+        yield tensor.name, sha.hexdigest()
+
+
+def note(state: State, journal: TextIO, entry: Result | Change) -> None:
+    """Take an entry, and add its line to the journal, which is open."""
+    state.take(entry)
+    journal.write(json.dumps(asdict(entry)) + "\n")
+    journal.flush()
+
+
+def resume(plan: Plan, partial: Path, own: dict[str, Any]) -> State:
+    """Take up what an earlier run has left, or begin; raises OutputError if it is another's.
+
+    own  the `identity` of this conversion
+    """
+    path = partial / JOURNAL
+    lines = _lines(path)
+    if lines and lines[0] != own:
+        raise _of_another(partial, lines[0], own)
+    if not lines:
+        ours = (path.name, path.with_suffix(".new").name, STREAMED)
+        found = [p.name for p in partial.iterdir() if p.name not in ours]
+        if found:  # the journal is written before anything else, so this is not ours
+            raise not_ours(partial, found[0])
+    entries = [Result(**line) if "sha256" in line else Change(**line) for line in lines[1:]]
+    state = State(list(plan.shards), set(range(len(plan.shards))))
+    for entry in entries:
+        state.take(entry)
+    state.forget_unwritten(partial)
+    changes = [asdict(entry) for entry in entries if isinstance(entry, Change)]
+    done = [asdict(result) for result in state.results.values()]
+    text = "".join(json.dumps(line) + "\n" for line in [own, *changes, *done])
+    write_whole(path, text.encode())
+    return state
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else ():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:  # cut off in the middle of writing: nothing after it counts
+            break
+    return lines
+
+
+def _of_another(partial: Path, before: dict[str, Any], now: dict[str, Any]) -> OutputError:
+    files = changed(now["source"], before.get("source", []))
+    why = f"of another source ({files} differs)" if files else "with other options"
+    if files and {**before, "source": 0} != {**now, "source": 0}:
+        why += " and with other options"
+    found = f"holds an unfinished conversion {why}"
+    return OutputError(partial, found, "none", "Finish it with its own command, or remove it")

@@ -1,0 +1,190 @@
+"""What is written beside the weights: the record of the conversion, config.json, the index."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ternarize.calibrate.texts import SELF
+from ternarize.convert.journal import State
+from ternarize.convert.tensor import Result
+from ternarize.files import container
+from ternarize.files.container import FORMAT_VERSION
+from ternarize.files.names import INDEX, RECORD, SAFETENSORS
+from ternarize.measure.documents import DEFAULT
+from ternarize.plans.layout import Plan, TensorPlan, said_group_size
+from ternarize.plans.recipe import GPTQ, WITHOUT_DATA, Recipe
+from ternarize.sources.fetch import split_id
+from ternarize.sources.imports.common import Imported
+from ternarize.sources.origin import hub_commit, read_card
+from ternarize.version import __version__
+
+
+def write_small_files(plan: Plan, state: State, folder: Path) -> dict[str, Any]:
+    """Write all but the weights into `folder`; returns the record."""
+    source = plan.source
+    for name in plan.copied:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source.directory / name, target)
+    # tokenizer files that an import makes; those of the source itself come first
+    its_own = {"tokenizer.json", "tokenizer.model"} & set(plan.copied)
+    made = source.made if isinstance(source, Imported) and not its_own else {}
+    for name, content in made.items():
+        (folder / name).write_bytes(content)
+    record = make_record(plan, state)
+    # config.json also where the source has none: it is what says that the weights are packed
+    tables = {"config.json": _config(plan, state), RECORD: record}
+    if len(state.shards) > 1:
+        tables[SAFETENSORS + INDEX] = _index(plan, state)
+    for name, table in tables.items():
+        text = json.dumps(table, indent=2, ensure_ascii=False) + "\n"
+        (folder / name).write_text(text, "utf-8")
+    return record
+
+
+def _index(plan: Plan, state: State) -> dict[str, Any]:
+    weight_map = {name: shard.file for shard in state.shards for name in sorted(shard.layout())}
+    coverage, layouts = plan.coverage(), [shard.layout().values() for shard in state.shards]
+    return {
+        "metadata": {
+            "total_parameters": coverage["ternary"] + coverage["kept"],
+            "total_size": sum(entry.nbytes for layout in layouts for entry in layout),
+        },
+        "weight_map": weight_map,
+    }
+
+
+def _config(plan: Plan, state: State) -> dict[str, Any]:
+    """The configuration of the source, and how its weights are packed."""
+    config: dict[str, Any] = _without_paths(plan.source.config or {})
+    recipe = plan.recipe
+    if recipe.dtype:
+        config["dtype" if "torch_dtype" not in config else "torch_dtype"] = recipe.dtype
+    config["quantization_config"] = {
+        "quant_method": container.KEY,
+        "format_version": FORMAT_VERSION,
+        "method": recipe.method,
+        "group_size": said_group_size(plan, state.tensors),
+        "activations": recipe.activations,
+        **({"missing": plan.missing} if plan.missing else {}),
+    }
+    return config
+
+
+def _without_paths(table: Any) -> Any:
+    """A configuration without the folders that the source was once loaded from."""
+    if isinstance(table, list):
+        return [_without_paths(each) for each in table]
+    if not isinstance(table, Mapping):
+        return table
+    return {
+        key: _without_paths(value)
+        for key, value in table.items()
+        if key != "_name_or_path" or _is_hub_id(value)
+    }
+
+
+def _is_hub_id(value: Any) -> bool:
+    return isinstance(value, str) and split_id(value) is not None and not os.path.exists(value)
+
+
+def make_record(plan: Plan, state: State) -> dict[str, Any]:
+    """The record of a conversion: what was done to what, tensor by tensor, and what came out."""
+    source = plan.source
+    alone = isinstance(source, Imported) and source.alone
+    hub = None if alone else hub_commit(plan.model, source)
+    card = {} if alone else read_card(source.directory)
+    calibration, calibrated = plan.recipe.calibrate, state.calibrated
+    uncalibrated: Collection[str] = ()
+    # what calibration has not seen may have been trained since
+    if calibrated and calibration and not (calibration.reconstruct or calibration.distill):
+        blocks = calibrated.record["blocks"]
+        uncalibrated = {name for block in blocks for name in block["uncalibrated"]}
+    group_size = said_group_size(plan, state.tensors)
+    return {
+        "format_version": FORMAT_VERSION,
+        "tool": {"name": "ternarize", "version": __version__},
+        "source": {
+            "files": {file: (source.directory / file).stat().st_size for file in source.files},
+            "parameters": sum(i.numel for i in source.tensors.values()),
+            "bytes": source.stored_bytes,
+            **({"imported": source.about()} if isinstance(source, Imported) else {}),
+            **({"hub": hub} if hub else {}),
+            **({"card": card} if card else {}),
+            **({"missing": plan.missing} if plan.missing else {}),
+        },
+        "recipe": _recorded(replace(plan.recipe, group_size=group_size)),
+        "coverage": plan.coverage(),
+        **({"calibration": calibrated.record} if calibrated else {}),
+        "tensors": {
+            t.name: _tensor_record(t, state.results.get(t.name), plan.recipe, uncalibrated)
+            for t in state.tensors
+        },
+    }
+
+
+def _recorded(recipe: Recipe) -> dict[str, Any]:
+    """A recipe for the public record: of a data set on this disk, the last part of its path."""
+    calibration = recipe.calibrate
+    if calibration is not None and calibration.dataset not in (DEFAULT, SELF):
+        path = Path(os.path.expanduser(calibration.dataset))
+        if path.exists():
+            name = (path.resolve() if path.is_dir() else path).name
+            recipe = replace(recipe, calibrate=replace(calibration, dataset=name))
+    return asdict(recipe)
+
+
+def _tensor_record(
+    tensor: TensorPlan, result: Result | None, recipe: Recipe, uncalibrated: Collection[str]
+) -> dict[str, Any]:
+    """What became of a tensor; without a result it is tied to another."""
+    row: dict[str, Any] = {
+        "becomes": tensor.becomes,
+        "reason": f"tied to {tensor.tied_to}" if result is None else tensor.choice.reason,
+        "source_dtype": tensor.info.dtype,
+        "source_shape": list(tensor.info.shape),
+    }
+    if result is None:
+        return row
+    if result.calibrated and not tensor.packed:
+        row["reason"] += ", fitted by calibration"
+        row["fitted"] = True
+    row["stored_bytes"] = tensor.stored_bytes()
+    row["sha256"] = result.sha256
+    if not tensor.packed:
+        return row
+    size = max(1, tensor.info.numel)
+    row["method"] = tensor.choice.codec
+    if tensor.ternary:
+        row["method"] = recipe.method
+        if result.lossless:
+            row["method"] = "lossless"
+        elif recipe.method == GPTQ and (not result.calibrated or tensor.name in uncalibrated):
+            row["method"] = WITHOUT_DATA
+    row["group_size"] = result.group_size
+    if tensor.planes > 1:
+        row["planes"] = tensor.planes
+    if tensor.rotation[0]:
+        row["rotation"] = tensor.rotation[0]
+    row["bpw"] = round(row["stored_bytes"] * 8 / size, 4)
+    if tensor.ternary:
+        row["sparsity"] = round(1 - result.nonzero / (size * tensor.planes), 6)
+    row["relative_error"] = relative_error(result)
+    return row
+
+
+def relative_error(result: Result) -> float | None:
+    """sum (w - w')^2 / sum w^2 of a packed tensor, to six digits.
+
+    None where the squares leave the range of float32.
+    """
+    if not (math.isfinite(result.squared_error) and math.isfinite(result.energy)):
+        return None
+    if result.energy == 0:
+        return None if result.nonzero else 0.0
+    return round(result.squared_error / result.energy, 6)

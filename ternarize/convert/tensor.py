@@ -1,0 +1,375 @@
+"""One tensor, from the source to the output: read a piece, fit it, write it.
+
+What a tensor becomes is written piece by piece while it is read, so that memory does not depend on
+its size. Its scales are known at the end; where they, or the weights, turn out to need another
+layout than planned, that is returned, and the tensor is to be converted again.
+"""
+
+import hashlib
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ternarize.calibrate.run import read_solved
+from ternarize.errors import UsageError, WeightError
+from ternarize.files.checkpoint import Checkpoint, TensorInfo
+from ternarize.files.container import SCALE_SUFFIX, Record, join_planes, pack_planes
+from ternarize.files.headers import DTYPE_NAMES, DTYPES, byte_view
+from ternarize.plans.layout import PIECE, TensorPlan, logical
+from ternarize.plans.lossless import exact_groups, not_lossless
+from ternarize.plans.recipe import GPTQ, WITHOUT_DATA, Recipe
+from ternarize.sources.imports.common import Imported
+from ternarize.trits.int8 import INT8, encode_int8, int8_dtype
+from ternarize.trits.methods import METHODS, levels
+from ternarize.trits.methods.grouped import distance, fixed_sum
+from ternarize.trits.rotation import rotate
+from ternarize.trits.scales import scale_codes, scale_values, store_scales, to_float
+from ternarize.trits.ternary import Ternary, split_groups
+
+# the file of a calibrated block that holds a tensor, and the tensor's record there
+Solved = tuple[Checkpoint, Record]
+
+# where a piece of an entry goes: (entry, byte offset in it, bytes)
+Write = Callable[[str, int, Tensor], None]
+
+Method = Callable[[Tensor, int], Ternary]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one tensor; everything the journal must hold to go on after a break.
+
+    nonzero  trits other than zero, in all planes
+    """
+
+    name: str
+    sha256: str
+    scale_dtype: str = ""
+    group_size: int = 0
+    lossless: bool = False
+    nonzero: int = 0
+    squared_error: float = 0.0
+    energy: float = 0.0
+    calibrated: bool = False
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a tensor needs other than planned: wider scales, or groups that lose nothing."""
+
+    name: str
+    group_size: int
+    scale_dtype: str
+
+
+def convert_tensor(
+    source: Checkpoint,
+    tensor: TensorPlan,
+    recipe: Recipe,
+    write: Write,
+    device: str = "cpu",
+    solved: Solved | None = None,
+) -> Result | Change:
+    """Read one tensor of the source piece by piece, and write what it becomes.
+
+    device  where weights are ternarized; the result does not depend on it
+    solved  where calibration has put the tensor, if it has
+
+    Returns a Change where the planned layout cannot hold it; what was written then means nothing.
+    Raises WeightError naming the file, the tensor and the first bad index.
+    """
+    entries = _Entries(write)
+    try:
+        if not tensor.packed:
+            return _keep(source, tensor, entries, solved)
+        if tensor.choice.codec == INT8:
+            return _round(source, tensor, entries, device)
+        return _ternarize(source, tensor, recipe, entries, device, solved)
+    except WeightError:
+        raise not_finite(source, tensor.info) from None
+
+
+class _Entries:
+    """The entries that a tensor becomes, and the digest of all that was written to them."""
+
+    def __init__(self, write: Write) -> None:
+        self.write, self.sha, self.ends = write, hashlib.sha256(), Counter[str]()
+
+    def add(self, name: str, data: Tensor) -> None:
+        """Write data behind what the entry has."""
+        data = byte_view(data)
+        self.sha.update(data.numpy().data)
+        self.write(name, self.ends[name], data)
+        self.ends[name] += data.numel()
+
+    def digest(self) -> str:
+        return self.sha.hexdigest()
+
+
+# --- kept ---
+
+
+def _keep(
+    source: Checkpoint, tensor: TensorPlan, entries: _Entries, solved: Solved | None
+) -> Result:
+    if solved is not None:  # a bias or norm that calibration has changed
+        entries.add(tensor.name, solved[0].read(tensor.name))
+        return Result(tensor.name, entries.digest(), calibrated=True)
+    dtype, buffer = DTYPES[tensor.dtype], _buffer()
+    for start, stop in tensor.pieces():
+        piece = source.read(tensor.name, start, stop, buffer)
+        _check_finite(piece, but_for_infinity=tensor.choice.bound)
+        entries.add(tensor.name, piece if piece.dtype == dtype else _cast(piece, dtype, tensor))
+    return Result(tensor.name, entries.digest())
+
+
+def _cast(piece: Tensor, dtype: torch.dtype, tensor: TensorPlan) -> Tensor:
+    data = piece.to(dtype)
+    if bool((data.isinf() & piece.isfinite()).any()):
+        raise UsageError(
+            tensor.name,
+            f"{float(piece.abs().max())} does not fit {tensor.dtype}",
+            "a dtype that holds every kept weight",
+            "Use --dtype bfloat16 or float32",
+        )
+    return data
+
+
+# --- int8 ---
+
+
+def _round(
+    source: Checkpoint, tensor: TensorPlan, entries: _Entries, device: str
+) -> Result | Change:
+    group_size, dtype = tensor.group_size, DTYPES[tensor.scale_dtype]
+    all_scales, error, energy = [], 0.0, 0.0
+    for weight, _, _ in _weights(source, tensor, device):
+        # a piece that float16 cannot serve: all scales of the tensor become float32
+        if int8_dtype(weight, group_size).itemsize > dtype.itemsize:
+            return Change(tensor.name, group_size, "F32")
+        q, scales = encode_int8(weight, group_size, dtype)
+        missed = split_groups(weight.to(torch.float64), group_size)
+        energy += _sum(missed * missed)
+        missed = missed - split_groups(q, group_size) * scales.double().unsqueeze(-1)
+        error += _sum(missed * missed)
+        entries.add(tensor.name, q)
+        all_scales.append(scales.reshape(-1).cpu())
+    stored = torch.cat(all_scales) if all_scales else torch.empty(0, dtype=dtype)
+    entries.add(tensor.name + SCALE_SUFFIX, stored)
+    return Result(
+        tensor.name,
+        entries.digest(),
+        tensor.scale_dtype,
+        group_size,
+        squared_error=error,
+        energy=energy,
+    )
+
+
+# --- ternary ---
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """The planes of a piece; sum (w - w')^2 and sum w^2; trits other than zero."""
+
+    planes: Sequence[Ternary]
+    squared_error: float
+    energy: float
+    nonzero: int
+
+
+def _ternarize(
+    source: Checkpoint,
+    tensor: TensorPlan,
+    recipe: Recipe,
+    entries: _Entries,
+    device: str,
+    solved: Solved | None,
+) -> Result | Change:
+    imported = isinstance(source, Imported) and tensor.name in source.group_sizes
+    exact = None  # the groups in which nothing is lost
+    if solved is None:
+        exact = tensor.group_size if imported else exact_groups(source, tensor)
+    if exact is not None and exact != tensor.group_size:
+        return Change(tensor.name, exact, tensor.scale_dtype)
+    method = METHODS[WITHOUT_DATA if recipe.method == GPTQ else recipe.method]
+    whole = None if solved is None else read_solved(solved[0], tensor.name, solved[1])
+    all_scales, nonzero, error, energy = [], 0, 0.0, 0.0
+    for weight, start, stop in _weights(source, tensor, device):
+        if whole is not None:
+            fit = _as_solved(weight, whole, tensor, start, stop)
+        else:
+            fit = _by_method(weight, tensor, method, _exactly(weight, source, tensor, exact))
+        entries.add(tensor.name, pack_planes(*fit.planes, threads=1))
+        all_scales.append(join_planes([plane.scales.cpu() for plane in fit.planes]).reshape(-1))
+        error, energy = error + fit.squared_error, energy + fit.energy
+        nonzero += fit.nonzero
+    _, shape = tensor.record("").stored_shapes()
+    flat = torch.cat(all_scales) if all_scales else torch.empty(0, dtype=torch.float64)
+    bits = 8 if tensor.scale_dtype == "U8" else 16
+    scales = store_scales(flat.reshape(shape), exact=exact is not None, bits=bits)
+    scale_dtype = DTYPE_NAMES[scales.dtype]
+    if scales.dtype.itemsize != DTYPES[tensor.scale_dtype].itemsize:
+        return Change(tensor.name, tensor.group_size, scale_dtype)
+    entries.add(tensor.name + SCALE_SUFFIX, scales)
+    return Result(
+        tensor.name,
+        entries.digest(),
+        scale_dtype,
+        tensor.group_size,
+        exact is not None,
+        nonzero,
+        error,
+        energy,
+        solved is not None,
+    )
+
+
+def _exactly(
+    weight: Tensor, source: Checkpoint, tensor: TensorPlan, group_size: int | None
+) -> Ternary | None:
+    """A piece without loss; None where nobody expects that (group_size is None)."""
+    if group_size is None:
+        return None
+    exact = levels(weight, group_size)
+    if exact is None:  # what exact_groups has looked through is
+        assert isinstance(source, Imported)
+        raise not_lossless(source, tensor, group_size, source.group_sizes[tensor.name])
+    return exact
+
+
+def _by_method(weight: Tensor, tensor: TensorPlan, method: Method, exact: Ternary | None) -> _Fit:
+    """Planes each by the method on what those before it leave of the weight.
+
+    exact  the weight itself, if it is ternary: the first plane is then all of it
+    """
+    planes, rest = [_representable(exact or method(weight, tensor.group_size))], weight
+    while len(planes) < tensor.planes:
+        left = None if exact else _remainder(rest, planes[-1], tensor.scale_dtype)
+        rest = torch.zeros_like(weight) if left is None else left
+        planes.append(_representable(method(rest, tensor.group_size)))
+    error, energy, nonzero = distance(weight, planes[0])
+    if len(planes) > 1:
+        error, nonzero = distance(rest, planes[-1])[0], _nonzero(planes)
+    return _Fit(planes, error, energy, nonzero)
+
+
+def _representable(ternary: Ternary) -> Ternary:
+    """Zero the trits of groups whose scale is too small for float32, the widest stored dtype."""
+    lost = (ternary.scales.to(torch.float32) == 0) & (ternary.scales != 0)
+    if not bool(lost.any()):
+        return ternary
+    scales = ternary.scales.masked_fill(lost, 0)
+    trits = Ternary(ternary.trits, scales, ternary.group_size).dequantize(torch.float64).sign()
+    return Ternary(trits.to(torch.int8), scales, ternary.group_size)
+
+
+def _remainder(weight: Tensor, plane: Ternary, scale_dtype: str) -> Tensor:
+    """weight - scale * trit in float32, with the scale as it is planned to be stored."""
+    if scale_dtype == "U8":
+        scales = scale_values(scale_codes(plane.scales), torch.float64)
+    else:  # a scale that does not fit is found when all are stored, and everything is done again
+        scales = to_float(plane.scales, DTYPES[scale_dtype]).to(torch.float64)
+        scales = torch.where(scales.isfinite(), scales, plane.scales)
+    return weight.to(torch.float32) - replace(plane, scales=scales).dequantize()
+
+
+def _as_solved(
+    weight: Tensor, whole: Sequence[Ternary], tensor: TensorPlan, start: int, stop: int
+) -> _Fit:
+    """The part of calibrated planes that a piece holds, beside its weights as they were rotated.
+
+    `distance` cannot measure it: calibration lets some trits have the other sign than their weight.
+    """
+    rows, cols = tensor.shape[-2:]
+    first, last = start // cols, stop // cols
+    per = max(1, rows) if tensor.group_size == 0 else 1  # rows that share their scales
+    planes = []
+    for plane in whole:
+        trits = plane.trits.reshape(-1, cols)[first:last]
+        scales = plane.scales.reshape(-1, plane.scales.shape[-1])[first // per : -(-last // per)]
+        planes.append(Ternary(trits.contiguous(), scales.contiguous(), tensor.group_size))
+    block, seed = tensor.rotation
+    exact = (rotate(weight.to(torch.float32), block, seed) if block else weight).to(torch.float64)
+    missed = exact - sum(plane.dequantize(torch.float64) for plane in planes)
+    error, energy = (_sum(split_groups(x * x, tensor.group_size)) for x in (missed, exact))
+    return _Fit(planes, error, energy, _nonzero(planes))
+
+
+def _nonzero(planes: Sequence[Ternary]) -> int:
+    return sum(int(plane.trits.count_nonzero()) for plane in planes)
+
+
+def _sum(squares: Tensor) -> float:
+    """Over (rows, groups, length), in the same order on every machine."""
+    return float(fixed_sum(fixed_sum(squares.flatten(-2))))
+
+
+# --- reading ---
+
+
+def _weights(
+    source: Checkpoint, tensor: TensorPlan, device: str
+) -> Iterator[tuple[Tensor, int, int]]:
+    """The pieces of a tensor as matrices on the device, and where each starts and stops."""
+    buffer = _buffer()
+    for start, stop in tensor.pieces():
+        piece = source.read(tensor.name, start, stop, buffer).to(device)
+        yield logical(piece, tensor), start, stop
+
+
+_buffers = threading.local()
+
+
+def _buffer() -> Tensor:
+    """This thread's memory for reading a piece of any dtype."""
+    if not hasattr(_buffers, "piece"):
+        _buffers.piece = torch.empty(PIECE * 8, dtype=torch.uint8)
+    piece: Tensor = _buffers.piece
+    return piece
+
+
+# exponent bits of the 16- and 32-bit floats: all set means NaN or infinity
+_EXPONENT = {
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.bfloat16: (torch.int16, 0x7F80),
+}
+
+
+def _check_finite(piece: Tensor, but_for_infinity: bool) -> None:
+    """Raise WeightError if a floating-point piece has NaN or infinity, or NaN alone."""
+    if but_for_infinity:
+        finite = not bool(piece.isnan().any())
+    elif piece.dtype in _EXPONENT and piece.numel():
+        integer, mask = _EXPONENT[piece.dtype]
+        # largest magnitude as an integer: floats of one sign are ordered like their bits
+        finite = int((piece.view(integer) & torch.iinfo(integer).max).max()) < mask
+    else:
+        finite = not piece.dtype.is_floating_point or bool(piece.double().isfinite().all())
+    if not finite:
+        raise WeightError("a piece", "is not finite")
+
+
+def not_finite(source: Checkpoint, info: TensorInfo) -> WeightError:
+    """The whole story about a tensor that is not finite, for which it is read once more."""
+    count, first, kind = 0, -1, ""
+    for start in range(0, info.numel, PIECE):
+        piece = source.read(info.name, start, min(start + PIECE, info.numel)).double()
+        bad = ~piece.isfinite()
+        if first < 0 and bool(bad.any()):
+            at = int(bad.nonzero()[0])
+            first, kind = start + at, "NaN" if bool(piece[at].isnan()) else "infinite"
+        count += int(bad.sum())
+    index = [int(i) for i in torch.unravel_index(torch.tensor(first), info.shape)]
+    return WeightError(
+        f"{info.file}: {info.name}",
+        f"{count} of {info.numel} weights are NaN or infinite, first {kind} at {index}",
+        "finite ones",
+        "Repair the source",
+    )
