@@ -1,5 +1,6 @@
 """The command line: what goes where, exit codes, CLI.md itself."""
 
+import dataclasses
 import io
 import json
 import math
@@ -20,10 +21,15 @@ from rich.progress import Progress
 from rich.text import Text
 from typer.testing import CliRunner, Result
 
-from ternarize.cli import app as cli
-from ternarize.cli.app import Method, app
-from ternarize.plans.recipe import GPTQ, Calibrate
+from ternarize.cli import show, terminal
+from ternarize.cli.app import app
+from ternarize.cli.export import TARGET_NAMES
+from ternarize.plans import recipe as recipes
+from ternarize.plans.recipe import GPTQ, Calibrate, Recipe
+from ternarize.publish.export import TARGETS
+from ternarize.trits.int8 import INT8
 from ternarize.trits.methods import METHODS
+from ternarize.trits.rotation import BLOCKS
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "tiny-llama"
@@ -145,7 +151,7 @@ MISTAKES: list[tuple[list[str], int, str]] = [
     ([*FIT, "--min-quality", "kl_divergence=low"], 2, "NAME=VALUE"),
     ([*FIT, "--min-quality", "cosine=1", "--min-quality", "cosine=2"], 2, "given twice"),
     ([*FIT, "--window", "2"], 2, "--reconstruct"),
-    ([*FIT, "--rotation", "100"], 2, "0 or one of 4, 16"),
+    ([*FIT, "--rotation", "100"], 2, "one of 0, 4, 16"),
     ([*FIT, "--target-bpw", "1"], 2, "1.6 to 16 bits"),
     (["convert", "EXAMPLE", "OUT", "--dataset", "no/such.txt"], 2, "no/such.txt"),
     (["inspect", "PACKED", "--plot", "no/such/out.png"], 1, "there is no directory"),
@@ -206,8 +212,17 @@ def test_a_signal_exits_with_128_and_its_number_and_says_how_to_go_on(
     assert not (tmp_path / "packed").exists()
 
 
-def test_the_command_line_offers_every_method() -> None:
-    assert {method.value for method in Method} == {*METHODS, GPTQ}
+def test_names_that_the_recipe_writes_down_without_torch_are_those_of_what_it_names() -> None:
+    allowed = {
+        each.name: each.metadata["allowed"]
+        for kind in (Recipe, Calibrate)
+        for each in dataclasses.fields(kind)
+        if each.metadata
+    }
+    assert allowed["method"] == (*METHODS, GPTQ)
+    assert allowed["rotation"] == (0, *BLOCKS)
+    assert recipes.ENDS == ("keep", INT8, "ternary")
+    assert set(TARGET_NAMES) == set(TARGETS)
 
 
 def test_the_help_says_what_the_defaults_of_calibration_are() -> None:
@@ -254,7 +269,7 @@ def found_out(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[dict[str,
         calls.append({"output": output, "source": source, **options})
         return {**MEASURED, **changes}
 
-    monkeypatch.setattr("ternarize.convert.check.check", check)
+    monkeypatch.setattr("ternarize.convert.check.check_conversion", check)
     return calls
 
 
@@ -349,7 +364,7 @@ def test_of_an_encoder_the_cosine_is_shown(tmp_path: Path, monkeypatch: pytest.M
     found = {"measured": True, "tokens": 2048, "lines": 80, "seconds": 3.0}
     cosine = {**value(0.47), "minimum": 0.12, "minimum_line": "x"}
     monkeypatch.setattr(
-        "ternarize.convert.check.check", lambda *_, **__: {**found, "cosine": cosine}
+        "ternarize.convert.check.check_conversion", lambda *_, **__: {**found, "cosine": cosine}
     )
     result = ok("convert", EXAMPLE, tmp_path / "p")
     assert (
@@ -363,7 +378,7 @@ def test_why_nothing_is_measured_is_said_with_the_command_that_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str | None
 ) -> None:
     found = {"measured": False, "why": "memory: [too] little", "command": command}
-    monkeypatch.setattr("ternarize.convert.check.check", lambda *_, **__: found)
+    monkeypatch.setattr("ternarize.convert.check.check_conversion", lambda *_, **__: found)
     result = ok("convert", EXAMPLE, tmp_path / "p")
     assert len(result.stdout.splitlines()) == 2
     assert "\nNot measured: memory: [too] little\n" in result.stderr
@@ -371,16 +386,16 @@ def test_why_nothing_is_measured_is_said_with_the_command_that_does(
     assert "ternarize eval" in result.stderr if command else "eval" not in result.stderr
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, cli.Terminated])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, terminal.Terminated])
 def test_an_interrupted_check_leaves_a_complete_conversion_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
     def check(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr("ternarize.convert.check.check", check)
+    monkeypatch.setattr("ternarize.convert.check.check_conversion", check)
     result = run("convert", EXAMPLE, tmp_path / "p")
-    assert result.exit_code == (143 if error is cli.Terminated else 130)
+    assert result.exit_code == (143 if error is terminal.Terminated else 130)
     assert f"interrupted while measuring; {tmp_path / 'p'} is complete\n" in result.stderr
     assert "goes on" not in result.stderr
     ok("verify", tmp_path / "p", "--source", EXAMPLE)
@@ -560,8 +575,10 @@ def test_the_bar_and_its_clock_start_afresh_with_each_stage(
             bars.append(self)
 
     monkeypatch.setattr("rich.progress.Progress", Watched)
-    monkeypatch.setattr(cli, "err", Console(file=io.StringIO(), force_terminal=True, width=100))
-    with cli._progress(quiet=False) as update:
+    monkeypatch.setattr(
+        terminal, "err", Console(file=io.StringIO(), force_terminal=True, width=100)
+    )
+    with terminal.progress_bar(quiet=False) as update:
         assert update is not None
         (bar,) = bars
         (task,) = bar.tasks
@@ -584,12 +601,12 @@ def test_the_bar_and_its_clock_start_afresh_with_each_stage(
 
 def test_of_many_blocks_the_first_the_worst_and_the_last_are_shown() -> None:
     blocks = [{"block": f"h.{i}", "before": 0.5, "after": 0.1 + (i == 7) * 0.2} for i in range(30)]
-    labels = [label for label, _ in cli._chosen_blocks(blocks)]
+    labels = [label for label, _ in show.chosen_blocks(blocks)]
     assert labels == ["h.0 (first of 30)", "h.7 (worst of 30)", "h.29 (last of 30)"]
     blocks[29]["after"] = 0.9
-    labels = [label for label, _ in cli._chosen_blocks(blocks)]
+    labels = [label for label, _ in show.chosen_blocks(blocks)]
     assert labels == ["h.0 (first of 30)", "h.29 (worst and last of 30)"]
-    assert [b for _, b in cli._chosen_blocks(blocks[:8])] == blocks[:8]
+    assert [b for _, b in show.chosen_blocks(blocks[:8])] == blocks[:8]
 
 
 def test_matrices_that_saw_too_few_tokens_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
@@ -602,7 +619,7 @@ def test_matrices_that_saw_too_few_tokens_are_counted(capsys: pytest.CaptureFixt
         "uncalibrated": 5,
         "blocks": [{**block, "uncalibrated": few}],
     }
-    cli._print_calibration({"calibration": found})
+    show.show_calibration({"calibration": found})
     text = re.sub(r" +", " ", capsys.readouterr().out)
     assert "5 matrices saw too few tokens" in text
     assert " layers.3.mlp.experts.up[1] (1 tokens)" in text and "up[4]" not in text

@@ -120,14 +120,15 @@ def test_a_warning_of_torchs_own_core_is_silent_and_its_error_is_not(packed: Pat
     program = """
 import datetime
 from ternarize.cli import app as cli
+from ternarize.cli.options import Debug
 
-@cli.command
-def connect(debug: bool = False) -> None:
+def connect(*, debug: Debug = False) -> None:
     import torch
     with __import__("contextlib").suppress(torch.distributed.DistNetworkError):
         wait = datetime.timedelta(milliseconds=50)
         torch.distributed.TCPStore("127.0.0.1", 1, is_master=False, timeout=wait)
 
+cli.register("connect", connect)
 cli.app()
 """
     level = re.compile(r"^\[(W|E)\d{4} ", re.MULTILINE)

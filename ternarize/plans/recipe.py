@@ -42,7 +42,10 @@ class Span:
 
 
 def option(
-    default: Any, text: str, allowed: Span | tuple[Any, ...] | None = None, metavar: str = ""
+    default: Any,
+    text: str,
+    allowed: Span | tuple[Any, ...] | None = None,
+    metavar: str | None = None,
 ) -> Any:
     """The field of an option.
 
@@ -221,8 +224,8 @@ NAMED: dict[str, tuple[dict[str, Any], str]] = {
     "good": ({"method": GPTQ, "calibrate": {}}, "calibrated, block by block"),
     "best": (
         {"method": GPTQ, "calibrate": {"num_samples": 512, "distill": 1000}},
-        "then trained: more than five times the time, the whole model in memory, and much text, "
-        "which --dataset names",
+        "trained after that: the whole model in memory, more than five times the processor time, "
+        "and much text, which --dataset names",
     ),
 }
 

@@ -71,6 +71,7 @@ RIGHT = {  # by the name of an argument or option: what it mostly is
     "--plot": ["plot.png", "plot.svg"],
     "--min-quality": QUALITY,
     "--head": ["int8", "keep", "ternary"],
+    "--recipe": ["fast", "recipe.toml", "packed64/ternarize.json", "packed/config.json"],
 }
 # of these a large one is right, and takes its time
 AMOUNTS = (
@@ -85,7 +86,7 @@ def options_of(document: str) -> dict[str, dict[str, str]]:
     """What CLI.md lists: {command: {argument or option: type, or "" for a switch}}."""
     found: dict[str, dict[str, str]] = {}
     for part in document.split("\n## `ternarize ")[1:]:
-        rows = re.findall(r"^\* `(?:-\w, )?(--)?([\w-]+)(?: (<[^`]*>|[A-Z=]+))?`:", part, re.M)
+        rows = re.findall(r"^\* `(?:-\w, )?(--)?([\w-]+)(?: (<[^`]*>|[A-Z=|]+))?`:", part, re.M)
         found[part.partition("`")[0]] = {dash + name: kind for dash, name, kind in rows}
     return found
 
@@ -150,6 +151,7 @@ def furnish(place: Path) -> None:
     export(place / "packed64", place / "model.gguf", "gguf", kind="q2_0")
     (place / "text.txt").write_text("The function returns the first of them.\n" * 60)
     (place / "empty.txt").write_text("")
+    (place / "recipe.toml").write_text('method = "twn"\ngroup_size = 32\nkeep = ["*up_proj*"]\n')
     (place / "bytes.txt").write_bytes(bytes(range(256)))
     (place / "folder").mkdir()
 

@@ -1,0 +1,222 @@
+"""`ternarize convert`."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ternarize.cli.options import AsJson, Debug, Device, Model, Quiet, RecipeName
+from ternarize.cli.show import show_calibration, show_totals
+from ternarize.cli.show_check import show_check, show_hints
+from ternarize.cli.show_plan import show_plan
+from ternarize.cli.terminal import advise, err, failed, interrupted, print_json, progress_bar, shown
+from ternarize.errors import TernarizeError, UsageError, printable
+from ternarize.plans.recipe import GPTQ, Calibrate, Recipe, open_recipe
+
+
+def convert_command(
+    model: Model,
+    output: Annotated[Path, "Directory to make; must not exist."],
+    *,
+    recipe: RecipeName = None,
+    min_quality: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Fail unless samples put aside give at most this perplexity, perplexity_ratio or "
+            "kl_divergence, or at least this top1_agreement or cosine.",
+        ),
+    ] = None,
+    stream: Annotated[
+        bool, "Fetch a Hub model shard by shard, and delete each shard once it is packed."
+    ] = False,
+    allow_missing: Annotated[
+        bool, "Convert a source that lacks weights of its model; loading makes them up."
+    ] = False,
+    device: Device = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Tensors worked on at once.")] = None,
+    no_check: Annotated[
+        bool, "Do not measure what came of a conversion without data, nor run it."
+    ] = False,
+    dry_run: Annotated[bool, "Print the plan; write nothing."] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    **options: Any,
+) -> None:
+    """Convert a checkpoint into a packed ternary one.
+
+    Linear weights in the repeated blocks of the model become ternary; the rest is kept, and
+    --dry-run says why. With --dataset they are fitted, block by block, to what the model does on
+    those texts, and the result is measured on texts put aside. Interrupted, the same command goes
+    on; OUTPUT appears when all of it is verified.
+
+    Without data, a language model or text encoder that fits into memory beside its source is then
+    measured against it on a little text, where that takes about a minute; of larger ones the
+    command that does it is printed. The figures are printed alone (with --json as "check"), and
+    not taken with --no-check or -q.
+
+    Example: ternarize convert examples/tiny-llama packed --method itf
+
+    Example: ternarize convert examples/tiny-llama fitted --dataset default --num-samples 8
+    """
+    given = {name: value for name, value in options.items() if value is not None and value != []}
+    start = Recipe() if recipe is None else open_recipe(recipe)
+    chosen = _with_options(start, given, bool(min_quality))
+    bounds = _bounds(min_quality or [])
+    from ternarize.convert.run import check_bounds
+    from ternarize.convert.run import convert as run
+    from ternarize.threads import THREADS
+
+    check_bounds(chosen, bounds)
+    if dry_run:
+        named = recipe is not None
+        _dry_run(model, chosen, allow_missing, as_json=as_json, debug=debug, named=named)
+        return
+    if chosen.calibrate is not None:
+        device = device or _fastest_device(quiet)
+    with progress_bar(quiet) as update:
+        record = run(
+            model,
+            output,
+            chosen,
+            threads=threads or THREADS,
+            device=device,
+            progress=update,
+            min_quality=bounds,
+            stream=stream,
+            allow_missing=allow_missing,
+        )
+    wanted = not (quiet or no_check)
+    if as_json:
+        measured = {"check": _check(record, model, output, stream)} if wanted else {}
+        print_json({"output": str(output), **record, **measured})
+        return
+    from ternarize.measure.report import inspect as describe
+
+    report = describe(output)
+    show_totals(report)
+    show_calibration(report)
+    if not quiet:
+        for note in record["notes"]:
+            advise(f"note: {printable(note)}")
+        found = _check(record, model, output, stream) if wanted else None
+        show_check(found)
+        show_hints(model, output, report, found)
+
+
+def _with_options(recipe: Recipe, given: dict[str, Any], bounded: bool) -> Recipe:
+    """The recipe with the options that are given beside it.
+
+    Those of calibration go into its calibration; a method without data drops that. `bounded` says
+    that figures of a calibration are asked for.
+    """
+    own = {each.name: given[each.name] for each in fields(Calibrate) if each.name in given}
+    method = given.get("method") or (GPTQ if "dataset" in own else recipe.method)
+    calibrate = None
+    if method == GPTQ:
+        calibrate = replace(recipe.calibrate or Calibrate(), **own)
+        if own.get("window", 1) > 1 and not calibrate.reconstruct:
+            raise UsageError(
+                "--window",
+                f"{calibrate.window} blocks to train together, without training",
+                "--reconstruct STEPS with it",
+                "Add it, or leave out --window",
+            )
+    elif own or bounded:
+        _refuse_calibration([*own, "min_quality"][0], given.get("method"))
+    others = {name: value for name, value in given.items() if name not in own}
+    return replace(recipe, **others | {"method": method, "calibrate": calibrate})
+
+
+def _refuse_calibration(name: str, method: str | None) -> None:
+    """Raise UsageError for an option of calibration beside a method that has none."""
+    option = "--" + name.replace("_", "-")
+    if method is None:
+        raise UsageError(
+            option,
+            "is for calibration, which nothing asks for",
+            "--dataset with it",
+            "Add --dataset default or a text of your own",
+        )
+    raise UsageError(
+        option,
+        f"is for calibration, and --method {method} uses no data",
+        "--method gptq with it",
+        f"Change the method, or leave out {option}",
+    )
+
+
+def _bounds(asked: list[str]) -> dict[str, float]:
+    """The values of --min-quality: ["kl_divergence=0.2"] -> {"kl_divergence": 0.2}."""
+    bounds: dict[str, float] = {}
+    for each in asked:
+        name, _, text = each.partition("=")
+        if name in bounds:
+            raise UsageError(
+                "--min-quality", f"{name} is given twice", "one bound for it", "Leave one out"
+            )
+        try:
+            bounds[name] = float(text)
+        except ValueError:
+            raise UsageError(
+                "--min-quality",
+                f"{each!r}",
+                "NAME=VALUE with a number",
+                "Write for instance kl_divergence=0.2",
+            ) from None
+    return bounds
+
+
+def _dry_run(
+    model: str, recipe: Recipe, allow_missing: bool, *, as_json: bool, debug: bool, named: bool
+) -> None:
+    """Print the plan, with the options of a `named` recipe; then, if it would be refused, why."""
+    from ternarize.convert.run import checked
+    from ternarize.plans.plan import make_plan
+
+    plan = make_plan(model, recipe, config_only=True)
+    refused: TernarizeError | None = None
+    try:
+        plan = checked(plan, allow_missing)
+    except TernarizeError as error:  # of which the plan tells the reasons
+        refused = error
+    table = plan.to_dict()
+    if refused and as_json and not debug:
+        raise failed(refused, as_json, **table)
+    if as_json:
+        print_json(table)
+    else:
+        show_plan(table, with_recipe=named)
+    if refused:
+        raise refused
+
+
+def _check(
+    record: dict[str, Any], model: str, output: Path, streamed: bool
+) -> dict[str, Any] | None:
+    """What `ternarize.check` finds where weights were rounded without data; else None."""
+    rows = record.get("tensors", {}).values()
+    methods = {row["method"] for row in rows if row["becomes"] == "ternary"}
+    if "calibration" in record or not methods - {"lossless"}:
+        return None
+    from ternarize.convert.check import check_conversion
+
+    try:
+        with progress_bar(quiet=False) as update:
+            return check_conversion(output, model, streamed=streamed, progress=update)
+    except KeyboardInterrupt as stop:  # of what is no part of the conversion
+        raise interrupted(stop, f" while measuring; {shown(output)} is complete") from None
+
+
+def _fastest_device(quiet: bool) -> str:
+    """Where to calibrate when nothing is asked for: on a GPU if there is one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    if not quiet:
+        name = torch.cuda.get_device_name()
+        err.print(f"calibrating on cuda ({name}); --device cpu for the processor", highlight=False)
+    return "cuda"

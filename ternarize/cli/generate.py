@@ -1,0 +1,75 @@
+"""`ternarize generate`."""
+
+from dataclasses import asdict
+from typing import Annotated
+
+from ternarize.cli.options import (
+    AsJson,
+    Debug,
+    Device,
+    Packed,
+    Quiet,
+    RunActivations,
+    RunDtype,
+    RunHead,
+)
+from ternarize.cli.terminal import advise, print_json
+
+
+def generate_command(
+    model: Packed,
+    *,
+    prompt: Annotated[str, "Text to continue."] = "",
+    max_new_tokens: Annotated[
+        int | None, "Stop after these; default: 128, or the room there is."
+    ] = None,
+    temperature: Annotated[float, "0: always the likeliest token."] = 0.0,
+    top_k: Annotated[int | None, "Sample from the k likeliest."] = None,
+    top_p: Annotated[float | None, "Sample from probability p."] = None,
+    seed: Annotated[int | None, "Of the sampling."] = None,
+    chat: Annotated[bool, "Put the prompt into the chat template."] = False,
+    activations: RunActivations = None,
+    head: RunHead = None,
+    device: Device = None,
+    dtype: RunDtype = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Continue a text with a packed language model, printed as it comes.
+
+    Example: ternarize generate packed --prompt "The function returns" --max-new-tokens 40
+    """
+    from ternarize.models.reads import open_tokenizer
+    from ternarize.runtime.generate import generate
+    from ternarize.runtime.load import load
+    from ternarize.sources.checkpoint import locate
+
+    directory = locate(model)
+    tokenizer = open_tokenizer(directory)
+    loaded = load(directory, device=device, dtype=dtype, activations=activations, head=head)
+
+    def stream(piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    if not as_json:
+        stream(prompt)
+    result = generate(
+        loaded,
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        chat=chat,
+        stream=None if as_json else stream,
+    )
+    if as_json:
+        numbers = {**asdict(result), "tokens_per_second": round(result.tokens_per_second, 3)}
+        print_json({"model": model, "prompt": prompt, **numbers})
+        return
+    print()
+    if not quiet:
+        advise(f"{result.new_tokens} tokens, {result.tokens_per_second:.1f} per second")
