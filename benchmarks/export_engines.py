@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 import ternarize
 from ternarize.convert.run import convert
-from ternarize.measure.evaluate import cut_windows, open_tokenizer, read_documents
+from ternarize.measure.documents import cut_windows, read_documents
+from ternarize.models.reads import open_tokenizer
 from ternarize.plans.recipe import Recipe
 from ternarize.publish.export import export
 from ternarize.runtime.decode import cache_of

@@ -48,7 +48,9 @@ from quality_minilm import find_checkpoint, measure, read_pairs
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ternarize.measure.evaluate import compare_windows, cut_windows, open_tokenizer, read_documents
+from ternarize.measure.documents import cut_windows, read_documents
+from ternarize.measure.language_models import compare_windows
+from ternarize.models.reads import open_tokenizer
 
 EVAL_TOKENS, EVAL_LEN = 60_000, 256
 BATCH = 8

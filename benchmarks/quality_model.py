@@ -19,14 +19,10 @@ from typing import Any
 import torch
 from common import hide_bars, parser, timed_convert, write_figures
 
-from ternarize.measure.evaluate import (
-    beginning,
-    compare_windows,
-    cut,
-    evaluate,
-    prepare,
-    read_documents,
-)
+from ternarize.measure.documents import cut, read_documents
+from ternarize.measure.evaluate import evaluate, prepare
+from ternarize.measure.language_models import compare_windows
+from ternarize.models.reads import beginning
 from ternarize.plans.recipe import Calibrate, Recipe
 
 MEASURES = {"perplexity": ",.2f", "kl_divergence": ".4f", "top1_agreement": ".4f"}

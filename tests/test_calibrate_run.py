@@ -24,9 +24,10 @@ from ternarize.calibrate.gptq import solve
 from ternarize.convert.run import convert
 from ternarize.convert.verify import verify
 from ternarize.errors import CheckpointError, SelectionError, UsageError, WeightError
-from ternarize.measure.evaluate import compare_logits, summarize
-from ternarize.plans.plan import check_fused, make_plan
+from ternarize.measure.language_models import compare_logits, summarize
+from ternarize.plans.plan import make_plan
 from ternarize.plans.recipe import Recipe
+from ternarize.plans.rules import check_fused
 from ternarize.progress import Progress
 from ternarize.trits.methods import absmean
 
@@ -484,16 +485,19 @@ def test_what_windows_begin_with_is_on_record(tmp_path: Path, seen: Seen) -> Non
 
 
 def test_tensors_of_one_parameter_must_have_one_form(tmp_path: Path) -> None:
-    work = make_plan(calibrating.save("mixtral", tmp_path / "source"), Recipe())
-    tensors = [t for t in work.tensors if t.ternary]
-    check_fused(tensors)
-    at = next(i for i, t in enumerate(tensors) if "experts.1.w1" in t.name)
-    for change in ({"group_size": 64}, {"planes": 2}, {"rotation": (16, 0)}):
+    plan = make_plan(calibrating.save("mixtral", tmp_path / "source"), Recipe())
+    tensors = [t for t in plan.tensors if t.ternary]
+
+    def check(at: int, **change: Any) -> None:
         mixed = [*tensors[:at], replace(tensors[at], **change), *tensors[at + 1 :]]
+        check_fused((t.choice, t.form) for t in mixed)
+
+    at = next(i for i, t in enumerate(tensors) if "experts.1.w1" in t.name)
+    check(at)
+    for change in ({"group_size": 64}, {"planes": 2}, {"rotation": (16, 0)}):
         with pytest.raises(SelectionError, match="both load into"):
-            check_fused(mixed)
-    alone = next(i for i, t in enumerate(tensors) if t.name.endswith("q_proj.weight"))
-    check_fused([*tensors[:alone], replace(tensors[alone], planes=2), *tensors[alone + 1 :]])
+            check(at, **change)
+    check(next(i for i, t in enumerate(tensors) if t.name.endswith("q_proj.weight")), planes=2)
 
 
 def test_nothing_of_a_conversion_that_ended_is_left(

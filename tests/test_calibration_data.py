@@ -25,10 +25,12 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
-from ternarize.calibrate import data
 from ternarize.calibrate.data import Samples, read
+from ternarize.calibrate.samples import _windows
+from ternarize.calibrate.texts import Document, draw
 from ternarize.errors import CheckpointError, UsageError
-from ternarize.measure.evaluate import CAUSAL, ENCODER, read_documents
+from ternarize.measure import documents
+from ternarize.models.reads import CAUSAL, ENCODER, ENCODER_DECODER, TENSORS, kind_of
 from ternarize.plans.recipe import Calibrate
 
 Fast: Any = transformers.PreTrainedTokenizerFast
@@ -303,7 +305,7 @@ def test_records_without_text_are_counted(tmp_path: Path) -> None:
     ],
 )
 def test_numbers_out_of_range_are_refused(file: Path, name: str, value: Any) -> None:
-    with pytest.raises(UsageError, match=f"^{name.replace('_', ' ')}: {value}; expected "):
+    with pytest.raises(UsageError, match=f"^{name.replace('_', ' ')}: {str(value)[:60]}; expected "):
         get(file, **{name: value})
 
 
@@ -415,9 +417,9 @@ def test_hardly_any_text_is_refused_with_numbers(tmp_path: Path) -> None:
 
 def test_a_large_stream_keeps_what_is_drawn_and_no_more() -> None:
     """What is kept depends on the documents alone, not on the order in which they come."""
-    stream = [data._Document(f"{index} " * 50) for index in range(1000)]
-    kept, empty = data._draw(stream, 0, 5000)
-    again, _ = data._draw(stream[::-1] + stream, 0, 5000)
+    stream = [Document(f"{index} " * 50) for index in range(1000)]
+    kept, empty = draw(stream, 0, 5000)
+    again, _ = draw(stream[::-1] + stream, 0, 5000)
     assert (kept, empty) == (again, 0)
     assert 5000 <= sum(len(each.text) for each in kept) < 5300
     numbers = [int(each.text.split()[0]) for each in kept]
@@ -450,7 +452,7 @@ def test_every_window_begins_with_what_the_tokenizer_puts_in_front(file: Path, a
         assert row[0] == 1 and 2 not in row and row.count(1) <= 2
         # a document of 20 words begins once in 21 tokens, and a window that it begins with once
         assert all(token >= 10 or before != 1 for before, token in itertools.pairwise(row))
-    every = data._windows([data._Document(each) for each in DOCUMENTS], words, 8)
+    every = _windows([Document(each) for each in DOCUMENTS], words, 8)
     used = [token for row in every for token in row if token >= 10]
     text_ids = [token for each in DOCUMENTS for token in words(each).input_ids if token >= 10]
     assert used == text_ids[: len(used)] and len(text_ids) - len(used) < 7
@@ -549,21 +551,21 @@ def test_the_decoder_gets_what_follows_shifted_right(tmp_path: Path) -> None:
         ("gemma3", CAUSAL),  # reads images too, and text alone
         ("bert", ENCODER),
         ("bert_classifier", ENCODER),
-        ("t5", data.ENCODER_DECODER),
-        ("whisper", data.TENSORS),
-        ("vit", data.TENSORS),
-        ("clip", data.TENSORS),  # runs on pairs only
+        ("t5", ENCODER_DECODER),
+        ("whisper", TENSORS),
+        ("vit", TENSORS),
+        ("clip", TENSORS),  # runs on pairs only
     ],
 )
 def test_what_a_model_reads_is_told_from_its_class(model: str, kind: str) -> None:
     config = tiny_models.CONFIGS[model]()
-    assert data.kind_of(getattr(transformers, (config.architectures or [""])[0]), config) == kind
+    assert kind_of(getattr(transformers, (config.architectures or [""])[0]), config) == kind
 
 
 def test_a_decoder_whose_config_denies_it_is_a_language_model() -> None:
     config = transformers.GPTNeoXConfig()
     assert config.is_decoder is False
-    assert data.kind_of(transformers.GPTNeoXForCausalLM, config) == CAUSAL
+    assert kind_of(transformers.GPTNeoXForCausalLM, config) == CAUSAL
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "bert_classifier", "t5"])
@@ -650,10 +652,10 @@ def test_the_default_text_needs_nothing() -> None:
     found = get("default", num_samples=100)
     assert found.description["samples"] == 100
     assert "files" not in found.description
-    documents = read_documents(Path(data.__file__).with_name("default.txt"))
-    assert len(documents) >= 250
-    assert sum(map(len, documents)) > 250_000
-    assert len(set(documents)) == len(documents)
+    every = documents.read_documents(documents.own_text())
+    assert len(every) >= 250
+    assert sum(map(len, every)) > 250_000
+    assert len(set(every)) == len(every)
 
 
 @pytest.mark.parametrize("model", ["vit", "whisper", "clip"])

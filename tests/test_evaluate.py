@@ -21,16 +21,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 import ternarize
 from ternarize.convert.run import convert
 from ternarize.errors import CheckpointError, FormatError, TernarizeError, UsageError
-from ternarize.measure.evaluate import (
-    compare_windows,
-    cut,
-    cut_windows,
-    embed,
-    evaluate,
-    frame,
-    open_tokenizer,
-    read_documents,
-)
+from ternarize.measure.documents import cut, cut_windows, read_documents
+from ternarize.measure.encoders import embed
+from ternarize.measure.evaluate import evaluate
+from ternarize.measure.language_models import compare_windows
+from ternarize.models.reads import frame, open_tokenizer
 from ternarize.plans.recipe import Recipe
 from ternarize.runtime.generate import generate
 
@@ -540,7 +535,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     save("llama", tmp_path / "model", size=200)
     path = tmp_path / "text.txt"
     path.write_text("w199 " * 20)
-    with pytest.raises(CheckpointError, match="gives token 199 .* below the model's 160"):
+    with pytest.raises(CheckpointError, match="tokens . to 199; expected 0 to 159, the model's vocabulary"):
         evaluate(tmp_path / "model", text=path, seq_len=SEQ_LEN)
 
 

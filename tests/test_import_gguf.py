@@ -24,14 +24,14 @@ from ternarize.cli.app import app
 from ternarize.convert.run import convert
 from ternarize.convert.verify import verify
 from ternarize.errors import CheckpointError, FormatError, TernarizeError, UsageError
-from ternarize.measure import evaluate
+from ternarize.files.gguf import read_gguf
+from ternarize.measure.measured import look
 from ternarize.plans.plan import make_plan
 from ternarize.plans.recipe import Recipe
 from ternarize.publish.export import export
 from ternarize.publish.export.common import PackedCheckpoint, open_verified
 from ternarize.sources.imports import open_source
 from ternarize.sources.imports.common import Imported
-from ternarize.sources.imports.gguf import read_gguf
 from ternarize.trits import ggml
 
 CONFIGS: dict[str, Callable[[], Any]] = {
@@ -62,7 +62,7 @@ def test_blocks_are_read_as_gguf_reads_them(kind: str) -> None:
     """Whatever their bytes are, also those that no encoder writes."""
     data = np.random.default_rng(0).integers(0, 256, (300, ggml.TYPES[kind].nbytes), dtype=np.uint8)
     data[:, -2:] = np.random.default_rng(1).normal(size=(300, 1)).astype(np.float16).view(np.uint8)
-    digits, d = ggml.decode(torch.from_numpy(data), kind)
+    digits, d = ggml.decode_blocks(torch.from_numpy(data), kind)
     found = (digits.to(torch.float32) - 1) * d.float()[:, None]
     number = gguf.GGMLQuantizationType[kind.upper()]
     assert np.array_equal(found.numpy(), gguf.dequantize(data, number))
@@ -72,7 +72,9 @@ def test_blocks_are_read_as_gguf_reads_them(kind: str) -> None:
 def test_blocks_come_back(kind: str) -> None:
     block = ggml.TYPES[kind].block
     ternary = exporting.random_ternary(5, 3, block, 0)
-    digits, d = ggml.decode(ggml.encode(ternary, kind).reshape(-1, ggml.TYPES[kind].nbytes), kind)
+    digits, d = ggml.decode_blocks(
+        ggml.encode_blocks(ternary, kind).reshape(-1, ggml.TYPES[kind].nbytes), kind
+    )
     assert torch.equal(digits.to(torch.int8).view(5, -1) - 1, ternary.trits)
     assert torch.equal(d.view(5, 3).double(), ternary.scales)
 
@@ -289,7 +291,7 @@ def test_what_lies_around_a_file_is_not_looked_at(
     monkeypatch.setattr("ternarize.plans.copied.small_files", None)
     work = make_plan(f"{small}@x86")
     assert work.copied == work.left_out == []
-    directory, config, source = evaluate._look(f"{small}@x86")  # it is no Hub id
+    directory, config, source = look(f"{small}@x86")  # it is no Hub id
     assert directory == small.parent and config and source is not None
 
 
@@ -382,7 +384,7 @@ PIECES = {
         ),
         ({"general.architecture": "mamba"}, {}, "architecture 'mamba'; expected one of llama, "),
         ({"general.architecture": None}, {}, "architecture 'None'"),
-        ({B + "attention.scale": 0.5}, {}, "attention.scale 0.5; this import knows no such key"),
+        ({B + "attention.scale": 0.5}, {}, "attention.scale 0.5; expected no such key"),
         ({B + "block_count": 2**31 - 1}, {}, "2147483647 blocks"),
         ({B + "block_count": 3}, {}, r"layers.2.\S+ is missing; expected \["),
         ({B + "embedding_length": "x"}, {}, "embedding_length 'x'"),

@@ -24,7 +24,7 @@ from ternarize.files import unmapped
 from ternarize.files.headers import read_bytes
 from ternarize.files.json_files import read_config
 from ternarize.measure import report
-from ternarize.measure.evaluate import open_tokenizer
+from ternarize.models.reads import open_tokenizer
 from ternarize.runtime.generate import generate
 from ternarize.sources.packed import open_packed
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ternarize.calibrate.blocks import Batch
 from ternarize.calibrate.budget import allocate, describe
-from ternarize.calibrate.data import ENCODER_DECODER, MAX_SEQ_LEN, SELF, Samples, kind_of, read
+from ternarize.calibrate.data import MAX_SEQ_LEN, Samples, read
 from ternarize.calibrate.run import Calibration, open_solved
+from ternarize.calibrate.texts import SELF
 from ternarize.errors import CheckpointError, OutputError
 from ternarize.files import container
 from ternarize.files.checkpoint import Checkpoint
@@ -25,7 +26,7 @@ from ternarize.files.outputs import write_whole
 from ternarize.measure.encoders import pool
 from ternarize.measure.language_models import compare_logits, summarize
 from ternarize.models.configuration import usable
-from ternarize.models.reads import CAUSAL, TOKENIZER_FILES, open_tokenizer
+from ternarize.models.reads import CAUSAL, ENCODER_DECODER, has_tokenizer, kind_of, open_tokenizer
 from ternarize.plans.layout import Plan, TensorPlan
 from ternarize.plans.recipe import Calibrate
 from ternarize.progress import Progress
@@ -196,8 +197,7 @@ def _samples(work: Plan, how: Calibrate) -> Samples:
             f"class of transformers {transformers.__version__}",
             remedy="Convert it without --dataset, or install the version that has the class",
         )
-    has_tokenizer = any((directory / name).is_file() for name in TOKENIZER_FILES)
-    tokenizer = open_tokenizer(directory) if has_tokenizer else None
+    tokenizer = open_tokenizer(directory) if has_tokenizer(directory) else None
     length = how.seq_len or MAX_SEQ_LEN
     generate = _Writer(directory, model_class) if how.dataset == SELF else None
     return read(

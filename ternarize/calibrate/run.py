@@ -574,7 +574,7 @@ class Calibration:
 
             with torch.no_grad():
                 logits = getattr(forward(0, {}), "logits", None)
-            words = logits is not None and model_end(model, "output") is not None
+            words = logits is not None and model_end(model, "head") is not None
 
             def outputs(index: int, values: Mapping[str, Tensor]) -> Tensor:
                 output = forward(index, values)

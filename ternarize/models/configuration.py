@@ -1,13 +1,57 @@
-"""TODO."""
+"""A model's configuration and class, as transformers reads them from a config.json."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+
+from ternarize.errors import CheckpointError, TernarizeError, first_line
+
+
+@contextmanager
+def usable(where: Path) -> Iterator[None]:
+    """Turns what transformers raises on a checkpoint that it cannot use into one line.
+
+    It raises whatever a wrong value leads to. What a checkpoint cannot cause goes on as it is.
+    """
+    try:
+        yield
+    except (TernarizeError, MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            where,
+            f"transformers {transformers.__version__} cannot use it ({type(error).__name__}: "
+            f"{first_line(error)})",
+            "a complete checkpoint",
+            "Repair it, or install what it needs",
+        ) from error
+
+
+def open_config(directory: Path) -> PretrainedConfig:
+    """The configuration of a checkpoint, without code of its own; raises CheckpointError."""
+    with usable(directory / "config.json"):
+        found: PretrainedConfig = transformers.AutoConfig.from_pretrained(
+            directory, trust_remote_code=False
+        )
+        return found
+
+
+def class_of(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """The first of a configuration's architectures that is a model of transformers."""
+    for name in config.architectures or []:
+        found = getattr(transformers, name, None)
+        if inspect.isclass(found) and issubclass(found, PreTrainedModel):
+            return found
+    return None
 
 
 def config_from(table: Mapping[str, Any]) -> PretrainedConfig:

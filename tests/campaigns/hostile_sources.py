@@ -30,8 +30,9 @@ from ternarize.errors import TernarizeError
 from ternarize.files import container
 from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.headers import read_bytes
-from ternarize.measure.evaluate import evaluate, open_tokenizer
+from ternarize.measure.evaluate import evaluate
 from ternarize.measure.report import inspect
+from ternarize.models.reads import open_tokenizer
 from ternarize.plans.recipe import Recipe
 from ternarize.runtime.generate import generate
 from ternarize.sources.checkpoint import open_checkpoint

@@ -22,7 +22,7 @@ from typing import Any
 
 from ternarize.errors import CheckpointError
 from ternarize.files import llama_cpp
-from ternarize.measure.evaluate import open_tokenizer
+from ternarize.models.reads import open_tokenizer
 
 # a Metaspace's prepend_scheme -> which texts get one more space in llama.cpp
 _DIFFERENT = {

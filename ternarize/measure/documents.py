@@ -1,0 +1,112 @@
+"""A text as documents, and documents as windows of tokens.
+
+A text is split into documents at lines `<|doc|>`; each begins with what the tokenizer itself puts
+in front of a text (its prefix: Gemma's `<bos>`; where it puts nothing, with the bos token, or eos
+where there is none); all are joined and cut into windows of `seq_len` tokens without overlap, and
+what is left over at the end is not used. Every window begins with the prefix: one that begins in
+the midst of a document has it in front of the next seq_len - len(prefix) tokens, one that begins
+with a document has its own. A model that parks its attention on the first token is not itself
+without it.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ternarize.errors import UsageError
+from ternarize.models.reads import beginning, check_room, frame
+
+SEPARATOR = "<|doc|>"
+DEFAULT = "default"  # the text that comes with the package, in place of a file
+
+
+def own_text() -> Path:
+    """The text that comes with the package, to calibrate on and to measure with."""
+    return Path(__file__).with_name("default.txt")
+
+
+def read_documents(path: str | Path) -> list[str]:
+    """The documents of a text file: what stands between lines `<|doc|>`, without empty ones.
+
+    The line break before a separator belongs to it. Raises UsageError when the file cannot be read
+    as UTF-8.
+    """
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            path, f"byte {error.start} is not UTF-8", "a text file", "Convert it to UTF-8"
+        ) from None
+    except OSError as error:
+        raise UsageError(
+            path, f"cannot be read ({error.strerror or error})", "a text file", "Check the path"
+        ) from None
+    documents: list[list[str]] = [[]]
+    for line in text.split("\n"):
+        if line == SEPARATOR:
+            documents.append([])
+        else:
+            documents[-1].append(line)
+    return [joined for lines in documents if (joined := "\n".join(lines)).strip()]
+
+
+def cut_windows(
+    documents: Sequence[str],
+    tokenizer: Any,
+    seq_len: int,
+    max_tokens: int | None = None,
+    *,
+    where: str = "text",
+) -> Tensor:
+    """Tokenize documents and cut them into (windows, seq_len) token ids, int64.
+
+    max_tokens  of the joined documents that are used; what is put in front of windows is not among
+                them
+
+    Raises UsageError when there are too few tokens for one window.
+    """
+    begin, prefix = beginning(tokenizer), frame(tokenizer).prefix
+    ids: list[int] = []
+    for document in documents:
+        ids += begin
+        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        if max_tokens is not None and len(ids) >= max_tokens:
+            break
+    ids = ids[:max_tokens]
+    windows = cut(ids, prefix, seq_len)
+    if not windows:
+        raise UsageError(
+            where,
+            f"{len(ids)} tokens are used",
+            f"at least one window of {seq_len}",
+            "Give a longer text or more tokens, or use shorter windows (--seq-len)",
+        )
+    return torch.tensor(windows, dtype=torch.int64)
+
+
+def cut(ids: Sequence[int], prefix: Sequence[int], seq_len: int) -> list[list[int]]:
+    """Cut joined documents into windows of seq_len tokens, each of which begins with `prefix`.
+
+    Every token is in one window, in order, but for what is left over at the end. Where the next
+    token belongs to a prefix that stands in the text, the window begins with that one alone.
+
+    Example: cut([1, 5, 6, 7, 1, 8, 9], [1], 3) -> [[1, 5, 6], [1, 7, 1], [1, 8, 9]]
+
+    Raises UsageError when a window has no room for more than the prefix.
+    """
+    check_room(seq_len, prefix)
+    own, at = len(prefix), 0
+    windows: list[list[int]] = []
+    while True:
+        for before in range(own):  # tokens of a standing prefix that the last window has
+            start = at - before
+            if start >= 0 and list(ids[start : start + own]) == list(prefix):
+                at = start + own
+                break
+        if len(ids) - at < seq_len - own:
+            return windows
+        windows.append([*prefix, *ids[at : at + seq_len - own]])
+        at += seq_len - own

@@ -1,0 +1,71 @@
+"""Figures: means with their standard errors, and the bounds that they may be held to.
+
+Tokens of a window depend on each other, so standard errors are those of a mean over windows (or
+lines), not over tokens; that of the perplexity follows by the delta method, exp(m) se(m). They
+say how far another text of the same kind may lie, not how far another kind of text may.
+"""
+
+import math
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ternarize.errors import QualityError
+
+Figure = dict[str, float | None]  # "value", "standard_error" (None of a single window)
+
+# figure -> whether more of it is worse
+FIGURES = {
+    "perplexity": True,
+    "perplexity_ratio": True,
+    "kl_divergence": True,
+    "top1_agreement": False,
+    "cosine": False,
+}
+
+
+def mean_of(values: Tensor) -> Figure:
+    """Mean of independent values (n,) float64, and its standard error s / sqrt(n)."""
+    error = None if len(values) < 2 else float(values.std(correction=1)) / math.sqrt(len(values))
+    return {"value": float(values.mean()), "standard_error": error}
+
+
+def exponential(values: Tensor) -> Figure:
+    """exp(mean), and its standard error exp(mean) se(mean) by the delta method."""
+    mean = mean_of(values)
+    value, error = exp(mean["value"] or 0.0), mean["standard_error"]
+    return {"value": value, "standard_error": None if error is None else value * error}
+
+
+def exp(value: float) -> float:
+    """exp that is infinite where math.exp overflows: a collapsed model can be that bad."""
+    return math.exp(value) if value < 709 else math.inf
+
+
+def check_quality(quality: Mapping[str, Figure], bounds: Mapping[str, float]) -> None:
+    """Compare the figures on the report set with bounds.
+
+    bounds  figure -> the most it may be (perplexity, perplexity_ratio, kl_divergence), or the least
+            (top1_agreement, cosine)
+
+    Raises QualityError where a bound is exceeded, or is one on what is not measured of the model.
+    """
+    for name, bound in bounds.items():
+        if name not in quality:
+            known = ", ".join(each for each in FIGURES if each in quality)
+            raise QualityError(
+                "min quality",
+                f"{name!r} is not measured of this model",
+                f"one of {known}",
+                "Name one of them",
+            )
+        value, most = quality[name]["value"], FIGURES[name]
+        assert value is not None
+        if (value > bound if most else value < bound) or math.isnan(value):
+            raise QualityError(
+                name,
+                f"{value:.4f} on the report samples",
+                f"at {'most' if most else 'least'} {bound}",
+                "Nothing was written. Calibrate on more or other text; with another "
+                "--min-quality the same command goes on",
+            )
