@@ -50,6 +50,10 @@ class TernarizeError(Exception):
         super().__init__(str(where), found, expected, remedy)
         self.where, self.found, self.expected, self.remedy = str(where), found, expected, remedy
 
+    def within(self, where: object) -> "TernarizeError":
+        """The same error of a part of something: `where` stands in front of its own."""
+        return type(self)(f"{where}: {self.where}", self.found, self.expected, self.remedy)
+
     def __str__(self) -> str:
         """The message in one line, and nothing in it that a terminal would act on.
 
@@ -132,3 +136,8 @@ class QualityError(TernarizeError):
 
 class OutputError(TernarizeError):
     """The result cannot be put where it was asked for."""
+
+
+def damaged(where: object, found: str, expected: str = "") -> FormatError:
+    """The error for bytes that no program of ours writes."""
+    return FormatError(where, found, expected, "The file is damaged: fetch it again")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ternarize.errors import FormatError
-from ternarize.trits.base3 import dequantize, pack, packed_width, unpack, used_groups
+from ternarize.trits.base3 import dequantize_base3, pack, packed_width, unpack, used_groups
 from ternarize.trits.int8 import dequantize_int8, encode_int8, int8_used
 from ternarize.trits.scales import scale_codes, scale_values
 from ternarize.trits.ternary import Ternary, group_count
@@ -315,7 +315,7 @@ def test_weights_are_scale_times_trit_rounded_once_on_every_engine(
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     for name in ENGINES:
         with engine(name):
-            found = dequantize(pack(trits, group_size), scales, cols, group_size, dtype)
+            found = dequantize_base3(pack(trits, group_size), scales, cols, group_size, dtype)
         assert found.dtype == dtype
         # a zero has no sign: bits are compared
         assert torch.equal(found.view(bits), expected.to(dtype).view(bits))
@@ -332,7 +332,7 @@ def test_the_packed_weight_is_that_of_the_ternary_tensor(
     scales = torch.rand(shape, generator=torch.Generator().manual_seed(1)).half()
     ternary = Ternary(trits, scales.double(), group_size)
     with engine(name):
-        found = dequantize(pack(trits, group_size), scales, 300, group_size, dtype)
+        found = dequantize_base3(pack(trits, group_size), scales, 300, group_size, dtype)
     assert torch.equal(found, ternary.dequantize(dtype))
 
 
@@ -341,8 +341,10 @@ def test_the_threads_of_dequantize_change_no_bit(name: str) -> None:
     packed = pack(random_trits(9, (600, 1000)), 128)
     scales = torch.rand((600, 8), generator=torch.Generator().manual_seed(2))
     with engine(name):
-        one = dequantize(packed, scales, 1000, 128, torch.bfloat16, threads=1)
-        assert torch.equal(dequantize(packed, scales, 1000, 128, torch.bfloat16, threads=5), one)
+        one = dequantize_base3(packed, scales, 1000, 128, torch.bfloat16, threads=1)
+        assert torch.equal(
+            dequantize_base3(packed, scales, 1000, 128, torch.bfloat16, threads=5), one
+        )
 
 
 @every_engine
@@ -350,7 +352,7 @@ def test_a_matrix_without_rows_becomes_one_without_rows(name: str) -> None:
     with engine(name):
         for group_size, shape in ((-1, (0, 1)), (4, (0, 2)), (0, (1, 1))):
             packed = torch.zeros((0, packed_width(6, group_size)), dtype=torch.uint8)
-            dense = dequantize(packed, torch.zeros(shape), 6, group_size, torch.float32)
+            dense = dequantize_base3(packed, torch.zeros(shape), 6, group_size, torch.float32)
             assert dense.shape == (0, 6)
 
 
@@ -413,8 +415,8 @@ def test_planes_are_added_in_float32(name: str, group_size: int, dtype: torch.dt
         parts.append((pack(trits, group_size), scales))
     packed, scales = (torch.cat(part, -1) for part in zip(*parts, strict=True))
     with engine(name):
-        single = [dequantize(*part, 200, group_size, torch.float32) for part in parts]
-        both = dequantize(packed, scales, 200, group_size, dtype, planes=2)
+        single = [dequantize_base3(*part, 200, group_size, torch.float32) for part in parts]
+        both = dequantize_base3(packed, scales, 200, group_size, dtype, planes=2)
     assert torch.equal(both, (single[0] + single[1]).to(dtype))
 
 

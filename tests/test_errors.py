@@ -36,3 +36,9 @@ def test_an_error_survives_a_pickle_and_a_copy() -> None:
     for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
         assert type(again) is CheckpointError and str(again) == str(error)
         assert again.remedy == error.remedy
+
+
+def test_what_is_around_its_place_stands_in_front() -> None:
+    error = CheckpointError(*PARTS).within("model")
+    assert type(error) is CheckpointError and str(error) == "model: " + str(CheckpointError(*PARTS))
+    assert error.where == "model: " + PARTS[0]

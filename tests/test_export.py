@@ -227,7 +227,7 @@ def test_blocks_are_those_of_gguf(kind: str, seed: int) -> None:
     ternary = random_ternary(7, 3, 256, seed)
     number = gguf.GGMLQuantizationType[kind.upper()]
     dense = ternary.dequantize()
-    found = ggml.encode(ternary, kind).numpy()
+    found = ggml.encode_blocks(ternary, kind).numpy()
     assert np.array_equal(found, gguf.quantize(dense.numpy(), number))
     assert np.array_equal(gguf.dequantize(found, number), dense.numpy())
     assert ggml.TYPES[kind].id == number
@@ -241,7 +241,7 @@ def test_a_block_of_q2_0() -> None:
     trits[0, :8] = torch.tensor([1, 0, -1, -1, 1, 1, 1, 1])
     ternary = Ternary(trits, torch.tensor([[0.5]], dtype=torch.float64), 64)
     # 0.5 is 3800 in float16; codes 2 1 0 0 -> 2 + 1 * 4 = 06, 2 2 2 2 -> AA, 1 1 1 1 -> 55
-    assert ggml.encode(ternary, "q2_0").numpy().tobytes().hex() == "003806aa" + 14 * "55"
+    assert ggml.encode_blocks(ternary, "q2_0").numpy().tobytes().hex() == "003806aa" + 14 * "55"
 
 
 def test_blocks_of_q8_0_are_those_of_gguf() -> None:
@@ -387,8 +387,8 @@ def test_experts_of_two_types_are_no_stack(packed: Callable[..., Path]) -> None:
     model = open_verified(packed(256))
     config = _config("Mixtral", num_local_experts=2)
 
-    def item(kind: int) -> to_gguf.Item:
-        return to_gguf.Item("x", kind, (1, 256), 66, lambda: torch.zeros(66, dtype=torch.uint8))
+    def item(kind: int) -> to_gguf.GgufItem:
+        return to_gguf.GgufItem("x", kind, (1, 256), 66, lambda: torch.zeros(66, dtype=torch.uint8))
 
     whole = to_gguf._stack(model, config, "x", {1: item(35), 0: item(35)})
     assert whole.shape == (2, 1, 256) and whole.read().numel() == whole.nbytes == 132

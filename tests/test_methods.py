@@ -318,9 +318,13 @@ def test_weights_that_are_not_finite_are_refused_with_number_and_place(
     what = "NaN" if math.isnan(value) else "infinite"
     with engine(name):
         for group_size in (-1, 0, 1, 128):
-            with pytest.raises(WeightError, match=rf"^3 of 1200 .*\({what}\) at \[2, 299\];"):
+            with pytest.raises(
+                WeightError, match=rf"^weights: 3 of 1200 .*\({what}\) at \[2, 299\];"
+            ):
                 METHODS[method](weight, group_size)
-            with pytest.raises(WeightError, match=rf"^3 of 1200 .*\({what}\) at \[1, 0, 299\];"):
+            with pytest.raises(
+                WeightError, match=rf"^weights: 3 of 1200 .*\({what}\) at \[1, 0, 299\];"
+            ):
                 METHODS[method](weight.reshape(2, 2, 300), group_size)
 
 

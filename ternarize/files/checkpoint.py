@@ -102,7 +102,7 @@ class Checkpoint:
                 raise broken_file(
                     self.directory / info.file,
                     f"it has shrunk to {size} bytes",
-                    f"expected {before}",
+                    f"{before}",
                 )
             return self._pickles[info.file][name].reshape(-1)[start:stop]
         if self.stream is not None:
@@ -123,10 +123,10 @@ class Checkpoint:
         a, b = self.tensors[name], self.tensors[other]
         return (a.dtype, a.shape) == (b.dtype, b.shape) and all(
             torch.equal(
-                byte_view(self.read(name, at, min(at + _PIECE, a.numel))),
-                byte_view(self.read(other, at, min(at + _PIECE, a.numel))),
+                byte_view(self.read(name, at, min(at + _COMPARED, a.numel))),
+                byte_view(self.read(other, at, min(at + _COMPARED, a.numel))),
             )
-            for at in range(0, a.numel, _PIECE)
+            for at in range(0, a.numel, _COMPARED)
         )
 
     def renamed(self, names: Mapping[str, str]) -> "Checkpoint":
@@ -142,7 +142,7 @@ class Checkpoint:
         return replace(self, tensors=tensors, _pickles=pickles, names_changed=True)
 
 
-_PIECE = 1 << 21  # elements compared at a time
+_COMPARED = 1 << 21  # elements compared at a time
 
 
 def open_files(

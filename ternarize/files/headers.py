@@ -1,4 +1,8 @@
-"""TODO."""
+"""Safetensors files: their headers, read strictly, and bytes behind them.
+
+Data is read, not mapped: a file that shrinks under a mapping kills the process, and mapped pages
+count as memory.
+"""
 
 import math
 import os
@@ -69,65 +73,59 @@ def read_header(path: Path) -> Header:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         if len(prefix) < 8:
-            raise broken_file(path, f"{size} bytes", "a safetensors file has at least 8")
+            raise broken_file(path, f"{size} bytes", "at least 8")
         length = int.from_bytes(prefix, "little")
         if not 2 <= length <= min(MAX_HEADER, size - 8):
             raise broken_file(
                 path,
                 f"the header's length is {length} in a file of {size} bytes",
-                f"expected 2 to {min(MAX_HEADER, size - 8)}",
+                f"2 to {min(MAX_HEADER, size - 8)}",
             )
         raw = file.read(length)
     try:
         text = raw.decode("utf-8")
         table = strict_json(text)
     except (ValueError, RecursionError) as error:
-        raise broken_file(path, f"the header is not valid JSON ({error})", "") from None
+        raise broken_file(path, f"the header is not valid JSON ({error})") from None
     if not text.startswith("{") or not text.rstrip(" ").endswith("}"):
-        raise broken_file(path, "the header is not one JSON object", "expected { ... } and spaces")
+        raise broken_file(path, "the header is not one JSON object", "{ ... } and spaces")
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise broken_file(path, "__metadata__ is not a table of strings", "")
-    entries = {name: _entry(path, name, value) for name, value in table.items()}
+        raise broken_file(path, "__metadata__ is not a table of strings")
+    entries = {name: _parse_entry(path, name, value) for name, value in table.items()}
     entries = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)))
     end = 0
     for name, entry in entries.items():
         if entry.start != end:
-            raise broken_file(
-                path, f"{name} starts at byte {entry.start} of the data", f"expected {end}"
-            )
+            raise broken_file(path, f"{name} starts at byte {entry.start} of the data", f"{end}")
         end += entry.nbytes
     if 8 + length + end != size:
-        raise broken_file(path, f"{size} bytes", f"the header promises {8 + length + end}")
+        raise broken_file(path, f"{size} bytes", f"the {8 + length + end} that the header promises")
     return Header(entries, metadata, 8 + length)
 
 
-def _entry(path: Path, name: str, value: Any) -> Entry:
+def _parse_entry(path: Path, name: str, value: Any) -> Entry:
     value = value if isinstance(value, dict) else {}
     dtype, shape, offsets = (value.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise broken_file(
-            path, f"{name} has dtype {dtype!r}", f"expected one of {', '.join(DTYPES)}"
-        )
+        raise broken_file(path, f"{name} has dtype {dtype!r}", f"one of {', '.join(DTYPES)}")
     if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
         raise broken_file(
             path,
             f"{name} has shape {shape} and data_offsets {offsets}",
-            "expected non-negative integers",
+            "non-negative integers",
         )
     size = DTYPES[dtype].itemsize
     for n in shape:
         size *= max(1, n)
         if size >= 2**63:  # at once: the product of a million numbers would take hours
-            raise broken_file(
-                path, f"{name} has shape {str(shape):.80}", "expected a size below 2^63 bytes"
-            )
+            raise broken_file(path, f"{name} has shape {str(shape):.80}", "less than 2^63 bytes")
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != nbytes:
         raise broken_file(
             path,
             f"{name} has {offsets[1] - offsets[0]} bytes",
-            f"expected {nbytes} for {dtype} {shape}",
+            f"{nbytes} for {dtype} {shape}",
         )
     return Entry(dtype, tuple(shape), offsets[0], nbytes)
 
@@ -136,9 +134,9 @@ def _is_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
-def broken_file(path: Path, what: str, expected: str) -> FormatError:
-    expected = f"; {expected}" if expected else ""
-    return FormatError(path.name, f"{what}{expected}", remedy="The file is damaged: fetch it again")
+def broken_file(path: Path, found: str, expected: str = "") -> FormatError:
+    """The error for a file whose bytes break a rule of its format."""
+    return FormatError(path.name, found, expected, "The file is damaged: fetch it again")
 
 
 def read_bytes(path: Path, start: int, nbytes: int, buffer: Tensor | None = None) -> Tensor:
@@ -151,9 +149,7 @@ def read_bytes(path: Path, start: int, nbytes: int, buffer: Tensor | None = None
         file.seek(start)
         done = _read_into(file, buffer.numpy().data)
     if done < nbytes:
-        raise broken_file(
-            path, f"it ends at byte {start + done}", f"data was expected up to {start + nbytes}"
-        )
+        raise broken_file(path, f"it ends at byte {start + done}", f"data up to {start + nbytes}")
     return buffer
 
 

@@ -11,11 +11,17 @@ Both give the same bytes. 1.6 bits per weight where the group's length is a mult
 import torch
 from torch import Tensor
 
-from ternarize.errors import FormatError
+from ternarize.errors import FormatError, damaged
 from ternarize.native import lib
 from ternarize.threads import THREADS
 from ternarize.trits.scales import scale_values
-from ternarize.trits.ternary import group_count, group_length, split_groups
+from ternarize.trits.ternary import (
+    NATIVE_DTYPES,
+    group_count,
+    group_length,
+    scaled,
+    split_groups,
+)
 
 BASE3 = "base3"  # name of the codec
 DIGITS = 5  # trits in a byte: 3**5 = 243 <= 256
@@ -106,7 +112,7 @@ def used_groups(packed: Tensor, cols: int, group_size: int, threads: int = THREA
     return split_groups(unpack(packed, cols, group_size), group_size).ne(0).any(-1)
 
 
-def dequantize(
+def dequantize_base3(
     packed: Tensor,
     scales: Tensor,
     cols: int,
@@ -120,47 +126,44 @@ def dequantize(
 
     packed  (rows, planes * packed_width) uint8, not checked (`used_groups` does that, once, at
             load)
-    scales  (scale_rows, planes * groups) float, or uint8 as `scale_codes` makes them; scale_rows
-            divides rows, and each serves rows / scale_rows consecutive rows (1: one scale per
-            tensor; rows: the usual case; in between: matrices with a scale each that a model
-            fuses into one)
+    scales  (scale_rows, planes * groups) float, or uint8 as `scale_codes` makes them; scale_rows as
+            in `scaled`
     dtype   float32, bfloat16 or float16
     planes  ternary matrices whose sum is the weight: added in float32, the first two, then the
             third, and so on, each sum rounded to nearest even
 
     Returns (rows, cols). The native and the torch path give the same bits.
     """
+    rows = packed.shape[0]
     if planes > 1:
-        rows = packed.shape[0]
         scales = scales.repeat_interleave(rows // max(1, scales.shape[0]), dim=0)
         # a row's planes lie one behind the other: they are rows of a matrix that is as many times
         # as tall
         tall = (packed.reshape(rows * planes, -1), scales.reshape(rows * planes, -1))
-        parts = dequantize(*tall, cols, group_size, torch.float32, threads)
+        parts = dequantize_base3(*tall, cols, group_size, torch.float32, threads)
         parts = parts.view(rows, planes, cols)
         dense = parts[:, 0]
         for plane in range(1, planes):
             dense = dense + parts[:, plane]
         return dense.to(dtype)
-    rows, width = packed.shape
     scales = scale_values(scales)
-    native = lib is not None and packed.device.type == "cpu" and dtype in _KINDS
+    native = lib is not None and packed.device.type == "cpu" and dtype in NATIVE_DTYPES
     if native and packed.numel() and not torch.compiler.is_compiling():
         assert lib is not None
         out = torch.empty((rows, cols), dtype=dtype)
         bits = out if dtype == torch.float32 else out.view(torch.uint16)
         lib.dequantize(
-            packed.contiguous(), scales.contiguous(), cols, group_size, bits, _KINDS[dtype], threads
+            packed.contiguous(),
+            scales.contiguous(),
+            cols,
+            group_size,
+            bits,
+            NATIVE_DTYPES[dtype],
+            threads,
         )
         return out
     trits, _ = _decode(packed, cols, group_size)
-    groups = split_groups(trits, group_size).to(torch.float32)
-    if scales.shape[0] != rows:
-        scales = scales.repeat_interleave(rows // max(1, scales.shape[0]), dim=0)
-    return (groups * scales.unsqueeze(-1)).flatten(-2)[..., :cols].to(dtype)
-
-
-_KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+    return scaled(trits, scales, group_size).to(dtype)
 
 
 def _decode(packed: Tensor, cols: int, group_size: int) -> tuple[Tensor, Tensor]:
@@ -184,22 +187,16 @@ def _decode(packed: Tensor, cols: int, group_size: int) -> tuple[Tensor, Tensor]
 def _check_width(packed: Tensor, cols: int, group_size: int) -> int:
     width = packed_width(cols, group_size)
     if packed.dtype != torch.uint8 or packed.shape[-1] != width:
-        raise FormatError(
+        raise damaged(
             "packed rows",
             f"{packed.shape[-1]} elements of {packed.dtype}",
             f"{width} bytes for {cols} columns in groups of {group_size}",
-            "The file is damaged",
         )
     return width
 
 
 def _bad_byte(packed: Tensor, offset: int) -> FormatError:
     value = int(packed.flatten()[offset])
-    what = (
-        f"is not a base-3 code; expected 0..{LARGEST_CODE}"
-        if value > LARGEST_CODE
-        else "has padding other than zero trits; a tensor has exactly one byte form"
-    )
-    return FormatError(
-        f"byte {offset}", f"{value} {what}", remedy="The file is damaged: fetch it again"
-    )
+    if value > LARGEST_CODE:
+        return damaged(f"byte {offset}", f"{value} is not a base-3 code", f"0..{LARGEST_CODE}")
+    return damaged(f"byte {offset}", f"{value} has padding other than zero trits", "zeros alone")

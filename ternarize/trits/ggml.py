@@ -56,12 +56,13 @@ TYPES = {
     "tq2_0": BlockType(35, 37, 256, 66),
     "q2_0": BlockType(42, 41, 64, 18),
 }
+FLOATS = {"F32": 0, "F16": 1, "BF16": 30}  # ggml's numbers of floating-point types
 Q8_0 = 8
 Q8_0_BLOCK = 32  # weights
 Q8_0_NBYTES = 34
 
 
-def encode(ternary: Ternary, kind: str) -> Tensor:
+def encode_blocks(ternary: Ternary, kind: str) -> Tensor:
     """The bytes of a matrix in blocks of a ternary type.
 
     ternary  trits (rows, cols), scales (rows, cols / block), float16 numbers
@@ -80,7 +81,7 @@ def encode(ternary: Ternary, kind: str) -> Tensor:
     return torch.cat(parts, 1).view(rows, -1)
 
 
-def decode(data: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+def decode_blocks(data: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """The weights that blocks of a ternary type hold, as they are stored.
 
     data  (blocks, nbytes) uint8

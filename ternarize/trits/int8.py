@@ -4,9 +4,9 @@
 import torch
 from torch import Tensor
 
-from ternarize.errors import FormatError, WeightError
-from ternarize.trits.scales import store_scales, to_float
-from ternarize.trits.ternary import split_groups
+from ternarize.errors import WeightError, damaged
+from ternarize.trits.scales import scale_values, store_scales, to_float
+from ternarize.trits.ternary import scaled, split_groups
 
 INT8 = "int8"  # name of the codec
 INT8_GROUP_SIZE = -1  # finer groups take more room, and gain nothing that perplexity shows
@@ -78,16 +78,11 @@ def dequantize_int8(q: Tensor, scales: Tensor, group_size: int, dtype: torch.dty
     """Dense weight = scale * q, computed in float32 and rounded to `dtype`.
 
     q       (rows, cols) int8
-    scales  (scale_rows, groups) float16 or float32; scale_rows as in `dequantize`
+    scales  (scale_rows, groups) float16 or float32; scale_rows as in `scaled`
 
     Returns (rows, cols).
     """
-    rows, cols = q.shape
-    if scales.shape[0] != rows:
-        scales = scales.repeat_interleave(rows // max(1, scales.shape[0]), dim=0)
-    groups = split_groups(q.to(torch.float32), group_size)
-    wide = scales.to(torch.float32).unsqueeze(-1)
-    return (groups * wide).flatten(-2)[..., :cols].to(dtype)
+    return scaled(q, scale_values(scales), group_size).to(dtype)
 
 
 def int8_used(q: Tensor, group_size: int) -> Tensor:
@@ -98,10 +93,5 @@ def int8_used(q: Tensor, group_size: int) -> Tensor:
     bad = q == -128
     if bool(bad.any()):
         at = int(bad.flatten().nonzero()[0])
-        raise FormatError(
-            f"byte {at}",
-            "-128 is no weight of codec int8",
-            "-127..127",
-            "The file is damaged: fetch it again",
-        )
+        raise damaged(f"byte {at}", "-128 is no weight of codec int8", "-127..127")
     return split_groups(q, group_size).ne(0).any(-1)

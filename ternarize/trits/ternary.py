@@ -17,6 +17,9 @@ from torch import Tensor
 
 from ternarize.errors import UsageError, first_line
 
+# what the native code calls dtypes of weights
+NATIVE_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
 
 def group_length(cols: int, group_size: int) -> int:
     """Weights of a full group of a row with `cols` columns (at least 1, so that it can divide)."""
@@ -74,6 +77,21 @@ def spread_scales(scales: Tensor, cols: int, group_size: int) -> Tensor:
     return scales.repeat_interleave(group_length(cols, group_size), -1)[..., :cols]
 
 
+def scaled(values: Tensor, scales: Tensor, group_size: int) -> Tensor:
+    """Each value times the scale of its group, in the dtype of the scales.
+
+    values  (..., rows, cols)
+    scales  (..., scale_rows, groups) float; scale_rows divides rows, and each serves
+            rows / scale_rows consecutive rows (1: one scale per tensor; rows: the usual case; in
+            between: matrices with a scale each that a model fuses into one)
+    """
+    rows, cols = values.shape[-2:]
+    if scales.shape[-2] not in (1, rows):
+        scales = scales.repeat_interleave(rows // max(1, scales.shape[-2]), -2)
+    groups = split_groups(values, group_size).to(scales.dtype)
+    return (groups * scales.unsqueeze(-1)).flatten(-2)[..., :cols]
+
+
 @dataclass(frozen=True)
 class Ternary:
     """weight = scale * trit.
@@ -100,6 +118,4 @@ class Ternary:
         float32 is rounded to once; a 16-bit dtype as torch does it, through float32, which makes no
         difference for scales as they are stored.
         """
-        cols = self.trits.shape[-1]
-        groups = split_groups(self.trits, self.group_size).to(torch.float64)
-        return (groups * self.scales.unsqueeze(-1)).flatten(-2)[..., :cols].to(dtype)
+        return scaled(self.trits, self.scales.to(torch.float64), self.group_size).to(dtype)

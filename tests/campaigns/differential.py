@@ -134,7 +134,7 @@ def check_tensor(number: int, done: Counter[str]) -> None:
             matrices = max(1, math.prod(record.shape[:-2]))
             if flat.shape[0] and (group_size or matrices == 1):
                 for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                    dense[name, dtype] = base3.dequantize(
+                    dense[name, dtype] = base3.dequantize_base3(
                         flat, scales.reshape(-1, scales.shape[-1]), cols, group_size, dtype,
                         planes=record.planes,
                     )  # fmt: skip
@@ -202,7 +202,7 @@ def check_blocks(plane: Ternary, done: Counter[str]) -> None:
         if scales is None or not torch.equal(scales.to(torch.float16).to(torch.float64), scales):
             continue  # the export refuses or rounds it
         trits = plane.trits
-        data = ggml.encode(Ternary(trits, scales, block.block), kind).numpy()
+        data = ggml.encode_blocks(Ternary(trits, scales, block.block), kind).numpy()
         if kind == "q2_0":
             weights = q2_0(data, trits.shape[-1])
         else:

@@ -33,17 +33,18 @@ sys.path[:0] = [path for path in (str(HERE.parents[1] / "formats"),) if path not
 
 import reference  # noqa: E402
 
-from ternarize.cli import app  # noqa: E402
+from ternarize.cli.inspect_command import inspect_command  # noqa: E402
 from ternarize.convert.verify import verify  # noqa: E402
 from ternarize.errors import TernarizeError  # noqa: E402
 from ternarize.files import container  # noqa: E402
 from ternarize.files.checkpoint import Checkpoint, open_files  # noqa: E402
+from ternarize.files.gguf import read_gguf  # noqa: E402
 from ternarize.files.headers import byte_view, read_header  # noqa: E402
 from ternarize.files.json_files import read_json, strict_json  # noqa: E402
 from ternarize.measure.report import inspect  # noqa: E402
 from ternarize.plans.recipe import read_recipe  # noqa: E402
 from ternarize.publish.card import make_card  # noqa: E402
-from ternarize.sources.imports.gguf import open_gguf, read_gguf  # noqa: E402
+from ternarize.sources.imports.gguf import open_gguf  # noqa: E402
 from ternarize.sources.packed import check_record, open_packed  # noqa: E402
 from ternarize.trits.base3 import BASE3  # noqa: E402
 from ternarize.trits.scales import scale_values  # noqa: E402
@@ -229,7 +230,7 @@ def fuzz_record(data: bytes, folder: Folder) -> None:
         json.dumps(inspect(path))
         make_card(path, "user/name")
         with contextlib.redirect_stdout(io.StringIO()):
-            app.inspect(model=str(path), debug=True)
+            inspect_command(model=str(path), debug=True)
 
     outcome(lambda: verify(path, threads=1), TernarizeError)
     outcome(all_of_it, TernarizeError)
@@ -371,7 +372,7 @@ TARGETS: dict[str, Target] = {
         _directories,
         ("checkpoint", "container", "codecs", "verify"),
     ),
-    "gguf": Target(fuzz_gguf, gguf_files.change, gguf_files.seeds, ("imports.gguf",)),
+    "gguf": Target(fuzz_gguf, gguf_files.change, gguf_files.seeds, ("files.gguf", "imports.gguf")),
     "record": Target(
         fuzz_record,
         structure.change_directory,

@@ -2,18 +2,15 @@
 
 Ternary tensors go into blocks of ggml (ggml.py) as trits and scales; int8 ones into Q8_0; kept
 matrices into a floating-point type; vectors into F32, which llama.cpp wants. Names and metadata are
-those that llama.cpp's own converter writes for the same architecture; the vocabulary is written by
-vocabulary.py.
-
-In the architecture `llama` the rows of q_proj and k_proj are reordered: transformers rotates the
-first half of a head's features against the second, llama.cpp each even one against its odd
-neighbour. With a head's rows as (2, dim / 2), theirs are (dim / 2, 2).
+those that llama.cpp's own converter writes for the same architecture (llama_cpp.py has them); the
+vocabulary is written by vocabulary.py.
 """
 
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +19,17 @@ import torch
 from torch import Tensor
 
 from ternarize.errors import CheckpointError, UsageError, WeightError
-from ternarize.files import llama_cpp
-from ternarize.files.headers import byte_view
+from ternarize.files.headers import DTYPES, byte_view
+from ternarize.files.llama_cpp import (
+    LLAMA,
+    MIXTRAL,
+    QWEN2,
+    QWEN3,
+    QWEN3_MOE,
+    Architecture,
+    import_gguf,
+    rope_factors,
+)
 from ternarize.progress import Progress
 from ternarize.publish.export import vocabulary
 from ternarize.publish.export.common import (
@@ -41,32 +47,15 @@ from ternarize.trits.scales import scale_values
 from ternarize.trits.ternary import Ternary
 
 KEPT_TYPES = {"f16": "F16", "bf16": "BF16", "f32": "F32", "q8_0": "Q8_0"}
-_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What llama.cpp calls an architecture, and how it differs here.
-
-    permuted  rows of q_proj and k_proj are reordered, see above
-    """
-
-    name: str
-    permuted: bool = False
-
-
-ARCHITECTURES = {
-    "LlamaForCausalLM": Architecture("llama", permuted=True),
-    "MistralForCausalLM": Architecture("llama", permuted=True),
-    "Qwen2ForCausalLM": Architecture("qwen2"),
-    "Qwen3ForCausalLM": Architecture("qwen3"),
-    "MixtralForCausalLM": Architecture("llama", permuted=True),
-    "Qwen3MoeForCausalLM": Architecture("qwen3moe"),
+EXPORTED = {
+    **{each.model_class: each for each in (LLAMA, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE)},
+    "MistralForCausalLM": LLAMA,
 }
+_CONVERTER = "Export it to dense, and use llama.cpp's own converter"
 
 
 @dataclass(frozen=True)
-class Item:
+class GgufItem:
     """A tensor of the file: its name there, ggml's type, logical shape, bytes, and how to make it.
 
     read  returns the bytes, uint8, in the order of the file
@@ -100,7 +89,7 @@ def export_gguf(
     architecture or a tokenizer that is not known, or a tensor that cannot be carried; UsageError
     where gguf is not installed; OutputError where the file cannot be put.
     """
-    gguf = llama_cpp.import_gguf()
+    gguf = import_gguf()
     if kind not in ggml.TYPES:
         raise UsageError("type", f"{kind!r}", f"one of {', '.join(ggml.TYPES)}")
     if kept_type is not None and kept_type not in KEPT_TYPES:
@@ -118,7 +107,7 @@ def export_gguf(
         notes = vocabulary.write(writer, packed.directory, config.vocab_size)
     else:
         writer.add_tokenizer_model("none")
-    items = _items(gguf, packed, config, architecture, kind, kept_type, losses)
+    items = _gguf_items(packed, config, architecture, kind, kept_type, losses)
     total, done = sum(item.nbytes for item in items), 0
     for item in items:
         writer.add_tensor_info(item.name, item.shape, np.dtype(np.void), item.nbytes, item.type)
@@ -148,15 +137,11 @@ def _advice(packed: PackedCheckpoint, kind: str) -> str:
 
 
 def _architecture(packed: PackedCheckpoint, config: Any) -> Architecture:
-    where = f"{packed.directory / 'config.json'}"
+    where = packed.directory / "config.json"
     names = config.architectures or ["none"]
-    if names[0] not in ARCHITECTURES:
-        raise CheckpointError(
-            where,
-            f"architecture {names[0]}",
-            f"one of {', '.join(ARCHITECTURES)}",
-            "Export it to dense, and use llama.cpp's own converter",
-        )
+    if names[0] not in EXPORTED:
+        known = f"one of {', '.join(EXPORTED)}"
+        raise CheckpointError(where, f"architecture {names[0]}", known, _CONVERTER)
     rope = config.rope_parameters
     # llama.cpp refuses a file of qwen3 that has these biases
     biased = names[0].startswith("Qwen3") and getattr(config, "attention_bias", False)
@@ -176,12 +161,8 @@ def _architecture(packed: PackedCheckpoint, config: Any) -> Architecture:
         if value not in known
     ]
     if unknown:
-        raise CheckpointError(
-            where,
-            f"{', '.join(unknown)}; this export knows only the plain architecture",
-            remedy="Export it to dense, and use llama.cpp's own converter",
-        )
-    return ARCHITECTURES[names[0]]
+        raise CheckpointError(where, ", ".join(unknown), "the plain architecture", _CONVERTER)
+    return EXPORTED[names[0]]
 
 
 def _head_dim(config: Any) -> int:
@@ -226,34 +207,33 @@ def _write_metadata(
         writer.add_rope_scaling_factor(rope["factor"])
 
 
-def _items(
-    gguf: Any,
+def _gguf_items(
     packed: PackedCheckpoint,
     config: Any,
     architecture: Architecture,
     kind: str,
     kept_type: str | None,
     losses: Losses,
-) -> list[Item]:
-    number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
-    names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
+) -> list[GgufItem]:
     items = []
-    factors = llama_cpp.rope_factors(config.rope_parameters, _head_dim(config))
+    factors = rope_factors(config.rope_parameters, _head_dim(config))
     if factors is not None:
-        items.append(_float_item("rope_freqs.weight", factors, "F32"))
-    stacks: dict[str, dict[int, Item]] = {}
+        shape, read = tuple(factors.shape), partial(byte_view, factors)
+        number = ggml.FLOATS["F32"]
+        items.append(GgufItem("rope_freqs.weight", number, shape, factors.nbytes, read))
+    stacks: dict[str, dict[int, GgufItem]] = {}
     for name in packed.records:
         if name.endswith(".rotary_emb.inv_freq"):  # old checkpoints; the metadata says the same
             continue
         # one matrix for each expert here, one tensor of all of a layer there
-        expert = re.fullmatch(r"(.+\.experts)\.(\d+)(\.\w+\.weight)", name)
-        new = names.get_name(expert[1] + expert[3] if expert else name, (".weight", ".bias"))
+        expert = re.fullmatch(r"(.+\.experts\.)(\d+)(\.\w+\.weight)", name)
+        new = architecture.to_llama_cpp(f"{expert[1]}{{}}{expert[3]}" if expert else name)
         if new is None:
             raise CheckpointError(
                 packed.checkpoint.tensors[name].file,
                 f"{name} has no name in llama.cpp's architecture {architecture.name}",
                 f"a plain {config.architectures[0]}",
-                "Export it to dense, and use llama.cpp's own converter",
+                _CONVERTER,
             )
         order = _order(name, config) if architecture.permuted else None
         item = _item(packed, name, new, order, kind, kept_type, losses)
@@ -265,7 +245,9 @@ def _items(
     return items
 
 
-def _stack(packed: PackedCheckpoint, config: Any, name: str, experts: dict[int, Item]) -> Item:
+def _stack(
+    packed: PackedCheckpoint, config: Any, name: str, experts: dict[int, GgufItem]
+) -> GgufItem:
     """The matrices of all experts, one behind the other."""
     count = config.num_local_experts
     parts = [experts[number] for number in sorted(experts)]
@@ -276,7 +258,7 @@ def _stack(packed: PackedCheckpoint, config: Any, name: str, experts: dict[int, 
             "all of them in one",
             "Convert the source without --keep of single experts",
         )
-    return Item(
+    return GgufItem(
         name,
         parts[0].type,
         (count, *parts[0].shape),
@@ -305,7 +287,7 @@ def _item(
     kind: str,
     kept_type: str | None,
     losses: Losses,
-) -> Item:
+) -> GgufItem:
     record = packed.records[name]
     dtype, shape = packed.info(name)
 
@@ -319,10 +301,12 @@ def _item(
             found = carry_or_refit(packed, name, block.block, torch.float16)
             if any(name in names for names in losses.reasons.values()):
                 losses.measure(name, packed.dense(name), found.dequantize())
-            return ggml.encode(Ternary(rows(found.trits), rows(found.scales), block.block), kind)
+            return ggml.encode_blocks(
+                Ternary(rows(found.trits), rows(found.scales), block.block), kind
+            )
 
         nbytes = math.prod(shape) // block.block * block.nbytes
-        return Item(new, block.id, shape, nbytes, ternary)
+        return GgufItem(new, block.id, shape, nbytes, ternary)
     if record.codec == INT8 and record.shape is not None and _q8_0_scales(packed, name) is not None:
 
         def int8() -> Tensor:
@@ -332,30 +316,43 @@ def _item(
             return ggml.encode_q8_0(rows(values), rows(found))
 
         nbytes = math.prod(shape) // ggml.Q8_0_BLOCK * ggml.Q8_0_NBYTES
-        return Item(new, ggml.Q8_0, shape, nbytes, int8)
+        return GgufItem(new, ggml.Q8_0, shape, nbytes, int8)
+    return _float_item(packed, name, new, rows, kept_type, losses)
+
+
+def _float_item(
+    packed: PackedCheckpoint,
+    name: str,
+    new: str,
+    rows: Callable[[Tensor], Tensor],
+    kept_type: str | None,
+    losses: Losses,
+) -> GgufItem:
+    """A tensor that is kept, or that no block can hold, of which nothing is lost in float32."""
+    record = packed.records[name]
+    dtype, shape = packed.info(name)
+    own = dtype if record.shape is None and dtype in ggml.FLOATS else "F32"
+    target = KEPT_TYPES.get(kept_type or "", own)
     # llama.cpp wants vectors, and routers, in F32
-    single = len(shape) < 2 or new.endswith(".ffn_gate_inp.weight")
-    target = "F32" if single else KEPT_TYPES.get(kept_type or "", dtype)
-    if record.shape is not None:  # what no block can hold: nothing is lost in float32
-        target = KEPT_TYPES.get(kept_type or "", "F32")
-    if target not in _FLOATS and target != "Q8_0":
+    if record.shape is None and (len(shape) < 2 or new.endswith(".ffn_gate_inp.weight")):
         target = "F32"
 
-    def kept() -> Tensor:
+    def read() -> Tensor:
         dense = packed.kept(name) if record.shape is None else packed.dense(name)
         return _encode_kept(packed, name, rows(dense.view(shape)), target, losses)
 
-    if target == "Q8_0":
-        if shape[-1] % ggml.Q8_0_BLOCK:
-            raise CheckpointError(
-                packed.checkpoint.tensors[name].file,
-                f"{name} has {shape[-1]} columns; Q8_0 needs a multiple of 32",
-                remedy="Use --kept-type f16",
-            )
-        nbytes = math.prod(shape) // ggml.Q8_0_BLOCK * ggml.Q8_0_NBYTES
-        return Item(new, ggml.Q8_0, shape, nbytes, kept)
-    size = _FLOATS[target].itemsize
-    return Item(new, _float_id(target), shape, math.prod(shape) * size, kept)
+    if target != "Q8_0":
+        nbytes = math.prod(shape) * DTYPES[target].itemsize
+        return GgufItem(new, ggml.FLOATS[target], shape, nbytes, read)
+    if shape[-1] % ggml.Q8_0_BLOCK:
+        raise CheckpointError(
+            packed.checkpoint.tensors[name].file,
+            f"{name} has {shape[-1]} columns",
+            "a multiple of 32, which Q8_0 needs",
+            "Use --kept-type f16",
+        )
+    nbytes = math.prod(shape) // ggml.Q8_0_BLOCK * ggml.Q8_0_NBYTES
+    return GgufItem(new, ggml.Q8_0, shape, nbytes, read)
 
 
 def _q8_0_scales(packed: PackedCheckpoint, name: str) -> Tensor | None:
@@ -371,27 +368,17 @@ def _q8_0_scales(packed: PackedCheckpoint, name: str) -> Tensor | None:
     return found
 
 
-def _float_id(kind: str) -> int:
-    return {"F32": 0, "F16": 1, "BF16": 30}[kind]  # of ggml
-
-
-def _float_item(name: str, values: Tensor, kind: str) -> Item:
-    return Item(
-        name, _float_id(kind), tuple(values.shape), values.nbytes, lambda: byte_view(values)
-    )
-
-
 def _encode_kept(
     packed: PackedCheckpoint, name: str, dense: Tensor, target: str, losses: Losses
 ) -> Tensor:
     """The bytes of a floating-point tensor in `target`, measured where that rounds."""
     if target == "Q8_0":
-        gguf = llama_cpp.import_gguf()
+        gguf = import_gguf()
         kind = gguf.GGMLQuantizationType.Q8_0
         data = gguf.quantize(dense.to(torch.float32).numpy(), kind)
         losses.measure(name, dense, torch.from_numpy(gguf.dequantize(data, kind)))
         return torch.from_numpy(data).flatten()
-    cast = dense.to(_FLOATS[target])
+    cast = dense.to(DTYPES[target])
     if bool(cast.isinf().any()):
         raise WeightError(
             packed.checkpoint.tensors[name].file,

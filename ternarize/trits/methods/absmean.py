@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ternarize.trits.methods.grouped import group_sum, ternarize_groups
+from ternarize.trits.methods.grouped import above, group_sum, ternarize_groups
 from ternarize.trits.ternary import Ternary
 
 
@@ -21,9 +21,9 @@ def absmean(weight: Tensor, group_size: int) -> Ternary:
 
     BitNet b1.58, eq. 1-3: https://arxiv.org/abs/2402.17764
     """
-    return ternarize_groups("absmean", _rule, weight, group_size)
+    return ternarize_groups("absmean", _absmean_rule, weight, group_size)
 
 
-def _rule(magnitude: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+def _absmean_rule(magnitude: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     scale = group_sum(magnitude) / size.clamp(min=1)
-    return scale, magnitude > scale.reshape(-1, *[1] * (magnitude.dim() - 1)) / 2
+    return scale, above(magnitude, scale / 2)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ternarize.errors import WeightError
 from ternarize.native import lib
 from ternarize.trits.ternary import (
+    NATIVE_DTYPES,
     Ternary,
     check_group_size,
     group_count,
@@ -23,7 +24,6 @@ from ternarize.trits.ternary import (
     split_groups,
 )
 
-KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _BLOCK = 128
 
 
@@ -59,6 +59,11 @@ def group_sum(values: Tensor) -> Tensor:
     return fixed_sum(fixed_sum(values)) if values.dim() == 3 else fixed_sum(values)
 
 
+def above(magnitude: Tensor, threshold: Tensor) -> Tensor:
+    """Which magnitudes are above the threshold (groups,) of their group."""
+    return magnitude > threshold.reshape(-1, *[1] * (magnitude.dim() - 1))
+
+
 def ternarize_groups(name: str, rule: Rule, weight: Tensor, group_size: int) -> Ternary:
     """Apply a method's rule to every group of `weight`: natively where it can be, else in torch.
 
@@ -71,14 +76,14 @@ def ternarize_groups(name: str, rule: Rule, weight: Tensor, group_size: int) -> 
     check_group_size(group_size)
     weight = weight.detach()
     native = getattr(lib, name, None)  # a method need not have a compiled twin
-    if native is not None and weight.device.type == "cpu" and weight.dtype in KINDS:
+    if native is not None and weight.device.type == "cpu" and weight.dtype in NATIVE_DTYPES:
         result, answers = run_native(native, weight, group_size)
         if any(answer >= 0 for answer in answers):
-            raise _not_finite(weight)
+            raise _not_all_finite(weight)
         return result
     finite = weight.isfinite()
     if not bool(finite.all()):
-        raise _not_finite(weight)
+        raise _not_all_finite(weight)
     magnitude = weight.abs().to(torch.float64)
     if group_size == 0:
         rows, cols = weight.shape[-2:]
@@ -123,7 +128,7 @@ def run_native(
         scales.view(-1, *grid),
         strict=True,
     )
-    kind = KINDS[weight.dtype]
+    kind = NATIVE_DTYPES[weight.dtype]
     # one thread: a conversion works on several tensors at once
     answers = [function(w, kind, group_size, t, s, 1) for w, t, s in matrices]
     return Ternary(trits, scales, group_size), answers
@@ -136,11 +141,16 @@ def distance(weight: Tensor, ternary: Ternary) -> tuple[float, float, int]:
     group, over the groups of a row, over the rows; in float32 within blocks of 128, since this is
     a figure for people), and the number of nonzero trits.
     """
-    native = lib is not None and weight.device.type == "cpu" and weight.dtype in KINDS
+    native = lib is not None and weight.device.type == "cpu" and weight.dtype in NATIVE_DTYPES
     if native and weight.dim() == 2:
         assert lib is not None
         measured: tuple[float, float, int] = lib.distance(
-            _bits(weight), KINDS[weight.dtype], ternary.group_size, ternary.trits, ternary.scales, 1
+            _bits(weight),
+            NATIVE_DTYPES[weight.dtype],
+            ternary.group_size,
+            ternary.trits,
+            ternary.scales,
+            1,
         )
         return measured
     magnitude = split_groups(weight.abs().to(torch.float32), ternary.group_size)
@@ -159,11 +169,13 @@ def _bits(weight: Tensor) -> Tensor:
     return dense if dense.dtype == torch.float32 else dense.view(torch.uint16)
 
 
-def _not_finite(weight: Tensor) -> WeightError:
+def _not_all_finite(weight: Tensor) -> WeightError:
     bad = ~weight.isfinite()
     first = bad.nonzero()[0].tolist()
     what = "NaN" if bool(weight[tuple(first)].isnan()) else "infinite"
     return WeightError(
-        f"{int(bad.sum())} of {weight.numel()} weights are NaN or infinite, first ({what}) at "
-        f"{first}; a checkpoint must be finite. Repair the source."
+        "weights",
+        f"{int(bad.sum())} of {weight.numel()} are NaN or infinite, first ({what}) at {first}",
+        "finite ones",
+        "Repair the source",
     )

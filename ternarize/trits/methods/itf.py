@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ternarize.trits.methods.grouped import ternarize_groups
+from ternarize.trits.methods.grouped import above, ternarize_groups
 from ternarize.trits.methods.twn import least_squares_scale, twn_rule
 from ternarize.trits.ternary import Ternary
 
@@ -24,13 +24,13 @@ def itf(weight: Tensor, group_size: int) -> Ternary:
     The alternation is Lloyd's (https://doi.org/10.1109/TIT.1982.1056489) with levels -s, 0, +s; as
     ITF, with a mean, in PT2-LLM: https://arxiv.org/abs/2510.03267
     """
-    return ternarize_groups("itf", _rule, weight, group_size)
+    return ternarize_groups("itf", _itf_rule, weight, group_size)
 
 
-def _rule(magnitude: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+def _itf_rule(magnitude: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     scale, mask = twn_rule(magnitude, size)
     for _ in range(MAX_ROUNDS):
-        better = magnitude > scale.reshape(-1, *[1] * (magnitude.dim() - 1)) / 2
+        better = above(magnitude, scale / 2)
         if bool((better == mask).all()):
             break
         # a group that has settled gives the same mask and the same scale again

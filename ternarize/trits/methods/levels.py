@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from ternarize.native import lib
-from ternarize.trits.methods.grouped import KINDS, run_native
-from ternarize.trits.ternary import Ternary, check_group_size, split_groups
+from ternarize.trits.methods.grouped import run_native
+from ternarize.trits.ternary import NATIVE_DTYPES, Ternary, check_group_size, split_groups
 
 
 def levels(weight: Tensor, group_size: int) -> Ternary | None:
@@ -22,25 +22,15 @@ def levels(weight: Tensor, group_size: int) -> Ternary | None:
     """
     check_group_size(group_size)
     weight = weight.detach()
-    if lib is not None and weight.device.type == "cpu" and weight.dtype in KINDS:
+    if lib is not None and weight.device.type == "cpu" and weight.dtype in NATIVE_DTYPES:
         result, answers = run_native(lib.levels, weight, group_size)
         return result if all(answer == 1 for answer in answers) else None
     magnitude = weight.abs().to(torch.float64)
+    groups = split_groups(magnitude, group_size)
+    scales = groups.amax(-1) if weight.numel() else groups.new_zeros(groups.shape[:-1])
     if group_size == 0:
-        scales = (
-            magnitude.amax((-2, -1), keepdim=True)
-            if weight.numel()
-            else magnitude.new_zeros((*weight.shape[:-2], 1, 1))
-        )
-        equal = (magnitude == scales) | (magnitude == 0)
-    else:
-        groups = split_groups(magnitude, group_size)
-        if groups.shape[-2] == 0 or weight.numel() == 0:
-            scales = groups.new_zeros(groups.shape[:-1])
-            equal = groups == 0
-        else:
-            scales = groups.amax(-1)
-            equal = (groups == scales.unsqueeze(-1)) | (groups == 0)
+        scales = torch.nn.functional.pad(scales, (0, 0, 0, 1)).amax(-2, keepdim=True)
+    equal = (groups == scales.unsqueeze(-1)) | (groups == 0)
     if not bool(equal.all()) or not bool(weight.isfinite().all()):
         return None
     return Ternary(weight.sign().to(torch.int8), scales, group_size)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ternarize.trits.methods.grouped import group_sum, ternarize_groups
+from ternarize.trits.methods.grouped import above, group_sum, ternarize_groups
 from ternarize.trits.ternary import Ternary
 
 THRESHOLD = 0.7  # of mean |w|; the paper's approximation of the optimum, eq. 6
@@ -24,7 +24,7 @@ def twn(weight: Tensor, group_size: int) -> Ternary:
 def twn_rule(magnitude: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     """The rule on magnitudes of groups; also the start of `itf`."""
     threshold = THRESHOLD * (group_sum(magnitude) / size.clamp(min=1))
-    mask = magnitude > threshold.reshape(-1, *[1] * (magnitude.dim() - 1))
+    mask = above(magnitude, threshold)
     return least_squares_scale(magnitude, mask), mask
 
 

@@ -1,0 +1,239 @@
+"""config.json of a GGUF file, from its keys and from what its tensors are.
+
+Every key of the architecture has to be known: what is not asked for here is refused, since a model
+that leaves a rule out computes something else without a word.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from ternarize.errors import CheckpointError
+from ternarize.files.gguf import GgufTensor
+from ternarize.files.llama_cpp import (
+    BITNET,
+    LLAMA,
+    MIXTRAL,
+    QWEN2,
+    QWEN2_MOE,
+    QWEN3,
+    QWEN3_MOE,
+    Architecture,
+    rope_factors,
+)
+
+ARCHITECTURES = {
+    **{each.name: each for each in (LLAMA, QWEN2, QWEN3, QWEN2_MOE, QWEN3_MOE, BITNET)},
+    "bitnet-25": BITNET,
+}
+# keys of an architecture that say nothing about what the model computes, or what is known from the
+# tensors
+_IDLE = {
+    "vocab_size",
+    "tensor_data_layout",
+    "rope.scaling.finetuned",
+    "attention.causal",
+    # transformers applies none of these windows unless a config.json asks for it
+    "attention.sliding_window",
+}
+Tensors = Mapping[str, GgufTensor]
+
+
+def not_known(where: object, found: str, expected: str) -> CheckpointError:
+    """The error for a file that says or has what this import does not know."""
+    return CheckpointError(where, found, expected, "Take the model from its maker's checkpoint")
+
+
+class _Keys:
+    """Keys of the architecture, which remembers those that were asked for."""
+
+    def __init__(self, where: str, architecture: str, keys: Mapping[str, Any]) -> None:
+        self.where = where
+        prefix = architecture + "."
+        self.keys = {
+            key[len(prefix) :]: value for key, value in keys.items() if key.startswith(prefix)
+        }
+        self.asked = set(_IDLE)
+
+    def wrong(self, found: str, expected: str) -> CheckpointError:
+        return not_known(self.where, found, expected)
+
+    def get(self, key: str, default: Any, kind: type = int) -> Any:
+        """A number, or the default where the file does not say."""
+        self.asked.add(key)
+        value = self.keys.get(key, default)
+        if value is default:
+            return value
+        kinds = (int, float) if kind is float else (kind,)
+        if type(value) not in kinds or (kind is not str and not 0 <= value < 2**31):
+            raise self.wrong(f"{key} {str(value)!r:.40}", "one number of a usual size")
+        return kind(value)
+
+    def need(self, key: str, kind: type = int) -> Any:
+        value = self.get(key, None, kind)
+        if value is None:
+            raise self.wrong(f"no {key}", "a file that says it")
+        return value
+
+    def agreed(self, key: str, found: int) -> int:
+        """A size that the tensors have; refused where the file says another."""
+        said = self.get(key, None)
+        if said and said != found:
+            raise self.wrong(f"{found} features in its tensors", f"{said}, as its {key} says")
+        return found
+
+    def close(self) -> None:
+        unknown = sorted(set(self.keys) - self.asked)
+        if unknown:
+            shown = str(self.keys[unknown[0]])
+            raise self.wrong(f"{unknown[0]} {shown:.40}", "no such key for this architecture")
+
+
+def gguf_config(
+    where: str, keys: Mapping[str, Any], tensors: Tensors
+) -> tuple[Architecture, dict[str, Any]]:
+    """The architecture of a file, and its config.json.
+
+    where    the file, for errors
+    keys     of the file
+    tensors  of the file, by name
+
+    Raises CheckpointError for an architecture, a key or a value that is not known here.
+    """
+    named = keys.get("general.architecture")
+    if not isinstance(named, str) or named not in ARCHITECTURES:
+        known = f"one of {', '.join(ARCHITECTURES)}"
+        raise not_known(where, f"architecture {str(named)!r:.60}", known)
+    lookup = _Keys(where, named, keys)
+    arch = ARCHITECTURES[named]
+    if arch is LLAMA and lookup.get("expert_count", 0):
+        arch = MIXTRAL
+    return arch, _config(lookup, arch, tensors, keys)
+
+
+def _config(
+    keys: _Keys, arch: Architecture, tensors: Tensors, common: Mapping[str, Any]
+) -> dict[str, Any]:
+    hidden, heads = keys.need("embedding_length"), keys.need("attention.head_count")
+    layers = keys.need("block_count")
+    if not 0 < layers <= len(tensors) or not heads:
+        raise keys.wrong(f"{layers} blocks of {heads} heads", "as many as there are tensors")
+    head_dim = keys.get("attention.key_length", hidden // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if keys.get(key, head_dim) != head_dim:
+            raise keys.wrong(f"{key} {keys.keys[key]}", f"{head_dim}, as that of the keys")
+    config: dict[str, Any] = {
+        "architectures": [arch.model_class],
+        "model_type": arch.model_type,
+        "vocab_size": _shape(keys, tensors, "token_embd.weight")[0],
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys.get("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": keys.need("context_length"),
+        "rms_norm_eps": _short(keys.need("attention.layer_norm_rms_epsilon", float)),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "hidden_act": "silu",
+        **arch.config,
+    }
+    if arch is QWEN2_MOE:
+        del config["head_dim"]
+    config |= _feed_forward(keys, arch, tensors)
+    if arch is LLAMA:
+        config["attention_bias"] = "blk.0.attn_q.bias" in tensors
+        config["mlp_bias"] = "blk.0.ffn_down.bias" in tensors
+    config["rope_parameters"] = _rope(keys, head_dim, tensors)
+    for name, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        number = common.get(f"tokenizer.ggml.{theirs}_token_id")
+        if type(number) is int and number < config["vocab_size"]:
+            config[f"{name}_token_id"] = number
+    dtype = tensors["token_embd.weight"].dtype or torch.float32
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    keys.close()
+    return config
+
+
+def _short(value: float) -> float:
+    """The shortest number that is this one in float32, in which files have it."""
+    return float(np.format_float_positional(np.float32(value)))
+
+
+def _shape(keys: _Keys, tensors: Tensors, name: str) -> tuple[int, ...]:
+    if name not in tensors or len(tensors[name].shape) < 2:
+        raise keys.wrong(f"no matrix {name}", "a file that has it")
+    return tensors[name].shape
+
+
+def _feed_forward(keys: _Keys, arch: Architecture, tensors: Tensors) -> dict[str, Any]:
+    """Sizes of the feed-forward layers, and of their experts where they are mixtures."""
+    dense, experts = keys.get("feed_forward_length", None), keys.get("expert_count", 0)
+    if not experts:
+        return {"intermediate_size": dense or _shape(keys, tensors, "blk.0.ffn_gate.weight")[0]}
+    used = keys.need("expert_used_count")
+    features = _shape(keys, tensors, "blk.0.ffn_gate_exps.weight")[-2]
+    each = keys.agreed("expert_feed_forward_length", features)
+    shared = "expert_shared_feed_forward_length"
+    keys.asked.add(shared)
+    if arch is MIXTRAL:
+        return {
+            "num_local_experts": experts,
+            "num_experts_per_tok": used,
+            "intermediate_size": each,
+        }
+    config = {
+        "num_experts": experts,
+        "num_experts_per_tok": used,
+        "moe_intermediate_size": each,
+        "intermediate_size": dense or each,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+    if arch is QWEN2_MOE:
+        features = _shape(keys, tensors, "blk.0.ffn_gate_shexp.weight")[0]
+        config["shared_expert_intermediate_size"] = keys.agreed(shared, features)
+    return config
+
+
+def _rope(keys: _Keys, head_dim: int, tensors: Tensors) -> dict[str, Any]:
+    """rope_parameters: the base, and how positions are scaled."""
+    base = _short(keys.get("rope.freq_base", 10000.0, float))
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": base}
+    kind = keys.get("rope.scaling.type", "none", str)
+    factor = keys.get("rope.scaling.factor", None, float)
+    factor = keys.get("rope.scale_linear", None, float) if factor is None else factor
+    original = keys.get("rope.scaling.original_context_length", None)
+    if "rope_freqs.weight" in tensors:
+        if kind != "none":
+            raise keys.wrong(f"factors of frequencies and scaling {kind}", "one of both")
+        return _llama3(keys, head_dim, rope, tensors["rope_freqs.weight"])
+    if kind in ("none", "linear") and factor in (None, 1.0):
+        return rope
+    if kind == "linear":
+        return rope | {"rope_type": "linear", "factor": factor}
+    if kind == "yarn" and factor and original:
+        more = {"rope_type": "yarn", "factor": factor}
+        return rope | more | {"original_max_position_embeddings": original}
+    raise keys.wrong(f"scaling of positions {kind!r:.40} by {factor}", "none, linear, yarn, llama3")
+
+
+def _llama3(keys: _Keys, head_dim: int, rope: dict[str, Any], stored: GgufTensor) -> dict[str, Any]:
+    """The rope of Llama 3.1 whose factors the file has: the original context is tried out.
+
+    The factors do not change where both frequency factors and the context are multiplied alike, so
+    those of all published models are taken: 1 and 4.
+    """
+    half = head_dim // 2
+    if stored.dtype != torch.float32 or stored.shape != (half,):
+        raise keys.wrong(f"rope_freqs of shape {list(stored.shape)}", f"{half} numbers of F32")
+    found = stored.read(0, 1).view(torch.float32)
+    rope = rope | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["factor"] = float(found.max())
+    for power in range(4, 24):
+        rope["original_max_position_embeddings"] = 1 << power
+        made = rope_factors(rope, 2 * half)
+        if made is not None and torch.allclose(made, found, rtol=1e-5, atol=0):
+            return rope
+    raise keys.wrong("factors of frequencies", "those of Llama 3.1's rule")
