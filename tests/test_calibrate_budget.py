@@ -15,8 +15,9 @@ from ternarize.convert.verify import verify
 from ternarize.errors import UsageError
 from ternarize.files.headers import DTYPES
 from ternarize.plans.layout import Plan, TensorPlan
-from ternarize.plans.plan import check_fused, make_plan
+from ternarize.plans.plan import make_plan
 from ternarize.plans.recipe import Recipe
+from ternarize.plans.rules import check_fused
 
 Curve = list[tuple[int, float]]
 
@@ -90,7 +91,7 @@ def bits_per_weight(tensors: list[TensorPlan]) -> float:
 
 def spend(work: Plan, name: str, target: float) -> list[TensorPlan]:
     found = allocate(work.source, work.tensors, [calibrating.inputs(name, 2)], target)
-    check_fused(found)
+    check_fused((t.choice, t.form) for t in found)
     assert [t.name for t in found] == [t.name for t in work.tensors]
     assert [t for t in found if not t.ternary] == [t for t in work.tensors if not t.ternary]
     return found

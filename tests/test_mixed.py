@@ -24,7 +24,7 @@ import ternarize
 from ternarize.convert.run import convert
 from ternarize.convert.verify import verify
 from ternarize.errors import SelectionError, UsageError
-from ternarize.files import container
+from ternarize.files import container, metadata
 from ternarize.measure.report import inspect
 from ternarize.plans.plan import make_plan
 from ternarize.plans.recipe import Recipe
@@ -282,7 +282,7 @@ def test_tied_weights_stay_one_tensor(name: str, tmp_path: Path) -> None:
 def test_a_tied_tensor_may_be_rotated(tmp_path: Path) -> None:
     """As an embedding its rows are turned back; as a head it meets the rotated input."""
     converted("llama_tied", tmp_path, Recipe("itf", 32, embeddings="ternary"))
-    records = container.records_of(open_checkpoint(tmp_path / "packed"))
+    records = metadata.records_of(open_checkpoint(tmp_path / "packed"))
     name = "model.embed_tokens.weight"
     records[name] = replace(records[name], rotation=(64, 3))
     tensors = packing.read_checkpoint(tmp_path / "packed")

@@ -21,9 +21,11 @@ from ternarize.models import places, skeleton, source_code
 from ternarize.models.places import locate
 from ternarize.models.skeleton import skeleton_shapes, why_no_skeleton
 from ternarize.plans import judge
-from ternarize.plans.choose import Choice, select
+from ternarize.plans.choose import select
 from ternarize.plans.judge import EXPERTS, LINEAR
 from ternarize.plans.judge_names import BY_NAME
+from ternarize.plans.recipe import Recipe
+from ternarize.plans.rules import Choice, Rule, rules_of
 
 Shapes = dict[str, tuple[int, ...]]
 Config = dict[str, Any]
@@ -186,9 +188,13 @@ def shapes_of(config: Config) -> Shapes:
     return {name: shape for name, (_, shape) in skeleton_shapes(config).items()}
 
 
+def rules(**options: Any) -> list[Rule]:
+    return rules_of(Recipe(**options))
+
+
 def choose(name: str, **patterns: Any) -> dict[str, Choice]:
     config = config_of(name)
-    return {c.name: c for c in select(shapes_of(config), config, **patterns)}
+    return {c.name: c for c in select(shapes_of(config), config, rules(**patterns))}
 
 
 def matching(globs: str, name: str) -> bool:
@@ -460,7 +466,7 @@ def test_a_tensor_that_is_split_by_rows_is_as_ternary_as_its_parts(
     names: Shapes = {f"model.layers.{i}.mlp.both.weight": (272, 64) for i in range(2)}
     choices = run(names)
     assert [choices[name].ternary for name in names] == [True, True]
-    model = skeleton._skeleton_or_error(config_of("llama")).model
+    model = skeleton.empty_model(config_of("llama"))
     places = locate(model, names)
     assert places["model.layers.1.mlp.both.weight"].parameters == (
         "model.layers.1.mlp.gate_proj.weight",
@@ -493,7 +499,7 @@ def test_experts_whose_code_is_unclear_are_judged_by_their_sizes_or_not_at_all(
     shapes = shapes_of(config)
     with pytest.raises(SelectionError, match=r"down_proj: .*\[experts, in, out\]; .* --keep"):
         select(shapes, config)
-    kept = {c.name: c for c in select(shapes, config, keep=["*.experts.down_proj"])}
+    kept = {c.name: c for c in select(shapes, config, rules(keep=["*.experts.down_proj"]))}
     assert kept["model.layers.1.feed_forward.experts.down_proj"].reason.startswith("--keep")
     assert kept["model.layers.1.feed_forward.experts.gate_up_proj"].ternary
 
@@ -559,7 +565,7 @@ def test_a_tied_head_cannot_be_included() -> None:
     config = config_of("llama_tied")
     shapes = {**shapes_of(config), "lm_head.weight": (160, 64)}
     with pytest.raises(SelectionError, match="lm_head.weight: .* output head, tied"):
-        select(shapes, config, include=["lm_head.weight"])
+        select(shapes, config, rules(include=["lm_head.weight"]))
 
 
 def test_a_glob_that_matches_nothing_shows_the_closest_names() -> None:
@@ -598,7 +604,7 @@ def test_a_large_weight_without_a_place_stops_unless_it_is_kept() -> None:
     shapes = {**shapes_of(config), "model.layers.0.extra.weight": (1024, 1024)}
     with pytest.raises(SelectionError, match=r"layers.0.extra.weight: .*\[1024, 1024\].*--keep"):
         select(shapes, config)
-    assert select(shapes, config, keep=["*.extra.*"])[-1].reason == "--keep *.extra.*"
+    assert select(shapes, config, rules(keep=["*.extra.*"]))[-1].reason == "--keep *.extra.*"
 
 
 def test_small_tensors_without_a_place_are_kept_and_say_so() -> None:
@@ -621,7 +627,7 @@ def test_a_kept_tensor_may_have_another_shape_but_cannot_be_included() -> None:
     reasons = {c.name: c.reason for c in select(shapes, config)}
     assert reasons["lm_head.weight"].startswith("output head, of another shape")
     with pytest.raises(SelectionError, match="lm_head.weight: --include .* of another shape"):
-        select(shapes, config, include=["lm_head.weight"])
+        select(shapes, config, rules(include=["lm_head.weight"]))
 
 
 def test_a_config_that_its_class_cannot_use_stops() -> None:
@@ -687,16 +693,16 @@ def test_without_a_skeleton_a_model_of_vision_alone_is_converted() -> None:
 
 def test_without_a_skeleton_include_works_on_matrices_alone() -> None:
     shapes = {"model.projector.weight": (64, 64), "embed.weight": (160, 64)}
-    assert select(shapes, None, include=["*projector*"])[0].ternary
+    assert select(shapes, None, rules(include=["*projector*"]))[0].ternary
     with pytest.raises(SelectionError, match="embed.weight: .*: embedding"):
-        select(shapes, None, include=["embed.*"])
+        select(shapes, None, rules(include=["embed.*"]))
 
 
 def test_without_a_skeleton_a_large_tensor_of_unknown_kind_stops_unless_kept() -> None:
     shapes = {"model.layers.0.experts.gate_up_proj": (64, 256, 128)}
     with pytest.raises(SelectionError, match=r"gate_up_proj: .*\[64, 256, 128\].*--keep"):
         select(shapes, None)
-    assert not select(shapes, None, keep=["*"])[0].ternary
+    assert not select(shapes, None, rules(keep=["*"]))[0].ternary
 
 
 @pytest.mark.parametrize(("shape", "transposed"), [((64, 192), True), ((192, 64), False)])
@@ -719,4 +725,4 @@ def test_without_a_skeleton_gpt2_names_of_unknown_orientation_stop() -> None:
         SelectionError, match=r"c_proj.weight: .*\[out, in\] or \[in, out\].*--keep"
     ):
         select(shapes, None)
-    assert not select(shapes, None, keep=["*.c_proj.weight"])[0].ternary
+    assert not select(shapes, None, rules(keep=["*.c_proj.weight"]))[0].ternary

@@ -1,4 +1,8 @@
-"""TODO."""
+"""The skeleton of a model: its own class of transformers, built on the meta device.
+
+It says of every parameter in which module it stands, what it is tied to, and who else reads it, and
+of a checkpoint where its tensors go, before a weight is read.
+"""
 
 from __future__ import annotations
 
@@ -24,99 +28,34 @@ from ternarize.models.configuration import config_dtype, config_from, modalities
 from ternarize.models.places import Place, filled_alone, locate, missing_parameters, ties
 from ternarize.models.source_code import raw_reads
 
+# the two ends of a model -> what a person calls them
+END_NAMES = {"head": "output head", "embeddings": "token embedding"}
+
 # whether two tensors on disk, of which the class says that they are tied, have the same values
 Equal = Callable[[str, str], bool]
+
+# Buffers of old checkpoints that today's models compute: masks, positions, frequencies.
+OLD_BUFFER = re.compile(r"\.(bias|masked_bias|causal_mask|mask|inv_freq|position_ids|\w*_index)$")
+
+_HEAD_LIST = re.compile(r"(^|_)(heads?|embed\w*|classifiers?|predictors?)$")
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+}
 
 
 def all_equal(name: str, other: str) -> bool:
     """What holds where values cannot be looked at: the class's word."""
     return True
-
-
-def why_no_skeleton(config: dict[str, Any] | None) -> str | None:
-    """Why the rules on names and shapes decide for this config.json; None if the skeleton does."""
-    skeleton = skeleton_of_config(config)
-    return skeleton if isinstance(skeleton, str) else None
-
-
-def skeleton_shapes(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The tensors that a checkpoint of this config.json has: name on disk -> (dtype, shape).
-
-    dtype is a safetensors name ("BF16"): the config's own for floating point. Tied names, which are
-    not stored, are left out. Raises SelectionError where there is no skeleton.
-    """
-    skeleton = _skeleton_or_error(config)
-    unsaved = set(skeleton.model._keys_to_ignore_on_save or ()) | set(skeleton.tied)
-    # a class may fix the dtype of a parameter, whatever that of the model is
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(config_dtype(config))
-    try:
-        parameters = empty_model(config).state_dict()
-    finally:
-        torch.set_default_dtype(before)
-    stored = {name: tensor for name, tensor in parameters.items() if name not in unsaved}
-    on_disk = revert_weight_conversion(skeleton.model, stored)
-    return {name: (_DTYPES[t.dtype], tuple(t.shape)) for name, t in on_disk.items()}
-
-
-def strangers(names: Iterable[str], config: dict[str, Any] | None) -> list[str]:
-    """Those of these names on disk that the model of a config.json does not know.
-
-    Empty without a skeleton. Buffers of old, and what the class says it ignores, are known.
-    """
-    skeleton = skeleton_of(names, config, all_equal)
-    if isinstance(skeleton, str):
-        return []
-    places = skeleton.places.items()
-    return [
-        name for name, at in places if not at.parameters and not passed_over(name, at, skeleton)
-    ]
-
-
-def lacking(names: Iterable[str], config: dict[str, Any] | None) -> list[str]:
-    """Parameters of the model of a config.json that these names on disk leave out."""
-    skeleton = skeleton_of(names, config, all_equal)
-    if isinstance(skeleton, str):
-        return []
-    return skeleton.absent
-
-
-def linear_layers(
-    config: dict[str, Any], names: Iterable[str], listed: Sequence[str] | None
-) -> dict[str, tuple[int, int]] | str:
-    """The weights that a quantizer of transformers replaces: name on disk -> (rows, cols).
-
-    names   of the tensors on disk; none: they are those that the architecture stores
-    listed  the modules_to_not_convert of its configuration; None: what transformers then leaves out
-            (output head, tied weights, the last module)
-
-    In words why not, where there is no skeleton. Raises SelectionError where a layer that it means
-    is not stored as one matrix.
-    """
-    skeleton = skeleton_of_config(config)
-    if isinstance(skeleton, str):
-        return skeleton
-    model = skeleton.model
-    left = get_keys_to_not_convert(model) if listed is None else list(listed)
-    left += list(model._keep_in_fp32_modules or ())
-    layers = {
-        f"{path}.weight": (module.out_features, module.in_features)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and should_convert_module(path, left)
-    }
-    if not (places := locate(model, names)):
-        return {_disk_name(skeleton, name): shape for name, shape in layers.items()}
-    stored = filled_alone(places)
-    for name in layers:
-        if name not in stored or name in skeleton.sharing:
-            why = "is tied to another" if name in skeleton.sharing else "has no matrix of its own"
-            raise SelectionError(
-                name,
-                f"is quantized by config.json, but {why}",
-                "a weight of its own",
-                "List it in modules_to_not_convert, or complete the checkpoint",
-            )
-    return {stored[name]: shape for name, shape in layers.items()}
 
 
 class Skeleton:
@@ -161,22 +100,22 @@ class Skeleton:
     @cached_property
     def heads(self) -> set[str]:
         """Paths of the output head."""
-        head = model_end(self.model, "output")
+        head = model_end(self.model, "head")
         return {path for path, m in self.modules.items() if head is not None and m is head}
-
-    def end(self, option: str) -> str:
-        """The weight of the output head or of the token embedding; "" where there is none."""
-        module = model_end(self.model, "output" if option == "--head" else "input")
-        cls: type = type(module)
-        expected = isinstance(module, nn.Embedding) or (option == "--head" and is_linear(cls))
-        paths = [path for path, m in self.modules.items() if m is module and expected]
-        return f"{paths[0]}.weight" if paths else ""
 
     def family(self, parameter: str) -> set[str]:
         """A parameter and all that are tied to it."""
         source = self.tied.get(parameter, parameter)
-        tied = {target for target, other in self.tied.items() if other == source}
-        return {source, *tied} if parameter else set()
+        return {source, *(target for target, other in self.tied.items() if other == source)}
+
+    def end_family(self, which: str) -> set[str]:
+        """The weight of the "head" or the "embeddings" and all that are tied to it, if there is."""
+        module = model_end(self.model, which)
+        cls: type = type(module)
+        if not (isinstance(module, nn.Embedding) or (which == "head" and is_linear(cls))):
+            return set()
+        path = next((path for path, m in self.modules.items() if m is module), None)
+        return set() if path is None else self.family(f"{path}.weight")
 
     def unpackable(self, family: Iterable[str]) -> str:
         """Why the parameters of a head or a token embedding cannot be packed; "" if they can."""
@@ -238,57 +177,82 @@ class Skeleton:
         names |= {*(self.model._keep_in_fp32_modules_strict or ())}
         return re.compile("|".join(name.replace("*", ".*") for name in names)) if names else None
 
-    @cached_property
-    def ignored(self) -> re.Pattern[str] | None:
-        """Names on disk that the architecture leaves unread, on its own word."""
-        patterns = self.model._keys_to_ignore_on_load_unexpected or ()
-        return re.compile("|".join(f"(?:{p})" for p in sorted(patterns))) if patterns else None
+    def passes_over(self, name: str, renamed: str) -> str:
+        """Why a tensor without a place is known all the same; "" if it is not.
+
+        name     on disk
+        renamed  what transformers looks for, as of a `Place`
+        """
+        ignored = self.model._keys_to_ignore_on_load_unexpected or ()
+        if any(re.search(pattern, n) for pattern in ignored for n in (renamed, name)):
+            return f"ignored by {self.name}"
+        if renamed in self.buffers or OLD_BUFFER.search(f".{name}"):
+            return "buffer"
+        return ""
+
+
+def _inside_blocks(modules: Mapping[str, nn.Module]) -> set[str]:
+    """Paths of the modules in repeated blocks: below a list whose elements have children.
+
+    A list of heads (`bbox_embed`, `lm_heads`) repeats outputs, not blocks.
+    """
+    inside: set[str] = set()
+    for path, module in modules.items():
+        parent = path.rpartition(".")[0]
+        block = (
+            isinstance(modules[parent], nn.ModuleList)
+            and not _HEAD_LIST.search(parent.rpartition(".")[2])
+            and next(module.children(), None) is not None
+        )
+        if path and (parent in inside or block):
+            inside.add(path)
+    return inside
+
+
+@cache
+def is_linear(cls: type) -> bool:
+    """Whether a class computes x W^T + b with its weight and nothing else.
+
+    nn.Linear, and subclasses that only write it differently (Falcon's): tried on small numbers, for
+    its source does not tell. A router that is a subclass returns something else.
+    """
+    if cls is nn.Linear:
+        return True
+    if not issubclass(cls, nn.Linear):
+        return False
+    probe = cls.__new__(cls)
+    with torch.device("cpu"):
+        nn.Linear.__init__(probe, 4, 3, dtype=torch.float64)
+        x = torch.arange(8, dtype=torch.float64).reshape(1, 2, 4) - 3
+    try:
+        with torch.no_grad():
+            y = probe(x)
+            return torch.allclose(y, nn.functional.linear(x, probe.weight, probe.bias))
+    except Exception:  # it needs more than a weight and a bias, or returns no tensor
+        return False
 
 
 def model_end(model: Any, which: str) -> nn.Module | None:
-    """The "output" head or "input" embedding on the model's own word; None if it has none."""
+    """The "head" or the "embeddings" of a model on its own word; None if it has none."""
+    getter = "get_output_embeddings" if which == "head" else "get_input_embeddings"
     try:
-        end: nn.Module | None = getattr(model, f"get_{which}_embeddings")()
+        end: nn.Module | None = getattr(model, getter)()
     except (NotImplementedError, AttributeError):  # how classes of transformers say so
         return None
     return end
 
 
-def end_family(model: PreTrainedModel, option: str) -> tuple[set[str], str]:
+def end_family(model: PreTrainedModel, which: str) -> tuple[set[str], str]:
     """The weight of an end of a model and all that are tied to it, and why they cannot be packed.
 
-    model   dense, in memory or on meta
-    option  "--head" or "--embeddings"
+    model  dense, in memory or on meta
+    which  "head" or "embeddings"
 
     Returns no names where there is no such end, and "" where they can be packed.
     """
     skeleton = Skeleton(model)
-    family = skeleton.family(skeleton.end(option))
+    family = skeleton.end_family(which)
     return family, skeleton.unpackable(family)
-
-
-def _skeleton_or_error(config: dict[str, Any]) -> Skeleton:
-    skeleton = skeleton_of_config(config)
-    if isinstance(skeleton, str):
-        raise SelectionError(
-            f"config.json: {skeleton}; an architecture that transformers has is expected. Name it."
-        )
-    return skeleton
-
-
-def skeleton_of(
-    names: Iterable[str], config: dict[str, Any] | None, equal: Equal
-) -> Skeleton | str:
-    """The skeleton of a checkpoint with these tensors, or in words why there is none."""
-    skeleton = skeleton_of_config(config)
-    return skeleton if isinstance(skeleton, str) else skeleton.of(names, equal)
-
-
-def skeleton_of_config(config: dict[str, Any] | None) -> Skeleton | str:
-    """The skeleton, or in words why there is none."""
-    if config is None:
-        return "there is no config.json"
-    return _build(json.dumps(config, sort_keys=True))
 
 
 def empty_model(config: Mapping[str, Any]) -> PreTrainedModel:
@@ -304,6 +268,21 @@ def empty_model(config: Mapping[str, Any]) -> PreTrainedModel:
             config_from(table)
         )
     return model
+
+
+def skeleton_of(
+    names: Iterable[str], config: dict[str, Any] | None, equal: Equal
+) -> Skeleton | str:
+    """The skeleton of a checkpoint with these tensors, or in words why there is none."""
+    skeleton = skeleton_of_config(config)
+    return skeleton if isinstance(skeleton, str) else skeleton.of(names, equal)
+
+
+def skeleton_of_config(config: dict[str, Any] | None) -> Skeleton | str:
+    """The skeleton, or in words why there is none."""
+    if config is None:
+        return "there is no config.json"
+    return _build(json.dumps(config, sort_keys=True))
 
 
 @lru_cache(maxsize=2)
@@ -333,25 +312,93 @@ def _build(config_json: str) -> Skeleton | str:
     return Skeleton(model)
 
 
-_HEAD_LIST = re.compile(r"(^|_)(heads?|embed\w*|classifiers?|predictors?)$")
+def why_no_skeleton(config: dict[str, Any] | None) -> str | None:
+    """Why the rules on names and shapes decide for this config.json; None if the skeleton does."""
+    skeleton = skeleton_of_config(config)
+    return skeleton if isinstance(skeleton, str) else None
 
 
-def _inside_blocks(modules: Mapping[str, nn.Module]) -> set[str]:
-    """Paths of the modules in repeated blocks: below a list whose elements have children.
+def strangers(names: Iterable[str], config: dict[str, Any] | None) -> list[str]:
+    """Those of these names on disk that the model of a config.json does not know.
 
-    A list of heads (`bbox_embed`, `lm_heads`) repeats outputs, not blocks.
+    Empty without a skeleton. Buffers of old, and what the class says it ignores, are known.
     """
-    inside: set[str] = set()
-    for path, module in modules.items():
-        parent = path.rpartition(".")[0]
-        block = (
-            isinstance(modules[parent], nn.ModuleList)
-            and not _HEAD_LIST.search(parent.rpartition(".")[2])
-            and next(module.children(), None) is not None
+    skeleton = skeleton_of(names, config, all_equal)
+    if isinstance(skeleton, str):
+        return []
+    return [
+        name
+        for name, at in skeleton.places.items()
+        if not at.parameters and not skeleton.passes_over(name, at.renamed)
+    ]
+
+
+def lacking(names: Iterable[str], config: dict[str, Any] | None) -> list[str]:
+    """Parameters of the model of a config.json that these names on disk leave out."""
+    skeleton = skeleton_of(names, config, all_equal)
+    return [] if isinstance(skeleton, str) else skeleton.absent
+
+
+def skeleton_shapes(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The tensors that a checkpoint of this config.json has: name on disk -> (dtype, shape).
+
+    dtype is a safetensors name ("BF16"): the config's own for floating point. Tied names, which are
+    not stored, are left out. Raises SelectionError where there is no skeleton.
+    """
+    skeleton = skeleton_of_config(config)
+    if isinstance(skeleton, str):
+        raise SelectionError(
+            "config.json", skeleton, "an architecture that transformers has", "Name it"
         )
-        if path and (parent in inside or block):
-            inside.add(path)
-    return inside
+    unsaved = set(skeleton.model._keys_to_ignore_on_save or ()) | set(skeleton.tied)
+    # a class may fix the dtype of a parameter, whatever that of the model is
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(config_dtype(config))
+    try:
+        parameters = empty_model(config).state_dict()
+    finally:
+        torch.set_default_dtype(before)
+    stored = {name: tensor for name, tensor in parameters.items() if name not in unsaved}
+    on_disk = revert_weight_conversion(skeleton.model, stored)
+    return {name: (_DTYPES[t.dtype], tuple(t.shape)) for name, t in on_disk.items()}
+
+
+def linear_layers(
+    config: dict[str, Any], names: Iterable[str], listed: Sequence[str] | None
+) -> dict[str, tuple[int, int]] | str:
+    """The weights that a quantizer of transformers replaces: name on disk -> (rows, cols).
+
+    names   of the tensors on disk; none: they are those that the architecture stores
+    listed  the modules_to_not_convert of its configuration; None: what transformers then leaves out
+            (output head, tied weights, the last module)
+
+    In words why not, where there is no skeleton. Raises SelectionError where a layer that it means
+    is not stored as one matrix.
+    """
+    skeleton = skeleton_of_config(config)
+    if isinstance(skeleton, str):
+        return skeleton
+    model = skeleton.model
+    left = get_keys_to_not_convert(model) if listed is None else list(listed)
+    left += list(model._keep_in_fp32_modules or ())
+    layers = {
+        f"{path}.weight": (module.out_features, module.in_features)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and should_convert_module(path, left)
+    }
+    if not (places := locate(model, names)):
+        return {_disk_name(skeleton, name): shape for name, shape in layers.items()}
+    stored = filled_alone(places)
+    for name in layers:
+        if name not in stored or name in skeleton.sharing:
+            why = "is tied to another" if name in skeleton.sharing else "has no matrix of its own"
+            raise SelectionError(
+                name,
+                f"is quantized by config.json, but {why}",
+                "a weight of its own",
+                "List it in modules_to_not_convert, or complete the checkpoint",
+            )
+    return {stored[name]: shape for name, shape in layers.items()}
 
 
 def _disk_name(skeleton: Skeleton, parameter: str) -> str:
@@ -363,55 +410,3 @@ def _disk_name(skeleton: Skeleton, parameter: str) -> str:
         return name
     except (ValueError, RuntimeError):  # part of a fused tensor, which has no name of its own
         return parameter
-
-
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.complex64: "C64",
-}
-
-
-@cache
-def is_linear(cls: type) -> bool:
-    """Whether a class computes x W^T + b with its weight and nothing else.
-
-    nn.Linear, and subclasses that only write it differently (Falcon's): tried on small numbers, for
-    its source does not tell. A router that is a subclass returns something else.
-    """
-    if cls is nn.Linear:
-        return True
-    if not issubclass(cls, nn.Linear):
-        return False
-    probe = cls.__new__(cls)
-    with torch.device("cpu"):
-        nn.Linear.__init__(probe, 4, 3, dtype=torch.float64)
-        x = torch.arange(8, dtype=torch.float64).reshape(1, 2, 4) - 3
-    try:
-        with torch.no_grad():
-            y = probe(x)
-            return torch.allclose(y, nn.functional.linear(x, probe.weight, probe.bias))
-    except Exception:  # it needs more than a weight and a bias, or returns no tensor
-        return False
-
-
-# Buffers of old checkpoints that today's models compute: masks, positions, frequencies.
-OLD_BUFFER = re.compile(r"\.(bias|masked_bias|causal_mask|mask|inv_freq|position_ids|\w*_index)$")
-
-
-def passed_over(name: str, place: Place, skeleton: Skeleton) -> str:
-    """Why a tensor without a place is known all the same; "" if it is not."""
-    ignored = skeleton.ignored
-    if ignored and (ignored.search(place.renamed) or ignored.search(name)):
-        return f"ignored by {skeleton.name}"
-    if place.renamed in skeleton.buffers or OLD_BUFFER.search(f".{name}"):
-        return "buffer"
-    return ""

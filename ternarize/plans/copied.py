@@ -1,4 +1,4 @@
-"""TODO."""
+"""The small files of a checkpoint: which of them a conversion copies, byte for byte."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -7,21 +7,10 @@ from pathlib import Path
 
 from ternarize.errors import some
 from ternarize.files.checkpoint import Checkpoint
-from ternarize.files.names import COPIED, WEIGHTS, is_within, module_folders
-from ternarize.files.names import RECORD as RECORD
-
-
-def not_read(source: Checkpoint, left_out: Iterable[str]) -> list[str]:
-    """What to say where transformers' choice among the weight files has left some of the model."""
-    others = [name for name in left_out if _MODEL.fullmatch(name)]
-    if not others or not source.files:
-        return []
-    return [f"{source.files[0]} is read, as transformers does, and not {some(others)}"]
-
+from ternarize.files.names import COPIED, RECORD, WEIGHTS, is_within, module_folders
 
 _MODEL = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)")
 _OWN_INDEX = re.compile(r"[^/]+\.index(\.\w+)?\.json")  # the result has one of its own, if any
-
 
 # what training leaves in a folder, and no model reads: names and folders, globs
 _OF_TRAINING = (
@@ -72,3 +61,11 @@ def small_files(directory: Path, read: Sequence[str]) -> tuple[list[str], list[s
             ours = path.suffix in COPIED or path.name.upper().startswith(("LICENSE", "NOTICE"))
             (copied if ours else left_out).append(name)
     return copied, left_out
+
+
+def not_read(source: Checkpoint, left_out: Iterable[str]) -> list[str]:
+    """What to say where transformers' choice among the weight files has left some of the model."""
+    others = [name for name in left_out if _MODEL.fullmatch(name)]
+    if not others or not source.files:
+        return []
+    return [f"{source.files[0]} is read, as transformers does, and not {some(others)}"]

@@ -1,4 +1,4 @@
-"""TODO."""
+"""What a tensor is, and so what becomes of it by default: a verdict on the module that will run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ternarize.errors import some
 from ternarize.models.configuration import text_config
 from ternarize.models.places import Place, bars_rows, turns_if_needed
-from ternarize.models.skeleton import Skeleton, is_linear, passed_over
+from ternarize.models.skeleton import END_NAMES, Skeleton, is_linear
 from ternarize.models.source_code import reads_transposed
 
 LARGE = 2**20  # elements; an unexplained weight of this size stops the conversion
@@ -23,20 +23,41 @@ EXPERTS = "experts in a repeated block"
 
 @dataclass(frozen=True)
 class Verdict:
-    """A rule's word on one tensor, before --keep and --include."""
+    """What becomes of one tensor by default.
+
+    possible  --include may make it ternary
+    error     the parts of an error after `where`; stops the conversion unless --keep speaks of it
+
+    The others as of a `Choice`.
+    """
 
     ternary: bool
     reason: str
-    possible: bool = False  # --include may make it ternary
+    possible: bool = False
     transposed: bool = False
     parameters: tuple[str, ...] = ()
-    error: str = ""  # stops the conversion unless the tensor is kept by --keep
-    bound: bool = False  # as of a Choice
+    error: tuple[str, ...] = ()
+    bound: bool = False
+
+
+@dataclass(frozen=True)
+class End:
+    """The word on the output head or the token embedding, as the model itself calls them.
+
+    tensors  on disk, with those that are tied to it
+    barred   why it cannot be packed; "" if it can
+    tied     it is the other end, too
+    """
+
+    tensors: frozenset[str] = frozenset()
+    barred: str = ""
+    tied: bool = False
 
 
 def judge_by_skeleton(
     shapes: Mapping[str, tuple[int, ...]], skeleton: Skeleton, shared: bool
 ) -> dict[str, Verdict]:
+    """The verdict on each tensor of a checkpoint; `shared` as in `select`."""
     judged: dict[str, Verdict] = {}  # of parameters: many tensors can share one
     verdicts = {}
     for name, shape in shapes.items():
@@ -128,11 +149,9 @@ def _judge_alone(parameter: str, skeleton: Skeleton) -> Verdict:
         if orientation is None and against:
             return kept(against)
         if orientation is None:
-            unknown = (
-                f"{kind} does not show whether it is [experts, out, in] or [experts, in, out]; one "
-                f"must be known. Use --keep to leave it in floating point."
-            )
-            return Verdict(False, "unknown orientation", error=unknown)
+            unknown = f"{kind} does not show whether it is [experts, out, in] or [experts, in, out]"
+            error = (unknown, "one of them", "Use --keep to leave it in floating point")
+            return Verdict(False, "unknown orientation", error=error)
         transposed = orientation
     reason = against or (EXPERTS if experts else LINEAR)
     return Verdict(not against, reason, True, transposed)
@@ -184,11 +203,13 @@ def _as_stored(
     if shape == wanted:
         return verdict
     barred = _barred(verdict, f"of another shape than {skeleton.name}'s")
-    error = (
-        f"its shape is {list(shape)}; {skeleton.name} with this config.json has {list(wanted)}. "
-        f"Repair config.json, or use --keep."
-    )
+    found = _other_shape(shape, wanted, skeleton)
+    error = (found, "", "Repair config.json, or use --keep")
     return replace(barred, error=error) if verdict.ternary else barred
+
+
+def _other_shape(shape: tuple[int, ...], wanted: tuple[int, ...], skeleton: Skeleton) -> str:
+    return f"its shape is {list(shape)}; {skeleton.name} with this config.json has {list(wanted)}"
 
 
 def _barred(verdict: Verdict, reason: str) -> Verdict:
@@ -205,15 +226,54 @@ def _merges(place: Place) -> bool:
 
 def _unexpected(name: str, renamed: str, shape: tuple[int, ...], skeleton: Skeleton) -> Verdict:
     """The verdict on a tensor that has no place in the skeleton."""
-    if reason := passed_over(name, Place((), renamed), skeleton):
+    if reason := skeleton.passes_over(name, renamed):
         return Verdict(False, reason)
     if len(shape) < 2 or math.prod(shape) < LARGE:
         return Verdict(False, "not part of the architecture")
     absent = skeleton.absent
     wants = f", which lacks {some(absent)}" if absent else ""
     error = (
-        f"a weight of shape {list(shape)} that is not part of {skeleton.name}{wants}; every large "
-        "weight must have a place. Repair config.json (architectures) or the names, or use --keep "
-        "to copy it as it is."
+        f"a weight of shape {list(shape)} that is not part of {skeleton.name}{wants}",
+        "a place for every large weight",
+        "Repair config.json (architectures) or the names, or use --keep to copy it as it is",
     )
     return Verdict(False, "not part of the architecture", error=error)
+
+
+def judge_ends(shapes: Mapping[str, tuple[int, ...]], skeleton: Skeleton | str) -> dict[str, End]:
+    """What "head" and "embeddings" mean in a checkpoint, and whether they can be packed.
+
+    skeleton  of it, or in words why there is none
+    """
+    if isinstance(skeleton, str):
+        unknown = End(barred=f"{skeleton}, so nothing shows which tensor that is")
+        return dict.fromkeys(END_NAMES, unknown)
+    families = {end: skeleton.end_family(end) for end in END_NAMES}
+    tied = families["head"] == families["embeddings"]
+    ends = {}
+    for end, family in families.items():
+        places = skeleton.places.items()
+        tensors = [name for name, at in places if not family.isdisjoint(at.parameters)]
+        barred = _end_barred(
+            END_NAMES[end], family, {name: shapes[name] for name in tensors}, skeleton
+        )
+        ends[end] = End(frozenset(tensors), barred, tied)
+    return ends
+
+
+def _end_barred(
+    what: str, family: set[str], shapes: Mapping[str, tuple[int, ...]], skeleton: Skeleton
+) -> str:
+    """Why the tensors of one end, of these shapes on disk, cannot be packed; "" if they can."""
+    if not family:
+        return f"{skeleton.name} has no {what} that can be packed"
+    why = skeleton.unpackable(family)
+    if any(skeleton.places[name].converter is not None for name in shapes):
+        why = "stored in another form than the model's"
+    if why or not shapes:
+        return f"{min(family)} cannot be packed ({why or 'the checkpoint does not have it'})"
+    for name, shape in shapes.items():
+        wanted = tuple(skeleton.parameters[skeleton.places[name].parameters[0]].shape)
+        if shape != wanted:
+            return f"{name}: {_other_shape(shape, wanted, skeleton)}"
+    return ""

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The verdict on tensors of which only names and shapes are known."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ _EITHER_WAY = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
 
 
 def judge_by_names(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Verdict]:
+    """The verdict on each tensor of a checkpoint of which no class of model is known."""
     verdicts = {name: _judge_name(name, shape) for name, shape in shapes.items()}
     chosen = [name for name, verdict in verdicts.items() if verdict.ternary]
     if not all(_OTHER_MODALITY.search(name) for name in chosen):
@@ -39,8 +40,9 @@ def judge_by_names(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Verdict]:
             verdicts[name] = replace(verdicts[name], transposed=next(iter(votes)))
         else:
             error = (
-                "without a skeleton nothing shows whether it is [out, in] or [in, out]; one must "
-                "be known. Use --keep, or a config.json of an architecture that transformers has."
+                "without a skeleton nothing shows whether it is [out, in] or [in, out]",
+                "one of them",
+                "Use --keep, or a config.json of an architecture that transformers has",
             )
             verdicts[name] = replace(verdicts[name], ternary=False, possible=False, error=error)
     return verdicts
@@ -74,7 +76,8 @@ def _judge_name(name: str, shape: tuple[int, ...]) -> Verdict:
     if math.prod(shape) < LARGE or OLD_BUFFER.search(f".{name}"):
         return Verdict(False, reason)
     error = (
-        f"without a skeleton nothing shows what a weight of shape {list(shape)} is; a matrix named "
-        f".weight is expected. Use --keep to copy it as it is."
+        f"without a skeleton nothing shows what a weight of shape {list(shape)} is",
+        "a matrix named .weight",
+        "Use --keep to copy it as it is",
     )
     return Verdict(False, reason, error=error)

@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from ternarize.errors import CheckpointError, some
-from ternarize.files import container
+from ternarize.files import metadata
 from ternarize.files.checkpoint import Checkpoint, TensorInfo
-from ternarize.files.container import SCALE_SUFFIX, Record
 from ternarize.files.headers import DTYPES, MAX_HEADER, Entry
+from ternarize.files.metadata import SCALE_SUFFIX, Record
 from ternarize.native import lib
-from ternarize.plans.choose import Choice
 from ternarize.plans.recipe import GROUP_SIZE, Recipe
+from ternarize.plans.rules import Choice
 from ternarize.threads import THREADS
 
 PIECE = 1 << 21  # weights read, ternarized and written at a time by one thread
@@ -31,8 +31,8 @@ class TensorPlan:
     group_size   as in ternarize.trits.ternary
     dtype        of a kept tensor
     tied_to      the tensor of which this one is a copy; then nothing is stored
-    scale_dtype  planned ("U8": 8 bits); the tensor itself may call for another (see Relayout in
-                 convert.py)
+    scale_dtype  planned ("U8": 8 bits); the tensor itself may call for another (a Change, in
+                 convert/tensor.py)
     planes       ternary matrices whose sum it becomes
     rotation     (block, seed) of its input; block 0: none
 
@@ -63,6 +63,14 @@ class TensorPlan:
         return self.choice.codec != ""
 
     @property
+    def form(self) -> str:
+        """What tensors of one parameter must have in common, in words."""
+        if not self.ternary:
+            return self.choice.form
+        details = f"group size {self.group_size}, planes {self.planes}, rotation {self.rotation}"
+        return f"ternary with {details}"
+
+    @property
     def becomes(self) -> str:
         """What a person is told: "tied", "ternary", "int8" or "kept"."""
         return "tied" if self.tied_to else self.record("").kind
@@ -75,7 +83,7 @@ class TensorPlan:
             return [(self.name, self.dtype, self.shape)]
         packed, scales = self.record("0" * 64).stored_shapes()
         return [
-            (self.name, container.CODECS[self.choice.codec], packed),
+            (self.name, metadata.CODECS[self.choice.codec], packed),
             (self.name + SCALE_SUFFIX, self.scale_dtype, scales),
         ]
 
@@ -166,7 +174,7 @@ def header_bytes(entries: Mapping[str, Entry], records: Mapping[str, Record]) ->
     entries  name -> where it lies, in the order of the file
     records  name -> what the metadata says of it
     """
-    table: dict[str, Any] = {"__metadata__": container.dump_metadata(records, recorded=True)}
+    table: dict[str, Any] = {"__metadata__": metadata.dump_metadata(records, recorded=True)}
     for name, entry in entries.items():
         table[name] = {
             "dtype": entry.dtype,
@@ -208,7 +216,7 @@ class Plan:
 
     def convert_memory(self, threads: int = THREADS) -> int:
         """Predicted peak of the conversion, bytes above the interpreter with torch loaded."""
-        per_weight = 12 if lib is not None else 80  # copies in flight: see convert._ternarize
+        per_weight = 12 if lib is not None else 80  # copies in flight: convert/tensor.py
         if any(t.planes > 1 or (t.packed and not t.ternary) for t in self.tensors):
             per_weight += 32  # remainders, and int8 weights, are worked out in float64
         largest = max((min(t.info.numel, t.piece_numel()) for t in self.tensors), default=0)
