@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ternarize.files import container
-from ternarize.files.container import Record
-from ternarize.models.places import bars_rows, locate, turns_if_needed
+from ternarize.files import container, metadata
+from ternarize.files.metadata import Record
+from ternarize.models.places import bars_rows, locate_tensors, turns_if_needed
 from ternarize.native import lib
 from ternarize.runtime import products
 from ternarize.runtime.forms import dense_matrix
@@ -41,7 +41,7 @@ def packable(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str,
     """The linear weights and experts inside the model's blocks: {name in the file: transposed}."""
     parameters = dict(model.named_parameters())
     found = {}
-    for name, place in locate(model, tensors).items():
+    for name, place in locate_tensors(model, tensors).items():
         target = place.targets[0]
         parameter = parameters.get(target)
         if parameter is None or not re.search(r"\.\d+\.", target) or RAW.search(target):
@@ -128,7 +128,7 @@ def write(
     """Write one file of tensors and records, and the source's config.json beside it."""
     directory.mkdir(parents=True, exist_ok=True)
     save_file(
-        dict(tensors), directory / "model.safetensors", metadata=container.dump_metadata(records)
+        dict(tensors), directory / "model.safetensors", metadata=metadata.dump_metadata(records)
     )
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"] = {
@@ -145,7 +145,7 @@ def write(
 def dense_twin(packed: Path, source: Path, directory: Path) -> None:
     """Write the ordinary float32 checkpoint with the weights that `packed` stands for."""
     directory.mkdir(parents=True)
-    stored, records = read_checkpoint(packed), container.records_of(open_checkpoint(packed))
+    stored, records = read_checkpoint(packed), metadata.records_of(open_checkpoint(packed))
     dense = {}
     for name, record in records.items():
         if record.shape is None:

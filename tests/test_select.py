@@ -18,7 +18,7 @@ from transformers.core_model_loading import Chunk, Concatenate, Transpose, Weigh
 
 from ternarize.errors import SelectionError
 from ternarize.models import places, skeleton, source_code
-from ternarize.models.places import locate
+from ternarize.models.places import locate_tensors
 from ternarize.models.skeleton import skeleton_shapes, why_no_skeleton
 from ternarize.plans import judge
 from ternarize.plans.choose import select
@@ -467,7 +467,7 @@ def test_a_tensor_that_is_split_by_rows_is_as_ternary_as_its_parts(
     choices = run(names)
     assert [choices[name].ternary for name in names] == [True, True]
     model = skeleton.empty_model(config_of("llama"))
-    places = locate(model, names)
+    places = locate_tensors(model, names)
     assert places["model.layers.1.mlp.both.weight"].parameters == (
         "model.layers.1.mlp.gate_proj.weight",
         "model.layers.1.mlp.up_proj.weight",

@@ -34,7 +34,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from ternarize.errors import CheckpointError, TernarizeError, WeightError, first_line
 from ternarize.files.checkpoint import Checkpoint
 from ternarize.models.configuration import config_from
-from ternarize.models.places import locate, ties
+from ternarize.models.places import locate_tensors, ties
 from ternarize.progress import without_bars
 from ternarize.threads import signals_held
 
@@ -165,7 +165,7 @@ class Blocks:
         self.source, self.device = source, torch.device(device)
         self.model = skeleton(source.config)
         self.mapping = get_model_conversion_mapping(self.model)
-        self.places = locate(self.model, source.tensors)
+        self.places = locate_tensors(self.model, source.tensors)
         self.tied = ties(self.model.all_tied_weights_keys, self.places, source.equal)
         self.paths = _block_paths(
             self.model, [p for name in tensors for p in self.places[name].parameters]

@@ -13,7 +13,7 @@ from ternarize.errors import CheckpointError, UsageError
 from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.json_files import read_config
 from ternarize.models.configuration import class_of, config_from, open_config, usable
-from ternarize.models.places import locate as locate_tensors
+from ternarize.models.places import locate_tensors
 from ternarize.models.reads import (
     CAUSAL,
     ENCODER,

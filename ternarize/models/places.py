@@ -46,7 +46,9 @@ class Place:
         return () if self.converter is None else tuple(self.converter.operations)
 
 
-def locate(model: PreTrainedModel, names: Iterable[str], quantizer: Any = None) -> dict[str, Place]:
+def locate_tensors(
+    model: PreTrainedModel, names: Iterable[str], quantizer: Any = None
+) -> dict[str, Place]:
     """Lead every tensor name on disk to the parameters of `model` that it fills.
 
     quantizer  the `HfQuantizer` that takes part in loading, if one does

@@ -25,7 +25,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ternarize.errors import SelectionError, first_line
 from ternarize.models.configuration import config_dtype, config_from, modalities, text_config
-from ternarize.models.places import Place, filled_alone, locate, missing_parameters, ties
+from ternarize.models.places import Place, filled_alone, locate_tensors, missing_parameters, ties
 from ternarize.models.source_code import raw_reads
 
 # the two ends of a model -> what a person calls them
@@ -78,7 +78,7 @@ class Skeleton:
     def of(self, names: Iterable[str], equal: Equal) -> Skeleton:
         """The same for a checkpoint with these tensors, which decide what is tied."""
         found = copy.copy(self)
-        found.places = locate(self.model, names)
+        found.places = locate_tensors(self.model, names)
         found.tied = ties(self.tied, found.places, equal)
         return found
 
@@ -386,7 +386,7 @@ def linear_layers(
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear) and should_convert_module(path, left)
     }
-    if not (places := locate(model, names)):
+    if not (places := locate_tensors(model, names)):
         return {_disk_name(skeleton, name): shape for name, shape in layers.items()}
     stored = filled_alone(places)
     for name in layers:

@@ -19,10 +19,10 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from ternarize.errors import CheckpointError, FormatError, SelectionError, first_line, some
-from ternarize.files.container import SCALE_SUFFIX
 from ternarize.files.headers import DTYPES
+from ternarize.files.metadata import SCALE_SUFFIX
 from ternarize.models.configuration import usable
-from ternarize.models.places import Place, locate, missing_parameters, present, ties
+from ternarize.models.places import Place, locate_tensors, missing_parameters, present, ties
 from ternarize.models.skeleton import empty_model, strangers, why_no_skeleton
 from ternarize.plans.layout import Plan
 from ternarize.progress import without_bars
@@ -70,7 +70,7 @@ def rehearse(work: Plan, *, allow_missing: bool = False) -> Plan:
 
 def _missing(model: PreTrainedModel, names: Iterable[str]) -> tuple[list[str], list[str]]:
     """Parameters that these names leave out, and buffers, which the class itself fills."""
-    places = locate(model, names)
+    places = locate_tensors(model, names)
     saved, there = model.state_dict(), present(places)
     buffers = [
         name

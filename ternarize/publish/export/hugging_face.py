@@ -35,7 +35,7 @@ from ternarize.errors import CheckpointError, UsageError, WeightError
 from ternarize.files.headers import DTYPE_NAMES, DTYPES, byte_view
 from ternarize.files.names import INDEX, RECORD, SAFETENSORS
 from ternarize.models.configuration import config_dtype
-from ternarize.models.places import locate
+from ternarize.models.places import locate_tensors
 from ternarize.plans.copied import small_files
 from ternarize.progress import Progress
 from ternarize.publish.export.common import (
@@ -348,7 +348,7 @@ def _split_modules(packed: PackedCheckpoint, losses: Losses) -> tuple[list[str],
         del config.quantization_config
     with torch.device("meta"):
         model = model_class(config)
-    places = locate(model, packed.records)
+    places = locate_tensors(model, packed.records)
     layers = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     plain = {name for name, module in model.named_modules() if type(module) is nn.Linear}
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})

@@ -10,11 +10,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ternarize.errors import FormatError, UsageError
-from ternarize.files import container, unmapped
+from ternarize.files import container, metadata, unmapped
 from ternarize.files.checkpoint import open_files
-from ternarize.files.container import KEY, SCALE_SUFFIX
 from ternarize.files.headers import stamp
 from ternarize.files.json_files import read_json
+from ternarize.files.metadata import KEY, SCALE_SUFFIX
 from ternarize.files.names import RECORD
 from ternarize.runtime import adapters
 from ternarize.runtime.packed import use_lanes
@@ -48,10 +48,10 @@ class TernarizeConfig(QuantizationConfigMixin):
         dequantize: bool | None = None,
         head: str | None = None,
         missing: list[str] | None = None,
-        format_version: int = container.FORMAT_VERSION,
+        format_version: int = metadata.FORMAT_VERSION,
         **others: Any,
     ) -> None:
-        container.check_version("config.json", format_version, [])
+        metadata.check_version("config.json", format_version, [])
         self.__dict__.update(others)
         self.quant_method = KEY  # type: ignore[assignment]
         self.format_version = format_version
@@ -119,12 +119,12 @@ class TernarizeQuantizer(HfQuantizer):
             )
         self.stamps = {file: stamp(file) for file in files}
         packed = open_files(files[0].parent, [file.name for file in files])
-        records = container.records_of(packed)
-        container.check_format(packed)
+        records = metadata.records_of(packed)
+        metadata.check_format(packed)
         listed = (read_json(packed.directory / RECORD) or {}).get("tensors")
-        container.check_listed(RECORD, listed, records, packed)
+        metadata.check_listed(RECORD, listed, records, packed)
         if self.quantization_config.verify is not False:
-            container.check(packed, records)
+            container.check_data(packed, records)
         self.prepare(model, packed_sources(packed, records), list(packed.tensors))
 
     def prepare(
@@ -135,14 +135,14 @@ class TernarizeQuantizer(HfQuantizer):
         sources  the packed tensors, by name
         names    of all tensors that the files hold, scales included
 
-        Returns where each of them then goes (`ternarize.models.places.locate`).
+        Returns where each of them then goes (`ternarize.models.places.locate_tensors`).
         Raises FormatError where the tensors do not fit the model, or do not fill it.
         """
-        from ternarize.models.places import locate, scales_led_astray, ties
+        from ternarize.models.places import locate_tensors, scales_led_astray, ties
         from ternarize.runtime.plugin.int8_head import head_to_round
         from ternarize.runtime.plugin.prepare import check_beside, check_complete, insert_modules
 
-        places = locate(model, names)
+        places = locate_tensors(model, names)
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         # what a file stores apart is apart: a conversion stores equal tensors once
         model.all_tied_weights_keys = ties(tied, places)
@@ -152,7 +152,7 @@ class TernarizeQuantizer(HfQuantizer):
         self.to_round -= self.source_transposed.keys()  # packed in the checkpoint already
         self.scale_names = scales_led_astray(model, sources, SCALE_SUFFIX)
         check_beside(model, self.missing)
-        filled = locate(model, names, self)
+        filled = locate_tensors(model, names, self)
         check_complete(model, filled, self.missing)
         return filled
 
@@ -184,7 +184,7 @@ class TernarizeQuantizer(HfQuantizer):
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # only the adapter is saved
         adapters.check_none(model)
-        return None, container.dump_metadata(saved_records(model, self.source_transposed))
+        return None, metadata.dump_metadata(saved_records(model, self.source_transposed))
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         """For model.dequantize()."""

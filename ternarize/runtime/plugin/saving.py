@@ -12,8 +12,8 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ternarize.errors import UsageError
 from ternarize.files import container
-from ternarize.files.container import SCALE_SUFFIX, Record
-from ternarize.models.places import locate
+from ternarize.files.metadata import SCALE_SUFFIX, Record
+from ternarize.models.places import locate_tensors
 from ternarize.runtime.packed import packed_modules
 
 
@@ -29,7 +29,7 @@ def saved_records(model: Any, transposed: Mapping[str, bool]) -> dict[str, Recor
         for name, layout in module.layouts.items()
     }
     records = {}
-    for name, place in locate(model, tensors).items():
+    for name, place in locate_tensors(model, tensors).items():
         layout = layouts.get(place.targets[0])
         if layout is not None:
             packed, scale = tensors[name], tensors[name + SCALE_SUFFIX]
