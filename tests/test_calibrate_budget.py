@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ternarize.calibrate.budget import Choice, _hull, _spend, allocate, describe
+from ternarize.calibrate.budget import Offer, _hull, _spend, allocate, describe
 from ternarize.convert.run import convert
 from ternarize.convert.verify import verify
 from ternarize.errors import UsageError
@@ -22,11 +22,11 @@ from ternarize.plans.rules import check_fused
 Curve = list[tuple[int, float]]
 
 
-def choices(*pairs: tuple[int, float]) -> list[Choice]:
-    return [Choice((), bits, harm) for bits, harm in pairs]
+def choices(*pairs: tuple[int, float]) -> list[Offer]:
+    return [Offer((), bits, harm) for bits, harm in pairs]
 
 
-def curve(found: list[Choice]) -> Curve:
+def curve(found: list[Offer]) -> Curve:
     return [(choice.bits, choice.harm) for choice in found]
 
 

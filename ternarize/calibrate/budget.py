@@ -31,7 +31,7 @@ SAMPLES = 4  # batches on which harm is measured
 
 
 @dataclass(frozen=True)
-class Choice:
+class Offer:
     """One form of a parameter: the plans of the tensors that load into it, their bits, its harm."""
 
     plans: tuple[TensorPlan, ...]
@@ -72,7 +72,7 @@ def allocate(
     return [chosen.get(t.name, t) for t in tensors]
 
 
-def _spend(hulls: Sequence[Sequence[Choice]], budget: int) -> tuple[list[Choice], int]:
+def _spend(hulls: Sequence[Sequence[Offer]], budget: int) -> tuple[list[Offer], int]:
     """The choice of each hull; and the bits of the smallest choices."""
     at = [0] * len(hulls)
     least = bits = sum(hull[0].bits for hull in hulls)
@@ -91,9 +91,9 @@ def _spend(hulls: Sequence[Sequence[Choice]], budget: int) -> tuple[list[Choice]
         at[index] += 1
 
 
-def _hull(choices: Sequence[Choice]) -> list[Choice]:
+def _hull(choices: Sequence[Offer]) -> list[Offer]:
     """The lower convex hull of (bits, harm), from the fewest bits to the least harm."""
-    hull: list[Choice] = []
+    hull: list[Offer] = []
     for choice in sorted(choices, key=lambda c: (c.bits, c.harm)):
         if hull and choice.harm >= hull[-1].harm:
             continue
@@ -114,7 +114,7 @@ def _measure(
     batches: Sequence[Batch],
     device: str,
     progress: Progress | None,
-) -> list[list[Choice]]:
+) -> list[list[Offer]]:
     """The forms of every parameter, with their harms."""
     blocks = Blocks(source, [t.name for t in tensors if t.ternary], device)
     by_parameter: dict[str, list[TensorPlan]] = {}
@@ -122,7 +122,7 @@ def _measure(
         for parameter in blocks.places[t.name].parameters if t.ternary else ():
             by_parameter.setdefault(parameter, []).append(t)
     forwards = [blocks.start(batch) for batch in batches[:SAMPLES]]
-    found: list[list[Choice]] = []
+    found: list[list[Offer]] = []
     seen: set[str] = set()
     formed: set[str] = set()  # names of tensors
     try:
@@ -162,7 +162,7 @@ def _forms(
     outputs: Sequence[object],
     parameter: torch.nn.Parameter,
     plans: Sequence[TensorPlan],
-) -> list[Choice]:
+) -> list[Offer]:
     weight, choices = parameter.data, []
     turned = plans[0].choice.transposed
     logical = (weight.transpose(-1, -2) if turned else weight).contiguous()
@@ -178,7 +178,7 @@ def _forms(
         parameter.data = weight
         own = tuple(replace(p, group_size=group_size, planes=planes) for p in plans)
         bits = sum(8 * p.stored_bytes() for p in own)
-        choices.append(Choice(own, bits, sum(harms) / len(harms)))
+        choices.append(Offer(own, bits, sum(harms) / len(harms)))
     return choices
 
 

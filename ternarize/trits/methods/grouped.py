@@ -28,7 +28,7 @@ _BLOCK = 128
 
 
 # magnitudes (groups, length) float64, and per group the number of weights -> scales, mask
-Rule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+GroupRule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def sum_blocks(values: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def above(magnitude: Tensor, threshold: Tensor) -> Tensor:
     return magnitude > threshold.reshape(-1, *[1] * (magnitude.dim() - 1))
 
 
-def ternarize_groups(name: str, rule: Rule, weight: Tensor, group_size: int) -> Ternary:
+def ternarize_groups(name: str, rule: GroupRule, weight: Tensor, group_size: int) -> Ternary:
     """Apply a method's rule to every group of `weight`: natively where it can be, else in torch.
 
     name    the method's function in the native module
