@@ -1,7 +1,7 @@
 """Ternarization without data: float weight -> Ternary.
 
-To add a method: a module with one function of the same signature, a line in METHODS, a test, and a
-row in README.md.
+To add a method: a module with one function of the same signature, a line in METHODS, and what else
+CONTRIBUTING.md lists.
 """
 
 from collections.abc import Callable
