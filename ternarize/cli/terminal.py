@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import typer
-from rich import progress as bars
 from rich.console import Console
 from rich.markup import escape
 
@@ -121,6 +120,8 @@ def progress_bar(quiet: bool) -> Iterator[Progress | None]:
     if quiet or not err.is_terminal:
         yield None
         return
+    from rich import progress as bars
+
     bar = bars.Progress(
         bars.TextColumn("{task.fields[stage]}"),
         bars.BarColumn(),

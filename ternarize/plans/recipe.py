@@ -5,7 +5,6 @@ options of `ternarize convert`, CLI.md, the checks, and the reading of records a
 recipes are made from them. Nothing here needs torch: `ternarize --help` imports it.
 """
 
-import tomllib
 from dataclasses import Field, dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
@@ -13,7 +12,6 @@ from types import NoneType
 from typing import Any, TypeVar, get_args
 
 from ternarize.errors import FormatError, UsageError
-from ternarize.files.json_files import MAX_JSON, strict_json
 from ternarize.files.names import RECORD
 
 KEEP, TERNARY = "keep", "ternary"  # and int8: what --head and --embeddings may be
@@ -250,6 +248,10 @@ def open_recipe(name: str) -> Recipe:
 
 def _read(name: str) -> dict[str, Any]:
     """What a file with a recipe holds: JSON where it begins with a brace, else TOML."""
+    import tomllib  # only here, for `ternarize --help`
+
+    from ternarize.files.json_files import MAX_JSON, strict_json
+
     path = Path(name)
     try:
         if not path.is_file():
