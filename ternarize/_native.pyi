@@ -92,7 +92,7 @@ def distance(
     """
 
 def lanes_shape(form: Form, rows: int, cols: int, group_size: int) -> tuple[int, int, int]:
-    """Of a run-time layout (csrc/lanes.h): its bytes, its blocks of rows, the rows of a block.
+    """Of a run-time layout (csrc/pack/lanes.h): its bytes, its blocks of rows, the rows of a block.
 
     ValueError, here and below, if a group has more than 65536 columns: sums could leave 32 bits.
     """
@@ -128,11 +128,11 @@ def products(
     int8: bool,
     threads: int,
 ) -> None:
-    """Set each out to x W^T as ternarize.kernels.product_of_trits defines it, with the same bits.
+    """Set each out to x W^T, with the bits of ternarize.runtime.kernels.product_of_trits.
 
     Memory is given by its address, because that is what a call of some microseconds can afford.
-    Only ternarize.kernels.prepared_products should call this: it knows that tensors are dense and
-    what they hold. Sizes are checked.
+    Only ternarize.runtime.kernels.prepared_lanes should call this: it knows that tensors are dense
+    and what they hold. Sizes are checked.
 
     x         (tokens, cols) of `kind`
     matrices  (lanes, lanes_size, scales, scales_size, half, out, rows) of each:
@@ -162,9 +162,9 @@ def int8_product(
     rows: int,
     threads: int,
 ) -> None:
-    """Set out to x W^T of int8 weights, as ternarize.kernels.int8_product says, with the same bits.
+    """Set out to x W^T of int8 weights, with the bits of ternarize.runtime.kernels.product_of_int8.
 
-    Memory by address, as in `products`, and only for ternarize.kernels.int8_product.
+    Memory by address, as in `products`, and only for that function.
 
     x        (tokens, cols) of `kind`
     weights  (weights_size,) int8: rows x cols
@@ -191,7 +191,7 @@ def dot_peak(rounds: int, threads: int) -> int:
 def rms_norm(
     kind: Kind, rows: int, n: int, x: int, weight: int, epsilon: float, out: int, threads: int
 ) -> None:
-    """Set out to what ternarize.decode.rms_norm defines; for `prepared_norm` there.
+    """Set out as ternarize.runtime.decode.prepared_norm says, for which it is.
 
     x, out  addresses of (rows, n) of `kind`; weight that of (n,)
     """
@@ -205,7 +205,7 @@ def gate(
     out: int,
     threads: int,
 ) -> None:
-    """Set out to what ternarize.decode.gated defines; for `prepared_gate` there.
+    """Set out as ternarize.runtime.decode.prepared_gate says, for which it is.
 
     gate, up, out  addresses of n numbers of `kind`
     """
@@ -213,7 +213,7 @@ def gate(
 def dense(
     kind: Kind, tokens: int, rows: int, cols: int, x: int, weight: int, out: int, threads: int
 ) -> None:
-    """Set out to x W^T; for `prepared_dense` in ternarize.decode.
+    """Set out to x W^T; for `prepared_dense` in ternarize.runtime.decode.
 
     x, weight, out  addresses of (tokens, cols), (rows, cols) and (tokens, rows) of `kind`
     """
@@ -229,7 +229,7 @@ def attend(
     memory: Sequence[int],
     threads: int,
 ) -> None:
-    """Set out to what ternarize.decode.attention defines; for `prepared_attention` there.
+    """Set out as ternarize.runtime.decode.prepared_attention says, for which it is.
 
     memory  the addresses of q, k, v, cosine, sine, keys, values and out, all of `kind`, and of the
             position, int64

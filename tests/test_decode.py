@@ -18,15 +18,12 @@ from ternarize.plans.recipe import Recipe
 from ternarize.runtime import generate
 from ternarize.runtime.decode import (
     Decoder,
-    attention,
     cache_of,
     can_decode,
-    gated,
     prepared_attention,
     prepared_dense,
     prepared_gate,
     prepared_norm,
-    rms_norm,
 )
 
 pytestmark = pytest.mark.skipif(lib is None, reason="it needs the compiled core")
@@ -208,13 +205,13 @@ def test_generate_gives_the_tokens_of_transformers(
         ).text
 
     calls = []
-    by_decoder = generate._generate_by_decoder
+    by_decoder = generate._by_decoder
 
     def counted(*given: Any) -> None:
         calls.append(given)
         by_decoder(*given)
 
-    monkeypatch.setattr(generate, "_generate_by_decoder", counted)
+    monkeypatch.setattr(generate, "_by_decoder", counted)
     fast = text()
     assert len(calls) == 1
     monkeypatch.setattr(generate, "can_decode", lambda *_: False)
@@ -226,12 +223,57 @@ def test_settings_that_it_does_not_know_are_left_to_transformers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = dense("llama")
-    monkeypatch.setattr(generate, "_generate_by_decoder", lambda *_: pytest.fail("not asked for"))
+    monkeypatch.setattr(generate, "_by_decoder", lambda *_: pytest.fail("not asked for"))
     model.generation_config.repetition_penalty = 1.5
     assert generate.generate(model, word_tokenizer(), "w5 w6", max_new_tokens=4).new_tokens > 0
 
 
-# --- the two functions of the compiled core ------------------------------------------------------
+# --- the functions of the compiled core, and what they are to compute ----------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """RMSNorm, https://arxiv.org/abs/1910.07467, equation 4; x has k vectors of n in a row."""
+    wide = x.view(*x.shape[:-1], -1, len(weight)).to(torch.float32)
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    return (weight * wide.to(x.dtype)).view(x.shape)
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    act = torch.nn.functional.silu if activation == "silu" else lambda x: x.relu().square()
+    return act(gate) * up
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: int,
+    scaling: float,
+) -> Tensor:
+    """RoPE (https://arxiv.org/abs/2104.09864) in transformers' order, and attention."""
+    batch, _, dim, _ = keys.shape
+    cos, sin = cosine[position], sine[position]
+
+    def rope(x: Tensor) -> Tensor:
+        x = x.view(batch, -1, dim)
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat([-second, first], -1) * sin
+
+    keys[..., position], values[:, :, position] = rope(k), v.view(batch, -1, dim)
+    y = torch.nn.functional.scaled_dot_product_attention(
+        rope(q).unsqueeze(2),
+        keys[..., : position + 1].mT,
+        values[:, :, : position + 1],
+        scale=scaling,
+        enable_gqa=True,
+    )
+    out: Tensor = y.reshape(batch, -1)
+    return out
+
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 

@@ -41,9 +41,6 @@ HIDDEN_ACTS = ("silu", "relu2")
 ROPES = ("default", "linear", "llama3", "yarn")  # the same for any length of text
 
 
-Model = Any
-
-
 def cache_of(output: Any) -> dict[str, Any]:
     """The memory that a model's output gives back, as the argument with which the next call has it.
 
@@ -52,7 +49,7 @@ def cache_of(output: Any) -> dict[str, Any]:
     return {name: output[name] for name in output if name in CACHES}
 
 
-def can_decode(model: Model, capacity: int) -> bool:
+def can_decode(model: Any, capacity: int) -> bool:
     """Whether `Decoder` computes what the model does, for texts of `capacity` tokens.
 
     So the modules must be those of transformers, and nobody may have changed what they do.
@@ -77,14 +74,14 @@ def can_decode(model: Model, capacity: int) -> bool:
         and config.hidden_act in HIDDEN_ACTS
         and config.rope_parameters.get("rope_type", "default") in ROPES
         and (window is None or window >= capacity)
-        and all(_is_plain(norm.weight, model.dtype) for norm in norms)
+        and all(_is_bare(norm.weight, model.dtype) for norm in norms)
         # nobody else wants to see, to bring or to compute what goes through a module
         and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
         and not any("forward" in vars(m) or hasattr(m, "_hf_hook") for m in model.modules())
     )
 
 
-def _is_plain(weight: Tensor, dtype: torch.dtype) -> bool:
+def _is_bare(weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether a tensor is what its address alone says: no subclass, and dense."""
     data = weight.data
     return (
@@ -111,7 +108,7 @@ class Decoder:
     """
 
     @torch.inference_mode()
-    def __init__(self, model: Model, ids: Tensor, capacity: int) -> None:
+    def __init__(self, model: Any, ids: Tensor, capacity: int) -> None:
         out = model(ids, use_cache=True, logits_to_keep=1)
         self.logits: Tensor = out.logits[:, -1]
         self.model, self.batch, self.dtype = model, len(ids), model.dtype
@@ -198,17 +195,17 @@ class Decoder:
             self.calls.append(call)
             return outs
         for module, out in zip(modules, outs, strict=True):
-            plain = type(module) is nn.Linear and _is_plain(module.weight, self.dtype)
-            if plain and module.bias is None and self.batch <= FEW:
+            bare = type(module) is nn.Linear and _is_bare(module.weight, self.dtype)
+            if bare and module.bias is None and self.batch <= FEW:
                 weight = module.weight.data
                 self.held += (x, weight, out)
                 self.calls.append(prepared_dense(x, weight, out, self.threads))
             else:
-                self.calls.append(partial(_run, module, x, out))
+                self.calls.append(partial(_copy_output, module, x, out))
         return outs
 
 
-def _run(module: nn.Module, x: Tensor, out: Tensor) -> None:
+def _copy_output(module: nn.Module, x: Tensor, out: Tensor) -> None:
     out.copy_(module(x))
 
 
@@ -218,54 +215,44 @@ def _expect(right: bool) -> None:
         raise ValueError("decode: tensors of shapes or dtypes that do not fit one another.")
 
 
-def _expect_plain(*tensors: Tensor) -> None:
-    _expect(all(_is_plain(tensor, tensors[0].dtype) for tensor in tensors))
+def _expect_bare(*tensors: Tensor) -> None:
+    _expect(all(_is_bare(tensor, tensors[0].dtype) for tensor in tensors))
 
 
 def prepared_norm(
     x: Tensor, weight: Tensor, epsilon: float, out: Tensor, threads: int
 ) -> Callable[[], None]:
-    """A call that sets out to `rms_norm`. It knows the memory only: the caller keeps it."""
+    """A call that sets out to weight * (x / sqrt(mean(x^2) + epsilon)), the bracket rounded first.
+
+    x, out  (..., k n): k vectors of n behind one another
+    weight  (n,) of the same dtype
+
+    It knows the memory only: the caller keeps it.
+    RMSNorm, https://arxiv.org/abs/1910.07467, equation 4.
+    """
     assert lib is not None
     n = len(weight)
-    _expect_plain(x, weight, out)
+    _expect_bare(x, weight, out)
     _expect(x.shape == out.shape and x.shape[-1] % n == 0)
     at = x.data_ptr(), weight.data_ptr(), epsilon, out.data_ptr()
     return partial(lib.rms_norm, DTYPE_NAMES[x.dtype], x.numel() // n, n, *at, threads)
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """weight * (x / sqrt(mean(x^2) + epsilon)), the bracket rounded to x's dtype first.
-
-    x       (..., k n) float: k vectors of n behind one another
-    weight  (n,) of the same dtype
-
-    RMSNorm, https://arxiv.org/abs/1910.07467, equation 4.
-    """
-    wide = x.view(*x.shape[:-1], -1, len(weight)).to(torch.float32)
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
-    return (weight * wide.to(x.dtype)).view(x.shape)
-
-
 def prepared_gate(
     gate: Tensor, up: Tensor, activation: str, out: Tensor, threads: int
 ) -> Callable[[], None]:
-    """A call that sets out to `gated`. It knows the memory only: the caller keeps it."""
-    assert lib is not None
-    _expect_plain(gate, up, out)
-    _expect(gate.shape == up.shape == out.shape)
-    at = gate.data_ptr(), up.data_ptr(), out.data_ptr()
-    return partial(lib.gate, DTYPE_NAMES[gate.dtype], activation, gate.numel(), *at, threads)
-
-
-def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """activation(gate) * up, both factors in gate's dtype.
+    """A call that sets out to activation(gate) * up, both factors in gate's dtype.
 
     activation  "silu", x / (1 + e^-x) (https://arxiv.org/abs/2002.05202, section 2), or "relu2",
                 max(x, 0)^2
+
+    It knows the memory only: the caller keeps it.
     """
-    act = torch.nn.functional.silu if activation == "silu" else lambda x: x.relu().square()
-    return act(gate) * up
+    assert lib is not None
+    _expect_bare(gate, up, out)
+    _expect(gate.shape == up.shape == out.shape)
+    at = gate.data_ptr(), up.data_ptr(), out.data_ptr()
+    return partial(lib.gate, DTYPE_NAMES[gate.dtype], activation, gate.numel(), *at, threads)
 
 
 def prepared_dense(x: Tensor, weight: Tensor, out: Tensor, threads: int) -> Callable[[], None]:
@@ -275,7 +262,7 @@ def prepared_dense(x: Tensor, weight: Tensor, out: Tensor, threads: int) -> Call
     """
     assert lib is not None
     (tokens, cols), rows = x.shape, len(weight)
-    _expect_plain(x, weight, out)
+    _expect_bare(x, weight, out)
     _expect(weight.shape == (rows, cols) and out.shape == (tokens, rows))
     at = x.data_ptr(), weight.data_ptr(), out.data_ptr()
     return partial(lib.dense, DTYPE_NAMES[x.dtype], tokens, rows, cols, *at, threads)
@@ -294,11 +281,25 @@ def prepared_attention(
     scaling: float,
     threads: int,
 ) -> Callable[[], None]:
-    """A call that sets out to `attention`. It knows the memory only: the caller keeps it."""
+    """A call that sets out to the attention of one new token of each text to it and all before.
+
+        softmax(scaling * rope(q) [K, rope(k)]^T) [V, v]
+
+    q, out        (batch, heads * dim); a key's head serves heads / kv_heads of them
+    k, v          (batch, kv_heads * dim)
+    cosine, sine  (capacity, dim) of the rotary embedding
+    keys          (batch, kv_heads, dim, capacity), after rope, and
+    values        (batch, kv_heads, capacity, dim): caches of the tokens before `position`; what
+                  belongs there is written
+    position      () int64, read at each call
+
+    All others of one dtype. It knows the memory only: the caller keeps it.
+    RoPE: https://arxiv.org/abs/2104.09864, in transformers' order of the dimensions.
+    """
     assert lib is not None
     given = (q, k, v, cosine, sine, keys, values, out)
     batch, kv_heads, dim, capacity = keys.shape
-    _expect_plain(*given)
+    _expect_bare(*given)
     _expect(k.shape == v.shape == (batch, kv_heads * dim) and q.shape == out.shape)
     _expect(len(q) == batch and q.shape[1] % (kv_heads * dim) == 0)
     _expect(cosine.shape == sine.shape == (capacity, dim))
@@ -306,48 +307,3 @@ def prepared_attention(
     shape = batch, q.shape[1] // dim, kv_heads, dim, capacity
     addresses = [t.data_ptr() for t in (*given, position)]
     return partial(lib.attend, DTYPE_NAMES[q.dtype], *shape, scaling, addresses, threads)
-
-
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cosine: Tensor,
-    sine: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    position: int,
-    scaling: float,
-) -> Tensor:
-    """Attention of one new token of each text to it and to all before.
-
-        softmax(scaling * rope(q) [K, rope(k)]^T) [V, v]
-
-    q             (batch, heads * dim); a key's head serves heads / kv_heads of them
-    k, v          (batch, kv_heads * dim)
-    cosine, sine  (capacity, dim) of the rotary embedding
-    keys          (batch, kv_heads, dim, capacity), after rope, and
-    values        (batch, kv_heads, capacity, dim): caches of the tokens before `position`; what
-                  belongs there is written
-
-    All of one dtype.  Returns (batch, heads * dim).
-    RoPE: https://arxiv.org/abs/2104.09864, in transformers' order of the dimensions.
-    """
-    batch, _, dim, _ = keys.shape
-    cos, sin = cosine[position], sine[position]
-
-    def rope(x: Tensor) -> Tensor:
-        x = x.view(batch, -1, dim)
-        first, second = x.chunk(2, -1)
-        return x * cos + torch.cat([-second, first], -1) * sin
-
-    keys[..., position], values[:, :, position] = rope(k), v.view(batch, -1, dim)
-    y = torch.nn.functional.scaled_dot_product_attention(
-        rope(q).unsqueeze(2),
-        keys[..., : position + 1].mT,
-        values[:, :, : position + 1],
-        scale=scaling,
-        enable_gqa=True,
-    )
-    out: Tensor = y.reshape(batch, -1)
-    return out

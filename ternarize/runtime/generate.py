@@ -22,12 +22,11 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from ternarize.errors import UsageError, first_line
-from ternarize.models.reads import max_positions
+from ternarize.models.reads import beginning, max_positions
 from ternarize.runtime.decode import Decoder, can_decode
 
 NEW_TOKENS = 128  # where the model's context has room for them
 CONTEXT_TOKENS = 8  # of the prompt, decoded before the first new token
-Model = Any
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Generation:
 
 
 def generate(
-    model: Model,
+    model: Any,
     tokenizer: Any,
     prompt: str,
     *,
@@ -83,50 +82,43 @@ def generate(
     check_continues(model)
     ids = _encode(tokenizer, prompt, chat)
     new_tokens = _room(model, len(ids), max_new_tokens)
-    config = copy.deepcopy(model.generation_config)
+    settings = _settings(model, new_tokens, temperature, top_k, top_p)
+    pieces = _Pieces(tokenizer, ids, stream)
+    batch = torch.tensor([ids], device=model.device)
+    run = _by_decoder if can_decode(model, len(ids) + new_tokens) and _is_simple(settings) else _run
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices, enabled=seed is not None), torch.inference_mode():
+        if seed is not None:
+            torch.manual_seed(seed)
+        begin = time.perf_counter()
+        run(model, batch, settings, pieces)
+        end = time.perf_counter()
+    first = pieces.first if pieces.first is not None else end
+    return Generation("".join(pieces.given), len(ids), pieces.new, first - begin, end - first)
+
+
+def _settings(
+    model: Any, new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+) -> GenerationConfig:
+    """The model's own settings of a generation, with what is asked for."""
+    config: GenerationConfig = copy.deepcopy(model.generation_config)
+    sampled = temperature > 0
     config.update(
         max_new_tokens=new_tokens,
         max_length=None,
         num_beams=1,  # beams cannot be streamed
-        do_sample=temperature > 0,
-        temperature=temperature if temperature > 0 else None,
-        top_k=(top_k or 0) if temperature > 0 else None,  # 0: all tokens
-        top_p=(top_p or 1.0) if temperature > 0 else None,
+        do_sample=sampled,
+        temperature=temperature if sampled else None,
+        top_k=(top_k or 0) if sampled else None,  # 0: all tokens
+        top_p=(top_p or 1.0) if sampled else None,
     )
     if config.pad_token_id is None:
         end = config.eos_token_id
         config.pad_token_id = end[0] if isinstance(end, list) else end
-    pieces: list[str] = []
-
-    def give(piece: str) -> None:
-        pieces.append(piece)
-        if stream is not None:
-            stream(piece)
-
-    streamer = _Pieces(tokenizer, ids, give)
-    batch = torch.tensor([ids], device=model.device)
-    fast = can_decode(model, len(ids) + new_tokens) and _is_plain(config)
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices, enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        begin = time.perf_counter()
-        with torch.inference_mode():
-            if fast:
-                _generate_by_decoder(model, batch, config, streamer)
-            else:
-                model.generate(
-                    batch,
-                    attention_mask=torch.ones_like(batch),
-                    generation_config=config,
-                    streamer=streamer,
-                )
-        end_time = time.perf_counter()
-    first = streamer.first if streamer.first is not None else end_time
-    return Generation("".join(pieces), len(ids), streamer.new, first - begin, end_time - first)
+    return config
 
 
-def check_continues(model: Model) -> None:
+def check_continues(model: Any) -> None:
     """Raise UsageError for a model that does not continue a text."""
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise UsageError(
@@ -137,7 +129,7 @@ def check_continues(model: Model) -> None:
         )
 
 
-# What `_generate_by_decoder` knows of a generation's settings; those that do not say which tokens
+# What `_by_decoder` knows of a generation's settings; those that do not say which tokens
 # come; and the values with which others say nothing.
 _PLAIN = {"max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "eos_token_id"}
 _SILENT = {
@@ -163,7 +155,7 @@ _NEUTRAL = {
 }
 
 
-def _is_plain(config: GenerationConfig) -> bool:
+def _is_simple(config: GenerationConfig) -> bool:
     """Whether nothing is asked for but to take the likeliest token, or to sample from the best."""
     return all(
         key in _PLAIN | _SILENT
@@ -174,10 +166,15 @@ def _is_plain(config: GenerationConfig) -> bool:
     )
 
 
-def _generate_by_decoder(
-    model: Model, ids: torch.Tensor, config: GenerationConfig, streamer: "_Pieces"
+def _run(model: Any, ids: torch.Tensor, config: GenerationConfig, streamer: "_Pieces") -> None:
+    mask = torch.ones_like(ids)
+    model.generate(ids, attention_mask=mask, generation_config=config, streamer=streamer)
+
+
+def _by_decoder(
+    model: Any, ids: torch.Tensor, config: GenerationConfig, streamer: "_Pieces"
 ) -> None:
-    """What model.generate does with such a config, by ternarize.decode: the same tokens."""
+    """What model.generate does with such a config, by ternarize.runtime.decode: the same tokens."""
     warpers: list[Any] = []
     if config.do_sample:
         if config.temperature != 1.0:
@@ -208,12 +205,16 @@ def _generate_by_decoder(
 class _Pieces(BaseStreamer):
     """Receives token ids from transformers' generate; gives away whole characters.
 
+    given  the pieces of text so far, each of which `stream` gets, too
+
     ids[start:done] have been given away and are decoded again as context for what follows.
     """
 
-    def __init__(self, tokenizer: Any, prompt: list[int], give: Callable[[str], None]) -> None:
-        self.tokenizer = tokenizer
-        self.give = give
+    def __init__(
+        self, tokenizer: Any, prompt: list[int], stream: Callable[[str], None] | None
+    ) -> None:
+        self.tokenizer, self.stream = tokenizer, stream
+        self.given: list[str] = []
         self.ids = list(prompt)
         self.start, self.done = max(0, len(prompt) - CONTEXT_TOKENS), len(prompt)
         self.new = 0
@@ -240,7 +241,9 @@ class _Pieces(BaseStreamer):
         if whole and now.endswith("\ufffd"):
             return  # the next tokens may complete the character
         if len(now) > len(before):
-            self.give(now[len(before) :])
+            self.given.append(now[len(before) :])
+            if self.stream is not None:
+                self.stream(self.given[-1])
             self.start, self.done = self.done, len(self.ids)
 
     def _decode(self, ids: list[int]) -> str:
@@ -269,25 +272,23 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
         except MemoryError:
             raise
         except Exception as error:  # a template is a program of its own and raises what it likes
+            why = f"{type(error).__name__}: {first_line(error)}"
             raise UsageError(
                 "chat",
-                f"the tokenizer's chat template fails ({type(error).__name__}: {first_line(error)})",
+                f"the tokenizer's chat template fails ({why})",
                 "one that takes a user's message",
                 "Generate without --chat, or repair the template",
             ) from error
     else:
         ids = tokenizer(prompt, verbose=False)["input_ids"]
-    if ids:
+    if ids := ids or beginning(tokenizer):
         return ids
-    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if begin is None:
-        raise UsageError(
-            "prompt", "is empty, and the tokenizer has no token to begin with", "some text"
-        )
-    return [begin]
+    raise UsageError(
+        "prompt", "is empty, and the tokenizer has no token to begin with", "some text"
+    )
 
 
-def _room(model: Model, prompt: int, new: int | None) -> int:
+def _room(model: Any, prompt: int, new: int | None) -> int:
     """How many tokens to generate: what is asked for, checked against the model's context."""
     context = max_positions(model.config)
     if prompt + (new or 1) > context:
@@ -316,4 +317,4 @@ def _check_options(
         ("top-p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1"),
     ):
         if not good:
-            raise UsageError(name, f"{value}", f"{expected}")
+            raise UsageError(name, f"{value}", expected)

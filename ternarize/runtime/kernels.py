@@ -15,7 +15,7 @@ There are products for AVX2, AVX-VNNI, AVX-512 with VNNI and VBMI, AMX, AArch64 
 What `product_of_lanes` computes is defined by `product_of_trits`, in torch; the compiled core gives
 the same bits on every CPU and with any number of threads. Inputs become integers (`quantize`),
 whose sums over a group are exact; the float operations after them have one order.
-ternarize/csrc/lanes.h has the layouts and the arithmetic in full.
+ternarize/csrc has the layouts (pack/lanes.h) and the arithmetic (multiply/multiply.h) in full.
 
 int8 weights are multiplied as they are stored (`product_of_int8`), by the same definition with them
 in place of the trits.

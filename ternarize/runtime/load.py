@@ -1,7 +1,7 @@
 """Load a packed checkpoint as a model of transformers.
 
 `load` picks the model class that the checkpoint was made from; the work is done by from_pretrained,
-with the plug-in of plugin.py. This module imports neither torch nor transformers at its top, so
+with the plug-in of plugin/. This module imports neither torch nor transformers at its top, so
 that `import ternarize` costs nothing.
 """
 
@@ -19,7 +19,6 @@ from ternarize.errors import CheckpointError, FormatError
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
-
 
 QUANTIZERS = "transformers.quantizers.auto"
 
@@ -55,48 +54,22 @@ def load(
     load, FormatError when the checkpoint is not packed, is damaged, lacks a weight or needs a newer
     ternarize.
     """
-    from ternarize.files.json_files import read_config
-    from ternarize.models.configuration import usable
     from ternarize.sources.checkpoint import locate
 
-    directory = locate(
-        path,
-        revision,
-        subfolder=kwargs.pop("subfolder", None) or "",
-        variant=kwargs.get("variant"),
-    )
-    table = read_config(directory)
-    if table is None:
-        raise CheckpointError(
-            directory,
-            "no config.json",
-            "a Hugging Face checkpoint",
-            "Copy config.json from the source of the model",
-        )
-    _check_is_packed(directory, table)
+    folder = {"subfolder": kwargs.pop("subfolder", None) or "", "variant": kwargs.get("variant")}
+    directory = locate(path, revision, **folder)
+    quantization = _quantization(directory)
 
-    import transformers
-
-    from ternarize.files import unmapped
+    from ternarize.models.configuration import usable
     from ternarize.trits.ternary import check_device
 
-    unmapped.install()
     if isinstance(device, str) and device != "auto":
         check_device(device)
-    with usable(directory / "config.json"):
-        # never asked on the terminal: code that comes with a checkpoint runs on the caller's word
-        trust = {"trust_remote_code": kwargs.get("trust_remote_code") or False}
-        config = transformers.AutoConfig.from_pretrained(directory, **trust)
-        model_class = _model_class(config)
-    switches = {
-        "verify": verify,
-        "dequantize": dequantize or None,
-        "activations": activations,
-        "head": head,
-    }
-    config.quantization_config = table["quantization_config"] | {
-        key: value for key, value in switches.items() if value is not None
-    }
+    config, model_class = _opened(directory, kwargs.get("trust_remote_code") or False)
+    switches = {"verify": verify, "dequantize": dequantize or None}
+    switches |= {"activations": activations, "head": head}
+    chosen = {key: value for key, value in switches.items() if value is not None}
+    config.quantization_config = quantization | chosen
     if dtype is not None:
         kwargs["dtype"] = dtype
     if isinstance(device, dict) or device == "auto":
@@ -108,39 +81,60 @@ def load(
     return model
 
 
-def _check_is_packed(directory: Path, config: dict[str, Any]) -> None:
-    quantization = config.get("quantization_config")
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if method != "ternarize":
-        what = "no quantization_config" if quantization is None else f"quant_method {method!r}"
+def _quantization(directory: Path) -> dict[str, Any]:
+    """The quantization_config of a packed checkpoint."""
+    from ternarize.files.json_files import read_config
+
+    table, where = read_config(directory), directory / "config.json"
+    if table is None:
+        raise CheckpointError(
+            directory,
+            "no config.json",
+            "a Hugging Face checkpoint",
+            "Copy config.json from the source of the model",
+        )
+    given = table.get("quantization_config")
+    quantization: dict[str, Any] = given if isinstance(given, dict) else {}
+    if quantization.get("quant_method") != "ternarize":
+        method = f"quant_method {quantization.get('quant_method')!r}"
         raise FormatError(
-            directory / "config.json",
-            f"{what}",
+            where,
+            "no quantization_config" if given is None else method,
             "quant_method 'ternarize'",
             "Pack the model with `ternarize convert`, or load it with transformers",
         )
-    said = quantization.get("activations", "none") if isinstance(quantization, dict) else None
-    if said not in ("none", "int8"):
+    activations = quantization.get("activations", "none")
+    if activations not in ("none", "int8"):
         raise FormatError(
-            directory / "config.json",
-            f"activations {said!r:.80}",
+            where,
+            f"activations {activations!r:.80}",
             "'none' or 'int8'",
             "Repair the file, or install a newer ternarize",
         )
+    return quantization
 
 
-def _model_class(config: Any) -> Any:
+def _opened(directory: Path, trust_remote_code: bool) -> tuple[Any, Any]:
+    """The configuration of a checkpoint, and the class of its model."""
     import transformers
 
-    from ternarize.models.configuration import class_of
+    from ternarize.files import unmapped
+    from ternarize.models.configuration import class_of, usable
 
-    if (found := class_of(config)) is not None:
-        return found
-    # code that comes with the checkpoint; from_pretrained asks for trust_remote_code=True
-    for name in getattr(config, "auto_map", None) or {}:
-        if name.startswith("AutoModel") and hasattr(transformers, name):
-            return getattr(transformers, name)
-    raise AttributeError(f"no model class for architectures {config.architectures}")
+    unmapped.install()
+    with usable(directory / "config.json"):
+        # never asked on the terminal: code that comes with a checkpoint runs on the caller's word
+        config = transformers.AutoConfig.from_pretrained(
+            directory, trust_remote_code=trust_remote_code
+        )
+        found: Any = class_of(config)
+        # code that comes with the checkpoint; from_pretrained asks for trust_remote_code=True
+        for name in getattr(config, "auto_map", None) or {}:
+            if found is None and name.startswith("AutoModel"):
+                found = getattr(transformers, name, None)
+        if found is None:
+            raise AttributeError(f"no model class for architectures {config.architectures}")
+    return config, found
 
 
 class _AfterImport(MetaPathFinder):

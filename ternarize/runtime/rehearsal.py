@@ -32,7 +32,7 @@ from ternarize.runtime.plugin.quantizer import TernarizeConfig, TernarizeQuantiz
 Stored = Mapping[str, tuple[str, tuple[int, ...]]]  # name of the output -> (dtype, shape)
 
 
-def rehearse(work: Plan, *, allow_missing: bool = False) -> Plan:
+def rehearse(plan: Plan, *, allow_missing: bool = False) -> Plan:
     """The plan, once it is known that its result will load; without a skeleton as it is.
 
     allow_missing  the source may lack parameters of the model: the plan then names them
@@ -40,24 +40,27 @@ def rehearse(work: Plan, *, allow_missing: bool = False) -> Plan:
     Raises CheckpointError where the source lacks some, SelectionError where a tensor would not be
     found, or does not fit; both name it.
     """
-    config = work.source.config
+    config = plan.source.config
     if config is None or why_no_skeleton(config):
-        return work
+        return plan
     model = empty_model(config)
-    stored = {name: (dtype, shape) for t in work.tensors for name, dtype, shape in t.stored()}
-    missing, defaults = _missing(model, [t.name for t in work.tensors if not t.tied_to])
+    stored = {name: (dtype, shape) for t in plan.tensors for name, dtype, shape in t.stored()}
+    missing, defaults = _missing(model, [t.name for t in plan.tensors if not t.tied_to])
     if missing and not allow_missing:
-        raise _incomplete(work, type(model).__name__, missing)
+        raise _incomplete(plan, type(model).__name__, missing)
     quantizer = TernarizeQuantizer(TernarizeConfig(missing=missing))
     try:
-        places = quantizer.prepare(model, _sources(work, stored), list(stored))
+        places = quantizer.prepare(model, _sources(plan, stored), list(stored))
     except FormatError as error:
         raise SelectionError(
-            f"{work.model}: what would be written could not be loaded: {error}"
+            plan.model,
+            f"what would be written could not be loaded: {error.where}: {error.found}",
+            error.expected,
+            error.remedy,
         ) from None
     chosen = _one_of_each(model, places, stored)
-    _check_fill(work, model, quantizer, {name: stored[name] for name in chosen})
-    notes, name = list(work.notes), type(model).__name__
+    _check_fill(plan, model, quantizer, {name: stored[name] for name in chosen})
+    notes, name = list(plan.notes), type(model).__name__
     if missing:
         notes.append(
             f"the source lacks {some(missing)}, which {name} needs: whoever loads the result "
@@ -65,7 +68,7 @@ def rehearse(work: Plan, *, allow_missing: bool = False) -> Plan:
         )
     if defaults:
         notes.append(f"the source lacks {some(defaults)}, of which {name} has values of its own")
-    return replace(work, missing=missing, notes=notes)
+    return replace(plan, missing=missing, notes=notes)
 
 
 def _missing(model: PreTrainedModel, names: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -81,11 +84,11 @@ def _missing(model: PreTrainedModel, names: Iterable[str]) -> tuple[list[str], l
     return missing_parameters(model, places, tied), buffers
 
 
-def _incomplete(work: Plan, architecture: str, missing: list[str]) -> CheckpointError:
-    strange = strangers(work.source.tensors, work.source.config)
+def _incomplete(plan: Plan, architecture: str, missing: list[str]) -> CheckpointError:
+    strange = strangers(plan.source.tensors, plan.source.config)
     found = f", but has {some(strange)}, which it does not know" if strange else ""
     return CheckpointError(
-        work.model,
+        plan.model,
         f"lacks {some(missing)}, which {architecture} needs{found}",
         "every weight of the model",
         "Complete the checkpoint or repair config.json (architectures), or use --allow-missing, "
@@ -93,19 +96,19 @@ def _incomplete(work: Plan, architecture: str, missing: list[str]) -> Checkpoint
     )
 
 
-def _sources(work: Plan, stored: Stored) -> dict[str, Source]:
+def _sources(plan: Plan, stored: Stored) -> dict[str, Source]:
     """The packed tensors as the plug-in wants to know them."""
     return {
         t.name: Source(
             t.name, t.record("0" * 64), DTYPES[stored[t.name + SCALE_SUFFIX][0]], t.info.file
         )
-        for t in work.tensors
+        for t in plan.tensors
         if t.packed and not t.tied_to
     }
 
 
 def _check_fill(
-    work: Plan, model: PreTrainedModel, quantizer: TernarizeQuantizer, stored: Stored
+    plan: Plan, model: PreTrainedModel, quantizer: TernarizeQuantizer, stored: Stored
 ) -> None:
     """Raise SelectionError where the loader cannot fill a parameter with what will be stored."""
     tensors: dict[str, Tensor] = {
@@ -116,18 +119,18 @@ def _check_fill(
     settings = LoadStateDictConfig(
         device_map={"": "meta"}, hf_quantizer=quantizer, weight_mapping=mapping
     )
-    with without_bars(), usable(work.source.directory):
+    with without_bars(), usable(plan.source.directory):
         found, _ = convert_and_load_state_dict_in_model(model, tensors, settings)
     name = type(model).__name__
     for target, shape, expected in sorted(found.mismatched_keys):
         raise SelectionError(
-            work.model,
+            plan.model,
             f"{target} would be {list(shape)}; {name} with this config.json has {list(expected)}",
             remedy="Repair config.json, or convert the checkpoint that belongs to it",
         )
     for target, error in sorted(found.conversion_errors.items()):
         raise SelectionError(
-            work.model,
+            plan.model,
             f"{target} of {name} cannot be made of what would be stored ({first_line(error)})",
             "tensors that its loading can join",
             "Leave them in floating point with --keep",

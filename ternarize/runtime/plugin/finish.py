@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ternarize.errors import UsageError
-from ternarize.files.container import SCALE_SUFFIX
+from ternarize.files.metadata import SCALE_SUFFIX
 from ternarize.runtime.forms import check_part
 from ternarize.runtime.modules.embedding import PackedEmbedding, dense_embedding
 from ternarize.runtime.modules.experts import TernaryExperts, dense_experts

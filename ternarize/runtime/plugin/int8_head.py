@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ternarize.errors import FormatError, UsageError, WeightError
-from ternarize.files.container import SCALE_SUFFIX
+from ternarize.files.metadata import SCALE_SUFFIX
 from ternarize.models.skeleton import end_family
 from ternarize.runtime.forms import Layout
 from ternarize.runtime.modules.embedding import packed_embedding

@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ternarize.errors import FormatError
 from ternarize.files.checkpoint import Checkpoint
-from ternarize.files.container import SCALE_SUFFIX, Record
 from ternarize.files.headers import DTYPES
+from ternarize.files.metadata import SCALE_SUFFIX, Record
 from ternarize.models.places import Place, bars_rows, missing_parameters, turns_if_needed
 from ternarize.models.skeleton import END_NAMES, is_linear, model_end
 from ternarize.runtime.forms import Layout
