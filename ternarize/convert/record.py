@@ -12,11 +12,11 @@ from typing import Any
 from ternarize.calibrate.texts import SELF
 from ternarize.convert.journal import State
 from ternarize.convert.tensor import Result
-from ternarize.files import container
-from ternarize.files.container import FORMAT_VERSION
+from ternarize.files import metadata
+from ternarize.files.metadata import FORMAT_VERSION
 from ternarize.files.names import INDEX, RECORD, SAFETENSORS
 from ternarize.measure.documents import DEFAULT
-from ternarize.plans.layout import Plan, TensorPlan, said_group_size
+from ternarize.plans.layout import Plan, TensorPlan, recorded_group_size
 from ternarize.plans.recipe import GPTQ, WITHOUT_DATA, Recipe
 from ternarize.sources.fetch import split_id
 from ternarize.sources.imports.common import Imported
@@ -66,10 +66,10 @@ def _config(plan: Plan, state: State) -> dict[str, Any]:
     if recipe.dtype:
         config["dtype" if "torch_dtype" not in config else "torch_dtype"] = recipe.dtype
     config["quantization_config"] = {
-        "quant_method": container.KEY,
+        "quant_method": metadata.KEY,
         "format_version": FORMAT_VERSION,
         "method": recipe.method,
-        "group_size": said_group_size(plan, state.tensors),
+        "group_size": recorded_group_size(plan, state.tensors),
         "activations": recipe.activations,
         **({"missing": plan.missing} if plan.missing else {}),
     }
@@ -105,7 +105,7 @@ def make_record(plan: Plan, state: State) -> dict[str, Any]:
     if calibrated and calibration and not (calibration.reconstruct or calibration.distill):
         blocks = calibrated.record["blocks"]
         uncalibrated = {name for block in blocks for name in block["uncalibrated"]}
-    group_size = said_group_size(plan, state.tensors)
+    group_size = recorded_group_size(plan, state.tensors)
     return {
         "format_version": FORMAT_VERSION,
         "tool": {"name": "ternarize", "version": __version__},

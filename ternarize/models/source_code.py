@@ -1,4 +1,4 @@
-"""TODO."""
+"""What the code of a model class does with a weight, read from its source and never run."""
 
 from __future__ import annotations
 

@@ -1,1 +1,16 @@
-"""TODO."""
+"""What becomes of each tensor, and where each byte of the result lies, before a weight is read.
+
+Made from headers (or config.json alone): a plan for a model of any size takes seconds, and its
+sizes are exact. Only `lossless.py` looks at weights, at those that are ternary already. The room
+may import `models` and `sources`, and what is above them.
+
+    recipe.py       the options of a conversion, each declared once
+    judge.py        what a tensor is, by the module that will run: its default
+    judge_names.py  the same where no class of model is known
+    rules.py        what the options say, first match wins; all that is checked of them
+    choose.py       default and rules -> the choice for each tensor
+    layout.py       a plan as data: what each tensor becomes, and where its bytes lie
+    lossless.py     the groups in which weights that are ternary already lose nothing
+    copied.py       the small files: what is copied, and what is left out
+    plan.py         a checkpoint and a recipe -> the plan
+"""

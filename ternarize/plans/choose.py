@@ -1,36 +1,4 @@
-"""Which tensors of a checkpoint become ternary, and why the others do not.
-
-The decision needs names, shapes and config.json, never a weight. It comes from a skeleton: the
-model's own class in transformers, built on the meta device, where 700 billion parameters take a
-second and no memory. A name on disk is led to its parameter by the renamings that transformers
-applies when it loads the checkpoint, so the decision is about the module that will run, not about
-what its name looks like, and a model released tomorrow needs no entry in a table.
-
-Ternary by default: the weights of linear layers and of experts inside the repeated blocks (below an
-`nn.ModuleList` of modules that have children). Kept by default, with the reason in `Choice.reason`:
-
-    embedding, norm, bias, convolution, buffer
-    router                             small, and one wrong choice costs a whole expert
-    output head                        the last layer; its error reaches the logits undamped
-    outside the repeated blocks        poolers, classifiers, projections: few weights, much harm
-    encoder of another modality        vision and audio towers of a model that has a text model
-    weight read directly by <Class>    code that takes `self.x.weight` would find packed bytes there
-    kept in float32 by <Class>         transformers would cast the packed bytes
-    tied to <name>                     both names must stay one float parameter
-    part of nn.MultiheadAttention      torch reads its weights directly
-    stored through <operation>         a conversion at load that rows of packed bytes cannot follow
-    not a linear layer, empty, ignored by <Class>, not part of the architecture, --keep <glob>
-
-`--keep` and `--include` change what is a matter of judgement (heads, routers, other modalities,
-outside the blocks), not what cannot run. `--head` and `--embeddings` say what becomes of the output
-head and of the token embedding, as the model itself names them (`get_output_embeddings`,
-`get_input_embeddings`); where the two are tied they are one tensor and become one thing. Embeddings
-of positions and types stay kept. A large weight that no rule explains is an error: left out
-in silence, it would make a model look converted that is not.
-
-Without a skeleton (no config.json, an architecture that transformers does not have; code from the
-checkpoint is never run) rules on names and shapes decide; `why_no_skeleton` says so for the plan.
-"""
+"""What becomes of each tensor of a checkpoint: what the rules say of it, else its verdict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,30 @@
-"""What a tensor is, and so what becomes of it by default: a verdict on the module that will run."""
+"""What a tensor is, and so what becomes of it by default.
+
+The verdict needs names, shapes and config.json, never a weight. It comes from a skeleton: the
+model's own class in transformers, built on the meta device, where 700 billion parameters take a
+second and no memory. A name on disk is led to its parameter by the renamings that transformers
+applies when it loads the checkpoint, so the verdict is about the module that will run, not about
+what its name looks like, and a model released tomorrow needs no entry in a table.
+
+Ternary by default: the weights of linear layers and of experts inside the repeated blocks (below an
+`nn.ModuleList` of modules that have children). Kept by default, with the reason:
+
+    embedding, norm, bias, convolution, buffer
+    router                             small, and one wrong choice costs a whole expert
+    output head                        the last layer; its error reaches the logits undamped
+    outside the repeated blocks        poolers, classifiers, projections: few weights, much harm
+    encoder of another modality        vision and audio towers of a model that has a text model
+    weight read directly by <Class>    code that takes `self.x.weight` would find packed bytes there
+    kept in float32 by <Class>         transformers would cast the packed bytes
+    tied to <name>                     both names must stay one float parameter
+    part of nn.MultiheadAttention      torch reads its weights directly
+    stored through <operation>         a conversion at load that rows of packed bytes cannot follow
+    not a linear layer, empty, ignored by <Class>, not part of the architecture
+
+Options may change what is a matter of judgement (heads, routers, other modalities, outside the
+blocks), not what cannot run. A large weight that nothing explains is an error: left out in silence,
+it would make a model look converted that is not.
+"""
 
 from __future__ import annotations
 

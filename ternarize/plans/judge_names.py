@@ -1,4 +1,8 @@
-"""The verdict on tensors of which only names and shapes are known."""
+"""What a tensor is by its name and shape, where no class of model is known.
+
+There is no config.json, or transformers does not have the architecture: code from a checkpoint is
+never run. `why_no_skeleton` says which, for the plan.
+"""
 
 from __future__ import annotations
 

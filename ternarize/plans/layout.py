@@ -1,4 +1,4 @@
-"""TODO."""
+"""A plan as data: what each tensor becomes, and where each byte of the files lies."""
 
 import json
 import math
@@ -154,8 +154,10 @@ class Shard:
         size += -size % 8
         if size > MAX_HEADER:
             raise CheckpointError(
-                f"{self.file} of the result: its {len(self.tensors)} tensors take a header of "
-                f"{size} bytes; expected at most {MAX_HEADER}. Spread the source over more files."
+                f"{self.file} of the result",
+                f"its {len(self.tensors)} tensors take a header of {size} bytes",
+                f"at most {MAX_HEADER}",
+                "Spread the source over more files",
             )
         return 8 + size
 
@@ -236,7 +238,7 @@ class Plan:
         """The plan as plain data, for --json."""
         return {
             "model": self.model,
-            "recipe": asdict(replace(self.recipe, group_size=said_group_size(self))),
+            "recipe": asdict(replace(self.recipe, group_size=recorded_group_size(self))),
             "coverage": self.coverage(),
             "source_bytes": self.source.stored_bytes,
             "packed_bytes": self.packed_bytes(),
@@ -268,13 +270,13 @@ def logical(raw: Tensor, tensor: TensorPlan) -> Tensor:
     return raw.reshape(-1, cols)
 
 
-def said_group_size(work: Plan, tensors: Iterable[TensorPlan] | None = None) -> int | None:
+def recorded_group_size(plan: Plan, tensors: Iterable[TensorPlan] | None = None) -> int | None:
     """The group size for the record of a conversion: None where tensors have their own.
 
     tensors  as laid out in the end; None: as planned
     """
-    if work.recipe.group_size is not None:
-        return work.recipe.group_size
-    found = work.tensors if tensors is None else tensors
+    if plan.recipe.group_size is not None:
+        return plan.recipe.group_size
+    found = plan.tensors if tensors is None else tensors
     usual = all(t.group_size == GROUP_SIZE for t in found if t.ternary)
     return GROUP_SIZE if usual else None

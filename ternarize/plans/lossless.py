@@ -1,4 +1,4 @@
-"""TODO."""
+"""Groups in which weights that are ternary already lose nothing."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -50,10 +50,10 @@ def own_groups(
     for tensor in tensors:
         group_size = None
         if tensor.ternary and not tensor.tied_to:
-            alone = all(filled[p] == 1 for p in tensor.choice.parameters)
+            exclusive = all(filled[p] == 1 for p in tensor.choice.parameters)
             if isinstance(source, Imported):
                 group_size = source.group_sizes.get(tensor.name)
-            if read and alone and (group_size is None or group_size > 0):
+            if read and exclusive and (group_size is None or group_size > 0):
                 coarsest = _coarsest(source, tensor)
                 group_size = group_size if coarsest is None else coarsest
         found.append(tensor if group_size is None else replace(tensor, group_size=group_size))
@@ -111,16 +111,12 @@ def not_lossless(
 ) -> CheckpointError:
     """The error for a weight that is ternary in the groups `own`, and not in these."""
     what = source.format if isinstance(source, Imported) else "ternary in floating point"
-    advice = (
-        "Leave out --group-size."
-        if group_size != own
-        else "Convert the checkpoint it was made from, or leave it in floating point with --keep."
-    )
+    groups = {0: "for the tensor", -1: "for each row"}.get(group_size, f"for {group_size} weights")
     return CheckpointError(
-        f"{tensor.info.file}: {tensor.name}: has other values ({what}) than -s, 0 and s "
-        f"with one s {_GROUPS.get(group_size, f'for {group_size} weights')}; expected these alone, "
-        f"so that nothing is lost. {advice}"
+        f"{tensor.info.file}: {tensor.name}",
+        f"has other values ({what}) than -s, 0 and s with one s {groups}",
+        "these alone, so that nothing is lost",
+        "Leave out --group-size"
+        if group_size != own
+        else "Convert the checkpoint it was made from, or leave it in floating point with --keep",
     )
-
-
-_GROUPS = {0: "for the tensor", -1: "for each row"}

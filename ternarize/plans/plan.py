@@ -1,9 +1,4 @@
-"""The plan of a conversion: what becomes of each tensor, and where each byte of it will lie.
-
-Made from headers (or from config.json alone) before any weight is read, so that a plan for a model
-of any size takes seconds, the sizes it prints are exact, and the conversion can work on tensors in
-any order with the same bytes as result.
-"""
+"""The plan of a conversion, made from headers, or from config.json alone."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -29,7 +24,7 @@ from ternarize.sources.imports.common import Imported
 from ternarize.trits.int8 import INT8_GROUP_SIZE
 from ternarize.trits.rotation import block_size
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOATING = ("F64", "F32", "F16", "BF16")
 _TERNARIZABLE = ("F32", "F16", "BF16")
 
 
@@ -191,7 +186,7 @@ def _plan_tensor(info: TensorInfo, choice: Choice, recipe: Recipe) -> TensorPlan
             remedy="Convert a checkpoint in floating point, or name it with --keep",
         )
     dtype = info.dtype
-    if recipe.dtype and dtype in _FLOATS:
+    if recipe.dtype and dtype in _FLOATING:
         dtype = KEPT_DTYPES[recipe.dtype]
     if not choice.ternary:
         return TensorPlan(info, choice, shape, INT8_GROUP_SIZE, dtype, tied_to=tied_to)

@@ -1,13 +1,14 @@
 """What the options say of tensors: an ordered list of rules, of which the first that matches wins.
 
-    option               pattern               choice
-    --embeddings, --head that end of the model "int8" or "ternary"
-    --keep GLOB          names on disk         "keep"
-    --include GLOB       names on disk         "ternary", of what can be
-    --planes GLOB        names on disk         "two planes", of what becomes ternary
+    --embeddings, --head  what the model itself calls so: "int8" or "ternary"
+    --keep GLOB           "keep"
+    --include GLOB        "ternary", of what can run so
+    --planes GLOB         "two planes", of what becomes ternary
 
-They stand in front of the defaults, which are the verdicts of judge.py and judge_names.py. Options
-do not overrule each other: `check_together` refuses what two of them say of one tensor.
+They stand in front of the defaults, the verdicts of judge.py and judge_names.py. An option does not
+overrule another: `check_together` refuses two that say different things of one tensor. Where head
+and embedding are tied they are one tensor and become one thing; embeddings of positions and types
+stay kept.
 """
 
 from __future__ import annotations
@@ -46,14 +47,12 @@ class Rule:
     @property
     def reason(self) -> str:
         """For the record: the same words for all that it decides."""
-        return (
-            f"{self.option} {self.choice if self.option == f'--{self.pattern}' else self.pattern}"
-        )
+        of_end = self.option == f"--{self.pattern}"
+        return f"{self.option} {self.choice if of_end else self.pattern}"
 
     def __str__(self) -> str:
-        return (
-            self.reason if self.option == f"--{self.pattern}" else f"{self.option} {self.pattern!r}"
-        )
+        """For errors."""
+        return self.reason if self.pattern in END_NAMES else f"{self.option} {self.pattern!r}"
 
     def matches(self, names: Iterable[str], ends: Mapping[str, End]) -> dict[str, None]:
         """Those of the names that it speaks of, in their order."""
