@@ -1,11 +1,13 @@
 """The command line: what goes where, exit codes, CLI.md itself."""
 
 import dataclasses
+import errno
 import io
 import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,11 +23,13 @@ from rich.progress import Progress
 from rich.text import Text
 from typer.testing import CliRunner, Result
 
+import ternarize
+from ternarize import errors
 from ternarize.cli import show, terminal
 from ternarize.cli.app import app
 from ternarize.cli.export import TARGET_NAMES
 from ternarize.plans import recipe as recipes
-from ternarize.plans.recipe import GPTQ, Calibrate, Recipe
+from ternarize.plans.recipe import GPTQ, Calibrate, Recipe, open_recipe, read_recipe
 from ternarize.publish.export import TARGETS
 from ternarize.trits.int8 import INT8
 from ternarize.trits.methods import METHODS
@@ -442,7 +446,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result, 
         def solve(*_: Any, **__: Any) -> None:
             raise AssertionError("it calibrates again")
 
-        patch.setattr("ternarize.calibrate.run.solve", solve)
+        patch.setattr("ternarize.calibrate.solve_block.solve", solve)
         done = run("convert", EXAMPLE, directory, *CALIBRATE, "--min-quality", "kl_divergence=9")
     return directory, refused, done
 
@@ -626,6 +630,279 @@ def test_matrices_that_saw_too_few_tokens_are_counted(capsys: pytest.CaptureFixt
     assert "note: [too short]" in text
     assert " cosine 0.9800 0.0100 " in text
     assert "ternary tensors:" not in text
+
+
+# --- recipes -----------------------------------------------------------------------------------
+
+
+def recipe_of(*arguments: str | Path) -> dict[str, Any]:
+    """The recipe that a conversion of the example would follow."""
+    line = ("convert", EXAMPLE, "nowhere", *arguments, "--dry-run", "--json")
+    found: dict[str, Any] = json.loads(ok(*line).stdout)["recipe"]
+    return found
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+OWN = ["--method", "twn", "--group-size", "32", "--keep", "*.1.*down_proj*", "--scale-bits", "8"]
+OWN += ["--planes", "*.0.*up_proj*", "--embeddings", "int8", "--activations", "int8"]
+
+
+@pytest.mark.parametrize(
+    ("options", "beside"),
+    [(OWN, []), (["--dtype", "float32"], []), ([*CALIBRATE, "--rotation", "64"], CALIBRATE[:2])],
+    ids=["own", "defaults", "calibrated"],
+)
+def test_a_record_repeats_its_conversion_byte_by_byte(
+    options: list[str], beside: list[str], tmp_path: Path
+) -> None:
+    """A text of one's own is named again: its folder is not on record."""
+    ok("convert", EXAMPLE, tmp_path / "p", *options, "-q")
+    record = tmp_path / "p" / "ternarize.json"
+    ok("convert", EXAMPLE, tmp_path / "again", "--recipe", record, *beside, "-q")
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "p")
+
+
+def test_the_record_of_what_was_ternary_repeats_its_conversion(tmp_path: Path) -> None:
+    ok("convert", EXAMPLE, tmp_path / "p", "--method", "itf", "--group-size", "64", "-q")
+    ok("export", tmp_path / "p", tmp_path / "dense", "--to", "dense")
+    ok("convert", tmp_path / "dense", tmp_path / "first", "-q")
+    record = tmp_path / "first" / "ternarize.json"
+    ok("convert", tmp_path / "dense", tmp_path / "again", "--recipe", record, "-q")
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "first")
+
+
+@pytest.mark.parametrize("record", sorted((ROOT / "formats").rglob("ternarize.json")), ids=str)
+def test_the_recipe_on_record_is_read_as_it_was(record: Path) -> None:
+    table = json.loads(record.read_text("utf-8"))
+    recipe = read_recipe(table)
+    assert recipe == open_recipe(str(record))
+    assert json.loads(json.dumps(dataclasses.asdict(recipe))) == table["recipe"]
+
+
+TABLE = {
+    "method": "gptq",
+    "group_size": 64,
+    "keep": ["*.1.*", "x [y]"],
+    "calibrate": {"dataset": "self", "num_samples": 8, "rotation": 16, "target_bpw": 2},
+}
+TOML = """
+method = "gptq"
+group_size = 64
+keep = ["*.1.*", "x [y]"]
+
+[calibrate]
+dataset = "self"
+num_samples = 8
+rotation = 16
+target_bpw = 2
+"""
+
+
+def test_toml_and_json_say_the_same(tmp_path: Path) -> None:
+    (tmp_path / "a recipe").write_text(TOML)  # what is in it decides, not its name
+    (tmp_path / "recipe.json").write_text(" \n" + json.dumps(TABLE))
+    first, second = (open_recipe(str(tmp_path / name)) for name in ("a recipe", "recipe.json"))
+    assert first == second
+    given = Calibrate(dataset="self", num_samples=8, rotation=16, target_bpw=2)
+    assert first == Recipe("gptq", 64, keep=("*.1.*", "x [y]"), calibrate=given)
+
+
+def test_options_beside_a_recipe_win(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(TOML.replace('"x [y]"', '"*o_proj*"'))
+    as_it_is = recipe_of("--recipe", path)
+    assert (as_it_is["group_size"], as_it_is["calibrate"]["dataset"]) == (64, "self")
+    changed = recipe_of(
+        "--recipe", path, "--group-size", "32", "--keep", "*up_proj*", "--num-samples", "9"
+    )
+    calibrate = as_it_is["calibrate"] | {"num_samples": 9}
+    assert changed == {
+        **as_it_is,
+        "group_size": 32,
+        "keep": ["*up_proj*"],
+        "calibrate": calibrate,
+    }
+    without_data = recipe_of("--recipe", path, "--method", "itf")
+    assert without_data == {**as_it_is, "method": "itf", "calibrate": None}
+    with_data = recipe_of("--recipe", "fast", "--dataset", "default", "--group-size", "64")
+    assert with_data["method"] == "gptq" and with_data["calibrate"]["dataset"] == "default"
+
+
+def test_named_recipes_are_what_options_can_ask_for(tmp_path: Path) -> None:
+    assert recipe_of("--recipe", "fast") == recipe_of("--method", "itf")
+    assert recipe_of("--recipe", "good") == recipe_of("--dataset", "default")
+    best = ("--method", "gptq", "--num-samples", "512", "--distill", "1000")
+    assert recipe_of("--recipe", "best") == recipe_of(*best)
+    help_of_it = re.sub(r"\s+", " ", (ROOT / "CLI.md").read_text())
+    for name, (_, cost) in recipes.NAMED.items():
+        assert f"{name} ({cost})" in help_of_it
+
+
+def test_a_file_with_the_name_of_a_recipe_is_reached_by_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fast").write_text('method = "twn"')
+    assert recipe_of("--recipe", "fast")["method"] == "itf"
+    assert recipe_of("--recipe", "./fast")["method"] == "twn"
+
+
+def test_a_dry_run_says_what_a_recipe_comes_to(tmp_path: Path) -> None:
+    line = ("convert", EXAMPLE, tmp_path / "p", "--dry-run")
+    assert "recipe:" not in ok(*line).stdout
+    found = ok(*line, "--recipe", "good", "--keep", "*.1.*", "--seed", "3").stdout
+    said = re.search(r"^recipe: (.*)$", found, re.M)
+    assert said
+    words = shlex.split(said[1])
+    for option in ("--method gptq", "--keep *.1.*", "--seed 3", "--num-samples 256"):
+        assert option in " ".join(words)
+    assert recipe_of(*words) == recipe_of("--recipe", "good", "--keep", "*.1.*", "--seed", "3")
+
+
+UNUSABLE: list[tuple[str | bytes, list[str]]] = [
+    ("methd = 'itf'", ["'methd': is no option", "one of method, group_size", "Mend the file"]),
+    ("method = 'magic'", ["method: 'magic'", "one of absmean, twn, itf, gptq"]),
+    ("method = 3", ["method: 3", "one of absmean"]),
+    ("group_size = '64'", ["group_size: '64'", "a positive number of weights"]),
+    ("group_size = true", ["group_size: True", "a positive number of weights"]),
+    ("keep = '*.weight'", ["keep: '*.weight'", "a list of texts"]),
+    ("keep = [1]", ["keep: (1,)", "a list of texts"]),
+    ("scale_bits = 12", ["scale_bits: 12", "one of 16, 8"]),
+    ("calibrate = 'default'", ["calibrate: 'default'", "a table"]),
+    ("method = 'gptq'", ["method: 'gptq' without data", "Add `calibrate`"]),
+    ("method = 'itf'\n[calibrate]", ["method: 'itf' with data", "or no `calibrate`"]),
+    ("method = 'gptq'\n[calibrate]\nseed = -1", ["calibrate.seed: -1", "0 to 4294967295"]),
+    ("method = 'gptq'\n[calibrate]\nnum_samples = 2.5", ["calibrate.num_samples: 2.5"]),
+    ("method = 'gptq'\n[calibrate]\ntext_column = 5", ["calibrate.text_column: 5", "a text"]),
+    ("method = 'gptq'\n[calibrate]\ntarget_bpw = nan", ["calibrate.target_bpw: nan"]),
+    ("method = 'gptq'\n[calibrate]\nsteps = 5", ["calibrate.'steps': is no option"]),
+    ("method = ", ["not valid TOML (Invalid value", "Mend the file"]),
+    ('{"method": "itf"', ["not valid JSON", "Mend the file"]),
+    ('{"method": "itf", "method": "twn"}', ["not valid JSON (repeated key 'method')"]),
+    ('{"recipe": ["itf"]}', ["recipe: ['itf']", "a table of options"]),
+    ('{"recipe": {"method": 1}}', ["recipe.method: 1", "one of absmean"]),
+    ('{"a": ' * 10**5, ["not valid JSON"]),
+    (b"method = '\xff'", ["cannot be read", "Check the file"]),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), UNUSABLE, ids=lambda value: str(value)[:40])
+def test_a_recipe_that_cannot_be_used_is_told_in_one_line_with_file_and_key(
+    text: str | bytes, words: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "recipe"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    result = run("convert", EXAMPLE, tmp_path / "p", "--recipe", path)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith(f"error: {path}: ") and result.stderr.count("\n") == 1
+    for each in words:
+        assert each in result.stderr
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_recipe_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) -> None:
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "ternarize.json").write_text("{}")
+    for name, words in (
+        ("turbo", "there is no such file; expected one of fast, good, best, or a file in TOML"),
+        (str(tmp_path), "is a directory"),
+        (str(tmp_path / "packed"), f"Name {tmp_path / 'packed' / 'ternarize.json'}."),
+        ("/dev/null", "there is no such file"),
+        ("x" * 300, "cannot be read (File name too long)"),
+        ("nul\udcff", "there is no such file"),
+    ):
+        result = run("convert", EXAMPLE, tmp_path / "p", "--recipe", name)
+        assert result.exit_code == 2 and words in result.stderr, result.stderr
+        assert result.stderr.count("\n") == 1
+
+
+# --- errors for programs -----------------------------------------------------------------------
+
+PARTS = ("weights", "3 of 64 are NaN", "finite ones", "Repair the source")
+OURS = [
+    each(*PARTS)
+    for each in vars(errors).values()
+    if isinstance(each, type) and issubclass(each, errors.TernarizeError)
+]
+OF_THE_SYSTEM: list[tuple[Exception, dict[str, str]]] = [
+    (
+        OSError(errno.ENOSPC, "No space left on device", "out/model.safetensors"),
+        {"where": "out/model.safetensors", "remedy": "Make room, then try again"},
+    ),
+    (FileNotFoundError(errno.ENOENT, "No such file", "x"), {"where": "x", "found": "No such file"}),
+    (OSError("the other side has gone"), {"found": "the other side has gone"}),
+    (MemoryError(), {"where": "memory"}),
+    (RuntimeError("can't allocate memory: 9 bytes"), {"where": "memory"}),
+    (UnicodeEncodeError("ascii", "\u6df1", 0, 1, "no"), {"expected": "a terminal that can"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("error", "parts"),
+    [(each, dict(zip(("where", "found", "expected", "remedy"), PARTS, strict=True)))
+     for each in OURS] + OF_THE_SYSTEM,
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)  # fmt: skip
+def test_with_json_an_error_is_one_object_beside_the_same_line(
+    packed: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, parts: dict[str, str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("ternarize.measure.report.inspect", fail)
+    plain, result = run("inspect", packed), run("inspect", packed, "--json")
+    code = 2 if isinstance(error, errors.UsageError) else 1
+    assert plain.exit_code == result.exit_code == code
+    assert plain.stdout == "" and plain.stderr == result.stderr != ""
+    (found,) = json.loads(result.stdout).values()
+    assert result.stdout.startswith('{"error": ') and result.stdout.count("\n") == 1
+    assert {"class": type(error).__name__, **parts}.items() <= found.items()
+    assert list(found) == ["class", "where", "found", "expected", "remedy", "message"]
+    assert result.stderr == f"error: {found['message']}\n"
+
+
+def test_with_json_what_we_refuse_on_the_command_line_is_an_object_too(
+    source: Path, tmp_path: Path
+) -> None:
+    result = run("convert", source, tmp_path / "p", "--num-samples", "9", "--json")
+    assert result.exit_code == 2
+    assert json.loads(result.stdout)["error"]["where"] == "--num-samples"
+    assert json.loads(result.stdout)["error"]["class"] == "UsageError"
+
+
+def test_a_plan_that_would_be_refused_is_one_object_with_the_error_in_it(
+    source: Path, tmp_path: Path
+) -> None:
+    line = ("convert", source, tmp_path / "p", "--keep", "*", "--dry-run")
+    plain, result = run(*line), run(*line, "--json")
+    assert plain.exit_code == result.exit_code == 1 and plain.stderr == result.stderr
+    found = json.loads(result.stdout)
+    assert found["coverage"]["ternary"] == 0
+    assert found["error"]["class"] == "SelectionError"
+    assert run(*line, "--json", "--debug").exception is not None
+
+
+def test_a_fault_of_ours_is_no_object_but_a_traceback(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyError("bug")
+
+    monkeypatch.setattr("ternarize.measure.report.inspect", fail)
+    result = run("inspect", packed, "--json")
+    assert result.stdout == "" and isinstance(result.exception, KeyError)
+
+
+def test_the_program_can_be_run_from_its_file(tmp_path: Path) -> None:
+    """Python puts the folder of the file before its own library: no module may be hidden."""
+    path = ROOT / "ternarize" / "cli" / "app.py"
+    done = subprocess.run(
+        [sys.executable, str(path), "--version"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{ternarize.__version__}\n", "")
 
 
 def test_help_needs_neither_torch_nor_transformers() -> None:

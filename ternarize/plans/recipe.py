@@ -166,14 +166,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _check(self)
-        if (self.method == GPTQ) != (self.calibrate is not None):
-            raise UsageError(
-                "method",
-                f"{self.method!r} {'without' if self.method == GPTQ else 'with'} data to "
-                "calibrate on",
-                f"{GPTQ!r} with, and any other without",
-                f"Make it {GPTQ}, or leave out the options of calibration",
-            )
+        words = f"{self.method!r} {'without' if self.calibrate is None else 'with'} data"
+        if self.method == GPTQ and self.calibrate is None:
+            raise UsageError("method", words, "some with it", "Add `calibrate`, or take another")
+        if self.method != GPTQ and self.calibrate is not None:
+            raise UsageError("method", words, f"{GPTQ!r} with it", "Take that, or no `calibrate`")
 
 
 Made = TypeVar("Made", Recipe, Calibrate)

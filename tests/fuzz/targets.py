@@ -36,7 +36,7 @@ import reference  # noqa: E402
 from ternarize.cli.inspect_command import inspect_command  # noqa: E402
 from ternarize.convert.verify import verify  # noqa: E402
 from ternarize.errors import TernarizeError  # noqa: E402
-from ternarize.files import container  # noqa: E402
+from ternarize.files import container, metadata  # noqa: E402
 from ternarize.files.checkpoint import Checkpoint, open_files  # noqa: E402
 from ternarize.files.gguf import read_gguf  # noqa: E402
 from ternarize.files.headers import byte_view, read_header  # noqa: E402
@@ -137,16 +137,16 @@ def fuzz_json(data: bytes, folder: Folder) -> None:
 
 def decoded(checkpoint: Checkpoint, *, whole: bool) -> dict[str, Any]:
     """Everything of a checkpoint, checked and decoded as loading does it: {name: ...}."""
-    records = container.records_of(checkpoint, whole=whole)
-    container.check(checkpoint, records, threads=1)
+    records = metadata.records_of(checkpoint, whole=whole)
+    container.check_data(checkpoint, records, threads=1)
     found: dict[str, Any] = {}
     for name, record in records.items():
         data = checkpoint.read(name).reshape(checkpoint.tensors[name].shape)
         if record.shape is None:
             found[name] = data
             continue
-        scales = checkpoint.read(name + container.SCALE_SUFFIX)
-        scales = scales.reshape(checkpoint.tensors[name + container.SCALE_SUFFIX].shape)
+        scales = checkpoint.read(name + metadata.SCALE_SUFFIX)
+        scales = scales.reshape(checkpoint.tensors[name + metadata.SCALE_SUFFIX].shape)
         numbers = data
         if record.codec == BASE3:
             planes = container.decode_planes(data, scales, record)
