@@ -1,7 +1,7 @@
 """What transformers says of a model, without a weight of it.
 
-Its classes are asked, on the meta device, and never a table of architectures. The room imports no
-other room, but for what every room may use.
+Its classes are asked, on the meta device, and never a table of architectures. The room imports
+no other but `files`.
 
     configuration.py  config.json as transformers reads it
     reads.py          what a model reads: its kind, lengths, first token, vocabulary

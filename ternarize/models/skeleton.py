@@ -24,6 +24,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ternarize.errors import SelectionError, first_line
+from ternarize.files.headers import DTYPE_NAMES
 from ternarize.models.configuration import config_dtype, config_from, modalities, text_config
 from ternarize.models.places import Place, filled_alone, locate_tensors, missing_parameters, ties
 from ternarize.models.source_code import raw_reads
@@ -38,19 +39,6 @@ Equal = Callable[[str, str], bool]
 OLD_BUFFER = re.compile(r"\.(bias|masked_bias|causal_mask|mask|inv_freq|position_ids|\w*_index)$")
 
 _HEAD_LIST = re.compile(r"(^|_)(heads?|embed\w*|classifiers?|predictors?)$")
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.complex64: "C64",
-}
 
 
 def all_equal(name: str, other: str) -> bool:
@@ -360,7 +348,7 @@ def skeleton_shapes(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, .
         torch.set_default_dtype(before)
     stored = {name: tensor for name, tensor in parameters.items() if name not in unsaved}
     on_disk = revert_weight_conversion(skeleton.model, stored)
-    return {name: (_DTYPES[t.dtype], tuple(t.shape)) for name, t in on_disk.items()}
+    return {name: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in on_disk.items()}
 
 
 def linear_layers(

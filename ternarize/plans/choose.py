@@ -83,7 +83,7 @@ def _decide(
         if verdict.ternary or verdict.error:
             return "", rules[0].reason
     elif rules[0].pattern in ends:
-        tie = TIED_ENDS if ends[rules[0].pattern].tied else ""
+        tie = TIED_ENDS if ends["head"] == ends["embeddings"] else ""
         return INT8 if rules[0].choice == INT8 else BASE3, rules[0].reason + tie
     elif verdict.possible and not verdict.ternary:
         return BASE3, rules[0].reason

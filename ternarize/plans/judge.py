@@ -68,16 +68,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class End:
-    """The word on the output head or the token embedding, as the model itself calls them.
+    """The output head or the token embedding, as the model itself calls them; equal if tied.
 
     tensors  on disk, with those that are tied to it
     barred   why it cannot be packed; "" if it can
-    tied     it is the other end, too
     """
 
-    tensors: frozenset[str] = frozenset()
-    barred: str = ""
-    tied: bool = False
+    tensors: frozenset[str]
+    barred: str
 
 
 def judge_by_skeleton(
@@ -121,66 +119,67 @@ def _judge(parameter: str, skeleton: Skeleton, shared: bool) -> Verdict:
 
 def _judge_alone(parameter: str, skeleton: Skeleton) -> Verdict:
     """The verdict on a parameter as if no other module had it."""
-    path, _, leaf = parameter.rpartition(".")
-    module = skeleton.modules[path]
-    cls: type = type(module)
-    kind = cls.__name__
-    dims = skeleton.parameters[parameter].ndim
-
-    def kept(reason: str) -> Verdict:
-        return Verdict(False, reason)
-
     if parameter in skeleton.buffers:
         return Verdict(False, "buffer", bound=True)
-    if isinstance(module, nn.Embedding):
-        return kept("embedding")
-    if "norm" in kind.lower():
-        return kept("norm")
-    if leaf.endswith("bias"):
-        return kept("bias")
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return kept("convolution")
-    parent = skeleton.modules[path.rpartition(".")[0]]
-    if isinstance(module, nn.MultiheadAttention) or isinstance(parent, nn.MultiheadAttention):
-        return kept("part of nn.MultiheadAttention")
-
-    linear = leaf == "weight" and (isinstance(module, Conv1D) or is_linear(cls))
-    experts = dims == 3 and "expert" in f"{path}.{kind}".lower()
-    if not linear and not experts:
-        if path in skeleton.heads:
-            return kept("output head")
-        if re.search(r"router|topk|gate$", f"{path} {kind}".lower()):
-            return kept("router")
-        if "embed" in kind.lower() or "embed" in leaf.lower():
-            return kept("embedding")
-        return kept("not a linear layer")
-    if path in skeleton.raw:
-        return kept(f"weight read directly by {skeleton.raw[path]}")
-    if skeleton.float32 is not None and skeleton.float32.search(parameter):
-        return kept(f"kept in float32 by {skeleton.name}")
-
+    path, _, leaf = parameter.rpartition(".")
+    module, weight = skeleton.modules[path], skeleton.parameters[parameter]
+    kind = type(module).__name__
+    transposed: bool | None = isinstance(module, Conv1D)
+    linear = leaf == "weight" and (transposed or is_linear(type(module)))
+    experts = weight.ndim == 3 and "expert" in f"{path}.{kind}".lower()
+    if reason := _why_never(parameter, linear or experts, skeleton):
+        return Verdict(False, reason)
     # What follows can run as ternary; the reasons against it are judgement.
-    against = ""
-    if path in skeleton.heads:
-        against = "output head"
-    elif path in skeleton.foreign:
-        against = "encoder of another modality"
-    elif path not in skeleton.inside:
-        against = "outside the repeated blocks"
-    elif linear and _is_router(path, skeleton.parameters[parameter], skeleton):
-        against = "router"
-    transposed = isinstance(module, Conv1D)
+    against = _first(
+        (path in skeleton.heads, "output head"),
+        (path in skeleton.foreign, "encoder of another modality"),
+        (path not in skeleton.inside, "outside the repeated blocks"),
+        (linear and _is_router(path, weight, skeleton), "router"),
+    )
     if experts:
-        orientation = _experts_transposed(module, leaf, skeleton)
-        if orientation is None and against:
-            return kept(against)
-        if orientation is None:
-            unknown = f"{kind} does not show whether it is [experts, out, in] or [experts, in, out]"
-            error = (unknown, "one of them", "Use --keep to leave it in floating point")
-            return Verdict(False, "unknown orientation", error=error)
-        transposed = orientation
-    reason = against or (EXPERTS if experts else LINEAR)
-    return Verdict(not against, reason, True, transposed)
+        transposed = _experts_transposed(module, leaf, skeleton)
+    if transposed is None and not against:
+        unknown = f"{kind} does not show whether it is [experts, out, in] or [experts, in, out]"
+        error = (unknown, "one of them", "Use --keep to leave it in floating point")
+        return Verdict(False, "unknown orientation", error=error)
+    if transposed is None:
+        return Verdict(False, against)
+    return Verdict(not against, against or (EXPERTS if experts else LINEAR), True, transposed)
+
+
+def _why_never(parameter: str, multiplied: bool, skeleton: Skeleton) -> str:
+    """Why a parameter cannot run as ternary; "" if it can.
+
+    multiplied  it is the weight of a linear layer, or of experts
+    """
+    path, _, leaf = parameter.rpartition(".")
+    module, parent = skeleton.modules[path], skeleton.modules[path.rpartition(".")[0]]
+    kind = type(module).__name__.lower()
+    attention = isinstance(module, nn.MultiheadAttention) or isinstance(
+        parent, nn.MultiheadAttention
+    )
+    router = re.search(r"router|topk|gate$", f"{path.lower()} {kind}")
+    return _first(
+        (isinstance(module, nn.Embedding), "embedding"),
+        ("norm" in kind, "norm"),
+        (leaf.endswith("bias"), "bias"),
+        (isinstance(module, nn.modules.conv._ConvNd), "convolution"),
+        (attention, "part of nn.MultiheadAttention"),
+        (not multiplied and path in skeleton.heads, "output head"),
+        (not multiplied and router, "router"),
+        (not multiplied and ("embed" in kind or "embed" in leaf.lower()), "embedding"),
+        (not multiplied, "not a linear layer"),
+        (path in skeleton.raw, f"weight read directly by {skeleton.raw.get(path)}"),
+        (
+            skeleton.float32 and skeleton.float32.search(parameter),
+            f"kept in float32 by {skeleton.name}",
+        ),
+    )
+
+
+def _first(*reasons: tuple[object, str]) -> str:
+    """The first reason that holds, or ""."""
+    return next((reason for holds, reason in reasons if holds), "")
 
 
 def _is_router(path: str, weight: Tensor, skeleton: Skeleton) -> bool:
@@ -272,18 +271,14 @@ def judge_ends(shapes: Mapping[str, tuple[int, ...]], skeleton: Skeleton | str) 
     skeleton  of it, or in words why there is none
     """
     if isinstance(skeleton, str):
-        unknown = End(barred=f"{skeleton}, so nothing shows which tensor that is")
+        unknown = End(frozenset(), f"{skeleton}, so nothing shows which tensor that is")
         return dict.fromkeys(END_NAMES, unknown)
-    families = {end: skeleton.end_family(end) for end in END_NAMES}
-    tied = families["head"] == families["embeddings"]
     ends = {}
-    for end, family in families.items():
+    for end, what in END_NAMES.items():
+        family = skeleton.end_family(end)
         places = skeleton.places.items()
-        tensors = [name for name, at in places if not family.isdisjoint(at.parameters)]
-        barred = _end_barred(
-            END_NAMES[end], family, {name: shapes[name] for name in tensors}, skeleton
-        )
-        ends[end] = End(frozenset(tensors), barred, tied)
+        stored = {n: shapes[n] for n, at in places if not family.isdisjoint(at.parameters)}
+        ends[end] = End(frozenset(stored), _end_barred(what, family, stored, skeleton))
     return ends
 
 

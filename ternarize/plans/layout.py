@@ -146,9 +146,11 @@ class Shard:
         Raises CheckpointError if the header is longer than readers take; a calibration, which lays
         tensors out again, can make it so.
         """
-        longest = replace(
-            self, tensors=tuple(replace(t, scale_dtype=_longest(t)) for t in self.tensors)
+        names = {"F16": "BF16"}  # the longer name
+        tensors = (
+            replace(t, scale_dtype=names.get(t.scale_dtype, t.scale_dtype)) for t in self.tensors
         )
+        longest = replace(self, tensors=tuple(tensors))
         records = {t.name: t.record("0" * 64) for t in self.tensors if not t.tied_to}
         size = len(header_bytes(longest.layout(), records))
         size += -size % 8
@@ -164,10 +166,6 @@ class Shard:
     def nbytes(self) -> int:
         """Size of the file."""
         return self.data_start() + sum(entry.nbytes for entry in self.layout().values())
-
-
-def _longest(tensor: TensorPlan) -> str:
-    return "BF16" if tensor.scale_dtype == "F16" else tensor.scale_dtype
 
 
 def header_bytes(entries: Mapping[str, Entry], records: Mapping[str, Record]) -> bytes:

@@ -143,8 +143,8 @@ def _settled(
     unsaid = [end for end in END_NAMES if getattr(recipe, end) is None]
     if isinstance(source, Imported) and unsaid:
         ends = ends_of(shapes, source.config, equal)
-        if ends["head"].tied and len(unsaid) == 1:  # one tensor, of which the other option speaks
-            unsaid = []
+        if ends["head"] == ends["embeddings"] and len(unsaid) == 1:
+            unsaid = []  # one tensor, of which the other option speaks
         for end in unsaid:
             tensors = ends[end].tensors
             kept = any(fnmatchcase(name, glob) for name in tensors for glob in recipe.keep)

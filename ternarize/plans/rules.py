@@ -184,21 +184,17 @@ def _check_alone(
     if rule.pattern in ends and rule.choice in (INT8, TERNARY):
         if barred := ends[rule.pattern].barred:
             raise SelectionError(rule, barred, remedy="Leave the option out")
-    elif rule.choice == TWO_PLANES and not any(choices[name].ternary for name in names):
+        return
+    planes = rule.choice == TWO_PLANES
+    usable = [name for name, choice in choices.items() if choice.ternary] if planes else choices
+    if names.keys().isdisjoint(usable):
         raise SelectionError(
             rule,
-            "matches no tensor that becomes ternary",
+            f"matches no tensor {'that becomes ternary' if planes else 'of the checkpoint'}",
             "a glob on tensor names (with .weight)",
-            "The plan (--dry-run) lists the names",
+            _closest(rule.pattern, usable),
         )
-    elif not names:
-        raise SelectionError(
-            rule,
-            "matches no tensor of the checkpoint",
-            "a glob on tensor names (with .weight)",
-            _closest(rule.pattern, choices),
-        )
-    elif rule.choice == TERNARY:
+    if rule.choice == TERNARY:
         found = [verdicts[name] for name in names]
         if not any(verdict.ternary or verdict.possible for verdict in found):
             raise SelectionError(
