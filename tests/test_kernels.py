@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import core_sources
 import pytest
 import torch
 from hypothesis import given, settings
@@ -242,7 +243,7 @@ def test_saturated_inputs(cpu: str, activations: str, group_size: int) -> None:
 @every_cpu
 @every_activations
 def test_the_longest_group(cpu: str, activations: str) -> None:
-    cols = kernels.LONGEST_GROUP
+    cols = kernels.LONGEST_SUM
     scales = torch.ones(3, 1)
     for sign in (1, -1):
         trits = torch.full((3, cols), sign, dtype=torch.int8)
@@ -429,7 +430,7 @@ def test_int8_scales_that_rows_share(cpu: str, activations: str, scale_rows: int
 @every_activations
 def test_the_longest_group_of_int8(cpu: str, activations: str) -> None:
     use(cpu)
-    cols = kernels.LONGEST_GROUP
+    cols = kernels.LONGEST_SUM
     for number in (127, -128):
         weight = torch.full((33, cols), number, dtype=torch.int8)
         for x in (torch.full((1, cols), -1.0), torch.full((20, cols), 1.0)):
@@ -684,45 +685,18 @@ def test_yardsticks() -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="without a C++ compiler")
 def test_no_access_out_of_bounds(tmp_path: Path) -> None:
-    csrc = HERE.parent / "ternarize" / "csrc"
-    names = ["core", "int8", "lanes", "pool", "portable"]
-    names += ["products_portable", "int8_products_portable"]
     machine = subprocess.run(["g++", "-dumpmachine"], capture_output=True, text=True, check=True)
+    options = core_sources.sources(machine.stdout.split("-")[0])
     # the functions for weights are not what this is about: one build of them, as it is, will do
-    flags = {"portable": "-fno-sanitize=all"}
-    if machine.stdout.startswith("aarch64"):
-        flags |= {"products_neon": "-march=armv8.2-a+dotprod", "core": "-DTERNARIZE_NEON"}
-    if machine.stdout.startswith("x86_64"):
-        avx512 = "-mavx2 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vnni"
-        flags |= {
-            f"{kind}products_{cpu}": options
-            for kind in ("", "int8_")
-            for cpu, options in {
-                "avx2": "-mavx2",
-                "avxvnni": "-mavx2 -mavxvnni",
-                "avx512": avx512,
-                "amx": f"{avx512} -mamx-tile -mamx-int8",
-            }.items()
-        }
-        flags |= {
-            "core": "-DTERNARIZE_X86_VARIANTS -DTERNARIZE_AVXVNNI -DTERNARIZE_AMX "
-            "-DkAvx2=kPortable -DkAvx512=kPortable",
-        }
-    build = ["g++", "-std=c++17", "-O1", "-g", "-ffp-contract=off", "-pthread"]
-    build += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{csrc}"]
-    sources = [csrc / f"{name}.cpp" for name in dict.fromkeys([*names, *flags])]
-    sources.append(HERE / "sanitized_kernels.cpp")
-
-    def compile_one(source: Path) -> str:
-        out = str(tmp_path / f"{source.stem}.o")
-        command = [*build, *flags.get(source.stem, "").split(), "-c", str(source), "-o", out]
-        subprocess.run(command, check=True)
-        return out
-
-    with ThreadPoolExecutor(2) as compilers:
-        objects = list(compilers.map(compile_one, sources))
+    options["cpus/portable.cpp"] = ["-fno-sanitize=all"]
+    for name in ("avx2", "avx512"):
+        if options.pop(f"cpus/{name}.cpp", None) is not None:
+            options["cpus/cpus.cpp"].append(f"-Dk{name.capitalize()}=kPortable")
+    build = ["g++", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    main = str(HERE / "sanitized_kernels.cpp")
+    objects = core_sources.compile_all(tmp_path, build, options | {main: []})
     program = str(tmp_path / "sanitized")
-    subprocess.run([*build, *objects, "-o", program], check=True)
+    subprocess.run([*build, *core_sources.FLAGS, *objects, "-o", program], check=True)
     done = subprocess.run([program], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     assert done.stdout.split() == (CPUS or ["portable", *done.stdout.split()[1:]])

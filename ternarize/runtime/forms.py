@@ -195,7 +195,7 @@ def _fits_core(packed: Any, scale: Any, layout: Layout) -> bool:
         lib is not None
         and not hasattr(packed, "to_local")
         and packed.device.type == scale.device.type == "cpu"
-        and group_length(layout.cols, layout.group_size) <= kernels.LONGEST_GROUP
+        and group_length(layout.cols, layout.group_size) <= kernels.LONGEST_SUM
     )
 
 

@@ -85,7 +85,11 @@ def generate(
     settings = _settings(model, new_tokens, temperature, top_k, top_p)
     pieces = _Pieces(tokenizer, ids, stream)
     batch = torch.tensor([ids], device=model.device)
-    run = _by_decoder if can_decode(model, len(ids) + new_tokens) and _is_simple(settings) else _run
+    run = (
+        _by_decoder
+        if can_decode(model, len(ids) + new_tokens) and _is_simple(settings)
+        else _by_model
+    )
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices, enabled=seed is not None), torch.inference_mode():
         if seed is not None:
@@ -101,7 +105,7 @@ def _settings(
     model: Any, new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
 ) -> GenerationConfig:
     """The model's own settings of a generation, with what is asked for."""
-    config: GenerationConfig = copy.deepcopy(model.generation_config)
+    config: Any = copy.deepcopy(model.generation_config)
     sampled = temperature > 0
     config.update(
         max_new_tokens=new_tokens,
@@ -115,7 +119,8 @@ def _settings(
     if config.pad_token_id is None:
         end = config.eos_token_id
         config.pad_token_id = end[0] if isinstance(end, list) else end
-    return config
+    settings: GenerationConfig = config
+    return settings
 
 
 def check_continues(model: Any) -> None:
@@ -166,7 +171,7 @@ def _is_simple(config: GenerationConfig) -> bool:
     )
 
 
-def _run(model: Any, ids: torch.Tensor, config: GenerationConfig, streamer: "_Pieces") -> None:
+def _by_model(model: Any, ids: torch.Tensor, config: GenerationConfig, streamer: "_Pieces") -> None:
     mask = torch.ones_like(ids)
     model.generate(ids, attention_mask=mask, generation_config=config, streamer=streamer)
 

@@ -39,7 +39,7 @@ from ternarize.trits.scales import scale_values
 from ternarize.trits.ternary import group_count, group_length, split_groups
 
 LANES2, LANES3 = "lanes2", "lanes3"
-LONGEST_GROUP = 1 << 16  # columns; the sums of longer groups could leave 32 bits
+LONGEST_SUM = 1 << 16  # columns of a group; the sums of longer ones could leave 32 bits
 DIGITS_LIMIT = 127 * (65536 + 256 + 1)  # the largest number of three digits -128..127
 _FIELDS = {LANES2: 4, LANES3: 5}  # rows that share a byte, each 16 behind the one before
 _POWERS = {LANES2: (1, 4, 16, 64), LANES3: (1, 3, 9, 28, 84)}  # byte = sum of (trit + 1) * power
@@ -107,7 +107,7 @@ def to_lanes(
 
     Returns (bytes,) uint8, of the size that `lanes_shape` says. Raises FormatError as base3.unpack
     does: every byte is checked. The compiled core raises ValueError for groups of more than
-    LONGEST_GROUP columns.
+    LONGEST_SUM columns.
     """
     rows, quads = packed.shape[0], _quads(cols, group_size)
     size, blocks, block = lanes_shape(form, rows, cols, group_size)
@@ -226,7 +226,7 @@ def product_of_lanes(
     activations  "int8" or "none", as in `quantize`
 
     Returns (..., rows) in x's dtype: what `product_of_trits` gives, bit for bit. The compiled core
-    raises ValueError for groups of more than LONGEST_GROUP columns.
+    raises ValueError for groups of more than LONGEST_SUM columns.
     """
     return products_of_lanes(x, [(lanes, scales, rows)], group_size, form, activations, threads)[0]
 
@@ -314,7 +314,7 @@ def product_of_int8(
     activations  "int8" or "none", as in `quantize`
 
     Returns (..., rows) in x's dtype: what `product_of_trits` gives with these weights, bit for bit.
-    The compiled core raises ValueError for groups of more than LONGEST_GROUP columns.
+    The compiled core raises ValueError for groups of more than LONGEST_SUM columns.
     """
     rows, cols = weight.shape[0], x.shape[-1]
     flat = x.reshape(-1, cols)

@@ -56,8 +56,8 @@ def load(
     """
     from ternarize.sources.checkpoint import locate
 
-    folder = {"subfolder": kwargs.pop("subfolder", None) or "", "variant": kwargs.get("variant")}
-    directory = locate(path, revision, **folder)
+    subfolder = kwargs.pop("subfolder", None) or ""
+    directory = locate(path, revision, subfolder=subfolder, variant=kwargs.get("variant"))
     quantization = _quantization(directory)
 
     from ternarize.models.configuration import usable
@@ -66,10 +66,9 @@ def load(
     if isinstance(device, str) and device != "auto":
         check_device(device)
     config, model_class = _opened(directory, kwargs.get("trust_remote_code") or False)
-    switches = {"verify": verify, "dequantize": dequantize or None}
-    switches |= {"activations": activations, "head": head}
+    switches = {"activations": activations, "head": head, "dequantize": dequantize or None}
     chosen = {key: value for key, value in switches.items() if value is not None}
-    config.quantization_config = quantization | chosen
+    config.quantization_config = quantization | chosen | {"verify": verify}
     if dtype is not None:
         kwargs["dtype"] = dtype
     if isinstance(device, dict) or device == "auto":

@@ -1,7 +1,10 @@
 """Packed layers: modules that hold packed weights and compute as if the weights were dense.
 
-linear.py     TernaryLinear, an nn.Linear, because that is what other software (PEFT) looks for
-matrix.py     a packed parameter that a model's own code uses as if it were dense
-experts.py    experts that a model fuses into one parameter
-embedding.py  token embeddings
+    linear.py     linear layers, with the kernels and without
+    matrix.py     a packed parameter that a model's own code uses as if it were dense
+    experts.py    experts that a model fuses into one parameter
+    embedding.py  token embeddings
+
+The first is an nn.Linear, because that is what other software (PEFT) looks for; the others are the
+model's own classes with ours mixed in.
 """
