@@ -92,6 +92,11 @@ def test_a_path_in_backticks_exists(document: str) -> None:
         assert any(ROOT.glob(path.rstrip("/"))), f"{path} does not exist"
 
 
+def test_the_readme_is_short() -> None:
+    """What is longer has a page in docs/."""
+    assert read("README.md").count("\n") <= 150
+
+
 def examples(text: str) -> Iterator[tuple[str, str, list[str]]]:
     """The language, the text and the shown output of each example, in the order of the document."""
     for command in re.findall(r"^Example: (ternarize .*)$", text, re.M):
