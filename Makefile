@@ -23,7 +23,7 @@ $(1)/bin/python $(PIP) -c $(2) --no-build-isolation -e '.[dev]'
 $(1)/bin/python tests/pinned.py $(2)
 endef
 
-.venv/.stamp: pyproject.toml constraints.txt CMakeLists.txt $(wildcard ternarize/csrc/*)
+.venv/.stamp: pyproject.toml constraints.txt CMakeLists.txt $(wildcard ternarize/csrc/* ternarize/csrc/*/*)
 	$(call ENVIRONMENT,.venv,constraints.txt)
 	touch $@
 

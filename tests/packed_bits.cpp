@@ -7,7 +7,7 @@
 #include <cstring>
 #include <vector>
 
-#include "core.h"
+#include "cpus/cpus.h"
 
 using namespace ternarize;
 

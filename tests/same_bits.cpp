@@ -8,7 +8,7 @@
 #include <random>
 #include <vector>
 
-#include "core.h"
+#include "cpus/cpus.h"
 
 using namespace ternarize;
 

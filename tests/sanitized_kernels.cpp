@@ -9,7 +9,7 @@
 #include <random>
 #include <vector>
 
-#include "core.h"
+#include "cpus/cpus.h"
 
 using namespace ternarize;
 
@@ -35,7 +35,7 @@ void fail(const char* what, const Lanes& x, int64_t tokens, int parts) {
   std::exit(1);
 }
 
-// The result that lanes.h defines, for levels that the variant itself made.
+// The result that multiply.h defines, for levels that the variant itself made.
 float expected(const Lanes& x, const int8_t* trits, const float* scales, const Levels& in,
                int64_t token, int64_t row) {
   float sum = 0.0f;

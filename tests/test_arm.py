@@ -7,40 +7,27 @@ What it needs is in Debian's packages g++, g++-aarch64-linux-gnu and qemu-user.
 import os
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import core_sources
 import pytest
 
 HERE = Path(__file__).parent
-CSRC = HERE.parent / "ternarize" / "csrc"
 HOST, CROSS, QEMU = "g++", "aarch64-linux-gnu-g++", "qemu-aarch64"
 MISSING = [tool for tool in (HOST, CROSS, QEMU) if shutil.which(tool) is None]
-SOURCES = ["core", "decode", "int8", "lanes", "pool", "portable"]
-SOURCES += ["products_portable", "int8_products_portable"]
-FLAGS = ["-std=c++17", "-pthread", "-Wall", "-Wextra", "-Werror"]
-FLAGS += ["-ffp-contract=off", "-fno-trapping-math"]  # as all flags here, from CMakeLists.txt
-NEON = ["-march=armv8.2-a+dotprod"]
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"without {', '.join(MISSING)}")
 
 
-def build(folder: Path, compiler: str, main: str, flags: list[str], **own: list[str]) -> str:
-    """A program of the core and tests/`main`; `own`: further flags of sources. Returns its path."""
+def build(
+    folder: Path, compiler: str, main: str, flags: list[str], own: dict[str, list[str]]
+) -> str:
+    """A program of tests/`main` and the sources that are the keys of `own`; returns its path."""
     folder.mkdir()
-    command = [compiler, *FLAGS, *flags, f"-I{CSRC}"]
-
-    def compile_one(source: Path) -> str:
-        out = str(folder / f"{source.stem}.o")
-        further = own.get(source.stem, [])
-        subprocess.run([*command, *further, "-c", str(source), "-o", out], check=True)
-        return out
-
-    files = [CSRC / f"{name}.cpp" for name in dict.fromkeys([*SOURCES, *own])]
-    with ThreadPoolExecutor(2) as compilers:
-        objects = list(compilers.map(compile_one, [*files, HERE / main]))
+    command = [compiler, "-Wall", "-Wextra", "-Werror", *flags]
+    objects = core_sources.compile_all(folder, command, own | {str(HERE / main): []})
     program = str(folder / "program")
-    subprocess.run([*command, *objects, "-o", program], check=True)
+    subprocess.run([*command, *core_sources.FLAGS, *objects, "-o", program], check=True)
     return program
 
 
@@ -61,9 +48,9 @@ def emulator(cpu: str) -> list[str]:
 
 
 def test_the_same_bits_as_on_this_machine(tmp_path: Path) -> None:
-    here = build(tmp_path / "here", HOST, "same_bits.cpp", ["-O1"])
-    flags = ["-O3", "-DTERNARIZE_NEON"]
-    there = build(tmp_path / "there", CROSS, "same_bits.cpp", flags, products_neon=NEON)
+    portable, neon = core_sources.sources("any"), core_sources.sources("aarch64")
+    here = build(tmp_path / "here", HOST, "same_bits.cpp", ["-O1"], portable)
+    there = build(tmp_path / "there", CROSS, "same_bits.cpp", ["-O3"], neon)
     _, want = output(here)
     assert output(*emulator("cortex-a76"), there) == ["portable", "neon", want]
     # a CPU without dot products
@@ -71,9 +58,8 @@ def test_the_same_bits_as_on_this_machine(tmp_path: Path) -> None:
 
 
 def test_no_access_out_of_bounds(tmp_path: Path) -> None:
-    flags = ["-O1", "-g", "-DTERNARIZE_NEON"]
-    flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     # as in test_kernels.py, the functions for weights are not what this is about
-    own = {"portable": ["-fno-sanitize=all"], "products_neon": NEON}
-    program = build(tmp_path / "there", CROSS, "sanitized_kernels.cpp", flags, **own)
+    own = core_sources.sources("aarch64") | {"cpus/portable.cpp": ["-fno-sanitize=all"]}
+    program = build(tmp_path / "there", CROSS, "sanitized_kernels.cpp", flags, own)
     assert output(*emulator("cortex-a76"), program) == ["portable", "neon"]

@@ -203,6 +203,7 @@ def calibrated(folder: Path, repeat: int) -> tuple[list[dict[str, Any]], int]:
 def arm(folder: Path, count: int, seed: int) -> list[dict[str, Any]]:
     """Random matrices, ternarized and packed by the package here and by the core on AArch64."""
     sys.path.insert(0, str(HERE.parent))
+    import core_sources
     import test_arm
     import torch
 
@@ -213,10 +214,8 @@ def arm(folder: Path, count: int, seed: int) -> list[dict[str, Any]]:
     if test_arm.MISSING:
         print(f"arm: left out, without {', '.join(test_arm.MISSING)}")
         return []
-    flags = ["-O3", "-DTERNARIZE_NEON"]
-    program = test_arm.build(
-        folder / "arm", test_arm.CROSS, "packed_bits.cpp", flags, products_neon=test_arm.NEON
-    )
+    sources = core_sources.sources("aarch64")
+    program = test_arm.build(folder / "arm", test_arm.CROSS, "packed_bits.cpp", ["-O3"], sources)
     random_bits = torch.Generator().manual_seed(seed)
     failures, runs = [], 0
     dtypes = (torch.float32, torch.bfloat16, torch.float16)

@@ -75,7 +75,7 @@ void fuzz_gate(Input& in, Kind kind, int threads) {
     if (!g.bounded || !up.bounded) return;
     for (int64_t i = 0; i < n; ++i) {
       const double x = g[i], positive = std::max(x, 0.0);
-      // e^-|x| stays at e^-87, see exponential in decode.inc
+      // e^-|x| stays at e^-87, see exponential in operations.h
       const double e = std::exp(std::max(-std::fabs(x), -87.0));
       const double part = (x < 0.0 ? e : 1.0) / (1.0 + e);
       const double first = activation == Activation::Silu ? x * part : positive * positive;

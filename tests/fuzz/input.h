@@ -12,7 +12,7 @@
 #include <memory>
 #include <vector>
 
-#include "core.h"
+#include "cpus/cpus.h"
 
 namespace fuzz {
 

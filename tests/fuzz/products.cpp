@@ -1,4 +1,4 @@
-// Fuzzes the products with packed weights, those of trits and those of int8, against lanes.h done one
+// Fuzzes the products with packed weights, those of trits and those of int8, against multiply.h done one
 // multiplication at a time: levels, sums of groups and their order are restated here.
 #include "input.h"
 

@@ -1,0 +1,427 @@
+// The Python module ternarize._native: checks every shape and dtype, then calls the core without the
+// interpreter's lock. ternarize/_native.pyi documents the functions.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <array>
+#include <cstdlib>
+#include <limits>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpus/cpus.h"
+#include "shared/pool.h"
+
+namespace nb = nanobind;
+using namespace ternarize;
+
+namespace {
+
+template <class... Options>
+using Dense = nb::ndarray<nb::device::cpu, nb::c_contig, nb::ndim<2>, Options...>;
+template <class T>
+using In = Dense<const T>;
+template <class T>
+using Out = Dense<T>;
+
+[[noreturn]] void fail(const std::string& what) { throw nb::value_error(what.c_str()); }
+
+std::string shape_text(int64_t rows, int64_t cols) {
+  return "[" + std::to_string(rows) + ", " + std::to_string(cols) + "]";
+}
+
+template <class Array>
+void expect(const char* name, const Array& array, int64_t rows, int64_t cols) {
+  const auto has_rows = static_cast<int64_t>(array.shape(0));
+  const auto has_cols = static_cast<int64_t>(array.shape(1));
+  if (has_rows != rows || has_cols != cols)
+    fail(std::string(name) + ": shape is " + shape_text(has_rows, has_cols) + "; expected " +
+         shape_text(rows, cols) + ".");
+}
+
+Kind kind_of(const std::string& name) {
+  if (name == "F32") return Kind::F32;
+  if (name == "BF16") return Kind::BF16;
+  if (name == "F16") return Kind::F16;
+  fail("kind is '" + name + "'; expected 'F32', 'BF16' or 'F16'.");
+}
+
+// A kind's own dtype, or for the 16-bit ones integers that hold its bits.
+template <class Array>
+void expect_kind(const char* name, const Array& array, Kind kind) {
+  const nb::dlpack::dtype has = array.dtype();
+  const auto is = [&](nb::dlpack::dtype_code code) { return has.code == static_cast<uint8_t>(code); };
+  const bool fits =
+      has.lanes == 1 &&
+      (kind == Kind::F32
+           ? has.bits == 32 && is(nb::dlpack::dtype_code::Float)
+           : has.bits == 16 &&
+                 (is(nb::dlpack::dtype_code::UInt) || is(nb::dlpack::dtype_code::Int) ||
+                  is(kind == Kind::BF16 ? nb::dlpack::dtype_code::Bfloat
+                                        : nb::dlpack::dtype_code::Float)));
+  if (!fits) fail(std::string(name) + ": dtype does not hold the kind that was given.");
+}
+
+Layout checked_layout(int64_t rows, int64_t cols, int64_t group_size) {
+  if (group_size < -1)
+    fail("group_size is " + std::to_string(group_size) + "; expected -1, 0 or more.");
+  if (cols < 0 || cols > std::numeric_limits<int64_t>::max() / 2)
+    fail("cols is " + std::to_string(cols) + "; expected 0 or more.");
+  return layout_of(rows, cols, group_size);
+}
+
+template <class Array>
+Layout layout_of_matrix(const Array& array, int64_t group_size) {
+  return checked_layout(static_cast<int64_t>(array.shape(0)), static_cast<int64_t>(array.shape(1)),
+                        group_size);
+}
+
+int64_t bind_pack(In<int8_t> trits, int64_t group_size, Out<uint8_t> out, int threads) {
+  const Layout x = layout_of_matrix(trits, group_size);
+  expect("out", out, x.rows, x.width);
+  nb::gil_scoped_release unlocked;
+  return pack(x, trits.data(), out.data(), threads);
+}
+
+int64_t bind_unpack(In<uint8_t> packed, int64_t cols, int64_t group_size, Out<int8_t> out,
+                    int threads) {
+  const Layout x = checked_layout(static_cast<int64_t>(packed.shape(0)), cols, group_size);
+  expect("packed", packed, x.rows, x.width);
+  expect("out", out, x.rows, x.cols);
+  nb::gil_scoped_release unlocked;
+  return unpack(x, packed.data(), out.data(), threads);
+}
+
+int64_t bind_check(In<uint8_t> packed, int64_t cols, int64_t group_size, Out<uint8_t> nonzero,
+                   int threads) {
+  const Layout x = checked_layout(static_cast<int64_t>(packed.shape(0)), cols, group_size);
+  expect("packed", packed, x.rows, x.width);
+  expect("nonzero", nonzero, x.rows, x.groups);
+  nb::gil_scoped_release unlocked;
+  return check(x, packed.data(), nonzero.data(), threads);
+}
+
+void bind_dequantize(In<uint8_t> packed, In<float> scales, int64_t cols, int64_t group_size,
+                     Dense<> out, const std::string& kind_name, int threads) {
+  const Kind kind = kind_of(kind_name);
+  const Layout x = checked_layout(static_cast<int64_t>(packed.shape(0)), cols, group_size);
+  const auto scale_rows = static_cast<int64_t>(scales.shape(0));
+  expect("packed", packed, x.rows, x.width);
+  expect("scales", scales, scale_rows, x.groups);
+  if (x.rows != 0 && (scale_rows == 0 || x.rows % scale_rows != 0))
+    fail("scales: " + std::to_string(scale_rows) + " rows do not divide the " +
+         std::to_string(x.rows) + " rows of the matrix.");
+  expect("out", out, x.rows, x.cols);
+  expect_kind("out", out, kind);
+  nb::gil_scoped_release unlocked;
+  dequantize(x, packed.data(), scales.data(), scale_rows, kind, out.data(), threads);
+}
+
+template <Method method>
+int64_t bind_ternarize(Dense<nb::ro> weights, const std::string& kind_name, int64_t group_size,
+                       Out<int8_t> trits, Out<double> scales, int threads) {
+  const Kind kind = kind_of(kind_name);
+  const Layout x = layout_of_matrix(weights, group_size);
+  expect_kind("weights", weights, kind);
+  expect("trits", trits, x.rows, x.cols);
+  if (group_size != 0) {
+    expect("scales", scales, x.rows, x.groups);
+    nb::gil_scoped_release unlocked;
+    return ternarize::ternarize(method, kind, x, weights.data(), trits.data(), scales.data(),
+                                threads);
+  }
+  expect("scales", scales, 1, 1);
+  std::vector<Total> totals(static_cast<size_t>(x.rows));
+  nb::gil_scoped_release unlocked;
+  return ternarize_tensor(method, kind, x, weights.data(), trits.data(), scales.data(),
+                          totals.data(), threads);
+}
+
+int64_t bind_levels(Dense<nb::ro> weights, const std::string& kind_name, int64_t group_size,
+                    Out<int8_t> trits, Out<double> scales, int threads) {
+  const Kind kind = kind_of(kind_name);
+  const Layout x = layout_of_matrix(weights, group_size);
+  expect_kind("weights", weights, kind);
+  expect("trits", trits, x.rows, x.cols);
+  if (group_size != 0)
+    expect("scales", scales, x.rows, x.groups);
+  else
+    expect("scales", scales, 1, 1);
+  nb::gil_scoped_release unlocked;
+  return group_size != 0
+             ? levels(kind, x, weights.data(), trits.data(), scales.data(), threads)
+             : levels_tensor(kind, x, weights.data(), trits.data(), scales.data(), threads);
+}
+
+nb::tuple bind_distance(Dense<nb::ro> weights, const std::string& kind_name, int64_t group_size,
+                        In<int8_t> trits, In<double> scales, int threads) {
+  const Kind kind = kind_of(kind_name);
+  const Layout x = layout_of_matrix(weights, group_size);
+  const int64_t scale_rows = group_size != 0 ? x.rows : 1;
+  expect_kind("weights", weights, kind);
+  expect("trits", trits, x.rows, x.cols);
+  expect("scales", scales, scale_rows, group_size != 0 ? x.groups : 1);
+  std::vector<Distance> rows(static_cast<size_t>(x.rows));
+  Distance sum;
+  {
+    nb::gil_scoped_release unlocked;
+    sum = distance(kind, x, weights.data(), trits.data(), scales.data(), scale_rows, rows.data(),
+                   threads);
+  }
+  return nb::make_tuple(sum.error, sum.energy, sum.nonzero);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Products
+
+template <class... Options>
+using Flat = nb::ndarray<nb::device::cpu, nb::c_contig, nb::ndim<1>, Options...>;
+
+// `form` is "lanes2" or "lanes3"; the cols in a row are bounded by what the sums can hold.
+Lanes checked_lanes(const std::string& form, int64_t rows, int64_t cols, int64_t group_size) {
+  if (form != "lanes2" && form != "lanes3")
+    fail("form is '" + form + "'; expected 'lanes2' or 'lanes3'.");
+  if (rows < 0) fail("rows is " + std::to_string(rows) + "; expected 0 or more.");
+  const Layout stored = checked_layout(rows, cols, group_size);
+  if (stored.group > kLongestGroup)
+    fail("cols is " + std::to_string(cols) + " with groups of " + std::to_string(stored.group) +
+         "; expected groups of at most " + std::to_string(kLongestGroup) + " columns.");
+  return lanes_of(form == "lanes2" ? Form::Lanes2 : Form::Lanes3, stored);
+}
+
+void expect_count(const char* name, int64_t has, int64_t size) {
+  if (has != size)
+    fail(std::string(name) + ": " + std::to_string(has) + " elements; expected " +
+         std::to_string(size) + ".");
+}
+
+template <class Array>
+void expect_size(const char* name, const Array& array, int64_t size) {
+  expect_count(name, static_cast<int64_t>(array.shape(0)), size);
+}
+
+nb::tuple bind_lanes_shape(const std::string& form, int64_t rows, int64_t cols,
+                           int64_t group_size) {
+  const Lanes x = checked_lanes(form, rows, cols, group_size);
+  return nb::make_tuple(x.size(), x.blocks, x.block);
+}
+
+void bind_ask_for_large_pages(Flat<uint8_t> bytes) {
+  ask_for_large_pages(bytes.data(), static_cast<int64_t>(bytes.shape(0)));
+}
+
+int64_t bind_to_lanes(In<uint8_t> packed, const std::string& form, int64_t cols,
+                      int64_t group_size, Flat<uint8_t> out, int threads) {
+  const Lanes x = checked_lanes(form, static_cast<int64_t>(packed.shape(0)), cols, group_size);
+  expect("packed", packed, x.stored.rows, x.stored.width);
+  expect_size("out", out, x.size());
+  nb::gil_scoped_release unlocked;
+  return to_lanes(x, packed.data(), out.data(), threads);
+}
+
+int64_t bind_from_lanes(Flat<const uint8_t> lanes, const std::string& form, int64_t cols,
+                        int64_t group_size, Out<uint8_t> out, int threads) {
+  const Lanes x = checked_lanes(form, static_cast<int64_t>(out.shape(0)), cols, group_size);
+  expect("out", out, x.stored.rows, x.stored.width);
+  expect_size("lanes", lanes, x.size());
+  nb::gil_scoped_release unlocked;
+  return from_lanes(x, lanes.data(), out.data(), threads);
+}
+
+// Memory by address: a layer's product takes tens of microseconds, and to look at each tensor through
+// DLPack takes three. The caller, runtime/kernels.py, knows dtypes and strides; sizes are
+// checked here.
+void* at(int64_t address) { return reinterpret_cast<void*>(address); }
+
+using MatrixArgs = std::tuple<int64_t, int64_t, int64_t, int64_t, bool, int64_t, int64_t>;
+
+void bind_products(int64_t x, const std::string& kind_name, int64_t tokens, int64_t cols,
+                   const std::vector<MatrixArgs>& args, const std::string& form,
+                   int64_t group_size, bool int8, int threads) {
+  const Kind kind = kind_of(kind_name);
+  if (tokens < 0) fail("tokens is " + std::to_string(tokens) + "; expected 0 or more.");
+  if (args.empty()) return;
+  std::vector<Matrix> matrices;
+  for (const auto& [lanes, lanes_size, scales, scales_size, half, out, rows] : args) {
+    const Lanes l = checked_lanes(form, rows, cols, group_size);
+    expect_count("lanes", lanes_size, l.size());
+    expect_count("scales", scales_size, l.blocks * l.stored.groups * l.block);
+    matrices.push_back({l, static_cast<const uint8_t*>(at(lanes)), {at(scales), half}, at(out)});
+  }
+  if (matrices[0].x.form == Form::Lanes3 && !products().lanes3)
+    fail("form is 'lanes3', which '" + std::string(variant().name) +
+         "' cannot multiply; expected 'lanes2'.");
+  nb::gil_scoped_release unlocked;
+  product(matrices.data(), static_cast<int>(matrices.size()), kind, int8 ? 1 : 3, tokens, at(x),
+          threads);
+}
+
+// Memory by address as in bind_products; runtime/decode.py knows what it is. The position is read from
+// memory too, so that a call can be made again with the same arguments.
+void bind_rms_norm(const std::string& kind_name, int64_t rows, int64_t n, int64_t x,
+                   int64_t weight, float epsilon, int64_t out, int threads) {
+  const Kind kind = kind_of(kind_name);
+  if (rows < 0 || n < 1) fail("rows and n are " + std::to_string(rows) + " and " +
+                              std::to_string(n) + "; expected at least 0 and 1.");
+  nb::gil_scoped_release unlocked;
+  rms_norm(kind, rows, n, at(x), at(weight), epsilon, at(out), threads);
+}
+
+void bind_gate(const std::string& kind_name, const std::string& activation, int64_t n,
+               int64_t gate_at, int64_t up, int64_t out, int threads) {
+  const Kind kind = kind_of(kind_name);
+  if (activation != "silu" && activation != "relu2")
+    fail("activation is '" + activation + "'; expected 'silu' or 'relu2'.");
+  if (n < 0) fail("n is " + std::to_string(n) + "; expected 0 or more.");
+  nb::gil_scoped_release unlocked;
+  gate(kind, activation == "silu" ? Activation::Silu : Activation::Relu2, n, at(gate_at), at(up),
+       at(out), threads);
+}
+
+void bind_dense(const std::string& kind_name, int64_t tokens, int64_t rows, int64_t cols, int64_t x,
+                int64_t w, int64_t out, int threads) {
+  const Kind kind = kind_of(kind_name);
+  if (tokens < 0 || rows < 0 || cols < 1)
+    fail("tokens, rows and cols are " + std::to_string(tokens) + ", " + std::to_string(rows) +
+         " and " + std::to_string(cols) + "; expected at least 0, 0 and 1.");
+  nb::gil_scoped_release unlocked;
+  dense(kind, tokens, rows, cols, at(x), at(w), at(out), threads);
+}
+
+void bind_attend(const std::string& kind_name, int64_t batch, int64_t heads, int64_t kv_heads,
+                 int64_t dim, int64_t capacity, float scaling,
+                 const std::array<int64_t, 9>& memory, int threads) {
+  const Kind kind = kind_of(kind_name);
+  if (batch < 0 || kv_heads < 1 || heads < 1 || heads % kv_heads || dim < 2 || dim % 2)
+    fail("heads of queries, of keys and their numbers are " + std::to_string(heads) + ", " +
+         std::to_string(kv_heads) + " and " + std::to_string(dim) +
+         "; expected a multiple of the second, at least 1, and an even one.");
+  const int64_t position = *reinterpret_cast<const int64_t*>(memory[8]);
+  if (position < 0 || position >= capacity)
+    fail("position is " + std::to_string(position) + "; expected less than the capacity " +
+         std::to_string(capacity) + ".");
+  const auto part = [&](size_t i) { return static_cast<char*>(at(memory[i])); };
+  const int64_t rotary = position * dim * size_of(kind);
+  const Attention a{
+      batch,   heads,   kv_heads,         dim,              capacity, position, scaling, part(0),
+      part(1), part(2), part(3) + rotary, part(4) + rotary, part(5),  part(6),  part(7)};
+  nb::gil_scoped_release unlocked;
+  attend(kind, a, threads);
+}
+
+// As bind_products, of int8 weights as they are stored.
+void bind_int8_product(int64_t x, const std::string& kind_name, int64_t tokens, int64_t cols,
+                       int64_t weights, int64_t weights_size, int64_t scales, int64_t scale_rows,
+                       int64_t scales_size, const std::string& scale_kind_name, int64_t group_size,
+                       bool int8, int64_t out, int64_t rows, int threads) {
+  const Kind kind = kind_of(kind_name), scale_kind = kind_of(scale_kind_name);
+  const Lanes l = checked_lanes("lanes2", rows, cols, group_size);
+  if (tokens < 0) fail("tokens is " + std::to_string(tokens) + "; expected 0 or more.");
+  expect_count("weights", weights_size, rows * cols);
+  expect_count("scales", scales_size, scale_rows * l.stored.groups);
+  if (rows != 0 && (scale_rows <= 0 || rows % scale_rows != 0))
+    fail("scales: " + std::to_string(scale_rows) + " rows do not divide the " +
+         std::to_string(rows) + " rows of the matrix.");
+  const Int8Matrix matrix{l, static_cast<const int8_t*>(at(weights)), at(scales), scale_kind,
+                          rows != 0 ? rows / scale_rows : 1};
+  nb::gil_scoped_release unlocked;
+  int8_product(matrix, kind, int8 ? 1 : 3, tokens, at(x), at(out), threads);
+}
+
+void bind_use_openmp(int64_t parallel) { use_openmp(reinterpret_cast<Parallel>(parallel)); }
+
+std::string bind_cpu() { return variant().name; }
+
+// Names of all variants, or of those that differ in their functions for weights.
+nb::list names_of_variants(bool all) {
+  nb::list names;
+  for (const Variant* one = variants(); one->name; ++one)
+    if (all || one == variants() || one->kernels != one[-1].kernels) names.append(one->name);
+  return names;
+}
+
+nb::list bind_cpus() { return names_of_variants(false); }
+nb::list bind_product_cpus() { return names_of_variants(true); }
+
+void bind_use_cpu(const std::string& name) {
+  if (!use(name.c_str()))
+    fail("TERNARIZE_CPU is '" + name + "', which this CPU or this build does not have; expected " +
+         nb::cast<std::string>(nb::str(", ").attr("join")(bind_product_cpus())) + ".");
+}
+
+uint64_t bind_read_all(Flat<const uint8_t> bytes, int threads) {
+  nb::gil_scoped_release unlocked;
+  return read_all(bytes.data(), static_cast<int64_t>(bytes.shape(0)), threads);
+}
+
+int64_t bind_dot_peak(int64_t rounds, int threads) {
+  nb::gil_scoped_release unlocked;
+  return dot_peak(rounds, threads);
+}
+
+bool bind_has_lanes3() { return products().lanes3; }
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  if (const char* name = std::getenv("TERNARIZE_CPU")) bind_use_cpu(name);
+  // noconvert: a converted output would be a copy that nobody reads.
+  m.def("pack", bind_pack, nb::arg("trits").noconvert(), nb::arg("group_size"),
+        nb::arg("out").noconvert(), nb::arg("threads"));
+  m.def("unpack", bind_unpack, nb::arg("packed").noconvert(), nb::arg("cols"),
+        nb::arg("group_size"), nb::arg("out").noconvert(), nb::arg("threads"));
+  m.def("check", bind_check, nb::arg("packed").noconvert(), nb::arg("cols"), nb::arg("group_size"),
+        nb::arg("nonzero").noconvert(), nb::arg("threads"));
+  m.def("dequantize", bind_dequantize, nb::arg("packed").noconvert(),
+        nb::arg("scales").noconvert(), nb::arg("cols"), nb::arg("group_size"),
+        nb::arg("out").noconvert(), nb::arg("kind"), nb::arg("threads"));
+  const auto method = [&m](const char* name, auto function) {
+    m.def(name, function, nb::arg("weights").noconvert(), nb::arg("kind"), nb::arg("group_size"),
+          nb::arg("trits").noconvert(), nb::arg("scales").noconvert(), nb::arg("threads"));
+  };
+  method("absmean", bind_ternarize<Method::Absmean>);
+  method("twn", bind_ternarize<Method::Twn>);
+  method("itf", bind_ternarize<Method::Itf>);
+  method("levels", bind_levels);
+  m.def("distance", bind_distance, nb::arg("weights").noconvert(), nb::arg("kind"),
+        nb::arg("group_size"), nb::arg("trits").noconvert(), nb::arg("scales").noconvert(),
+        nb::arg("threads"));
+  m.def("lanes_shape", bind_lanes_shape, nb::arg("form"), nb::arg("rows"), nb::arg("cols"),
+        nb::arg("group_size"));
+  m.def("ask_for_large_pages", bind_ask_for_large_pages, nb::arg("bytes").noconvert());
+  m.def("to_lanes", bind_to_lanes, nb::arg("packed").noconvert(), nb::arg("form"), nb::arg("cols"),
+        nb::arg("group_size"), nb::arg("out").noconvert(), nb::arg("threads"));
+  m.def("from_lanes", bind_from_lanes, nb::arg("lanes").noconvert(), nb::arg("form"),
+        nb::arg("cols"), nb::arg("group_size"), nb::arg("out").noconvert(), nb::arg("threads"));
+  m.def("products", bind_products, nb::arg("x"), nb::arg("kind"), nb::arg("tokens"),
+        nb::arg("cols"), nb::arg("matrices"), nb::arg("form"), nb::arg("group_size"),
+        nb::arg("int8"), nb::arg("threads"));
+  m.def("rms_norm", bind_rms_norm, nb::arg("kind"), nb::arg("rows"), nb::arg("n"), nb::arg("x"),
+        nb::arg("weight"), nb::arg("epsilon"), nb::arg("out"), nb::arg("threads"));
+  m.def("gate", bind_gate, nb::arg("kind"), nb::arg("activation"), nb::arg("n"), nb::arg("gate"),
+        nb::arg("up"), nb::arg("out"), nb::arg("threads"));
+  m.def("dense", bind_dense, nb::arg("kind"), nb::arg("tokens"), nb::arg("rows"), nb::arg("cols"),
+        nb::arg("x"), nb::arg("weight"), nb::arg("out"), nb::arg("threads"));
+  m.def("attend", bind_attend, nb::arg("kind"), nb::arg("batch"), nb::arg("heads"),
+        nb::arg("kv_heads"), nb::arg("dim"), nb::arg("capacity"), nb::arg("scaling"),
+        nb::arg("memory"), nb::arg("threads"));
+  m.def("use_openmp", bind_use_openmp, nb::arg("parallel"));
+  m.def("int8_product", bind_int8_product, nb::arg("x"), nb::arg("kind"), nb::arg("tokens"),
+        nb::arg("cols"), nb::arg("weights"), nb::arg("weights_size"), nb::arg("scales"),
+        nb::arg("scale_rows"), nb::arg("scales_size"), nb::arg("scale_kind"),
+        nb::arg("group_size"), nb::arg("int8"), nb::arg("out"), nb::arg("rows"),
+        nb::arg("threads"));
+  m.def("read_all", bind_read_all, nb::arg("bytes").noconvert(), nb::arg("threads"));
+  m.def("dot_peak", bind_dot_peak, nb::arg("rounds"), nb::arg("threads"));
+  m.def("cpu", bind_cpu);
+  m.def("cpus", bind_cpus);
+  m.def("product_cpus", bind_product_cpus);
+  m.def("has_lanes3", bind_has_lanes3);
+  m.def("use_cpu", bind_use_cpu, nb::arg("name"));
+}

@@ -1,0 +1,3 @@
+// x86-64 with AVX2.
+#define TERNARIZE_KERNELS kAvx2
+#include "cpus/weights.h"

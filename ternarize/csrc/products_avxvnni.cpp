@@ -1,3 +1,0 @@
-// Products for x86-64 with AVX2 and AVX-VNNI.
-#define TERNARIZE_PRODUCTS kAvxVnniProducts
-#include "products_avx2.cpp"
