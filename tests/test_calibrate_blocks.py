@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ternarize.calibrate.blocks import Blocks, Call
-from ternarize.calibrate.statistics import Group, Product, Trace, sequential_groups
+from ternarize.calibrate.tracing import Group, Product, Trace, sequential_groups
 from ternarize.errors import CheckpointError, WeightError
 
 

@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ternarize.calibrate import gptq
+from ternarize.calibrate import metric as metrics
 from ternarize.calibrate.gptq import solve
-from ternarize.calibrate.statistics import Inputs, Moments
+from ternarize.calibrate.metric import PANEL, Metric
+from ternarize.calibrate.moments import Inputs, Moments
+from ternarize.calibrate.sweep import sweep
 from ternarize.trits.methods import itf
 from ternarize.trits.rotation import block_size, rotate, signs, unrotate
 from ternarize.trits.scales import store_scales
@@ -150,7 +153,7 @@ def stated(weight: Tensor, x: Tensor, group_size: int, damping: float) -> gptq._
     """A problem whose W* is the weight, with L of the damping in its metric."""
     inputs = moments(x, None).inputs
     target = inputs.product(weight)
-    metric = gptq.Metric(inputs, centred=False)
+    metric = Metric(inputs, centred=False)
     assert metric.factorize(damping)
     return gptq._Problem(weight, target, weight, 0.0, metric, group_size, half)
 
@@ -201,7 +204,7 @@ def test_a_sweep_leaves_nothing_in_memory() -> None:
     left = weakref.ref(columns)
     gc.disable()
     try:
-        gptq._sweep(torch.eye(40), aim, columns, level, 2)
+        sweep(torch.eye(40), aim, columns, level, 2)
         del columns
         assert left() is None
     finally:
@@ -231,7 +234,7 @@ def test_neither_scales_nor_trits_are_changed_for_the_worse(seed: int, size: int
 
 @pytest.mark.parametrize("centred", [False, True])
 def test_a_metric_holds_its_factor_and_gives_the_hessian_back(centred: bool) -> None:
-    _, x = problem(1, 2 * gptq.PANEL + 70, 900)  # three panels, the last one short
+    _, x = problem(1, 2 * PANEL + 70, 900)  # three panels, the last one short
     x = x + 0.5
     inputs = moments(x, None).inputs
     plain = inputs.hessian
@@ -243,7 +246,7 @@ def test_a_metric_holds_its_factor_and_gives_the_hessian_back(centred: bool) -> 
         mean = x.double().mean(0)[order]
         wanted = wanted - len(x) * mean[:, None] * mean
     wanted += 0.1 * wanted.diagonal().mean() * torch.eye(len(wanted))
-    with gptq.Metric(inputs, centred=centred) as metric:
+    with Metric(inputs, centred=centred) as metric:
         for ridge in (1.0, 0.1):
             assert metric.factorize(ridge)
         lower = metric.matrix.tril().double()
@@ -287,7 +290,8 @@ def test_rows_in_chunks_are_the_same_rows(
     monkeypatch.setattr(gptq, "PROBE_ROWS", 7)
     found = []
     for chunk in (1 << 22, 3 * 64):
-        monkeypatch.setattr(gptq, "CHUNK", chunk)
+        for module in (gptq, metrics):
+            monkeypatch.setattr(module, "WEIGHTS", chunk)
         y = x @ weight.T
         train, held = moments(x[:1500], y[:1500]), moments(x[1500:], y[1500:, gptq.probe_rows(20)])
         found.append(solve(weight, train, held, group_size, half, planes=planes))

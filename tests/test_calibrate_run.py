@@ -19,8 +19,9 @@ from test_evaluate import word_tokenizer
 from torch import Tensor
 
 import ternarize
-from ternarize.calibrate import gptq, pipeline, reconstruct, run
+from ternarize.calibrate import gptq, pipeline, reconstruct, run, solve_block, training
 from ternarize.calibrate.gptq import solve
+from ternarize.calibrate.solved import SolvedBlocks
 from ternarize.convert.run import convert
 from ternarize.convert.verify import verify
 from ternarize.errors import CheckpointError, SelectionError, UsageError, WeightError
@@ -81,8 +82,8 @@ def gains(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         found.append(result[3] / result[2])
         return result
 
-    monkeypatch.setattr(run, "reconstruct", train)
-    monkeypatch.setattr(run, "STEP_TOKENS", 48)
+    monkeypatch.setattr(training, "reconstruct", train)
+    monkeypatch.setattr(training, "STEP_TOKENS", 48)
     monkeypatch.setattr(reconstruct, "CHECK_EVERY", 1)
     return found
 
@@ -254,7 +255,7 @@ def count_solved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(1)
         return solve(*args, **options)
 
-    monkeypatch.setattr(run, "solve", counted)
+    monkeypatch.setattr(solve_block, "solve", counted)
     return calls
 
 
@@ -321,7 +322,7 @@ def test_a_break_while_what_was_trained_is_written_does_no_harm(
     recipe = calibrating.recipe(data, num_samples=8, **options)
     convert(source, tmp_path / "whole", recipe)
     assert min(gains) < 1, "the files of the stages are alike"
-    write = run.Calibration._write
+    write = SolvedBlocks.write
 
     def broken(self: Any, file: Path, *args: Any) -> None:
         if file.name == f"00001-{stage:05}.safetensors":  # block 0 of the stage has been written
@@ -329,7 +330,7 @@ def test_a_break_while_what_was_trained_is_written_does_no_harm(
         write(self, file, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run.Calibration, "_write", broken)
+        patch.setattr(SolvedBlocks, "write", broken)
         with pytest.raises(KeyboardInterrupt):
             convert(source, tmp_path / "broken", recipe)
     assert (tmp_path / f"broken.partial/.calibration/00000-{stage:05}.safetensors").is_file()

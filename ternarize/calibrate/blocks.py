@@ -224,7 +224,7 @@ class Blocks:
         Weights outside the blocks, which no forward needs while all of them wait, are dropped.
         """
         for name in self._outside:
-            _empty(self.model.get_submodule(name))
+            _drop_weights(self.model.get_submodule(name))
         self._outside.clear()
         block = self.model.get_submodule(path)
         self._fill([f"{path}.{name}" for name, _ in block.named_parameters()])
@@ -233,7 +233,7 @@ class Blocks:
             yield block
         finally:
             for module in block.modules():
-                _empty(module)
+                _drop_weights(module)
 
     @contextmanager
     def whole(self) -> Iterator[PreTrainedModel]:
@@ -244,7 +244,7 @@ class Blocks:
             yield model.to(self.device)
         finally:
             for module in self.model.modules():
-                _empty(module)
+                _drop_weights(module)
 
     def replaced(self, path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What a loaded block's parameters would be with these tensors instead of the source's.
@@ -388,7 +388,20 @@ def _block_paths(model: nn.Module, parameters: Sequence[str]) -> list[str]:
     return sorted(found, key=order.__getitem__)
 
 
-def _empty(module: nn.Module) -> None:
+@contextmanager
+def patched(block: nn.Module, patch: Mapping[str, Tensor]) -> Iterator[None]:
+    """The block with some of its parameters replaced."""
+    kept = {name: block.get_parameter(name).data for name in patch}
+    for name, value in patch.items():
+        block.get_parameter(name).data = value
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            block.get_parameter(name).data = value
+
+
+def _drop_weights(module: nn.Module) -> None:
     """Drop the weights that a module itself holds."""
     for name, value in module._parameters.items():
         if value is not None and not value.is_meta:

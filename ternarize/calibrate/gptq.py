@@ -1,6 +1,6 @@
 """Ternarization of one matrix against calibration statistics.
 
-With inputs x of the ternarized stream and targets y (statistics.py), a matrix W' = scale x trit is
+With inputs x of the ternarized stream and targets y (moments.py), a matrix W' = scale x trit is
 sought that minimises
 
     E(W') = sum |y - W' x|^2 = tr(W' H W'^T) - 2 tr(W' Y^T) + sum |y|^2,
@@ -38,11 +38,8 @@ tokens, on a sample of the rows, so statistics of few tokens are trusted less. I
 bias b that is kept, all moments are taken about the means, and b becomes mean y - W' mean x, the
 best one.
 
-Steps 3 and 5 are one function, `_sweep`. It halves the columns, rounds one half, passes its errors
-on to the other half by one matrix product, and rounds that; so does it with each half, down to a
-few columns. So all but these is products of matrices, O(rows cols^2) in all. Of (cols, cols)
-matrices there is one, in which M and L take turns below the diagonal (`Metric`), beside what is
-known of held-out tokens. Rows are done a chunk at a time.
+Steps 3 and 5 are one function, `sweep`; M and L take turns in the memory of H (`Metric`). Rows are
+done a chunk at a time.
 
 Sources: step 3 is GPTQ, https://arxiv.org/abs/2210.17323 (eq. 2-3, algorithm 1), with static groups
 and the column order of its reference implementation, as LDLQ, https://arxiv.org/abs/2307.13304.
@@ -57,10 +54,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ternarize.calibrate.statistics import Inputs, Moments
+from ternarize.calibrate.metric import WEIGHTS, Metric, chunks
+from ternarize.calibrate.moments import Inputs, Moments
+from ternarize.calibrate.sweep import sweep
 from ternarize.trits.methods import itf
 from ternarize.trits.ternary import (
     Ternary,
@@ -77,13 +75,9 @@ RIDGE = 0.01  # damping of steps 4 and 5, times mean H_jj
 SCALE_RIDGE = 1e-3  # added to the diagonal of A, times mean A_gg
 ROUNDS = 4
 SWEEPS = 2  # of coordinate descent in each round
-LEAF = 16  # columns that are rounded one by one
-PANEL = 256  # columns of the factor that are computed at a time
-CHUNK = 1 << 22  # weights that are worked on at a time
 SYSTEMS = 1 << 22  # elements of A in memory at a time
 PROBE_ROWS = 256  # rows on which lambda and the rounds are chosen
 MIN_TOKENS = 32  # a matrix that sees fewer is ternarized without statistics
-
 Rounding = Callable[[Tensor], Tensor]  # scales -> scales as they are stored, float64
 Judge = Callable[[Tensor], float]  # a matrix (rows, cols) float32 -> its held-out error
 
@@ -139,8 +133,10 @@ def solve(
     target, total = train.target, train.total
     if target is None:
         target, total = train.inputs.product(weight), weight.double() @ train.inputs.total
-    judge = _judge(weight[rows], held, bias)
-    plain_error = judge(_sum(_rows(_plain(weight, group_size, rounding, planes), rows)))
+    judge = _judge_of(weight[rows], held, bias)
+    plain_error = judge(
+        _sum_of_planes(_rows_of(_plain(weight, group_size, rounding, planes), rows))
+    )
     found, error = None, plain_error
     calibrated = train.inputs.tokens >= MIN_TOKENS and held.inputs.tokens > 0
     if calibrated:
@@ -149,8 +145,8 @@ def solve(
             calibrated = 0 < metric.unit < math.inf
             if calibrated:
                 if bias:
-                    target = target - _outer(total, train.inputs)
-                problem = _problem(weight, target, metric, group_size, rounding, rows, judge)
+                    target = target - _mean_part(total, train.inputs)
+                problem = _state(weight, target, metric, group_size, rounding, rows, judge)
                 tried, tried_error = _search(problem, planes, rows, judge)
                 if tried_error < plain_error:
                     found, error = tried, tried_error
@@ -158,97 +154,9 @@ def solve(
         found = _plain(weight, group_size, rounding, planes)
     fitted = None
     if bias and train.inputs.tokens >= MIN_TOKENS:
-        missed = total - _sum(found).double() @ train.inputs.total
+        missed = total - _sum_of_planes(found).double() @ train.inputs.total
         fitted = (missed / train.inputs.tokens).float()
     return Solution(found, fitted, error, plain_error, calibrated)
-
-
-class Metric:
-    """M = H + ridge I or its Cholesky factor L, in the memory of a Hessian.
-
-    Columns are in the order of H's diagonal, the smallest element first. The matrix is made of
-    square panels: those above the diagonal are always H's, those below it are H's or L's, and
-    those on it are M's or L's.
-
-    matrix   (cols, cols) float32
-    order    (cols,) int64: sorted column -> column of the weight; back: the other way
-    unit     mean H_jj
-    ridge    as it is now: lambda or a damping
-
-    As a context it gives the Hessian back as it was, but sorted.
-    """
-
-    def __init__(self, inputs: Inputs, *, centred: bool) -> None:
-        """centred: take the moments about the mean."""
-        self.order = inputs.sort()
-        self.back = self.order.argsort()
-        assert inputs.hessian is not None
-        self.matrix = inputs.hessian
-        self.mean: Tensor | None = None
-        if centred:
-            self.mean = (inputs.total / inputs.tokens**0.5)[self.order].float()
-            self.matrix.addr_(self.mean, self.mean, alpha=-1)
-        self.diagonal = self.matrix.diagonal().clone()
-        self.unit = float(self.diagonal.mean())
-        self.ridge = 0.0
-        cols = len(self.matrix)
-        self.spans = [slice(a, min(a + PANEL, cols)) for a in range(0, cols, PANEL)]
-        self.corners = [self.matrix[span, span].clone() for span in self.spans]
-        self.whole, self.valid = True, False  # below the diagonal is H; is L
-
-    def __enter__(self) -> "Metric":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.restore(0.0)
-        if self.mean is not None:
-            self.matrix.addr_(self.mean, self.mean)
-
-    def restore(self, ridge: float) -> None:
-        """Have M in all of the matrix. ridge: in units of the mean H_jj."""
-        if not self.whole:
-            for span, corner in zip(self.spans, self.corners, strict=True):
-                self.matrix[span, span] = corner
-                self.matrix[span.stop :, span] = self.matrix[span, span.stop :].T
-            self.whole = True
-        self.ridge = ridge * self.unit
-        self.matrix.diagonal().copy_(self.diagonal + self.ridge)
-
-    def factorize(self, ridge: float) -> bool:
-        """Have L in the lower triangle; False, and nothing of use there, if rounding forbids."""
-        if not self.whole and self.ridge == ridge * self.unit:
-            return self.valid
-        self.restore(ridge)
-        self.whole = self.valid = False
-        for span in self.spans:
-            done = slice(0, span.start)
-            below = slice(span.stop, None)
-            column = self.matrix[span.start :, span]
-            column.addmm_(self.matrix[span.start :, done], self.matrix[span, done].T, alpha=-1)
-            corner, failed = torch.linalg.cholesky_ex(self.matrix[span, span])
-            if int(failed):
-                return False
-            self.matrix[span, span] = corner
-            self.matrix[below, span] = torch.linalg.solve_triangular(
-                corner.T, self.matrix[below, span], upper=True, left=False
-            )
-        self.valid = True
-        return True
-
-    def divide(self, aim: Tensor) -> Tensor:
-        """M^-1 aim for (cols, n), after `factorize`."""
-        half = torch.linalg.solve_triangular(self.matrix, aim, upper=False)
-        result: Tensor = torch.linalg.solve_triangular(self.matrix.T, half, upper=True)
-        return result
-
-    def times(self, values: Tensor) -> Tensor:
-        """Values M for (n, cols) as stored; not while the matrix holds L."""
-        product = values.index_select(1, self.order) @ self.matrix
-        return product.index_select(1, self.back)
-
-    def sorted(self, values: Tensor) -> Tensor:
-        """(n, cols) -> (cols, n), so that each column lies together in memory, sorted."""
-        return values.T.contiguous().index_select(0, self.order)
 
 
 @dataclass(frozen=True)
@@ -287,13 +195,13 @@ class _Problem:
         """The held-out error of some of the rows."""
         rest = self.rest
         if rows is not None:
-            (ternary,) = _rows([ternary], rows)
+            (ternary,) = _rows_of([ternary], rows)
             rest = None if rest is None else rest[rows]
         dense = ternary.dequantize(torch.float32)
         return judge(dense if rest is None else dense + rest)
 
 
-def _problem(
+def _state(
     weight: Tensor,
     target: Tensor,
     metric: Metric,
@@ -322,7 +230,7 @@ def _problem(
 def _continuous(weight: Tensor, target: Tensor, metric: Metric) -> Tensor:
     """Step 1: W*, (rows, cols), with the lambda of the metric's L."""
     wanted = torch.empty_like(weight)
-    for rows in _chunks(weight):
+    for rows in chunks(weight):
         aim = torch.add(target[rows], weight[rows], alpha=metric.ridge)
         wanted[rows] = metric.divide(metric.sorted(aim)).index_select(0, metric.back).T
     return wanted
@@ -337,7 +245,7 @@ def _search(
     for turn in range(planes if planes == 1 else 2 * planes):  # twice: the first saw not all
         at = turn % planes
         others = found[:at] + found[at + 1 :]
-        problem = replace(problem, rest=_sum(others) if others else None)
+        problem = replace(problem, rest=_sum_of_planes(others) if others else None)
         damping = _choose_damping(problem.part(rows), judge)
         tried = ((problem.error(c, rows, judge), c) for c in _rounds(problem, damping))
         error, latest = min(tried, key=lambda pair: pair[0], default=(math.inf, None))
@@ -381,7 +289,7 @@ def _rounds(problem: _Problem, damping: float) -> Iterator[Ternary]:
     problem.metric.restore(RIDGE)
     for _ in range(ROUNDS):
         scales = problem.rounding(_joint_scales(problem, found.trits))
-        yield _used(found.trits, scales, problem.group_size)
+        yield _with_used_scales(found.trits, scales, problem.group_size)
         found = _descend(problem, found.trits, scales)
         yield found
 
@@ -391,15 +299,15 @@ def _compensate(problem: _Problem) -> Ternary:
     metric, wanted = problem.metric, problem.wanted
     if problem.rest is not None:
         wanted = wanted - problem.rest
-    start = _rounded(itf(wanted, problem.group_size), problem.rounding)
+    start = _with_stored_scales(itf(wanted, problem.group_size), problem.rounding)
     trits = start.trits
-    for rows in _chunks(wanted):
+    for rows in chunks(wanted):
         columns = metric.sorted(wanted[rows])
         level = _levels(metric, start.scales, rows, problem.group_size)
         aim = columns * metric.matrix.diagonal()[:, None]
-        found = _sweep(metric.matrix, aim, columns, level)
+        found = sweep(metric.matrix, aim, columns, level)
         trits[rows] = found.to(torch.int8).index_select(0, metric.back).T
-    return _used(trits, start.scales, problem.group_size)
+    return _with_used_scales(trits, start.scales, problem.group_size)
 
 
 def _joint_scales(problem: _Problem, trits: Tensor) -> Tensor:
@@ -408,7 +316,7 @@ def _joint_scales(problem: _Problem, trits: Tensor) -> Tensor:
     length, count = group_length(cols, size), group_count(cols, size)
     found = torch.empty(len(trits), count, dtype=torch.float64, device=trits.device)
     above = below = 0.0
-    for rows in _chunks(trits, max(1, min(SYSTEMS // count**2, CHUNK // cols))):
+    for rows in chunks(trits, max(1, min(SYSTEMS // count**2, WEIGHTS // cols))):
         some = trits[rows].float()
         b = group_sums(problem.aim(rows).mul_(some), size).double()
         a = torch.empty(len(some), count, count, dtype=torch.float64, device=trits.device)
@@ -433,98 +341,18 @@ def _descend(problem: _Problem, trits: Tensor, scales: Tensor) -> Ternary:
     """Step 5."""
     metric = problem.metric
     result = torch.empty_like(trits)
-    for rows in _chunks(trits):
+    for rows in chunks(trits):
         level = _levels(metric, scales, rows, problem.group_size)
         columns = metric.sorted(trits[rows].float()).mul_(level)
         aim = metric.sorted(problem.aim(rows))
         aim.addmm_(metric.matrix, columns, alpha=-1)
         aim.addcmul_(columns, metric.matrix.diagonal()[:, None])
-        found = _sweep(metric.matrix, aim, columns, level, SWEEPS)
+        found = sweep(metric.matrix, aim, columns, level, SWEEPS)
         result[rows] = found.to(torch.int8).index_select(0, metric.back).T
-    return _used(result, scales, problem.group_size)
+    return _with_used_scales(result, scales, problem.group_size)
 
 
-def _sweep(matrix: Tensor, aim: Tensor, columns: Tensor, level: Tensor, sweeps: int = 1) -> Tensor:
-    """Round columns one by one, from the last to the first, each making up for the errors so far.
-
-    matrix   (cols, cols), of which the lower triangle T counts
-    aim      (cols, rows): T_jj times what column j is to be rounded to, with the others as they
-             are in `columns`; overwritten
-    columns  (cols, rows): values from which errors are counted, e_j = columns_j - t_j level_j;
-             overwritten
-    level    (cols, rows): scales
-    sweeps   how often; more than once where T is that of a symmetric matrix
-
-    Returns trits (cols, rows) float32.
-    """
-    inverse = torch.where(level > 0, 1 / (level * matrix.diagonal()[:, None]), 0)
-    trit = torch.empty_like(aim[0])
-    errors = columns  # in the same memory: a column's error takes its place
-
-    with torch.inference_mode():  # saves the overhead of recording what could be differentiated
-        parts = (aim, inverse, level, errors)
-        lines = list(zip(*(part.unbind(0) for part in parts), strict=True))
-        for sweep in range(sweeps):
-            if sweep:
-                trits = _nearest(aim, inverse)
-                _up(matrix, aim, errors, 0, len(matrix))
-                torch.mul(trits, level, out=columns)
-            _down(matrix, lines, aim, errors, trit, 0, len(matrix))
-    return _nearest(aim, inverse)
-
-
-# Not functions within `_sweep`: those that call themselves would keep its memory until collected
-def _down(
-    matrix: Tensor,
-    lines: Sequence[tuple[Tensor, ...]],
-    aim: Tensor,
-    errors: Tensor,
-    trit: Tensor,
-    first: int,
-    stop: int,
-) -> None:
-    """Round the columns from the last to the first. Arguments as in `_sweep`; trit: scratch."""
-    if stop - first > LEAF:
-        middle = (first + stop) // 2
-        low, high = slice(first, middle), slice(middle, stop)
-        _down(matrix, lines, aim, errors, trit, middle, stop)
-        aim[low].addmm_(matrix[high, low].T, errors[high])
-        _down(matrix, lines, aim, errors, trit, first, middle)
-        return
-    # what is not an error yet meets zeros
-    weights = matrix[first:stop, first:stop].tril(-1).T.contiguous().unbind(0)
-    known = errors[first:stop].T
-    for (goal, over, scale, error), w in zip(lines[first:stop][::-1], weights[::-1], strict=True):
-        goal.addmv_(known, w)
-        torch.mul(goal, over, out=trit)
-        error.addcmul_(F.hardtanh_(trit).round_(), scale, value=-1)
-
-
-def _up(matrix: Tensor, aim: Tensor, errors: Tensor, first: int, stop: int) -> None:
-    """Tell the later columns the errors of the earlier ones."""
-    if stop - first > PANEL:
-        middle = (first + stop) // 2
-        low, high = slice(first, middle), slice(middle, stop)
-        aim[high].addmm_(matrix[high, low], errors[low])
-        _up(matrix, aim, errors, first, middle)
-        _up(matrix, aim, errors, middle, stop)
-        return
-    span = slice(first, stop)
-    aim[span].addmm_(matrix[span, span].tril(-1), errors[span])
-
-
-def _nearest(aim: Tensor, inverse: Tensor) -> Tensor:
-    """Trits: a tie between two is 0."""
-    return F.hardtanh_(aim * inverse).round_()
-
-
-def _chunks(matrix: Tensor, step: int = 0) -> Iterator[slice]:
-    """The rows of a matrix, some at a time."""
-    count, step = len(matrix), step or max(1, CHUNK // matrix.shape[1])
-    return (slice(first, min(first + step, count)) for first in range(0, count, step))
-
-
-def _judge(weight: Tensor, held: Moments, bias: bool) -> Judge:
+def _judge_of(weight: Tensor, held: Moments, bias: bool) -> Judge:
     """The error of some rows on held-out tokens, of the matrix (rows, cols) float32 that is asked.
 
     weight  these rows of the original
@@ -535,7 +363,7 @@ def _judge(weight: Tensor, held: Moments, bias: bool) -> Judge:
         energy = inputs.energy(weight)
     n = max(1, inputs.tokens)
     if bias:
-        target = target - _outer(total, inputs)
+        target = target - _mean_part(total, inputs)
         energy -= float(total.square().sum()) / n
     wanted, scale = target, max(energy, 1e-30)
 
@@ -548,20 +376,20 @@ def _judge(weight: Tensor, held: Moments, bias: bool) -> Judge:
     return judge
 
 
-def _outer(total: Tensor, inputs: Inputs) -> Tensor:
+def _mean_part(total: Tensor, inputs: Inputs) -> Tensor:
     """sum y mean x^T, (rows, cols) float32."""
     return (total / max(1, inputs.tokens)).float()[:, None] * inputs.total.float()
 
 
 def _plain(weight: Tensor, group_size: int, rounding: Rounding, planes: int) -> tuple[Ternary, ...]:
     """The matrix without statistics."""
-    found = [_rounded(itf(weight, group_size), rounding)]
+    found = [_with_stored_scales(itf(weight, group_size), rounding)]
     while len(found) < planes:
-        found.append(_rounded(itf(weight - _sum(found), group_size), rounding))
+        found.append(_with_stored_scales(itf(weight - _sum_of_planes(found), group_size), rounding))
     return tuple(found)
 
 
-def _sum(planes: Sequence[Ternary]) -> Tensor:
+def _sum_of_planes(planes: Sequence[Ternary]) -> Tensor:
     """The matrix (rows, cols) float32 that planes stand for."""
     total = planes[0].dequantize(torch.float32)
     for plane in planes[1:]:
@@ -569,7 +397,7 @@ def _sum(planes: Sequence[Ternary]) -> Tensor:
     return total
 
 
-def _rows(planes: Sequence[Ternary], rows: Tensor) -> list[Ternary]:
+def _rows_of(planes: Sequence[Ternary], rows: Tensor) -> list[Ternary]:
     """Some rows of planes."""
     return [
         Ternary(p.trits[rows], p.scales if p.group_size == 0 else p.scales[rows], p.group_size)
@@ -585,16 +413,16 @@ def _levels(metric: Metric, scales: Tensor, rows: slice, group_size: int) -> Ten
     return scales[rows].float().T.contiguous().index_select(0, groups)
 
 
-def _used(trits: Tensor, scales: Tensor, group_size: int) -> Ternary:
+def _with_used_scales(trits: Tensor, scales: Tensor, group_size: int) -> Ternary:
     """Without the scales of groups that have no trits."""
     groups = trits.reshape(1, 1, -1) if group_size == 0 else split_groups(trits, group_size)
     return Ternary(trits, scales * (groups.abs().amax(-1) > 0), group_size)
 
 
-def _rounded(ternary: Ternary, rounding: Rounding) -> Ternary:
+def _with_stored_scales(ternary: Ternary, rounding: Rounding) -> Ternary:
     """With scales as they are stored, and without trits whose scale is rounded to 0."""
     scales, trits = rounding(ternary.scales), ternary.trits
     alive = scales > 0
     if not bool(alive.all()):
         trits = trits * spread_scales(alive, trits.shape[1], ternary.group_size)
-    return _used(trits, scales, ternary.group_size)
+    return _with_used_scales(trits, scales, ternary.group_size)

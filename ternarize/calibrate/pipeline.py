@@ -1,7 +1,6 @@
 """The calibrated part of a conversion: data, budget, block loop, and the figures at the end."""
 
 import json
-import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,16 +15,18 @@ from torch import Tensor
 from ternarize.calibrate.blocks import Batch
 from ternarize.calibrate.budget import allocate, describe
 from ternarize.calibrate.data import MAX_SEQ_LEN, Samples, read
-from ternarize.calibrate.run import Calibration, open_solved
+from ternarize.calibrate.run import Calibration
+from ternarize.calibrate.solved import open_solved
 from ternarize.calibrate.texts import SELF
 from ternarize.errors import CheckpointError, OutputError
-from ternarize.files import container
+from ternarize.files import metadata
 from ternarize.files.checkpoint import Checkpoint
-from ternarize.files.container import Record
+from ternarize.files.metadata import Record
 from ternarize.files.outputs import write_whole
 from ternarize.measure.encoders import pool
+from ternarize.measure.figures import Figure, mean_of
 from ternarize.measure.language_models import compare_logits, summarize
-from ternarize.models.configuration import usable
+from ternarize.models.configuration import open_config
 from ternarize.models.reads import CAUSAL, ENCODER_DECODER, has_tokenizer, kind_of, open_tokenizer
 from ternarize.plans.layout import Plan, TensorPlan
 from ternarize.plans.recipe import Calibrate
@@ -52,7 +53,7 @@ class Calibrated:
 
 
 def calibrate(
-    work: Plan,
+    plan: Plan,
     tensors: Sequence[TensorPlan],
     folder: Path,
     *,
@@ -66,45 +67,47 @@ def calibrate(
 
     Raises UsageError for data that cannot be used, CheckpointError for a model that cannot be run.
     """
-    how = work.recipe.calibrate
-    assert how is not None
-    samples = _samples(work, how)
+    calibration = plan.recipe.calibrate
+    assert calibration is not None
+    samples = _samples(plan, calibration)
     _check_same(folder, {"data": samples.digest, "device": device})
     environments = _environments(folder, device)
-    if how.target_bpw is not None:
-        tensors = _budget(work.source, tensors, samples, how, folder, device, progress)
-    bits = work.recipe.scale_bits
+    if calibration.target_bpw is not None:
+        tensors = _budget(
+            plan.source, tensors, samples, calibration.target_bpw, folder, device, progress
+        )
+    bits = plan.recipe.scale_bits
 
     def rounding(scales: Tensor) -> Tensor:
         stored = store_scales(scales.cpu(), bits=bits)
         return scale_values(stored, torch.float64).to(scales.device)
 
-    def calibration(**sets: Sequence[Batch]) -> Calibration:
+    def prepared(**sets: Sequence[Batch]) -> Calibration:
         return Calibration(
-            work.source,
+            plan.source,
             tensors,
             sets,
             folder,
             rounding=rounding,
-            steps=how.reconstruct,
-            window=how.window,
-            seed=how.seed,
+            steps=calibration.reconstruct,
+            window=calibration.window,
+            seed=calibration.seed,
             device=device,
             progress=progress,
         )
 
     learn = {"train": samples.batches, "held": samples.heldout}
     with _exact_products():
-        if how.distill:
-            calibration(**learn).distill(how.distill)
+        if calibration.distill:
+            prepared(**learn).distill(calibration.distill)
             learn = {}  # all blocks are done: what is left are the figures
-        run = calibration(**learn, report=samples.report)
+        run = prepared(**learn, report=samples.report)
         quality = _quality(run, samples)
-    samples.description["notes"] += _not_measured(work)
+    samples.description["notes"] += _not_measured(plan)
     solved: dict[str, tuple[Checkpoint, Record]] = {}
-    for file in run.files().values():
+    for file in run.solved.files().values():
         packed = open_solved(file)
-        for name, record in container.records_of(packed).items():
+        for name, record in metadata.records_of(packed).items():
             solved[name] = packed, record
     found = {
         "data": samples.description,
@@ -131,11 +134,11 @@ def _exact_products() -> Iterator[None]:
             switch.allow_tf32 = value
 
 
-def _not_measured(work: Plan) -> list[str]:
+def _not_measured(plan: Plan) -> list[str]:
     """What the figures of the calibration leave out: all that it does not run in its final form."""
-    names = [t.name for t in work.tensors if t.packed and not _in_block(t.name)]
+    names = [t.name for t in plan.tensors if t.packed and not _in_block(t.name)]
     notes = [f"the figures are without the rounding of {', '.join(names)}"] if names else []
-    if work.recipe.activations != "none":
+    if plan.recipe.activations != "none":
         notes.append("the figures are without the rounding of activations")
     return notes
 
@@ -185,27 +188,24 @@ def _environments(folder: Path, device: str) -> list[dict[str, Any]]:
     return known
 
 
-def _samples(work: Plan, how: Calibrate) -> Samples:
-    directory = work.source.directory
-    with usable(directory / "config.json"):
-        settings = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    model_class = getattr(transformers, (settings.architectures or [""])[0], None)
+def _samples(plan: Plan, calibration: Calibrate) -> Samples:
+    directory = plan.source.directory
+    config = open_config(directory)
+    model_class = getattr(transformers, (config.architectures or [""])[0], None)
     if model_class is None:
         raise CheckpointError(
             directory / "config.json",
-            f"architectures {settings.architectures}; calibration runs the model and needs a "
-            f"class of transformers {transformers.__version__}",
+            f"architectures {config.architectures}; calibration runs the model and needs a class "
+            f"of transformers {transformers.__version__}",
             remedy="Convert it without --dataset, or install the version that has the class",
         )
-    tokenizer = open_tokenizer(directory) if has_tokenizer(directory) else None
-    length = how.seq_len or MAX_SEQ_LEN
-    generate = _Writer(directory, model_class) if how.dataset == SELF else None
+    length = calibration.seq_len or MAX_SEQ_LEN
     return read(
-        how,
-        config=settings,
+        calibration,
+        config=config,
         model_class=model_class,
-        tokenizer=tokenizer,
-        generate=generate,
+        tokenizer=open_tokenizer(directory) if has_tokenizer(directory) else None,
+        generate=_Writer(directory, model_class) if calibration.dataset == SELF else None,
         batch_size=max(1, TOKENS_IN_BATCH // length),
     )
 
@@ -236,60 +236,45 @@ def _budget(
     source: Checkpoint,
     tensors: Sequence[TensorPlan],
     samples: Samples,
-    how: Calibrate,
+    target_bpw: float,
     folder: Path,
     device: str,
     progress: Progress | None,
 ) -> list[TensorPlan]:
     """Spend the bits, or read how they were spent before the run was broken off."""
     path = folder / BUDGET
-    assert how.target_bpw is not None
     if path.is_file():
         forms = json.loads(path.read_text("utf-8"))
         return [
             replace(t, group_size=forms[t.name][0], planes=forms[t.name][1]) if t.ternary else t
             for t in tensors
         ]
-    found = allocate(
-        source, tensors, samples.heldout, how.target_bpw, device=device, progress=progress
-    )
+    found = allocate(source, tensors, samples.heldout, target_bpw, device=device, progress=progress)
     folder.mkdir(parents=True, exist_ok=True)
     forms = {t.name: [t.group_size, t.planes] for t in found}
     write_whole(path, json.dumps(forms).encode())
     return found
 
 
-def _quality(calibration: Calibration, samples: Samples) -> dict[str, dict[str, float | None]]:
+def _quality(run: Calibration, samples: Samples) -> dict[str, Figure]:
     """Run the calibration, and measure the packed model against the source on the report set.
 
     Language models: perplexity of both, KL divergence, top-1 agreement, as `evaluate` defines them.
     Others: cosine of the pooled embeddings (encoders), or of all outputs.
     """
-    settings = calibration.blocks.model.config
-    kind = kind_of(type(calibration.blocks.model), settings)
-    words = kind in (CAUSAL, ENCODER_DECODER)
-    causal, pooled = [], []
-    for index, float_output, packed_output in calibration.run():
-        batch = samples.report[index]
-        logits = getattr(packed_output, "logits", None)
+    model = run.blocks.model
+    words = kind_of(type(model), model.config) in (CAUSAL, ENCODER_DECODER)
+    rows, cosines = [], []
+    for index, float_output, packed_output in run.run():
+        batch, outputs = samples.report[index], (packed_output, float_output)
         ids = batch.get("decoder_input_ids", batch.get("input_ids"))
-        if words and logits is not None and ids is not None:
+        if words and getattr(packed_output, "logits", None) is not None and ids is not None:
             for row in range(len(ids)):
-                pair = [o.logits[row, :-1] for o in (packed_output, float_output)]
-                causal.append(compare_logits(pair, ids[row], samples.first))
-            continue
-        ours, theirs = (
-            pool(_main(output), batch.get("attention_mask"))
-            for output in (packed_output, float_output)
-        )
-        pooled.append((ours * theirs).sum(-1))
-    if causal:
-        return summarize(torch.tensor(causal, dtype=torch.float64).T)
-    cosines = torch.cat(pooled).double()
-    error = float(cosines.std()) / math.sqrt(len(cosines)) if len(cosines) > 1 else None
-    return {"cosine": {"value": float(cosines.mean()), "standard_error": error}}
-
-
-def _main(output: Any) -> Tensor:
-    first: Tensor = output[0]
-    return first
+                pair = [output.logits[row, :-1] for output in outputs]
+                rows.append(compare_logits(pair, ids[row], samples.first))
+        else:
+            ours, theirs = (pool(output[0], batch.get("attention_mask")) for output in outputs)
+            cosines.append((ours * theirs).sum(-1))
+    if rows:
+        return summarize(torch.tensor(rows, dtype=torch.float64).T)
+    return {"cosine": mean_of(torch.cat(cosines).double())}

@@ -1,0 +1,61 @@
+"""The two streams of every batch: the source model, and the model as it will be."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ternarize.calibrate.blocks import Batch, Call, Forward, map_tensors
+
+FLOAT, PACKED = 0, 1  # the streams
+KINDS_OF_SAMPLES = ("train", "held", "report")
+
+
+@dataclass
+class Lane:
+    """The two forwards of one batch, and what they wait with (a Call, or the final output)."""
+
+    kind: str
+    batch: Batch
+    forwards: tuple[Forward, Forward]
+    waiting: list[Any] = field(default_factory=list)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Which tokens count; None: all."""
+        return mask_of(self.batch)
+
+    def tokens(self, output: Any) -> Tensor:
+        """The hidden states that a block gives, (tokens, n), without padding."""
+        return tokens_of(hidden_of(output), self.mask)
+
+
+def mask_of(batch: Batch) -> Tensor | None:
+    """Which tokens count; of an encoder-decoder, whose two sides differ, all."""
+    return None if "decoder_input_ids" in batch else batch.get("attention_mask")
+
+
+def tokens_of(values: Tensor, mask: Tensor | None) -> Tensor:
+    """(batch, length, n) -> (tokens, n) without padding."""
+    if mask is not None and values.shape[:-1] in (mask.shape, (mask.numel(),)):
+        return values[mask.reshape(values.shape[:-1]).bool().to(values.device)]
+    return values.reshape(-1, values.shape[-1])
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states that a block gives, alone or first of several."""
+    hidden: Tensor = output if isinstance(output, Tensor) else output[0]
+    return hidden
+
+
+def takes(call: Call, hidden: Tensor) -> bool:
+    """Whether a block is called with just these hidden states."""
+    found = []
+    map_tensors((call.args, call.kwargs), lambda t: found.append(t is hidden) or t)  # type: ignore[func-returns-value]
+    return any(found)
+
+
+def with_hidden(call: Call, old: Tensor, new: Tensor) -> Call:
+    """The call with other hidden states."""
+    args, kwargs = map_tensors((call.args, call.kwargs), lambda t: new if t is old else t)
+    return Call(call.block, args, kwargs)

@@ -1,0 +1,188 @@
+"""The blocks that are done: what becomes of one, and its file.
+
+What is found for a block is written to a file, a packed checkpoint of its own, before the next
+block begins: 00007-00008.safetensors is block 7 as it was after block 8 had been done. A run that
+was broken off reads those files and repeats only the forwards.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from ternarize.calibrate.blocks import Blocks
+from ternarize.calibrate.reconstruct import Form
+from ternarize.files import container
+from ternarize.files.checkpoint import Checkpoint, open_files
+from ternarize.files.headers import DTYPES
+from ternarize.files.metadata import SCALE_SUFFIX, Record, dump_metadata, records_of
+from ternarize.files.outputs import write_whole
+from ternarize.plans.layout import TensorPlan
+from ternarize.trits.methods import levels
+from ternarize.trits.ternary import Ternary
+
+
+@dataclass
+class Parts:
+    """What becomes of a block, by parameter.
+
+    stored   planes of ternary weights in the parameter's orientation, rotated if stored so
+    forms    how each weight is stored
+    vectors  biases and norms that have changed
+    """
+
+    stored: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    forms: dict[str, Form] = field(default_factory=dict)
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+
+    def patch(self) -> dict[str, Tensor]:
+        """The parameters that the block runs with."""
+        weights = {n: self.forms[n].parameter(sum_planes(p)) for n, p in self.stored.items()}
+        return weights | self.vectors
+
+
+class SolvedBlocks:
+    """The files of a run's blocks, in a folder that may hold those of an earlier run.
+
+    plans  parameter of the model -> the plan of the tensor that it is stored in, if that is ternary
+    """
+
+    def __init__(self, folder: Path, blocks: Blocks, tensors: Sequence[TensorPlan]) -> None:
+        self.folder, self.blocks = folder, blocks
+        self._tensors = {t.name: t for t in tensors}
+        self.plans: dict[str, TensorPlan] = {
+            parameter: t
+            for t in tensors
+            if t.ternary
+            for parameter in blocks.places[t.name].parameters
+        }
+
+    def files(self) -> dict[str, Path]:
+        """Block -> its file, for the blocks that are done."""
+        complete = self.stages()
+        found = {}
+        for index, path in enumerate(self.blocks.paths):
+            own = [s for s in complete if self.file(index, s).is_file()]
+            if own:
+                found[path] = self.file(index, max(own))
+        return found
+
+    def stages(self) -> set[int]:
+        """Blocks that are done, and their number if the whole model has been trained after them.
+
+        The file that is written last tells it.
+        """
+        stages = {int(p.stem[6:]) for p in self.folder.glob("*.safetensors")}
+        last = len(self.blocks.paths) - 1
+        return {s for s in stages if self.file(min(s, last), s).is_file()}
+
+    def file(self, block: int, stage: int) -> Path:
+        """Where a block is as it was after a stage."""
+        return self.folder / f"{block:05d}-{stage:05d}.safetensors"
+
+    def write(self, file: Path, path: str, parts: Parts, report: Mapping[str, Any]) -> None:
+        """Write a block's file: its tensors as they will be stored, under the source's names."""
+        disk: dict[str, list[Tensor]] = {}
+        for plane in range(2):
+            values = {n: p[plane] for n, p in parts.stored.items() if plane < len(p)}
+            values |= parts.vectors if plane == 0 else {}
+            on_disk = self.blocks.on_disk({f"{path}.{n}": v.cpu() for n, v in values.items()})
+            for name, value in on_disk.items():
+                disk.setdefault(name, []).append(value)
+        stored: dict[str, Tensor] = {}
+        records: dict[str, Record] = {}
+        for name, planes in disk.items():
+            plan = self._tensors[name]
+            if plan.ternary:
+                ternary = [_exact(name, plan, plane) for plane in planes]
+                packed, scales = container.encode(*ternary, exact=True)
+                stored[name], stored[name + SCALE_SUFFIX] = packed, scales
+                # scales are in 16 bits or more here, whatever the result will have
+                record = replace(plan, scale_dtype="F16").record
+                records[name] = record(container.digest(packed, scales))
+            else:
+                stored[name] = planes[0].to(DTYPES[plan.dtype]).contiguous()
+                records[name] = Record(container.digest(stored[name]))
+        metadata = dump_metadata(records) | {"report": json.dumps(report)}
+        write_whole(file, save(stored, metadata))
+
+    def report(self, path: str) -> dict[str, Any]:
+        """What a block's file says of how it came out."""
+        file = self.files()[path]
+        report: dict[str, Any] = json.loads(open_solved(file).metadata[file.name]["report"])
+        return report
+
+    def parts(self, path: str) -> Parts:
+        """A loaded block as its file has it."""
+        tensors = _read_planes(self.files()[path])
+        parts = Parts()
+        for plane in range(max(len(planes) for planes in tensors.values())):
+            own = {name: planes[plane] for name, planes in tensors.items() if plane < len(planes)}
+            for name, value in self.blocks.replaced(path, own).items():
+                plan = self.plans.get(f"{path}.{name}")
+                if plan is None:
+                    parts.vectors[name] = value
+                else:
+                    parts.stored[name] = (*parts.stored.get(name, ()), value)
+                    parts.forms[name] = form_of(plan)
+        return parts
+
+
+def open_solved(file: Path) -> Checkpoint:
+    """A block's file, its bytes checked."""
+    packed = open_files(file.parent, [file.name])
+    container.check_data(packed, records_of(packed))
+    return packed
+
+
+def read_solved(packed: Checkpoint, name: str, record: Record) -> tuple[Ternary, ...]:
+    """The planes of one ternary tensor of a block's file."""
+    trits, scales = (
+        packed.read(n).reshape(packed.tensors[n].shape) for n in (name, name + SCALE_SUFFIX)
+    )
+    return container.decode_planes(trits, scales, record)
+
+
+def _read_planes(file: Path) -> dict[str, tuple[Tensor, ...]]:
+    """A block's file: the planes of its tensors, float32, as the source has them.
+
+    Rotated matrices are left as they are stored.
+    """
+    packed = open_solved(file)
+    tensors: dict[str, tuple[Tensor, ...]] = {}
+    for name, record in records_of(packed).items():
+        if record.shape is None:
+            value = packed.read(name).reshape(packed.tensors[name].shape)
+            tensors[name] = (value.to(torch.float32),)
+            continue
+        dense = [t.dequantize(torch.float32) for t in read_solved(packed, name, record)]
+        tensors[name] = tuple(
+            t.transpose(-1, -2).contiguous() if record.transposed else t for t in dense
+        )
+    return tensors
+
+
+def sum_planes(planes: Sequence[Tensor]) -> Tensor:
+    """The weight that planes stand for, as `container.dequantize` adds them."""
+    total = planes[0]
+    for plane in planes[1:]:
+        total = total + plane
+    return total
+
+
+def form_of(plan: TensorPlan) -> Form:
+    """How a tensor that is planned so is stored."""
+    return Form(plan.group_size, plan.choice.transposed, *plan.rotation)
+
+
+def _exact(name: str, plan: TensorPlan, value: Tensor) -> Ternary:
+    """A tensor of the source's shape whose values are ternary already, as trits and scales."""
+    logical = value.transpose(-1, -2) if plan.choice.transposed else value
+    ternary = levels(logical.contiguous(), plan.group_size)
+    assert ternary is not None, f"{name} is not ternary"
+    return ternary
