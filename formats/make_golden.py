@@ -38,7 +38,7 @@ from torch import Tensor
 
 import ternarize
 from ternarize.convert.run import convert
-from ternarize.files import container
+from ternarize.files import container, metadata
 from ternarize.files.headers import DTYPES
 from ternarize.plans.recipe import Calibrate, Recipe
 
@@ -170,8 +170,8 @@ def make_kept(path: Path) -> None:
         if dtype != torch.bool
     }
     tensors["BOOL"] = torch.tensor([True, False] * 4)
-    records = {name: container.Record(container.digest(t)) for name, t in tensors.items()}
-    save_file(tensors, path, metadata=container.dump_metadata(records))
+    records = {name: metadata.Record(container.digest(t)) for name, t in tensors.items()}
+    save_file(tensors, path, metadata=metadata.dump_metadata(records))
 
 
 def logits(folder: Path) -> list[float]:
@@ -200,7 +200,7 @@ def make(folder: Path) -> None:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     tops = sorted(path.name for path in folder.iterdir())
     table = {
-        "format_version": container.FORMAT_VERSION,
+        "format_version": metadata.FORMAT_VERSION,
         "files": {
             path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in paths

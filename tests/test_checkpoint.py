@@ -412,7 +412,7 @@ def test_a_directory_without_weights_says_what_it_holds(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no weights; expected model.safetensors"):
         open_checkpoint(tmp_path)
     (tmp_path / "model.gguf").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="found model.gguf"):
+    with pytest.raises(CheckpointError, match="no weights but model.gguf; expected"):
         open_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     checkpoint = open_checkpoint(tmp_path, need_weights=False)

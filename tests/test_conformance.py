@@ -19,10 +19,10 @@ from engines import ENGINES, engine
 from torch import Tensor
 
 from ternarize.errors import CheckpointError, FormatError
-from ternarize.files import container
+from ternarize.files import container, metadata
 from ternarize.files.checkpoint import Checkpoint, open_files
-from ternarize.files.container import Record
 from ternarize.files.headers import byte_view
+from ternarize.files.metadata import Record
 from ternarize.runtime.forms import Layout
 from ternarize.runtime.modules.matrix import PackedMatrix
 from ternarize.sources.checkpoint import open_checkpoint
@@ -57,8 +57,8 @@ def read_all(path: Path) -> tuple[Checkpoint, dict[str, Stored]]:
         checkpoint = open_checkpoint(path)
     else:
         checkpoint = open_files(path.parent, [path.name])
-    records = container.records_of(checkpoint, whole=path.is_dir())
-    container.check(checkpoint, records, threads=1)
+    records = metadata.records_of(checkpoint, whole=path.is_dir())
+    container.check_data(checkpoint, records, threads=1)
     content = {}
     for name, record in records.items():
         data, scales = checkpoint.read(name), None
@@ -67,7 +67,7 @@ def read_all(path: Path) -> tuple[Checkpoint, dict[str, Stored]]:
         else:
             shape, scale_shape = record.stored_shapes()
             data = data.reshape(shape)
-            scales = checkpoint.read(name + container.SCALE_SUFFIX).reshape(scale_shape)
+            scales = checkpoint.read(name + metadata.SCALE_SUFFIX).reshape(scale_shape)
             container.dequantize(data, scales, record)  # refuses by itself what `check` does
         content[name] = Stored(data, scales, record)
     return checkpoint, content
@@ -99,7 +99,7 @@ def assert_is(expected: dict[str, Any], found: Stored, checkpoint: Checkpoint, n
         assert sha256(trits) == expected["trits_sha256"]
         values = container.join_planes([plane.scales for plane in planes])
         assert torch.equal(values, scale_values(scales, torch.float64))
-    assert checkpoint.tensors[name + container.SCALE_SUFFIX].dtype == expected["scale_dtype"]
+    assert checkpoint.tensors[name + metadata.SCALE_SUFFIX].dtype == expected["scale_dtype"]
     assert list(scales.shape) == expected["scale_shape"]
     bits = scale_values(scales).flatten().view(torch.int32).tolist()
     assert [f"{value & 0xFFFFFFFF:08x}" for value in bits] == expected["scales"]
@@ -165,7 +165,7 @@ def test_a_valid_vector_gives_what_its_description_says(path: Path, name: str) -
     assert content.keys() == expected.keys()
     for tensor, what in expected.items():
         assert_is(what, content[tensor], checkpoint, tensor)
-        record = container.records_of(checkpoint, whole=path.is_dir())[tensor]
+        record = metadata.records_of(checkpoint, whole=path.is_dir())[tensor]
         assert record.transposed == what.get("transposed", False)
 
 
@@ -208,9 +208,9 @@ def test_the_writer_gives_the_bytes_of_the_valid_vectors(path: Path) -> None:
             assert torch.equal(packed, data)
             assert torch.equal(scale_values(again), scale_values(scales))
             assert container.digest(packed, scales) == record.sha256
-    stored = container.dump_metadata({name: found.record for name, found in content.items()})
-    features = json.loads(stored[container.KEY])["features"]
-    listed = json.loads(checkpoint.metadata[path.name][container.KEY])["features"]
+    stored = metadata.dump_metadata({name: found.record for name, found in content.items()})
+    features = json.loads(stored[metadata.KEY])["features"]
+    listed = json.loads(checkpoint.metadata[path.name][metadata.KEY])["features"]
     assert features == listed or path.stem.startswith("features-unused")
 
 

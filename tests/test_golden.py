@@ -17,7 +17,7 @@ from engines import ENGINES, engine
 
 import ternarize
 from ternarize.convert.verify import verify
-from ternarize.files import container
+from ternarize.files import container, metadata
 from ternarize.files.checkpoint import Checkpoint, open_files
 from ternarize.files.headers import DTYPES, byte_view
 from ternarize.measure.report import inspect
@@ -57,7 +57,7 @@ def test_golden_checkpoints_have_every_feature_of_the_format() -> None:
         for tensor, record in records.items():
             if record.shape is not None:
                 features |= record.features
-                scales[record.codec].add(packed.tensors[tensor + container.SCALE_SUFFIX].dtype)
+                scales[record.codec].add(packed.tensors[tensor + metadata.SCALE_SUFFIX].dtype)
                 seen["groups"].add(min(record.group_size, 1))
                 seen["dims"].add(len(record.shape))
                 seen["transposed"].add(record.transposed)
@@ -65,9 +65,9 @@ def test_golden_checkpoints_have_every_feature_of_the_format() -> None:
                 seen["short groups"].add(ends)
             else:
                 seen["kept"].add(packed.tensors[tensor].dtype)
-    assert features == container.FEATURES
-    assert scales["base3"] == {*container.SCALE_DTYPES["base3"], "U8"}
-    assert scales["int8"] <= set(container.SCALE_DTYPES["int8"]) and scales["int8"]
+    assert features == metadata.FEATURES
+    assert scales["base3"] == {*metadata.SCALE_DTYPES["base3"], "U8"}
+    assert scales["int8"] <= set(metadata.SCALE_DTYPES["int8"]) and scales["int8"]
     assert seen["groups"] == {-1, 0, 1} and seen["dims"] == {2, 3}
     assert seen["files"] == seen["transposed"] == seen["short groups"] == {True, False}
     types = {info.dtype for info in open_files(GOLDEN, ["kept-types.safetensors"]).tensors.values()}
@@ -76,16 +76,16 @@ def test_golden_checkpoints_have_every_feature_of_the_format() -> None:
 
 def digests(checkpoint: Checkpoint, *, whole: bool) -> dict[str, list[Any]]:
     """What the shipped reader finds, in the words of golden.json."""
-    records = container.records_of(checkpoint, whole=whole)
-    container.check(checkpoint, records, threads=1)
+    records = metadata.records_of(checkpoint, whole=whole)
+    container.check_data(checkpoint, records, threads=1)
     found: dict[str, list[Any]] = {}
     for name, record in records.items():
         info = checkpoint.tensors[name]
         data = checkpoint.read(name).reshape(info.shape)
         kind, shape = record.kind, list(record.shape or info.shape)
         if record.kind == "ternary":
-            stored = checkpoint.tensors[name + container.SCALE_SUFFIX].shape
-            scales = checkpoint.read(name + container.SCALE_SUFFIX).reshape(stored)
+            stored = checkpoint.tensors[name + metadata.SCALE_SUFFIX].shape
+            scales = checkpoint.read(name + metadata.SCALE_SUFFIX).reshape(stored)
             planes = container.decode_planes(data, scales, record)
             joined = container.join_planes([plane.scales for plane in planes])
             assert torch.equal(joined, scale_values(scales, torch.float64))

@@ -42,7 +42,9 @@ from ternarize.publish import hub as publishing
 from ternarize.publish.hub import push
 from ternarize.sources import fetch
 from ternarize.sources.checkpoint import locate, open_checkpoint
+from ternarize.sources.hub_errors import bare_line
 from ternarize.sources.origin import read_card
+from ternarize.sources.stream import HubStream
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "tiny-llama"
@@ -295,7 +297,7 @@ def test_a_token_that_cannot_be_one_is_not_shown(
 
 def test_errors_show_neither_tokens_nor_queries() -> None:
     text = "Illegal header b'Bearer hf_abc def' from https://x.y/z?sig=s3cret&a=b, hf_0123\nagain"
-    assert fetch._line(text) == "Illegal header b'Bearer ***' from https://x.y/z hf_*** again"
+    assert bare_line(text) == "Illegal header b'Bearer ***' from https://x.y/z hf_*** again"
 
 
 def test_a_branch_and_a_pull_request(client: Hub, packed: Path) -> None:
@@ -435,8 +437,8 @@ def test_a_card_that_was_edited_is_never_replaced(client: Hub, packed: Path) -> 
     push(packed, "user/tiny")
     repo = client.repos["user/tiny"]
     ours = repo.files()["README.md"].data.decode()
-    assert card.is_ours(ours) and card.is_ours(ours.replace("\n", "\r\n"))
-    assert not card.is_ours(ours.replace("# tiny", "# Tiny")) and not card.is_ours("")
+    assert card.is_generated(ours) and card.is_generated(ours.replace("\n", "\r\n"))
+    assert not card.is_generated(ours.replace("# tiny", "# Tiny")) and not card.is_generated("")
     edited = ours.replace("# tiny", "# My tiny model").encode()
     client.put("user/tiny", {"README.md": edited})
     result = push(packed, "user/tiny", shim=True)
@@ -495,17 +497,17 @@ def test_every_option_of_a_recipe_is_in_its_command() -> None:
     recipe = Recipe(
         "gptq",
         -1,
-        ("a*",),
-        ("b*", "c d"),
-        "bfloat16",
-        "int8",
-        8,
-        ("p*",),
-        "int8",
-        "ternary",
-        calibrate,
+        keep=("a*",),
+        include=("b*", "c d"),
+        dtype="bfloat16",
+        activations="int8",
+        scale_bits=8,
+        planes=("p*",),
+        head="int8",
+        embeddings="ternary",
+        calibrate=calibrate,
     )
-    assert card.command(recipe, "user/source") == (
+    assert card.command_of(recipe, "user/source") == (
         "ternarize convert user/source packed --method gptq --group-size -1 --scale-bits 8 "
         "--dtype bfloat16 --activations int8 --head int8 --embeddings ternary --keep 'a*' "
         "--include 'b*' --include 'c d' --planes 'p*' --dataset texts.jsonl --num-samples 8 "
@@ -959,7 +961,7 @@ def test_what_a_killed_stream_leaves_is_not_in_the_result(
     copied: list[str] = []
     monkeypatch.setattr("shutil.copyfile", lambda a, b: copied.append(Path(a).name))
     with pytest.raises(CheckpointError):  # nothing was copied in truth
-        fetch.HubStream("user/source", None, left)
+        HubStream("user/source", None, left)
     assert "config.json" in copied and not [name for name in copied if "safetensors" in name[-11:]]
 
 

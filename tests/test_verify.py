@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from ternarize.convert.run import convert
 from ternarize.convert.verify import verify
 from ternarize.errors import DigestError, FormatError
-from ternarize.files import container
-from ternarize.files.container import SCALE_SUFFIX
+from ternarize.files import container, metadata
+from ternarize.files.metadata import SCALE_SUFFIX
 from ternarize.files.names import RECORD
 from ternarize.files.sums import SUMS
 from ternarize.plans.recipe import Calibrate, Recipe, read_recipe
@@ -88,7 +88,7 @@ def test_the_error_on_record_is_that_of_the_weights_that_are_loaded(
     source, packed = calibrated("llama", tmp_path, samples, {"planes": ("*.q_proj.weight",)})
     rows = json.loads((packed / RECORD).read_text())["tensors"]
     weights, stored = load_file(source / "model.safetensors"), open_checkpoint(packed)
-    for name, record in container.records_of(stored).items():
+    for name, record in metadata.records_of(stored).items():
         if record.kind == "ternary":
             trits, scales = (
                 stored.read(n).reshape(stored.tensors[n].shape) for n in (name, name + SCALE_SUFFIX)

@@ -53,7 +53,7 @@ from ternarize.errors import (
     WeightError,
     is_no_memory,
 )
-from ternarize.files import container
+from ternarize.files import container, metadata
 from ternarize.files.checkpoint import open_files
 from ternarize.files.outputs import partial_of, reserve, sync_files, write_at
 from ternarize.files.sums import SUMS, format_sums, listed, sha256
@@ -125,7 +125,7 @@ def convert(
 
     def run(plan: Plan) -> dict[str, Any]:
         work = _Work(plan, partial, max(1, threads), device, progress)
-        record = finished(output) or _run(work, output, bounds)
+        record = finished(output) or _carry_out(work, output, bounds)
         return {**record, "notes": plan.remarks()}
 
     if stream:  # one file at a time, already when the headers are fetched
@@ -189,7 +189,7 @@ class _Work:
     progress: Progress | None
 
 
-def _run(work: _Work, output: Path, bounds: Mapping[str, float]) -> dict[str, Any]:
+def _carry_out(work: _Work, output: Path, bounds: Mapping[str, float]) -> dict[str, Any]:
     """Convert into OUTPUT.partial and rename it to `output`; returns the record."""
     plan, partial = work.plan, work.partial
     if plan.recipe.calibrate is None:  # of what calibration needs there is no prediction
@@ -289,7 +289,7 @@ def _convert_shards(work: _Work, state: State) -> None:
             while changes := _convert_shard(work, state, index, journal):
                 for change in changes:
                     note(state, journal, change)
-            _seal(work.partial, state.shards[index], state.results)
+            _write_header(work.partial, state.shards[index], state.results)
             state.unsealed.remove(index)
             if stream is not None:
                 stream.release(file)
@@ -350,7 +350,7 @@ def _as_they_end(futures: Mapping[Future[Any], TensorPlan]) -> Iterator[Future[A
         yield from sorted(ended, key=lambda future: futures[future].name)
 
 
-def _seal(partial: Path, shard: Shard, results: Mapping[str, Result]) -> None:
+def _write_header(partial: Path, shard: Shard, results: Mapping[str, Result]) -> None:
     """Write the header of a shard whose data is complete."""
     tensors, records = [], {}
     for tensor in shard.tensors:
@@ -394,7 +394,7 @@ def _verify(work: _Work, state: State) -> None:
         synced = beside.submit(sync_shards)
         sums = {name: beside.submit(sha256, partial / name) for name in listed(partial)}
         packed = open_files(partial, files)
-        container.check(packed, container.records_of(packed), threads=work.threads)
+        container.check_data(packed, metadata.records_of(packed), threads=work.threads)
         result_of(synced)
         text = format_sums({name: result_of(each) for name, each in sums.items()})
         (partial / SUMS).write_bytes(os.fsencode(text))

@@ -29,8 +29,8 @@ from ternarize.convert.tensor import Result, convert_tensor
 from ternarize.errors import DigestError, FormatError
 from ternarize.files import container
 from ternarize.files.checkpoint import Checkpoint
-from ternarize.files.container import SCALE_SUFFIX, Record
 from ternarize.files.json_files import read_json
+from ternarize.files.metadata import SCALE_SUFFIX, Record
 from ternarize.files.names import RECORD
 from ternarize.files.sums import check_sums
 from ternarize.plans.layout import TensorPlan
@@ -75,7 +75,7 @@ def verify(
         if progress:
             progress(done, total, name, "verifying")
 
-    container.check(packed, records, threads=threads, done=checked)
+    container.check_data(packed, records, threads=threads, done=checked)
     check_record(packed, records)
     small = [name for name in ("config.json", RECORD) if (packed.directory / name).exists()]
     listed = check_sums(packed.directory, [*packed.files, *small], threads)

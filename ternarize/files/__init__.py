@@ -1,1 +1,17 @@
-"""TODO."""
+"""Files and what is in them: a checkpoint's tensors a piece at a time, packed files, whole writes.
+
+Nothing here knows a model or where files come from, and nothing holds a whole one. Imports trits/
+and what all rooms share.
+
+    names.py       what files of a checkpoint are called
+    json_files.py  JSON, strictly where we wrote it; config.json, where it would do harm
+    headers.py     headers of safetensors files, and bytes behind them
+    checkpoint.py  the tensors of a checkpoint's files
+    outputs.py     the place of a result, and bytes that reach the disk whole
+    sums.py        SHA256SUMS
+    metadata.py    what a packed file says of its tensors
+    container.py   the stored bytes of a packed tensor
+    unmapped.py    packed files as transformers opens them
+    llama_cpp.py   llama.cpp's names and numbers
+    gguf.py        the format GGUF, read
+"""

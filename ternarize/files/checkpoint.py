@@ -1,8 +1,7 @@
-"""The tensors of a checkpoint's files, read a piece at a time.
+"""The tensors of a checkpoint's files, read a piece at a time; nothing here holds a model.
 
-Nothing here holds a model. Data is read, not mapped: a file that shrinks under a mapping kills the
-process, and mapped pages count as memory. (pytorch_model.bin, read through torch's weights_only
-loading, is the exception: torch maps it.)
+`open_files` lists them by the headers, `Checkpoint.read` fetches a part of one. pytorch_model.bin
+is read through torch's weights_only loading, which maps it.
 """
 
 import gc
@@ -99,11 +98,8 @@ class Checkpoint:
             size = os.path.getsize(self.directory / info.file)
             _, before, *_ = self.stamps[info.file]
             if size < before:  # beyond the end of a mapping the process is killed
-                raise broken_file(
-                    self.directory / info.file,
-                    f"it has shrunk to {size} bytes",
-                    f"{before}",
-                )
+                path = self.directory / info.file
+                raise broken_file(path, f"it has shrunk to {size} bytes", f"{before}")
             return self._pickles[info.file][name].reshape(-1)[start:stop]
         if self.stream is not None:
             self.stream.fetch(info.file)
@@ -210,19 +206,14 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
             remedy="Convert the source to safetensors with software that you trust",
         ) from None
     if not isinstance(table, dict):
-        raise FormatError(
-            path.name,
-            f"holds a {type(table).__name__}",
-            "a table of tensors",
-            "Save the model's state_dict alone",
-        )
+        raise _no_table(path, f"holds a {type(table).__name__}")
     for name, value in table.items():
         dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
         if not isinstance(name, str) or not dense or value.dtype not in DTYPE_NAMES:
-            raise FormatError(
-                path.name,
-                f"{name!r} is no dense tensor of a known dtype",
-                "a table of tensors",
-                "Save the model's state_dict alone",
-            )
+            raise _no_table(path, f"{name!r} is no dense tensor of a known dtype")
     return {name: value.detach() for name, value in table.items()}
+
+
+def _no_table(path: Path, found: str) -> FormatError:
+    advice = "Save the model's state_dict alone"
+    return FormatError(path.name, found, "a table of tensors", advice)

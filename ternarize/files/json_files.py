@@ -12,8 +12,6 @@ from ternarize.errors import CheckpointError, FormatError
 
 MAX_JSON = 100_000_000  # bytes of config.json, an index, a record
 MAX_LAYERS = 4096  # more than any model has
-
-
 # what configurations call the number of layers
 _LAYERS = r"(\w+_)?n?layers?|(encoder_|decoder_)?depth|n_blocks"
 
@@ -25,7 +23,8 @@ def read_config(directory: Path) -> dict[str, Any] | None:
     model has would keep it busy for days. And it fetches and runs compiled code where an
     implementation is the name of a Hub repository, which is not asked about as other code is.
     """
-    table = read_json(directory / "config.json")
+    path = directory / "config.json"
+    table = read_json(path)
 
     def walk(value: dict[str, Any]) -> None:
         for key, each in value.items():
@@ -33,7 +32,7 @@ def read_config(directory: Path) -> dict[str, Any] | None:
                 names = each.values() if isinstance(each, dict) else [each]
                 if not all(name in (None, "") or re.fullmatch(r"\w+", str(name)) for name in names):
                     raise FormatError(
-                        "config.json",
+                        path.name,
                         f"{key} is {each!r:.80}",
                         "one of transformers' own",
                         "It names code of the Hub: do not trust this checkpoint",
@@ -42,9 +41,7 @@ def read_config(directory: Path) -> dict[str, Any] | None:
                 walk(each)
             many = isinstance(each, int) and each > MAX_LAYERS
             if many and re.fullmatch(_LAYERS, key):
-                raise FormatError(
-                    "config.json", f"{key} is {each}", f"at most {MAX_LAYERS}", "Repair the file"
-                )
+                raise _unusable(path, f"{key} is {each}", f"at most {MAX_LAYERS}")
 
     walk(table or {})
     return table
@@ -58,22 +55,20 @@ def read_json(path: Path, *, strict: bool = False) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     if path.stat().st_size > MAX_JSON:
-        raise FormatError(
-            path.name, f"{path.stat().st_size} bytes", f"at most {MAX_JSON}", "Repair the file"
-        )
+        raise _unusable(path, f"{path.stat().st_size} bytes", f"at most {MAX_JSON}")
     try:
         with readable(path):
             text = path.read_text("utf-8")
         table = strict_json(text) if strict else json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise FormatError(
-            path.name, f"not valid JSON ({error})", remedy="Repair the file"
-        ) from None
+        raise _unusable(path, f"not valid JSON ({error})") from None
     if not isinstance(table, dict):
-        raise FormatError(
-            path.name, f"holds a {type(table).__name__}", "a JSON object", "Repair the file"
-        )
+        raise _unusable(path, f"holds a {type(table).__name__}", "a JSON object")
     return table
+
+
+def _unusable(path: Path, found: str, expected: str = "") -> FormatError:
+    return FormatError(path.name, found, expected, "Repair the file")
 
 
 def strict_json(text: str) -> Any:

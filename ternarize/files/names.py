@@ -1,4 +1,4 @@
-"""TODO."""
+"""What the files of a checkpoint are called, and where it may have others."""
 
 import json
 import posixpath
@@ -9,11 +9,10 @@ from pathlib import Path
 from ternarize.errors import FormatError
 
 RECORD = "ternarize.json"
+CARD = "README.md"
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
 INDEX = ".index.json"
-
-
 # how names of files end that hold weights, and of those that belong to a model besides
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
 COPIED = (".json", ".jsonl", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".vocab", ".bpe")

@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ternarize.errors import CheckpointError, DigestError, FormatError
+from ternarize.errors import DigestError, FormatError
+from ternarize.files.json_files import readable
+from ternarize.files.names import CARD
 from ternarize.threads import in_threads
 
 SUMS = "SHA256SUMS"
-CARD = "README.md"
-CHUNK = 1 << 20
+_CHUNK = 1 << 20  # bytes hashed at a time
 MAX_BYTES = 1 << 26  # of the file; a million lines
 _LINE = re.compile(r"(\\?)([0-9a-f]{64}) [ *](?:\./)?(.+?)\r?")
 _ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}
@@ -56,17 +57,10 @@ def read_sums(directory: Path) -> dict[str, str] | None:
         return None
     if not path.is_file():
         raise _broken("is no file")
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise CheckpointError(
-            path,
-            f"cannot be read ({error.strerror or error})",
-            remedy="Check the file, then try again",
-        ) from error
+    with readable(path), path.open("rb") as file:
+        raw = file.read(MAX_BYTES + 1)
     if len(raw) > MAX_BYTES:
-        raise _broken(f"more than {MAX_BYTES} bytes")
+        raise _broken("is too large", f"at most {MAX_BYTES} bytes")
     lines = os.fsdecode(raw).split("\n")  # names may be any bytes
     if lines.pop():
         raise _broken("its last line does not end")
@@ -74,12 +68,12 @@ def read_sums(directory: Path) -> dict[str, str] | None:
     for number, line in enumerate(lines, 1):
         match = _LINE.fullmatch(line)
         if match is None:
-            raise _broken(f"line {number} is {line[:80]!r}; expected a SHA-256 and a path")
+            raise _broken(f"line {number} is {line[:80]!r}", "a SHA-256 and a path")
         name = match[3]
         if match[1]:
             name = re.sub(r"\\.", lambda found: _UNESCAPED.get(found[0], found[0]), name)
         if ".." in Path(name).parts or Path(name).anchor:
-            raise _broken(f"line {number} names {name[:80]!r}, outside the directory")
+            raise _broken(f"line {number} names {name[:80]!r}", "a path in the directory")
         if digests.setdefault(name, match[2]) != match[2]:
             raise _broken(f"line {number} names {name[:80]!r} again, with another digest")
     return digests
@@ -101,39 +95,32 @@ def check_sums(directory: Path, needed: Sequence[str], threads: int) -> int | No
             raise _broken(f"does not name {name}")
     for name in digests:
         if not (directory / name).is_file():
-            raise DigestError(f"{name}: is missing; {SUMS} names it. {_WAY_OUT}")
+            raise DigestError(name, "is missing", f"it, as {SUMS} says", _WAY_OUT)
     found = in_threads(sha256, map(directory.joinpath, digests), threads)
     for (name, expected), digest in zip(digests.items(), found, strict=True):
         if digest != expected:
-            raise DigestError(f"{name}: has SHA-256 {digest}; {SUMS} says {expected}. {_WAY_OUT}")
+            said = f"{expected}, as {SUMS} says"
+            raise DigestError(name, f"has SHA-256 {digest}", said, _WAY_OUT)
     return len(digests)
 
 
-_WAY_OUT = (
-    f"Fetch it again; or, if it was changed on purpose, renew the list or remove it ({SUMS})."
-)
+_WAY_OUT = f"Fetch it again; or, if it was changed on purpose, renew or remove {SUMS}"
 
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hex; CheckpointError where it cannot be read."""
-    try:
+    with readable(path):
         return hash_file(path, hashlib.sha256())
-    except OSError as error:
-        raise CheckpointError(
-            path,
-            f"cannot be read ({error.strerror or error})",
-            remedy="Check the file, then try again",
-        ) from error
 
 
 def hash_file(path: Path, sha: Any) -> str:
     """The hex digest of what `sha` (of hashlib) has taken so far, and then of a file."""
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
+        while chunk := file.read(_CHUNK):
             sha.update(chunk)
     digest: str = sha.hexdigest()
     return digest
 
 
-def _broken(what: str) -> FormatError:
-    return FormatError(SUMS, f"{what}", remedy="Fetch it again, or remove it")
+def _broken(found: str, expected: str = "") -> FormatError:
+    return FormatError(SUMS, found, expected, "Fetch it again, or remove it")

@@ -14,8 +14,8 @@ import safetensors
 from torch import Tensor
 
 from ternarize.errors import CheckpointError, FormatError
-from ternarize.files.container import KEY
 from ternarize.files.headers import DTYPES, Entry, Header, read_bytes, read_header
+from ternarize.files.metadata import KEY
 
 
 def install() -> None:

@@ -5,13 +5,14 @@ Read from its headers and its record (ternarize.json), as plain data and as a dr
 
 import importlib
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from ternarize.errors import FormatError, OutputError, UsageError
 from ternarize.files.checkpoint import Checkpoint
-from ternarize.files.container import SCALE_SUFFIX, Record
+from ternarize.files.metadata import SCALE_SUFFIX, Record
 from ternarize.sources.packed import check_record, open_packed
 from ternarize.trits.base3 import unpack
 from ternarize.trits.int8 import INT8
@@ -251,10 +252,7 @@ def _role(name: str) -> tuple[str, int]:
 def _without_common(names: list[str]) -> dict[str, str]:
     """Names without the parts at both ends that all of them share."""
     parts = [name.split(".") for name in names]
-    first = last = 0
-    least = min(map(len, parts), default=0)
-    while first < least - 1 and len({p[first] for p in parts}) == 1:
-        first += 1
-    while last < least - 1 - first and len({p[-1 - last] for p in parts}) == 1:
-        last += 1
+    least = min(map(len, parts), default=1)
+    first = min(len(os.path.commonprefix(parts)), least - 1)  # type: ignore[type-var]
+    last = min(len(os.path.commonprefix([p[::-1] for p in parts])), least - 1 - first)  # type: ignore[type-var]
     return {name: ".".join(p[first : len(p) - last]) for name, p in zip(names, parts, strict=True)}

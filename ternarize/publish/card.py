@@ -18,10 +18,9 @@ from ternarize.sources.fetch import split_id
 from ternarize.sources.origin import inherit
 from ternarize.sources.packed import check_record, open_packed
 
-CARD = "README.md"
 MARK = "<!-- ternarize wrote the text above (sha256 "
 MARK_END = "). Once it is edited, no push replaces it. -->"
-SOURCE = "SOURCE"  # in commands, where the source's name is not known
+UNNAMED = "SOURCE"  # in commands, where the source's name is not known
 MEASURES = {
     "perplexity": "perplexity",
     "source_perplexity": "perplexity of the source",
@@ -32,13 +31,13 @@ MEASURES = {
 }
 
 
-def is_ours(text: str) -> bool:
+def is_generated(text: str) -> bool:
     """Whether a card is as `make_card` wrote it; False for any that a person has edited."""
     body, mark, rest = text.replace("\r\n", "\n").rpartition(MARK)
-    return bool(mark) and rest.strip() == _digest(body) + MARK_END
+    return bool(mark) and rest.strip() == _text_digest(body) + MARK_END
 
 
-def _digest(body: str) -> str:
+def _text_digest(body: str) -> str:
     return hashlib.sha256(body.encode("utf-8")).hexdigest()
 
 
@@ -73,7 +72,7 @@ def make_card(
         "---\n" + ModelCardData(**data).to_yaml() + "\n---",
         f"# {name}",
         _introduction(report, base_model),
-        _table(report),
+        _figures(report),
         "## How it was made",
         *_how(record, hub),
         "## How to load it",
@@ -82,7 +81,7 @@ def make_card(
         _licence(inherited),
     ]
     body = "\n\n".join(parts) + "\n\n"
-    return body + MARK + _digest(body) + MARK_END + "\n"
+    return body + MARK + _text_digest(body) + MARK_END + "\n"
 
 
 def _table_of(table: dict[str, Any], key: str) -> dict[str, Any]:
@@ -109,7 +108,7 @@ def _introduction(report: dict[str, Any], base_model: str | None) -> str:
     )
 
 
-def _table(report: dict[str, Any]) -> str:
+def _figures(report: dict[str, Any]) -> str:
     totals = report["totals"]
     rows = [
         ("parameters", f"{totals['parameters']:,}"),
@@ -148,13 +147,13 @@ def _table(report: dict[str, Any]) -> str:
 def _how(record: dict[str, Any], hub: dict[str, str]) -> list[str]:
     if not record:
         return [f"The checkpoint has no record of its conversion ({RECORD})."]
-    source = f"{hub['id']}@{hub['commit']}" if hub else SOURCE
+    source = f"{hub['id']}@{hub['commit']}" if hub else UNNAMED
     version = str(_table_of(record, "tool").get("version"))
     if not re.fullmatch(r"\d[\w.+-]*", version):
         version = "(of unknown version)"
     parts = [
         f"With ternarize {version}:",
-        _code("console", command(read_recipe(record), source, _was_ternary(record))),
+        _code("console", command_of(read_recipe(record), source, _was_ternary(record))),
         f"`{RECORD}` is the record of it, tensor by tensor. To check it against the source, "
         "byte by byte:",
         _code("console", shlex.join(["ternarize", "verify", "packed", "--source", source])),
@@ -162,7 +161,7 @@ def _how(record: dict[str, Any], hub: dict[str, str]) -> list[str]:
     if _table_of(_table_of(record, "source"), "imported"):
         parts.append("The source was ternary already, and is packed without loss.")
     if not hub:
-        parts.append(f"({SOURCE} was a directory, whose name is not on record.)")
+        parts.append(f"({UNNAMED} was a directory, whose name is not on record.)")
     return parts
 
 
@@ -174,7 +173,7 @@ def _was_ternary(record: dict[str, Any]) -> bool:
     )
 
 
-def command(recipe: Recipe, source: str, was_ternary: bool = False) -> str:
+def command_of(recipe: Recipe, source: str, was_ternary: bool = False) -> str:
     """The command line of a conversion by this recipe, into `packed`.
 
     was_ternary  the source has weights that are ternary already; the defaults are then what it has,

@@ -17,6 +17,7 @@ from ternarize.convert.verify import verify
 from ternarize.errors import CheckpointError, OutputError, UsageError
 from ternarize.files.json_files import read_json
 from ternarize.files.names import (
+    CARD,
     INDEX,
     PICKLE,
     RECORD,
@@ -27,14 +28,15 @@ from ternarize.files.names import (
 )
 from ternarize.files.sums import SUMS, format_sums, read_sums
 from ternarize.progress import Progress
-from ternarize.publish.card import CARD, is_ours, make_card
+from ternarize.publish.card import is_generated, make_card
 from ternarize.sources.checkpoint import open_checkpoint
-from ternarize.sources.fetch import hub_errors, split_id
+from ternarize.sources.fetch import split_id
+from ternarize.sources.hub_errors import hub_errors
 from ternarize.version import __version__
 
 SHIM = "configuration_ternarize.py"
-SHIM_CLASS = "TernarizeConfigShim"
-SHIM_CODE = '''\
+_SHIM_CLASS = "TernarizeConfigShim"
+_SHIM_CODE = '''\
 """Lets transformers read this checkpoint with trust_remote_code=True: it imports ternarize, which
 must be installed (pip install ternarize), and gives back the ordinary configuration."""
 
@@ -96,18 +98,7 @@ def push(
     OutputError for all that the Hub answers.
     """
     directory = Path(os.path.expanduser(directory))
-    if create_pr and revision is not None:
-        raise UsageError(
-            "--create-pr",
-            f"with --revision {revision}; a pull request goes to the main branch",
-            remedy="Leave one out",
-        )
-    if split_id(repo) != (repo, None):
-        raise UsageError(
-            repo, "is no name of a repository", "user/name", "A branch goes into --revision"
-        )
-    if base_model is not None and split_id(base_model) != (base_model, None):
-        raise UsageError("--base-model", f"{base_model!r:.80}", "user/name, a Hub id")
+    _check_names(repo, revision, create_pr, base_model)
     token = None if dry_run else _check_token(token)
     if not directory.is_dir():
         raise CheckpointError(
@@ -117,20 +108,10 @@ def push(
     files = _files(directory)
     where = repo if revision is None else f"{repo}@{revision}"
     contents: dict[str, bytes] = {}  # what is not sent as it is on the disk
-    card = "own"
-    if CARD not in files or is_ours((directory / CARD).read_text("utf-8", "replace")):
-        card = "written"
+    if CARD not in files or _is_replaceable(directory / CARD):
         contents[CARD] = make_card(directory, where, base_model=base_model, shim=shim).encode()
     if shim:
-        contents |= _shim(directory)
-        digests = read_sums(directory)
-        if digests is not None:
-            digests |= {
-                path: hashlib.sha256(data).hexdigest()
-                for path, data in contents.items()
-                if path != CARD
-            }
-            contents[SUMS] = os.fsencode(format_sums(digests))
+        contents |= _with_sums(directory, _shim(directory))
     sent: dict[str, Path | bytes] = {**files, **contents}
     sizes = {
         path: len(data) if isinstance(data, bytes) else data.stat().st_size
@@ -144,15 +125,29 @@ def push(
         "pull_request": None,
         "files": sizes,
         "removed": [],
-        "card": card,
-        "card_text": contents[CARD].decode() if card == "written" else None,
+        "card": "written" if CARD in contents else "own",
+        "card_text": contents[CARD].decode() if CARD in contents else None,
     }
     if dry_run:
         return result
-    with hub_errors(repo, revision, OutputError, "The same command goes on from there."):
-        return result | _upload(
-            repo, sent, card, private, revision, create_pr, commit_message, token
+    message = commit_message or f"Upload weights packed by ternarize {__version__}"
+    with hub_errors(repo, revision, OutputError, "The same command goes on from there"):
+        return result | _upload(repo, sent, private, revision, create_pr, message, token)
+
+
+def _check_names(repo: str, revision: str | None, create_pr: bool, base_model: str | None) -> None:
+    if create_pr and revision is not None:
+        raise UsageError(
+            "--create-pr",
+            f"with --revision {revision}; a pull request goes to the main branch",
+            remedy="Leave one out",
         )
+    if split_id(repo) != (repo, None):
+        raise UsageError(
+            repo, "is no name of a repository", "user/name", "A branch goes into --revision"
+        )
+    if base_model is not None and split_id(base_model) != (base_model, None):
+        raise UsageError("--base-model", f"{base_model!r:.80}", "user/name, a Hub id")
 
 
 def _check_token(token: str | None) -> str | None:
@@ -202,7 +197,7 @@ def _shim(directory: Path) -> dict[str, bytes]:
     """The file of code, and a config.json that names it."""
     config = read_json(directory / "config.json") or {}
     named = config.get("auto_map") or {}
-    code = f"{SHIM.removesuffix('.py')}.{SHIM_CLASS}"
+    code = f"{SHIM.removesuffix('.py')}.{_SHIM_CLASS}"
     if not isinstance(named, dict) or named.get("AutoConfig", code) != code:
         raise UsageError(
             directory / "config.json",
@@ -212,40 +207,36 @@ def _shim(directory: Path) -> dict[str, bytes]:
         )
     config["auto_map"] = {**named, "AutoConfig": code}
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    return {"config.json": text.encode(), SHIM: SHIM_CODE.encode()}
+    return {"config.json": text.encode(), SHIM: _SHIM_CODE.encode()}
+
+
+def _with_sums(directory: Path, contents: dict[str, bytes]) -> dict[str, bytes]:
+    """Contents of files, and a SHA256SUMS that speaks of them, if the directory has one."""
+    digests = read_sums(directory)
+    if digests is None:
+        return contents
+    digests |= {path: hashlib.sha256(data).hexdigest() for path, data in contents.items()}
+    return {**contents, SUMS: os.fsencode(format_sums(digests))}
 
 
 def _upload(
     repo: str,
     sent: dict[str, Path | bytes],
-    card: str,
     private: bool,
     revision: str | None,
     create_pr: bool,
-    commit_message: str | None,
+    message: str,
     token: str | None,
 ) -> dict[str, Any]:
+    """Send the files and commit them together; what `push` returns of it."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi(token=token, library_name="ternarize", library_version=__version__)
-    if not create_pr:
-        api.create_repo(repo, private=private or None, exist_ok=True)
-        if revision is not None and not revision.startswith("refs/"):
-            api.create_branch(repo, branch=revision, exist_ok=True)
-    info = api.model_info(repo, revision=revision)
-    if private and not info.private:
-        raise OutputError(
-            repo,
-            "exists and is public",
-            "a private repository",
-            "Nothing was sent: make it private on its page, or name another",
-        )
+    info = _open_repository(api, repo, private, revision, create_pr)
     there = {each.rfilename for each in info.siblings or []}
-    if CARD in there:
-        published = api.hf_hub_download(repo, CARD, revision=info.sha)
-        if not is_ours(Path(published).read_text("utf-8", "replace")):
-            sent = {path: data for path, data in sent.items() if path != CARD}
-            card = "kept"
+    kept = CARD in there and not _is_replaceable(api.hf_hub_download(repo, CARD, revision=info.sha))
+    if kept:
+        sent = {path: data for path, data in sent.items() if path != CARD}
     # what another conversion has left there does not speak of this one
     stale = {RECORD, SUMS}
     removed = sorted(path for path in there - sent.keys() if _is_model(path) or path in stale)
@@ -265,18 +256,36 @@ def _upload(
     commit = api.create_commit(
         repo,
         [*(CommitOperationDelete(path) for path in removed), *additions],
-        commit_message=commit_message or f"Upload weights packed by ternarize {__version__}",
+        commit_message=message,
         revision=revision,
         create_pr=create_pr,
         parent_commit=None if create_pr else info.sha,  # what was looked at is what is changed
     )
-    return {
-        "commit": commit.oid,
-        "url": str(commit.commit_url),
-        "pull_request": commit.pr_url,
-        "removed": removed,
-        "card": card,
-    }
+    result = {"commit": commit.oid, "url": str(commit.commit_url), "pull_request": commit.pr_url}
+    return {**result, "removed": removed, **({"card": "kept"} if kept else {})}
+
+
+def _open_repository(
+    api: Any, repo: str, private: bool, revision: str | None, create_pr: bool
+) -> Any:
+    """What the Hub says of the repository, which is made, with its branch, if it is not there."""
+    if not create_pr:
+        api.create_repo(repo, private=private or None, exist_ok=True)
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(repo, branch=revision, exist_ok=True)
+    info = api.model_info(repo, revision=revision)
+    if private and not info.private:
+        raise OutputError(
+            repo,
+            "exists and is public",
+            "a private repository",
+            "Nothing was sent: make it private on its page, or name another",
+        )
+    return info
+
+
+def _is_replaceable(card: str | Path) -> bool:
+    return is_generated(Path(card).read_text("utf-8", "replace"))
 
 
 def _is_model(path: str) -> bool:

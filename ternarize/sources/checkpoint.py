@@ -1,11 +1,4 @@
-"""Hugging Face checkpoints on disk: headers first, then one piece of a tensor at a time.
-
-Nothing here holds a model. `read_header` parses the head of a safetensors file strictly and reads
-no data; `open_checkpoint` finds the files of a directory and lists their tensors; `Checkpoint.read`
-fetches rows of one tensor. Data is read, not mapped: a file that shrinks under a mapping kills the
-process, and mapped pages count as memory. (pytorch_model.bin, read through torch's weights_only
-loading, is the exception: torch maps it.)
-"""
+"""Hugging Face checkpoints on disk: which files of a directory hold the weights, by its index."""
 
 import os
 import re
@@ -16,10 +9,8 @@ from typing import Any
 from ternarize.errors import CheckpointError, FormatError, UsageError
 from ternarize.files.checkpoint import Checkpoint, open_files
 from ternarize.files.json_files import read_config, read_json
-from ternarize.files.names import INDEX as INDEX
-from ternarize.files.names import PICKLE as PICKLE
-from ternarize.files.names import SAFETENSORS as SAFETENSORS
-from ternarize.sources.fetch import HubStream, fetch, split_id
+from ternarize.files.names import INDEX, PICKLE, SAFETENSORS, WEIGHTS
+from ternarize.sources.fetch import fetch, split_id
 
 
 def open_checkpoint(
@@ -55,25 +46,23 @@ def open_checkpoint(
 
 
 def _no_weights(directory: Path) -> CheckpointError:
-    found = sorted(p.name for p in directory.iterdir() if p.suffix in _WEIGHT_SUFFIXES)
+    found = sorted(p.name for p in directory.iterdir() if p.suffix in WEIGHTS)
     below = sorted(
         config.parent
         for config in directory.glob("*/config.json")
         if any((config.parent / main).is_file() for main in _MAIN)
     )
-    advice = "Save the model with save_pretrained."
+    advice = "Save the model with save_pretrained"
     if below:
         others = f" (or {', '.join(each.name for each in below[1:4])})" if below[1:] else ""
-        advice = f"{below[0].name}{others} in it has some: name {below[0]}."
+        advice = f"{below[0].name}{others} in it has some: name {below[0]}"
+    others = f" but {', '.join(found[:5])}" if found else ""
     return CheckpointError(
-        f"{directory}: no weights; expected {', '.join(_MAIN[:-1])} or {_MAIN[-1]}"
-        + (f", found {', '.join(found[:5])}" if found else "")
-        + f". {advice}"
+        directory, f"no weights{others}", f"{', '.join(_MAIN[:-1])} or {_MAIN[-1]}", advice
     )
 
 
 _MAIN = (SAFETENSORS, SAFETENSORS + INDEX, PICKLE, PICKLE + INDEX)
-_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 
 def _open_sharded(
@@ -168,22 +157,3 @@ def locate(
     return fetch(
         repo, revision or at, config_only=config_only, subfolder=subfolder, variant=variant
     )
-
-
-def open_stream(model: str | Path, folder: Path) -> Checkpoint:
-    """Open a checkpoint of the Hub whose weight files come when they are read; see `HubStream`.
-
-    Raises UsageError for a directory, whose files are nobody's to delete, else as `locate`.
-    """
-    named = split_id(str(model))
-    if named is None or os.path.exists(os.path.expanduser(model)):
-        raise UsageError(
-            model,
-            "is on this disk",
-            "a Hub id (user/name[@revision]) to stream",
-            "Leave out --stream: local files are read where they are, and never deleted",
-        )
-    stream = HubStream(*named, folder)
-    checkpoint = open_checkpoint(folder, strict=False)
-    checkpoint.stream = stream
-    return checkpoint

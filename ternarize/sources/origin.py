@@ -1,4 +1,4 @@
-"""TODO."""
+"""Where a checkpoint came from, and what of its model card goes on to its offspring."""
 
 import os
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ternarize.files.checkpoint import Checkpoint
+from ternarize.files.names import CARD
 from ternarize.sources.fetch import split_id
 
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -19,7 +20,7 @@ def read_card(directory: Path) -> dict[str, Any]:
     """
     from huggingface_hub import metadata_load  # slow to import, and needed for conversions only
 
-    path = directory / "README.md"
+    path = directory / CARD
     if not path.is_file():
         return {}
     try:

@@ -1,13 +1,13 @@
-"""TODO."""
+"""Packed checkpoints opened: their records, and the record of the conversion."""
 
 from pathlib import Path
 from typing import Any
 
 from ternarize.errors import FormatError
-from ternarize.files import container
+from ternarize.files import metadata
 from ternarize.files.checkpoint import Checkpoint
-from ternarize.files.container import Record
 from ternarize.files.json_files import read_json
+from ternarize.files.metadata import Record
 from ternarize.files.names import RECORD
 from ternarize.sources.checkpoint import locate, open_checkpoint
 
@@ -19,21 +19,21 @@ def open_packed(model: str | Path) -> tuple[Checkpoint, dict[str, Record]]:
     """
     packed = open_checkpoint(locate(model))
     config = (packed.config or {}).get("quantization_config")
-    if not isinstance(config, dict) or config.get("quant_method") != container.KEY:
+    if not isinstance(config, dict) or config.get("quant_method") != metadata.KEY:
         raise FormatError(
             model,
-            f"config.json does not say quant_method {container.KEY}",
+            f"config.json does not say quant_method {metadata.KEY}",
             "a packed checkpoint",
             "Pack the model with `ternarize convert`",
         )
-    container.check_version("config.json", config.get("format_version"), [])
+    metadata.check_version("config.json", config.get("format_version"), [])
     for file in packed.files:
         if not file.endswith(".safetensors"):
             raise FormatError(
                 file, "a packed checkpoint is in safetensors", remedy="Fetch it again"
             )
-    records = container.records_of(packed)
-    container.check_format(packed)
+    records = metadata.records_of(packed)
+    metadata.check_format(packed)
     return packed, records
 
 
@@ -45,7 +45,7 @@ def check_record(packed: Checkpoint, records: dict[str, Record]) -> dict[str, An
     record = read_json(packed.directory / RECORD)
     if record is None:
         return None
-    container.check_version(RECORD, record.get("format_version"), [])
+    metadata.check_version(RECORD, record.get("format_version"), [])
     rows = record.get("tensors")
     if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
         raise FormatError(RECORD, "has no table of tensors", remedy="Fetch it again, or remove it")
@@ -59,7 +59,7 @@ def check_record(packed: Checkpoint, records: dict[str, Record]) -> dict[str, An
                 "the files",
                 remedy="Fetch the checkpoint again",
             )
-    container.check_listed(RECORD, rows, records, packed)
+    metadata.check_listed(RECORD, rows, records, packed)
     if not _is_calibration(record.get("calibration")):
         raise FormatError(
             RECORD,

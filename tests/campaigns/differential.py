@@ -42,8 +42,8 @@ import reference  # noqa: E402
 
 from ternarize.errors import FormatError  # noqa: E402
 from ternarize.files import container  # noqa: E402
-from ternarize.files.container import Record  # noqa: E402
 from ternarize.files.headers import byte_view  # noqa: E402
+from ternarize.files.metadata import Record  # noqa: E402
 from ternarize.native import lib  # noqa: E402
 from ternarize.publish.export.common import common_scales  # noqa: E402
 from ternarize.trits import base3, ggml  # noqa: E402

@@ -331,7 +331,7 @@ def while_loading(folder: Path) -> None:
         copy = Path(shutil.copytree(folder, folder.parent / how))
 
         def check(*args: Any, how: str = how, copy: Path = copy, **kwargs: Any) -> None:
-            container.check(*args, **kwargs)
+            container.check_data(*args, **kwargs)
             damage(copy, how)
 
         with patched(check):
@@ -340,8 +340,8 @@ def while_loading(folder: Path) -> None:
 
 
 def patched(check: Callable[..., None]) -> Any:
-    """In the place of `container.check` as the plug-in calls it."""
-    original = container.check
+    """In the place of `container.check_data` as the plug-in calls it."""
+    original = container.check_data
 
     def once(*args: Any, **kwargs: Any) -> None:
         with mock.patch.object(container, "check", original):

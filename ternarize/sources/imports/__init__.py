@@ -6,6 +6,14 @@
 A reader is a function that takes an opened checkpoint and returns an `Imported`, None if it is not
 of its format, or raises CheckpointError where it is, but cannot be brought in exactly. READERS are
 asked in turn for directories; GGUF files are found by their suffix.
+
+    common.py       an imported checkpoint, and what readers share
+    bitnet.py       BitNet b1.58 as transformers stores it
+    two_bit.py      two bits a weight: MLX, Gemma
+    vocabulary.py   a tokenizer from the vocabulary of a GGUF file
+    gguf_config.py  config.json of a GGUF file
+    gguf.py         GGUF files
+    wrapped.py      names that training has wrapped
 """
 
 import os
@@ -15,12 +23,14 @@ from pathlib import Path
 
 from ternarize.errors import CheckpointError
 from ternarize.files.checkpoint import Checkpoint
-from ternarize.sources.checkpoint import locate, open_checkpoint, open_stream
+from ternarize.files.gguf import PART
+from ternarize.sources.checkpoint import locate, open_checkpoint
 from ternarize.sources.imports.bitnet import bitnet
 from ternarize.sources.imports.common import Imported as Imported
 from ternarize.sources.imports.gguf import open_gguf
 from ternarize.sources.imports.two_bit import gemma, mlx
 from ternarize.sources.imports.wrapped import unwrapped
+from ternarize.sources.stream import open_stream
 
 READERS: tuple[Callable[[Checkpoint], Imported | None], ...] = (bitnet, gemma, mlx)
 
@@ -57,7 +67,6 @@ def recognize(raw: Checkpoint) -> Checkpoint:
 
 
 _LAYOUT = re.compile(r"(.+)@(x86|arm|rows)")
-_PART = re.compile(r"(.+)-\d{5}-of-\d{5}\.gguf")
 
 
 def find_gguf(model: str | Path) -> tuple[Path, str | None, bool] | None:
@@ -75,12 +84,8 @@ def find_gguf(model: str | Path) -> tuple[Path, str | None, bool] | None:
     others = [name for name in names if name.endswith((".safetensors", ".bin"))]
     if not found or others:
         return None
-    models = {part[1] if (part := _PART.fullmatch(name)) else name for name in found}
+    models = {part[1] if (part := PART.fullmatch(name)) else name for name in found}
     if len(models) > 1:
-        raise CheckpointError(
-            path,
-            f"has {len(models)} GGUF models, {', '.join(sorted(models)[:3])}",
-            "one",
-            "Name a file",
-        )
+        found_models = f"has {len(models)} GGUF models, {', '.join(sorted(models)[:3])}"
+        raise CheckpointError(path, found_models, "one", "Name a file")
     return Path(path, found[0]), layout, False

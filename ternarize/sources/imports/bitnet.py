@@ -27,22 +27,23 @@ import torch
 from torch import Tensor
 
 from ternarize.files.checkpoint import Checkpoint, TensorInfo
-from ternarize.models.skeleton import linear_layers
 from ternarize.sources.imports.common import (
+    FETCH_AGAIN,
     FLOATS,
+    REPAIR_CONFIG,
     Decode,
     Imported,
-    check_patterns,
     expect,
     imported,
+    quantized_layers,
     read_rows,
     refuse,
 )
 from ternarize.trits.methods.grouped import fixed_sum
 
-KINDS = ("bitlinear offline", "autobitlinear offline", "autobitlinear online")
-SUM = 1 << 20  # weights whose magnitudes are added at a time; the sum depends on it
-SCALE = ".weight_scale"
+_LAYOUTS = ("bitlinear offline", "autobitlinear offline", "autobitlinear online")
+_SUM = 1 << 20  # weights whose magnitudes are added at a time; the sum depends on it
+_SCALE = ".weight_scale"
 
 
 def bitnet(raw: Checkpoint) -> Imported | None:
@@ -57,33 +58,29 @@ def bitnet(raw: Checkpoint) -> Imported | None:
             raw,
             f"trained with weights in {config['weight_bits']} and inputs in "
             f"{config['input_bits']} bits by code of its own, which no class of transformers "
-            "stands for; expected a config.json with a quantization_config of bitnet",
-            "Use a variant of the model that transformers runs.",
+            "stands for",
+            "a config.json with a quantization_config of bitnet",
+            "Use a variant of the model that transformers runs",
         )
     if not isinstance(how, dict) or how.get("quant_method") != "bitnet":
         return None
     kind, mode = how.get("linear_class", "bitlinear"), how.get("quantization_mode", "offline")
-    if f"{kind} {mode}" not in KINDS:
+    if f"{kind} {mode}" not in _LAYOUTS:
         raise refuse(
             raw,
-            f"bitnet with linear_class {kind!r} and quantization_mode {mode!r}; expected "
+            f"bitnet with linear_class {kind!r} and quantization_mode {mode!r}",
             "bitlinear, or autobitlinear that is offline or online",
-            "Repair config.json.",
+            REPAIR_CONFIG,
         )
     if how.get("use_rms_norm"):
         raise refuse(
             raw,
             "bitnet with use_rms_norm, which has a norm in front of each linear layer that the "
-            "architecture alone has not; expected none",
-            "It cannot be carried: use another variant of the model.",
+            "architecture alone has not",
+            "none",
+            "It cannot be carried: use another variant of the model",
         )
-    listed = how.get("modules_to_not_convert")
-    check_patterns(raw, "modules_to_not_convert", listed)
-    layers = linear_layers(config, raw.tensors, listed)
-    if isinstance(layers, str):
-        raise refuse(
-            raw, f"bitnet, but {layers}, so nothing says which layers it means", "Name the class."
-        )
+    layers = quantized_layers(raw, "bitnet", how.get("modules_to_not_convert"))
     tensors, decode = dict(raw.tensors), dict[str, Decode]()
     if mode == "online":
         for name in layers if raw.tensors else ():
@@ -96,12 +93,12 @@ def bitnet(raw: Checkpoint) -> Imported | None:
         meaning = "t / weight_scale" if kind == "bitlinear" else "t weight_scale"
         meaning += ", one for each tensor"
         for name in tensors:
-            if name.endswith(SCALE):
+            if name.endswith(_SCALE):
                 raise refuse(
                     raw,
-                    f"{name} belongs to no layer that bitnet means; expected scales of its linear "
-                    "layers alone",
-                    "Repair modules_to_not_convert in config.json.",
+                    f"{name} belongs to no layer that bitnet means",
+                    "scales of its linear layers alone",
+                    "Repair modules_to_not_convert in config.json",
                 )
     return imported(
         raw,
@@ -120,8 +117,8 @@ def _online(raw: Checkpoint, name: str) -> Decode:
     @lru_cache(maxsize=1)
     def scale() -> Tensor:
         sums = [
-            fixed_sum(raw.read(name, at, min(at + SUM, info.numel)).to(torch.float64).abs())
-            for at in range(0, info.numel, SUM)
+            fixed_sum(raw.read(name, at, min(at + _SUM, info.numel)).to(torch.float64).abs())
+            for at in range(0, info.numel, _SUM)
         ]
         mean = fixed_sum(torch.stack(sums)) / info.numel
         # a weight that is not finite is reported by whoever reads it
@@ -147,7 +144,7 @@ def _offline(
 ) -> None:
     """Replace a weight and its scale by the logical weight."""
     count, cols = shape
-    scale_name = name.removesuffix(".weight") + SCALE
+    scale_name = name.removesuffix(".weight") + _SCALE
     scale_info = expect(raw, scale_name, FLOATS, None)
     if scale_info.numel != 1:
         expect(raw, scale_name, FLOATS, (1,))
@@ -164,12 +161,8 @@ def _offline(
         stored = raw.read(scale_name)
         found = inverse(stored) if kind == "bitlinear" else stored
         if not bool(found.isfinite().all()):
-            raise refuse(
-                raw,
-                f"{scale_name} is {float(stored)}; expected a finite number"
-                + (" other than 0" if kind == "bitlinear" else ""),
-                "Fetch it again, or from its maker.",
-            )
+            number = "a finite number" + (" other than 0" if kind == "bitlinear" else "")
+            raise refuse(raw, f"{scale_name} is {float(stored)}", number, FETCH_AGAIN)
         return found
 
     trits = _quarters(raw, name) if packed else partial(read_rows, raw, name)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ternarize.errors import CheckpointError
 from ternarize.files.checkpoint import Checkpoint, TensorInfo
 from ternarize.files.headers import DTYPES
+from ternarize.models.skeleton import linear_layers
 
 FLOATS = ("F32", "F16", "BF16")  # dtypes of scales and master weights
 ROWS = 1 << 18  # weights decoded at a time, in whole rows
@@ -134,9 +135,35 @@ def imported(
     )
 
 
-def refuse(raw: Checkpoint, what: str, advice: str) -> CheckpointError:
+(
+    REPAIR_CONFIG,
+    USE_ORIGINAL,
+    FETCH_AGAIN,
+) = (  # what to do about a checkpoint that cannot be brought in
+    "Repair config.json",
+    "Convert the checkpoint it was made from",
+    "Fetch it again, or from its maker",
+)
+
+
+def refuse(raw: Checkpoint, found: str, expected: str, remedy: str) -> CheckpointError:
     """The error for a foreign checkpoint that cannot be brought in exactly."""
-    return CheckpointError(f"{raw.directory}: {what}. {advice}")
+    return CheckpointError(raw.directory, found, expected, remedy)
+
+
+def quantized_layers(raw: Checkpoint, method: str, listed: Any) -> dict[str, tuple[int, int]]:
+    """The weights of the layers that a method of transformers stands for, and their shapes.
+
+    listed  modules_to_not_convert of its config
+
+    Raises CheckpointError where nothing says which they are.
+    """
+    check_patterns(raw, "modules_to_not_convert", listed)
+    layers = linear_layers(raw.config or {}, raw.tensors, listed)
+    if isinstance(layers, str):
+        found = f"{method}, but {layers}, so nothing says which layers it means"
+        raise refuse(raw, found, "a model that transformers has", "Name the class")
+    return layers
 
 
 def expect(
@@ -151,7 +178,7 @@ def expect(
         found = f"is {info.dtype} {list(info.shape)}"
     else:
         return info
-    raise refuse(raw, f"{name} {found}; expected {wanted}", "Fetch it again, or from its maker.")
+    raise refuse(raw, f"{name} {found}", wanted, FETCH_AGAIN)
 
 
 def check_patterns(raw: Checkpoint, key: str, patterns: Any) -> None:
@@ -168,12 +195,8 @@ def check_patterns(raw: Checkpoint, key: str, patterns: Any) -> None:
     except (re.error, OverflowError, RecursionError):
         good = False
     if not good:
-        raise refuse(
-            raw,
-            f"{key} of config.json is {str(patterns)[:80]!r}; expected a list of names or regular "
-            "expressions",
-            "Repair config.json.",
-        )
+        found = f"{key} of config.json is {str(patterns)[:80]!r}"
+        raise refuse(raw, found, "a list of names or regular expressions", REPAIR_CONFIG)
 
 
 def read_rows(raw: Checkpoint, name: str, first: int, last: int) -> Tensor:

@@ -26,14 +26,17 @@ from torch import Tensor
 
 from ternarize.files.checkpoint import Checkpoint, TensorInfo
 from ternarize.files.headers import DTYPES
-from ternarize.models.skeleton import linear_layers
 from ternarize.sources.imports.common import (
+    FETCH_AGAIN,
     FLOATS,
+    REPAIR_CONFIG,
+    USE_ORIGINAL,
     Decode,
     Imported,
     check_patterns,
     expect,
     imported,
+    quantized_layers,
     read_rows,
     refuse,
 )
@@ -55,14 +58,16 @@ def mlx(raw: Checkpoint) -> Imported | None:
     if not isinstance(how, dict) or how.get("mode", "affine") != "affine":
         raise refuse(
             raw,
-            f"quantization of config.json is {str(how)[:80]!r}; expected MLX's, in mode affine",
-            "Convert the checkpoint it was made from.",
+            f"quantization of config.json is {str(how)[:80]!r}",
+            "MLX's, in mode affine",
+            USE_ORIGINAL,
         )
     if raw.tensors and how.get("bits") != 2 and not _mixed(how):
         raise refuse(
             raw,
-            f"quantized to {how.get('bits')!r} bits by {name}; expected 2, which three values need",
-            "Convert the checkpoint it was made from.",
+            f"quantized to {how.get('bits')!r} bits by {name}",
+            "2, which three values need",
+            USE_ORIGINAL,
         )
     tensors, decode = dict(raw.tensors), dict[str, Decode]()
     groups: dict[str, int] = {}
@@ -77,8 +82,9 @@ def mlx(raw: Checkpoint) -> Imported | None:
         if bits not in BITS or type(group) is not int or group < 1:
             raise refuse(
                 raw,
-                f"{base} has {bits!r} bits in groups of {group!r}; expected 2, 4 or 8 bits",
-                "Convert the checkpoint it was made from.",
+                f"{base} has {bits!r} bits in groups of {group!r}",
+                "2, 4 or 8 bits",
+                USE_ORIGINAL,
             )
         info = expect(raw, scales, FLOATS, None)
         *stack, cols = info.shape
@@ -93,9 +99,7 @@ def mlx(raw: Checkpoint) -> Imported | None:
         if bits == 2:
             two.add(weight.name)
     if raw.tensors and not groups:
-        raise refuse(
-            raw, "config.json says that it is quantized, but it has no scales", "Fetch it again."
-        )
+        raise refuse(raw, "config.json says that it is quantized", "scales", FETCH_AGAIN)
     return imported(
         raw,
         tensors,
@@ -133,43 +137,30 @@ def gemma(raw: Checkpoint) -> Imported | None:
     how = config.get("quantization_config")
     if not isinstance(how, dict) or how.get("quant_method") != "gemma":
         return None
-    listed = how.get("modules_to_not_convert")
-    check_patterns(raw, "modules_to_not_convert", listed)
     patterns = how.get("module_quant_configs") or {}
     if not isinstance(patterns, dict) or not all(isinstance(p, dict) for p in patterns.values()):
-        raise refuse(
-            raw,
-            f"module_quant_configs of config.json is {str(patterns)[:80]!r}; expected a table of "
-            "tables",
-            "Repair config.json.",
-        )
+        found = f"module_quant_configs of config.json is {str(patterns)[:80]!r}"
+        raise refuse(raw, found, "a table of tables", REPAIR_CONFIG)
     check_patterns(raw, "module_quant_configs", list(patterns))
 
     def bits(path: str) -> Any:
         found = [each for pattern, each in patterns.items() if re.search(pattern, path)]
         return {"num_bits": how.get("num_bits", 4), **(found[0] if found else {})}["num_bits"]
 
-    layers = linear_layers(config, raw.tensors, listed)
-    if isinstance(layers, str):
-        raise refuse(
-            raw, f"gemma, but {layers}, so nothing says which layers it means", "Name the class."
-        )
+    layers = quantized_layers(raw, "gemma", how.get("modules_to_not_convert"))
     if how.get("quantize_embeddings"):
         raise refuse(
             raw,
-            "gemma with quantize_embeddings, which packs the token embedding; expected it in "
-            "floating point",
-            "Convert the checkpoint it was made from.",
+            "gemma with quantize_embeddings, which packs the token embedding",
+            "it in floating point",
+            USE_ORIGINAL,
         )
     tensors, decode = dict(raw.tensors), dict[str, Decode]()
     for name, (count, cols) in layers.items():
         path = name.removesuffix(".weight")
         if bits(path) != 2:
-            raise refuse(
-                raw,
-                f"{path} is in {bits(path)!r} bits; expected 2, which three values need",
-                "Convert the checkpoint it was made from.",
-            )
+            found = f"{path} is in {bits(path)!r} bits"
+            raise refuse(raw, found, "2, which three values need", USE_ORIGINAL)
         if not raw.tensors:
             continue
         weight = expect(raw, name, ("U8", "I8"), (count, -(-cols // 4)))
@@ -180,8 +171,9 @@ def gemma(raw: Checkpoint) -> Imported | None:
                 raise refuse(
                     raw,
                     f"{scale} is {float(raw.read(scale))}: activations are rounded in a fixed "
-                    "range, which cannot be carried; expected 0",
-                    "Convert the checkpoint it was made from.",
+                    "range, which cannot be carried",
+                    "0",
+                    USE_ORIGINAL,
                 )
         del tensors[path + ".weight_scale"]
         tensors[name] = TensorInfo(name, "F32", (count, cols), weight.file)

@@ -28,7 +28,8 @@ _ALSO = {
     "deepseek-r1-qwen": "qwen2",
     "phi-2": "gpt-2",
 }
-_KINDS = ("bos", "eos", "unknown", "padding")
+# special tokens, as keys and as transformers call them
+_SPECIALS = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
 _LONGEST = 512  # characters of a token; in every place of each a merge is looked for
 _NONE = (
     "no tokenizer is written; copy tokenizer.json and tokenizer_config.json from the maker's "
@@ -50,7 +51,7 @@ def tokenizer_files(
     """
     kind = keys.get("tokenizer.ggml.model", "none")
     if not isinstance(kind, str):
-        raise FormatError(where, "the kind of its vocabulary is no string", "one")
+        raise _broken(where, "the kind of its vocabulary is no string", "one")
     if kind == "none":
         return {}, ["the file has no vocabulary: no tokenizer is written"]
     pre = keys.get("tokenizer.ggml.pre", "default")
@@ -58,7 +59,7 @@ def tokenizer_files(
     if kind not in ("gpt2", "llama") or (kind == "gpt2" and split not in llama_cpp.SPLITS):
         what = f"split {pre!r:.40}" if kind == "gpt2" else f"kind {kind!r:.40}"
         return {}, [f"its vocabulary is of the {what}, which is not known here: {_NONE}"]
-    tokens, types = _tokens(where, keys, size)
+    tokens, types = _read_tokens(where, keys, size)
     specials = _specials(where, keys, tokens)
     if len(set(tokens)) != len(tokens):
         return {}, [f"its vocabulary has a token twice: {_NONE}"]
@@ -70,26 +71,12 @@ def tokenizer_files(
         else _sentencepiece(where, keys, tokens, types)
     )
     bos_is_usual = kind == "llama" or split in llama_cpp.WHOLE_WORDS  # llama.cpp's defaults
-    begin, end = (
-        keys.get(f"tokenizer.ggml.add_{name}_token", name == "bos" and bos_is_usual) is True
-        for name in ("bos", "eos")
-    )
-    for flag, name in ((begin, "bos"), (end, "eos")):
-        if flag and name not in specials:
-            raise FormatError(where, f"adds {name}, but has none", "its number")
-    if begin or end:
-        parts = [specials["bos"]] * begin + ["$A"] + [specials["eos"]] * end
-        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-            single=parts,
-            pair=parts + [f"{'$B' if part == '$A' else part}:1" for part in parts],
-            special_tokens=[(t, tokens.index(t)) for t in dict.fromkeys(parts) if t != "$A"],
-        )
-    names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+    _add_ends(where, keys, tokenizer, specials, bos_is_usual)
     make: Any = transformers.PreTrainedTokenizerFast
     wrapped = make(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,
-        **{f"{names[name]}_token": token for name, token in specials.items()},
+        **{f"{_SPECIALS[name]}_token": token for name, token in specials.items()},
     )
     template = keys.get("tokenizer.chat_template")
     if isinstance(template, str):
@@ -100,21 +87,43 @@ def tokenizer_files(
     return files, []
 
 
-def _tokens(where: str, keys: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
+def _add_ends(
+    where: str,
+    keys: Mapping[str, Any],
+    tokenizer: tokenizers.Tokenizer,
+    specials: Mapping[str, str],
+    bos_is_usual: bool,
+) -> None:
+    """Let a tokenizer put the first and the last token around a text, if the file says so."""
+    begin, end = (
+        keys.get(f"tokenizer.ggml.add_{name}_token", name == "bos" and bos_is_usual) is True
+        for name in ("bos", "eos")
+    )
+    for flag, name in ((begin, "bos"), (end, "eos")):
+        if flag and name not in specials:
+            raise _broken(where, f"adds {name}, but has none", "its number")
+    if begin or end:
+        parts = [specials["bos"]] * begin + ["$A"] + [specials["eos"]] * end
+        words = [part for part in dict.fromkeys(parts) if part != "$A"]
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=parts,
+            pair=parts + [f"{'$B' if part == '$A' else part}:1" for part in parts],
+            special_tokens=[(word, tokenizer.token_to_id(word)) for word in words],
+        )
+
+
+def _read_tokens(where: str, keys: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
     tokens: Any = keys.get("tokenizer.ggml.tokens")
     if not _are(tokens, str) or not 0 < len(tokens) <= size:
-        raise FormatError(
-            where,
-            f"its vocabulary has {len(tokens) if isinstance(tokens, list) else 'no'} tokens",
-            f"one for each row of the token embedding, {size}",
-            "Fetch it again",
-        )
+        count = len(tokens) if isinstance(tokens, list) else "no"
+        wanted = f"one for each row of the token embedding, {size}"
+        raise _broken(where, f"its vocabulary has {count} tokens", wanted)
     types = keys.get("tokenizer.ggml.token_type")
     if types is None:
         return tokens, [llama_cpp.NORMAL] * len(tokens)
     integers = isinstance(types, np.ndarray) and types.dtype.kind in "iu"
     if not integers or len(types) != len(tokens):
-        raise FormatError(where, "has no type for each token", "that", "Fetch it again")
+        raise _broken(where, "has no type for each token", "that")
     return tokens, [int(kind) for kind in types]
 
 
@@ -124,12 +133,12 @@ def _are(value: Any, kind: type) -> bool:
 
 def _specials(where: str, keys: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, str]:
     found = {}
-    for name in _KINDS:
+    for name in _SPECIALS:
         number = keys.get(f"tokenizer.ggml.{name}_token_id")
         if number is None:
             continue
         if type(number) is not int or not 0 <= number < len(tokens):
-            raise FormatError(where, f"{name} token {str(number):.20}", f"one of {len(tokens)}")
+            raise _broken(where, f"{name} token {str(number):.20}", f"one of {len(tokens)}")
         found[name] = tokens[number]
     return found
 
@@ -160,16 +169,12 @@ def _byte_level(
 ) -> tokenizers.Tokenizer:
     merges: Any = keys.get("tokenizer.ggml.merges")
     if not _are(merges, str) or any(merge.count(" ") != 1 for merge in merges):
-        raise FormatError(where, "its merges are no pairs", "pairs", "Fetch it again")
+        raise _broken(where, "its merges are no pairs", "pairs")
     vocabulary = {token: number for number, token in enumerate(tokens)}
     for merge in merges:
         if not {*merge.split(" "), merge.replace(" ", "")} <= vocabulary.keys():
-            raise FormatError(
-                where,
-                f"the merge {merge!r:.80} has parts or a result that are no tokens",
-                "tokens",
-                "Fetch it again",
-            )
+            found = f"the merge {merge!r:.80} has parts or a result that are no tokens"
+            raise _broken(where, found, "tokens")
     model = {
         "type": "BPE",
         "vocab": vocabulary,
@@ -180,7 +185,7 @@ def _byte_level(
         {**step, "trim_offsets": True} if step["type"] == "ByteLevel" else step
         for step in llama_cpp.SPLITS[split]
     ]
-    tokenizer = _made(where, model, None, {"type": "Sequence", "pretokenizers": steps})
+    tokenizer = _build(where, model, None, {"type": "Sequence", "pretokenizers": steps})
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     return _added(tokenizer, tokens, types)
 
@@ -190,7 +195,7 @@ def _sentencepiece(
 ) -> tokenizers.Tokenizer:
     scores = keys.get("tokenizer.ggml.scores")
     if not isinstance(scores, np.ndarray) or len(scores) != len(tokens):
-        raise FormatError(where, "has no score for each token", "that", "Fetch it again")
+        raise _broken(where, "has no score for each token", "that")
     normal = {
         token
         for token, kind in zip(tokens, types, strict=True)
@@ -214,7 +219,7 @@ def _sentencepiece(
     }
     prefix = keys.get("tokenizer.ggml.add_space_prefix", True) is True
     steps = llama_cpp.PREPEND * prefix + llama_cpp.REPLACE
-    tokenizer = _made(where, model, {"type": "Sequence", "normalizers": steps}, None)
+    tokenizer = _build(where, model, {"type": "Sequence", "normalizers": steps}, None)
     decoders = tokenizers.decoders
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(llama_cpp.SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -223,7 +228,7 @@ def _sentencepiece(
     return _added(tokenizer, tokens, types)
 
 
-def _made(
+def _build(
     where: str, model: dict[str, Any], normalizer: Any, pre_tokenizer: Any
 ) -> tokenizers.Tokenizer:
     definition = {
@@ -236,6 +241,9 @@ def _made(
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(definition))
     except Exception as error:  # tokenizers raises nothing narrower
-        raise FormatError(
-            where, f"its vocabulary makes no tokenizer ({str(error):.120})", remedy="Fetch it again"
-        ) from None
+        found = f"its vocabulary makes no tokenizer ({str(error):.120})"
+        raise _broken(where, found, "one") from None
+
+
+def _broken(where: str, found: str, expected: str) -> FormatError:
+    return FormatError(where, found, expected, "Fetch it again")

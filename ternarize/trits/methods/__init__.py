@@ -1,7 +1,13 @@
 """Ternarization without data: float weight -> Ternary.
 
-To add a method: a module with one function of the same signature, a line in METHODS, and what else
-CONTRIBUTING.md lists.
+To add a method: a module with one function of the same signature, a line in METHODS and in this
+list, and what else CONTRIBUTING.md lists.
+
+    grouped.py  what methods share: sums in a fixed order, the way in and out
+    absmean.py  the mean magnitude as scale (BitNet b1.58)
+    twn.py      a threshold, and the scale that fits best
+    itf.py      both in turn, until neither moves
+    levels.py   weights that are ternary already
 """
 
 from collections.abc import Callable

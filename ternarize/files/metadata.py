@@ -1,0 +1,342 @@
+"""The container, version 1: what a packed file says of its tensors.
+
+A ternary weight keeps its name, as U8 [rows, width] (codec base3), beside `<name>_scale`
+[rows or 1, groups]. A reader that knows nothing of this fails loudly on the shape; a new name would
+be ignored and the weight would be random. The file's `__metadata__` holds, under "ternarize", the
+format version, the features a reader must know, and a record for each tensor: logical shape, group
+size, codec, and a SHA-256 of the stored bytes, so that a file proves its own decode.
+
+Four features are written only where they are used: `scale8` (scales in 8 bits), `planes` (a weight
+as the sum of two ternary matrices, whose rows lie one behind the other), `rotation` (a matrix that
+meets rotated inputs) and `int8` (the codec of that name).
+
+formats/container.md is the definition; here are its shipped writer and reader. Whatever comes from
+a file is checked before it is used: against the headers here, its bytes in container.py.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ternarize.errors import DigestError, FormatError, damaged
+from ternarize.files.checkpoint import Checkpoint, TensorInfo, uncollected
+from ternarize.files.json_files import strict_json
+from ternarize.trits.base3 import BASE3, packed_width
+from ternarize.trits.int8 import INT8
+from ternarize.trits.rotation import BLOCKS
+from ternarize.trits.ternary import group_count
+
+FORMAT_VERSION = 1
+SCALE8, PLANES, ROTATION = "scale8", "planes", "rotation"
+FEATURES = frozenset({SCALE8, PLANES, INT8, ROTATION})  # those that this version can read
+KEY = "ternarize"  # in __metadata__, and the quant_method in config.json
+CODECS = {BASE3: "U8", INT8: "I8"}  # and the dtype in which each is stored
+SCALE_SUFFIX = "_scale"
+SCALE_DTYPES = {  # of scales that are floating-point numbers; a ternary tensor's can be U8, too
+    BASE3: ("F16", "BF16", "F32"),
+    INT8: ("F16", "F32"),
+}
+LONGEST_GROUP = 2**63 - 1  # one that is longer than this, and so than any row, is the row as well
+_PACKED_MEMBERS = {"shape", "group_size", "codec", "transposed", "planes", "rotation"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the metadata says of one tensor.
+
+    shape        logical shape of a packed tensor, (rows, cols) or (experts, rows, cols);
+                 None for a tensor that is kept as it is
+    group_size   as in trits/ternary.py
+    codec        byte layout of the weights: base3 (ternary) or int8
+    transposed   the source stores the matrix as (cols, rows)
+    sha256       of the packed bytes followed by the scale bytes; of a kept tensor's bytes
+    planes       ternary matrices whose sum is the weight
+    rotation     (block, seed) of the rotation of its input (trits/rotation.py); block 0: none
+    scale8       its scales are in 8 bits, which their dtype says and no member of the record
+    """
+
+    sha256: str
+    shape: tuple[int, ...] | None = None
+    group_size: int = 0
+    codec: str = BASE3
+    transposed: bool = False
+    planes: int = 1
+    scale8: bool = False
+    rotation: tuple[int, int] = (0, 0)
+
+    @property
+    def kind(self) -> str:
+        """What a person is told: "ternary", "int8" or "kept"."""
+        if self.shape is None:
+            return "kept"
+        return "ternary" if self.codec == BASE3 else self.codec
+
+    @property
+    def features(self) -> set[str]:
+        """What a reader must know beyond version 1 to read this tensor."""
+        if self.shape is None:
+            return set()
+        uses = {SCALE8: self.scale8, PLANES: self.planes > 1, INT8: self.codec == INT8}
+        uses[ROTATION] = self.rotation[0] > 0
+        return {feature for feature, used in uses.items() if used}
+
+    def stored_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of the packed tensor and of its scales."""
+        assert self.shape is not None
+        *stack, rows, cols = self.shape
+        groups = group_count(cols, self.group_size)
+        scale_rows = 1 if self.group_size == 0 else rows
+        width = cols if self.codec == INT8 else self.planes * packed_width(cols, self.group_size)
+        return (*stack, rows, width), (*stack, scale_rows, self.planes * groups)
+
+
+def dump_metadata(records: Mapping[str, Record], *, recorded: bool = False) -> dict[str, str]:
+    """The `__metadata__` of a file with these tensors; equal records give equal bytes.
+
+    recorded  the record of the conversion lists the digests of this file, until it is saved again
+    """
+    tensors: dict[str, dict[str, Any]] = {}
+    features: set[str] = set()
+    for name, record in records.items():
+        features |= record.features
+        entry: dict[str, Any] = {}
+        if record.shape is not None:
+            entry = {
+                "shape": list(record.shape),
+                "group_size": record.group_size,
+                "codec": record.codec,
+            }
+            if record.planes > 1:
+                entry["planes"] = record.planes
+            if record.rotation[0]:
+                block, seed = record.rotation
+                entry["rotation"] = {"block": block, "seed": seed}
+            if record.transposed:
+                entry["transposed"] = True
+        tensors[name] = {**entry, "sha256": record.sha256}
+    table = {
+        "format_version": FORMAT_VERSION,
+        "sealed": True,  # that there is a digest at the end
+        **({"recorded": True} if recorded else {}),
+        "features": sorted(features),
+        "tensors": tensors,
+    }
+    text = json.dumps(table, separators=(",", ":")).removesuffix("}")
+    return {"format": "pt", KEY: text + _seal(hashlib.sha256(text.encode()).hexdigest())}
+
+
+def _seal(digest: str) -> str:
+    """The end of the metadata, with the digest of all before it."""
+    return f',"sha256":"{digest}"}}'
+
+
+@uncollected()
+def records_of(checkpoint: Checkpoint, *, whole: bool = True) -> dict[str, Record]:
+    """The records in a packed checkpoint's metadata, checked against each other and the headers.
+
+    whole  False for one shard read by itself: the tensors of other shards are missing
+
+    Raises FormatError: a file without metadata, a version or feature that is not known, a record
+    that is malformed or without its tensor, a tensor without a record, or one whose dtype or shape
+    disagrees with it.
+    """
+    records: dict[str, Record] = {}
+    scales = set()
+    for file in checkpoint.files:
+        features, table = _parse_metadata(file, checkpoint.metadata.get(file, {}))
+        for name, value in table.items():
+            info = checkpoint.tensors.get(name)
+            if info is None and whole:
+                raise damaged(file, f"{name} has a record, but no file has the tensor")
+            if info is None and _says_packed(value):
+                scales.add(name + SCALE_SUFFIX)  # they may be here, away from their tensor
+            if info is not None and info.file == file:  # a copy in another file does not count
+                scale = checkpoint.tensors.get(name + SCALE_SUFFIX)
+                record = _parse_record(f"{file}: {name}", value)
+                if record.shape is not None and scale is not None and scale.dtype == "U8":
+                    record = replace(record, scale8=True)
+                records[name] = record
+                for feature in sorted(record.features - features):
+                    raise damaged(file, f"{name} uses {feature!r}, which is not in the features")
+    for name, record in records.items():
+        if record.shape is not None:
+            _check_stored(name, record, checkpoint.tensors)
+            scales.add(name + SCALE_SUFFIX)
+    for name, info in checkpoint.tensors.items():
+        if (name in scales) == (name in records):
+            what = "is a scale and has a record" if name in scales else "has no record"
+            raise damaged(info.file, f"{name} {what}", "one record for each tensor")
+    return records
+
+
+def _parse_metadata(file: str, metadata: Mapping[str, str]) -> tuple[set[str], dict[str, Any]]:
+    """The features and the table of records of one file, as parsed; version, features checked."""
+    if KEY not in metadata:
+        raise FormatError(
+            file,
+            f"no {KEY!r} in its metadata",
+            "a packed checkpoint",
+            "Pack the model with `ternarize convert`",
+        )
+    try:
+        table = strict_json(metadata[KEY])
+    except (ValueError, RecursionError) as error:
+        raise damaged(file, f"its ternarize metadata is not valid JSON ({error})") from None
+    if not isinstance(table, dict):
+        raise damaged(file, "its ternarize metadata is not an object")
+    check_version(file, table.get("format_version"), table.get("features"))
+    if not table.keys().isdisjoint({"sealed", "sha256"}):  # without them it is not sealed
+        text, said = metadata[KEY], table.get("sha256")
+        end = _seal(str(said))
+        digest = hashlib.sha256(text.removesuffix(end).encode()).hexdigest()
+        if not text.endswith(end) or digest != said:
+            raise DigestError(
+                file,
+                "its ternarize metadata has changed since it was written",
+                f"SHA-256 {str(said)[:12]!r}...",
+                "Fetch the file again",
+            )
+    tensors = table.get("tensors")
+    if not isinstance(tensors, dict):
+        raise damaged(file, "its ternarize metadata has no table of tensors")
+    return set(table["features"]), tensors
+
+
+def check_listed(where: str, table: Any, records: Mapping[str, Record], packed: Checkpoint) -> None:
+    """Raise DigestError where a tensor is not the one that the record of the conversion lists.
+
+    where  name of the record, for messages
+    table  its table of tensors; what it does not list is not compared
+
+    Every file proves itself; that all of them are of one conversion is known by this alone. A model
+    that has been saved again says in no file that the record speaks of it.
+    """
+    said = {file: strict_json(packed.metadata[file][KEY]).get("recorded") for file in packed.files}
+    if not isinstance(table, dict) or True not in said.values():
+        return
+    for name, row in table.items():
+        digest = row.get("sha256") if isinstance(row, dict) else None
+        if digest is None or name not in records:
+            continue
+        file = packed.tensors[name].file
+        if said[file] is not True or digest != records[name].sha256:
+            raise DigestError(
+                f"{file}: {name}",
+                f"is not the tensor that {where} lists",
+                "files of one conversion",
+                "Fetch the checkpoint again",
+            )
+
+
+def check_format(checkpoint: Checkpoint) -> None:
+    """Raise FormatError where a file of a model does not say for whom it is, as all writers do."""
+    for file in checkpoint.files:
+        said = checkpoint.metadata[file].get("format")
+        if said != "pt":
+            raise FormatError(
+                file,
+                f"its metadata has the format {said!r:.80}",
+                "'pt', by which other programs know it",
+                "Fetch the file again",
+            )
+
+
+def check_version(where: str, version: Any, features: Any) -> None:
+    """Refuse what only a newer reader understands; raises FormatError."""
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise _newer(where, f"format version {version!r}", f"version {FORMAT_VERSION}")
+    if not isinstance(features, list) or not all(isinstance(f, str) for f in features):
+        raise damaged(where, f"features is {features!r}", "a list of names")
+    unknown = sorted(set(features) - FEATURES)
+    if unknown:
+        known = f"features that this reader knows: {', '.join(sorted(FEATURES))}"
+        raise _newer(where, f"needs the feature {', '.join(unknown)}", known)
+
+
+def _newer(where: object, found: str, expected: str) -> FormatError:
+    return FormatError(where, found, expected, "Install a newer ternarize")
+
+
+def _check_stored(name: str, record: Record, tensors: Mapping[str, TensorInfo]) -> None:
+    packed, scale = tensors[name], tensors.get(name + SCALE_SUFFIX)
+    packed_shape, scale_shape = record.stored_shapes()
+    dtype, scale_dtypes = CODECS[record.codec], SCALE_DTYPES[record.codec]
+    if record.scale8 and record.codec == BASE3:
+        scale_dtypes = ("U8",)
+    if packed.dtype != dtype or packed.shape != packed_shape:
+        raise damaged(
+            packed.file,
+            f"{name} is {packed.dtype} {list(packed.shape)}",
+            f"{dtype} {list(packed_shape)}, as its record says",
+        )
+    if scale is None:
+        raise damaged(packed.file, f"{name} has no {name}{SCALE_SUFFIX} beside it")
+    if scale.dtype not in scale_dtypes or scale.shape != scale_shape:
+        raise damaged(
+            scale.file,
+            f"{name}{SCALE_SUFFIX} is {scale.dtype} {list(scale.shape)}",
+            f"{', '.join(scale_dtypes)} {list(scale_shape)}",
+        )
+
+
+def _says_packed(value: Any) -> bool:
+    """Whether a record is that of a packed tensor, well-formed or not."""
+    return isinstance(value, dict) and not _PACKED_MEMBERS.isdisjoint(value)
+
+
+def _parse_record(where: str, value: Any) -> Record:
+    """A record, each of whose members is checked by itself and against the others."""
+    if not isinstance(value, dict):
+        raise damaged(where, f"its record is {value!r:.60}", "an object")
+
+    def need(key: str, good: bool, expected: str) -> None:
+        if not good:
+            raise damaged(where, f"its {key} is {value.get(key)!r:.80}", expected)
+
+    sha256: Any = value.get("sha256")
+    digits = isinstance(sha256, str) and re.fullmatch(r"[0-9a-f]{64}", sha256)
+    need("sha256", bool(digits), "64 hex digits")
+    if not _says_packed(value):
+        return Record(sha256)
+    shape: Any = value.get("shape")
+    need("shape", _is_matrix(shape), "two or three sizes")
+    group_size: Any = value.get("group_size")
+    need("group_size", type(group_size) is int and group_size >= -1, "-1, 0 or more")
+    codec: Any = value.get("codec")
+    if not isinstance(codec, str) or codec not in CODECS:
+        raise _newer(where, f"codec {codec!r}", f"one of {', '.join(CODECS)}")
+    transposed = "transposed" in value
+    need("transposed", not transposed or value["transposed"] is True, "true, or nothing")
+    planes: Any = value.get("planes", 1)
+    two = type(planes) is int and planes == 2 and codec == BASE3
+    need("planes", "planes" not in value or two, "2, in codec base3 alone")
+    rotation = (0, 0)
+    if "rotation" in value:
+        blocks = f"a block of {', '.join(map(str, BLOCKS))} that divides {shape[-1]}"
+        found = _parse_rotation(value["rotation"], shape[-1])
+        good = found is not None and codec == BASE3
+        need("rotation", good, f"{blocks}, and a seed below 2^32, in codec base3 alone")
+        rotation = found or rotation
+    group_size = min(group_size, LONGEST_GROUP)
+    return Record(sha256, tuple(shape), group_size, codec, transposed, planes, rotation=rotation)
+
+
+def _parse_rotation(value: Any, cols: int) -> tuple[int, int] | None:
+    if isinstance(value, dict) and set(value) >= {"block", "seed"}:
+        block, seed = value["block"], value["seed"]
+        known = type(block) is int and block in BLOCKS and cols % block == 0
+        if known and type(seed) is int and 0 <= seed < 2**32:
+            return block, seed
+    return None
+
+
+def _is_matrix(shape: Any) -> bool:
+    """Whether a record's shape is [rows, cols] or [experts, rows, cols], with cols >= 1."""
+    if not isinstance(shape, list) or len(shape) not in (2, 3):
+        return False
+    sizes = all(type(n) is int and n >= 0 for n in shape)
+    return sizes and shape[-1] >= 1 and math.prod(max(1, n) for n in shape) <= 2**60
