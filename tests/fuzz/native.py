@@ -48,7 +48,7 @@ def build(
     machine = platform.machine().replace("AMD64", "x86_64").replace("arm64", "aarch64")
     sources = core_sources.sources(machine if variants else "any")
     core = core_sources.compile_all(folder, [*command, *sanitized, *COVERAGE], sources, jobs)
-    mains = {str(HERE / f"{name}.cpp"): [] for name in targets}
+    mains: dict[str, list[str]] = {str(HERE / f"{name}.cpp"): [] for name in targets}
     harnesses = core_sources.compile_all(folder, command, mains, jobs)
     programs = {}
     for name, harness in zip(targets, harnesses, strict=True):

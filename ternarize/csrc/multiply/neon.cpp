@@ -98,23 +98,23 @@ TERNARIZE_INLINE void add_vectors(const int32x4_t* s, int32_t* sums, int64_t str
 template <int n, int vectors>
 TERNARIZE_INLINE void part_of_run(const uint8_t* lanes, int64_t quads, const int8_t* q,
                                   int64_t stride, int32_t* sums, int64_t sums_stride) {
-  using Vectors = Count<vectors>;
+  using All = Count<vectors>;
   int32x4_t s[vectors * n * 4];
   int8x16_t x[n];
   clear(s, Count<vectors * n * 4>{});
   int64_t i = 0;
   for (; i + 4 <= quads; i += 4, lanes += 256, q += 16) {
     load_all<Vectors>(x, q, stride, Count<n>{});
-    add_quad<n, 0>(s, lanes, x, Vectors{});
-    add_quad<n, 1>(s, lanes + 64, x, Vectors{});
-    add_quad<n, 2>(s, lanes + 128, x, Vectors{});
-    add_quad<n, 3>(s, lanes + 192, x, Vectors{});
+    add_quad<n, 0>(s, lanes, x, All{});
+    add_quad<n, 1>(s, lanes + 64, x, All{});
+    add_quad<n, 2>(s, lanes + 128, x, All{});
+    add_quad<n, 3>(s, lanes + 192, x, All{});
   }
   for (; i < quads; ++i, lanes += 64, q += 4) {
     load_all<Vectors>(x, q, stride, Count<n>{});
-    add_quad<n, 0>(s, lanes, x, Vectors{});
+    add_quad<n, 0>(s, lanes, x, All{});
   }
-  add_vectors<n>(s, sums, sums_stride, Vectors{});
+  add_vectors<n>(s, sums, sums_stride, All{});
 }
 
 constexpr int64_t kRun = 64;  // quads whose bytes stay in the first cache from part to part
