@@ -804,12 +804,10 @@ def test_a_recipe_that_cannot_be_used_is_told_in_one_line_with_file_and_key(
 
 
 def test_a_recipe_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) -> None:
-    (tmp_path / "packed").mkdir()
-    (tmp_path / "packed" / "ternarize.json").write_text("{}")
     for name, words in (
         ("turbo", "there is no such file; expected one of fast, good, best, or a file in TOML"),
-        (str(tmp_path), "is a directory"),
-        (str(tmp_path / "packed"), f"Name {tmp_path / 'packed' / 'ternarize.json'}."),
+        (str(tmp_path), "is a directory; expected one of fast, good, best, or a file"),
+        ("", "--recipe: is a directory"),
         ("/dev/null", "there is no such file"),
         ("x" * 300, "cannot be read (File name too long)"),
         ("nul\udcff", "there is no such file"),
@@ -822,7 +820,7 @@ def test_a_recipe_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) 
 # --- errors for programs -----------------------------------------------------------------------
 
 PARTS = ("weights", "3 of 64 are NaN", "finite ones", "Repair the source")
-OURS = [
+OURS: list[Exception] = [
     each(*PARTS)
     for each in vars(errors).values()
     if isinstance(each, type) and issubclass(each, errors.TernarizeError)

@@ -4,13 +4,13 @@ from typing import Annotated, Any
 
 from rich.table import Table
 
-from ternarize.cli.options import AsJson, Debug, Packed, RunActivations, RunDtype, RunHead
+from ternarize.cli.options import AsJson, Debug, PackedArgument, RunActivations, RunDtype, RunHead
 from ternarize.cli.terminal import print_json, stdout
 from ternarize.errors import UsageError
 
 
 def bench_command(
-    model: Packed,
+    model: PackedArgument,
     *,
     prompt: Annotated[int, "Tokens to read at once."] = 128,
     decode: Annotated[int, "Tokens to write, one by one."] = 32,

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ternarize.cli.options import AsJson, Debug, Device, Model, Quiet, RecipeName
+from ternarize.cli.options import AsJson, Debug, Device, ModelArgument, Quiet, RecipeName
 from ternarize.cli.show import show_calibration, show_totals
 from ternarize.cli.show_check import show_check, show_hints
 from ternarize.cli.show_plan import show_plan
@@ -16,7 +16,7 @@ from ternarize.plans.recipe import GPTQ, Calibrate, Recipe, open_recipe
 
 
 def convert_command(
-    model: Model,
+    model: ModelArgument,
     output: Annotated[Path, "Directory to make; must not exist."],
     *,
     recipe: RecipeName = None,
@@ -90,7 +90,7 @@ def convert_command(
         )
     wanted = not (quiet or no_check)
     if as_json:
-        measured = {"check": _check(record, model, output, stream)} if wanted else {}
+        measured = {"check": _measured(record, model, output, stream)} if wanted else {}
         print_json({"output": str(output), **record, **measured})
         return
     from ternarize.measure.report import inspect as describe
@@ -101,7 +101,7 @@ def convert_command(
     if not quiet:
         for note in record["notes"]:
             advise(f"note: {printable(note)}")
-        found = _check(record, model, output, stream) if wanted else None
+        found = _measured(record, model, output, stream) if wanted else None
         show_check(found)
         show_hints(model, output, report, found)
 
@@ -193,7 +193,7 @@ def _dry_run(
         raise refused
 
 
-def _check(
+def _measured(
     record: dict[str, Any], model: str, output: Path, streamed: bool
 ) -> dict[str, Any] | None:
     """What `ternarize.check` finds where weights were rounded without data; else None."""

@@ -7,7 +7,7 @@ from ternarize.cli.options import (
     AsJson,
     Debug,
     Device,
-    Packed,
+    PackedArgument,
     Quiet,
     RunActivations,
     RunDtype,
@@ -19,7 +19,7 @@ from ternarize.errors import UsageError
 
 
 def evaluate_command(
-    model: Packed,
+    model: PackedArgument,
     *,
     text: Annotated[
         str | None,

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ternarize.cli.options import DTYPES, AsJson, Debug, OneOf, Packed, Quiet
+from ternarize.cli.options import DTYPE_CHOICES, AsJson, Debug, OneOf, PackedArgument, Quiet
 from ternarize.cli.terminal import in_bytes, print_json, progress_bar, shown, stdout
 from ternarize.errors import UsageError
 
@@ -21,7 +21,7 @@ ONLY_FOR = {
 
 
 def export_command(
-    model: Packed,
+    model: PackedArgument,
     output: Annotated[Path, "File (gguf) or directory to make."],
     *,
     to: Annotated[str, "Engine or format to export for.", TARGET_NAMES],
@@ -41,7 +41,7 @@ def export_command(
     ] = None,
     no_tokenizer: Annotated[bool, "gguf: no vocabulary, token numbers alone."] = False,
     dtype: Annotated[
-        str | None, "dense, mlx: dtype of floats; default: as in the model.", DTYPES
+        str | None, "dense, mlx: dtype of floats; default: as in the model.", DTYPE_CHOICES
     ] = None,
     allow_requantize: Annotated[
         bool, "Where the target cannot hold what is packed, take the nearest and measure it."

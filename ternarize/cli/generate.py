@@ -7,7 +7,7 @@ from ternarize.cli.options import (
     AsJson,
     Debug,
     Device,
-    Packed,
+    PackedArgument,
     Quiet,
     RunActivations,
     RunDtype,
@@ -17,7 +17,7 @@ from ternarize.cli.terminal import advise, print_json
 
 
 def generate_command(
-    model: Packed,
+    model: PackedArgument,
     *,
     prompt: Annotated[str, "Text to continue."] = "",
     max_new_tokens: Annotated[

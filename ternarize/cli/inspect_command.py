@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Annotated
 
-from ternarize.cli.options import AsJson, Debug, Packed
+from ternarize.cli.options import AsJson, Debug, PackedArgument
 from ternarize.cli.show import show_calibration, show_tensors, show_totals
 from ternarize.cli.terminal import print_json
 
 
 def inspect_command(
-    model: Packed,
+    model: PackedArgument,
     *,
     plot: Annotated[
         Path | None, "Draw the errors to this image (.png, .svg, .pdf); needs matplotlib."

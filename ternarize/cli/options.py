@@ -16,14 +16,14 @@ class OneOf(tuple[str, ...]):
     """In an annotation: what a text may be."""
 
 
-DTYPES = OneOf(KEPT_DTYPES)
-Model = Annotated[str, "Checkpoint directory, or Hub id user/name@revision."]
-Packed = Annotated[str, "Packed checkpoint: directory, or Hub id user/name@revision."]
+DTYPE_CHOICES = OneOf(KEPT_DTYPES)
+ModelArgument = Annotated[str, "Checkpoint directory, or Hub id user/name@revision."]
+PackedArgument = Annotated[str, "Packed checkpoint: directory, or Hub id user/name@revision."]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no hints.")]
 Debug = Annotated[bool, "Show the traceback of an error, and what other libraries warn of."]
 Device = Annotated[str | None, "Where to run, e.g. cpu or cuda."]
-RunDtype = Annotated[str | None, "Dtype to compute in.", DTYPES]
+RunDtype = Annotated[str | None, "Dtype to compute in.", DTYPE_CHOICES]
 RunActivations = Annotated[
     str | None, "Activations; default: as recorded in the checkpoint.", OneOf(ACTIVATIONS)
 ]

@@ -2,12 +2,12 @@
 
 from typing import Annotated
 
-from ternarize.cli.options import AsJson, Debug, Packed, Quiet
+from ternarize.cli.options import AsJson, Debug, PackedArgument, Quiet
 from ternarize.cli.terminal import in_bytes, print_json, progress_bar
 
 
 def verify_command(
-    model: Packed,
+    model: PackedArgument,
     *,
     source: Annotated[str | None, "Compare every tensor with what this source gives."] = None,
     as_json: AsJson = False,

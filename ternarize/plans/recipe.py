@@ -5,7 +5,7 @@ options of `ternarize convert`, CLI.md, the checks, and the reading of records a
 recipes are made from them. Nothing here needs torch: `ternarize --help` imports it.
 """
 
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import KW_ONLY, Field, dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType
@@ -112,7 +112,7 @@ class Calibrate:
     )
 
     def __post_init__(self) -> None:
-        _check(self)
+        _check_values(self)
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,7 @@ class Recipe:
         f"{GROUP_SIZE}; of weights that are ternary already their own.",
         GROUPS,
     )
+    _: KW_ONLY
     keep: tuple[str, ...] = option((), "Leave tensors that match this glob as they are.")
     include: tuple[str, ...] = option(
         (), "Ternarize linear weights that match this glob, kept by default."
@@ -165,7 +166,7 @@ class Recipe:
     calibrate: Calibrate | None = None
 
     def __post_init__(self) -> None:
-        _check(self)
+        _check_values(self)
         words = f"{self.method!r} {'without' if self.calibrate is None else 'with'} data"
         if self.method == GPTQ and self.calibrate is None:
             raise UsageError("method", words, "some with it", "Add `calibrate`, or take another")
@@ -175,10 +176,10 @@ class Recipe:
 
 Made = TypeVar("Made", Recipe, Calibrate)
 _TYPES = {int: Integral, float: Real}  # numpy's numbers are some, too
-_WORDS = {int: "a whole number", float: "a number", str: "a text", ...: "a list of texts"}
+_IN_WORDS = {int: "a whole number", float: "a number", str: "a text", ...: "a list of texts"}
 
 
-def _check(options: Recipe | Calibrate) -> None:
+def _check_values(options: Recipe | Calibrate) -> None:
     """Raise UsageError for the first value that its option cannot have; make tuples of lists."""
     for each in fields(options):
         value = getattr(options, each.name)
@@ -202,13 +203,12 @@ def _can_be(option: Field[Any], value: Any) -> bool:
 
 
 def _expected(option: Field[Any]) -> str:
-    allowed = option.metadata.get("allowed")
+    allowed, kinds = option.metadata.get("allowed"), get_args(option.type) or (option.type,)
+    if isinstance(allowed, tuple):
+        return f"one of {', '.join(map(str, allowed))}"
     if allowed is not None:
-        return (
-            f"one of {', '.join(map(str, allowed))}" if isinstance(allowed, tuple) else str(allowed)
-        )
-    kinds = get_args(option.type) or (option.type,)
-    return next((words for kind, words in reversed(_WORDS.items()) if kind in kinds), "a table")
+        return str(allowed)
+    return next((words for kind, words in reversed(_IN_WORDS.items()) if kind in kinds), "a table")
 
 
 # --- recipes that are written down ---------------------------------------------------------------
@@ -252,13 +252,9 @@ def _read(name: str) -> dict[str, Any]:
     path = Path(name)
     try:
         if not path.is_file():
-            inside = (path / RECORD).is_file()
-            raise UsageError(
-                name,
-                "is a directory" if path.is_dir() else "there is no such file",
-                f"one of {', '.join(NAMED)}, or a file in TOML or JSON",
-                f"Name {path / RECORD}" if inside else "Check the path",
-            )
+            found = "is a directory" if path.is_dir() else "there is no such file"
+            known = f"one of {', '.join(NAMED)}, or a file in TOML or JSON, such as {RECORD}"
+            raise UsageError(name or "--recipe", found, known, "Check the path")
         if path.stat().st_size > MAX_JSON:
             raise UsageError(name, f"{path.stat().st_size} bytes", f"at most {MAX_JSON}")
         text = path.read_text("utf-8-sig")
@@ -278,10 +274,8 @@ def read_recipe(record: dict[str, Any]) -> Recipe:
     try:
         return _of_table({"recipe": record.get("recipe")})
     except UsageError as error:
-        found = f"{error.found}: the recipe cannot be used"
-        raise FormatError(
-            f"{RECORD}: {error.where}", found, error.expected, "Fetch it again"
-        ) from None
+        where, found = f"{RECORD}: {error.where}", f"{error.found}: the recipe cannot be used"
+        raise FormatError(where, found, error.expected, "Fetch it again") from None
 
 
 def _of_table(table: dict[str, Any]) -> Recipe:
