@@ -291,7 +291,7 @@ def test_rows_in_chunks_are_the_same_rows(
     found = []
     for chunk in (1 << 22, 3 * 64):
         for module in (gptq, metrics):
-            monkeypatch.setattr(module, "WEIGHTS", chunk)
+            monkeypatch.setattr(module, "AT_A_TIME", chunk)
         y = x @ weight.T
         train, held = moments(x[:1500], y[:1500]), moments(x[1500:], y[1500:, gptq.probe_rows(20)])
         found.append(solve(weight, train, held, group_size, half, planes=planes))

@@ -305,7 +305,9 @@ def test_records_without_text_are_counted(tmp_path: Path) -> None:
     ],
 )
 def test_numbers_out_of_range_are_refused(file: Path, name: str, value: Any) -> None:
-    with pytest.raises(UsageError, match=f"^{name.replace('_', ' ')}: {str(value)[:60]}; expected "):
+    with pytest.raises(
+        UsageError, match=f"^{name.replace('_', ' ')}: {str(value)[:60]}; expected "
+    ):
         get(file, **{name: value})
 
 

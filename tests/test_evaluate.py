@@ -535,7 +535,9 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     save("llama", tmp_path / "model", size=200)
     path = tmp_path / "text.txt"
     path.write_text("w199 " * 20)
-    with pytest.raises(CheckpointError, match="tokens . to 199; expected 0 to 159, the model's vocabulary"):
+    with pytest.raises(
+        CheckpointError, match="tokens . to 199; expected 0 to 159, the model's vocabulary"
+    ):
         evaluate(tmp_path / "model", text=path, seq_len=SEQ_LEN)
 
 

@@ -338,7 +338,7 @@ class Blocks:
         value = value.to(torch.float32)
         bound = self._buffers.issuperset(self.places[name].parameters)  # may be infinite
         if bool(value.isnan().any()) or not (bound or bool(value.isfinite().all())):
-            raise WeightError(name)  # convert.py tells the whole story
+            raise WeightError(name, "is not finite")  # the conversion tells the whole story
         return value
 
 

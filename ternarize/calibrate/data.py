@@ -18,8 +18,9 @@ from torch import Tensor
 from ternarize.calibrate.inputs import Generate, let_write, own_beginning, read_tensors
 from ternarize.calibrate.samples import Sample, cutter, divide
 from ternarize.calibrate.texts import SELF, check_no_column, read_texts
-from ternarize.errors import CheckpointError, UsageError
+from ternarize.errors import UsageError
 from ternarize.files.headers import byte_view
+from ternarize.measure.encoders import pad
 from ternarize.models.reads import (
     CAUSAL,
     ENCODER,
@@ -32,6 +33,7 @@ from ternarize.models.reads import (
     longest_text,
     max_positions,
     names_of,
+    no_tokenizer,
 )
 from ternarize.plans.recipe import Calibrate
 
@@ -64,16 +66,16 @@ class Samples:
 class _Found(NamedTuple):
     """Samples that have been chosen, and what is to be said of them.
 
-    padding  the token that fills up samples of different lengths; None where all are of one
-    prefix   tokens that windows begin with
-    more     of the description
+    prefix  tokens that windows begin with
+    padded  samples are of different lengths, and filled up in a batch
+    more    of the description
     """
 
     sets: list[list[Sample]]
     name: str
     seq_len: int | None
     prefix: list[int]
-    padding: int | None
+    padded: bool
     notes: list[str]
     more: dict[str, Any]
 
@@ -116,7 +118,8 @@ def read(
         found = _from_text(calibration, config, model_class, tokenizer, rng)
     ids = [[t for n, t in sample.items() if n in IDS] for each in found.sets for sample in each]
     check_ids([t for row in ids for t in row if t.numel()], config, calibration.dataset)
-    batches, heldout, report = (_batch(s, batch_size, found.padding, rng) for s in found.sets)
+    padder = tokenizer if found.padded else None
+    batches, heldout, report = (_batch(each, batch_size, padder, rng) for each in found.sets)
     tokens = sum(t.numel() for row in ids[: len(found.sets[0])] for t in row)
     digest = _digest_of(found.sets)
     description = _describe(calibration, found, tokens, digest, tokenizer)
@@ -127,7 +130,7 @@ def read(
 def _from_tensors(calibration: Calibrate, model_class: Any) -> _Found:
     check_no_column(calibration.text_column, calibration.dataset)
     sets = read_tensors(calibration, model_class)
-    return _Found(sets, Path(calibration.dataset).name, None, [], None, [], {})
+    return _Found(sets, Path(calibration.dataset).name, None, [], False, [], {})
 
 
 def _reads_no_text(dataset: str, model_class: Any) -> UsageError:
@@ -152,19 +155,15 @@ def _from_model(
     check_no_column(calibration.text_column, SELF)
     seq_len = _seq_len(calibration, kind_of(model_class, config), config, tokenizer)
     sets = let_write(calibration, seq_len, config, model_class, tokenizer, generate, batch_size)
-    return _Found(sets, SELF, seq_len, own_beginning(config, tokenizer), None, [], {})
+    return _Found(sets, SELF, seq_len, own_beginning(config, tokenizer), False, [], {})
 
 
 def _from_text(
     calibration: Calibrate, config: Any, model_class: Any, tokenizer: Any, rng: random.Random
 ) -> _Found:
     if tokenizer is None:
-        raise CheckpointError(
-            calibration.dataset,
-            f"{model_class.__name__} has no tokenizer, without which text cannot be read",
-            "tokenizer.json or the like",
-            "Copy it from the source of the model",
-        )
+        found = f"{model_class.__name__} has no tokenizer, without which text cannot be read"
+        raise no_tokenizer(calibration.dataset, found)
     kind = kind_of(model_class, config)
     seq_len = _seq_len(calibration, kind, config, tokenizer)
     texts = read_texts(calibration, seq_len, tokenizer)
@@ -172,9 +171,8 @@ def _from_text(
     sets, notes = divide(calibration, texts.documents, seq_len, cut, finish, rng)
     files = {"files": texts.files} if texts.files else {}
     more = {**files, "documents": len(texts.documents)}
-    prefix = frame(tokenizer).prefix
-    padding = (tokenizer.pad_token_id or 0) if kind == ENCODER else None
-    return _Found(sets, texts.name, seq_len, prefix, padding, texts.notes + notes, more)
+    prefix, padded = frame(tokenizer).prefix, kind == ENCODER
+    return _Found(sets, texts.name, seq_len, prefix, padded, texts.notes + notes, more)
 
 
 def _seq_len(calibration: Calibrate, kind: str, config: Any, tokenizer: Any | None) -> int:
@@ -217,26 +215,20 @@ def _describe(
 
 
 def _batch(
-    samples: Sequence[Sample], batch_size: int, padding: int | None, rng: random.Random
+    samples: Sequence[Sample], batch_size: int, tokenizer: Any | None, rng: random.Random
 ) -> list[dict[str, Tensor]]:
-    """Samples in batches: as they are, or sorted by length and padded.
+    """Samples in batches: as they are, or sorted by length and padded, with an attention mask.
 
-    Padding has attention_mask 0.
+    tokenizer  of samples of different lengths, else None
     """
-    if padding is not None:  # alike lengths together; then batches in random order
+    if tokenizer is not None:  # alike lengths together; then batches in random order
         samples = sorted(samples, key=lambda sample: len(sample["input_ids"]))
     parts = [samples[at : at + batch_size] for at in range(0, len(samples), batch_size)]
-    if padding is None:
+    if tokenizer is None:
         return [{name: torch.stack([s[name] for s in part]) for name in part[0]} for part in parts]
     rng.shuffle(parts)
-    batches: list[dict[str, Tensor]] = []
-    for part in parts:
-        rows = [sample["input_ids"] for sample in part]
-        pad = torch.nn.utils.rnn.pad_sequence
-        ids = pad(rows, batch_first=True, padding_value=padding)
-        mask = pad([torch.ones_like(row) for row in rows], batch_first=True)
-        batches.append({"input_ids": ids, "attention_mask": mask})
-    return batches
+    padded = (pad([s["input_ids"].tolist() for s in part], tokenizer) for part in parts)
+    return [{"input_ids": ids, "attention_mask": mask} for ids, mask in padded]
 
 
 def _digest_of(sets: Sequence[Sequence[Sample]]) -> str:

@@ -56,7 +56,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ternarize.calibrate.metric import WEIGHTS, Metric, chunks
+from ternarize.calibrate.metric import AT_A_TIME, Metric, chunks
 from ternarize.calibrate.moments import Inputs, Moments
 from ternarize.calibrate.sweep import sweep
 from ternarize.trits.methods import itf
@@ -316,7 +316,7 @@ def _joint_scales(problem: _Problem, trits: Tensor) -> Tensor:
     length, count = group_length(cols, size), group_count(cols, size)
     found = torch.empty(len(trits), count, dtype=torch.float64, device=trits.device)
     above = below = 0.0
-    for rows in chunks(trits, max(1, min(SYSTEMS // count**2, WEIGHTS // cols))):
+    for rows in chunks(trits, max(1, min(SYSTEMS // count**2, AT_A_TIME // cols))):
         some = trits[rows].float()
         b = group_sums(problem.aim(rows).mul_(some), size).double()
         a = torch.empty(len(some), count, count, dtype=torch.float64, device=trits.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ternarize.calibrate.moments import Inputs
 
 PANEL = 256  # columns of the factor that are computed at a time
-WEIGHTS = 1 << 22  # weights that are worked on at a time
+AT_A_TIME = 1 << 22  # weights that are worked on
 
 
 class Metric:
@@ -105,5 +105,5 @@ class Metric:
 
 def chunks(matrix: Tensor, step: int = 0) -> Iterator[slice]:
     """The rows of a matrix, some at a time."""
-    count, step = len(matrix), step or max(1, WEIGHTS // matrix.shape[1])
+    count, step = len(matrix), step or max(1, AT_A_TIME // matrix.shape[1])
     return (slice(first, min(first + step, count)) for first in range(0, count, step))

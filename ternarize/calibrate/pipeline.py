@@ -2,9 +2,10 @@
 
 import json
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from ternarize.calibrate.blocks import Batch
 from ternarize.calibrate.budget import allocate, describe
 from ternarize.calibrate.data import MAX_SEQ_LEN, Samples, read
+from ternarize.calibrate.inputs import Generate
 from ternarize.calibrate.run import Calibration
 from ternarize.calibrate.solved import open_solved
 from ternarize.calibrate.texts import SELF
@@ -147,22 +149,29 @@ def _in_block(name: str) -> bool:
     return any(step.isdigit() for step in name.split("."))
 
 
-def _check_same(folder: Path, inputs: Mapping[str, str]) -> None:
+def _left_at(path: Path) -> Any:
+    """What an earlier run has left, None if nothing."""
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+
+
+def _leave(path: Path, value: Any) -> None:
+    write_whole(path, json.dumps(value).encode())
+
+
+def _check_same(folder: Path, inputs: dict[str, str]) -> None:
     """Blocks that an earlier run has left must come from the same samples and device."""
-    path = folder / INPUTS
-    if path.is_file():
-        before = json.loads(path.read_text("utf-8"))
-        if before != inputs:
-            raise OutputError(
-                folder.parent,
-                f"holds blocks calibrated on other samples or another device ({before} there, "
-                f"{dict(inputs)} now)",
-                "the same",
-                "Remove it to begin anew",
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(dict(inputs)).encode())
+    before = _left_at(folder / INPUTS)
+    if before is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        _leave(folder / INPUTS, inputs)
+    elif before != inputs:
+        raise OutputError(
+            folder.parent,
+            f"holds blocks calibrated on other samples or another device ({before} there, "
+            f"{inputs} now)",
+            "the same",
+            "Remove it to begin anew",
+        )
 
 
 def _environments(folder: Path, device: str) -> list[dict[str, Any]]:
@@ -170,8 +179,7 @@ def _environments(folder: Path, device: str) -> list[dict[str, Any]]:
 
     As far as it can be told: the same bytes are promised on the same machine alone.
     """
-    path = folder / ENVIRONMENTS
-    known: list[dict[str, Any]] = json.loads(path.read_text("utf-8")) if path.is_file() else []
+    known: list[dict[str, Any]] = _left_at(folder / ENVIRONMENTS) or []
     own = {
         "device": device,
         "machine": platform.machine(),
@@ -184,7 +192,7 @@ def _environments(folder: Path, device: str) -> list[dict[str, Any]]:
     }
     if own not in known:
         known.append(own)
-        write_whole(path, json.dumps(known).encode())
+        _leave(folder / ENVIRONMENTS, known)
     return known
 
 
@@ -205,31 +213,31 @@ def _samples(plan: Plan, calibration: Calibrate) -> Samples:
         config=config,
         model_class=model_class,
         tokenizer=open_tokenizer(directory) if has_tokenizer(directory) else None,
-        generate=_Writer(directory, model_class) if calibration.dataset == SELF else None,
+        generate=_writer(directory, model_class) if calibration.dataset == SELF else None,
         batch_size=max(1, TOKENS_IN_BATCH // length),
     )
 
 
-class _Writer:
+def _writer(directory: Path, model_class: Any) -> Generate:
     """Lets the source model write text, loaded when it is first asked to."""
 
-    def __init__(self, directory: Path, model_class: Any) -> None:
-        self.directory, self.model_class, self.model = directory, model_class, None
+    @cache
+    def model() -> Any:
+        return model_class.from_pretrained(directory, dtype="auto").eval()
 
     @torch.inference_mode()
-    def __call__(self, prompt: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    def write(prompt: Tensor, length: int, generator: torch.Generator) -> Tensor:
         """Sample from the model, token by token, at temperature 1: (n, p) -> (n, length) int64."""
-        if self.model is None:
-            self.model = self.model_class.from_pretrained(self.directory, dtype="auto").eval()
-        model: Any = self.model
-        ids, cache = prompt, dict[str, Any]()
+        ids, memory = prompt, dict[str, Any]()
         while ids.shape[1] < length:  # a model without a memory reads all of it again
-            output = model(input_ids=ids[:, -1:] if cache else ids, use_cache=True, **cache)
-            cache = cache_of(output)
+            output = model()(input_ids=ids[:, -1:] if memory else ids, use_cache=True, **memory)
+            memory = cache_of(output)
             probabilities = output.logits[:, -1].float().softmax(-1).cpu()
             new = torch.multinomial(probabilities, 1, generator=generator)
             ids = torch.cat([ids, new], 1)
         return ids[:, :length].clone()
+
+    return write
 
 
 def _budget(
@@ -242,17 +250,14 @@ def _budget(
     progress: Progress | None,
 ) -> list[TensorPlan]:
     """Spend the bits, or read how they were spent before the run was broken off."""
-    path = folder / BUDGET
-    if path.is_file():
-        forms = json.loads(path.read_text("utf-8"))
+    forms = _left_at(folder / BUDGET)
+    if forms is not None:
         return [
             replace(t, group_size=forms[t.name][0], planes=forms[t.name][1]) if t.ternary else t
             for t in tensors
         ]
     found = allocate(source, tensors, samples.heldout, target_bpw, device=device, progress=progress)
-    folder.mkdir(parents=True, exist_ok=True)
-    forms = {t.name: [t.group_size, t.planes] for t in found}
-    write_whole(path, json.dumps(forms).encode())
+    _leave(folder / BUDGET, {t.name: [t.group_size, t.planes] for t in found})
     return found
 
 

@@ -1,1 +1,14 @@
-"""TODO."""
+"""Measuring: how much of a model is left, how fast it runs, and what a packed checkpoint holds.
+
+Nothing here changes a model or writes a checkpoint. Models are loaded as users load them.
+
+    figures.py          means with standard errors, and bounds that they may be held to
+    documents.py        a text as documents and windows of tokens; the text of the package
+    language_models.py  next words against the source's: perplexity, divergence, agreement
+    encoders.py         embeddings, and how near they are to the source's
+    measured.py         a checkpoint that is to be measured, packed or not, and its model
+    evaluate.py         a packed model against its source, on a text
+    tasks.py            tasks of the lm-evaluation-harness
+    bench.py            tokens per second, and bytes of weights against the speed of memory
+    report.py           a packed checkpoint tensor by tensor, in figures and drawn
+"""

@@ -24,11 +24,10 @@ from ternarize.runtime.modules.embedding import PackedEmbedding
 from ternarize.runtime.modules.experts import TernaryExperts
 
 READ_BYTES = 1 << 28  # of the loop that measures memory: more than caches hold
-Model = Any
 
 
 def bench(
-    model: Model, *, prompt: int = 128, decode: int = 32, batch: int = 1, repeats: int = 5
+    model: Any, *, prompt: int = 128, decode: int = 32, batch: int = 1, repeats: int = 5
 ) -> dict[str, Any]:
     """Measure a causal language model of transformers, packed or not, on the CPU.
 
@@ -84,7 +83,7 @@ def bench(
     }
 
 
-def run(model: Model, prompt: int, decode: int, batch: int = 1) -> tuple[float, float]:
+def run(model: Any, prompt: int, decode: int, batch: int = 1) -> tuple[float, float]:
     """Seconds for `batch` prompts, and for the tokens that follow them; arguments as in `bench`.
 
     As `ternarize generate` does it: by ternarize.decode where it can, else by the model's forward.

@@ -38,12 +38,18 @@ def embed(
 
 @torch.inference_mode()
 def _embed(model: Any, ids: Sequence[list[int]], tokenizer: Any) -> Tensor:
-    longest = max(1, *map(len, ids))
-    padding = tokenizer.pad_token_id or 0  # masked, so any id will do
-    padded = torch.tensor([row + [padding] * (longest - len(row)) for row in ids])
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])
+    padded, mask = pad(ids, tokenizer)
     output = model(input_ids=padded.to(model.device), attention_mask=mask.to(model.device))
     return pool(output.last_hidden_state.float().cpu(), mask)
+
+
+def pad(rows: Sequence[list[int]], tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """Token ids (n, longest) int64 and their attention mask, 0 behind the end of a row."""
+    longest = max(1, *map(len, rows))
+    padding = tokenizer.pad_token_id or 0  # masked, so any id will do
+    ids = [row + [padding] * (longest - len(row)) for row in rows]
+    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+    return torch.tensor(ids), torch.tensor(mask)
 
 
 def pool(hidden: Tensor, mask: Tensor | None) -> Tensor:

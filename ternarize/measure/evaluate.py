@@ -111,24 +111,18 @@ def prepare(
     """Find the checkpoints and cut the text; no weight is read. Arguments, errors: `evaluate`."""
     checkpoints = [Measured.at(path) for path in (packed, source) if path is not None]
     ours = checkpoints[0]
-    if len({checkpoint.kind for checkpoint in checkpoints}) > 1:
-        theirs = checkpoints[1]
-        raise UsageError(
-            theirs.directory,
-            f"is a {theirs.kind} ({theirs.model_class.__name__}) and {ours.directory} a "
-            f"{ours.kind} ({ours.model_class.__name__})",
-            "the model and its source",
-            "Name the source that was converted",
-        )
+    for theirs in checkpoints[1:]:
+        for of in (_kind_of, _vocabulary_of):
+            if of(ours) != of(theirs):
+                raise UsageError(
+                    theirs.directory,
+                    f"is {of(theirs)} and {ours.directory} {of(ours)}",
+                    "the model and its source",
+                    "Name the source that was converted",
+                )
     if ours.kind == ENCODER and source is None:
-        raise UsageError(
-            ours.directory,
-            f"is an encoder ({ours.model_class.__name__}), which is measured by the distance to "
-            "its source",
-            "a source",
-            "Name it with --source",
-        )
-    _check_vocabularies(checkpoints)
+        found = "is an encoder and measured by the distance to its source"
+        raise UsageError(ours.directory, found, "a source", "Name it with --source")
     tokenizer = shared_tokenizer(checkpoints)
     documents = read_documents(own_text() if str(text) == DEFAULT else text)
     where = str(text)
@@ -208,12 +202,9 @@ class Evaluation:
         return measures
 
 
-def _check_vocabularies(checkpoints: Sequence[Measured]) -> None:
-    sizes = [vocabulary_size(checkpoint.config) for checkpoint in checkpoints]
-    if len(set(sizes)) > 1:
-        raise UsageError(
-            checkpoints[1].directory,
-            f"vocabulary of {sizes[1]} tokens, and {checkpoints[0].directory} has {sizes[0]}",
-            "the same",
-            "Name the source that was converted",
-        )
+def _kind_of(checkpoint: Measured) -> str:
+    return f"a {checkpoint.kind}" if checkpoint.kind == CAUSAL else f"an {checkpoint.kind}"
+
+
+def _vocabulary_of(checkpoint: Measured) -> str:
+    return f"of a vocabulary of {vocabulary_size(checkpoint.config)} tokens"

@@ -12,6 +12,7 @@ from torch import Tensor
 from ternarize.errors import CheckpointError, UsageError
 from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.json_files import read_config
+from ternarize.files.metadata import KEY
 from ternarize.models.configuration import class_of, config_from, open_config, usable
 from ternarize.models.places import locate_tensors
 from ternarize.models.reads import (
@@ -23,6 +24,7 @@ from ternarize.models.reads import (
     has_tokenizer,
     kind_of,
     looks_back,
+    no_tokenizer,
     open_tokenizer,
 )
 from ternarize.runtime.load import load
@@ -150,7 +152,7 @@ def look(model: str | Path) -> tuple[Path, dict[str, Any] | None, Checkpoint | N
 
 def _is_packed(table: dict[str, Any]) -> bool:
     found = table.get("quantization_config")
-    return isinstance(found, dict) and found.get("quant_method") == "ternarize"
+    return isinstance(found, dict) and found.get("quant_method") == KEY
 
 
 def _round_input(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -195,12 +197,7 @@ def shared_tokenizer(checkpoints: Sequence[Measured]) -> Any:
     for checkpoint in checkpoints:
         if has_tokenizer(checkpoint.directory):
             return open_tokenizer(checkpoint.directory)
-    raise CheckpointError(
-        checkpoints[0].directory,
-        "no tokenizer",
-        "tokenizer.json or the like",
-        "Copy it from the source of the model",
-    )
+    raise no_tokenizer(checkpoints[0].directory)
 
 
 def compute_dtype(dtype: str | torch.dtype | None, device: str | None) -> torch.dtype | None:

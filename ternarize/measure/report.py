@@ -119,7 +119,7 @@ def _count_zeros(packed: Checkpoint, name: str, record: Record) -> int:
         try:
             trits = unpack(rows.view(-1, width // record.planes), cols, record.group_size)
         except FormatError as error:
-            raise FormatError(f"{packed.tensors[name].file}: {name}: {error}") from None
+            raise error.within(f"{packed.tensors[name].file}: {name}") from None
         zeros += trits.numel() - int(trits.count_nonzero())
     return zeros
 
@@ -253,6 +253,6 @@ def _without_common(names: list[str]) -> dict[str, str]:
     """Names without the parts at both ends that all of them share."""
     parts = [name.split(".") for name in names]
     least = min(map(len, parts), default=1)
-    first = min(len(os.path.commonprefix(parts)), least - 1)  # type: ignore[type-var]
-    last = min(len(os.path.commonprefix([p[::-1] for p in parts])), least - 1 - first)  # type: ignore[type-var]
+    first = min(len(os.path.commonprefix(parts)), least - 1)
+    last = min(len(os.path.commonprefix([p[::-1] for p in parts])), least - 1 - first)
     return {name: ".".join(p[first : len(p) - last]) for name, p in zip(names, parts, strict=True)}

@@ -119,6 +119,12 @@ def has_tokenizer(directory: Path) -> bool:
     return any((directory / name).is_file() for name in TOKENIZER_FILES)
 
 
+def no_tokenizer(where: object, found: str = "no tokenizer") -> CheckpointError:
+    """The error of a checkpoint without one."""
+    remedy = "Copy it from the source of the model"
+    return CheckpointError(where, found, "tokenizer.json or the like", remedy)
+
+
 def open_tokenizer(directory: str | Path) -> Any:
     """The tokenizer of a checkpoint; raises CheckpointError when it has none that can be used."""
     directory = Path(directory)
