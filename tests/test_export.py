@@ -35,10 +35,11 @@ import ternarize
 from ternarize.cli.app import app
 from ternarize.convert.run import convert
 from ternarize.errors import CheckpointError, OutputError, TernarizeError, UsageError
-from ternarize.files import container, llama_cpp
-from ternarize.files.container import Record
+from ternarize.files import container, llama_cpp, metadata
+from ternarize.files.metadata import Record
 from ternarize.plans.recipe import Recipe
-from ternarize.publish.export import export, hugging_face, vocabulary
+from ternarize.publish.export import directory as to_directory
+from ternarize.publish.export import export, vocabulary
 from ternarize.publish.export import gguf as to_gguf
 from ternarize.publish.export.common import common_scales, open_verified
 from ternarize.trits import ggml
@@ -377,7 +378,7 @@ def test_experts_become_one_tensor_in_their_order(tmp_path: Path) -> None:
     assert stack.shape.tolist() == [512, 256, 4]  # the fastest first
     found = gguf.dequantize(stack.data, stack.tensor_type).reshape(4, 256, 512)
     stored = packing.read_checkpoint(tmp_path / "packed")
-    for name, record in container.records_of(container_of(tmp_path / "packed")).items():
+    for name, record in metadata.records_of(container_of(tmp_path / "packed")).items():
         if name.startswith("model.layers.1.block_sparse_moe.experts.") and ".w2." in name:
             dense = container.dequantize(stored[name], stored[name + "_scale"], record)
             assert np.array_equal(found[int(name.split(".")[5])], dense.numpy())
@@ -408,7 +409,7 @@ def test_rows_tensors_and_larger_groups_are_exact(
     assert down.tensor_type == gguf.GGMLQuantizationType.TQ2_0
     expected = packing.read_checkpoint(packed(group_size))
     name = "model.layers.1.mlp.down_proj.weight"
-    record = container.records_of(container_of(packed(group_size)))[name]
+    record = metadata.records_of(container_of(packed(group_size)))[name]
     dense = container.dequantize(expected[name], expected[name + "_scale"], record)
     found = gguf.dequantize(down.data, down.tensor_type)
     assert np.array_equal(found.reshape(dense.shape), dense.numpy())
@@ -450,7 +451,7 @@ def test_what_a_loss_costs_is_measured(packed: Callable[..., Path], tmp_path: Pa
     assert not report["exact"] and len(report["errors"]) == 7
     _, tensors = read_gguf(tmp_path / "m.gguf")
     stored = packing.read_checkpoint(packed(128))
-    records = container.records_of(container_of(packed(128)))
+    records = metadata.records_of(container_of(packed(128)))
     (row,) = [r for r in report["errors"] if "down_proj" in r["tensors"]]
     ratios, squared, energy = [], 0.0, 0.0
     for layer in range(2):
@@ -471,7 +472,7 @@ def rewrite(
 ) -> Path:
     """A copy of a packed checkpoint with other tensors and records, and digests that match."""
     tensors = packing.read_checkpoint(packed)
-    records = container.records_of(container_of(packed))
+    records = metadata.records_of(container_of(packed))
     change(tensors, records)
     for name, record in records.items():
         parts = [tensors[name]] + ([tensors[name + "_scale"]] if record.shape else [])
@@ -480,8 +481,8 @@ def rewrite(
     for file in packed.iterdir():
         if file.name != "ternarize.json":
             (directory / file.name).write_bytes(file.read_bytes())
-    metadata = container.dump_metadata(records)
-    save_file(tensors, directory / "model.safetensors", metadata=metadata)
+    said = metadata.dump_metadata(records)
+    save_file(tensors, directory / "model.safetensors", metadata=said)
     return directory
 
 
@@ -537,7 +538,7 @@ def test_int8_ends_are_exact_in_q8_0(packed: Callable[..., Path], tmp_path: Path
     assert export(model, tmp_path / "m.gguf", "gguf")["exact"]
     _, tensors = read_gguf(tmp_path / "m.gguf")
     stored = packing.read_checkpoint(model)
-    records = container.records_of(container_of(model))
+    records = metadata.records_of(container_of(model))
     ends = (("token_embd", "model.embed_tokens"), ("output", "lm_head"))
     for new, name in ((f"{a}.weight", f"{b}.weight") for a, b in ends):
         assert tensors[new].tensor_type == gguf.GGMLQuantizationType.Q8_0
@@ -1012,7 +1013,7 @@ def test_mlx_holds_every_weight(
     assert config["quantization"] == {"group_size": expected, "bits": 2, "mode": "affine"}
     stored, out = packing.read_checkpoint(model), packing.read_checkpoint(tmp_path / "mlx")
     checked = 0
-    for name, record in container.records_of(container_of(model)).items():
+    for name, record in metadata.records_of(container_of(model)).items():
         if record.shape is None:
             assert torch.equal(out[name], stored[name])
             continue
@@ -1046,7 +1047,7 @@ def test_shards_and_their_index(
     packed: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export(packed(128), tmp_path / "one", "dense")
-    monkeypatch.setattr(hugging_face, "SHARD", 400_000)
+    monkeypatch.setattr(to_directory, "SHARD", 400_000)
     export(packed(128), tmp_path / "many", "dense")
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 3

@@ -1,26 +1,36 @@
-"""Packed checkpoint -> files that other engines load."""
+"""Packed checkpoint -> files that other engines load, a module for each target.
+
+common.py      reading the packed checkpoint, what is lost, the output's place
+directory.py   a checkpoint in the layout of the Hub, written
+dense.py       floating point
+bitnet.py      transformers' BitLinear
+gemma.py       transformers' QuantizedLinear
+mlx.py         MLX
+vocabulary.py  the vocabulary of a GGUF file
+gguf.py        llama.cpp
+"""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ternarize.errors import UsageError
 from ternarize.progress import Progress
+from ternarize.publish.export.bitnet import bitnet_contents
 from ternarize.publish.export.common import open_verified
+from ternarize.publish.export.dense import dense_contents
+from ternarize.publish.export.directory import export_directory
+from ternarize.publish.export.gemma import gemma_int2_contents
 from ternarize.publish.export.gguf import export_gguf
-from ternarize.publish.export.hugging_face import (
-    export_bitnet,
-    export_dense,
-    export_gemma_int2,
-    export_mlx,
-)
+from ternarize.publish.export.mlx import mlx_contents
 
 TARGETS: dict[str, Callable[..., dict[str, Any]]] = {
     "gguf": export_gguf,
-    "dense": export_dense,
-    "bitnet": export_bitnet,
-    "gemma-int2": export_gemma_int2,
-    "mlx": export_mlx,
+    "dense": partial(export_directory, dense_contents, "dense"),
+    "bitnet": partial(export_directory, bitnet_contents, "bitnet"),
+    "gemma-int2": partial(export_directory, gemma_int2_contents, "gemma-int2"),
+    "mlx": partial(export_directory, mlx_contents, "mlx"),
 }
 
 

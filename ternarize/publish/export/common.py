@@ -23,7 +23,7 @@ from torch import Tensor
 from ternarize.errors import CheckpointError, OutputError
 from ternarize.files import container
 from ternarize.files.checkpoint import Checkpoint
-from ternarize.files.container import SCALE_SUFFIX, Record
+from ternarize.files.metadata import SCALE_SUFFIX, Record
 from ternarize.files.outputs import cannot_make, partial_of, sync_files, sync_names
 from ternarize.sources.packed import open_packed
 from ternarize.trits.base3 import BASE3
@@ -73,7 +73,7 @@ class PackedCheckpoint:
 def open_verified(model: str | Path) -> PackedCheckpoint:
     """Open a packed checkpoint and check every byte of it; raises as `verify` does."""
     checkpoint, records = open_packed(model)
-    container.check(checkpoint, records)
+    container.check_data(checkpoint, records)
     return PackedCheckpoint(checkpoint, records)
 
 

@@ -1,0 +1,107 @@
+"""Export to MLX's affine quantization in 2 bits, groups of 32, 64 or 128.
+
+<x>.weight U32 [rows, cols / 16]: word c has columns 16 c + {0 .. 15} from the low bits, as
+q = t + 1;  <x>.scales [rows, cols / group] = s;  <x>.biases = -s;  weight = q * scale + bias
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ternarize.files.headers import DTYPE_NAMES
+from ternarize.publish.export.common import Losses, PackedCheckpoint, carry, carry_or_refit
+from ternarize.publish.export.directory import (
+    Contents,
+    DirectoryItem,
+    directory_items,
+    refuse_activations,
+    target_dtype,
+)
+
+MLX_GROUPS = (128, 64, 32)
+
+
+def mlx_contents(packed: PackedCheckpoint, losses: Losses, *, dtype: str | None = None) -> Contents:
+    """A checkpoint for MLX (mlx-lm), in 2 bits with affine groups.
+
+    dtype  of scales and of kept floating-point tensors, which MLX wants to be the same; None: the
+           model's own
+
+    The groups are the largest of 128, 64, 32 that hold every tensor exactly; larger ones are cut,
+    each piece with the same scale. Raises CheckpointError for other groups, for scales that `dtype`
+    cannot hold, and where activations in int8 are on record.
+    """
+    refuse_activations(packed, losses)
+    target = target_dtype(packed, dtype)
+    matrices = _matrices(packed, losses)
+    group, lost = _largest_group(packed, matrices, target)
+    for name, reason in zip(matrices, lost, strict=True):
+        losses.add(reason, name)
+    losses.stop_unless_allowed(
+        packed, "Convert the source with --group-size 128 --rotation 0, or choose a --dtype."
+    )
+
+    # the entries of a tensor are made one after the other
+    ternary = lru_cache(maxsize=1)(lambda name: carry_or_refit(packed, name, group, target))
+
+    def parts(name: str) -> list[DirectoryItem]:
+        rows, cols = packed.info(name)[1]
+        kind = DTYPE_NAMES[target]
+        base = name.removesuffix("weight")
+
+        def weight() -> Tensor:
+            codes = (ternary(name).trits + 1).to(torch.int64).view(rows, -1, 16)
+            words = (codes << torch.arange(0, 32, 2)).sum(-1)
+            return words.to(torch.uint32)
+
+        def scales() -> Tensor:
+            losses.measure(name, packed.dense(name), ternary(name).dequantize())
+            return ternary(name).scales.to(target)
+
+        return [
+            DirectoryItem(name, "U32", (rows, cols // 16), weight),
+            DirectoryItem(base + "scales", kind, (rows, cols // group), scales),
+            DirectoryItem(
+                base + "biases",
+                kind,
+                (rows, cols // group),
+                lambda: -ternary(name).scales.to(target),
+            ),
+        ]
+
+    quantization = {"group_size": group, "bits": 2, "mode": "affine"}
+    config = {
+        "dtype": str(target)[6:],
+        "quantization": quantization,
+        "quantization_config": quantization,
+    }
+    return directory_items(packed, matrices, parts, losses, target), config
+
+
+def _matrices(packed: PackedCheckpoint, losses: Losses) -> list[str]:
+    """The ternary tensors that MLX can hold; of the others it is noted why not."""
+    matrices = []
+    for name, record in packed.records.items():
+        if record.kind != "ternary":
+            continue
+        assert record.shape is not None
+        if len(record.shape) != 2 or record.transposed:
+            losses.add("stacks of experts or transposed matrices", name)
+        elif record.shape[-1] % min(MLX_GROUPS):
+            losses.add("columns that are no multiple of 32", name)
+        else:
+            matrices.append(name)
+    return matrices
+
+
+def _largest_group(
+    packed: PackedCheckpoint, matrices: list[str], dtype: torch.dtype
+) -> tuple[int, list[str]]:
+    """The largest group that holds every matrix exactly, else the smallest; what is lost."""
+    for group in MLX_GROUPS:
+        if all(packed.info(name)[1][-1] % group == 0 for name in matrices):
+            lost = [carry(packed, name, group, dtype)[1] for name in matrices]
+            if group == min(MLX_GROUPS) or not any(lost):
+                return group, lost
+    raise AssertionError("the smallest group divides them all")
