@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from ternarize.calibrate.gptq import probe_rows, solve
-from ternarize.calibrate.statistics import Inputs, Moments
+from ternarize.calibrate.moments import Inputs, Moments
 from ternarize.trits.scales import store_scales
 
 SHAPES = ["256x256", "256x768", "512x512", "1024x1024", "2048x2048", "4096x4096"]
@@ -42,7 +42,7 @@ SAMPLES, TOKENS = 16, 128
 MEASURE = """
 import json, sys, torch, transformers
 from ternarize.convert.run import convert
-from ternarize.plan import Calibrate, Recipe
+from ternarize.plans.recipe import Calibrate, Recipe
 torch.set_num_threads({threads})
 def rss(key):
     line = next(l for l in open("/proc/self/status") if l.startswith(key))

@@ -29,7 +29,7 @@ def rss(key):
     return int(text.split(key + ":")[1].split()[0]) * 1024
 base = rss("VmRSS")
 from ternarize.convert.run import convert
-from ternarize.plan import Recipe
+from ternarize.plans.recipe import Recipe
 start = time.perf_counter()
 convert(sys.argv[1], sys.argv[2], Recipe(sys.argv[3]), threads=2)
 print(json.dumps({

@@ -125,10 +125,9 @@ def _memory(evaluation: Evaluation, coverage: dict[str, int]) -> int:
     """Bytes that both models in float32 and the logits of one batch take."""
     dense = 4 * (coverage["total"] - coverage["tied"] + coverage["kept"])
     packed = coverage["ternary"] // 2 + coverage["int8"]  # in run-time layouts of 2 bits, scales
-    vocabulary = max(vocabulary_size(each.config) or 1 for each in evaluation.checkpoints)
-    logits = (
-        4 * evaluation.batch_size() * evaluation.seq_len * vocabulary * len(evaluation.checkpoints)
-    )
+    models = evaluation.checkpoints
+    vocabulary = max(vocabulary_size(each.config) or 1 for each in models)
+    logits = 4 * evaluation.batch_size() * evaluation.seq_len * vocabulary * len(models)
     return dense + packed + logits + 8 * 4 * max(LOGITS, vocabulary)
 
 

@@ -38,7 +38,7 @@ def write_small_files(plan: Plan, state: State, folder: Path) -> dict[str, Any]:
         (folder / name).write_bytes(content)
     record = make_record(plan, state)
     # config.json also where the source has none: it is what says that the weights are packed
-    tables = {"config.json": _config(plan, state), RECORD: record}
+    tables = {"config.json": _packed_config(plan, state), RECORD: record}
     if len(state.shards) > 1:
         tables[SAFETENSORS + INDEX] = _index(plan, state)
     for name, table in tables.items():
@@ -59,7 +59,7 @@ def _index(plan: Plan, state: State) -> dict[str, Any]:
     }
 
 
-def _config(plan: Plan, state: State) -> dict[str, Any]:
+def _packed_config(plan: Plan, state: State) -> dict[str, Any]:
     """The configuration of the source, and how its weights are packed."""
     config: dict[str, Any] = _without_paths(plan.source.config or {})
     recipe = plan.recipe

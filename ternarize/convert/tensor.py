@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ternarize.calibrate.run import read_solved
+from ternarize.calibrate.solved import read_solved
 from ternarize.errors import UsageError, WeightError
 from ternarize.files.checkpoint import Checkpoint, TensorInfo
-from ternarize.files.container import SCALE_SUFFIX, Record, join_planes, pack_planes
+from ternarize.files.container import join_planes, pack_planes
 from ternarize.files.headers import DTYPE_NAMES, DTYPES, byte_view
+from ternarize.files.metadata import SCALE_SUFFIX, Record
 from ternarize.plans.layout import PIECE, TensorPlan, logical
 from ternarize.plans.lossless import exact_groups, not_lossless
 from ternarize.plans.recipe import GPTQ, WITHOUT_DATA, Recipe
@@ -209,10 +210,9 @@ def _ternarize(
         all_scales.append(join_planes([plane.scales.cpu() for plane in fit.planes]).reshape(-1))
         error, energy = error + fit.squared_error, energy + fit.energy
         nonzero += fit.nonzero
-    _, shape = tensor.record("").stored_shapes()
     flat = torch.cat(all_scales) if all_scales else torch.empty(0, dtype=torch.float64)
     bits = 8 if tensor.scale_dtype == "U8" else 16
-    scales = store_scales(flat.reshape(shape), exact=exact is not None, bits=bits)
+    scales = store_scales(flat, exact=exact is not None, bits=bits)
     scale_dtype = DTYPE_NAMES[scales.dtype]
     if scales.dtype.itemsize != DTYPES[tensor.scale_dtype].itemsize:
         return Change(tensor.name, tensor.group_size, scale_dtype)
@@ -334,25 +334,14 @@ def _buffer() -> Tensor:
     return piece
 
 
-# exponent bits of the 16- and 32-bit floats: all set means NaN or infinity
-_EXPONENT = {
-    torch.float32: (torch.int32, 0x7F800000),
-    torch.float16: (torch.int16, 0x7C00),
-    torch.bfloat16: (torch.int16, 0x7F80),
-}
-
-
 def _check_finite(piece: Tensor, but_for_infinity: bool) -> None:
     """Raise WeightError if a floating-point piece has NaN or infinity, or NaN alone."""
-    if but_for_infinity:
-        finite = not bool(piece.isnan().any())
-    elif piece.dtype in _EXPONENT and piece.numel():
-        integer, mask = _EXPONENT[piece.dtype]
-        # largest magnitude as an integer: floats of one sign are ordered like their bits
-        finite = int((piece.view(integer) & torch.iinfo(integer).max).max()) < mask
-    else:
-        finite = not piece.dtype.is_floating_point or bool(piece.double().isfinite().all())
-    if not finite:
+    if not piece.dtype.is_floating_point or not piece.numel():
+        return
+    # NaN makes both of them NaN; of float8 torch does not find them
+    least, most = torch.aminmax(piece.double() if piece.dtype.itemsize == 1 else piece)
+    finite = ~least.isnan() if but_for_infinity else least.isfinite() & most.isfinite()
+    if not bool(finite):
         raise WeightError("a piece", "is not finite")
 
 
