@@ -6,10 +6,7 @@ The kernels (kernels.py) multiply lanes and int8 weights without W, on the CPU. 
 serve (other devices, parts of a tensor, ternary parameters that modules share, float64 inputs) goes
 the dense way: W is dequantized for the length of one product and never kept.
 
-With activations "int8" the input of each product is rounded to 8 bits per token, as models trained
-as BitNet b1.58 expect (https://arxiv.org/abs/2402.17764, section 2):
-
-    q = round(127 x / absmax(x))        y = (q W^T) absmax(x) / 127 + b
+With activations "int8" the input of each product is rounded to 8 bits per token (`rounded_linear`).
 """
 
 from typing import Any
@@ -102,7 +99,8 @@ def rounded_linear(x: Tensor, weight: Tensor) -> Tensor:
             the nearest even, so that q is an integer in [-127, 127] with no zero point
     weight  (rows, cols) float32
 
-    Returns (..., rows) in x's dtype; a token of zeros gives zeros.  BitNet b1.58, section 2.
+    Returns (..., rows) in x's dtype; a token of zeros gives zeros.
+    BitNet b1.58, https://arxiv.org/abs/2402.17764, section 2.
     """
     wide = x.to(torch.float32)
     absmax = wide.abs().amax(-1, keepdim=True)

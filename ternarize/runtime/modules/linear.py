@@ -72,13 +72,10 @@ class TernaryLinear(Packed, nn.Linear):
         )
 
     def extra_repr(self) -> str:
-        codec = "" if self.codec == BASE3 else f", codec={self.codec}"
-        planes = "" if self.planes == 1 else f", planes={self.planes}"
-        planes += "" if not self.rotation[0] else f", rotation={self.rotation}"
-        return (
-            f"{super().extra_repr()}, group_size={self.group_size}, activations={self.activations}"
-            f"{codec}{planes}"
-        )
+        shown = {"group_size": self.group_size, "activations": self.activations}
+        plain = {"codec": BASE3, "planes": 1, "rotation": (0, 0)}
+        shown |= {key: getattr(self, key) for key in plain if getattr(self, key) != plain[key]}
+        return ", ".join([super().extra_repr(), *(f"{k}={v}" for k, v in shown.items())])
 
 
 def prepared_linears(
