@@ -123,10 +123,10 @@ def _judge_alone(parameter: str, skeleton: Skeleton) -> Verdict:
         return Verdict(False, "buffer", bound=True)
     path, _, leaf = parameter.rpartition(".")
     module, weight = skeleton.modules[path], skeleton.parameters[parameter]
-    kind = type(module).__name__
+    cls: type = type(module)
     transposed: bool | None = isinstance(module, Conv1D)
-    linear = leaf == "weight" and (transposed or is_linear(type(module)))
-    experts = weight.ndim == 3 and "expert" in f"{path}.{kind}".lower()
+    linear = leaf == "weight" and (transposed or is_linear(cls))
+    experts = weight.ndim == 3 and "expert" in f"{path}.{cls.__name__}".lower()
     if reason := _why_never(parameter, linear or experts, skeleton):
         return Verdict(False, reason)
     # What follows can run as ternary; the reasons against it are judgement.
@@ -139,7 +139,9 @@ def _judge_alone(parameter: str, skeleton: Skeleton) -> Verdict:
     if experts:
         transposed = _experts_transposed(module, leaf, skeleton)
     if transposed is None and not against:
-        unknown = f"{kind} does not show whether it is [experts, out, in] or [experts, in, out]"
+        unknown = (
+            f"{cls.__name__} does not show whether it is [experts, out, in] or [experts, in, out]"
+        )
         error = (unknown, "one of them", "Use --keep to leave it in floating point")
         return Verdict(False, "unknown orientation", error=error)
     if transposed is None:

@@ -146,10 +146,10 @@ class Shard:
         Raises CheckpointError if the header is longer than readers take; a calibration, which lays
         tensors out again, can make it so.
         """
-        names = {"F16": "BF16"}  # the longer name
-        tensors = (
-            replace(t, scale_dtype=names.get(t.scale_dtype, t.scale_dtype)) for t in self.tensors
-        )
+        longer = {"F16": "BF16"}
+        tensors = [
+            replace(t, scale_dtype=longer.get(t.scale_dtype, t.scale_dtype)) for t in self.tensors
+        ]
         longest = replace(self, tensors=tuple(tensors))
         records = {t.name: t.record("0" * 64) for t in self.tensors if not t.tied_to}
         size = len(header_bytes(longest.layout(), records))
