@@ -5,7 +5,7 @@ import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 import transformers
 from torch import Tensor
 
-from ternarize.calibrate.blocks import Batch
 from ternarize.calibrate.budget import allocate, describe
 from ternarize.calibrate.data import MAX_SEQ_LEN, Samples, read
 from ternarize.calibrate.inputs import Generate
@@ -84,26 +83,24 @@ def calibrate(
         stored = store_scales(scales.cpu(), bits=bits)
         return scale_values(stored, torch.float64).to(scales.device)
 
-    def prepared(**sets: Sequence[Batch]) -> Calibration:
-        return Calibration(
-            plan.source,
-            tensors,
-            sets,
-            folder,
-            rounding=rounding,
-            steps=calibration.reconstruct,
-            window=calibration.window,
-            seed=calibration.seed,
-            device=device,
-            progress=progress,
-        )
-
+    prepared = partial(
+        Calibration,
+        plan.source,
+        tensors,
+        folder=folder,
+        rounding=rounding,
+        steps=calibration.reconstruct,
+        window=calibration.window,
+        seed=calibration.seed,
+        device=device,
+        progress=progress,
+    )
     learn = {"train": samples.batches, "held": samples.heldout}
     with _exact_products():
         if calibration.distill:
-            prepared(**learn).distill(calibration.distill)
+            prepared(learn).distill(calibration.distill)
             learn = {}  # all blocks are done: what is left are the figures
-        run = prepared(**learn, report=samples.report)
+        run = prepared({**learn, "report": samples.report})
         quality = _quality(run, samples)
     samples.description["notes"] += _not_measured(plan)
     solved: dict[str, tuple[Checkpoint, Record]] = {}

@@ -156,22 +156,24 @@ class Calibration:
         index, share = self.blocks.paths.index(path), 0.5 if self.steps else 1.0
         loaded = LoadedBlock(path, block, self.blocks, self.solved.plans, self.lanes)
         before = held_error(loaded, without_data(loaded), targets)
-        found = solve_block(loaded, self.rounding, lambda f, what: self._tick(share * f, what))
-        state = {path: found.parts}
+        parts, matrices, unseen = solve_block(
+            loaded, self.rounding, lambda f, what: self._tick(share * f, what)
+        )
+        state = {path: parts}
         if self.steps:
 
             def progress(step: int, what: str) -> None:
                 self._tick(0.5 + 0.5 * step / self.steps, what)
 
             state = self.window.train(
-                path, block, found.parts, targets, self.steps, self.seed + index, progress
+                path, block, parts, targets, self.steps, self.seed + index, progress
             )
         after = held_error(loaded, state[path].patch(), targets)
-        for name, parts in state.items():
+        for name, other in state.items():
             if name != path:
                 file = self.solved.file(self.blocks.paths.index(name), index)
-                self.solved.write(file, name, parts, self.solved.report(name))
-        report = asdict(BlockReport(path, before, after, found.matrices, found.uncalibrated))
+                self.solved.write(file, name, other, self.solved.report(name))
+        report = asdict(BlockReport(path, before, after, matrices, unseen))
         self.solved.write(self.solved.file(index, index), path, state[path], report)
 
     def _finish(self, lane: Lane, stream: int) -> Any:

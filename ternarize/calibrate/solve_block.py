@@ -22,19 +22,6 @@ Key = tuple[str, int, str]  # parameter, expert, kind of samples
 
 
 @dataclass(frozen=True)
-class Found:
-    """A block that has been ternarized.
-
-    matrices      held-out errors of each weight's products without statistics, and with them
-    uncalibrated  {tensor of the source, with [expert] if it holds several: tokens that it saw}
-    """
-
-    parts: Parts
-    matrices: dict[str, tuple[float, float]]
-    uncalibrated: dict[str, int]
-
-
-@dataclass(frozen=True)
 class LoadedBlock:
     """A block whose weights are loaded, and what it runs on.
 
@@ -89,8 +76,14 @@ def held_error(
     return error / max(energy, 1e-30)
 
 
-def solve_block(loaded: LoadedBlock, rounding: Rounding, tick: Tick) -> Found:
-    """Ternarize a block, group after group; each sees the groups before it as they have become."""
+def solve_block(
+    loaded: LoadedBlock, rounding: Rounding, tick: Tick
+) -> tuple[Parts, dict[str, tuple[float, float]], dict[str, int]]:
+    """Ternarize a block, group after group; each sees the groups before it as they have become.
+
+    Returns it, held-out errors {weight: of its products without statistics, and with them}, and
+    what saw too few tokens {tensor of the source, with [expert] if it holds several: how many}.
+    """
     names, parts = loaded.names(), Parts()
     matrices: dict[str, tuple[float, float]] = {}
     unseen: dict[str, dict[int, int]] = {name: {} for name in names}
@@ -107,7 +100,7 @@ def solve_block(loaded: LoadedBlock, rounding: Rounding, tick: Tick) -> Found:
             matrices[name] = _solve_weight(
                 loaded, name, bias, moments, rounding, parts, unseen[name]
             )
-    return Found(parts, matrices, _uncalibrated(loaded, unseen))
+    return parts, matrices, _uncalibrated(loaded, unseen)
 
 
 def _groups(loaded: LoadedBlock, names: Sequence[str]) -> tuple[list[Group], dict[str, str]]:

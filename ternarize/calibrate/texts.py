@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ternarize.errors import UsageError, first_line
-from ternarize.measure.documents import DEFAULT, own_text, read_documents
+from ternarize.measure.documents import DEFAULT, own_text, read_documents, reading
 from ternarize.plans.recipe import Calibrate
 
 SELF = "self"  # and DEFAULT: data sets of their own
@@ -156,19 +156,17 @@ def _read_txt(path: Path, column: str | None, tokenizer: Any) -> Iterator[Docume
 
 
 def _read_jsonl(path: Path, column: str | None, tokenizer: Any) -> Iterator[Document]:
-    with _opening(path), path.open("rb") as file:
+    with reading(path, "a file of text"), path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")  # byte order mark
             if line.strip():
                 where = f"{path}: line {number}"
                 yield _of_row(_parse(line, where), column, tokenizer, where)
 
 
 def _read_json(path: Path, column: str | None, tokenizer: Any) -> Iterator[Document]:
-    with _opening(path):
+    with reading(path, "a file of text"):
         raw = path.read_bytes()
-    rows = _parse(raw.removeprefix(b"\xef\xbb\xbf"), path)
+    rows = _parse(raw, path)
     if not isinstance(rows, list):
         raise UsageError(
             path,
@@ -193,7 +191,7 @@ def _read_parquet(path: Path, column: str | None, tokenizer: Any) -> Iterator[Do
             "Run pip install 'ternarize[data]'",
         ) from None
     number = 0
-    with _opening(path), path.open("rb") as raw:
+    with reading(path, "a file of text"), path.open("rb") as raw:
         try:
             file = parquet.ParquetFile(raw)
             chosen = _column(list(file.schema_arrow.names), column, path)
@@ -215,21 +213,11 @@ READERS_OF_TEXT: dict[str, Callable[[Path, str | None, Any], Iterator[Document]]
 }
 
 
-@contextmanager
-def _opening(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        found = f"cannot be read ({error.strerror or first_line(error)})"
-        raise UsageError(path, found, "a file of text", "Check the path") from None
-
-
 def _parse(raw: bytes, where: object) -> Any:
+    with reading(where, "JSON in UTF-8"):
+        text = raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8")  # byte order mark
     try:
-        return json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        found = f"byte {error.start} is not UTF-8"
-        raise UsageError(where, found, "JSON in UTF-8", "Convert it") from None
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         found = f"is not JSON ({first_line(error)})"
         raise UsageError(where, found, "a JSON value", "Repair it") from None

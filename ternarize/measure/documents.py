@@ -9,14 +9,15 @@ with a document has its own. A model that parks its attention on the first token
 without it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ternarize.errors import UsageError
+from ternarize.errors import UsageError, first_line
 from ternarize.models.reads import beginning, check_room, frame
 
 SEPARATOR = "<|doc|>"
@@ -28,22 +29,27 @@ def own_text() -> Path:
     return Path(__file__).with_name("default.txt")
 
 
+@contextmanager
+def reading(where: object, expected: str) -> Iterator[None]:
+    """UsageError for a file that cannot be read, or for bytes that are not UTF-8."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        found = f"byte {error.start} is not UTF-8"
+        raise UsageError(where, found, expected, "Convert it to UTF-8") from None
+    except OSError as error:
+        found = f"cannot be read ({error.strerror or first_line(error)})"
+        raise UsageError(where, found, expected, "Check the path") from None
+
+
 def read_documents(path: str | Path) -> list[str]:
     """The documents of a text file: what stands between lines `<|doc|>`, without empty ones.
 
     The line break before a separator belongs to it. Raises UsageError when the file cannot be read
     as UTF-8.
     """
-    try:
+    with reading(path, "a text file"):
         text = Path(path).expanduser().read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            path, f"byte {error.start} is not UTF-8", "a text file", "Convert it to UTF-8"
-        ) from None
-    except OSError as error:
-        raise UsageError(
-            path, f"cannot be read ({error.strerror or error})", "a text file", "Check the path"
-        ) from None
     documents: list[list[str]] = [[]]
     for line in text.split("\n"):
         if line == SEPARATOR:

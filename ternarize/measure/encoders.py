@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ternarize.errors import CheckpointError, UsageError
-from ternarize.measure.figures import mean_of
+from ternarize.errors import UsageError
+from ternarize.measure.figures import check_numbers, mean_of
 from ternarize.models.reads import encode_line, longest_text
 from ternarize.progress import Progress
 
@@ -87,13 +87,7 @@ def compare_lines(
             known = f"cosine {float(torch.cat(parts).mean()):.4f}"
             progress(done, len(ids), known, "evaluating")
     cosines = torch.cat(parts)
-    if cosines.isnan().any():
-        raise CheckpointError(
-            type(models[0]).__name__,
-            f"embedding {int(cosines.isnan().nonzero()[0])} is NaN",
-            "finite ones",
-            "Compute in another dtype (--dtype float32), or verify the checkpoint",
-        )
+    check_numbers(cosines, models[0], "embedding {} is NaN")
     at = int(cosines.argmin())
     return {"cosine": {**mean_of(cosines), "minimum": float(cosines[at]), "at": at}}
 

@@ -7,10 +7,11 @@ say how far another text of the same kind may lie, not how far another kind of t
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
-from ternarize.errors import QualityError
+from ternarize.errors import CheckpointError, QualityError
 
 Figure = dict[str, float | None]  # "value", "standard_error" (None of a single window)
 
@@ -40,6 +41,21 @@ def exponential(values: Tensor) -> Figure:
 def exp(value: float) -> float:
     """exp that is infinite where math.exp overflows: a collapsed model can be that bad."""
     return math.exp(value) if value < 709 else math.inf
+
+
+def check_numbers(values: Tensor, model: Any, found: str) -> None:
+    """Raise CheckpointError for NaN among figures (..., n).
+
+    found  what has been found, with {} for the place of the first: "embedding {} is NaN"
+    """
+    bad = values.isnan().reshape(-1, values.shape[-1]).any(0).nonzero()
+    if len(bad):
+        raise CheckpointError(
+            type(model).__name__,
+            f"{found.format(int(bad[0]))} in {str(model.dtype)[6:]}",
+            "finite ones",
+            "Compute in another dtype (--dtype float32), or verify the checkpoint",
+        )
 
 
 def check_quality(quality: Mapping[str, Figure], bounds: Mapping[str, float]) -> None:

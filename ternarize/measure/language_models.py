@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ternarize.errors import CheckpointError
-from ternarize.measure.figures import Figure, exp, exponential, mean_of
+from ternarize.measure.figures import Figure, check_numbers, exp, exponential, mean_of
 from ternarize.progress import Progress
 
 MAX_BATCH = 16  # windows or lines
@@ -57,14 +56,7 @@ def compare_windows(
             progress(len(per_window), len(windows), known, "evaluating")
         del logits  # before the next batch's are made
     columns = torch.tensor(per_window, dtype=torch.float64).T
-    if columns.isnan().any():
-        window = int(columns.isnan().any(0).nonzero()[0])
-        raise CheckpointError(
-            type(models[0]).__name__,
-            f"the logits of window {window} are NaN in {str(models[0].dtype)[6:]}",
-            "finite ones",
-            "Compute in another dtype (--dtype float32), or verify the checkpoint",
-        )
+    check_numbers(columns, models[0], "the logits of window {} are NaN")
     return summarize(columns)
 
 
