@@ -88,10 +88,3 @@ def _decide(
     elif verdict.possible and not verdict.ternary:
         return BASE3, rules[0].reason
     return BASE3 if verdict.ternary else "", verdict.reason
-
-
-def ends_of(
-    shapes: Mapping[str, tuple[int, ...]], config: dict[str, Any] | None, equal: Equal = all_equal
-) -> dict[str, End]:
-    """What the patterns "head" and "embeddings" mean in a checkpoint; arguments as of `select`."""
-    return judge_ends(shapes, skeleton_of(shapes, config, equal))

@@ -12,9 +12,16 @@ from ternarize.errors import CheckpointError, SelectionError, UsageError
 from ternarize.files import metadata
 from ternarize.files.checkpoint import Checkpoint, TensorInfo
 from ternarize.files.names import SAFETENSORS
-from ternarize.models.skeleton import END_NAMES, Equal, skeleton_shapes, why_no_skeleton
-from ternarize.plans.choose import TIED_ENDS, ends_of, select
+from ternarize.models.skeleton import (
+    END_NAMES,
+    Equal,
+    skeleton_of,
+    skeleton_shapes,
+    why_no_skeleton,
+)
+from ternarize.plans.choose import TIED_ENDS, select
 from ternarize.plans.copied import not_read, small_files
+from ternarize.plans.judge import judge_ends
 from ternarize.plans.layout import Plan, Shard, TensorPlan
 from ternarize.plans.lossless import check_lossless, own_groups
 from ternarize.plans.recipe import GROUP_SIZE, KEEP, KEPT_DTYPES, TERNARY, Recipe
@@ -81,30 +88,19 @@ def _refuse_quantized(source: Checkpoint) -> None:
     if not config:
         return
     method = config.get("quant_method", "unknown") if isinstance(config, dict) else "unknown"
+    found = f"is quantized already (quant_method {method} in config.json)"
+    remedy = "Convert the checkpoint it was made from"
     if method == metadata.KEY:
-        raise CheckpointError(
-            source.directory,
-            f"is a packed checkpoint already (quant_method {method})",
-            "one in floating point",
-            "Use it as it is, or convert its source",
-        )
-    raise CheckpointError(
-        source.directory,
-        f"is quantized already (quant_method {method} in config.json)",
-        "weights in floating point",
-        "Convert the checkpoint it was made from",
-    )
+        found = f"is a packed checkpoint already (quant_method {method})"
+        remedy = "Use it as it is, or convert its source"
+    raise CheckpointError(source.directory, found, "weights in floating point", remedy)
 
 
 def _imagine(source: Checkpoint, model: str | Path) -> str:
     """Give a source without weights the tensors of its architecture; returns a note on it."""
     if source.config is None:
-        raise CheckpointError(
-            model,
-            "no weights and no config.json",
-            "a Hugging Face checkpoint",
-            "Check the path",
-        )
+        found = "no weights and no config.json"
+        raise CheckpointError(model, found, "a Hugging Face checkpoint", "Check the path")
     source.files = [SAFETENSORS]
     source.tensors = {
         name: TensorInfo(name, dtype, shape, SAFETENSORS)
@@ -142,7 +138,7 @@ def _settled(
         found["group_size"] = GROUP_SIZE
     unsaid = [end for end in END_NAMES if getattr(recipe, end) is None]
     if isinstance(source, Imported) and unsaid:
-        ends = ends_of(shapes, source.config, equal)
+        ends = judge_ends(shapes, skeleton_of(shapes, source.config, equal))
         if ends["head"] == ends["embeddings"] and len(unsaid) == 1:
             unsaid = []  # one tensor, of which the other option speaks
         for end in unsaid:
