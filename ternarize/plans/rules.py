@@ -44,6 +44,9 @@ class Rule:
     pattern: str
     choice: str
 
+    def __post_init__(self) -> None:
+        assert self.choice != INT8 or self.pattern in END_NAMES
+
     @property
     def reason(self) -> str:
         """For the record: the same words for all that it decides."""
