@@ -391,7 +391,7 @@ def test_only_the_rows_that_are_looked_up_are_dequantized(
         rows.append(q.shape[0])
         return real(q, *rest)
 
-    monkeypatch.setattr(ternarize.codecs, "dequantize_int8", counted)
+    monkeypatch.setattr(ternarize.trits.int8, "dequantize_int8", counted)
     model.get_input_embeddings()(torch.tensor([[1, 2], [2, 5]]))
     assert rows == [4]
 
