@@ -164,7 +164,7 @@ def test_in_these_tests_a_warning_is_an_error_where_it_is_ours_and_only_there() 
 
     with pytest.raises(DeprecationWarning):
         warnings.warn("is going", DeprecationWarning, stacklevel=1)
-    for ours in ("ternarize", "ternarize.linear", "tests.campaigns.kill", "packing", "reference"):
+    for ours in ("ternarize", "ternarize.runtime.products", "tests.campaigns.kill", "packing", "reference"):
         with pytest.raises(DeprecationWarning):
             warn(ours)
     for theirs in ("transformers.models.llama", "huggingface_hub", "torch.nn.modules.module"):

@@ -2,7 +2,7 @@
 
 Nobody may learn later that a model has been lost: rounding the weights of an ordinary model without
 data can leave a perplexity of many millions. So right after such a conversion the source and what
-came of it are measured side by side, as `ternarize.evaluate` does it, on the first TOKENS tokens of
+came of it are measured side by side, as `measure.evaluate` does it, on the first TOKENS tokens of
 the text that comes with the package, and each continues the same words.
 
 The windows are fixed, and no data was used that could be among them: the figures are those of

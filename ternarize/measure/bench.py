@@ -86,7 +86,7 @@ def bench(
 def run(model: Any, prompt: int, decode: int, batch: int = 1) -> tuple[float, float]:
     """Seconds for `batch` prompts, and for the tokens that follow them; arguments as in `bench`.
 
-    As `ternarize generate` does it: by ternarize.decode where it can, else by the model's forward.
+    As `ternarize generate` does it: by runtime.decode where it can, else by the model's forward.
     """
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0))
