@@ -9,7 +9,7 @@ import hashlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,9 +26,9 @@ from ternarize.plans.recipe import GPTQ, WITHOUT_DATA, Recipe
 from ternarize.sources.imports.common import Imported
 from ternarize.trits.int8 import INT8, encode_int8, int8_dtype
 from ternarize.trits.methods import METHODS, levels
-from ternarize.trits.methods.grouped import distance, fixed_sum
+from ternarize.trits.planes import fit_planes, measured, squared_error
 from ternarize.trits.rotation import rotate
-from ternarize.trits.scales import scale_codes, scale_values, store_scales, to_float
+from ternarize.trits.scales import store_scales
 from ternarize.trits.ternary import Ternary, split_groups
 
 # the file of a calibrated block that holds a tensor, and the tensor's record there
@@ -36,8 +36,6 @@ Solved = tuple[Checkpoint, Record]
 
 # where a piece of an entry goes: (entry, byte offset in it, bytes)
 Write = Callable[[str, int, Tensor], None]
-
-Method = Callable[[Tensor, int], Ternary]
 
 
 @dataclass(frozen=True)
@@ -153,10 +151,9 @@ def _round(
         if int8_dtype(weight, group_size).itemsize > dtype.itemsize:
             return Change(tensor.name, group_size, "F32")
         q, scales = encode_int8(weight, group_size, dtype)
-        missed = split_groups(weight.to(torch.float64), group_size)
-        energy += _sum(missed * missed)
-        missed = missed - split_groups(q, group_size) * scales.double().unsqueeze(-1)
-        error += _sum(missed * missed)
+        dense = split_groups(q, group_size) * scales.double().unsqueeze(-1)
+        parts = squared_error(weight, dense.flatten(-2)[..., : weight.shape[-1]], group_size)
+        error, energy = error + parts[0], energy + parts[1]
         entries.add(tensor.name, q)
         all_scales.append(scales.reshape(-1).cpu())
     stored = torch.cat(all_scales) if all_scales else torch.empty(0, dtype=dtype)
@@ -174,16 +171,6 @@ def _round(
 # --- ternary ---
 
 
-@dataclass(frozen=True)
-class _Fit:
-    """The planes of a piece; sum (w - w')^2 and sum w^2; trits other than zero."""
-
-    planes: Sequence[Ternary]
-    squared_error: float
-    energy: float
-    nonzero: int
-
-
 def _ternarize(
     source: Checkpoint,
     tensor: TensorPlan,
@@ -198,30 +185,35 @@ def _ternarize(
         exact = tensor.group_size if imported else exact_groups(source, tensor)
     if exact is not None and exact != tensor.group_size:
         return Change(tensor.name, exact, tensor.scale_dtype)
+    group_size, dtype = tensor.group_size, DTYPES[tensor.scale_dtype]
     method = METHODS[WITHOUT_DATA if recipe.method == GPTQ else recipe.method]
     whole = None if solved is None else read_solved(solved[0], tensor.name, solved[1])
     all_scales, nonzero, error, energy = [], 0, 0.0, 0.0
-    for weight, start, stop in _weights(source, tensor, device):
+    # what calibration has found is only measured here, where `verify` will do it again
+    for weight, start, stop in _weights(source, tensor, device if whole is None else "cpu"):
         if whole is not None:
-            fit = _as_solved(weight, whole, tensor, start, stop)
+            block, seed = tensor.rotation
+            weight = rotate(weight.to(torch.float32), block, seed) if block else weight
+            fit = measured(weight, _rows_of(whole, tensor, start, stop))
         else:
-            fit = _by_method(weight, tensor, method, _exactly(weight, source, tensor, exact))
+            itself = _exactly(weight, source, tensor, exact)
+            fit = fit_planes(weight, group_size, method, tensor.planes, dtype, itself)
         entries.add(tensor.name, pack_planes(*fit.planes, threads=1))
         all_scales.append(join_planes([plane.scales.cpu() for plane in fit.planes]).reshape(-1))
         error, energy = error + fit.squared_error, energy + fit.energy
         nonzero += fit.nonzero
     flat = torch.cat(all_scales) if all_scales else torch.empty(0, dtype=torch.float64)
-    bits = 8 if tensor.scale_dtype == "U8" else 16
+    bits = 8 if dtype == torch.uint8 else 16
     scales = store_scales(flat, exact=exact is not None, bits=bits)
     scale_dtype = DTYPE_NAMES[scales.dtype]
-    if scales.dtype.itemsize != DTYPES[tensor.scale_dtype].itemsize:
-        return Change(tensor.name, tensor.group_size, scale_dtype)
+    if scales.dtype.itemsize != dtype.itemsize:
+        return Change(tensor.name, group_size, scale_dtype)
     entries.add(tensor.name + SCALE_SUFFIX, scales)
     return Result(
         tensor.name,
         entries.digest(),
         scale_dtype,
-        tensor.group_size,
+        group_size,
         exact is not None,
         nonzero,
         error,
@@ -243,71 +235,17 @@ def _exactly(
     return exact
 
 
-def _by_method(weight: Tensor, tensor: TensorPlan, method: Method, exact: Ternary | None) -> _Fit:
-    """Planes each by the method on what those before it leave of the weight.
-
-    exact  the weight itself, if it is ternary: the first plane is then all of it
-    """
-    planes, rest = [_representable(exact or method(weight, tensor.group_size))], weight
-    while len(planes) < tensor.planes:
-        left = None if exact else _remainder(rest, planes[-1], tensor.scale_dtype)
-        rest = torch.zeros_like(weight) if left is None else left
-        planes.append(_representable(method(rest, tensor.group_size)))
-    error, energy, nonzero = distance(weight, planes[0])
-    if len(planes) > 1:
-        error, nonzero = distance(rest, planes[-1])[0], _nonzero(planes)
-    return _Fit(planes, error, energy, nonzero)
-
-
-def _representable(ternary: Ternary) -> Ternary:
-    """Zero the trits of groups whose scale is too small for float32, the widest stored dtype."""
-    lost = (ternary.scales.to(torch.float32) == 0) & (ternary.scales != 0)
-    if not bool(lost.any()):
-        return ternary
-    scales = ternary.scales.masked_fill(lost, 0)
-    trits = Ternary(ternary.trits, scales, ternary.group_size).dequantize(torch.float64).sign()
-    return Ternary(trits.to(torch.int8), scales, ternary.group_size)
-
-
-def _remainder(weight: Tensor, plane: Ternary, scale_dtype: str) -> Tensor:
-    """weight - scale * trit in float32, with the scale as it is planned to be stored."""
-    if scale_dtype == "U8":
-        scales = scale_values(scale_codes(plane.scales), torch.float64)
-    else:  # a scale that does not fit is found when all are stored, and everything is done again
-        scales = to_float(plane.scales, DTYPES[scale_dtype]).to(torch.float64)
-        scales = torch.where(scales.isfinite(), scales, plane.scales)
-    return weight.to(torch.float32) - replace(plane, scales=scales).dequantize()
-
-
-def _as_solved(
-    weight: Tensor, whole: Sequence[Ternary], tensor: TensorPlan, start: int, stop: int
-) -> _Fit:
-    """The part of calibrated planes that a piece holds, beside its weights as they were rotated.
-
-    `distance` cannot measure it: calibration lets some trits have the other sign than their weight.
-    """
+def _rows_of(whole: Sequence[Ternary], tensor: TensorPlan, start: int, stop: int) -> list[Ternary]:
+    """The part of planes that a piece of the tensor holds."""
     rows, cols = tensor.shape[-2:]
     first, last = start // cols, stop // cols
     per = max(1, rows) if tensor.group_size == 0 else 1  # rows that share their scales
-    planes = []
+    parts = []
     for plane in whole:
         trits = plane.trits.reshape(-1, cols)[first:last]
         scales = plane.scales.reshape(-1, plane.scales.shape[-1])[first // per : -(-last // per)]
-        planes.append(Ternary(trits.contiguous(), scales.contiguous(), tensor.group_size))
-    block, seed = tensor.rotation
-    exact = (rotate(weight.to(torch.float32), block, seed) if block else weight).to(torch.float64)
-    missed = exact - sum(plane.dequantize(torch.float64) for plane in planes)
-    error, energy = (_sum(split_groups(x * x, tensor.group_size)) for x in (missed, exact))
-    return _Fit(planes, error, energy, _nonzero(planes))
-
-
-def _nonzero(planes: Sequence[Ternary]) -> int:
-    return sum(int(plane.trits.count_nonzero()) for plane in planes)
-
-
-def _sum(squares: Tensor) -> float:
-    """Over (rows, groups, length), in the same order on every machine."""
-    return float(fixed_sum(fixed_sum(squares.flatten(-2))))
+        parts.append(Ternary(trits.contiguous(), scales.contiguous(), tensor.group_size))
+    return parts
 
 
 # --- reading ---

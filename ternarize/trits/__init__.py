@@ -9,4 +9,5 @@ Imports torch and what all rooms share; no other room.
     rotation.py  inputs rotated by signs and a Hadamard matrix
     ggml.py      blocks of llama.cpp
     methods/     ternarization without data
+    planes.py    a weight as the sum of ternary matrices
 """

@@ -1,0 +1,92 @@
+"""A weight as the sum of one or two ternary matrices (planes), and how far that is from it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ternarize.trits.methods.grouped import distance, fixed_sum
+from ternarize.trits.scales import scale_codes, scale_values, to_float
+from ternarize.trits.ternary import Ternary, split_groups
+
+Method = Callable[[Tensor, int], Ternary]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Planes and how they fit a weight: sum (w - w')^2 and sum w^2; trits other than zero."""
+
+    planes: Sequence[Ternary]
+    squared_error: float
+    energy: float
+    nonzero: int
+
+
+def fit_planes(
+    weight: Tensor,
+    group_size: int,
+    method: Method,
+    count: int = 1,
+    scale_dtype: torch.dtype = torch.float16,
+    exact: Ternary | None = None,
+) -> Fit:
+    """`count` planes, each by the method on what those before it leave of the weight.
+
+    weight       (rows, cols) float
+    scale_dtype  in which scales will be stored; uint8: 8-bit codes
+    exact        the weight itself, if it is ternary: the first plane is then all of it
+    """
+    planes, rest = [_representable(exact or method(weight, group_size))], weight
+    while len(planes) < count:
+        left = None if exact else _remainder(rest, planes[-1], scale_dtype)
+        rest = torch.zeros_like(weight) if left is None else left
+        planes.append(_representable(method(rest, group_size)))
+    error, energy, nonzero = distance(weight, planes[0])
+    if count > 1:
+        error, nonzero = distance(rest, planes[-1])[0], _nonzero(planes)
+    return Fit(planes, error, energy, nonzero)
+
+
+def _representable(ternary: Ternary) -> Ternary:
+    """Zero the trits of groups whose scale is too small for float32, the widest stored dtype."""
+    lost = (ternary.scales.to(torch.float32) == 0) & (ternary.scales != 0)
+    if not bool(lost.any()):
+        return ternary
+    scales = ternary.scales.masked_fill(lost, 0)
+    trits = Ternary(ternary.trits, scales, ternary.group_size).dequantize(torch.float64).sign()
+    return Ternary(trits.to(torch.int8), scales, ternary.group_size)
+
+
+def _remainder(weight: Tensor, plane: Ternary, dtype: torch.dtype) -> Tensor:
+    """weight - scale * trit in float32, with the scale as it will be stored."""
+    stored = scale_codes(plane.scales) if dtype == torch.uint8 else to_float(plane.scales, dtype)
+    scales = scale_values(stored, torch.float64)
+    # one that does not fit is found when all are stored, and everything is done again
+    scales = torch.where(scales.isfinite(), scales, plane.scales)
+    return weight.to(torch.float32) - replace(plane, scales=scales).dequantize()
+
+
+def measured(weight: Tensor, planes: Sequence[Ternary]) -> Fit:
+    """Planes that were made elsewhere, in which trits may have another sign than their weight."""
+    dense = planes[0].dequantize(torch.float64)
+    for plane in planes[1:]:
+        dense = dense + plane.dequantize(torch.float64)
+    return Fit(planes, *squared_error(weight, dense, planes[0].group_size), _nonzero(planes))
+
+
+def squared_error(weight: Tensor, dense: Tensor, group_size: int) -> tuple[float, float]:
+    """sum (w - w')^2 and sum w^2 in float64, in the same order on every machine.
+
+    weight, dense  (rows, cols); what the weight is and what it became
+    """
+    exact = weight.to(torch.float64)
+    error, energy = (
+        float(fixed_sum(fixed_sum(split_groups(x * x, group_size).flatten(-2))))
+        for x in (exact - dense, exact)
+    )
+    return error, energy
+
+
+def _nonzero(planes: Sequence[Ternary]) -> int:
+    return sum(int(plane.trits.count_nonzero()) for plane in planes)
