@@ -54,7 +54,7 @@ def test_campaign_reports(tmp_path: Path) -> None:
     assert campaign.main([*arguments, "--json", str(report)]) == 0
     found = json.loads(report.read_text())
     assert found["executions"] == 400 and found["findings"] == 0
-    reached, lines = found["targets"]["header"]["lines"]["checkpoint"]
+    reached, lines = found["targets"]["header"]["lines"]["files.headers"]
     assert 50 < reached < lines
 
 

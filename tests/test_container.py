@@ -403,7 +403,7 @@ def test_a_flipped_bit_of_the_header_is_found_unless_it_changes_only_words(
 def test_damage_in_a_tensor_of_many_pieces_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(container, "_CHUNK", 64)
+    monkeypatch.setattr(container, "_CHECKED", 64)
     weight = torch.randn((40, 130), generator=torch.Generator().manual_seed(5))
     packed, scales = encode(absmean(weight, 128))
     record = Record(digest(packed, scales), (40, 130), 128)

@@ -1,7 +1,7 @@
 """The compiled core gives the numbers of its definitions, whatever the CPU and thread count.
 
 The definitions are restated here in numpy, slowly and plainly. The package's own torch twins are
-compared in test_codecs.py and test_methods.py.
+compared in test_base3.py and test_methods.py.
 """
 
 import itertools

@@ -6,7 +6,7 @@ rows of weights can be done to stored rows. formats/container.md is the definiti
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -16,13 +16,14 @@ from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.headers import byte_view, read_bytes
 from ternarize.files.metadata import SCALE_SUFFIX, Record
 from ternarize.threads import THREADS, in_threads
-from ternarize.trits.base3 import BASE3, pack, unpack, used_groups
+from ternarize.trits.base3 import BASE3, unpack, used_groups
 from ternarize.trits.int8 import INT8, dequantize_int8, int8_used
+from ternarize.trits.planes import join_planes, pack_planes, split_planes
 from ternarize.trits.rotation import unrotate
 from ternarize.trits.scales import scale_values, store_scales
 from ternarize.trits.ternary import Ternary
 
-_CHUNK = 1 << 22  # bytes read and hashed at a time
+_CHECKED = 1 << 22  # bytes read and hashed at a time
 
 
 def encode(*planes: Ternary, exact: bool = False, bits: int = 16) -> tuple[Tensor, Tensor]:
@@ -32,17 +33,6 @@ def encode(*planes: Ternary, exact: bool = False, bits: int = 16) -> tuple[Tenso
     """
     scales = join_planes([plane.scales for plane in planes])
     return pack_planes(*planes), store_scales(scales, exact=exact, bits=bits)
-
-
-def pack_planes(*planes: Ternary, threads: int = THREADS) -> Tensor:
-    """The stored bytes of the trits alone."""
-    group_size = planes[0].group_size
-    return join_planes([pack(plane.trits, group_size, threads) for plane in planes])
-
-
-def join_planes(parts: Sequence[Tensor]) -> Tensor:
-    """Rows of packed bytes or of scales, those of the planes one behind the other."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), -1)
 
 
 def digest(*tensors: Tensor) -> str:
@@ -74,11 +64,6 @@ def decode_planes(packed: Tensor, scales: Tensor, record: Record) -> tuple[Terna
         Ternary(unpack(trits, record.shape[-1], record.group_size), scale, record.group_size)
         for trits, scale in zip(matrices, values, strict=True)
     )
-
-
-def split_planes(stored: Tensor, planes: int) -> tuple[Tensor, ...]:
-    """The inverse of `join_planes`."""
-    return stored.chunk(planes, -1) if planes > 1 else (stored,)
 
 
 def dequantize(packed: Tensor, scales: Tensor, record: Record) -> Tensor:
@@ -168,8 +153,8 @@ def _check_tensor(checkpoint: Checkpoint, name: str, record: Record) -> str:
 
 
 def _whole_rows(nbytes: int, row: int | None) -> Iterable[tuple[int, int]]:
-    """Cut `nbytes` into (offset, size) of about _CHUNK bytes, in whole rows of `row` bytes."""
-    step = _CHUNK if not row else max(1, _CHUNK // row) * row
+    """Cut `nbytes` into (offset, size) of about _CHECKED bytes, in whole rows of `row` bytes."""
+    step = _CHECKED if not row else max(1, _CHECKED // row) * row
     return ((at, min(step, nbytes - at)) for at in range(0, nbytes, step))
 
 

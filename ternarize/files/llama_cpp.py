@@ -57,7 +57,7 @@ REPLACE = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
 
 
 # what a block's tensors are called: llama.cpp's name -> that of transformers
-_BLOCK = {
+_IN_BLOCK = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -119,7 +119,7 @@ class Architecture:
         Of a stack of experts the name has {} for the number. None where it is not known.
         """
         match = re.fullmatch(r"(?:blk\.(\d{1,5})\.)?([a-z_]+)\.(weight|bias)", name)
-        table = _TOP if match and match[1] is None else {**_BLOCK, **self.names}
+        table = _TOP if match and match[1] is None else {**_IN_BLOCK, **self.names}
         if match is None or match[2] not in table:
             return None
         prefix = "" if match[1] is None else f"model.layers.{int(match[1])}."
@@ -130,7 +130,7 @@ class Architecture:
         match = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.(weight|bias)", name)
         if match is None:
             return None
-        table = _TOP if match[1] is None else {**_BLOCK, **self.names}
+        table = _TOP if match[1] is None else {**_IN_BLOCK, **self.names}
         found = {theirs: ours for ours, theirs in table.items()}.get(match[2])
         prefix = "" if match[1] is None else f"blk.{match[1]}."
         return None if found is None else f"{prefix}{found}.{match[3]}"

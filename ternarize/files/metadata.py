@@ -99,34 +99,32 @@ def dump_metadata(records: Mapping[str, Record], *, recorded: bool = False) -> d
 
     recorded  the record of the conversion lists the digests of this file, until it is saved again
     """
-    tensors: dict[str, dict[str, Any]] = {}
-    features: set[str] = set()
-    for name, record in records.items():
-        features |= record.features
-        entry: dict[str, Any] = {}
-        if record.shape is not None:
-            entry = {
-                "shape": list(record.shape),
-                "group_size": record.group_size,
-                "codec": record.codec,
-            }
-            if record.planes > 1:
-                entry["planes"] = record.planes
-            if record.rotation[0]:
-                block, seed = record.rotation
-                entry["rotation"] = {"block": block, "seed": seed}
-            if record.transposed:
-                entry["transposed"] = True
-        tensors[name] = {**entry, "sha256": record.sha256}
+    features = {feature for record in records.values() for feature in record.features}
     table = {
         "format_version": FORMAT_VERSION,
         "sealed": True,  # that there is a digest at the end
         **({"recorded": True} if recorded else {}),
         "features": sorted(features),
-        "tensors": tensors,
+        "tensors": {name: _members(record) for name, record in records.items()},
     }
     text = json.dumps(table, separators=(",", ":")).removesuffix("}")
     return {"format": "pt", KEY: text + _seal(hashlib.sha256(text.encode()).hexdigest())}
+
+
+def _members(record: Record) -> dict[str, Any]:
+    """A record as it is written; what is as usual is left out."""
+    if record.shape is None:
+        return {"sha256": record.sha256}
+    block, seed = record.rotation
+    return {
+        "shape": list(record.shape),
+        "group_size": record.group_size,
+        "codec": record.codec,
+        **({"planes": record.planes} if record.planes > 1 else {}),
+        **({"rotation": {"block": block, "seed": seed}} if block else {}),
+        **({"transposed": True} if record.transposed else {}),
+        "sha256": record.sha256,
+    }
 
 
 def _seal(digest: str) -> str:

@@ -56,26 +56,26 @@ def read_sums(directory: Path) -> dict[str, str] | None:
     if not os.path.lexists(path):
         return None
     if not path.is_file():
-        raise _broken("is no file")
+        raise _bad_list("is no file")
     with readable(path), path.open("rb") as file:
         raw = file.read(MAX_BYTES + 1)
     if len(raw) > MAX_BYTES:
-        raise _broken("is too large", f"at most {MAX_BYTES} bytes")
+        raise _bad_list("is too large", f"at most {MAX_BYTES} bytes")
     lines = os.fsdecode(raw).split("\n")  # names may be any bytes
     if lines.pop():
-        raise _broken("its last line does not end")
+        raise _bad_list("its last line does not end")
     digests: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         match = _LINE.fullmatch(line)
         if match is None:
-            raise _broken(f"line {number} is {line[:80]!r}", "a SHA-256 and a path")
+            raise _bad_list(f"line {number} is {line[:80]!r}", "a SHA-256 and a path")
         name = match[3]
         if match[1]:
             name = re.sub(r"\\.", lambda found: _UNESCAPED.get(found[0], found[0]), name)
         if ".." in Path(name).parts or Path(name).anchor:
-            raise _broken(f"line {number} names {name[:80]!r}", "a path in the directory")
+            raise _bad_list(f"line {number} names {name[:80]!r}", "a path in the directory")
         if digests.setdefault(name, match[2]) != match[2]:
-            raise _broken(f"line {number} names {name[:80]!r} again, with another digest")
+            raise _bad_list(f"line {number} names {name[:80]!r} again, with another digest")
     return digests
 
 
@@ -92,7 +92,7 @@ def check_sums(directory: Path, needed: Sequence[str], threads: int) -> int | No
         return None
     for name in needed:
         if name not in digests:
-            raise _broken(f"does not name {name}")
+            raise _bad_list(f"does not name {name}")
     for name in digests:
         if not (directory / name).is_file():
             raise DigestError(name, "is missing", f"it, as {SUMS} says", _WAY_OUT)
@@ -122,5 +122,5 @@ def hash_file(path: Path, sha: Any) -> str:
     return digest
 
 
-def _broken(found: str, expected: str = "") -> FormatError:
+def _bad_list(found: str, expected: str = "") -> FormatError:
     return FormatError(SUMS, found, expected, "Fetch it again, or remove it")

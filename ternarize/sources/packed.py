@@ -1,5 +1,6 @@
 """Packed checkpoints opened: their records, and the record of the conversion."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,40 +72,44 @@ def check_record(packed: Checkpoint, records: dict[str, Record]) -> dict[str, An
 
 
 def _is_calibration(value: Any) -> bool:
-    """Whether the entry has the form that convert gives it (see calibrate/pipeline.py), or none."""
+    """Whether the entry has the form that convert gives it (calibrate/pipeline.py), or none."""
+    return value is None or _has_members(
+        value,
+        data=lambda data: isinstance(data, dict) and isinstance(data.get("notes", []), list),
+        quality=_all_of(_is_figure),
+        forms=_all_of(_is_number),
+        uncalibrated=_is_number,
+        blocks=lambda blocks: isinstance(blocks, list) and all(map(_is_block, blocks)),
+    )
 
-    def number(item: Any) -> bool:
-        return isinstance(item, (int, float)) and not isinstance(item, bool)
 
-    def optional(item: Any) -> bool:
-        return item is None or number(item)
+def _has_members(value: Any, **good: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(is_good(value.get(key)) for key, is_good in good.items())
 
-    def table(item: Any, good: Any) -> bool:
-        return isinstance(item, dict) and all(good(each) for each in item.values())
 
-    def figure(item: Any) -> bool:
-        return table(item, optional) and {"value", "standard_error"} <= item.keys()
+def _all_of(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(good, value.values()))
 
-    def pair(item: Any) -> bool:
-        return isinstance(item, list) and len(item) == 2 and all(map(number, item))
 
-    def block(item: Any) -> bool:
-        return (
-            isinstance(item, dict)
-            and isinstance(item.get("block"), str)
-            and number(item.get("before"))
-            and number(item.get("after"))
-            and table(item.get("matrices"), pair)
-            and table(item.get("uncalibrated"), number)
-        )
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
-    return value is None or (
-        isinstance(value, dict)
-        and isinstance(value.get("data"), dict)
-        and isinstance(value["data"].get("notes", []), list)
-        and table(value.get("quality"), figure)
-        and table(value.get("forms"), number)
-        and number(value.get("uncalibrated"))
-        and isinstance(value.get("blocks"), list)
-        and all(map(block, value["blocks"]))
+
+def _is_figure(value: Any) -> bool:
+    numbers = _all_of(lambda each: each is None or _is_number(each))
+    return numbers(value) and {"value", "standard_error"} <= value.keys()
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
+
+
+def _is_block(value: Any) -> bool:
+    return _has_members(
+        value,
+        block=lambda name: isinstance(name, str),
+        before=_is_number,
+        after=_is_number,
+        matrices=_all_of(_is_pair),
+        uncalibrated=_all_of(_is_number),
     )

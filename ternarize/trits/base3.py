@@ -8,6 +8,8 @@ encoder and decoder, once in torch for any device and once (through `native.lib`
 Both give the same bytes. 1.6 bits per weight where the group's length is a multiple of five.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -77,15 +79,10 @@ def unpack(packed: Tensor, cols: int, group_size: int, threads: int = THREADS) -
     Returns (..., cols) int8. Raises FormatError on a byte that is no code (243..255) and on
     padding other than zero trits: a tensor has exactly one byte form.
     """
-    width = _check_width(packed, cols, group_size)
+    _check_width(packed, cols, group_size)
     if lib is not None and packed.device.type == "cpu":
         out = torch.empty((*packed.shape[:-1], cols), dtype=torch.int8)
-        if out.numel():
-            flat = packed.reshape(-1, width).contiguous()
-            bad = lib.unpack(flat, cols, group_size, out.view(-1, cols), threads)
-            if bad >= 0:
-                raise _bad_byte(flat, bad)
-        return out
+        return _filled(lib.unpack, packed, cols, group_size, out, threads)
     trits, padding_is_zero = _decode(packed, cols, group_size)
     bad_bytes = (packed > LARGEST_CODE) | ~padding_is_zero
     if bool(bad_bytes.any()):
@@ -99,17 +96,28 @@ def used_groups(packed: Tensor, cols: int, group_size: int, threads: int = THREA
     Returns (..., groups) bool: whether a group has a trit other than zero.
     Raises FormatError as `unpack` does.
     """
-    width = _check_width(packed, cols, group_size)
+    _check_width(packed, cols, group_size)
     if lib is not None and packed.device.type == "cpu":
-        groups = group_count(cols, group_size)
-        used = torch.zeros((*packed.shape[:-1], groups), dtype=torch.uint8)
-        if packed.numel():
-            flat = packed.reshape(-1, width).contiguous()
-            bad = lib.check(flat, cols, group_size, used.view(-1, groups), threads)
-            if bad >= 0:
-                raise _bad_byte(flat, bad)
-        return used.bool()
+        used = torch.zeros((*packed.shape[:-1], group_count(cols, group_size)), dtype=torch.uint8)
+        return _filled(lib.check, packed, cols, group_size, used, threads).bool()
     return split_groups(unpack(packed, cols, group_size), group_size).ne(0).any(-1)
+
+
+def _filled(
+    native: Callable[..., int],
+    packed: Tensor,
+    cols: int,
+    group_size: int,
+    out: Tensor,
+    threads: int,
+) -> Tensor:
+    """`out`, whose rows a native function fills; FormatError where it meets a bad byte."""
+    if packed.numel():
+        flat = packed.reshape(-1, packed.shape[-1]).contiguous()
+        bad = native(flat, cols, group_size, out.view(-1, out.shape[-1]), threads)
+        if bad >= 0:
+            raise _bad_byte(flat, bad)
+    return out
 
 
 def dequantize_base3(
@@ -184,7 +192,7 @@ def _decode(packed: Tensor, cols: int, group_size: int) -> tuple[Tensor, Tensor]
     return values[..., :cols].contiguous(), clean[..., : packed.shape[-1]]
 
 
-def _check_width(packed: Tensor, cols: int, group_size: int) -> int:
+def _check_width(packed: Tensor, cols: int, group_size: int) -> None:
     width = packed_width(cols, group_size)
     if packed.dtype != torch.uint8 or packed.shape[-1] != width:
         raise damaged(
@@ -192,7 +200,6 @@ def _check_width(packed: Tensor, cols: int, group_size: int) -> int:
             f"{packed.shape[-1]} elements of {packed.dtype}",
             f"{width} bytes for {cols} columns in groups of {group_size}",
         )
-    return width
 
 
 def _bad_byte(packed: Tensor, offset: int) -> FormatError:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ternarize.errors import WeightError, damaged
 from ternarize.trits.scales import scale_values, store_scales, to_float
-from ternarize.trits.ternary import scaled, split_groups
+from ternarize.trits.ternary import largest_of_groups, scaled, split_groups
 
 INT8 = "int8"  # name of the codec
 INT8_GROUP_SIZE = -1  # finer groups take more room, and gain nothing that perplexity shows
@@ -64,14 +64,7 @@ def int8_dtype(weight: Tensor, group_size: int) -> torch.dtype:
 
 def int8_scales(weight: Tensor, group_size: int) -> Tensor:
     """max |w| / 127 of each group, float64; shapes as in `encode_int8`."""
-    groups = split_groups(weight.abs().to(torch.float64), group_size)
-    if weight.numel() == 0:
-        largest = groups.new_zeros(groups.shape[:-1])
-    else:
-        largest = groups.amax(-1)
-    if group_size == 0:
-        largest = torch.nn.functional.pad(largest, (0, 0, 0, 1)).amax(-2, keepdim=True)
-    return largest / 127
+    return largest_of_groups(weight.abs().to(torch.float64), group_size) / 127
 
 
 def dequantize_int8(q: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:

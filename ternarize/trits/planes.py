@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ternarize.threads import THREADS
+from ternarize.trits.base3 import pack
 from ternarize.trits.methods.grouped import distance, fixed_sum
 from ternarize.trits.scales import scale_codes, scale_values, to_float
 from ternarize.trits.ternary import Ternary, split_groups
@@ -90,3 +92,19 @@ def squared_error(weight: Tensor, dense: Tensor, group_size: int) -> tuple[float
 
 def _nonzero(planes: Sequence[Ternary]) -> int:
     return sum(int(plane.trits.count_nonzero()) for plane in planes)
+
+
+def pack_planes(*planes: Ternary, threads: int = THREADS) -> Tensor:
+    """The stored bytes of the trits alone."""
+    group_size = planes[0].group_size
+    return join_planes([pack(plane.trits, group_size, threads) for plane in planes])
+
+
+def join_planes(parts: Sequence[Tensor]) -> Tensor:
+    """Rows of packed bytes or of scales, those of the planes one behind the other."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), -1)
+
+
+def split_planes(stored: Tensor, planes: int) -> tuple[Tensor, ...]:
+    """The inverse of `join_planes`."""
+    return stored.chunk(planes, -1) if planes > 1 else (stored,)

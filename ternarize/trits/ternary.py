@@ -72,6 +72,15 @@ def group_sums(values: Tensor, group_size: int) -> Tensor:
     return split_groups(values, group_size).sum(-1)
 
 
+def largest_of_groups(magnitude: Tensor, group_size: int) -> Tensor:
+    """The largest of each group of (..., rows, cols): (..., rows, groups), or (..., 1, 1)."""
+    groups = split_groups(magnitude, group_size)
+    largest = groups.amax(-1) if magnitude.numel() else groups.new_zeros(groups.shape[:-1])
+    if group_size == 0:
+        largest = torch.nn.functional.pad(largest, (0, 0, 0, 1)).amax(-2, keepdim=True)
+    return largest
+
+
 def spread_scales(scales: Tensor, cols: int, group_size: int) -> Tensor:
     """The scale of each weight: (..., rows or 1, groups) -> (..., rows or 1, cols)."""
     return scales.repeat_interleave(group_length(cols, group_size), -1)[..., :cols]

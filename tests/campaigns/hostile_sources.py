@@ -344,10 +344,10 @@ def patched(check: Callable[..., None]) -> Any:
     original = container.check_data
 
     def once(*args: Any, **kwargs: Any) -> None:
-        with mock.patch.object(container, "check", original):
+        with mock.patch.object(container, "check_data", original):
             check(*args, **kwargs)
 
-    return mock.patch.object(container, "check", once)
+    return mock.patch.object(container, "check_data", once)
 
 
 def while_verifying(folder: Path) -> None:

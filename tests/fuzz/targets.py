@@ -357,27 +357,32 @@ TARGETS: dict[str, Target] = {
         fuzz_header,
         structure.change_file,
         lambda: _files("valid", "invalid"),
-        ("checkpoint",),
+        ("files.headers", "files.json_files"),
     ),
-    "json": Target(fuzz_json, structure.change_text, _texts, ("checkpoint",)),
+    "json": Target(fuzz_json, structure.change_text, _texts, ("files.json_files",)),
     "file": Target(
         fuzz_file,
         structure.change_file,
         lambda: _files("valid", "invalid"),
-        ("checkpoint", "container", "codecs", "tensor"),
+        ("files.headers", "files.metadata", "files.container", "trits.base3", "trits.int8"),
     ),
     "directory": Target(
         fuzz_directory,
         structure.change_directory,
         _directories,
-        ("checkpoint", "container", "codecs", "verify"),
+        ("sources.checkpoint", "sources.packed", "files.metadata", "convert.verify"),
     ),
-    "gguf": Target(fuzz_gguf, gguf_files.change, gguf_files.seeds, ("files.gguf", "imports.gguf")),
+    "gguf": Target(
+        fuzz_gguf,
+        gguf_files.change,
+        gguf_files.seeds,
+        ("files.gguf", "sources.imports.gguf", "sources.imports.gguf_config"),
+    ),
     "record": Target(
         fuzz_record,
         structure.change_directory,
         _records,
-        ("verify", "report", "card"),
+        ("sources.packed", "convert.verify", "measure.report", "publish.card"),
     ),
 }
 

@@ -40,16 +40,7 @@ def load(atheris: ModuleType | None) -> ModuleType:
         importlib.import_module(heavy)  # not instrumented
     guide: Any = contextlib.nullcontext()
     if atheris is not None:
-        names = [
-            "checkpoint",
-            "container",
-            "codecs",
-            "tensor",
-            "verify",
-            "report",
-            "card",
-            "imports",
-        ]
+        names = ["trits", "files", "sources", "convert.verify", "measure.report", "publish.card"]
         guide = atheris.instrument_imports(
             include=[f"ternarize.{n}" for n in names] + ["reference"]
         )

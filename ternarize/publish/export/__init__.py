@@ -1,13 +1,15 @@
-"""Packed checkpoint -> files that other engines load, a module for each target.
+"""Packed checkpoint -> files that other engines load.
 
-common.py      reading the packed checkpoint, what is lost, the output's place
-directory.py   a checkpoint in the layout of the Hub, written
-dense.py       floating point
-bitnet.py      transformers' BitLinear
-gemma.py       transformers' QuantizedLinear
-mlx.py         MLX
-vocabulary.py  the vocabulary of a GGUF file
-gguf.py        llama.cpp
+A module for each target, beside what they have in common:
+
+    common.py      reading the packed checkpoint, what is lost, the output's place
+    directory.py   a checkpoint in the layout of the Hub, written
+    dense.py       floating point
+    bitnet.py      transformers' BitLinear
+    gemma.py       transformers' QuantizedLinear
+    mlx.py         MLX
+    vocabulary.py  the vocabulary of a GGUF file
+    gguf.py        llama.cpp
 """
 
 from collections.abc import Callable

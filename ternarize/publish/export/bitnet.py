@@ -1,7 +1,9 @@
 """Export to transformers' own 2-bit BitLinear: one scale per tensor, activations in int8.
 
-<x>.weight U8 [rows / 4, cols]: byte r has rows r + {0, 1, 2, 3} rows / 4 in bits 0-1, 2-3, 4-5,
-6-7, as t + 1;  <x>.weight_scale [1] = 1 / s
+With t the trits and s their scales:
+
+    <x>.weight U8 [rows / 4, cols]: byte r has rows r + {0, 1, 2, 3} rows / 4 in bits 0-1, 2-3, 4-5,
+    6-7, as t + 1;  <x>.weight_scale [1] = 1 / s
 """
 
 from functools import lru_cache

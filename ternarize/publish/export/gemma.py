@@ -1,8 +1,10 @@
 """Export to transformers' own QuantizedLinear (from 5.11 on): 2 bits, one scale per row.
 
-<x>.weight U8 [rows, ceil(cols / 4)]: byte c has columns 4 c + {0, 1, 2, 3} from the low bits,
-as t + 2;  <x>.weight_scale F32 [rows, 1] = s;
-<x>.input_activation_scale, <x>.output_activation_scale F32 [] = 0, which is off
+With t the trits and s their scales:
+
+    <x>.weight U8 [rows, ceil(cols / 4)]: byte c has columns 4 c + {0, 1, 2, 3} from the low bits,
+    as t + 2;  <x>.weight_scale F32 [rows, 1] = s;
+    <x>.input_activation_scale, <x>.output_activation_scale F32 [] = 0, which is off
 """
 
 from functools import lru_cache

@@ -1,7 +1,9 @@
 """Export to MLX's affine quantization in 2 bits, groups of 32, 64 or 128.
 
-<x>.weight U32 [rows, cols / 16]: word c has columns 16 c + {0 .. 15} from the low bits, as
-q = t + 1;  <x>.scales [rows, cols / group] = s;  <x>.biases = -s;  weight = q * scale + bias
+With t the trits and s their scales:
+
+    <x>.weight U32 [rows, cols / 16]: word c has columns 16 c + {0 .. 15} from the low bits, as
+    q = t + 1;  <x>.scales [rows, cols / group] = s;  <x>.biases = -s;  weight = q * scale + bias
 """
 
 from functools import lru_cache

@@ -22,6 +22,7 @@ https://arxiv.org/abs/2402.17764
 """
 
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from torch import Tensor
 from ternarize.files.checkpoint import Checkpoint, TensorInfo
 from ternarize.sources.imports.common import (
     FETCH_AGAIN,
-    FLOATS,
+    FLOAT_NAMES,
     REPAIR_CONFIG,
     Decode,
     Imported,
@@ -52,8 +53,8 @@ def bitnet(raw: Checkpoint) -> Imported | None:
     Raises CheckpointError where it has what cannot be carried, or breaks the layout.
     """
     config = raw.config or {}
-    how = config.get("quantization_config")
-    if not how and {"weight_bits", "input_bits"} <= config.keys():
+    settings = config.get("quantization_config")
+    if not settings and {"weight_bits", "input_bits"} <= config.keys():
         raise refuse(
             raw,
             f"trained with weights in {config['weight_bits']} and inputs in "
@@ -62,29 +63,14 @@ def bitnet(raw: Checkpoint) -> Imported | None:
             "a config.json with a quantization_config of bitnet",
             "Use a variant of the model that transformers runs",
         )
-    if not isinstance(how, dict) or how.get("quant_method") != "bitnet":
+    if not isinstance(settings, dict) or settings.get("quant_method") != "bitnet":
         return None
-    kind, mode = how.get("linear_class", "bitlinear"), how.get("quantization_mode", "offline")
-    if f"{kind} {mode}" not in _LAYOUTS:
-        raise refuse(
-            raw,
-            f"bitnet with linear_class {kind!r} and quantization_mode {mode!r}",
-            "bitlinear, or autobitlinear that is offline or online",
-            REPAIR_CONFIG,
-        )
-    if how.get("use_rms_norm"):
-        raise refuse(
-            raw,
-            "bitnet with use_rms_norm, which has a norm in front of each linear layer that the "
-            "architecture alone has not",
-            "none",
-            "It cannot be carried: use another variant of the model",
-        )
-    layers = quantized_layers(raw, "bitnet", how.get("modules_to_not_convert"))
+    kind, mode = _kind_and_mode(raw, settings)
+    layers = quantized_layers(raw, "bitnet", settings.get("modules_to_not_convert"))
     tensors, decode = dict(raw.tensors), dict[str, Decode]()
     if mode == "online":
         for name in layers if raw.tensors else ():
-            expect(raw, name, FLOATS, layers[name])
+            expect(raw, name, FLOAT_NAMES, layers[name])
             decode[name] = _online(raw, name)
         meaning = "(round(w / m) clipped to -1 .. 1) m of master weights w, m = mean |w| per tensor"
     else:
@@ -109,6 +95,29 @@ def bitnet(raw: Checkpoint) -> Imported | None:
         scale=meaning,
         activations="int8",
     )
+
+
+def _kind_and_mode(raw: Checkpoint, settings: dict[str, Any]) -> tuple[str, str]:
+    kind, mode = (
+        settings.get("linear_class", "bitlinear"),
+        settings.get("quantization_mode", "offline"),
+    )
+    if f"{kind} {mode}" not in _LAYOUTS:
+        raise refuse(
+            raw,
+            f"bitnet with linear_class {kind!r} and quantization_mode {mode!r}",
+            "bitlinear, or autobitlinear that is offline or online",
+            REPAIR_CONFIG,
+        )
+    if settings.get("use_rms_norm"):
+        raise refuse(
+            raw,
+            "bitnet with use_rms_norm, which has a norm in front of each linear layer that the "
+            "architecture alone has not",
+            "none",
+            "It cannot be carried: use another variant of the model",
+        )
+    return kind, mode
 
 
 def _online(raw: Checkpoint, name: str) -> Decode:
@@ -145,16 +154,16 @@ def _offline(
     """Replace a weight and its scale by the logical weight."""
     count, cols = shape
     scale_name = name.removesuffix(".weight") + _SCALE
-    scale_info = expect(raw, scale_name, FLOATS, None)
+    scale_info = expect(raw, scale_name, FLOAT_NAMES, None)
     if scale_info.numel != 1:
-        expect(raw, scale_name, FLOATS, (1,))
+        expect(raw, scale_name, FLOAT_NAMES, (1,))
     packed = name in raw.tensors and raw.tensors[name].dtype in ("U8", "I8")
     if packed:
         expect(raw, name, ("U8", "I8"), (-(-count // 4), cols))
     elif kind == "bitlinear":
         expect(raw, name, ("U8",), (-(-count // 4), cols))
     else:
-        expect(raw, name, FLOATS, shape)
+        expect(raw, name, FLOAT_NAMES, shape)
 
     @lru_cache(maxsize=1)
     def scale() -> Tensor:
@@ -178,7 +187,7 @@ def _offline(
     bias = name.removesuffix(".weight") + ".bias"
     if kind == "bitlinear" or bias not in tensors:  # which adds its bias after the scale
         return
-    expect(raw, bias, FLOATS, (count,))
+    expect(raw, bias, FLOAT_NAMES, (count,))
 
     def scaled(first: int, last: int) -> Tensor:  # a bias is one row
         return read_rows(raw, bias, first, last).to(torch.float32) * scale().to(torch.float32)

@@ -18,7 +18,7 @@ from ternarize.files.checkpoint import Checkpoint, TensorInfo
 from ternarize.files.headers import DTYPES
 from ternarize.models.skeleton import linear_layers
 
-FLOATS = ("F32", "F16", "BF16")  # dtypes of scales and master weights
+FLOAT_NAMES = ("F32", "F16", "BF16")  # dtypes of scales and master weights
 ROWS = 1 << 18  # weights decoded at a time, in whole rows
 
 

@@ -28,7 +28,7 @@ from ternarize.files.checkpoint import Checkpoint, TensorInfo
 from ternarize.files.headers import DTYPES
 from ternarize.sources.imports.common import (
     FETCH_AGAIN,
-    FLOATS,
+    FLOAT_NAMES,
     REPAIR_CONFIG,
     USE_ORIGINAL,
     Decode,
@@ -48,53 +48,40 @@ BITS = (2, 4, 8)  # fields that do not cross words
 def mlx(raw: Checkpoint) -> Imported | None:
     """The checkpoint as float weights if it is in MLX's affine layout, else None."""
     config = raw.config or {}
-    how = config.get("quantization")
+    settings = config.get("quantization")
     biases, name = ".biases", "mlx"
-    if how is None:
-        how = config.get("quantization_config")
+    if settings is None:
+        settings = config.get("quantization_config")
         biases, name = ".qbiases", "metal"
-        if not isinstance(how, dict) or how.get("quant_method") != "metal":
+        if not isinstance(settings, dict) or settings.get("quant_method") != "metal":
             return None
-    if not isinstance(how, dict) or how.get("mode", "affine") != "affine":
+    if not isinstance(settings, dict) or settings.get("mode", "affine") != "affine":
         raise refuse(
             raw,
-            f"quantization of config.json is {str(how)[:80]!r}",
+            f"quantization of config.json is {str(settings)[:80]!r}",
             "MLX's, in mode affine",
             USE_ORIGINAL,
         )
-    if raw.tensors and how.get("bits") != 2 and not _mixed(how):
+    if raw.tensors and settings.get("bits") != 2 and not _mixed(settings):
         raise refuse(
             raw,
-            f"quantized to {how.get('bits')!r} bits by {name}",
+            f"quantized to {settings.get('bits')!r} bits by {name}",
             "2, which three values need",
             USE_ORIGINAL,
         )
     tensors, decode = dict(raw.tensors), dict[str, Decode]()
     groups: dict[str, int] = {}
     two = set()
-    for scales in [each for each in raw.tensors if each.endswith(".scales")]:
-        base = scales.removesuffix(".scales")
-        mine = how.get(base)
-        bits, group = (
-            {**how, **(mine if isinstance(mine, dict) else {})}.get(key)
-            for key in ("bits", "group_size")
-        )
-        if bits not in BITS or type(group) is not int or group < 1:
-            raise refuse(
-                raw,
-                f"{base} has {bits!r} bits in groups of {group!r}",
-                "2, 4 or 8 bits",
-                USE_ORIGINAL,
-            )
-        info = expect(raw, scales, FLOATS, None)
+    for base in [n.removesuffix(".scales") for n in raw.tensors if n.endswith(".scales")]:
+        bits, group = _bits_and_group(raw, settings, base)
+        info = expect(raw, base + ".scales", FLOAT_NAMES, None)
         *stack, cols = info.shape
         shape = (*stack, cols * group)
         expect(raw, base + biases, (info.dtype,), info.shape)
-        expect(raw, base + ".weight", ("U32",), (*stack, cols * group * bits // 32))
-        decode[base + ".weight"] = _affine(raw, base, biases, bits, group)
-        weight = raw.tensors[base + ".weight"]
+        weight = expect(raw, base + ".weight", ("U32",), (*stack, cols * group * bits // 32))
+        decode[weight.name] = _affine(raw, base, biases, bits, group)
         tensors[weight.name] = TensorInfo(weight.name, info.dtype, shape, weight.file)
-        del tensors[scales], tensors[base + biases]
+        del tensors[base + ".scales"], tensors[base + biases]
         groups[weight.name] = group
         if bits == 2:
             two.add(weight.name)
@@ -111,9 +98,20 @@ def mlx(raw: Checkpoint) -> Imported | None:
     )
 
 
-def _mixed(how: dict[str, Any]) -> bool:
+def _bits_and_group(raw: Checkpoint, settings: dict[str, Any], base: str) -> tuple[int, int]:
+    """Bits of a layer's weights and how many share a scale, by its own entry or the common one."""
+    own = settings.get(base)
+    both = {**settings, **(own if isinstance(own, dict) else {})}
+    bits, group = both.get("bits"), both.get("group_size")
+    if bits not in BITS or type(group) is not int or group < 1:
+        found = f"{base} has {bits!r} bits in groups of {group!r}"
+        raise refuse(raw, found, "2, 4 or 8 bits", USE_ORIGINAL)
+    return bits, group
+
+
+def _mixed(settings: dict[str, Any]) -> bool:
     """Whether some tensors are in 2 bits although most are not."""
-    return any(isinstance(each, dict) and each.get("bits") == 2 for each in how.values())
+    return any(isinstance(each, dict) and each.get("bits") == 2 for each in settings.values())
 
 
 def _affine(raw: Checkpoint, base: str, biases: str, bits: int, group: int) -> Decode:
@@ -134,10 +132,10 @@ def _affine(raw: Checkpoint, base: str, biases: str, bits: int, group: int) -> D
 def gemma(raw: Checkpoint) -> Imported | None:
     """The checkpoint as float weights if it is in transformers' `gemma` layout, else None."""
     config = raw.config or {}
-    how = config.get("quantization_config")
-    if not isinstance(how, dict) or how.get("quant_method") != "gemma":
+    settings = config.get("quantization_config")
+    if not isinstance(settings, dict) or settings.get("quant_method") != "gemma":
         return None
-    patterns = how.get("module_quant_configs") or {}
+    patterns = settings.get("module_quant_configs") or {}
     if not isinstance(patterns, dict) or not all(isinstance(p, dict) for p in patterns.values()):
         found = f"module_quant_configs of config.json is {str(patterns)[:80]!r}"
         raise refuse(raw, found, "a table of tables", REPAIR_CONFIG)
@@ -145,10 +143,10 @@ def gemma(raw: Checkpoint) -> Imported | None:
 
     def bits(path: str) -> Any:
         found = [each for pattern, each in patterns.items() if re.search(pattern, path)]
-        return {"num_bits": how.get("num_bits", 4), **(found[0] if found else {})}["num_bits"]
+        return {"num_bits": settings.get("num_bits", 4), **(found[0] if found else {})}["num_bits"]
 
-    layers = quantized_layers(raw, "gemma", how.get("modules_to_not_convert"))
-    if how.get("quantize_embeddings"):
+    layers = quantized_layers(raw, "gemma", settings.get("modules_to_not_convert"))
+    if settings.get("quantize_embeddings"):
         raise refuse(
             raw,
             "gemma with quantize_embeddings, which packs the token embedding",

@@ -51,7 +51,7 @@ def tokenizer_files(
     """
     kind = keys.get("tokenizer.ggml.model", "none")
     if not isinstance(kind, str):
-        raise _broken(where, "the kind of its vocabulary is no string", "one")
+        raise _bad_vocabulary(where, "the kind of its vocabulary is no string", "one")
     if kind == "none":
         return {}, ["the file has no vocabulary: no tokenizer is written"]
     pre = keys.get("tokenizer.ggml.pre", "default")
@@ -101,7 +101,7 @@ def _add_ends(
     )
     for flag, name in ((begin, "bos"), (end, "eos")):
         if flag and name not in specials:
-            raise _broken(where, f"adds {name}, but has none", "its number")
+            raise _bad_vocabulary(where, f"adds {name}, but has none", "its number")
     if begin or end:
         parts = [specials["bos"]] * begin + ["$A"] + [specials["eos"]] * end
         words = [part for part in dict.fromkeys(parts) if part != "$A"]
@@ -117,13 +117,13 @@ def _read_tokens(where: str, keys: Mapping[str, Any], size: int) -> tuple[list[s
     if not _are(tokens, str) or not 0 < len(tokens) <= size:
         count = len(tokens) if isinstance(tokens, list) else "no"
         wanted = f"one for each row of the token embedding, {size}"
-        raise _broken(where, f"its vocabulary has {count} tokens", wanted)
+        raise _bad_vocabulary(where, f"its vocabulary has {count} tokens", wanted)
     types = keys.get("tokenizer.ggml.token_type")
     if types is None:
         return tokens, [llama_cpp.NORMAL] * len(tokens)
     integers = isinstance(types, np.ndarray) and types.dtype.kind in "iu"
     if not integers or len(types) != len(tokens):
-        raise _broken(where, "has no type for each token", "that")
+        raise _bad_vocabulary(where, "has no type for each token", "that")
     return tokens, [int(kind) for kind in types]
 
 
@@ -138,7 +138,7 @@ def _specials(where: str, keys: Mapping[str, Any], tokens: Sequence[str]) -> dic
         if number is None:
             continue
         if type(number) is not int or not 0 <= number < len(tokens):
-            raise _broken(where, f"{name} token {str(number):.20}", f"one of {len(tokens)}")
+            raise _bad_vocabulary(where, f"{name} token {str(number):.20}", f"one of {len(tokens)}")
         found[name] = tokens[number]
     return found
 
@@ -169,12 +169,12 @@ def _byte_level(
 ) -> tokenizers.Tokenizer:
     merges: Any = keys.get("tokenizer.ggml.merges")
     if not _are(merges, str) or any(merge.count(" ") != 1 for merge in merges):
-        raise _broken(where, "its merges are no pairs", "pairs")
+        raise _bad_vocabulary(where, "its merges are no pairs", "pairs")
     vocabulary = {token: number for number, token in enumerate(tokens)}
     for merge in merges:
         if not {*merge.split(" "), merge.replace(" ", "")} <= vocabulary.keys():
             found = f"the merge {merge!r:.80} has parts or a result that are no tokens"
-            raise _broken(where, found, "tokens")
+            raise _bad_vocabulary(where, found, "tokens")
     model = {
         "type": "BPE",
         "vocab": vocabulary,
@@ -185,7 +185,7 @@ def _byte_level(
         {**step, "trim_offsets": True} if step["type"] == "ByteLevel" else step
         for step in llama_cpp.SPLITS[split]
     ]
-    tokenizer = _build(where, model, None, {"type": "Sequence", "pretokenizers": steps})
+    tokenizer = _make_tokenizer(where, model, None, {"type": "Sequence", "pretokenizers": steps})
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     return _added(tokenizer, tokens, types)
 
@@ -195,7 +195,7 @@ def _sentencepiece(
 ) -> tokenizers.Tokenizer:
     scores = keys.get("tokenizer.ggml.scores")
     if not isinstance(scores, np.ndarray) or len(scores) != len(tokens):
-        raise _broken(where, "has no score for each token", "that")
+        raise _bad_vocabulary(where, "has no score for each token", "that")
     normal = {
         token
         for token, kind in zip(tokens, types, strict=True)
@@ -219,7 +219,7 @@ def _sentencepiece(
     }
     prefix = keys.get("tokenizer.ggml.add_space_prefix", True) is True
     steps = llama_cpp.PREPEND * prefix + llama_cpp.REPLACE
-    tokenizer = _build(where, model, {"type": "Sequence", "normalizers": steps}, None)
+    tokenizer = _make_tokenizer(where, model, {"type": "Sequence", "normalizers": steps}, None)
     decoders = tokenizers.decoders
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(llama_cpp.SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -228,7 +228,7 @@ def _sentencepiece(
     return _added(tokenizer, tokens, types)
 
 
-def _build(
+def _make_tokenizer(
     where: str, model: dict[str, Any], normalizer: Any, pre_tokenizer: Any
 ) -> tokenizers.Tokenizer:
     definition = {
@@ -242,8 +242,8 @@ def _build(
         return tokenizers.Tokenizer.from_str(json.dumps(definition))
     except Exception as error:  # tokenizers raises nothing narrower
         found = f"its vocabulary makes no tokenizer ({str(error):.120})"
-        raise _broken(where, found, "one") from None
+        raise _bad_vocabulary(where, found, "one") from None
 
 
-def _broken(where: str, found: str, expected: str) -> FormatError:
+def _bad_vocabulary(where: str, found: str, expected: str) -> FormatError:
     return FormatError(where, found, expected, "Fetch it again")

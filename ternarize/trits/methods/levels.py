@@ -5,7 +5,13 @@ from torch import Tensor
 
 from ternarize.native import lib
 from ternarize.trits.methods.grouped import run_native
-from ternarize.trits.ternary import NATIVE_DTYPES, Ternary, check_group_size, split_groups
+from ternarize.trits.ternary import (
+    NATIVE_DTYPES,
+    Ternary,
+    check_group_size,
+    largest_of_groups,
+    split_groups,
+)
 
 
 def levels(weight: Tensor, group_size: int) -> Ternary | None:
@@ -27,9 +33,7 @@ def levels(weight: Tensor, group_size: int) -> Ternary | None:
         return result if all(answer == 1 for answer in answers) else None
     magnitude = weight.abs().to(torch.float64)
     groups = split_groups(magnitude, group_size)
-    scales = groups.amax(-1) if weight.numel() else groups.new_zeros(groups.shape[:-1])
-    if group_size == 0:
-        scales = torch.nn.functional.pad(scales, (0, 0, 0, 1)).amax(-2, keepdim=True)
+    scales = largest_of_groups(magnitude, group_size)
     equal = (groups == scales.unsqueeze(-1)) | (groups == 0)
     if not bool(equal.all()) or not bool(weight.isfinite().all()):
         return None

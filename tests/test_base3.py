@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,6 @@ from torch import Tensor
 
 from ternarize.errors import FormatError
 from ternarize.trits.base3 import dequantize_base3, pack, packed_width, unpack, used_groups
-from ternarize.trits.int8 import dequantize_int8, encode_int8, int8_used
-from ternarize.trits.scales import scale_codes, scale_values
 from ternarize.trits.ternary import Ternary, group_count
 
 VECTORS = json.loads((Path(reference.__file__).parent / "vectors/base3.json").read_text("utf-8"))
@@ -356,52 +353,6 @@ def test_a_matrix_without_rows_becomes_one_without_rows(name: str) -> None:
             assert dense.shape == (0, 6)
 
 
-# ------------------------------------------------------------------------------------------------
-# Scales in 8 bits
-
-NUMBERS = {
-    code: Fraction(8 + code % 8, 8) * Fraction(2) ** (code // 8 - 15) for code in range(8, 248)
-}
-
-
-def test_a_code_stands_for_its_float16() -> None:
-    codes = torch.tensor([0, *NUMBERS], dtype=torch.uint8)
-    values = scale_values(codes, torch.float64).tolist()
-    assert values == [0.0, *(float(number) for number in NUMBERS.values())]
-    assert scale_codes(scale_values(codes)).tolist() == codes.tolist()
-
-
-@settings(deadline=None, max_examples=300)
-@given(
-    scale=st.one_of(
-        st.floats(2.0**-14, 61440.0),
-        st.builds(
-            lambda code, off: float(
-                np.nextafter(float(NUMBERS[code] + NUMBERS[code + 1]) / 2, off)
-            ),
-            st.integers(8, 246),
-            st.sampled_from([0.0, np.inf]),
-        ),
-        st.builds(lambda code: float(NUMBERS[code] + NUMBERS[code + 1]) / 2, st.integers(8, 246)),
-    )
-)
-def test_a_scale_goes_to_the_nearest_number_and_at_the_middle_to_the_even_code(
-    scale: float,
-) -> None:
-    exact = Fraction(scale)
-    best = min(NUMBERS, key=lambda code: (abs(NUMBERS[code] - exact), code % 2))
-    assert int(scale_codes(torch.tensor(scale, dtype=torch.float64))) == best
-
-
-def test_scales_out_of_range_go_to_its_ends_and_only_0_to_0() -> None:
-    scales = torch.tensor([0.0, 1e-300, 2.0**-15, 61440.0, 65504.0, 1e300], dtype=torch.float64)
-    assert scale_codes(scales).tolist() == [0, 8, 8, 247, 247, 247]
-
-
-# ------------------------------------------------------------------------------------------------
-# Two planes, int8
-
-
 @every_engine
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group_size", [-1, 0, 7, 128])
@@ -418,32 +369,3 @@ def test_planes_are_added_in_float32(name: str, group_size: int, dtype: torch.dt
         single = [dequantize_base3(*part, 200, group_size, torch.float32) for part in parts]
         both = dequantize_base3(packed, scales, 200, group_size, dtype, planes=2)
     assert torch.equal(both, (single[0] + single[1]).to(dtype))
-
-
-@pytest.mark.parametrize("group_size", [-1, 0, 7, 128])
-def test_int8_is_within_half_a_step_of_the_weight(group_size: int) -> None:
-    weight = torch.randn((5, 200), generator=torch.Generator().manual_seed(8)).to(torch.float16)
-    weight[2] = 0
-    q, scales = encode_int8(weight, group_size, torch.float32)
-    length = 200 if group_size <= 0 else group_size
-    step = scales.repeat_interleave(length, 1)[:, :200].expand(5, 200)
-    dense = dequantize_int8(q, scales, group_size, torch.float32)
-    assert int(q.abs().max()) == 127
-    assert bool(((dense - weight.float()).abs() <= step * 0.50001).all())
-    assert torch.equal(dense[2], torch.zeros(200))
-    used = int8_used(q, group_size)
-    assert torch.equal(used if group_size else used.any(-2, keepdim=True), scales != 0)
-
-
-def test_minus_128_is_no_weight_of_int8() -> None:
-    q = torch.zeros((2, 3), dtype=torch.int8)
-    q[1, 1] = -128
-    with pytest.raises(FormatError, match="^byte 4: -128 is no weight"):
-        int8_used(q, -1)
-
-
-def test_a_matrix_without_rows_has_no_int8_weights() -> None:
-    for group_size in (-1, 0, 4):
-        q, scales = encode_int8(torch.empty(0, 6), group_size, torch.float16)
-        assert q.shape == (0, 6)
-        assert scales.shape == ((1, 1) if group_size == 0 else (0, group_count(6, group_size)))
