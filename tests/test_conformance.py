@@ -28,6 +28,7 @@ from ternarize.runtime.modules.matrix import PackedMatrix
 from ternarize.sources.checkpoint import open_checkpoint
 from ternarize.trits.base3 import dequantize_base3
 from ternarize.trits.int8 import dequantize_int8, encode_int8
+from ternarize.trits.planes import join_planes
 from ternarize.trits.rotation import BLOCKS, rotate, signs, unrotate
 from ternarize.trits.scales import scale_codes, scale_values
 
@@ -97,7 +98,7 @@ def assert_is(expected: dict[str, Any], found: Stored, checkpoint: Checkpoint, n
         if "trits" in expected:
             assert trits.tolist() == expected["trits"]
         assert sha256(trits) == expected["trits_sha256"]
-        values = container.join_planes([plane.scales for plane in planes])
+        values = join_planes([plane.scales for plane in planes])
         assert torch.equal(values, scale_values(scales, torch.float64))
     assert checkpoint.tensors[name + metadata.SCALE_SUFFIX].dtype == expected["scale_dtype"]
     assert list(scales.shape) == expected["scale_shape"]

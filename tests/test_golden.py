@@ -22,6 +22,7 @@ from ternarize.files.checkpoint import Checkpoint, open_files
 from ternarize.files.headers import DTYPES, byte_view
 from ternarize.measure.report import inspect
 from ternarize.sources.packed import open_packed
+from ternarize.trits.planes import join_planes
 from ternarize.trits.scales import scale_values
 
 GOLDEN = Path(reference.__file__).parent / "golden"
@@ -87,7 +88,7 @@ def digests(checkpoint: Checkpoint, *, whole: bool) -> dict[str, list[Any]]:
             stored = checkpoint.tensors[name + metadata.SCALE_SUFFIX].shape
             scales = checkpoint.read(name + metadata.SCALE_SUFFIX).reshape(stored)
             planes = container.decode_planes(data, scales, record)
-            joined = container.join_planes([plane.scales for plane in planes])
+            joined = join_planes([plane.scales for plane in planes])
             assert torch.equal(joined, scale_values(scales, torch.float64))
             data = torch.cat([plane.trits for plane in planes], -1)
             kind = "+".join(["ternary"] * record.planes)

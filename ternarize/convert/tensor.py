@@ -17,7 +17,6 @@ from torch import Tensor
 from ternarize.calibrate.solved import read_solved
 from ternarize.errors import UsageError, WeightError
 from ternarize.files.checkpoint import Checkpoint, TensorInfo
-from ternarize.files.container import join_planes, pack_planes
 from ternarize.files.headers import DTYPE_NAMES, DTYPES, byte_view
 from ternarize.files.metadata import SCALE_SUFFIX, Record
 from ternarize.plans.layout import PIECE, TensorPlan, logical
@@ -26,7 +25,13 @@ from ternarize.plans.recipe import GPTQ, WITHOUT_DATA, Recipe
 from ternarize.sources.imports.common import Imported
 from ternarize.trits.int8 import INT8, encode_int8, int8_dtype
 from ternarize.trits.methods import METHODS, levels
-from ternarize.trits.planes import fit_planes, measured, squared_error
+from ternarize.trits.planes import (
+    fit_planes,
+    join_planes,
+    measured,
+    pack_planes,
+    squared_error,
+)
 from ternarize.trits.rotation import rotate
 from ternarize.trits.scales import store_scales
 from ternarize.trits.ternary import Ternary, split_groups
@@ -194,7 +199,7 @@ def _ternarize(
         if whole is not None:
             block, seed = tensor.rotation
             weight = rotate(weight.to(torch.float32), block, seed) if block else weight
-            fit = measured(weight, _rows_of(whole, tensor, start, stop))
+            fit = measured(weight, _part_of(whole, tensor, start, stop))
         else:
             itself = _exactly(weight, source, tensor, exact)
             fit = fit_planes(weight, group_size, method, tensor.planes, dtype, itself)
@@ -235,7 +240,7 @@ def _exactly(
     return exact
 
 
-def _rows_of(whole: Sequence[Ternary], tensor: TensorPlan, start: int, stop: int) -> list[Ternary]:
+def _part_of(whole: Sequence[Ternary], tensor: TensorPlan, start: int, stop: int) -> list[Ternary]:
     """The part of planes that a piece of the tensor holds."""
     rows, cols = tensor.shape[-2:]
     first, last = start // cols, stop // cols

@@ -47,6 +47,7 @@ from ternarize.files.metadata import Record  # noqa: E402
 from ternarize.native import lib  # noqa: E402
 from ternarize.publish.export.common import common_scales  # noqa: E402
 from ternarize.trits import base3, ggml  # noqa: E402
+from ternarize.trits.planes import join_planes, split_planes  # noqa: E402
 from ternarize.trits.scales import scale_values  # noqa: E402
 from ternarize.trits.ternary import Ternary, group_count, split_groups  # noqa: E402
 
@@ -126,9 +127,9 @@ def check_tensor(number: int, done: Counter[str]) -> None:
     dense: dict[tuple[str, torch.dtype], Tensor] = {}
     for name in ENGINES:
         with engine(name):
-            packed.append(container.join_planes([base3.pack(t, group_size) for t in planes]))
+            packed.append(join_planes([base3.pack(t, group_size) for t in planes]))
             decoded = container.decode_planes(packed[0], scales, record)
-            values = container.join_planes([plane.scales for plane in decoded])
+            values = join_planes([plane.scales for plane in decoded])
             found[name] = torch.cat([plane.trits for plane in decoded], -1), values
             flat = packed[0].reshape(-1, packed[0].shape[-1])
             matrices = max(1, math.prod(record.shape[:-2]))
@@ -174,7 +175,7 @@ def check_tensor(number: int, done: Counter[str]) -> None:
         same(dense[ENGINES[0], torch.float32], stored.reshape(-1, cols), "weights at run time")
     done["reference"] += 1
     if trits.dim() == 2 and trits.numel():
-        parts = container.split_planes(scale_values(scales, torch.float64), record.planes)
+        parts = split_planes(scale_values(scales, torch.float64), record.planes)
         for plane, part in zip(planes, parts, strict=True):
             check_blocks(Ternary(plane, part, group_size), done)
 
