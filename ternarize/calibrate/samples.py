@@ -11,7 +11,7 @@ platforms share.
 A sample is what the model was made for:
 
     causal language model   a window of seq_len tokens, cut out of joined documents as in
-                            ternarize.measure.evaluate: documents and windows begin with what the tokenizer
+                            measure.evaluate: documents and windows begin with what the tokenizer
                             itself puts in front of a text
     encoder                 a text of 8 to seq_len tokens between the tokenizer's special tokens:
                             whole sentences, as many as fit a length drawn log-uniformly, because
@@ -213,7 +213,7 @@ def cutter(
 
 
 def _windows(documents: Sequence[Document], tokenizer: Any, seq_len: int) -> list[list[int]]:
-    """Windows of joined documents without overlap, as ternarize.measure.evaluate cuts them."""
+    """Windows of joined documents without overlap, as measure.evaluate cuts them."""
     begin = beginning(tokenizer)
     texts = [document.text for document in documents]
     if not texts:
