@@ -18,7 +18,7 @@ TERNARIZE_INLINE Float sum_halves(Float* x) {
   return (x[0] + x[2]) + (x[1] + x[3]);
 }
 
-inline double sum_block(double* x) { return sum_halves<kBlock / 2>(x); }
+double sum_block(double* x) { return sum_halves<kBlock / 2>(x); }
 
 // Sums of blocks on their way up: level 0 collects the sums of blocks of numbers, level 1 the sums
 // of 128 of those, and so on. Nine levels hold more than 2^63 numbers.
