@@ -208,7 +208,7 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_told_in_one_line(tmp_path: 
     words.backend_tokenizer.model.unk_token = "w199"
     words.save_pretrained(source)
     why, command = unmeasured(converted(source, tmp_path / "packed"), source)
-    assert "gives token 199 for default; expected tokens below the model's 160" in why
+    assert "default: has tokens 1 to 199; expected 0 to 159, the model's vocabulary" in why
     assert command is None
 
 
