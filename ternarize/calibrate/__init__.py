@@ -9,16 +9,16 @@ plans, and nothing of the files that a conversion writes.
     inputs.py       samples without documents: rows of tensors, what the model itself writes
     data.py         from a recipe's data set to batches
     blocks.py       a model run block by block, with one block's weights in memory
-    budget.py       which matrices get more bits, and which get fewer
+    budget.py       group sizes and planes of matrices for given bits, and how many got which
     tracing.py      which products a block makes, and the sums that they enter
     moments.py      what is summed up over the tokens of a matrix
     metric.py       the metric in which a matrix is approximated, and its factor
     sweep.py        columns rounded one by one, each making up for the errors before it
-    gptq.py         one matrix: its target, trits, scales
+    gptq.py         one matrix solved: its target, trits, scales
     reconstruct.py  several matrices trained together by gradient
     lanes.py        the two streams of every batch: the source model, and the packed one
-    solved.py       blocks that are done, and their files
-    solve_block.py  one block: its groups, their moments, its matrices
+    solved.py       the files of blocks that are done
+    solve_block.py  one block: moments of its inputs, then each of its matrices
     training.py     a window of blocks, or the whole model, trained
     run.py          all blocks, one after the other
     pipeline.py     the calibrated part of a conversion: data, budget, blocks, figures

@@ -187,7 +187,7 @@ def _harm(output: object, wanted: object) -> float:
     return float((a - b).square().sum() / b.square().sum())
 
 
-def describe(tensors: Sequence[TensorPlan]) -> Mapping[str, int]:
+def count_forms(tensors: Sequence[TensorPlan]) -> Mapping[str, int]:
     """How many ternary tensors have each form, for people."""
     counts: dict[str, int] = {}
     for t in tensors:

@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from ternarize.calibrate.budget import allocate, describe
+from ternarize.calibrate.budget import allocate, count_forms
 from ternarize.calibrate.data import MAX_SEQ_LEN, Samples, read
 from ternarize.calibrate.inputs import Generate
 from ternarize.calibrate.run import Calibration
@@ -112,7 +112,7 @@ def calibrate(
         "data": samples.description,
         "environments": environments,
         "quality": quality,
-        "forms": describe(tensors),
+        "forms": count_forms(tensors),
         "uncalibrated": sum(len(r.uncalibrated) for r in run.reports),
         "blocks": [asdict(report) for report in run.reports],
     }

@@ -4,11 +4,11 @@ What reads weights and writes them in the order of a plan, and what compares the
 may import from all rooms but `publish` and `cli`.
 
     tensor.py     one tensor: read a piece, fit it, write it; what it turned out to need
-    workplace.py  OUTPUT.partial: who may work there, and whose it is
-    journal.py    how far a conversion is, and how a second run takes it up
+    workplace.py  OUTPUT.partial: who may work there, whose it is, whether it has ended
+    journal.py    which tensors are done, and how a second run takes them up
     limits.py     memory, threads and room on the disk
-    record.py     ternarize.json, config.json, the index
+    record.py     what is written beside the weights: ternarize.json, config.json, index
     run.py        plan -> calibrate -> shards -> record -> verify -> rename
     verify.py     a packed checkpoint is whole, and what its source gives
-    check.py      how good a conversion without data is, seen at once
+    check.py      how far a result made without data is from its source, measured at once
 """

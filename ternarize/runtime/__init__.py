@@ -5,7 +5,7 @@ processor multiplies them; a dense weight is made for the length of one product,
 may import transformers, and all rooms above it but for those where sources come from.
 
     kernels.py    the compiled core's products, and their definition in torch
-    forms.py      the forms in which a packed parameter is held, and what it stands for
+    forms.py      the forms in which a packed parameter is held, and the way back to dense
     products.py   y = x W^T by what serves the weight, the input and the device
     packed.py     what packed modules have in common
     modules/      linear layers, fused experts, token embeddings
