@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ternarize.calibrate.budget import Offer, _hull, _spend, allocate, describe
+from ternarize.calibrate.budget import Offer, _hull, _spend, allocate, count_forms
 from ternarize.convert.run import convert
 from ternarize.convert.verify import verify
 from ternarize.errors import UsageError
@@ -113,7 +113,7 @@ def test_more_bits_are_spent_the_more_there_are(llama: Plan) -> None:
     assert spent == sorted(spent)
     assert len(set(spent)) == len(spent)
     assert {t.planes for t in found if t.ternary} == {2}
-    assert sum(describe(found).values()) == sum(t.ternary for t in llama.tensors)
+    assert sum(count_forms(found).values()) == sum(t.ternary for t in llama.tensors)
 
 
 def test_less_than_the_least_is_refused(llama: Plan) -> None:

@@ -16,7 +16,7 @@ parameter in several modules, tied by transformers as dense ones are, and so are
 
     prepare.py    before the fill: empty ternary modules, and checks that tensors fit them
     int8_head.py  an output head that is rounded to 8 bits once it is there
-    finish.py     after the fill: what the source lacked, lanes for products; or made dense again
+    finish.py     after the fill: biases that the source lacked, checks; or all made dense again
     saving.py     what save_pretrained says of the files that it writes
     quantizer.py  what transformers calls: its config and its quantizer, and their registration
 
