@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,11 @@ import ternarize
 from ternarize.convert import limits
 from ternarize.convert import run as pipeline
 from ternarize.convert.limits import memory_left
+from ternarize.convert.record import write_small_files
 from ternarize.convert.run import convert
+from ternarize.convert.tensor import Change, Result, convert_tensor
 from ternarize.convert.verify import verify
+from ternarize.convert.workplace import JOURNAL
 from ternarize.errors import (
     CheckpointError,
     FormatError,
@@ -36,6 +41,7 @@ from ternarize.errors import (
     WeightError,
 )
 from ternarize.files import container
+from ternarize.files.outputs import write_at
 from ternarize.plans import layout
 from ternarize.plans.plan import make_plan
 from ternarize.plans.recipe import Calibrate, Recipe
@@ -236,13 +242,47 @@ def test_scales_that_float16_cannot_hold_are_stored_in_float32(
     verify(tmp_path / "packed", tmp_path / "source")
 
 
+def test_what_a_tensor_needs_instead_of_what_was_planned_is_returned(
+    tmp_path: Path,
+) -> None:
+    tiny_models.save("llama", tmp_path / "source", dtype=torch.float32)
+    wide, fused, head = "layers.1.mlp.up_proj", "layers.0.mlp.down_proj", "lm_head"
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name in (f"model.{wide}.weight", f"{head}.weight"):
+            tensors[name] *= 1e-7
+        trits = torch.randint(-1, 2, tensors[f"model.{fused}.weight"].shape).float()
+        trits[:32] *= 0.5
+        tensors[f"model.{fused}.weight"] = trits
+
+    edit(tmp_path / "source", change)
+    plan = make_plan(tmp_path / "source", Recipe(group_size=0, head="int8"))
+    plans = {t.name: t for t in plan.tensors}
+    expected = {
+        f"model.{wide}.weight": Change(f"model.{wide}.weight", 0, "F32"),
+        f"model.{fused}.weight": Change(f"model.{fused}.weight", -1, "F16"),
+        f"{head}.weight": Change(f"{head}.weight", -1, "F32"),
+    }
+    for name, change_of_plan in expected.items():
+        tensor = plans[name]
+        assert convert_tensor(plan.source, tensor, plan.recipe, _nowhere) == change_of_plan
+        size, dtype = change_of_plan.group_size, change_of_plan.scale_dtype
+        tensor = replace(tensor, group_size=size, scale_dtype=dtype)
+        result = convert_tensor(plan.source, tensor, plan.recipe, _nowhere)
+        assert isinstance(result, Result) and result.scale_dtype == dtype
+
+
+def _nowhere(name: str, offset: int, data: Tensor) -> None:
+    pass
+
+
 def test_many_wide_scales_in_a_shard_cost_one_more_pass_not_many(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_models.save("llama", tmp_path / "source", dtype=torch.float32)
     edit(tmp_path / "source", lambda t: [t[n].mul_(1e-7) for n in t if "proj" in n])
     calls: list[str] = []
-    real = pipeline.convert_tensor
+    real = convert_tensor
 
     def noting(*args: Any) -> Any:
         calls.append(args[1].name)
@@ -370,7 +410,7 @@ def test_an_interrupted_conversion_is_resumed_to_the_same_bytes(
     tiny_models.save("llama", tmp_path / "source", max_shard_size="60KB")
     convert(tmp_path / "source", tmp_path / "whole")
     calls = 0
-    real = pipeline.convert_tensor
+    real = convert_tensor
 
     def counting(*args: Any) -> Any:
         nonlocal calls
@@ -570,7 +610,7 @@ def test_too_many_tensors_for_a_header_are_found_out_before_the_start(
 def test_a_full_disk_keeps_what_is_done(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = pipeline.write_at, 0
+    real, calls = write_at, 0
 
     def full(*args: Any) -> None:
         nonlocal calls
@@ -586,6 +626,17 @@ def test_a_full_disk_keeps_what_is_done(
     assert not (tmp_path / "out").exists()
     convert(source, tmp_path / "out")
     verify(tmp_path / "out", source)
+
+
+def test_bytes_that_are_taken_in_parts_are_all_written(tmp_path: Path) -> None:
+    class Small(FileIO):
+        def write(self, data: Any) -> int:
+            return super().write(data[:3])
+
+    (tmp_path / "file").touch()
+    with Small(tmp_path / "file", "r+b") as file:
+        write_at(file, 2, torch.arange(10, dtype=torch.uint8).numpy().data)
+    assert (tmp_path / "file").read_bytes() == bytes([0, 0, *range(10)])
 
 
 def test_an_unfinished_conversion_with_other_options_is_not_touched(
@@ -612,7 +663,7 @@ def test_a_break_after_the_last_rename_is_tidied_up_by_the_same_command_alone(
         patch.setattr(pipeline, "tidy", _die)
         with pytest.raises(Break):
             convert(source, tmp_path / "out")
-    assert (tmp_path / "out" / pipeline.JOURNAL).is_file()
+    assert (tmp_path / "out" / JOURNAL).is_file()
     with pytest.raises(OutputError, match="exists already"):
         convert(source, tmp_path / "out", Recipe("twn"))
     assert convert(source, tmp_path / "out") == json.loads(json.dumps(record))
@@ -632,7 +683,7 @@ def test_a_break_while_a_useless_conversion_is_removed_does_not_make_it_a_strang
         patch.setattr(shutil, "rmtree", _die)  # the last step, when other files are gone
         with pytest.raises(Break):
             convert(source, tmp_path / "out")
-    assert os.listdir(tmp_path / "out.partial") == [pipeline.JOURNAL]
+    assert os.listdir(tmp_path / "out.partial") == [JOURNAL]
     convert(source, tmp_path / "out")
 
 
@@ -682,7 +733,7 @@ def test_a_source_that_may_not_be_read_is_named(
 def test_a_source_that_changes_during_the_conversion_is_refused(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = pipeline.write_small_files
+    real = write_small_files
 
     def touch(*args: Any) -> Any:
         os.utime(source / "model.safetensors", ns=(1, 1))
