@@ -101,14 +101,7 @@ class Matrix:
 
     def times(self, x: Tensor, activations: str, threads: int) -> Tensor:
         return kernels.product_of_lanes(
-            x,
-            self.lanes,
-            self.scales,
-            self.rows,
-            self.group_size,
-            self.form,
-            activations,
-            threads,
+            x, self.lanes, self.scales, self.rows, self.group_size, self.form, activations, threads
         )
 
 

@@ -177,10 +177,7 @@ def validation_loss(model: Model, rows: torch.Tensor) -> float:
 
 
 def train(
-    model: Model,
-    documents: list[list[int]],
-    held_out: torch.Tensor,
-    args: argparse.Namespace,
+    model: Model, documents: list[list[int]], held_out: torch.Tensor, args: argparse.Namespace
 ) -> None:
     """AdamW with a linear warm-up over 5 % of the steps and a cosine down to 2 % of the rate."""
     matrices = [weight for weight in model.parameters() if weight.dim() > 1]

@@ -1260,11 +1260,7 @@ def parted_directories() -> Files:
 def build() -> Files:
     """Return every vector: path below vectors/ -> bytes."""
     invalid = invalid_structure() | invalid_records() | invalid_tensors()
-    files = {
-        "base3.json": codec_vectors(),
-        "scale8.json": scale_vectors(),
-        **valid_files(),
-    }
+    files = {"base3.json": codec_vectors(), "scale8.json": scale_vectors(), **valid_files()}
     files |= {f"invalid/{rule}.safetensors": data for rule, data in invalid.items()}
     return files | directories() | parted_directories()
 

@@ -420,11 +420,7 @@ class _Handler(BaseHTTPRequestHandler):
             entry = file.entry(path)
             sibling = {"rfilename": path, "size": entry["size"], "blobId": entry["oid"]}
             if file.lfs:
-                sibling["lfs"] = {
-                    "sha256": file.sha256,
-                    "size": entry["size"],
-                    "pointerSize": 134,
-                }
+                sibling["lfs"] = {"sha256": file.sha256, "size": entry["size"], "pointerSize": 134}
             siblings.append(sibling)
         self.json(
             {

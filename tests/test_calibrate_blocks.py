@@ -119,10 +119,7 @@ def test_a_model_whose_forward_fails_is_reported_in_one_line(tmp_path: Path) -> 
     assert "\n" not in str(found.value)
     call = calibrating.first_call(blocks, calibrating.inputs("llama", 1))
     wrong = Call(call.block, (torch.zeros(1, 24, 63),), call.kwargs)
-    with (
-        blocks.loaded(call.block),
-        pytest.raises(CheckpointError, match="its forward fails"),
-    ):
+    with blocks.loaded(call.block), pytest.raises(CheckpointError, match="its forward fails"):
         blocks.run(wrong)
 
 

@@ -53,11 +53,7 @@ def test_products_on_new_tokens_are_nearer_than_without_calibration(group_size: 
     weight, x = problem(24, 96, 3000)
     train, held, new = x[:1500], x[1500:2000], x[2000:]
     solution = solve(
-        weight,
-        moments(train, train @ weight.T),
-        moments(held, held @ weight.T),
-        group_size,
-        half,
+        weight, moments(train, train @ weight.T), moments(held, held @ weight.T), group_size, half
     )
     (ternary,) = solution.planes
     plain = itf(weight, group_size)

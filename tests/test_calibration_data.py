@@ -503,9 +503,7 @@ def test_a_chat_template_that_writes_the_first_token_is_not_given_another(
         assert all(row[0] == 1 and 1 not in row[1:] for row in all_ids(found))
 
 
-def test_an_encoder_and_its_decoder_read_their_texts_between_special_tokens(
-    tmp_path: Path,
-) -> None:
+def test_an_encoder_and_its_decoder_read_their_texts_between_special_tokens(tmp_path: Path) -> None:
     documents = [" ".join(f"w{10 + (7 * d + at) % 140}" for at in range(13)) for d in range(60)]
     found = get(text(tmp_path / "a.txt", documents), "t5", words=tokenizer(framed=True))
     assert found.description["windows_begin_with"] == ["<s>"]

@@ -719,12 +719,7 @@ def test_options_beside_a_recipe_win(tmp_path: Path) -> None:
         "--recipe", path, "--group-size", "32", "--keep", "*up_proj*", "--num-samples", "9"
     )
     calibrate = as_it_is["calibrate"] | {"num_samples": 9}
-    assert changed == {
-        **as_it_is,
-        "group_size": 32,
-        "keep": ["*up_proj*"],
-        "calibrate": calibrate,
-    }
+    assert changed == {**as_it_is, "group_size": 32, "keep": ["*up_proj*"], "calibrate": calibrate}
     without_data = recipe_of("--recipe", path, "--method", "itf")
     assert without_data == {**as_it_is, "method": "itf", "calibrate": None}
     with_data = recipe_of("--recipe", "fast", "--dataset", "default", "--group-size", "64")

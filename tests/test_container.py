@@ -164,10 +164,7 @@ def test_metadata_is_canonical_to_the_byte() -> None:
         '"n\\u00e4me":{"sha256":"' + "2" * 64 + '"}}'
     )
     sha256 = hashlib.sha256(text.encode()).hexdigest()
-    assert dump_metadata(records) == {
-        "format": "pt",
-        "ternarize": f'{text},"sha256":"{sha256}"}}',
-    }
+    assert dump_metadata(records) == {"format": "pt", "ternarize": f'{text},"sha256":"{sha256}"}}'}
 
 
 def test_the_features_are_those_that_the_records_need() -> None:
@@ -205,10 +202,7 @@ def test_metadata_of_nothing_is_still_that_of_a_packed_file() -> None:
     ],
 )
 def test_a_record_says_how_its_tensor_is_stored(
-    shape: tuple[int, ...],
-    group_size: int,
-    packed: tuple[int, ...],
-    scales: tuple[int, ...],
+    shape: tuple[int, ...], group_size: int, packed: tuple[int, ...], scales: tuple[int, ...]
 ) -> None:
     assert Record("", shape, group_size).stored_shapes() == (packed, scales)
 
@@ -373,9 +367,7 @@ def test_every_flipped_bit_of_the_data_is_found_and_its_tensor_named(
             assert str(caught.value).startswith(f"model.safetensors: {owners[bit // 8]}: ")
 
 
-def test_a_flipped_bit_of_the_header_is_found_unless_it_changes_only_words(
-    tmp_path: Path,
-) -> None:
+def test_a_flipped_bit_of_the_header_is_found_unless_it_changes_only_words(tmp_path: Path) -> None:
     """A name can become another name; shapes, sizes, types, places and digests cannot."""
     small_file(tmp_path)
     path = tmp_path / "model.safetensors"

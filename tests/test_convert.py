@@ -230,9 +230,7 @@ def test_a_fused_ternary_source_is_lossless_in_smaller_groups_than_asked_for(
     verify(tmp_path / "packed", source)
 
 
-def test_scales_that_float16_cannot_hold_are_stored_in_float32(
-    tmp_path: Path,
-) -> None:
+def test_scales_that_float16_cannot_hold_are_stored_in_float32(tmp_path: Path) -> None:
     tiny_models.save("llama", tmp_path / "source", dtype=torch.float32)
     name = "model.layers.1.mlp.up_proj.weight"
     edit(tmp_path / "source", lambda t: t[name].mul_(1e-7))
@@ -242,9 +240,7 @@ def test_scales_that_float16_cannot_hold_are_stored_in_float32(
     verify(tmp_path / "packed", tmp_path / "source")
 
 
-def test_what_a_tensor_needs_instead_of_what_was_planned_is_returned(
-    tmp_path: Path,
-) -> None:
+def test_what_a_tensor_needs_instead_of_what_was_planned_is_returned(tmp_path: Path) -> None:
     tiny_models.save("llama", tmp_path / "source", dtype=torch.float32)
     wide, fused, head = "layers.1.mlp.up_proj", "layers.0.mlp.down_proj", "lm_head"
 

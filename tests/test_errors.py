@@ -11,12 +11,7 @@ PARTS = ("a.safetensors: lm_head.weight", "3 of 64 weights are NaN", "finite one
 
 
 @pytest.mark.parametrize(
-    "parts, line",
-    [
-        (4, "{}: {}; expected {}. {}."),
-        (3, "{}: {}; expected {}."),
-        (2, "{}: {}."),
-    ],
+    "parts, line", [(4, "{}: {}; expected {}. {}."), (3, "{}: {}; expected {}."), (2, "{}: {}.")]
 )
 def test_the_message_is_made_from_the_parts(parts: int, line: str) -> None:
     assert str(TernarizeError(*PARTS[:parts])) == line.format(*PARTS)

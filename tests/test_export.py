@@ -602,10 +602,7 @@ def test_linear_rope_and_a_window(tmp_path: Path) -> None:
         ),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"norm_topk_prob": False}, "norm_topk_prob False"),
-        (
-            {"architectures": ["Qwen3ForCausalLM"], "attention_bias": True},
-            "attention_bias True",
-        ),
+        ({"architectures": ["Qwen3ForCausalLM"], "attention_bias": True}, "attention_bias True"),
         (
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
             "rope_type 'yarn'",

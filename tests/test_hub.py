@@ -27,13 +27,7 @@ import ternarize
 from ternarize.cli.app import app
 from ternarize.convert.run import convert
 from ternarize.convert.verify import verify
-from ternarize.errors import (
-    CheckpointError,
-    DigestError,
-    OutputError,
-    TernarizeError,
-    UsageError,
-)
+from ternarize.errors import CheckpointError, DigestError, OutputError, TernarizeError, UsageError
 from ternarize.files.names import INDEX, RECORD, SAFETENSORS
 from ternarize.files.sums import SUMS, format_sums, listed, sha256
 from ternarize.plans.recipe import Calibrate, Recipe

@@ -373,11 +373,7 @@ PIECES = {
             (PIECES | {T + "unknown_token_id": value}, {}, "unknown token .*; expected one of 3")
             for value in ("a", 0.5, 3, np.zeros(2, np.int32))
         ),
-        (
-            BPE | {T + "token_type": np.full(3, np.nan, np.float32)},
-            {},
-            "no type for each token",
-        ),
+        (BPE | {T + "token_type": np.full(3, np.nan, np.float32)}, {}, "no type for each token"),
         *(
             (BPE | {T + "merges": [merge]}, {}, f"the merge '{merge}' has parts")
             for merge in ("b a", "x b", "a x")

@@ -480,12 +480,7 @@ def test_levels_gives_back_exactly_what_was_ternary(
     data=st.data(),
 )
 def test_levels_sees_one_weight_that_is_off_by_one_unit(
-    name: str,
-    shape: tuple[int, int],
-    kind: str,
-    group_size: int,
-    seed: int,
-    data: st.DataObject,
+    name: str, shape: tuple[int, int], kind: str, group_size: int, seed: int, data: st.DataObject
 ) -> None:
     random = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, shape, generator=random) * 2 - 1

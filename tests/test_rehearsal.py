@@ -461,9 +461,7 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_nothing_ternary_is_explained_by_the_dry_run_that_shows_the_reasons(
-    tmp_path: Path,
-) -> None:
+def test_nothing_ternary_is_explained_by_the_dry_run_that_shows_the_reasons(tmp_path: Path) -> None:
     tiny_models.save("clip", tmp_path / "source", torch.float32)
     edit_config(tmp_path / "source", architectures=["CLIPModel"])
     done = run(

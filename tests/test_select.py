@@ -428,9 +428,7 @@ def qwen3_vl_moe() -> Config:
     vision: Config = {"depth": 1, "hidden_size": 48, "num_heads": 4, "out_hidden_size": 64}
     vision |= {"intermediate_size": 72, "deepstack_visual_indexes": [0]}
     config: Config = transformers.Qwen3VLMoeConfig(
-        text_config=text,
-        vision_config=vision,
-        architectures=["Qwen3VLMoeForConditionalGeneration"],
+        text_config=text, vision_config=vision, architectures=["Qwen3VLMoeForConditionalGeneration"]
     ).to_dict()
     return config
 

@@ -147,7 +147,7 @@ assert warnings.showwarning is show and "TORCH_CPP_LOG_LEVEL" not in os.environ
 assert logging.root.manager.disable == logging.NOTSET
 warnings.warn("hear, hear")
 logging.getLogger("transformers").warning("and this")
-""",
+"""
     ).stderr
     assert "hear, hear" in said and "and this" in said
 
@@ -164,7 +164,7 @@ def test_in_these_tests_a_warning_is_an_error_where_it_is_ours_and_only_there() 
 
     with pytest.raises(DeprecationWarning):
         warnings.warn("is going", DeprecationWarning, stacklevel=1)
-    for ours in ("ternarize", "ternarize.runtime.products", "tests.campaigns.kill", "packing", "reference"):
+    for ours in ("ternarize", "ternarize.cli", "tests.campaigns.kill", "packing", "reference"):
         with pytest.raises(DeprecationWarning):
             warn(ours)
     for theirs in ("transformers.models.llama", "huggingface_hub", "torch.nn.modules.module"):

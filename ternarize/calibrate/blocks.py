@@ -17,7 +17,7 @@ looks at them and dropped when all batches wait.
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -31,9 +31,9 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig
 
-from ternarize.errors import CheckpointError, TernarizeError, WeightError, first_line
+from ternarize.errors import CheckpointError, WeightError
 from ternarize.files.checkpoint import Checkpoint
-from ternarize.models.configuration import config_from
+from ternarize.models.configuration import config_from, in_one_line
 from ternarize.models.places import locate_tensors, ties
 from ternarize.progress import without_bars
 from ternarize.threads import signals_held
@@ -109,21 +109,15 @@ class Forward:
             self._events.put(error)
 
 
-@contextmanager
-def code_of_the_model(where: object) -> Iterator[None]:
-    """What goes wrong in a model's code is told in one line; what the machine lacks is not its."""
-    try:
-        yield
-    except (TernarizeError, OSError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            where,
-            f"its forward fails on the calibration data ({type(error).__name__}: "
-            f"{first_line(error)})",
-            "it to run",
-            "Check that the data fit the model, or convert it without --dataset",
-        ) from error
+def code_of_the_model(where: object) -> AbstractContextManager[None]:
+    """Inside, a model's forward runs on the calibration data."""
+    return in_one_line(
+        where,
+        "its forward fails on the calibration data",
+        "it to run",
+        "Check that the data fit the model, or convert it without --dataset",
+        OSError,
+    )
 
 
 class _Parameters(dict[str, Any]):

@@ -196,10 +196,7 @@ def _uncalibrated(loaded: LoadedBlock, unseen: Mapping[str, Mapping[int, int]]) 
 
 
 def _moments(
-    loaded: LoadedBlock,
-    group: Group,
-    patch: Mapping[str, Tensor],
-    tick: Tick,
+    loaded: LoadedBlock, group: Group, patch: Mapping[str, Tensor], tick: Tick
 ) -> dict[Key, Moments]:
     """Moments of each matrix of a group, on calibration and on held-out tokens.
 

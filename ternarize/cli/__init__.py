@@ -5,9 +5,7 @@ Only this room prints, and nothing imports from it; it may import from all other
 
     terminal.py         how all of them print: stdout, stderr, a bar; sizes and numbers in words
     options.py          options that commands share, and those that are made from the recipe
-    show.py             what is shown of a packed checkpoint: tensors, sizes, calibration, measures
-    show_plan.py        what is shown of a plan
-    show_check.py       what is shown after a conversion: what came of it, and what to do next
+    show.py             what is shown of a plan, of a packed checkpoint, and after a conversion
     convert.py          `ternarize convert`: its recipe, its bounds, on which device
     inspect_command.py  `ternarize inspect`
     verify.py           `ternarize verify`

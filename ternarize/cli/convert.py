@@ -7,9 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ternarize.cli.options import AsJson, Debug, Device, ModelArgument, Quiet, RecipeName
-from ternarize.cli.show import show_calibration, show_totals
-from ternarize.cli.show_check import show_check, show_hints
-from ternarize.cli.show_plan import show_plan
+from ternarize.cli.show import show_calibration, show_check, show_hints, show_plan, show_totals
 from ternarize.cli.terminal import advise, err, failed, interrupted, print_json, progress_bar, shown
 from ternarize.errors import TernarizeError, UsageError, printable
 from ternarize.plans.recipe import GPTQ, Calibrate, Recipe, open_recipe

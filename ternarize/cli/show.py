@@ -1,11 +1,16 @@
-"""What is shown of a packed checkpoint: its tensors, sizes, calibration and measures."""
+"""What is shown: a plan, a packed checkpoint, what came of a conversion, what to do next."""
 
+import re
+import shlex
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from ternarize.cli.terminal import in_bytes, in_figures, shown, stdout
+from ternarize.cli.terminal import advise, err, in_bytes, in_figures, shown, stdout
+from ternarize.errors import printable
 
 SHOWN_BLOCKS = 8  # rows of a table that fits a terminal beside the rest
 
@@ -135,3 +140,166 @@ def windows_in_words(found: dict[str, Any]) -> str:
     number = f"{found['windows']} windows" if "windows" in found else f"{found['lines']} lines"
     begin = " ".join(found.get("windows_begin_with", ()))
     return number + (f" that begin with {begin}" if begin else "")
+
+
+def show_plan(table: dict[str, Any], with_recipe: bool) -> None:
+    """What becomes of each tensor and why, what it takes, and, on demand, by which options."""
+    out = stdout()
+    out.print(_rows(table["tensors"]))
+    coverage = table["coverage"]
+    int8 = f"{coverage['int8']:,} int8 + " if coverage["int8"] else ""
+    out.print(
+        f"\n{coverage['total']:,} parameters = {coverage['ternary']:,} ternary + "
+        f"{int8}{coverage['kept']:,} kept + {coverage['tied']:,} tied copies"
+    )
+    ratio = table["source_bytes"] / max(1, table["packed_bytes"])
+    calibrate = table["recipe"]["calibrate"]
+    besides = " (calibration takes more)" if calibrate else ""
+    source, packed, converting, loading = (
+        in_bytes(table[f"{name}_bytes"])
+        for name in ("source", "packed", "convert_memory", "load_memory")
+    )
+    out.print(
+        f"{source} -> {packed} ({ratio:.2f} times smaller); memory: about {converting} to "
+        f"convert{besides}, {loading} to load"
+    )
+    if with_recipe:
+        out.print(f"recipe: {shown(_options(table['recipe']))}", soft_wrap=True)
+    if calibrate:
+        out.print(_calibration_in_words(calibrate), soft_wrap=True)
+    for name in table["left_out"]:
+        out.print(f"left out: {shown(name)}")
+    for note in table["notes"]:
+        out.print(f"note: {shown(note)}")
+
+
+def _rows(tensors: list[dict[str, Any]]) -> Table:
+    """Tensors in a table, those of a name in all layers in one row."""
+    grid = Table("tensors", "count", "shape", "becomes", "why", "stored", box=None)
+    rows: dict[tuple[str, ...], list[int]] = {}
+    for tensor in tensors:
+        name = re.sub(r"\.\d+(?=\.|$)", ".*", tensor["name"])
+        shape = " x ".join(str(n) for n in tensor["shape"])
+        key = (name, shape, tensor["becomes"], tensor["reason"])
+        count = rows.setdefault(key, [0, 0])
+        count[0] += 1
+        count[1] += tensor["stored_bytes"]
+    for (name, shape, becomes, reason), (number, stored) in rows.items():
+        grid.add_row(shown(name), str(number), shape, becomes, shown(reason), in_bytes(stored))
+    return grid
+
+
+def _options(recipe: dict[str, Any]) -> str:
+    """The options of a recipe as a command line gives them."""
+    words = []
+    for name, value in (recipe | (recipe["calibrate"] or {})).items():
+        if name != "calibrate" and value is not None:
+            each = value if isinstance(value, list | tuple) else [value]
+            words += [f"--{name.replace('_', '-')} {shlex.quote(str(item))}" for item in each]
+    return " ".join(words)
+
+
+def _calibration_in_words(calibrate: dict[str, Any]) -> str:
+    """What the plan of a calibrated conversion has to say beyond sizes."""
+    length = f"of {calibrate['seq_len']} tokens"
+    if calibrate["seq_len"] is None:
+        length = "as long as the model takes, at most 512 tokens"
+    parts = [
+        f"calibrated on {shown(calibrate['dataset'])}: {calibrate['num_samples']} samples {length}",
+        f"inputs rotated in blocks of up to {calibrate['rotation']}"
+        if calibrate["rotation"]
+        else "inputs not rotated",
+    ]
+    if calibrate["reconstruct"]:
+        parts.append(
+            f"{calibrate['reconstruct']} steps of training for each block, "
+            f"{calibrate['window']} trained together"
+        )
+    if calibrate["distill"]:
+        parts.append(f"{calibrate['distill']} steps of training for the whole model")
+    if calibrate["target_bpw"] is not None:
+        parts.append(
+            f"group sizes and planes are decided when it is run, for {calibrate['target_bpw']:g} "
+            "bits per ternary weight; the sizes above are those of equal groups"
+        )
+    return "; ".join(parts)
+
+
+FAR = 2.0  # times the source's perplexity
+
+
+def show_check(found: dict[str, Any] | None) -> None:
+    """The figures of `ternarize.check`, and what both models write, a line each."""
+    if found is None or not found["measured"]:
+        return
+    lines = [
+        f"on {found['tokens']:,} tokens of the text that comes with ternarize, "
+        f"{windows_in_words(found)}, in {found['seconds']:.0f} s:"
+    ]
+    value = {name: each["value"] for name, each in found.items() if is_measure(each)}
+    if "cosine" in value:
+        least = found["cosine"]["minimum"]
+        lines.append(
+            f"cosine {value['cosine']:.4f} to the embeddings of the source, at least {least:.4f}"
+        )
+    else:
+        source, packed, ratio, divergence = (
+            in_figures(value[name])
+            for name in ("source_perplexity", "perplexity", "perplexity_ratio", "kl_divergence")
+        )
+        lines.append(
+            f"perplexity {source} -> {packed} ({ratio} times), KL divergence {divergence} nats per "
+            f"token, same likeliest token {value['top1_agreement']:.1%}"
+        )
+        writes = found["writes"]
+        lines.append(f'"{writes["prompt"]}" goes on')
+        lines += [f"  {name}: {writes[name].lstrip()}" for name in ("source", "packed")]
+    # a model may write what this terminal has no letters for
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print()
+    for line in lines:
+        print(printable(line).encode(encoding, "backslashreplace").decode(encoding))
+
+
+def show_hints(
+    model: str, output: Path, report: dict[str, Any], found: dict[str, Any] | None
+) -> None:
+    """What to expect of the result, and what to do next; `found`: what was checked, if it was."""
+    error = report["totals"]["relative_error"]
+    methods = {row["method"] for row in report["tensors"] if row["kind"] == "ternary"}
+    own = f"ternarize eval {shlex.quote(str(output))} --source {shlex.quote(model)} --text FILE"
+    if methods == {"lossless"}:
+        err.print("The source was ternary already: packed without loss.")
+    elif report["calibration"] is not None:
+        advise(
+            "\nThese figures are on text like that of the calibration. Measure on your own:\n  "
+            + own
+        )
+    elif error is not None:
+        _say_what_is_lost(error, own, found)
+        absmean = report["recipe"]["method"] == "absmean"
+        better = "--method itf gives a smaller error at the same size; " if absmean else ""
+        advise(
+            f"{better}--dataset default (or your own texts) calibrates, for clearly better answers."
+        )
+
+
+def _say_what_is_lost(error: float, own: str, found: dict[str, Any] | None) -> None:
+    lost = (
+        f"\nWeights rounded without data lose {error:.0%} of their energy here: an ordinary model "
+        "(not trained in\nternary) answers clearly worse than its source. "
+    )
+    ratio = found["perplexity_ratio"]["value"] if found and "perplexity_ratio" in found else 1.0
+    if found is None:
+        advise(f"{lost}Measure how much:\n  {own}")
+    elif not found["measured"]:
+        advise(f"{lost}\nNot measured: {printable(found['why'])}")
+        if found["command"] is not None:
+            advise(f"Measure how much:\n  {found['command']}")
+    elif ratio > FAR:
+        advise(
+            f"\nThis is far from its source: {in_figures(ratio)} times the perplexity. Do not use "
+            "it before it has been calibrated."
+        )
+    else:
+        advise(f"\nMeasure on your own text:\n  {own}")

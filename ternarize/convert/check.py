@@ -18,20 +18,20 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ternarize.convert.limits import memory_left
-from ternarize.errors import CheckpointError, TernarizeError, first_line, is_no_memory, printable
+from ternarize.errors import TernarizeError, is_no_memory, printable
 from ternarize.files.names import RECORD
 from ternarize.measure.documents import DEFAULT
 from ternarize.measure.evaluate import Evaluation, prepare
 from ternarize.measure.language_models import LOGITS
 from ternarize.measure.measured import config_if_measured
+from ternarize.models.configuration import in_one_line
 from ternarize.models.reads import CAUSAL, max_positions, vocabulary_size
 from ternarize.progress import Progress
 from ternarize.runtime.generate import generate
@@ -168,7 +168,13 @@ def _measure_both(
             progress(done, total, known, stage)
 
     models = evaluation.load("cpu", torch.float32)
-    with _running(output):
+    with in_one_line(
+        output,
+        "its forward, or its source's, fails",
+        "it to run",
+        "Load both, and see what they need",
+        OSError,
+    ):
         started = time.perf_counter()
         measures = evaluation.measure(models, None, in_time)
         found = {
@@ -182,24 +188,6 @@ def _measure_both(
             packed, source = (_continue(model, evaluation) for model in models)
             found["writes"] = {"prompt": PROMPT, "source": source, "packed": packed}
     return found
-
-
-@contextmanager
-def _running(output: Path) -> Iterator[None]:
-    """What goes wrong in a model's code is told in one line; what the machine lacks is not its."""
-    try:
-        yield
-    except (TernarizeError, OSError):
-        raise
-    except Exception as error:
-        if is_no_memory(error):
-            raise
-        raise CheckpointError(
-            output,
-            f"its forward, or its source's, fails ({type(error).__name__}: {first_line(error)})",
-            "it to run",
-            "Load both, and see what they need",
-        ) from error
 
 
 def _continue(model: Any, evaluation: Evaluation) -> str:

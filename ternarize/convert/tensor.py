@@ -25,13 +25,7 @@ from ternarize.plans.recipe import GPTQ, WITHOUT_DATA, Recipe
 from ternarize.sources.imports.common import Imported
 from ternarize.trits.int8 import INT8, encode_int8, int8_dtype
 from ternarize.trits.methods import METHODS, levels
-from ternarize.trits.planes import (
-    fit_planes,
-    join_planes,
-    measured,
-    pack_planes,
-    squared_error,
-)
+from ternarize.trits.planes import fit_planes, join_planes, measured, pack_planes, squared_error
 from ternarize.trits.rotation import rotate
 from ternarize.trits.scales import store_scales
 from ternarize.trits.ternary import Ternary, split_groups

@@ -137,9 +137,7 @@ def _compare(
                 _check_error(where, relative_error(result), row.get("relative_error"), source)
         if not same:
             raise DigestError(
-                where,
-                f"is not what {source} gives by the recipe on record",
-                remedy=_SOURCE,
+                where, f"is not what {source} gives by the recipe on record", remedy=_SOURCE
             )
         done += tensor.info.nbytes
         if progress:

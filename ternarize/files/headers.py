@@ -111,9 +111,7 @@ def _parse_entry(path: Path, name: str, value: Any) -> Entry:
         raise broken_file(path, f"{name} has dtype {dtype!r}", f"one of {', '.join(DTYPES)}")
     if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
         raise broken_file(
-            path,
-            f"{name} has shape {shape} and data_offsets {offsets}",
-            "non-negative integers",
+            path, f"{name} has shape {shape} and data_offsets {offsets}", "non-negative integers"
         )
     size = DTYPES[dtype].itemsize
     for n in shape:
@@ -123,9 +121,7 @@ def _parse_entry(path: Path, name: str, value: Any) -> Entry:
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != nbytes:
         raise broken_file(
-            path,
-            f"{name} has {offsets[1] - offsets[0]} bytes",
-            f"{nbytes} for {dtype} {shape}",
+            path, f"{name} has {offsets[1] - offsets[0]} bytes", f"{nbytes} for {dtype} {shape}"
         )
     return Entry(dtype, tuple(shape), offsets[0], nbytes)
 

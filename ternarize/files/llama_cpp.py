@@ -25,12 +25,7 @@ _BYTES_SPLIT = {**_BYTES, "use_regex": True}
 
 def _regex_split(pattern: str) -> dict[str, Any]:
     """The step that cuts text at a regular expression, as tokenizers defines it."""
-    return {
-        "type": "Split",
-        "pattern": {"Regex": pattern},
-        "behavior": "Isolated",
-        "invert": False,
-    }
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
 # one pattern, but for the number of digits that stay together
@@ -141,18 +136,10 @@ MIXTRAL = Architecture("llama", "mixtral", "MixtralForCausalLM", _MIXTRAL, {}, p
 QWEN2 = Architecture("qwen2", "qwen2", "Qwen2ForCausalLM", {}, {})
 QWEN3 = Architecture("qwen3", "qwen3", "Qwen3ForCausalLM", _QK_NORM, {})
 QWEN2_MOE = Architecture(
-    "qwen2moe",
-    "qwen2_moe",
-    "Qwen2MoeForCausalLM",
-    _EXPERTS | _SHARED,
-    {"norm_topk_prob": False},
+    "qwen2moe", "qwen2_moe", "Qwen2MoeForCausalLM", _EXPERTS | _SHARED, {"norm_topk_prob": False}
 )
 QWEN3_MOE = Architecture(
-    "qwen3moe",
-    "qwen3_moe",
-    "Qwen3MoeForCausalLM",
-    _EXPERTS | _QK_NORM,
-    {"norm_topk_prob": True},
+    "qwen3moe", "qwen3_moe", "Qwen3MoeForCausalLM", _EXPERTS | _QK_NORM, {"norm_topk_prob": True}
 )
 # BitNet b1.58 2B4T; bitnet.cpp's converters call it bitnet-25, too
 BITNET = Architecture(

@@ -25,12 +25,15 @@ def cannot_make(path: Path, error: OSError, remedy: str = "Name another output")
     return OutputError(path, found, "a place to write", remedy)
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes, mark: str = "") -> None:
     """Write a small file that is complete on the disk before it has its name.
 
-    Until then it has the ending .new; the list of names has to be synced where that matters.
+    mark  in the name that it has until then, which ends in .new: what tells processes apart that
+          may write it at once
+
+    The list of names has to be synced where that matters.
     """
-    temporary = path.with_suffix(".new")
+    temporary = path.with_suffix(f"{mark}.new")
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()

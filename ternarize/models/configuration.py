@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +13,35 @@ import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
-from ternarize.errors import CheckpointError, TernarizeError, first_line
+from ternarize.errors import CheckpointError, TernarizeError, first_line, is_no_memory
 
 
 @contextmanager
-def usable(where: Path) -> Iterator[None]:
-    """Turns what transformers raises on a checkpoint that it cannot use into one line.
+def in_one_line(
+    where: object, failed: str, expected: str, remedy: str, *but: type[Exception]
+) -> Iterator[None]:
+    """Turns whatever code of others raises inside into a CheckpointError of one line.
 
-    It raises whatever a wrong value leads to. What a checkpoint cannot cause goes on as it is.
+    failed  what it could not do, in words
+    but     what goes on as it is, as do our own errors, and what the machine lacks
     """
     try:
         yield
-    except (TernarizeError, MemoryError, torch.cuda.OutOfMemoryError):
-        raise
     except Exception as error:
-        raise CheckpointError(
-            where,
-            f"transformers {transformers.__version__} cannot use it ({type(error).__name__}: "
-            f"{first_line(error)})",
-            "a complete checkpoint",
-            "Repair it, or install what it needs",
-        ) from error
+        if isinstance(error, (TernarizeError, *but)) or is_no_memory(error):
+            raise
+        what = f"{failed} ({type(error).__name__}: {first_line(error)})"
+        raise CheckpointError(where, what, expected, remedy) from error
+
+
+def usable(where: Path) -> AbstractContextManager[None]:
+    """Inside, transformers reads a checkpoint, and raises whatever a wrong value leads to."""
+    return in_one_line(
+        where,
+        f"transformers {transformers.__version__} cannot use it",
+        "a complete checkpoint",
+        "Repair it, or install what it needs",
+    )
 
 
 def open_config(directory: Path) -> PretrainedConfig:

@@ -80,9 +80,7 @@ class Calibrate:
     )
     num_samples: int = option(256, "Samples to calibrate on; default: {default}.", COUNT)
     seq_len: int | None = option(
-        None,
-        "Tokens of a sample; default: what the model takes, at most 512.",
-        Span(2, MAX_COUNT),
+        None, "Tokens of a sample; default: what the model takes, at most 512.", Span(2, MAX_COUNT)
     )
     seed: int = option(
         0,

@@ -234,7 +234,7 @@ def _find_bad(snapshot: Path, patterns: Sequence[str]) -> list[Path]:
     bad = [path for path, fine in zip(todo, good, strict=True) if not fine]
     checked |= {digest: stamp for path, (digest, stamp) in todo.items() if path not in bad}
     with suppress(OSError):  # a cache that cannot be written is checked again the next time
-        write_whole(store / CHECKED, json.dumps(checked).encode())
+        write_whole(store / CHECKED, json.dumps(checked).encode(), f".{os.getpid()}")
     return bad
 
 

@@ -17,13 +17,7 @@ from ternarize.errors import FormatError, damaged
 from ternarize.native import lib
 from ternarize.threads import THREADS
 from ternarize.trits.scales import scale_values
-from ternarize.trits.ternary import (
-    NATIVE_DTYPES,
-    group_count,
-    group_length,
-    scaled,
-    split_groups,
-)
+from ternarize.trits.ternary import NATIVE_DTYPES, group_count, group_length, scaled, split_groups
 
 BASE3 = "base3"  # name of the codec
 DIGITS = 5  # trits in a byte: 3**5 = 243 <= 256

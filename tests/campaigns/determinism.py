@@ -27,17 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from .kill import CALIBRATED, EXAMPLE
-from .runs import (
-    HERE,
-    convert,
-    digests,
-    fork,
-    make_source,
-    preloaded,
-    report,
-    warm_up,
-    workshop,
-)
+from .runs import HERE, convert, digests, fork, make_source, preloaded, report, warm_up, workshop
 
 INDEX = "model.safetensors.index.json"
 THREADS = (1, 2, 7, 64)
@@ -59,11 +49,7 @@ def all_of(folder: Path, only: str = "") -> str:
 
 
 def converted(
-    source: Path,
-    output: Path,
-    options: Sequence[str],
-    before: Callable[[], Any],
-    only: str = "",
+    source: Path, output: Path, options: Sequence[str], before: Callable[[], Any], only: str = ""
 ) -> str:
     """The digest of a conversion in a fork."""
     run = fork(convert(source, output, *options, before=before))

@@ -111,12 +111,7 @@ def fuzz_native(program: Path, count: int, seed: int, work: Path) -> dict[str, A
 
 
 def campaign(
-    count: int,
-    names: Sequence[str] = (),
-    *,
-    work: Path,
-    seed: int = 1,
-    plain: bool = False,
+    count: int, names: Sequence[str] = (), *, work: Path, seed: int = 1, plain: bool = False
 ) -> dict[str, Any]:
     """Run `count` executions, split among the targets (none named: all); returns the report."""
     reason = without_clang()

@@ -269,10 +269,9 @@ def _stack(
 
 def _order(name: str, config: Any) -> Tensor | None:
     """Where each row of the exported tensor comes from; None for the rows as they are."""
-    heads = {
-        "q_proj": config.num_attention_heads,
-        "k_proj": config.num_key_value_heads,
-    }.get(name.split(".")[-2])
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
+        name.split(".")[-2]
+    )
     if heads is None:
         return None
     rows = torch.arange(heads * _head_dim(config))

@@ -161,11 +161,7 @@ def _added(
 
 
 def _byte_level(
-    where: str,
-    keys: Mapping[str, Any],
-    tokens: list[str],
-    types: list[int],
-    split: str,
+    where: str, keys: Mapping[str, Any], tokens: list[str], types: list[int], split: str
 ) -> tokenizers.Tokenizer:
     merges: Any = keys.get("tokenizer.ggml.merges")
     if not _are(merges, str) or any(merge.count(" ") != 1 for merge in merges):
