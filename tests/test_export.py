@@ -27,7 +27,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -382,6 +382,25 @@ def test_experts_become_one_tensor_in_their_order(tmp_path: Path) -> None:
         if name.startswith("model.layers.1.block_sparse_moe.experts.") and ".w2." in name:
             dense = container.dequantize(stored[name], stored[name + "_scale"], record)
             assert np.array_equal(found[int(name.split(".")[5])], dense.numpy())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_names_without_the_models_prefix_are_exported_as_those_with_it(
+    tmp_path: Path, tied: bool
+) -> None:
+    source = make_source(tmp_path / "source", _config("Llama", tie_word_embeddings=tied))
+    exported = []
+    for prefix in (True, False):
+        if not prefix:
+            tensors = load_file(source / "model.safetensors")
+            bare = {name.removeprefix("model."): each for name, each in tensors.items()}
+            assert bare.keys() != tensors.keys()
+            save_file(bare, source / "model.safetensors", {"format": "pt"})
+        convert(source, tmp_path / f"packed{prefix}", Recipe("absmean", 256))
+        export(tmp_path / f"packed{prefix}", tmp_path / f"{prefix}.gguf", "gguf")
+        fields, tensors = read_gguf(tmp_path / f"{prefix}.gguf")
+        exported.append({name: each.data.tobytes() for name, each in tensors.items()})
+    assert exported[0] == exported[1]
 
 
 def test_experts_of_two_types_are_no_stack(packed: Callable[..., Path]) -> None:

@@ -573,6 +573,10 @@ def test_a_glob_that_matches_nothing_shows_the_closest_names() -> None:
     assert "model.layers.0.mlp.down_proj.weight" in str(error.value)
     with pytest.raises(SelectionError, match="--include 'LM_HEAD.weight': matches no tensor"):
         choose("llama", include=["LM_HEAD.weight"])
+    # what --head and --embeddings are about is no glob
+    for glob in ("head", "embeddings"):
+        with pytest.raises(SelectionError, match=f"--keep '{glob}': matches no tensor"):
+            choose("llama", keep=[glob])
 
 
 def test_a_tensor_that_is_kept_and_included_is_refused() -> None:

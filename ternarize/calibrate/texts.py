@@ -155,9 +155,14 @@ def _read_txt(path: Path, column: str | None, tokenizer: Any) -> Iterator[Docume
         yield Document(text)
 
 
+_MARK = b"\xef\xbb\xbf"  # byte order mark
+
+
 def _read_jsonl(path: Path, column: str | None, tokenizer: Any) -> Iterator[Document]:
     with reading(path, "a file of text"), path.open("rb") as file:
         for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(_MARK)
             if line.strip():
                 where = f"{path}: line {number}"
                 yield _of_row(_parse(line, where), column, tokenizer, where)
@@ -165,7 +170,7 @@ def _read_jsonl(path: Path, column: str | None, tokenizer: Any) -> Iterator[Docu
 
 def _read_json(path: Path, column: str | None, tokenizer: Any) -> Iterator[Document]:
     with reading(path, "a file of text"):
-        raw = path.read_bytes()
+        raw = path.read_bytes().removeprefix(_MARK)
     rows = _parse(raw, path)
     if not isinstance(rows, list):
         raise UsageError(
@@ -215,7 +220,7 @@ READERS_OF_TEXT: dict[str, Callable[[Path, str | None, Any], Iterator[Document]]
 
 def _parse(raw: bytes, where: object) -> Any:
     with reading(where, "JSON in UTF-8"):
-        text = raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8")  # byte order mark
+        text = raw.decode("utf-8")
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -121,14 +121,19 @@ class Architecture:
         return f"{prefix}{table[match[2]]}.{match[3]}", match[2]
 
     def to_llama_cpp(self, name: str) -> str | None:
-        """The inverse, of a name with {} for the number of an expert."""
-        match = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.(weight|bias)", name)
+        """The inverse, of a name with {} for the number of an expert.
+
+        Checkpoints of the model without its head leave "model." out.
+        """
+        match = re.fullmatch(r"(?:model\.)?(?:layers\.(\d+)\.)?(.+)\.(weight|bias)", name)
         if match is None:
             return None
-        table = _TOP if match[1] is None else {**_IN_BLOCK, **self.names}
-        found = {theirs: ours for ours, theirs in table.items()}.get(match[2])
+        # Mixtral's experts have the names of all others, too
+        tables = [_TOP] if match[1] is None else [_EXPERTS, _IN_BLOCK, self.names]
+        found = {v.removeprefix("model."): k for table in tables for k, v in table.items()}
         prefix = "" if match[1] is None else f"blk.{match[1]}."
-        return None if found is None else f"{prefix}{found}.{match[3]}"
+        ours = found.get(match[2])
+        return None if ours is None else f"{prefix}{ours}.{match[3]}"
 
 
 LLAMA = Architecture("llama", "llama", "LlamaForCausalLM", {}, {}, permuted=True)

@@ -34,11 +34,15 @@ def write_whole(path: Path, data: bytes, mark: str = "") -> None:
     The list of names has to be synced where that matters.
     """
     temporary = path.with_suffix(f"{mark}.new")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def reserve(path: Path, size: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ternarize.models.skeleton import END_NAMES, Equal, all_equal, skeleton_of
+from ternarize.models.skeleton import Equal, all_equal, skeleton_of
 from ternarize.plans.judge import End, Verdict, judge_by_skeleton, judge_ends
 from ternarize.plans.judge_names import judge_by_names
 from ternarize.plans.recipe import KEEP
@@ -45,7 +45,7 @@ def select(
         verdicts, copies = judge_by_names(shapes), {}
     else:
         verdicts, copies = judge_by_skeleton(shapes, skeleton, shared), skeleton.copies()
-    asked = any(rule.pattern in END_NAMES for rule in rules)
+    asked = any(rule.of_end for rule in rules)
     ends = judge_ends(shapes, skeleton) if asked else {}
     matches = {rule: rule.matches(shapes, ends) for rule in rules}
     split = [names for rule, names in matches.items() if rule.choice == TWO_PLANES]
@@ -82,7 +82,7 @@ def _decide(
     elif rules[0].choice == KEEP:
         if verdict.ternary or verdict.error:
             return "", rules[0].reason
-    elif rules[0].pattern in ends:
+    elif rules[0].of_end:
         tie = TIED_ENDS if ends["head"] == ends["embeddings"] else ""
         return INT8 if rules[0].choice == INT8 else BASE3, rules[0].reason + tie
     elif verdict.possible and not verdict.ternary:

@@ -72,10 +72,12 @@ class End:
 
     tensors  on disk, with those that are tied to it
     barred   why it cannot be packed; "" if it can
+    remedy   what to do then
     """
 
     tensors: frozenset[str]
     barred: str
+    remedy: str = "Leave the option out"
 
 
 def judge_by_skeleton(
@@ -280,23 +282,23 @@ def judge_ends(shapes: Mapping[str, tuple[int, ...]], skeleton: Skeleton | str) 
         family = skeleton.end_family(end)
         places = skeleton.places.items()
         stored = {n: shapes[n] for n, at in places if not family.isdisjoint(at.parameters)}
-        ends[end] = End(frozenset(stored), _end_barred(what, family, stored, skeleton))
+        ends[end] = End(frozenset(stored), *_end_barred(what, family, stored, skeleton))
     return ends
 
 
 def _end_barred(
     what: str, family: set[str], shapes: Mapping[str, tuple[int, ...]], skeleton: Skeleton
-) -> str:
-    """Why the tensors of one end, of these shapes on disk, cannot be packed; "" if they can."""
+) -> tuple[str, ...]:
+    """Why the tensors of one end, of these shapes on disk, cannot be packed, and what to do."""
     if not family:
-        return f"{skeleton.name} has no {what} that can be packed"
+        return (f"{skeleton.name} has no {what} that can be packed",)
     why = skeleton.unpackable(family)
     if any(skeleton.places[name].converter is not None for name in shapes):
         why = "stored in another form than the model's"
     if why or not shapes:
-        return f"{min(family)} cannot be packed ({why or 'the checkpoint does not have it'})"
+        return (f"{min(family)} cannot be packed ({why or 'the checkpoint does not have it'})",)
     for name, shape in shapes.items():
         wanted = tuple(skeleton.parameters[skeleton.places[name].parameters[0]].shape)
         if shape != wanted:
-            return f"{name}: {_other_shape(shape, wanted, skeleton)}"
-    return ""
+            return f"{name}: {_other_shape(shape, wanted, skeleton)}", "Repair config.json"
+    return ("",)

@@ -235,5 +235,6 @@ def refuse_empty(plan: Plan) -> None:
         f"none of its {len(plan.tensors)} tensors, first "
         f"{plan.tensors[0].name if plan.tensors else 'none'}, is a linear weight to ternarize: "
         f"{said}",
-        "some. --dry-run lists them all, and --include can name some",
+        "some",
+        "List them all with --dry-run, or name some with --include",
     )

@@ -34,8 +34,8 @@ class Rule:
     """A line of the list.
 
     option   that put it there
-    pattern  "head" or "embeddings": the tensors that the model itself calls so; else a glob on
-             names on disk (fnmatch, case-sensitive)
+    pattern  of --head and --embeddings "head" and "embeddings": the tensors that the model itself
+             calls so; else a glob on names on disk (fnmatch, case-sensitive)
     choice   "keep", "int8" (of an end alone) or "ternary"; or "two planes", which is asked apart:
              it says how a tensor becomes ternary, not whether
     """
@@ -45,21 +45,25 @@ class Rule:
     choice: str
 
     def __post_init__(self) -> None:
-        assert self.choice != INT8 or self.pattern in END_NAMES
+        assert self.choice != INT8 or self.of_end
+
+    @property
+    def of_end(self) -> bool:
+        """Whether it is about what the model itself calls so: a glob may have the same letters."""
+        return self.pattern in END_NAMES and self.option == f"--{self.pattern}"
 
     @property
     def reason(self) -> str:
         """For the record: the same words for all that it decides."""
-        of_end = self.option == f"--{self.pattern}"
-        return f"{self.option} {self.choice if of_end else self.pattern}"
+        return f"{self.option} {self.choice if self.of_end else self.pattern}"
 
     def __str__(self) -> str:
         """For errors."""
-        return self.reason if self.pattern in END_NAMES else f"{self.option} {self.pattern!r}"
+        return self.reason if self.of_end else f"{self.option} {self.pattern!r}"
 
     def matches(self, names: Iterable[str], ends: Mapping[str, End]) -> dict[str, None]:
         """Those of the names that it speaks of, in their order."""
-        if self.pattern in ends:
+        if self.of_end:
             return {name: None for name in names if name in ends[self.pattern].tensors}
         return {name: None for name in names if fnmatchcase(name, self.pattern)}
 
@@ -159,7 +163,7 @@ def check_together(
 
 def _check_pair(name: str, rule: Rule, other: Rule) -> None:
     """Two options may speak of one tensor where both ask the same of two ends that are tied."""
-    if {rule.pattern, other.pattern} == {*END_NAMES}:
+    if rule.of_end and other.of_end:
         if rule.choice != other.choice:
             raise UsageError(
                 f"{other} {rule}",
@@ -184,9 +188,10 @@ def _check_alone(
     choices: Mapping[str, Choice],
 ) -> None:
     """A rule that can change nothing because of what it matches is an error, with the reason."""
-    if rule.pattern in ends and rule.choice in (INT8, TERNARY):
-        if barred := ends[rule.pattern].barred:
-            raise SelectionError(rule, barred, remedy="Leave the option out")
+    if rule.of_end:
+        end = ends[rule.pattern]
+        if end.barred:
+            raise SelectionError(rule, end.barred, remedy=end.remedy)
         return
     planes = rule.choice == TWO_PLANES
     usable = [name for name, choice in choices.items() if choice.ternary] if planes else choices

@@ -233,7 +233,10 @@ def fresh_output(packed: PackedCheckpoint, output: Path, *, folder: bool) -> Ite
     _check_free(output)
     if source in output.resolve().parents:
         raise OutputError(
-            output, f"is inside the model {source}", "another place", "The source is never changed"
+            output,
+            f"is inside the model {source}",
+            "another place: the source is never changed",
+            "Name another",
         )
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
