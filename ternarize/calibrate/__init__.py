@@ -4,7 +4,7 @@ Samples are made of texts, the model is run on them block by block, and every ma
 against what was seen; blocks and whole models can be trained on top. The room knows models and
 plans, and nothing of the files that a conversion writes.
 
-    texts.py        files, the Hub, the package's own text -> documents
+    texts.py        files and data sets of the Hub -> documents
     samples.py      documents -> three sets of samples, for each kind of model
     inputs.py       samples without documents: rows of tensors, what the model itself writes
     data.py         from a recipe's data set to batches
@@ -20,6 +20,6 @@ plans, and nothing of the files that a conversion writes.
     solved.py       the files of blocks that are done
     solve_block.py  one block: moments of its inputs, then each of its matrices
     training.py     a window of blocks, or the whole model, trained
-    run.py          all blocks, one after the other
-    pipeline.py     the calibrated part of a conversion: data, budget, blocks, figures
+    run.py          the loop over all blocks
+    pipeline.py     what a conversion calls: data, then budget, then blocks, then figures
 """

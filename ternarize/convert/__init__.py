@@ -9,6 +9,6 @@ may import from all rooms but `publish` and `cli`.
     limits.py     memory, threads and room on the disk
     record.py     what is written beside the weights: ternarize.json, config.json, index
     run.py        plan -> calibrate -> shards -> record -> verify -> rename
-    verify.py     a packed checkpoint is whole, and what its source gives
+    verify.py     proof that a packed checkpoint is whole, and what its source gives
     check.py      how far a result made without data is from its source, measured at once
 """

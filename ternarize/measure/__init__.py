@@ -3,9 +3,9 @@
 Nothing here changes a model or writes a checkpoint. Models are loaded as users load them.
 
     figures.py          means with standard errors, and bounds that they may be held to
-    documents.py        a text as documents and windows of tokens; the text of the package
+    documents.py        a text file as documents and windows of tokens; the package's own text
     language_models.py  next words against the source's: perplexity, divergence, agreement
-    encoders.py         embeddings, and how near they are to the source's
+    encoders.py         lines of a text -> tokens -> embeddings, and how near the source's they are
     measured.py         a checkpoint that is to be measured, packed or not, and its model
     evaluate.py         a packed model against its source, on a text
     tasks.py            tasks of the lm-evaluation-harness

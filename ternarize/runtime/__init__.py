@@ -4,15 +4,15 @@ A packed parameter keeps its bytes in memory, as they lie in the file or in the 
 processor multiplies them; a dense weight is made for the length of one product, if at all. The room
 may import transformers, and all rooms above it but for those where sources come from.
 
-    kernels.py    the compiled core's products, and their definition in torch
-    forms.py      the forms in which a packed parameter is held, and the way back to dense
+    kernels.py    products of the compiled core, and their definition in torch
+    forms.py      in which form a packed parameter is held: its layout, columns, lanes; and dense
     products.py   y = x W^T by what serves the weight, the input and the device
     packed.py     what packed modules have in common
     modules/      linear layers, fused experts, token embeddings
     adapters.py   PEFT's adapters beside packed layers
     plugin/       what transformers calls to load and to save
     load.py       `ternarize.load`, and the import hook that registers the plug-in
-    decode.py     one token after the other, past the modules of transformers
+    decode.py     one token after the other in the compiled core, past transformers' modules
     generate.py   a text continued
     rehearsal.py  whether what a conversion is about to write will load
 """
