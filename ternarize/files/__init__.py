@@ -9,7 +9,7 @@ and what all rooms share.
     checkpoint.py  the tensors of a checkpoint's files
     outputs.py     the place of a result, and bytes that reach the disk whole
     sums.py        SHA256SUMS
-    metadata.py    what a packed file's header says of its tensors: their records
+    metadata.py    what a packed file's header says of its tensors: records, and checks of them
     container.py   the stored bytes of a packed tensor
     unmapped.py    packed files read into memory where transformers would map them
     llama_cpp.py   llama.cpp's names and numbers

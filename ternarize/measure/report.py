@@ -74,7 +74,7 @@ def _row(packed: Checkpoint, name: str, record: Record, said: dict[str, Any]) ->
             "kind": "kept",
             "shape": list(info.shape),
             "dtype": info.dtype,
-            "reason": _text(said.get("reason")),
+            "reason": _said_in_words(said.get("reason")),
             "parameters": info.numel,
             "stored_bytes": info.nbytes,
         }
@@ -88,7 +88,7 @@ def _row(packed: Checkpoint, name: str, record: Record, said: dict[str, Any]) ->
         "kind": record.kind,
         "shape": list(record.shape),
         "dtype": f"{record.codec}+{scale.dtype}",
-        "method": _text(said.get("method")) if record.kind == "ternary" else record.codec,
+        "method": _said_in_words(said.get("method")) if record.kind == "ternary" else record.codec,
         "group_size": record.group_size,
         "planes": record.planes,
         "rotation": record.rotation[0],
@@ -100,7 +100,7 @@ def _row(packed: Checkpoint, name: str, record: Record, said: dict[str, Any]) ->
     }
 
 
-def _text(said: Any) -> str | None:
+def _said_in_words(said: Any) -> str | None:
     """What a record says, where it says it in words: anything may have been put there."""
     return said if isinstance(said, str) else None
 

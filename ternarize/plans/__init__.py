@@ -7,7 +7,7 @@ may import `models` and `sources`, and what is above them.
     recipe.py       the options of a conversion, each declared once
     judge.py        what a tensor is, by the module that will run: its default
     judge_names.py  the same where no class of model is known
-    rules.py        the options on tensors as a list of rules, first match wins; checks of rules
+    rules.py        options on tensors as rules, first match wins; checks of them, of fused tensors
     choose.py       default and rules -> the choice for each tensor
     layout.py       a plan as data: what each tensor becomes, and where its bytes lie
     lossless.py     the groups in which weights that are ternary already lose nothing
