@@ -4,7 +4,7 @@ Nothing here knows a model or where files come from, and nothing holds a whole o
 and what all rooms share.
 
     names.py       what files of a checkpoint are called
-    json_files.py  JSON: strictly where we wrote it; config.json, without what would do harm
+    json_files.py  what can be read, and JSON: strictly ours, config.json without what would harm
     headers.py     headers of safetensors files, and bytes behind them
     checkpoint.py  the tensors of a checkpoint's files
     outputs.py     the place of a result, and bytes that reach the disk whole

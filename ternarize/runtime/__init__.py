@@ -4,7 +4,7 @@ A packed parameter keeps its bytes in memory, as they lie in the file or in the 
 processor multiplies them; a dense weight is made for the length of one product, if at all. The room
 may import transformers, and all rooms above it but for those where sources come from.
 
-    kernels.py    products of the compiled core, and their definition in torch
+    kernels.py    the compiled core's products, memory and threads; products' definition in torch
     forms.py      in which form a packed parameter is held: its layout, columns, lanes; and dense
     products.py   y = x W^T by what serves the weight, the input and the device
     packed.py     what packed modules have in common
