@@ -28,7 +28,7 @@ from ternarize.trits.methods import METHODS, levels
 from ternarize.trits.planes import fit_planes, join_planes, measured, pack_planes, squared_error
 from ternarize.trits.rotation import rotate
 from ternarize.trits.scales import store_scales
-from ternarize.trits.ternary import Ternary, split_groups
+from ternarize.trits.ternary import Ternary, scaled
 
 # the file of a calibrated block that holds a tensor, and the tensor's record there
 Solved = tuple[Checkpoint, Record]
@@ -150,8 +150,7 @@ def _round(
         if int8_dtype(weight, group_size).itemsize > dtype.itemsize:
             return Change(tensor.name, group_size, "F32")
         q, scales = encode_int8(weight, group_size, dtype)
-        dense = split_groups(q, group_size) * scales.double().unsqueeze(-1)
-        parts = squared_error(weight, dense.flatten(-2)[..., : weight.shape[-1]], group_size)
+        parts = squared_error(weight, scaled(q, scales.double(), group_size), group_size)
         error, energy = error + parts[0], energy + parts[1]
         entries.add(tensor.name, q)
         all_scales.append(scales.reshape(-1).cpu())

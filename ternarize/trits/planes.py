@@ -80,14 +80,16 @@ def measured(weight: Tensor, planes: Sequence[Ternary]) -> Fit:
 def squared_error(weight: Tensor, dense: Tensor, group_size: int) -> tuple[float, float]:
     """sum (w - w')^2 and sum w^2 in float64, in the same order on every machine.
 
-    weight, dense  (rows, cols); what the weight is and what it became
+    weight  (rows, cols), what it was
+    dense   float64, what it became; its memory is used, so that a piece takes no more
     """
-    exact = weight.to(torch.float64)
-    error, energy = (
-        float(fixed_sum(fixed_sum(split_groups(x * x, group_size).flatten(-2))))
-        for x in (exact - dense, exact)
-    )
-    return error, energy
+    missed = dense.sub_(weight)
+    error = _sum(missed.mul_(missed), group_size)
+    return error, _sum(weight.to(torch.float64).square(), group_size)
+
+
+def _sum(squares: Tensor, group_size: int) -> float:
+    return float(fixed_sum(fixed_sum(split_groups(squares, group_size).flatten(-2))))
 
 
 def _nonzero(planes: Sequence[Ternary]) -> int:
