@@ -194,7 +194,7 @@ def _dry_run(
 def _measured(
     record: dict[str, Any], model: str, output: Path, streamed: bool
 ) -> dict[str, Any] | None:
-    """What `ternarize.check` finds where weights were rounded without data; else None."""
+    """What `convert.check` finds where weights were rounded without data; else None."""
     rows = record.get("tensors", {}).values()
     methods = {row["method"] for row in rows if row["becomes"] == "ternary"}
     if "calibration" in record or not methods - {"lossless"}:

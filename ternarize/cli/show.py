@@ -229,7 +229,7 @@ FAR = 2.0  # times the source's perplexity
 
 
 def show_check(found: dict[str, Any] | None) -> None:
-    """The figures of `ternarize.check`, and what both models write, a line each."""
+    """The figures of `convert.check`, and what both models write, a line each."""
     if found is None or not found["measured"]:
         return
     lines = [
