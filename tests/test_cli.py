@@ -889,11 +889,11 @@ def test_a_fault_of_ours_is_no_object_but_a_traceback(
     assert result.stdout == "" and isinstance(result.exception, KeyError)
 
 
-def test_the_program_can_be_run_from_its_file(tmp_path: Path) -> None:
+def test_the_program_can_be_run_from_its_file() -> None:
     """Python puts the folder of the file before its own library: no module may be hidden."""
     path = ROOT / "ternarize" / "cli" / "app.py"
     done = subprocess.run(
-        [sys.executable, str(path), "--version"], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, str(path), "--version"], capture_output=True, text=True, cwd=ROOT
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{ternarize.__version__}\n", "")
 
