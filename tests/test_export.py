@@ -398,8 +398,8 @@ def test_names_without_the_models_prefix_are_exported_as_those_with_it(
             save_file(bare, source / "model.safetensors", {"format": "pt"})
         convert(source, tmp_path / f"packed{prefix}", Recipe("absmean", 256))
         export(tmp_path / f"packed{prefix}", tmp_path / f"{prefix}.gguf", "gguf")
-        fields, tensors = read_gguf(tmp_path / f"{prefix}.gguf")
-        exported.append({name: each.data.tobytes() for name, each in tensors.items()})
+        _, written = read_gguf(tmp_path / f"{prefix}.gguf")
+        exported.append({name: each.data.tobytes() for name, each in written.items()})
     assert exported[0] == exported[1]
 
 
