@@ -258,6 +258,18 @@ class Blocks:
             block.get_submodule(owner)._parameters[leaf] = value
         return result
 
+    def as_parameters(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What all parameters of the model would be that come from these tensors of the source.
+
+        tensors  on the source's names, float32
+        """
+        names = list(dict.fromkeys(p for n in tensors for p in self.places[n].parameters))
+        self._fill(names, tensors)
+        found = {name: self.model.get_parameter(name).data.clone() for name in names}
+        for module in self.model.modules():
+            _drop_weights(module)
+        return found
+
     def on_disk(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parameters of the model -> the tensors of the source that they come from.
 

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
@@ -70,7 +70,7 @@ def calibrate(
     """
     calibration = plan.recipe.calibrate
     assert calibration is not None
-    samples = _samples(plan, calibration)
+    samples = samples_of(plan, calibration)
     _check_same(folder, {"data": samples.digest, "device": device})
     environments = _environments(folder, device)
     if calibration.target_bpw is not None:
@@ -97,11 +97,13 @@ def calibrate(
     )
     learn = {"train": samples.batches, "held": samples.heldout}
     with _exact_products():
-        if calibration.distill:
-            prepared(learn).distill(calibration.distill)
-            learn = {}  # all blocks are done: what is left are the figures
-        run = prepared({**learn, "report": samples.report})
-        quality = _quality(run, samples)
+        run = prepared({**learn, "report": [] if plan.recipe.training else samples.report})
+        if plan.recipe.training:  # which measures its own result
+            quality = {}
+            for _ in run.run():
+                pass
+        else:
+            quality = _quality(run, samples)
     samples.description["notes"] += _not_measured(plan)
     solved: dict[str, tuple[Checkpoint, Record]] = {}
     for file in run.solved.files().values():
@@ -193,7 +195,8 @@ def _environments(folder: Path, device: str) -> list[dict[str, Any]]:
     return known
 
 
-def _samples(plan: Plan, calibration: Calibrate) -> Samples:
+def samples_of(plan: Plan, calibration: Calibrate) -> Samples:
+    """The samples of a calibration, made from its data set."""
     directory = plan.source.directory
     config = open_config(directory)
     model_class = getattr(transformers, (config.architectures or [""])[0], None)
@@ -259,23 +262,37 @@ def _budget(
 
 
 def _quality(run: Calibration, samples: Samples) -> dict[str, Figure]:
-    """Run the calibration, and measure the packed model against the source on the report set.
+    """Run the calibration, and measure the packed model against the source on the report set."""
+    model = run.blocks.model
+    outputs = ((samples.report[index], *pair) for index, *pair in run.run())
+    return quality_of(type(model), model.config, outputs, samples.first)
+
+
+def quality_of(
+    model_class: Any,
+    config: Any,
+    outputs: Iterable[tuple[Mapping[str, Tensor], Any, Any]],
+    first: int,
+) -> dict[str, Figure]:
+    """The figures of a model against its source, from what both give for some batches.
+
+    outputs  (batch, the source's output or None, the model's output)
+    first    position of a window whose token is the first that counts as predicted
 
     Language models: perplexity of both, KL divergence, top-1 agreement, as `evaluate` defines them.
     Others: cosine of the pooled embeddings (encoders), or of all outputs.
     """
-    model = run.blocks.model
-    words = kind_of(type(model), model.config) in (CAUSAL, ENCODER_DECODER)
+    words = kind_of(model_class, config) in (CAUSAL, ENCODER_DECODER)
     rows, cosines = [], []
-    for index, float_output, packed_output in run.run():
-        batch, outputs = samples.report[index], (packed_output, float_output)
+    for batch, float_output, packed_output in outputs:
         ids = batch.get("decoder_input_ids", batch.get("input_ids"))
+        both = [each for each in (packed_output, float_output) if each is not None]
         if words and getattr(packed_output, "logits", None) is not None and ids is not None:
             for row in range(len(ids)):
-                pair = [output.logits[row, :-1] for output in outputs]
-                rows.append(compare_logits(pair, ids[row], samples.first))
+                logits = [output.logits[row, :-1] for output in both]
+                rows.append(compare_logits(logits, ids[row], first))
         else:
-            ours, theirs = (pool(output[0], batch.get("attention_mask")) for output in outputs)
+            ours, theirs = (pool(output[0], batch.get("attention_mask")) for output in both)
             cosines.append((ours * theirs).sum(-1))
     if rows:
         return summarize(torch.tensor(rows, dtype=torch.float64).T)

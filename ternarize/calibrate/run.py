@@ -4,8 +4,7 @@ Two streams run side by side on the same tokens: the float stream is the source 
 stream is the model as it will be, with every block so far ternarized. For each sequential group of
 a block (tracing.py) the moments of the packed stream's inputs against the float stream's outputs
 are collected, each matrix is solved (gptq.py), and the packed stream goes on with the result.
-With `steps`, the last `window` blocks are then trained together (training.py). After all blocks,
-`distill` trains the whole model. Each block that is done is written to a file (solved.py), from
+With `steps`, the last `window` blocks are then trained together (training.py). Each block that is done is written to a file (solved.py), from
 which a run that was broken off goes on.
 """
 
@@ -22,7 +21,7 @@ from ternarize.calibrate.gptq import Rounding
 from ternarize.calibrate.lanes import FLOAT, KINDS_OF_SAMPLES, PACKED, Lane, hidden_of
 from ternarize.calibrate.solve_block import LoadedBlock, held_error, solve_block, without_data
 from ternarize.calibrate.solved import SolvedBlocks
-from ternarize.calibrate.training import Window, train_model
+from ternarize.calibrate.training import Window
 from ternarize.errors import CheckpointError
 from ternarize.files.checkpoint import Checkpoint
 from ternarize.plans.layout import TensorPlan
@@ -106,24 +105,6 @@ class Calibration:
         finally:
             for lane in self.lanes:
                 _stop(lane)
-
-    def distill(self, steps: int) -> None:
-        """Calibrate every block, then train all of them together (`train_model`)."""
-        stage = len(self.blocks.paths)
-        if stage in self.solved.stages():
-            return
-        for _ in self.run():
-            pass
-        self.window.kept.clear()
-
-        def progress(step: int, what: str) -> None:
-            if self.progress is not None:
-                self.progress(step, steps, f"step {step} of {steps}: {what}", "distilling")
-
-        state = train_model(self.solved, self.lanes, self.rounding, steps, self.seed, progress)
-        for index, (path, parts) in enumerate(state.items()):
-            report = self.solved.report(path)
-            self.solved.write(self.solved.file(index, stage), path, parts, report)
 
     def _step(self) -> None:
         """Do the block at which all forwards wait, and let them run on to the next."""

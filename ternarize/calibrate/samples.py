@@ -92,8 +92,8 @@ def divide(
     for parts, notes, shares in (
         (documents, [], SHARES),
         (documents, [], SCARCE),
-        (_sections(documents), cut_up, SHARES),
-        (_sections(documents), cut_up, SCARCE),
+        (sections(documents), cut_up, SHARES),
+        (sections(documents), cut_up, SCARCE),
     ):
         pools = [cut(part) for part in _split(parts, shares)]
         counts = [len(pool) for pool in pools]
@@ -125,7 +125,7 @@ def _split(documents: Sequence[Document], shares: Sequence[float]) -> list[list[
     return sets
 
 
-def _sections(documents: Sequence[Document]) -> list[Document]:
+def sections(documents: Sequence[Document]) -> list[Document]:
     """Documents cut into pieces of about a fortieth of them all, and of a paragraph at least."""
     size = max(MIN_SECTION, sum(len(document.text) for document in documents) // 40)
     return [

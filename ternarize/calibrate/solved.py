@@ -87,29 +87,9 @@ class SolvedBlocks:
 
     def write(self, file: Path, path: str, parts: Parts, report: Mapping[str, Any]) -> None:
         """Write a block's file: its tensors as they will be stored, under the source's names."""
-        disk: dict[str, list[Tensor]] = {}
-        for plane in range(2):
-            values = {n: p[plane] for n, p in parts.stored.items() if plane < len(p)}
-            values |= parts.vectors if plane == 0 else {}
-            on_disk = self.blocks.on_disk({f"{path}.{n}": v.cpu() for n, v in values.items()})
-            for name, value in on_disk.items():
-                disk.setdefault(name, []).append(value)
-        stored: dict[str, Tensor] = {}
-        records: dict[str, Record] = {}
-        for name, planes in disk.items():
-            plan = self._tensors[name]
-            if plan.ternary:
-                ternary = [_exact(name, plan, plane) for plane in planes]
-                packed, scales = container.encode(*ternary, exact=True)
-                stored[name], stored[name + SCALE_SUFFIX] = packed, scales
-                # scales are in 16 bits or more here, whatever the result will have
-                record = replace(plan, scale_dtype="F16").record
-                records[name] = record(container.digest(packed, scales))
-            else:
-                stored[name] = planes[0].to(DTYPES[plan.dtype]).contiguous()
-                records[name] = Record(container.digest(stored[name]))
-        metadata = dump_metadata(records) | {"report": json.dumps(report)}
-        write_whole(file, save(stored, metadata))
+        values = {f"{path}.{n}": planes for n, planes in parts.stored.items()}
+        values |= {f"{path}.{n}": (value,) for n, value in parts.vectors.items()}
+        write_solved(file, self.blocks, self._tensors, values, {"report": json.dumps(report)})
 
     def report(self, path: str) -> dict[str, Any]:
         """What a block's file says of how it came out."""
@@ -119,7 +99,7 @@ class SolvedBlocks:
 
     def parts(self, path: str) -> Parts:
         """A loaded block as its file has it."""
-        tensors = _read_planes(self.files()[path])
+        tensors = read_planes(self.files()[path])
         parts = Parts()
         for plane in range(max(len(planes) for planes in tensors.values())):
             own = {name: planes[plane] for name, planes in tensors.items() if plane < len(planes)}
@@ -131,6 +111,42 @@ class SolvedBlocks:
                     parts.stored[name] = (*parts.stored.get(name, ()), value)
                     parts.forms[name] = form_of(plan)
         return parts
+
+
+def write_solved(
+    file: Path,
+    blocks: Blocks,
+    tensors: Mapping[str, TensorPlan],
+    values: Mapping[str, tuple[Tensor, ...]],
+    about: Mapping[str, str],
+) -> None:
+    """Write tensors as they will be stored, under the source's names, as a packed file.
+
+    tensors  the plan's, by name
+    values   parameter of the model -> its planes: ternary already where the plan says so, else one
+             dense tensor
+    about    what is to stand in the metadata
+    """
+    disk: dict[str, list[Tensor]] = {}
+    for plane in range(2):
+        own = {name: each[plane].cpu() for name, each in values.items() if plane < len(each)}
+        for name, value in blocks.on_disk(own).items():
+            disk.setdefault(name, []).append(value)
+    stored: dict[str, Tensor] = {}
+    records: dict[str, Record] = {}
+    for name, planes in disk.items():
+        plan = tensors[name]
+        if plan.ternary:
+            ternary = [_exact(name, plan, plane) for plane in planes]
+            packed, scales = container.encode(*ternary, exact=True)
+            stored[name], stored[name + SCALE_SUFFIX] = packed, scales
+            # scales are in 16 bits or more here, whatever the result will have
+            record = replace(plan, scale_dtype="F16").record
+            records[name] = record(container.digest(packed, scales))
+        else:
+            stored[name] = planes[0].to(DTYPES[plan.dtype]).contiguous()
+            records[name] = Record(container.digest(stored[name]))
+    write_whole(file, save(stored, dump_metadata(records) | dict(about)))
 
 
 def open_solved(file: Path) -> Checkpoint:
@@ -148,7 +164,7 @@ def read_solved(packed: Checkpoint, name: str, record: Record) -> tuple[Ternary,
     return container.decode_planes(trits, scales, record)
 
 
-def _read_planes(file: Path) -> dict[str, tuple[Tensor, ...]]:
+def read_planes(file: Path) -> dict[str, tuple[Tensor, ...]]:
     """A block's file: the planes of its tensors, float32, as the source has them.
 
     Rotated matrices are left as they are stored.

@@ -32,10 +32,15 @@ POOL_PER_TOKEN = 32
 
 
 class Document(NamedTuple):
-    """A text; does it begin as documents do? Chat templates write their own beginning."""
+    """A text.
+
+    begin    it begins as documents do; chat templates write their own beginning
+    answers  of a chat: from which character to which the assistant's turns go; None: no chat
+    """
 
     text: str
     begin: bool = True
+    answers: tuple[tuple[int, int], ...] | None = None
 
 
 class Texts(NamedTuple):
@@ -47,20 +52,47 @@ class Texts(NamedTuple):
     notes: list[str]
 
 
+class Opened(NamedTuple):
+    """Documents as they stream by, how the record calls them, and what is read of them."""
+
+    stream: Iterator[Document]
+    name: str
+    files: list[str]
+    notes: list[str]
+
+
 def read_texts(calibration: Calibrate, seq_len: int, tokenizer: Any) -> Texts:
     """Documents of a file, a directory, a Hub dataset or the package's own text.
 
     Raises UsageError when they cannot be read or there are none.
     """
     pool = max(MIN_POOL, POOL_PER_TOKEN * calibration.num_samples * seq_len)
-    given, column = calibration.dataset, calibration.text_column
+    given = calibration.dataset
+    opened = open_texts(given, calibration.text_column, calibration.seed, tokenizer, pool)
+    documents, empty = draw(opened.stream, calibration.seed, pool)
+    if empty:
+        opened.notes.append(f"{empty} records without text were left out")
+    if not documents:
+        raise UsageError(given, "has no text", "documents to calibrate on", "Check the file")
+    return Texts(documents, opened.name, opened.files, opened.notes)
+
+
+def open_texts(given: str, column: str | None, seed: int, tokenizer: Any, pool: int) -> Opened:
+    """One pass over the documents of a file, a directory, a Hub dataset or the package's own text.
+
+    column  of tables
+    seed    of the order of the files of a Hub dataset
+    pool    characters after which no further file of a Hub dataset is fetched
+
+    Raises UsageError when they cannot be read.
+    """
     path = Path(os.path.expanduser(given))
     files: list[str] = []
     notes: list[str] = []
     if given == DEFAULT:
         check_no_column(column, given)
         name = DEFAULT
-        stream: Iterable[Document] = map(Document, read_documents(own_text()))
+        stream: Iterator[Document] = map(Document, read_documents(own_text()))
     elif os.path.isdir(path):
         name = path.resolve().name
         paths, others = _list_files(path)
@@ -77,13 +109,8 @@ def read_texts(calibration: Calibrate, seq_len: int, tokenizer: Any) -> Texts:
         name = path.name
         stream = _read_file(path, column, tokenizer)
     else:
-        name, stream = _read_hub(calibration, tokenizer, pool, files)
-    documents, empty = draw(stream, calibration.seed, pool)
-    if empty:
-        notes.append(f"{empty} records without text were left out")
-    if not documents:
-        raise UsageError(given, "has no text", "documents to calibrate on", "Check the file")
-    return Texts(documents, name, files, notes)
+        name, stream = _read_hub(given, column, seed, tokenizer, pool, files)
+    return Opened(stream, name, files, notes)
 
 
 def check_no_column(column: str | None, where: object) -> None:
@@ -263,7 +290,8 @@ def _of_value(value: Any, tokenizer: Any, where: str) -> Document:
     """A string as it is, a list of messages through the chat template, null as no text."""
     document = Document("" if value is None else value)
     if isinstance(value, list):
-        document = Document(_render(value, tokenizer, where), begin=False)
+        text = _render(value, tokenizer, where)
+        document = Document(text, False, _answers(value, text, tokenizer))
     elif value is not None and not isinstance(value, str):
         raise UsageError(
             where,
@@ -306,6 +334,29 @@ def _render(messages: list[Any], tokenizer: Any, where: str) -> str:
     return text
 
 
+def _answers(messages: list[Any], text: str, tokenizer: Any) -> tuple[tuple[int, int], ...]:
+    """Where the assistant's turns stand in a rendered chat.
+
+    A turn is what its message adds behind the template's words for "your turn". None, where a
+    template writes the beginning of a chat otherwise when more follows: then nothing is sure.
+    """
+    found = []
+    for at, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        try:
+            before = tokenizer.apply_chat_template(
+                messages[:at], tokenize=False, add_generation_prompt=True
+            )
+            after = tokenizer.apply_chat_template(messages[: at + 1], tokenize=False)
+        except Exception:  # a template that wants whole chats; it has rendered this one
+            return ()
+        if not (after.startswith(before) and text.startswith(after.rstrip())):
+            return ()
+        found.append((len(before), len(after)))
+    return tuple(found)
+
+
 def _in_words(value: Any) -> str:
     names: dict[type, str] = {dict: "an object", list: "a list", str: "a string", int: "a number"}
     return names.get(type(value), "null" if value is None else f"a {type(value).__name__}")
@@ -315,7 +366,7 @@ def _in_words(value: Any) -> str:
 
 
 def _read_hub(
-    calibration: Calibrate, tokenizer: Any, pool: int, files: list[str]
+    given: str, column: str | None, seed: int, tokenizer: Any, pool: int, files: list[str]
 ) -> tuple[str, Iterator[Document]]:
     """Name with revision, and documents of a Hub dataset; `files` receives what is read.
 
@@ -325,7 +376,6 @@ def _read_hub(
     import huggingface_hub  # slow to import, and needed for Hub ids only
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    given = calibration.dataset
     whole, _, revision = given.partition("@")
     match = re.fullmatch(r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)((?:/[\w.-]+)*)/?", whole)
     if match is None or Path(whole).suffix in READERS_OF_TEXT:
@@ -351,7 +401,7 @@ def _read_hub(
     chosen = _hub_files(names, folder, given)
 
     def order(name: str) -> bytes:
-        return hashlib.sha256(f"{calibration.seed}\n{name}".encode()).digest()
+        return hashlib.sha256(f"{seed}\n{name}".encode()).digest()
 
     def stream() -> Iterator[Document]:
         total = 0
@@ -361,7 +411,7 @@ def _read_hub(
             with _asking(given):
                 path = api.hf_hub_download(repo, name, repo_type="dataset", revision=commit)
             files.append(name)
-            for document in _read_file(Path(path), calibration.text_column, tokenizer):
+            for document in _read_file(Path(path), column, tokenizer):
                 total += len(document.text)
                 yield document
 

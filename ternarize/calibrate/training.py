@@ -5,30 +5,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ternarize.calibrate.blocks import Batch, Call, code_of_the_model, patched
+from ternarize.calibrate.blocks import Call, patched
 from ternarize.calibrate.gptq import Rounding
-from ternarize.calibrate.lanes import (
-    PACKED,
-    Lane,
-    hidden_of,
-    mask_of,
-    takes,
-    tokens_of,
-    with_hidden,
-)
-from ternarize.calibrate.reconstruct import (
-    TernaryWeight,
-    divergence,
-    huber,
-    parameters,
-    reconstruct,
-)
+from ternarize.calibrate.lanes import PACKED, Lane, hidden_of, takes, with_hidden
+from ternarize.calibrate.reconstruct import TernaryWeight, huber, parameters, reconstruct
 from ternarize.calibrate.solved import Parts, SolvedBlocks, sum_planes
-from ternarize.models.skeleton import model_end
 
 STEP_TOKENS = 1024  # in each step of training the whole model
 OTHER_TOKENS = 256  # that a sample without token ids counts for
@@ -142,57 +126,6 @@ class Window:
             lane.waiting[PACKED] = call
 
 
-def train_model(
-    solved: SolvedBlocks,
-    lanes: Sequence[Lane],
-    rounding: Rounding,
-    steps: int,
-    seed: int,
-    progress: Steps,
-) -> dict[str, Parts]:
-    """Train all blocks together, with their vectors, after each has been solved.
-
-    The loss is the divergence of the logits, where the model gives logits for words, else the
-    error of its first output. The model is in memory as a whole: its weights, the trained ones,
-    their gradients and the optimizer's state, about 48 bytes for each weight.
-
-    steps  of training, on STEP_TOKENS tokens each
-    """
-    blocks = solved.blocks
-    with blocks.whole() as model:
-        modules = {path: model.get_submodule(path) for path in blocks.paths}
-        state = {path: solved.parts(path) for path in blocks.paths}
-        weights, vectors, fixed = _trainable(modules, state, rounding)
-        samples = [(lane.kind, part) for lane in lanes for part in _in_steps(lane.batch)]
-
-        def forward(index: int, values: Mapping[str, Tensor]) -> Any:
-            batch = blocks.on_device(samples[index][1])
-            with code_of_the_model(blocks.source.directory):
-                return functional_call(model, dict(values), (), batch)
-
-        with torch.no_grad():
-            logits = getattr(forward(0, {}), "logits", None)
-        words = logits is not None and model_end(model, "head") is not None
-
-        def outputs(index: int, values: Mapping[str, Tensor]) -> Tensor:
-            output = forward(index, values)
-            chosen = output.logits if words else hidden_of(output)
-            return tokens_of(chosen, mask_of(samples[index][1]))
-
-        def run(index: int, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-            with torch.no_grad():
-                target = outputs(index, {})
-            return outputs(index, {**fixed, **values}), target
-
-        train, held = _of_kinds([kind for kind, _ in samples])
-        loss = divergence(run) if words else huber(run, parameters(weights, vectors), held)
-        stored, trained, _, _ = reconstruct(
-            weights, vectors, loss, train, held, steps, seed, progress
-        )
-        _take(state, stored, trained)
-    return state
-
-
 def _of_kinds(kinds: Sequence[str]) -> tuple[list[int], list[int]]:
     """Which samples are to be trained on, and which choose."""
     train, held = ([i for i, kind in enumerate(kinds) if kind == k] for k in ("train", "held"))
@@ -233,13 +166,3 @@ def _inside(values: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
     """Those values, by full name, that are a block's own, by their names in it."""
     prefix = path + "."
     return {n[len(prefix) :]: v for n, v in values.items() if n.startswith(prefix)}
-
-
-def _in_steps(batch: Batch) -> list[Batch]:
-    """A batch cut into some of about STEP_TOKENS tokens."""
-    ids = [value.shape[1:].numel() for value in batch.values() if not value.is_floating_point()]
-    rows = max(1, STEP_TOKENS // max(1, *ids, OTHER_TOKENS if not ids else 1))
-    return [
-        {name: value[start : start + rows] for name, value in batch.items()}
-        for start in range(0, len(next(iter(batch.values()))), rows)
-    ]

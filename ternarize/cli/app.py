@@ -25,12 +25,14 @@ from ternarize.cli.inspect_command import inspect_command
 from ternarize.cli.options import as_given, for_typer
 from ternarize.cli.push import push_command
 from ternarize.cli.terminal import Terminated, err, failed, interrupted
+from ternarize.cli.train import train_command
 from ternarize.cli.verify import verify_command
 from ternarize.threads import is_ours, restore_signals
 from ternarize.version import __version__
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "convert": convert_command,
+    "train": train_command,
     "inspect": inspect_command,
     "verify": verify_command,
     "eval": evaluate_command,
@@ -39,7 +41,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "bench": bench_command,
     "push": push_command,
 }
-RESUMABLE = ("convert", "push")
+RESUMABLE = ("convert", "train", "push")
 app = typer.Typer(
     name="ternarize",
     no_args_is_help=True,

@@ -61,7 +61,7 @@ def convert_command(
     """
     given = {name: value for name, value in options.items() if value is not None and value != []}
     start = Recipe() if recipe is None else open_recipe(recipe)
-    chosen = _with_options(start, given, bool(min_quality))
+    chosen = with_options(start, given, bool(min_quality))
     bounds = _bounds(min_quality or [])
     from ternarize.convert.run import check_bounds
     from ternarize.convert.run import convert as run
@@ -72,8 +72,8 @@ def convert_command(
         named = recipe is not None
         _dry_run(model, chosen, allow_missing, as_json=as_json, debug=debug, named=named)
         return
-    if chosen.calibrate is not None:
-        device = device or _fastest_device(quiet)
+    if chosen.fits:
+        device = device or fastest_device(quiet)
     with progress_bar(quiet) as update:
         record = run(
             model,
@@ -104,7 +104,7 @@ def convert_command(
         show_hints(model, output, report, found)
 
 
-def _with_options(recipe: Recipe, given: dict[str, Any], bounded: bool) -> Recipe:
+def with_options(recipe: Recipe, given: dict[str, Any], bounded: bool) -> Recipe:
     """The recipe with the options that are given beside it.
 
     Those of calibration go into its calibration; a method without data drops that. `bounded` says
@@ -208,7 +208,7 @@ def _measured(
         raise interrupted(stop, f" while measuring; {shown(output)} is complete") from None
 
 
-def _fastest_device(quiet: bool) -> str:
+def fastest_device(quiet: bool) -> str:
     """Where to calibrate when nothing is asked for: on a GPU if there is one."""
     import torch
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from ternarize.plans.recipe import ACTIVATIONS, KEPT_DTYPES, NAMED, Calibrate, Recipe
+from ternarize.plans.recipe import ACTIVATIONS, KEPT_DTYPES, NAMED, Calibrate, Recipe, Train
 
 
 class OneOf(tuple[str, ...]):
@@ -44,15 +44,20 @@ RecipeName = Annotated[
 ]
 
 
-def recipe_parameters() -> Iterator[inspect.Parameter]:
-    """The options of a recipe and of its calibration, as a command has them; None: not given.
+def recipe_parameters(*, training: bool) -> Iterator[inspect.Parameter]:
+    """The options of a recipe and of its parts, as a command has them; None: not given.
+
+    training  those of a training, too, which come first; what --distill does, it does itself
 
     What is not about ternary weights comes last of a recipe's own.
     """
     own = sorted(fields(Recipe), key=lambda each: each.name in ("dtype", "activations"))
-    for each in [*own, *fields(Calibrate)]:
+    first = fields(Train) if training else ()
+    for each in [*first, *own, *fields(Calibrate)]:
+        if training and each.name == "distill":
+            continue
         if not each.metadata:
-            continue  # the calibration itself
+            continue  # a part itself
         kinds, allowed = get_args(each.type) or (each.type,), each.metadata["allowed"]
         kind: Any = list[str] if ... in kinds else kinds[0]
         about = typer.Option(help=each.metadata["help"], metavar=each.metadata["metavar"])
@@ -75,7 +80,8 @@ def for_typer(function: Callable[..., None], run: Callable[..., None]) -> Callab
     if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
         by_place = [each for each in parameters if each.kind is not inspect.Parameter.KEYWORD_ONLY]
         by_name = parameters[len(by_place) - 1 : -1]
-        parameters = [*by_place[:-1], *recipe_parameters(), *by_name]
+        training = "from_scratch" in [each.name for each in by_name]
+        parameters = [*by_place[:-1], *recipe_parameters(training=training), *by_name]
     parameters = [each.replace(annotation=_annotation(each)) for each in parameters]
     run.__annotations__ = {each.name: each.annotation for each in parameters}
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -59,6 +59,9 @@ def memory_left() -> tuple[float, float]:
     return min(memory), addresses
 
 
+STATE_BYTES = 12  # for each trained weight: itself, and two moments of its gradient
+
+
 def check_disk(plan: Plan, output: Path) -> None:
     """Raise OutputError where the disk has too little room for the result and the way to it."""
     partial = partial_of(output)
@@ -72,10 +75,12 @@ def check_disk(plan: Plan, output: Path) -> None:
     if plan.source.stream is not None:
         need += plan.source.stream.room()
     calibration = plan.recipe.calibrate
+    ternary = [t for t in plan.tensors if t.ternary]
     if calibration is not None:  # the blocks, as each stage leaves them, until all is complete
         stages = calibration.window if calibration.reconstruct else 1
-        stages += bool(calibration.distill)
-        need += stages * sum(t.stored_bytes() for t in plan.tensors if t.ternary)
+        need += stages * sum(t.stored_bytes() for t in ternary)
+    if plan.recipe.training is not None:  # its state, twice while it is written, and the best
+        need += sum(2 * STATE_BYTES * t.info.numel + t.stored_bytes() for t in ternary)
     if have < need:
         found = f"{have / 1e9:.3f} GB free; the result needs {need / 1e9:.3f} GB"
         raise OutputError(parent, found, remedy="Make room")

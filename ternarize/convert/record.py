@@ -102,7 +102,7 @@ def make_record(plan: Plan, state: State) -> dict[str, Any]:
     calibration, calibrated = plan.recipe.calibrate, state.calibrated
     uncalibrated: Collection[str] = ()
     # what calibration has not seen may have been trained since
-    if calibrated and calibration and not (calibration.reconstruct or calibration.distill):
+    if calibrated and calibration and not (calibration.reconstruct or plan.recipe.training):
         blocks = calibrated.record["blocks"]
         uncalibrated = {name for block in blocks for name in block["uncalibrated"]}
     group_size = recorded_group_size(plan, state.tensors)
@@ -129,14 +129,26 @@ def make_record(plan: Plan, state: State) -> dict[str, Any]:
 
 
 def _recorded(recipe: Recipe) -> dict[str, Any]:
-    """A recipe for the public record: of a data set on this disk, the last part of its path."""
-    calibration = recipe.calibrate
-    if calibration is not None and calibration.dataset not in (DEFAULT, SELF):
-        path = Path(os.path.expanduser(calibration.dataset))
-        if path.exists():
-            name = (path.resolve() if path.is_dir() else path).name
-            recipe = replace(recipe, calibrate=replace(calibration, dataset=name))
+    """A recipe for the public record: of what is on this disk, the last part of its path."""
+    if recipe.calibrate is not None:
+        dataset = _last_part(recipe.calibrate.dataset)
+        recipe = replace(recipe, calibrate=replace(recipe.calibrate, dataset=dataset))
+    if recipe.train is not None:
+        texts = tuple(_last_part(each) for each in recipe.train.texts)
+        teacher = recipe.train.teacher and _last_part(recipe.train.teacher)
+        recipe = replace(recipe, train=replace(recipe.train, texts=texts, teacher=teacher))
     return asdict(recipe)
+
+
+def _last_part(given: str) -> str:
+    """The last part of a path that there is; of FILE=WEIGHT, with the weight."""
+    if given in (DEFAULT, SELF):
+        return given
+    for name, weight in ((given, ""), (given.rpartition("=")[0], f"={given.rpartition('=')[2]}")):
+        path = Path(os.path.expanduser(name))
+        if name and path.exists():
+            return (path.resolve() if path.is_dir() else path).name + weight
+    return given
 
 
 def _tensor_record(

@@ -65,6 +65,7 @@ from ternarize.plans.recipe import GPTQ, Recipe
 from ternarize.progress import Progress
 from ternarize.runtime.rehearsal import rehearse
 from ternarize.threads import THREADS, TICK, let_through, result_of, thread_pool
+from ternarize.train.run import Log, train_model
 from ternarize.trits.ternary import check_device
 
 
@@ -79,6 +80,7 @@ def convert(
     min_quality: Mapping[str, float] | None = None,
     stream: bool = False,
     allow_missing: bool = False,
+    log: Log | None = None,
 ) -> dict[str, Any]:
     """Convert a checkpoint into a packed one, and return its record.
 
@@ -98,6 +100,7 @@ def convert(
               delete it once it is packed; not with calibration, which reads them again and again
     allow_missing  convert a source that lacks parameters of its model: the record names them, and
               transformers makes them up when the result is loaded
+    log       called after each step of training with (step, figures by name)
 
     Raises UsageError for options that cannot be used, CheckpointError (WeightError) or FormatError
     for a source that cannot be read or converted, SelectionError where no rule says what becomes of
@@ -108,7 +111,7 @@ def convert(
     """
     bounds = min_quality or {}
     check_bounds(recipe, bounds)
-    if stream and recipe.calibrate is not None:
+    if stream and recipe.fits:
         raise UsageError(
             "--stream",
             "with calibration, which reads the weights more than once",
@@ -124,7 +127,7 @@ def convert(
         return plan
 
     def run(plan: Plan) -> dict[str, Any]:
-        work = _Work(plan, partial, max(1, threads), device, progress)
+        work = _Work(plan, partial, max(1, threads), device, progress, log)
         record = finished(output) or _carry_out(work, output, bounds)
         return {**record, "notes": plan.remarks()}
 
@@ -144,7 +147,7 @@ def checked(plan: Plan, allow_missing: bool) -> Plan:
     """
     plan = rehearse(plan, allow_missing=allow_missing)
     refuse_empty(plan)
-    if plan.missing and plan.recipe.calibrate is not None:
+    if plan.missing and plan.recipe.fits:
         raise UsageError(
             "--allow-missing",
             f"{plan.model} lacks {plan.missing[0]}, and calibration runs the model",
@@ -156,7 +159,7 @@ def checked(plan: Plan, allow_missing: bool) -> Plan:
 
 def check_bounds(recipe: Recipe, bounds: Mapping[str, float]) -> None:
     """Raise UsageError for a bound that no figure of the conversion would be compared with."""
-    if bounds and recipe.calibrate is None:
+    if bounds and not recipe.fits:
         raise UsageError(
             "min quality",
             f"{', '.join(bounds)}, and method {recipe.method!r} measures nothing",
@@ -187,19 +190,20 @@ class _Work:
     threads: int
     device: str
     progress: Progress | None
+    log: Log | None = None
 
 
 def _carry_out(work: _Work, output: Path, bounds: Mapping[str, float]) -> dict[str, Any]:
     """Convert into OUTPUT.partial and rename it to `output`; returns the record."""
     plan, partial = work.plan, work.partial
-    if plan.recipe.calibrate is None:  # of what calibration needs there is no prediction
+    if not plan.recipe.fits:  # of what calibration needs there is no prediction
         work = replace(work, threads=threads_that_fit(plan, work.threads))
     claim(partial)
     with _told(work):
         known = identity(plan)
         state = resume(plan, partial, known)
-        if plan.recipe.calibrate is not None:
-            _calibrate(work, state, bounds)
+        if plan.recipe.fits:
+            _fit(work, state, bounds)
         _convert_shards(work, state)
         record = write_small_files(plan, state, partial)
         _check_unchanged(plan, known["source"])
@@ -246,8 +250,8 @@ def _told(work: _Work) -> Iterator[None]:
         ) from error
 
 
-def _calibrate(work: _Work, state: State, bounds: Mapping[str, float]) -> None:
-    """Calibrate what is not ternary already; the layout changes to what comes of it."""
+def _fit(work: _Work, state: State, bounds: Mapping[str, float]) -> None:
+    """Calibrate and train what is not ternary already; the layout changes to what comes of it."""
     plan, source = work.plan, work.plan.source
     tensors = state.tensors
     todo = [t for t in tensors if t.ternary and not t.tied_to]
@@ -262,10 +266,15 @@ def _calibrate(work: _Work, state: State, bounds: Mapping[str, float]) -> None:
         elif tensor.ternary and not tensor.tied_to:
             tensors[at] = replace(tensor, choice=replace(tensor.choice, codec=""))
     folder = work.partial / CALIBRATION
+    where = {"device": work.device, "progress": work.progress}
     try:
-        found = calibrate(plan, tensors, folder, device=work.device, progress=work.progress)
+        found = calibrate(plan, tensors, folder, **where) if plan.recipe.calibrate else None
+        if plan.recipe.training is not None:
+            fitted_so_far = tensors if found is None else found.tensors
+            found = train_model(plan, fitted_so_far, folder, found, log=work.log, **where)
     except WeightError as error:
         raise not_finite(source, source.tensors[error.where]) from None
+    assert found is not None
     check_quality(found.record["quality"], bounds)
     plans = {t.name: t for t in found.tensors if t.name in found.solved}
     for index, shard in enumerate(state.shards):

@@ -195,6 +195,16 @@ def command_of(recipe: Recipe, source: str, was_ternary: bool = False) -> str:
         for name, value in vars(recipe.calibrate).items():
             if name != "dataset" and value != getattr(usual, name):
                 words += [_option(name), str(value)]
+    if recipe.train is not None:
+        words[1] = "train"
+        usual_training = type(recipe.train)(steps=1)
+        for name, value in vars(recipe.train).items():
+            if name == "texts":
+                words += [part for each in value for part in ("--texts", each)]
+            elif value is True:
+                words += [_option(name)]
+            elif value is not None and (name == "steps" or value != getattr(usual_training, name)):
+                words += [_option(name), str(value)]
     return shlex.join(words)
 
 

@@ -1,0 +1,177 @@
+"""Losses over large vocabularies, in pieces, with their gradients.
+
+Nothing of the size tokens x words is held: for some tokens at a time the logits of student and
+teacher are worked out from their last hidden states, the loss is added up, and its gradient is
+taken back to the student's hidden states at once.
+
+    divergence  mean over tokens of sum_i p_i (log p_i - log q_i),   gradient of the logits q - p
+    text        mean over tokens of -log q_(next),                   gradient of the logits q - 1
+
+A step need not look at all words: those that it names count once, and a sample of the others counts
+for all of them,
+
+    p_i = w_i exp(l_i) / sum_j w_j exp(l_j),   w = 1, or (others) / (sampled) of a sampled word,
+
+which is importance sampling of the softmax's sum: Bengio and Senecal 2008,
+https://doi.org/10.1109/TNN.2007.912312. Source of the loss: knowledge distillation,
+https://arxiv.org/abs/1503.02531, at temperature 1.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PIECE = 256  # tokens whose logits are in memory at a time
+ALL_WORDS = 1 << 16  # a vocabulary of up to so many words is used whole
+OTHERS = 8192  # words sampled from those that a step does not name
+
+
+@dataclass(frozen=True)
+class Head:
+    """How a model makes logits of its last hidden states: cap tanh(factor (h W^T + b) / cap).
+
+    weight  (words, n), bias (words,) or None
+    cap     0: none
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    factor: float = 1.0
+    cap: float = 0.0
+
+    def logits(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        """(tokens, n) -> (tokens, words) float32; products in `dtype`."""
+        values = (hidden.to(dtype) @ self.weight.to(dtype).T).to(torch.float32)
+        if self.bias is not None:
+            values = values + self.bias
+        values = values * self.factor if self.factor != 1 else values
+        return self.cap * torch.tanh(values / self.cap) if self.cap else values
+
+    def to_hidden(self, gradient: Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:
+        """The gradient by hidden states of that by logits, (tokens, words) -> (tokens, n)."""
+        if self.cap:
+            gradient = gradient * (1 - (logits / self.cap).square())
+        hidden = gradient.to(dtype) @ self.weight.to(dtype)
+        return hidden * self.factor if self.factor != 1 else hidden
+
+    def of(self, words: "Words") -> "Head":
+        """The head for some words alone."""
+        if words.ids is None:
+            return self
+        bias = None if self.bias is None else self.bias[words.ids]
+        return Head(self.weight[words.ids], bias, self.factor, self.cap)
+
+
+@dataclass(frozen=True)
+class Words:
+    """The words that a step looks at.
+
+    ids         (words,) int64, sorted; None: all
+    log_weight  (words,) float32, log w
+    """
+
+    ids: Tensor | None = None
+    log_weight: Tensor | None = None
+
+    def position(self, tokens: Tensor) -> Tensor:
+        """Where tokens stand among the words; they must be among them."""
+        return tokens if self.ids is None else torch.searchsorted(self.ids, tokens)
+
+
+def choose_words(named: Tensor, vocabulary: int, generator: torch.Generator) -> Words:
+    """The words of a step: those named, and a sample of the others. All of a small vocabulary.
+
+    named  token ids of any shape and order
+    """
+    if vocabulary <= ALL_WORDS:
+        return Words()
+    taken = torch.zeros(vocabulary, dtype=torch.bool)
+    taken[named.flatten().cpu()] = True
+    others = (~taken).nonzero().flatten()
+    count = min(OTHERS, len(others))
+    sampled = others[torch.randint(len(others), (count,), generator=generator)].unique()
+    weight = torch.zeros(vocabulary)
+    weight[taken] = 1.0
+    weight[sampled] = len(others) / max(1, len(sampled))
+    ids = weight.nonzero().flatten()
+    return Words(ids.to(named.device), weight[ids].log().to(named.device))
+
+
+def divergence(
+    hidden: Tensor, target: Tensor, heads: tuple[Head, Head], words: Words, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """KL(teacher || student), and how often both find the same word likeliest.
+
+    hidden  (tokens, n) of the student, with gradient
+    target  (tokens, m) of the teacher
+    heads   of student and teacher, for `words` (`Head.of`)
+    dtype   of the products
+
+    Returns two scalars, means over the tokens.
+    """
+    return _apply(hidden, target, None, heads, words, dtype)
+
+
+def text_loss(
+    hidden: Tensor, following: Tensor, head: Head, words: Words, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the next token (tokens,) int64, and how often it was the likeliest."""
+    return _apply(hidden, None, words.position(following), (head, head), words, dtype)
+
+
+def _apply(*arguments: Any) -> tuple[Tensor, Tensor]:
+    loss, same = _InPieces.apply(*arguments)
+    return loss, same
+
+
+class _InPieces(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        target: Tensor | None,
+        following: Tensor | None,
+        heads: tuple[Head, Head],
+        words: Words,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        student, teacher = heads
+        loss, same = hidden.new_zeros((), dtype=torch.float64), 0
+        gradients = torch.empty_like(hidden)
+        for start in range(0, len(hidden), PIECE):
+            part = slice(start, start + PIECE)
+            logits = student.logits(hidden[part], dtype)
+            log_q = _log_softmax(logits, words)
+            if target is not None:
+                log_p = _log_softmax(teacher.logits(target[part], dtype), words)
+                p = log_p.exp()
+                each = torch.where(p > 0, p * (log_p - log_q), 0)  # words that a model rules out
+                loss += each.sum(dtype=torch.float64)
+                same += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+                slope = log_q.exp_().sub_(p)
+            else:
+                assert following is not None
+                right = following[part].unsqueeze(-1)
+                loss -= log_q.gather(-1, right).sum(dtype=torch.float64)
+                same += int((log_q.argmax(-1) == right.squeeze(-1)).sum())
+                slope = log_q.exp_()
+                slope.scatter_add_(-1, right, -torch.ones_like(right, dtype=slope.dtype))
+            gradients[part] = student.to_hidden(slope, logits, dtype).to(hidden.dtype)
+        count = max(1, len(hidden))
+        ctx.save_for_backward(gradients / count)
+        agreement = hidden.new_tensor(same / count, dtype=torch.float32)
+        ctx.mark_non_differentiable(agreement)
+        return (loss / count).to(torch.float32), agreement
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (gradients,) = ctx.saved_tensors
+        return gradients * grads[0].to(gradients.dtype), None, None, None, None, None
+
+
+def _log_softmax(logits: Tensor, words: Words) -> Tensor:
+    if words.log_weight is not None:
+        logits = logits + words.log_weight
+    return logits.log_softmax(-1)

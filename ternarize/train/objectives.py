@@ -1,0 +1,116 @@
+"""What a training is for: the loss of some samples, by kind of model and objective."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ternarize.calibrate.lanes import hidden_of, mask_of, tokens_of
+from ternarize.calibrate.samples import Sample
+from ternarize.models.skeleton import model_end
+from ternarize.train.loop import parts_of
+from ternarize.train.losses import Head, Words, choose_words, divergence, text_loss
+from ternarize.train.students import Pair
+from ternarize.train.texts import IGNORED, batch_of, tokens_in
+
+Objective = Callable[[Sequence[Sample]], tuple[Tensor, dict[str, float]]]
+
+
+def objective(pair: Pair, common: Tensor, first: int, seed: int, pad: int) -> Objective:
+    """The loss of samples, a mean over their tokens, to be trained with.
+
+    common  word ids that every step looks at, beside its own
+    first   position of a window whose token is the first to be predicted
+    pad     token id that short samples are filled up with
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if pair.heads is None:
+        sigma: list[float] = []
+        return lambda samples: (_whole(pair, batch_of(samples, pad), sigma), {})
+
+    def loss(samples: Sequence[Sample]) -> tuple[Tensor, dict[str, float]]:
+        ids = torch.cat([sample["input_ids"] for sample in samples])
+        words = choose_words(torch.cat([ids, common]), pair.vocabulary, generator)
+        return _by_words(pair, samples, words, first, pad)
+
+    return loss
+
+
+def held_loss(pair: Pair, samples: Sequence[Sample], first: int, pad: int) -> dict[str, float]:
+    """The loss on held-out samples over all words, and what is known beside it."""
+    total, figures, count = 0.0, dict[str, float](), 0
+    sigma: list[float] = [1.0]
+    with torch.no_grad():
+        for part in parts_of(samples):
+            tokens = sum(map(tokens_in, part))
+            if pair.heads is None:
+                loss, beside = _whole(pair, batch_of(part, pad), sigma), dict[str, float]()
+            else:
+                loss, beside = _by_words(pair, part, Words(), first, pad)
+            total, count = total + float(loss) * tokens, count + tokens
+            for name, value in beside.items():
+                figures[name] = figures.get(name, 0.0) + value * tokens
+    return {"loss": total / count, **{name: value / count for name, value in figures.items()}}
+
+
+def _by_words(
+    pair: Pair, samples: Sequence[Sample], words: Words, first: int, pad: int
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss from hidden states, piece by piece."""
+    assert pair.heads is not None
+    batch = _moved(batch_of(samples, pad), pair)
+    labels = _labels(batch, first)
+    used = labels != IGNORED
+    hidden = pair.hidden(pair.student, batch)[:, :-1][used]
+    heads: tuple[Head, Head] = (pair.heads[0].of(words), pair.heads[1].of(words))
+    if pair.teacher is None:
+        loss, same = text_loss(hidden, labels[used], heads[0], words, pair.dtype)
+        return loss, {"right": float(same)}
+    with torch.no_grad():
+        target = pair.hidden(pair.teacher, batch)[:, :-1][used]
+    loss, same = divergence(hidden, target, heads, words, pair.dtype)
+    return loss, {"top-1": float(same)}
+
+
+def _labels(batch: dict[str, Tensor], first: int) -> Tensor:
+    """The next token of every position but the last, (batch, length - 1); IGNORED: not to learn."""
+    labels = batch["labels"] if "labels" in batch else batch["input_ids"]
+    if "attention_mask" in batch:
+        labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORED)
+    labels = labels[:, 1:].clone()
+    labels[:, : first - 1] = IGNORED
+    return labels
+
+
+def _moved(batch: dict[str, Tensor], pair: Pair) -> dict[str, Tensor]:
+    device = next(pair.student.parameters()).device
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def _whole(pair: Pair, batch: dict[str, Tensor], sigma: list[float]) -> Tensor:
+    """Of any other model: the divergence of its logits, or the error of its first output.
+
+    sigma  the error's size at the start, by which it is divided; filled in by the first call
+    """
+    batch = _moved(batch, pair)
+
+    def outputs(model: Any) -> Tensor:
+        with pair.autocast():
+            output = model(**batch)
+        logits = getattr(output, "logits", None)
+        words = logits is not None and model_end(model, "head") is not None
+        return tokens_of(logits if words else hidden_of(output), mask_of(batch)).float()
+
+    with torch.no_grad():
+        target = outputs(pair.teacher)
+    found = outputs(pair.student)
+    if found.shape[-1] == pair.vocabulary:
+        log_q, log_p = found.log_softmax(-1), target.log_softmax(-1)
+        each = log_p.exp() * (log_p - log_q)
+        return each.where(log_p > -math.inf, 0).sum(-1).mean()
+    if not sigma:
+        sigma.append(max(1e-12, math.sqrt(float(F.mse_loss(found.detach(), target)))))
+    return F.huber_loss(found / sigma[0], target / sigma[0], delta=1.0)

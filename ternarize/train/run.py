@@ -1,0 +1,183 @@
+"""The training stage of a conversion: data, two models, the loop, and what is stored in the end."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from ternarize.calibrate.blocks import Blocks
+from ternarize.calibrate.pipeline import Calibrated, quality_of
+from ternarize.calibrate.solved import SolvedBlocks, open_solved, write_solved
+from ternarize.files import metadata
+from ternarize.models.configuration import open_config
+from ternarize.plans.layout import Plan, TensorPlan
+from ternarize.progress import Progress
+from ternarize.qat.modules import LOG_SCALE, latent_modules
+from ternarize.qat.rounding import Form
+from ternarize.qat.schedule import parameter_groups
+from ternarize.train.loop import Job, train
+from ternarize.train.objectives import held_loss, objective
+from ternarize.train.optimizer import make_optimizer
+from ternarize.train.sources import Data, data_of
+from ternarize.train.state import BEST, Progressed
+from ternarize.train.students import Pair, make_pair
+from ternarize.train.texts import batch_of
+from ternarize.trits.ternary import scaled
+
+TICKS = 1000  # of progress
+FOLDER = "training"  # in the folder of the calibration
+
+# (step, figures by name), for those who keep a log
+Log = Callable[[int, Mapping[str, float]], None]
+
+
+def train_model(
+    plan: Plan,
+    tensors: Sequence[TensorPlan],
+    folder: Path,
+    calibrated: Calibrated | None,
+    *,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    log: Log | None = None,
+) -> Calibrated:
+    """Train the ternary tensors of a plan, and what stands between them.
+
+    tensors     the plan's; of those to be trained the choice says ternary
+    folder      of the calibration: its blocks, and the state of a training that was broken off
+    calibrated  where calibration has put the tensors to begin with; None: begin with `itf`
+
+    Returns what is to be stored, with the figures of the trained model in its record. Raises
+    UsageError for texts that cannot be used, CheckpointError for a model that cannot be run.
+    """
+    training = plan.recipe.training
+    assert training is not None
+    source = plan.source
+    config = open_config(source.directory)
+    model_class = getattr(transformers, (config.architectures or [""])[0])
+    data = data_of(plan, training, config, model_class)
+    todo = {t.name: t for t in tensors if t.ternary and not t.tied_to and t.planes == 1}
+    blocks = Blocks(source, list(todo), device)
+    solved = None if calibrated is None else SolvedBlocks(folder, blocks, tensors)
+    activations = plan.recipe.activations or "none"
+    pair = make_pair(blocks, solved, todo, training, activations, device)
+    groups = parameter_groups(pair.student, training.lr, relative=True)
+    place = folder / FOLDER
+    place.mkdir(parents=True, exist_ok=True)
+    by_name = {t.name: t for t in tensors}
+
+    def keep(progressed: Progressed) -> None:
+        about = {"held": json.dumps(progressed.held[-1])}
+        write_solved(place / BEST, blocks, by_name, stored_of(pair), about)
+
+    def told(step: int, done: float, figures: Mapping[str, float]) -> None:
+        if progress is not None:
+            progress(int(TICKS * done), TICKS, _in_words(step, figures), "training")
+        if log is not None:
+            log(step, figures)
+
+    job = Job(
+        training,
+        place,
+        pair.trained(),
+        make_optimizer(groups),
+        objective(pair, data.common, data.first, _seed(plan), data.pad),
+        lambda: held_loss(pair, data.held, data.first, data.pad)["loss"],
+        keep,
+        {"texts": data.about, "training": repr(training)},
+        told,
+        lambda done: None,
+    )
+    progressed = train(job, data.stream)
+    best = open_solved(place / BEST)
+    records = metadata.records_of(best)
+    begun = dict(calibrated.solved) if calibrated else {}
+    record = dict(calibrated.record) if calibrated else {}
+    _take_best(pair, blocks, best)
+    record["training"] = _described(progressed, data, pair)
+    record["quality"] = _quality(pair, data)
+    solved_now = begun | {name: (best, each) for name, each in records.items()}
+    return Calibrated(solved_now, list(tensors), record)
+
+
+def stored_of(pair: Pair) -> dict[str, tuple[Tensor, ...]]:
+    """What is to be stored of the student, by parameter: ternary matrices (float32), and vectors."""
+    found: dict[str, tuple[Tensor, ...]] = {}
+    with torch.no_grad():
+        for path, module in latent_modules(pair.student):
+            for leaf, form in module.forms.items():
+                found[f"{path}.{leaf}"] = (_stored(module, leaf, form),)
+        for name, parameter in pair.trained().items():
+            if name not in found and not name.endswith(LOG_SCALE):
+                found[name] = (parameter.detach().clone(),)
+    return found
+
+
+def _stored(module: Any, leaf: str, form: Form) -> Tensor:
+    """s t in the parameter's orientation, in the space of the file."""
+    trits, scales = module.trits_and_scales(leaf)
+    return form.turn(scaled(trits, scales, form.group_size)).contiguous()
+
+
+def _take_best(pair: Pair, blocks: Blocks, best: Any) -> None:
+    """Put the best state into the student, for its figures."""
+    from ternarize.calibrate.solved import read_planes
+
+    values = read_planes(Path(best.directory) / BEST)
+    own = dict(pair.student.named_parameters(remove_duplicate=False))
+    forms = {
+        f"{path}.{leaf}": (module, leaf)
+        for path, module in latent_modules(pair.student)
+        for leaf in module.forms
+    }
+    with torch.no_grad():
+        for name, value in blocks.as_parameters({n: p[0] for n, p in values.items()}).items():
+            if name in forms:
+                module, leaf = forms[name]
+                module.set_stored(leaf, value)
+            else:
+                own[name].copy_(value)
+
+
+def _described(progressed: Progressed, data: Data, pair: Pair) -> dict[str, Any]:
+    best = min(progressed.held, key=lambda look: look[1])
+    return {
+        **data.about,
+        "steps": progressed.step,
+        "tokens": progressed.tokens,
+        "minutes": round(progressed.seconds / 60, 2),
+        "computed_in": str(pair.dtype)[6:],
+        "held_out": [[step, round(loss, 6)] for step, loss in progressed.held],
+        "kept_step": best[0],
+    }
+
+
+def _quality(pair: Pair, data: Data) -> dict[str, Any]:
+    """The figures of the student, against its teacher if it has one, on the report set."""
+
+    def outputs() -> Any:
+        for sample in data.report:
+            batch = {k: v for k, v in batch_of([sample], data.pad).items() if k != "labels"}
+            batch = {k: v.to(next(pair.student.parameters()).device) for k, v in batch.items()}
+            with torch.no_grad(), pair.autocast():
+                teacher = None if pair.teacher is None else pair.teacher(**batch)
+                yield batch, teacher, pair.student(**batch)
+
+    return quality_of(type(pair.student), pair.student.config, outputs(), data.first)
+
+
+def _in_words(step: int, figures: Mapping[str, float]) -> str:
+    left = figures["left"]
+    time = f"{left / 3600:.1f} h" if left >= 3600 else f"{left / 60:.0f} min"
+    return (
+        f"step {step}: loss {figures['loss']:.3f}, held-out {figures['held']:.3f}, "
+        f"{figures['speed']:.0f} tokens/s, {time} left"
+    )
+
+
+def _seed(plan: Plan) -> int:
+    return plan.recipe.calibrate.seed if plan.recipe.calibrate else 0
