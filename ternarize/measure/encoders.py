@@ -68,14 +68,14 @@ def pool(hidden: Tensor, mask: Tensor | None) -> Tensor:
     return torch.nn.functional.normalize(mean, dim=-1)
 
 
-def compare_lines(
+def line_cosines(
     models: Sequence[Any],
     ids: Sequence[list[int]],
     tokenizer: Any,
     batch_size: int,
     progress: Progress | None,
-) -> dict[str, dict[str, Any]]:
-    """Cosine of the embeddings by two models of the same lines; "at" is where it is smallest."""
+) -> Tensor:
+    """Cosine of the embeddings by two models of the same lines, (lines,) float64."""
     parts: list[Tensor] = []
     for start in range(0, len(ids), batch_size):
         batch = ids[start : start + batch_size]
@@ -88,8 +88,14 @@ def compare_lines(
             progress(done, len(ids), known, "evaluating")
     cosines = torch.cat(parts)
     check_numbers(cosines, models[0], "embedding {} is NaN")
+    return cosines
+
+
+def summarize_cosines(cosines: Tensor, lines: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The measures of `evaluate` from the cosines of some lines, (lines,) float64."""
     at = int(cosines.argmin())
-    return {"cosine": {**mean_of(cosines), "minimum": float(cosines[at]), "at": at}}
+    least = {"minimum": float(cosines[at]), "minimum_line": lines[at]}
+    return {"cosine": {**mean_of(cosines), **least}}
 
 
 def encode_lines(

@@ -1,11 +1,12 @@
-"""How much of a model is left after conversion, measured on a text.
+"""How much of a model is left after conversion, measured on texts and on what it writes.
 
-Language models are run on windows of the text (language_models.py), encoders on its lines
-(encoders.py).
+Language models are run on windows of the text (language_models.py), and may write after prompts
+(writing.py); encoders are run on its lines (encoders.py).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from torch import Tensor
 
 from ternarize.errors import UsageError
 from ternarize.measure.documents import DEFAULT, cut_windows, own_text, read_documents
-from ternarize.measure.encoders import compare_lines, encode_lines
-from ternarize.measure.language_models import MAX_BATCH, compare_windows
+from ternarize.measure.encoders import encode_lines, line_cosines, summarize_cosines
+from ternarize.measure.language_models import MAX_BATCH, summarize, window_columns
 from ternarize.measure.measured import Measured, compute_dtype, shared_tokenizer
+from ternarize.measure.prompts import Prompt
+from ternarize.measure.writing import Writing, choose_prompts, compare_writing, room_to_write
 from ternarize.models.reads import (
     CAUSAL,
     ENCODER,
@@ -35,12 +38,15 @@ from ternarize.trits.ternary import check_device
 # the vocabulary and position.
 LOGITS_BYTES = 256 << 20
 
+Paths = str | Path | Sequence[str | Path]
+
 
 def evaluate(
     packed: str | Path,
     *,
     source: str | Path | None = None,
-    text: str | Path,
+    text: Paths = (),
+    writing: Writing | None = None,
     seq_len: int = 256,
     max_tokens: int | None = None,
     batch_size: int | None = None,
@@ -50,31 +56,38 @@ def evaluate(
     head: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure a packed checkpoint on a text, against its source where that is given.
+    """Measure a packed checkpoint on texts, against its source where that is given.
 
     packed       directory or Hub id; an ordinary checkpoint can be measured too
     source       the checkpoint that `packed` was made from; encoders need it
     text         UTF-8 file: documents separated by lines `<|doc|>`; for encoders a text per line.
-                 "default": a text that comes with ternarize
+                 "default": a text that comes with ternarize. Or several of them
+    writing      what language models are to write after prompts; None: nothing
     seq_len      tokens of a window; of an encoder's line at most
-    max_tokens   use no more than the first tokens of the text
-    batch_size   windows or lines at a time; None: what keeps a model's logits in 256 MB
+    max_tokens   use no more than the first tokens of each text (prompts are cut from all of it)
+    batch_size   windows, lines or prompts at a time; None: what keeps a model's logits in 256 MB,
+                 and 16 prompts
     device       "cpu", "cuda", "auto", ...; None: cpu
     dtype        to compute in; None: float32 on CPU, elsewhere as in the checkpoint
     activations  of the packed model, "none" or "int8"; None: as in the checkpoint
     head         of the packed model, "int8" or None, as in `ternarize.load`
-    progress     called after each batch with (windows or lines done, in all, what is known so far,
-                 "evaluating")
+    progress     called after each batch with (windows, lines or prompts done, in all, what is known
+                 so far, "evaluating" or "writing (packed)", "writing (source)")
 
-    Returns plain data: "kind", what was read ("tokens", what windows begin with among them,
-    "windows" or "lines", ..., "windows_begin_with": the tokens that every window has in front), and
-    measures, each {"value", "standard_error"} (None for a single window):
+    Returns plain data: "kind", "text" (a name, or a list of them), what was read ("tokens", what
+    windows begin with among them, "windows" or "lines", ..., "windows_begin_with": the tokens that
+    every window has in front), and measures, each {"value", "standard_error"} (None for a single
+    window), over all that was read:
 
         causal language models   perplexity; with a source also source_perplexity,
                                  perplexity_ratio, kl_divergence (nats per token), top1_agreement
         encoders                 cosine, with "minimum" and the "minimum_line" where it occurs
 
-    Raises UsageError when the text is too short or an option cannot be used, CheckpointError when
+    Of several texts, "texts" is a list of the same for each. With `writing`, "writing" is what
+    `compare_writing` returns. Without a text, which may be where `writing` has prompts of its own,
+    only that is measured.
+
+    Raises UsageError when a text is too short or an option cannot be used, CheckpointError when
     a model cannot be loaded or evaluated.
     """
     for name, value, least in (
@@ -86,14 +99,17 @@ def evaluate(
             raise UsageError(name, f"{value}", f"at least {least}", "Use a larger number")
     dtype = compute_dtype(dtype, device)
     device = device if device == "auto" else check_device(device)
-    evaluation = prepare(packed, source, text, seq_len, max_tokens)
+    evaluation = prepare(packed, source, text, seq_len, max_tokens, writing)
     models = evaluation.load(device, dtype, activations, head)
     measures = evaluation.measure(models, batch_size, progress)
+    if evaluation.prompts:
+        measures["writing"] = evaluation.write(models, batch_size, progress)
+    names = [str(each) for each in _several(text)]
     return {
         "kind": evaluation.kind,
         "model": str(packed),
         "source": None if source is None else str(source),
-        "text": str(text),
+        "text": names if len(names) > 1 else "".join(names) or None,
         **evaluation.read(),
         "dtype": str(models[0].dtype)[6:],
         "device": str(models[0].device),
@@ -104,11 +120,38 @@ def evaluate(
 def prepare(
     packed: str | Path,
     source: str | Path | None,
-    text: str | Path,
+    text: Paths,
     seq_len: int,
     max_tokens: int | None = None,
+    writing: Writing | None = None,
 ) -> "Evaluation":
-    """Find the checkpoints and cut the text; no weight is read. Arguments, errors: `evaluate`."""
+    """Find the checkpoints, cut texts and prompts; no weight is read.
+
+    Arguments, errors: `evaluate`.
+    """
+    checkpoints = _checkpoints(packed, source)
+    ours, names = checkpoints[0], [str(each) for each in _several(text)]
+    if not names and (writing is None or writing.prompts is None):
+        raise UsageError("text", "none is given", "at least one, or prompts", "Name a text")
+    if writing is not None and ours.kind != CAUSAL:
+        found = f"is an {ours.kind}, which writes nothing"
+        raise UsageError(ours.directory, found, f"a {CAUSAL}", "Measure it on a text alone")
+    tokenizer = shared_tokenizer(checkpoints)
+    texts = [(name, read_documents(own_text() if name == DEFAULT else name)) for name in names]
+    cut = _cut_windows if ours.kind == CAUSAL else _cut_lines
+    evaluation = cut(texts, checkpoints, tokenizer, seq_len, max_tokens)
+    if writing is None:
+        return evaluation
+    prompts = choose_prompts(writing, texts, tokenizer)
+    for each in prompts:
+        check_ids([torch.tensor(each.ids)], ours.config, each.where)
+    context = min(max_positions(each.config) for each in checkpoints)
+    new_tokens = room_to_write(prompts, writing.max_new_tokens, context)
+    return replace(evaluation, prompts=prompts, new_tokens=new_tokens)
+
+
+def _checkpoints(packed: str | Path, source: str | Path | None) -> list[Measured]:
+    """A model, and its source if there is one, which must be of its kind."""
     checkpoints = [Measured.at(path) for path in (packed, source) if path is not None]
     ours = checkpoints[0]
     for theirs in checkpoints[1:]:
@@ -123,18 +166,52 @@ def prepare(
     if ours.kind == ENCODER and source is None:
         found = "is an encoder and measured by the distance to its source"
         raise UsageError(ours.directory, found, "a source", "Name it with --source")
-    tokenizer = shared_tokenizer(checkpoints)
-    documents = read_documents(own_text() if str(text) == DEFAULT else text)
-    where = str(text)
-    if ours.kind == CAUSAL:
+    return checkpoints
+
+
+def _several(text: Paths) -> list[str | Path]:
+    return [text] if isinstance(text, str | Path) else list(text)
+
+
+def _cut_windows(
+    texts: Sequence[tuple[str, list[str]]],
+    checkpoints: list[Measured],
+    tokenizer: Any,
+    seq_len: int,
+    max_tokens: int | None,
+) -> "Evaluation":
+    """Texts, by name, as windows, none of which holds two of them."""
+    parts = []
+    for name, documents in texts:
         check_seq_len(seq_len, min(max_positions(each.config) for each in checkpoints))
-        windows = cut_windows(documents, tokenizer, seq_len, max_tokens, where=where)
-        check_ids([windows], ours.config, where)
-        return Evaluation(checkpoints, tokenizer, windows, frame(tokenizer).prefix, [], seq_len)
-    lines = [line for document in documents for line in document.splitlines() if line.strip()]
+        windows = cut_windows(documents, tokenizer, seq_len, max_tokens, where=name)
+        check_ids([windows], checkpoints[0].config, name)
+        parts.append((name, windows))
+    ids = torch.cat([windows for _, windows in parts]) if parts else torch.empty(0, seq_len)
+    sizes = [(name, len(windows)) for name, windows in parts]
+    prefix = frame(tokenizer).prefix
+    return Evaluation(checkpoints, tokenizer, ids, prefix, [], seq_len, sizes)
+
+
+def _cut_lines(
+    texts: Sequence[tuple[str, list[str]]],
+    checkpoints: list[Measured],
+    tokenizer: Any,
+    seq_len: int,
+    max_tokens: int | None,
+) -> "Evaluation":
+    """Texts, by name, as lines for an encoder."""
     length = min(seq_len, *(longest_text(each.config, tokenizer) for each in checkpoints))
-    ids = encode_lines(lines, tokenizer, length, max_tokens, where=where)
-    return Evaluation(checkpoints, tokenizer, ids, [], lines, length)
+    ids: list[list[int]] = []
+    used: list[str] = []
+    sizes = []
+    for name, documents in texts:
+        lines = [line for each in documents for line in each.splitlines() if line.strip()]
+        rows = encode_lines(lines, tokenizer, length, max_tokens, where=name)
+        ids += rows
+        used += lines[: len(rows)]
+        sizes.append((name, len(rows)))
+    return Evaluation(checkpoints, tokenizer, ids, [], used, length, sizes)
 
 
 @dataclass(frozen=True)
@@ -144,7 +221,9 @@ class Evaluation:
     checkpoints  the packed one, and its source if there is one
     ids          windows (n, seq_len) int64, or the token ids of an encoder's lines
     prefix       tokens that every window begins with
-    lines        of the text, for encoders
+    lines        of the texts, for encoders
+    sizes        (name, windows or lines) of each text, in the order in which `ids` has them
+    prompts      that the models are to write after, new_tokens at most
     """
 
     checkpoints: list[Measured]
@@ -153,23 +232,28 @@ class Evaluation:
     prefix: list[int]
     lines: list[str]
     seq_len: int
+    sizes: list[tuple[str, int]]
+    prompts: Sequence[Prompt] = ()
+    new_tokens: int = 0
 
     @property
     def kind(self) -> str:
         """CAUSAL or ENCODER."""
         return self.checkpoints[0].kind
 
-    def read(self) -> dict[str, Any]:
-        """What is read, in plain data."""
-        if isinstance(self.ids, Tensor):
+    def read(self, start: int = 0, end: int | None = None) -> dict[str, Any]:
+        """What is read, in plain data; or a part of the windows or lines."""
+        ids = self.ids[start:end]
+        if not self.sizes:
+            return {}
+        if isinstance(ids, Tensor):
             return {
                 "seq_len": self.seq_len,
-                "tokens": self.ids.numel(),
-                "windows": len(self.ids),
+                "tokens": ids.numel(),
+                "windows": len(ids),
                 "windows_begin_with": names_of(self.prefix, self.tokenizer),
             }
-        tokens = sum(map(len, self.ids))
-        return {"seq_len": self.seq_len, "tokens": tokens, "lines": len(self.ids)}
+        return {"seq_len": self.seq_len, "tokens": sum(map(len, ids)), "lines": len(ids)}
 
     def batch_size(self) -> int:
         """Windows or lines at a time where nobody says how many."""
@@ -191,15 +275,40 @@ class Evaluation:
 
     def measure(
         self, models: Sequence[Any], batch_size: int | None, progress: Progress | None
-    ) -> dict[str, dict[str, Any]]:
-        """The measures of `evaluate`."""
+    ) -> dict[str, Any]:
+        """The measures of `evaluate`, and those of each text where there are several."""
+        if not self.sizes:
+            return {}
         size = batch_size or self.batch_size()
         if isinstance(self.ids, Tensor):
             first = max(1, len(self.prefix))
-            return compare_windows(models, self.ids, size, progress, first=first)
-        measures = compare_lines(models, self.ids, self.tokenizer, size, progress)
-        measures["cosine"]["minimum_line"] = self.lines[measures["cosine"].pop("at")]
+            columns = window_columns(models, self.ids, size, progress, first=first)
+        else:
+            columns = line_cosines(models, self.ids, self.tokenizer, size, progress)[None]
+
+        def measures_of(start: int, end: int) -> dict[str, Any]:
+            some = columns[:, start:end]
+            if isinstance(self.ids, Tensor):
+                return dict(summarize(some))
+            return summarize_cosines(some[0], self.lines[start:end])
+
+        measures = measures_of(0, len(self.ids))
+        if len(self.sizes) > 1:
+            places = pairwise(accumulate((count for _, count in self.sizes), initial=0))
+            measures["texts"] = [
+                {"text": name, **self.read(*place), **measures_of(*place)}
+                for (name, _), place in zip(self.sizes, places, strict=True)
+            ]
         return measures
+
+    def write(
+        self, models: Sequence[Any], batch_size: int | None, progress: Progress | None
+    ) -> dict[str, Any]:
+        """What the models write after the prompts, and its measures."""
+        size = batch_size or MAX_BATCH
+        return compare_writing(
+            models, self.prompts, self.tokenizer, self.new_tokens, size, progress
+        )
 
 
 def _kind_of(checkpoint: Measured) -> str:

@@ -23,6 +23,14 @@ FIGURES = {
     "top1_agreement": False,
     "cosine": False,
 }
+# those of what a model writes, of which there are bounds in `eval` alone
+WRITING_FIGURES = {
+    "loops": True,
+    "zlib_ratio": False,
+    "stopped": False,
+    "distinct_4grams": False,
+    "right_answers": False,
+}
 
 
 def mean_of(values: Tensor) -> Figure:

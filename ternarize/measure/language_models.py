@@ -38,11 +38,26 @@ def compare_windows(
 ) -> dict[str, Figure]:
     """Measures of one model, or of a model and its source, on the same windows.
 
+    Arguments, errors: `window_columns`. Returns the measures of `evaluate`.
+    """
+    return summarize(window_columns(models, windows, batch_size, progress, first=first))
+
+
+def window_columns(
+    models: Sequence[Any],
+    windows: Tensor,
+    batch_size: int = MAX_BATCH,
+    progress: Progress | None = None,
+    *,
+    first: int = 1,
+) -> Tensor:
+    """What `compare_logits` gives for each window: (1 or 4, windows) float64.
+
     models   (packed,) or (packed, source); causal language models, on any device
     windows  (windows, seq_len) int64 token ids
     first    position of a window, from 0, whose token is the first to be predicted
 
-    Returns the measures of `evaluate`. Raises CheckpointError when logits are not finite.
+    Raises CheckpointError when logits are not finite.
     """
     per_window: list[list[float]] = []
     for start in range(0, len(windows), batch_size):
@@ -57,11 +72,11 @@ def compare_windows(
         del logits  # before the next batch's are made
     columns = torch.tensor(per_window, dtype=torch.float64).T
     check_numbers(columns, models[0], "the logits of window {} are NaN")
-    return summarize(columns)
+    return columns
 
 
 def summarize(columns: Tensor) -> dict[str, Figure]:
-    """The measures of `evaluate` from rows of `compare_logits`: (2 or 4, windows) float64."""
+    """The measures of `evaluate` from those of `window_columns`: (1 or 4, windows) float64."""
     measures = {"perplexity": exponential(columns[0])}
     if len(columns) > 1:
         measures["source_perplexity"] = exponential(columns[1])

@@ -1,14 +1,13 @@
 """Tasks of the lm-evaluation-harness, run on a packed language model."""
 
 import importlib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ternarize.errors import CheckpointError, UsageError
+from ternarize.errors import CheckpointError, TernarizeError, UsageError, first_line, is_no_memory
 from ternarize.measure.measured import Measured, compute_dtype, shared_tokenizer
 from ternarize.models.reads import CAUSAL, longest_text
 from ternarize.trits.ternary import check_device
@@ -28,8 +27,9 @@ def evaluate_tasks(
     """Run tasks of the lm-evaluation-harness on a packed language model.
 
     packed        directory or Hub id; an ordinary checkpoint can be measured too
-    tasks         names of its tasks or groups, e.g. ["arc_easy", "piqa"]; most fetch their data
-    include_path  directory with tasks of your own (.yaml)
+    tasks         names of its tasks or groups, e.g. ["arc_easy", "piqa"]; most fetch their data, or
+                  take it from the cache of the Hub
+    include_path  directory with tasks of your own (.yaml), whose data may lie on the disk
     limit         use no more than the first examples of each task
     batch_size    examples at a time; None: 1
     others        as in `evaluate`
@@ -38,7 +38,7 @@ def evaluate_tasks(
     {metric: {"value", "standard_error"}}}}.
 
     Raises UsageError where the harness is not installed or knows no such task, CheckpointError when
-    the model cannot be loaded, or the data of a task cannot be had.
+    the model cannot be loaded, the data of a task cannot be had, or it fails.
 
     https://github.com/EleutherAI/lm-evaluation-harness
     """
@@ -64,14 +64,12 @@ def evaluate_tasks(
         found = harness.simple_evaluate(
             model=wrapped, tasks=list(tasks), task_manager=known, limit=limit, log_samples=False
         )
-    except (OSError, ValueError) as error:  # what loaders of data sets raise
-        first = re.sub(r"\s+", " ", str(error)).strip()[:200]
-        raise CheckpointError(
-            f"--tasks {','.join(tasks)}",
-            f"cannot be run ({type(error).__name__}: {first})",
-            "its data in the cache or on the network",
-            "Check both",
-        ) from error
+    except (MemoryError, TernarizeError):
+        raise
+    except Exception as error:  # loaders, templates and metrics of a task raise what they like
+        if is_no_memory(error):
+            raise
+        raise _not_run(tasks, error) from error
     return {
         "kind": CAUSAL,
         "model": str(packed),
@@ -81,6 +79,29 @@ def evaluate_tasks(
         "limit": limit,
         "tasks": {task: _metrics(row) for task, row in found["results"].items()},
     }
+
+
+def _not_run(tasks: Sequence[str], error: Exception) -> CheckpointError:
+    """The error of tasks that the harness began and could not run."""
+    cause = error.__cause__ or error.__context__
+    why = f"{type(error).__name__}: {first_line(error)}"
+    if cause is not None and not isinstance(error, OSError):  # which say themselves what is missing
+        why += f"; {type(cause).__name__}: {first_line(cause)}"
+    found, where = f"cannot be run ({why[:300]})", f"--tasks {','.join(tasks)}"
+    if isinstance(error, OSError):
+        return CheckpointError(
+            where,
+            found,
+            "its data on this disk, in the cache of the Hub or on the network",
+            "Run it once where there is a network, or tasks of your own on data that lie here "
+            "(--include-path)",
+        )
+    return CheckpointError(
+        where,
+        found,
+        "a task that runs",
+        "Repair its data or its .yaml; --debug says where it fails",
+    )
 
 
 def _harness(tasks: Sequence[str], include_path: str | Path | None) -> tuple[Any, Any, Any]:

@@ -123,6 +123,14 @@ def _settings(
     return settings
 
 
+def greedy_settings(model: Any, new_tokens: int) -> GenerationConfig:
+    """Settings that take the likeliest token, whatever penalties the model's own ask for."""
+    config: Any = _settings(model, new_tokens, 0.0, None, None)
+    config.update(**_NEUTRAL)
+    settings: GenerationConfig = config
+    return settings
+
+
 def check_continues(model: Any) -> None:
     """Raise UsageError for a model that does not continue a text."""
     if not model.can_generate() or model.config.is_encoder_decoder:
@@ -261,36 +269,49 @@ class _Pieces(BaseStreamer):
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
     """Token ids of a prompt, with what the tokenizer or its chat template puts around it."""
     prompt.encode("utf-8")  # raises where it is no text, which tokenizers do in their own words
-    if chat:
-        if not tokenizer.chat_template:
-            raise UsageError(
-                "chat",
-                "the tokenizer has no chat template",
-                "a model made for chat",
-                "Generate without --chat",
-            )
-        message = [{"role": "user", "content": prompt}]
-        try:
-            ids: list[int] = tokenizer.apply_chat_template(
-                message, add_generation_prompt=True, tokenize=True, return_dict=True
-            )["input_ids"]
-        except MemoryError:
-            raise
-        except Exception as error:  # a template is a program of its own and raises what it likes
-            why = f"{type(error).__name__}: {first_line(error)}"
-            raise UsageError(
-                "chat",
-                f"the tokenizer's chat template fails ({why})",
-                "one that takes a user's message",
-                "Generate without --chat, or repair the template",
-            ) from error
-    else:
-        ids = tokenizer(prompt, verbose=False)["input_ids"]
+    ids: list[int] = (
+        encode_chat(tokenizer, [{"role": "user", "content": prompt}])
+        if chat
+        else tokenizer(prompt, verbose=False)["input_ids"]
+    )
     if ids := ids or beginning(tokenizer):
         return ids
     raise UsageError(
         "prompt", "is empty, and the tokenizer has no token to begin with", "some text"
     )
+
+
+def encode_chat(
+    tokenizer: Any,
+    messages: list[dict[str, Any]],
+    where: object = "chat",
+    remedy: str = "Generate without --chat",
+) -> list[int]:
+    """Token ids of a chat in the tokenizer's template, up to where the model's turn begins.
+
+    messages       objects with "role" and "content"
+    where, remedy  of the error
+
+    Raises UsageError where there is no template, or it fails.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        found = "the tokenizer has no chat template"
+        raise UsageError(where, found, "a model made for chat", remedy)
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"]
+    except MemoryError:
+        raise
+    except Exception as error:  # a template is a program of its own and raises what it likes
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise UsageError(
+            where,
+            f"the tokenizer's chat template fails ({why})",
+            "one that takes a user's message",
+            f"{remedy}, or repair the template",
+        ) from error
+    return ids
 
 
 def _room(model: Any, prompt: int, new: int | None) -> int:
