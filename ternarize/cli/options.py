@@ -80,7 +80,7 @@ def for_typer(function: Callable[..., None], run: Callable[..., None]) -> Callab
     if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
         by_place = [each for each in parameters if each.kind is not inspect.Parameter.KEYWORD_ONLY]
         by_name = parameters[len(by_place) - 1 : -1]
-        training = "from_scratch" in [each.name for each in by_name]
+        training = "report_to" in [each.name for each in by_name]
         parameters = [*by_place[:-1], *recipe_parameters(training=training), *by_name]
     parameters = [each.replace(annotation=_annotation(each)) for each in parameters]
     run.__annotations__ = {each.name: each.annotation for each in parameters}

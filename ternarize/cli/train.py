@@ -19,11 +19,6 @@ def train_command(
     output: Annotated[Path, "Directory to make; must not exist."],
     *,
     recipe: RecipeName = None,
-    from_scratch: Annotated[
-        bool,
-        "Draw the weights at random: MODEL is a folder with config.json and a tokenizer. With the "
-        "rule and the activations of BitNet b1.58, on the texts themselves, if nothing else is said.",
-    ] = False,
     report_to: Annotated[
         list[str] | None,
         typer.Option(
@@ -49,6 +44,7 @@ def train_command(
     given = {name: value for name, value in options.items() if value is not None and value != []}
     own = {each.name: given.pop(each.name) for each in fields(Train) if each.name in given}
     start = Recipe() if recipe is None else open_recipe(recipe)
+    from_scratch = bool(own.get("from_scratch"))
     if from_scratch:
         given = {"method": "absmean", "group_size": 0, "activations": "int8"} | given
         own = {"objective": "text", "all_weights": True} | own
@@ -71,7 +67,7 @@ def train_command(
         if from_scratch:
             from ternarize.convert.scratch import train_from_scratch as run
         else:
-            from ternarize.convert.run import convert as run  # type: ignore[assignment]
+            from ternarize.convert.run import convert as run
         where = device or fastest_device(quiet)
         record = run(model, output, chosen, device=where, progress=update, log=log)
     if as_json:

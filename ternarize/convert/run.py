@@ -63,6 +63,7 @@ from ternarize.plans.lossless import check_lossless, exact_groups, own_groups
 from ternarize.plans.plan import calibrated_plan, make_plan, refuse_empty
 from ternarize.plans.recipe import GPTQ, Recipe
 from ternarize.progress import Progress
+from ternarize.qat.rounding import Form
 from ternarize.runtime.rehearsal import rehearse
 from ternarize.threads import THREADS, TICK, let_through, result_of, thread_pool
 from ternarize.train.run import Log, train_model
@@ -81,6 +82,7 @@ def convert(
     stream: bool = False,
     allow_missing: bool = False,
     log: Log | None = None,
+    forms: Mapping[str, Form] = {},  # noqa: B006
 ) -> dict[str, Any]:
     """Convert a checkpoint into a packed one, and return its record.
 
@@ -101,6 +103,8 @@ def convert(
     allow_missing  convert a source that lacks parameters of its model: the record names them, and
               transformers makes them up when the result is loaded
     log       called after each step of training with (step, figures by name)
+    forms     parameter of the model -> its groups and rotation, of a source whose weights are
+              ternary, and rotated, as a training has left them
 
     Raises UsageError for options that cannot be used, CheckpointError (WeightError) or FormatError
     for a source that cannot be read or converted, SelectionError where no rule says what becomes of
@@ -123,6 +127,7 @@ def convert(
 
     def planned(folder: Path | None = None) -> Plan:
         plan = checked(make_plan(model, recipe, stream=folder), allow_missing)
+        plan.shards = [_formed(shard, forms) for shard in plan.shards]
         _check_output(plan, output)
         return plan
 
@@ -138,6 +143,22 @@ def convert(
     with exclusive(partial):
         _check_output(plan, output)  # again: another conversion may just have ended
         return run(plan)
+
+
+def _formed(shard: Shard, forms: Mapping[str, Form]) -> Shard:
+    """A shard whose ternary tensors lie as the forms of their parameters say."""
+    tensors = []
+    for tensor in shard.tensors:
+        form = next((forms[p] for p in tensor.choice.parameters if p in forms), None)
+        if form is not None and tensor.ternary:
+            tensor = replace(
+                tensor,
+                group_size=form.group_size,
+                scale_dtype=form.scale_dtype,
+                rotation=(form.block, form.seed),
+            )
+        tensors.append(tensor)
+    return replace(shard, tensors=tuple(tensors))
 
 
 def checked(plan: Plan, allow_missing: bool) -> Plan:

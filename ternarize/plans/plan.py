@@ -28,6 +28,7 @@ from ternarize.plans.recipe import GROUP_SIZE, KEEP, KEPT_DTYPES, TERNARY, Recip
 from ternarize.plans.rules import Choice, check_fused, rules_of
 from ternarize.sources.imports import open_source
 from ternarize.sources.imports.common import Imported
+from ternarize.trits.int4 import INT4, INT4_GROUP_SIZE
 from ternarize.trits.int8 import INT8_GROUP_SIZE
 from ternarize.trits.rotation import block_size
 
@@ -57,7 +58,7 @@ def make_plan(
     # weights can be looked at without a download, and have to be
     here = bool(source.tensors) and stream is None and not for_record
     notes = [] if source.tensors else [_imagine(source, model)]
-    if recipe.calibrate is not None:
+    if recipe.fits:
         _check_calibrated(source, model)
     shapes = {name: info.shape for name, info in source.tensors.items()}
     equal = cache(source.equal)
@@ -68,13 +69,13 @@ def make_plan(
         rules_of(recipe),
         dense=_dense(source),
         equal=equal,
-        shared=recipe.calibrate is None,
+        shared=not recipe.fits,
     )
     notes += [*source.notes, *_remarks(source, choices)]
     tensors = [_plan_tensor(source.tensors[each.name], each, recipe) for each in choices]
     if recipe.group_size is None:
         tensors = own_groups(source, tensors, tensors, read=here)
-    elif here and recipe.calibrate is None:
+    elif here and not recipe.fits:
         check_lossless(source, tensors, recipe.group_size)
     check_fused(((t.choice, t.form) for t in tensors), "Name one --group-size")
     alone = isinstance(source, Imported) and source.alone  # what lies around it can be anything
@@ -134,7 +135,7 @@ def _settled(
     found: dict[str, Any] = {"head": recipe.head or KEEP, "embeddings": recipe.embeddings or KEEP}
     if recipe.activations is None:
         found["activations"] = source.activations if isinstance(source, Imported) else "none"
-    if recipe.calibrate is not None and recipe.group_size is None:
+    if recipe.fits and recipe.group_size is None:
         found["group_size"] = GROUP_SIZE
     unsaid = [end for end in END_NAMES if getattr(recipe, end) is None]
     if isinstance(source, Imported) and unsaid:
@@ -185,7 +186,8 @@ def _plan_tensor(info: TensorInfo, choice: Choice, recipe: Recipe) -> TensorPlan
     if recipe.dtype and dtype in _FLOATING:
         dtype = KEPT_DTYPES[recipe.dtype]
     if not choice.ternary:
-        return TensorPlan(info, choice, shape, INT8_GROUP_SIZE, dtype, tied_to=tied_to)
+        size = INT4_GROUP_SIZE if choice.codec == INT4 else INT8_GROUP_SIZE
+        return TensorPlan(info, choice, shape, size, dtype, tied_to=tied_to)
     return TensorPlan(
         info,
         choice,
@@ -215,7 +217,8 @@ def _shards(source: Checkpoint, tensors: Iterable[TensorPlan]) -> list[Shard]:
 
 def calibrated_plan(tensor: TensorPlan, recipe: Recipe) -> TensorPlan:
     """The plan of a tensor that calibration finds: its inputs are rotated."""
-    assert recipe.calibrate is not None
+    if recipe.calibrate is None:  # trained from what `itf` gives
+        return tensor
     block = block_size(tensor.shape[-1], recipe.calibrate.rotation)
     return replace(tensor, rotation=(block, recipe.calibrate.seed if block else 0))
 

@@ -1,7 +1,7 @@
 """The recipe of a conversion: each option is declared here, once.
 
-Its name, help, default, range and allowed values stand on a field of `Recipe` or `Calibrate`. The
-options of `ternarize convert`, CLI.md, the checks, and the reading of records and of files with
+Its name, help, default, range and allowed values stand on a field of `Recipe`, `Calibrate` or
+`Train`. The options of `ternarize convert` and `train`, CLI.md, the checks, and the reading of records and of files with
 recipes are made from them. Nothing here needs torch: `ternarize --help` imports it.
 """
 
@@ -14,8 +14,8 @@ from typing import Any, TypeVar, get_args
 from ternarize.errors import FormatError, UsageError
 from ternarize.files.names import RECORD
 
-KEEP, TERNARY = "keep", "ternary"  # and int8: what --head and --embeddings may be
-ENDS = (KEEP, "int8", TERNARY)  # what the output head and the token embedding may become
+KEEP, TERNARY = "keep", "ternary"  # and int8, int4: what --head and --embeddings may be
+ENDS = (KEEP, "int8", "int4", TERNARY)  # what the output head and the token embedding may become
 ACTIVATIONS = ("none", "int8")
 GROUP_SIZE = 128  # of weights that are not ternary yet
 GPTQ = "gptq"  # the calibrated method
@@ -114,6 +114,61 @@ class Calibrate:
 
 
 @dataclass(frozen=True)
+class Train:
+    """How a whole model is trained once its weights are ternary.
+
+    It ends when the first of the budgets is used up. Documents of the texts are kept apart by their
+    digests to choose the state that is kept, and to give the figures. Raises UsageError for a value
+    that an option cannot have.
+    """
+
+    texts: tuple[str, ...] = option(
+        (),
+        "Train on texts, as of --dataset, each FILE or FILE=WEIGHT for a mixture; default: that of "
+        "--dataset.",
+    )
+    objective: str = option(
+        "distill",
+        "distill: towards what the teacher says of every next word; text: towards the texts "
+        "themselves, of chats towards the answers. Default: {default}.",
+        ("distill", "text"),
+    )
+    teacher: str | None = option(
+        None, "Model to learn from, with the same words; default: the source itself."
+    )
+    tokens: int | None = option(None, "Tokens to train on.", COUNT)
+    minutes: float | None = option(
+        None, "Minutes to train for, those before a break included.", Span(0, MAX_COUNT)
+    )
+    steps: int | None = option(None, "Steps of training.", COUNT)
+    train_len: int | None = option(
+        None, "Tokens of a sample; default: what the model takes, at most 256.", Span(2, MAX_COUNT)
+    )
+    batch: int = option(4096, "Tokens of a step; default: {default}.", COUNT)
+    lr: float | None = option(
+        None,
+        "Rate of the weights at its highest, in units of their scales (from scratch: as it is); "
+        "default: 0.006 (from scratch 0.002).",
+        Span(0, 1),
+    )
+    all_weights: bool = option(
+        False, "Train what is kept as well: embeddings, head, every dense matrix."
+    )
+    from_scratch: bool = option(
+        False,
+        "Draw the weights at random: MODEL is a folder with config.json and a tokenizer. With the "
+        "rule and activations of BitNet b1.58, on the texts themselves, if nothing else is said.",
+    )
+
+    def __post_init__(self) -> None:
+        _check_values(self)
+        if self.tokens is None and self.minutes is None and self.steps is None:
+            raise UsageError(
+                "training", "without an end", "tokens, minutes or steps", "Name one of them"
+            )
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What is done to a checkpoint; with the source it determines every byte of the result.
 
@@ -162,6 +217,7 @@ class Recipe:
         ENDS,
     )
     calibrate: Calibrate | None = None
+    train: Train | None = None
 
     def __post_init__(self) -> None:
         _check_values(self)
@@ -172,12 +228,25 @@ class Recipe:
             raise UsageError("method", words, f"{GPTQ!r} with it", "Take that, or no `calibrate`")
 
 
-Made = TypeVar("Made", Recipe, Calibrate)
+    @property
+    def training(self) -> Train | None:
+        """How the whole model is trained: `train`, or what --distill asks for, or not at all."""
+        if self.train is None and self.calibrate is not None and self.calibrate.distill:
+            return Train(steps=self.calibrate.distill)
+        return self.train
+
+    @property
+    def fits(self) -> bool:
+        """Whether data decide what becomes of weights."""
+        return self.calibrate is not None or self.train is not None
+
+
+Made = TypeVar("Made", Recipe, Calibrate, Train)
 _TYPES = {int: Integral, float: Real}  # numpy's numbers are some, too
 _IN_WORDS = {int: "a whole number", float: "a number", str: "a text", ...: "a list of texts"}
 
 
-def _check_values(options: Recipe | Calibrate) -> None:
+def _check_values(options: Recipe | Calibrate | Train) -> None:
     """Raise UsageError for the first value that its option cannot have; make tuples of lists."""
     for each in fields(options):
         value = getattr(options, each.name)
@@ -197,7 +266,9 @@ def _can_be(option: Field[Any], value: Any) -> bool:
         return NoneType in kinds
     good = isinstance(value, tuple(_TYPES.get(kind, kind) for kind in kinds))
     allowed = option.metadata.get("allowed")
-    return good and not isinstance(value, bool) and (allowed is None or value in allowed)
+    if isinstance(value, bool):
+        return bool in kinds
+    return good and (allowed is None or value in allowed)
 
 
 def _expected(option: Field[Any]) -> str:
@@ -282,7 +353,7 @@ def _of_table(table: dict[str, Any]) -> Recipe:
 
 
 def _made(kind: type[Made], table: Any, at: str = "") -> Made:
-    """Plain data as Recipe or Calibrate; raises UsageError, naming the key.
+    """Plain data as a recipe or a part of one; raises UsageError, naming the key.
 
     at  the key under which the table stands, "" at the top
     """
@@ -293,9 +364,9 @@ def _made(kind: type[Made], table: Any, at: str = "") -> Made:
     for name in table:
         if name not in known:
             raise UsageError(f"{inside}{name!r:.60}", "is no option", f"one of {', '.join(known)}")
-    if isinstance(table.get("calibrate"), dict):
-        calibrate = _made(Calibrate, table["calibrate"], f"{inside}calibrate")
-        table = {**table, "calibrate": calibrate}
+    for name, part in (("calibrate", Calibrate), ("train", Train)):
+        if isinstance(table.get(name), dict):
+            table = {**table, name: _made(part, table[name], f"{inside}{name}")}
     try:
         return kind(**table)
     except UsageError as error:

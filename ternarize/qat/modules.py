@@ -6,6 +6,7 @@ ordinary model. Learned scales are one more parameter beside each weight, `weigh
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -82,9 +83,10 @@ class Qat(nn.Module):
         form, latent = self.forms[name], self._parameters[name]
         assert latent is not None
         scales = largest_of_groups(form.turn(stored).abs(), form.group_size)
-        log_scale = self._parameters[name + LOG_SCALE]
-        assert log_scale is not None
-        log_scale.copy_(scales.clamp(min=FLOOR).log())
+        if form.scale != "learned":  # theirs would be another rule's
+            self.forms[name] = replace(form, scale="learned")
+        logs = scales.clamp(min=FLOOR).log().to(latent.device)
+        self.register_parameter(name + LOG_SCALE, nn.Parameter(logs, requires_grad=False))
         latent.copy_(stored)
 
     def extra_repr(self) -> str:

@@ -81,6 +81,7 @@ def prepare(
         embeddings=embeddings,
     )
     chosen = _chosen(model, recipe)
+    model.ternarize_recipe = recipe  # type: ignore[assignment]  # by which `pack` chooses again
     form = Form(group_size, scale=scale, estimator=estimator, scale_dtype=_dtype_of(scale_bits))
     if start is not None:
         return _from_packed(model, chosen, start, form, activations)

@@ -6,5 +6,5 @@ import torch
 
 
 def make_optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Adam for groups of parameters with rates of their own."""
-    return torch.optim.Adam(groups, betas=(0.9, 0.95))
+    """AdamW for groups of parameters with rates of their own."""
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95))

@@ -18,7 +18,7 @@ from ternarize.plans.layout import Plan, TensorPlan
 from ternarize.progress import Progress
 from ternarize.qat.modules import LOG_SCALE, latent_modules
 from ternarize.qat.rounding import Form
-from ternarize.qat.schedule import parameter_groups
+from ternarize.qat.schedule import end_decay, parameter_groups
 from ternarize.train.loop import Job, train
 from ternarize.train.objectives import held_loss, objective
 from ternarize.train.optimizer import make_optimizer
@@ -29,6 +29,9 @@ from ternarize.train.texts import batch_of
 from ternarize.trits.ternary import scaled
 
 TICKS = 1000  # of progress
+RATE = 0.006  # of latent weights, in units of their scales
+# from scratch, as BitNet b1.58 is trained: high rates, and decay in the first half
+SCRATCH_RATE, SCRATCH_DECAY = 0.002, 0.1
 FOLDER = "training"  # in the folder of the calibration
 
 # (step, figures by name), for those who keep a log
@@ -64,8 +67,14 @@ def train_model(
     blocks = Blocks(source, list(todo), device)
     solved = None if calibrated is None else SolvedBlocks(folder, blocks, tensors)
     activations = plan.recipe.activations or "none"
-    pair = make_pair(blocks, solved, todo, training, activations, device)
-    groups = parameter_groups(pair.student, training.lr, relative=True)
+    scale = "absmean" if plan.recipe.method == "absmean" else "learned"
+    pair = make_pair(blocks, solved, todo, training, scale, activations, device)
+    if training.from_scratch:
+        rate = SCRATCH_RATE if training.lr is None else training.lr
+        groups = parameter_groups(pair.student, rate, weight_decay=SCRATCH_DECAY)
+    else:
+        rate = RATE if training.lr is None else training.lr
+        groups = parameter_groups(pair.student, rate, relative=True)
     place = folder / FOLDER
     place.mkdir(parents=True, exist_ok=True)
     by_name = {t.name: t for t in tensors}
@@ -90,7 +99,7 @@ def train_model(
         keep,
         {"texts": data.about, "training": repr(training)},
         told,
-        lambda done: None,
+        lambda done: end_decay(job.optimizer, done),
     )
     progressed = train(job, data.stream)
     best = open_solved(place / BEST)

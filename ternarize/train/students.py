@@ -77,12 +77,14 @@ def make_pair(
     solved: SolvedBlocks | None,
     tensors: Mapping[str, TensorPlan],
     training: Train,
+    scale: str,
     activations: str,
     device: str,
 ) -> Pair:
     """Load both models; the student's ternary weights begin where calibration has left them.
 
     tensors  the plan's ternary tensors that are to be trained, by name
+    scale    of latent weights: "learned", or "absmean" as BitNet b1.58 has it
 
     Raises CheckpointError for a model that cannot be run, UsageError for a teacher that knows other
     words.
@@ -96,7 +98,7 @@ def make_pair(
         _check_words(student, teacher, training.teacher)
         if training.teacher is None:
             _share(student, teacher)
-    _make_ternary(student, blocks, solved, tensors, activations, dtype)
+    _make_ternary(student, blocks, solved, tensors, scale, activations, dtype)
     _choose_trained(student, training.all_weights, dtype)
     for model in (student, teacher):
         if model is not None:
@@ -146,6 +148,7 @@ def _make_ternary(
     blocks: Blocks,
     solved: SolvedBlocks | None,
     tensors: Mapping[str, TensorPlan],
+    scale: str,
     activations: str,
     dtype: torch.dtype,
 ) -> None:
@@ -163,6 +166,8 @@ def _make_ternary(
                 plan.group_size,
                 plan.choice.transposed,
                 *plan.rotation,
+                scale=scale,
+                estimator="ste" if scale == "absmean" else "clipped",
                 scale_dtype=plan.scale_dtype,
             )
     own = dict(student.named_parameters(remove_duplicate=False))

@@ -51,8 +51,8 @@ def store_scales(scales: Tensor, *, exact: bool = False, bits: int = 16) -> Tens
     """Round float64 scales once, to nearest even, to the dtype in which they are stored.
 
     float16 if it holds all of them as normal numbers (or 0), else float32. With `exact`, the first
-    of float16, bfloat16, float32 that holds every scale without rounding. With 8 `bits`, and not
-    `exact`, uint8 codes (`scale_codes`) if their numbers span all of the scales.
+    of float16, bfloat16, float32 that holds every scale without rounding. With 8 `bits` uint8 codes
+    (`scale_codes`) if their numbers span all of the scales; with `exact`, if they are all of them.
 
     Raises WeightError on a scale beyond float32, which only weights in float64 can have.
     """
@@ -66,6 +66,10 @@ def store_scales(scales: Tensor, *, exact: bool = False, bits: int = 16) -> Tens
         )
     half = to_float(scales.cpu(), torch.float16)  # an infinite one is not chosen
     candidates = (half, scales.to(torch.bfloat16), single)
+    if exact and bits == 8:
+        codes = scale_codes(scales.cpu())
+        if torch.equal(scale_values(codes, torch.float64), scales.cpu()):
+            return codes
     if exact:
         return next(
             (c for c in candidates if torch.equal(c.to(torch.float64), scales.cpu())),
