@@ -45,12 +45,20 @@ class Calibrated:
 
     solved   tensor of the source -> the file that has it, and its record there
     tensors  the plan's tensors, in the forms that the budget gave them
-    record   plain data for ternarize.json: data, environments, blocks, quality
+    record   plain data for ternarize.json: data, environments, blocks, quality; {} without
+    training  the same of a training after it (train/run.py), which measures what came of both
     """
 
     solved: dict[str, tuple[Checkpoint, Record]]
     tensors: list[TensorPlan]
     record: dict[str, Any]
+    training: dict[str, Any] | None = None
+
+    @property
+    def quality(self) -> dict[str, Figure]:
+        """The figures of the result."""
+        found: dict[str, Figure] = (self.training or self.record)["quality"]
+        return found
 
 
 def calibrate(

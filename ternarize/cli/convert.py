@@ -7,7 +7,14 @@ from typing import Annotated, Any
 import typer
 
 from ternarize.cli.options import AsJson, Debug, Device, ModelArgument, Quiet, RecipeName
-from ternarize.cli.show import show_calibration, show_check, show_hints, show_plan, show_totals
+from ternarize.cli.show import (
+    show_calibration,
+    show_check,
+    show_hints,
+    show_plan,
+    show_totals,
+    show_training,
+)
 from ternarize.cli.terminal import advise, err, failed, interrupted, print_json, progress_bar, shown
 from ternarize.errors import TernarizeError, UsageError, printable
 from ternarize.plans.recipe import GPTQ, Calibrate, Recipe, open_recipe
@@ -62,7 +69,7 @@ def convert_command(
     given = {name: value for name, value in options.items() if value is not None and value != []}
     start = Recipe() if recipe is None else open_recipe(recipe)
     chosen = with_options(start, given, bool(min_quality))
-    bounds = _bounds(min_quality or [])
+    bounds = read_bounds(min_quality or [])
     from ternarize.convert.run import check_bounds
     from ternarize.convert.run import convert as run
     from ternarize.threads import THREADS
@@ -96,6 +103,7 @@ def convert_command(
     report = describe(output)
     show_totals(report)
     show_calibration(report)
+    show_training(report)
     if not quiet:
         for note in record["notes"]:
             advise(f"note: {printable(note)}")
@@ -146,7 +154,7 @@ def _refuse_calibration(name: str, method: str | None) -> None:
     )
 
 
-def _bounds(asked: list[str]) -> dict[str, float]:
+def read_bounds(asked: list[str]) -> dict[str, float]:
     """The values of --min-quality: ["kl_divergence=0.2"] -> {"kl_divergence": 0.2}."""
     bounds: dict[str, float] = {}
     for each in asked:
@@ -197,7 +205,7 @@ def _measured(
     """What `convert.check` finds where weights were rounded without data; else None."""
     rows = record.get("tensors", {}).values()
     methods = {row["method"] for row in rows if row["becomes"] == "ternary"}
-    if "calibration" in record or not methods - {"lossless"}:
+    if {"calibration", "training"} & record.keys() or not methods - {"lossless"}:
         return None
     from ternarize.convert.check import check_conversion
 

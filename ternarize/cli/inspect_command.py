@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 from ternarize.cli.options import AsJson, Debug, PackedArgument
-from ternarize.cli.show import show_calibration, show_tensors, show_totals
+from ternarize.cli.show import show_calibration, show_tensors, show_totals, show_training
 from ternarize.cli.terminal import print_json
 
 
@@ -34,3 +34,4 @@ def inspect_command(
     show_tensors(report)
     show_totals(report)
     show_calibration(report)
+    show_training(report)

@@ -8,7 +8,7 @@ import typer
 
 from ternarize.cli.convert import fastest_device, with_options
 from ternarize.cli.options import AsJson, Debug, Device, ModelArgument, Quiet, RecipeName
-from ternarize.cli.show import show_calibration, show_totals
+from ternarize.cli.show import show_calibration, show_totals, show_training
 from ternarize.cli.terminal import advise, print_json, progress_bar
 from ternarize.errors import UsageError, printable
 from ternarize.plans.recipe import GPTQ, Recipe, Train, open_recipe
@@ -78,6 +78,7 @@ def train_command(
     report = describe(output)
     show_totals(report)
     show_calibration(report)
+    show_training(report)
     if not quiet:
         for note in record["notes"]:
             advise(f"note: {printable(note)}")

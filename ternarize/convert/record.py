@@ -120,7 +120,8 @@ def make_record(plan: Plan, state: State) -> dict[str, Any]:
         },
         "recipe": _recorded(replace(plan.recipe, group_size=group_size)),
         "coverage": plan.coverage(),
-        **({"calibration": calibrated.record} if calibrated else {}),
+        **({"calibration": calibrated.record} if calibrated and calibrated.record else {}),
+        **({"training": calibrated.training} if calibrated and calibrated.training else {}),
         "tensors": {
             t.name: _tensor_record(t, state.results.get(t.name), plan.recipe, uncalibrated)
             for t in state.tensors

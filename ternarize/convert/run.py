@@ -296,7 +296,7 @@ def _fit(work: _Work, state: State, bounds: Mapping[str, float]) -> None:
     except WeightError as error:
         raise not_finite(source, source.tensors[error.where]) from None
     assert found is not None
-    check_quality(found.record["quality"], bounds)
+    check_quality(found.quality, bounds)
     plans = {t.name: t for t in found.tensors if t.name in found.solved}
     for index, shard in enumerate(state.shards):
         relaid = tuple(plans.get(t.name, t) for t in shard.tensors)

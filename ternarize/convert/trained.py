@@ -44,13 +44,16 @@ def pack(
     `convert` raises.
     """
     forms = {
-        f"{path}.{leaf}": form for path, module in latent_modules(model)
+        f"{path}.{leaf}": form
+        for path, module in latent_modules(model)
         for leaf, form in module.forms.items()
     }
     if not forms or not isinstance(model, PreTrainedModel):
         raise UsageError(
             type(model).__name__,
-            "has no weights that are trained to be ternary" if not forms else "is no PreTrainedModel",
+            "has no weights that are trained to be ternary"
+            if not forms
+            else "is no PreTrainedModel",
             "a model of transformers, prepared",
             "Call ternarize.qat.prepare(model), and train it",
         )

@@ -114,29 +114,37 @@ def _figures(report: dict[str, Any]) -> str:
         ("parameters", f"{totals['parameters']:,}"),
         ("of them ternary", f"{totals['ternary_parameters']:,}"),
     ]
-    if totals["int8_parameters"]:
-        rows.append(("in int8", f"{totals['int8_parameters']:,}"))
+    for codec in ("int8", "int4"):
+        if totals[f"{codec}_parameters"]:
+            rows.append((f"in {codec}", f"{totals[f'{codec}_parameters']:,}"))
     rows.append(("size", f"{totals['file_bytes'] / 1e6:,.2f} MB"))
     if totals["source_bytes"]:
         source = f"{totals['source_bytes'] / 1e6:,.2f} MB"
         rows.append(("size of the source", f"{source}, {totals['ratio']:.2f} times as much"))
+    if totals["bits_per_parameter"]:
+        rows.append(
+            ("bits per parameter of the whole model", f"{totals['bits_per_parameter']:.3f}")
+        )
     if totals["ternary_bpw"]:
         rows.append(("bits per ternary weight, scales included", f"{totals['ternary_bpw']:.3f}"))
     if totals["sparsity"] is not None:
         rows.append(("zeros among them", f"{totals['sparsity']:.1%}"))
     if totals["relative_error"] is not None:
         rows.append(("relative squared error of the weights", f"{totals['relative_error']:.4f}"))
-    quality = (report["calibration"] or {}).get("quality", {})
+    measured = report["training"] or report["calibration"] or {}
+    quality = measured.get("quality", {})
     for key, text in MEASURES.items():
         value, error = (quality.get(key, {}).get(each) for each in ("value", "standard_error"))
         if value is not None:
             rows.append((text, f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")))
     lines = ["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows)]
     if quality:
-        data = report["calibration"]["data"]
+        kind, data = "calibration", measured.get("data") or measured
+        if report["training"]:
+            kind = "training"
         lines += [
             "",
-            f"Measured on {data.get('report_samples')} samples of the calibration's data that "
+            f"Measured on {data.get('report_samples')} samples of the {kind}'s data that "
             "were put aside (± standard error).",
         ]
     else:

@@ -91,7 +91,9 @@ class Qat(nn.Module):
 
     def extra_repr(self) -> str:
         inherited = super().extra_repr()
-        forms = ", ".join(f"{n}: {f.scale} in groups of {f.group_size}" for n, f in self.forms.items())
+        forms = ", ".join(
+            f"{n}: {f.scale} in groups of {f.group_size}" for n, f in self.forms.items()
+        )
         return f"{inherited}, {forms}, activations={self.activations}"
 
 
@@ -111,13 +113,22 @@ class QatEmbedding(Qat):
     """A token embedding: of the rows that are looked up alone the weight is worked out."""
 
     def forward(self, input: Tensor) -> Tensor:
-        form, table, scales = self.forms["weight"], self._parameters["weight"], self.scales("weight")
+        form, table, scales = (
+            self.forms["weight"],
+            self._parameters["weight"],
+            self.scales("weight"),
+        )
         assert table is not None
         rows = F.embedding(input, table, self.padding_idx).to(torch.float32)  # type: ignore[arg-type]
         if scales.shape[-2] > 1:
             scales = F.embedding(input, scales)
         weight = ternarized(
-            rows, scales, form, self.blend, self.sharpness if self.training else None, self.threshold
+            rows,
+            scales,
+            form,
+            self.blend,
+            self.sharpness if self.training else None,
+            self.threshold,
         )
         return weight.to(self.compute_dtype) * getattr(self, "embed_scale", 1)
 

@@ -61,14 +61,32 @@ def check_record(packed: Checkpoint, records: dict[str, Record]) -> dict[str, An
                 remedy="Fetch the checkpoint again",
             )
     metadata.check_listed(RECORD, rows, records, packed)
-    if not _is_calibration(record.get("calibration")):
-        raise FormatError(
-            RECORD,
-            "its calibration cannot be read",
-            "data, quality, forms and blocks, as a conversion writes them",
-            "Fetch it again, or remove it",
-        )
+    for part, good, expected in (
+        ("calibration", _is_calibration, "data, quality, forms and blocks"),
+        ("training", _is_training, "texts, steps, tokens, held_out and quality"),
+    ):
+        if not good(record.get(part)):
+            raise FormatError(
+                RECORD,
+                f"its {part} cannot be read",
+                f"{expected}, as a conversion writes them",
+                "Fetch it again, or remove it",
+            )
     return record
+
+
+def _is_training(value: Any) -> bool:
+    """Whether the entry has the form that a training gives it (train/run.py), or none."""
+    return value is None or _has_members(
+        value,
+        texts=lambda texts: isinstance(texts, list) and all(isinstance(t, str) for t in texts),
+        steps=_is_number,
+        tokens=_is_number,
+        minutes=_is_number,
+        held_out=lambda looks: isinstance(looks, list) and all(map(_is_pair, looks)),
+        kept_step=_is_number,
+        quality=_all_of(_is_figure),
+    )
 
 
 def _is_calibration(value: Any) -> bool:

@@ -105,12 +105,11 @@ def train_model(
     best = open_solved(place / BEST)
     records = metadata.records_of(best)
     begun = dict(calibrated.solved) if calibrated else {}
-    record = dict(calibrated.record) if calibrated else {}
+    record = calibrated.record if calibrated else {}
     _take_best(pair, blocks, best)
-    record["training"] = _described(progressed, data, pair)
-    record["quality"] = _quality(pair, data)
+    described = _described(progressed, data, pair) | {"quality": _quality(pair, data)}
     solved_now = begun | {name: (best, each) for name, each in records.items()}
-    return Calibrated(solved_now, list(tensors), record)
+    return Calibrated(solved_now, list(tensors), record, described)
 
 
 def stored_of(pair: Pair) -> dict[str, tuple[Tensor, ...]]:

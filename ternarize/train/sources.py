@@ -93,7 +93,9 @@ def data_of(plan: Plan, training: Train, config: Any, model_class: Any) -> Data:
     if training.objective == "text":
         if kind != CAUSAL:
             raise UsageError(
-                "--objective text", f"a model that is {kind}", "a causal language model",
+                "--objective text",
+                f"a model that is {kind}",
+                "a causal language model",
                 "Use --objective distill",
             )
         cut, finish = _with_answers(tokenizer, length)
@@ -143,7 +145,9 @@ def _of_samples(plan: Plan, given: Sequence[str]) -> Data:
             for row in range(len(next(iter(batch.values()))))
         ]
         for part, batches in (
-            ("train", samples.batches), ("held", samples.heldout), ("report", samples.report)
+            ("train", samples.batches),
+            ("held", samples.heldout),
+            ("report", samples.report),
         )
     }
 
@@ -196,7 +200,11 @@ def _learnt(document: Document, tokenizer: Any) -> list[int]:
     at = 0
     for start, stop in [*document.answers, (len(document.text), len(document.text))]:
         for text, learnt in ((document.text[at:start], 0), (document.text[start:stop], 1)):
-            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+            ids = (
+                tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+                if text
+                else []
+            )
             found += [2 * token + learnt for token in ids]
         at = stop
     return found

@@ -184,7 +184,9 @@ def _make_ternary(
 def _choose_trained(student: Any, all_weights: bool, dtype: torch.dtype) -> None:
     """Latent weights, scales and vectors are trained, in float32; other matrices if asked for."""
     latents = {
-        id(module._parameters[leaf]) for _, module in latent_modules(student) for leaf in module.forms
+        id(module._parameters[leaf])
+        for _, module in latent_modules(student)
+        for leaf in module.forms
     }
     for name, parameter in student.named_parameters():
         if not parameter.is_floating_point():
