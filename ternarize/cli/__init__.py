@@ -9,6 +9,7 @@ Only this room prints, and nothing imports from it; it may import from all other
     convert.py          `ternarize convert`: its recipe, its bounds, on which device
     inspect_command.py  `ternarize inspect`
     verify.py           `ternarize verify`
+    show_evaluation.py  what is shown of an evaluation: each text's figures, and what was written
     evaluate.py         `ternarize eval`
     export.py           `ternarize export`
     generate.py         `ternarize generate`

@@ -1,8 +1,12 @@
 """`ternarize eval`."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
+import typer
+
+from ternarize.cli.convert import read_bounds
 from ternarize.cli.options import (
     AsJson,
     Debug,
@@ -13,30 +17,64 @@ from ternarize.cli.options import (
     RunDtype,
     RunHead,
 )
-from ternarize.cli.show import is_measure, show_measures, windows_in_words
-from ternarize.cli.terminal import print_json, progress_bar, shown, stdout
-from ternarize.errors import UsageError
+from ternarize.cli.show import is_measure, show_measures
+from ternarize.cli.show_evaluation import show_evaluation
+from ternarize.cli.terminal import failed, print_json, progress_bar, stdout
+from ternarize.errors import QualityError, UsageError
+
+EXAMPLES = 3
 
 
 def evaluate_command(
     model: PackedArgument,
     *,
     text: Annotated[
-        str | None,
+        list[str] | None,
         "UTF-8 text, documents apart by lines <|doc|>, encoders: one a line; default: the "
-        "text that comes with ternarize.",
+        "text that comes with ternarize. Given several times, each has its own figures beside "
+        "those of all.",
     ] = None,
     source: Annotated[str | None, "The checkpoint it was made from, to compare with."] = None,
     seq_len: Annotated[int | None, "Tokens of a window; default: 256."] = None,
-    max_tokens: Annotated[int | None, "Read no more than these."] = None,
+    max_tokens: Annotated[int | None, "Read no more than these of each text."] = None,
+    generate: Annotated[
+        bool,
+        "Let the models write after prompts cut from the text, and measure loops, repetitions and "
+        "ends.",
+    ] = False,
+    prompts: Annotated[
+        Path | None,
+        "Let them write after these instead: .txt, a prompt a line, or .jsonl with `prompt` or "
+        "`messages` and, to count right ones, `answer`.",
+    ] = None,
+    num_prompts: Annotated[
+        int | None, "Prompts to write after; default: 32 of a text, all of --prompts."
+    ] = None,
+    prompt_tokens: Annotated[int | None, "Tokens of a prompt from a text; default: 32."] = None,
+    max_new_tokens: Annotated[
+        int | None, "Write no more than these after each; default: 128, or the room there is."
+    ] = None,
+    examples: Annotated[
+        int | None, typer.Option(min=0, help="Of what is written, to show; default: 3.")
+    ] = None,
     tasks: Annotated[
         str | None,
         "Run these tasks of the lm-evaluation-harness, e.g. arc_easy,piqa, in place of a "
         "text; needs ternarize\\[lm-eval].",
     ] = None,
-    include_path: Annotated[Path | None, "Directory with tasks of your own (.yaml)."] = None,
+    include_path: Annotated[
+        Path | None, "Directory with tasks of your own (.yaml), on data of your own."
+    ] = None,
     limit: Annotated[int | None, "Examples of each task."] = None,
-    batch_size: Annotated[int | None, "Windows or examples at a time."] = None,
+    batch_size: Annotated[int | None, "Windows, prompts or examples at a time."] = None,
+    min_quality: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Fail, after all is printed, unless the figure of this name is at most so much "
+            "(perplexity, perplexity_ratio, kl_divergence, loops), or at least (others).",
+        ),
+    ] = None,
     activations: RunActivations = None,
     head: RunHead = None,
     device: Device = None,
@@ -47,17 +85,22 @@ def evaluate_command(
 ) -> None:
     """Measure a packed model on a text: perplexity; with --source KL divergence and agreement.
 
-    For encoders: cosine similarity of the embeddings with those of the source. With --tasks: what
-    the lm-evaluation-harness finds.
+    For encoders: cosine similarity of the embeddings with those of the source. With --generate:
+    what the model writes by itself, beside its source. With --tasks: what the
+    lm-evaluation-harness finds.
 
     Example: ternarize eval packed --source examples/tiny-llama --text examples/eval.txt
+
+    Example: ternarize eval packed --text default --generate --num-prompts 8
     """
-    for_text: dict[str, Any] = {
-        "source": source,
-        "seq_len": seq_len,
-        "max_tokens": max_tokens,
-        "head": head,
+    for_text: dict[str, Any] = {"seq_len": seq_len, "max_tokens": max_tokens}
+    for_writing = {
+        "num_prompts": num_prompts,
+        "prompt_tokens": prompt_tokens,
+        "max_new_tokens": max_new_tokens,
+        "examples": examples,
     }
+    for_models = {"source": source, "head": head, "min_quality": min_quality or None}
     for_tasks: dict[str, Any] = {"include_path": include_path, "limit": limit}
     shared: dict[str, Any] = {
         "batch_size": batch_size,
@@ -65,42 +108,98 @@ def evaluate_command(
         "dtype": dtype,
         "activations": activations,
     }
-    _check_kind(text, tasks, for_tasks if tasks is None else for_text)
+    writes = generate or prompts is not None
+    _check_kind(bool(text), writes, prompts is not None, tasks is not None)
+    _refuse(for_tasks if tasks is None else {}, "--tasks")
+    _refuse({} if text else for_text, "--text")
+    _refuse({} if writes else for_writing, "--generate")
+    _refuse({"prompt_tokens": prompt_tokens} if prompts else {}, "prompts cut from a text")
     if tasks is not None:
+        _refuse(for_models, "--text")
         _evaluate_tasks(model, tasks, as_json, **for_tasks, **shared)
         return
-    assert text is not None
+    bounds = _bounds(min_quality or [], writes)
     from ternarize.measure.evaluate import evaluate
+    from ternarize.measure.writing import Writing
 
+    writing = Writing(prompts, num_prompts, prompt_tokens, max_new_tokens) if writes else None
     options = {name: value for name, value in for_text.items() if value is not None}
     with progress_bar(quiet) as update:
-        result = evaluate(model, text=text, progress=update, **options, **shared)
+        result = evaluate(
+            model,
+            source=source,
+            text=text or [],
+            writing=writing,
+            head=head,
+            progress=update,
+            **options,
+            **shared,
+        )
+    worse = _worse(result, bounds)
     if as_json:
+        if worse is not None:
+            raise failed(worse, as_json, **result)
         print_json(result)
         return
-    show_measures({name: each for name, each in result.items() if is_measure(each)})
-    stdout().print(
-        f"{shown(windows_in_words(result))}, {result['tokens']:,} tokens, {result['dtype']} on "
-        f"{result['device']}"
-    )
+    show_evaluation(result, EXAMPLES if examples is None else examples)
+    if worse is not None:
+        raise worse
 
 
-def _check_kind(text: str | None, tasks: str | None, others: dict[str, Any]) -> None:
-    """Raise UsageError unless one is asked for, without the options of the other."""
-    if (text is None) == (tasks is None):
+def _check_kind(text: bool, writes: bool, prompts: bool, tasks: bool) -> None:
+    """Raise UsageError unless something is to be measured: tasks, or a text and what is written."""
+    if tasks and (text or writes):
+        beside = "--text" if text else "--prompts" if prompts else "--generate"
+        raise UsageError(
+            "eval", f"both of {beside} and --tasks", "one", "Run the command once for each"
+        )
+    if not (text or prompts or tasks):
         raise UsageError(
             "eval",
-            f"{'neither' if text is None else 'both'} of --text and --tasks",
+            "neither of --text and --tasks",
             "one",
-            "Name a text, or tasks",
+            "Name a text, tasks, or with --prompts what to write after",
         )
-    for name, value in others.items():
+
+
+def _refuse(options: dict[str, Any], owner: str) -> None:
+    """Raise UsageError for an option that is given without what it belongs to."""
+    for name, value in options.items():
         if value is not None:
             raise UsageError(
                 f"--{name.replace('_', '-')}",
-                f"is for {'--tasks' if tasks is None else '--text'}, which is not asked for",
+                f"is for {owner}, which is not asked for",
                 remedy="Leave it out",
             )
+
+
+def _bounds(asked: list[str], writes: bool) -> dict[str, float]:
+    """The bounds of --min-quality, on figures that can be measured."""
+    from ternarize.measure.figures import FIGURES, WRITING_FIGURES
+
+    bounds = read_bounds(asked)
+    known = FIGURES | (WRITING_FIGURES if writes else {})
+    for name, bound in bounds.items():
+        if name in WRITING_FIGURES and not writes:
+            found = f"{name} is measured of what a model writes, which is not asked for"
+            raise UsageError("--min-quality", found, remedy="Add --generate")
+        if name not in known or not math.isfinite(bound):
+            expected = f"a number for one of {', '.join(known)}"
+            raise UsageError("--min-quality", f"{name}={bound}", expected)
+    return bounds
+
+
+def _worse(result: dict[str, Any], bounds: dict[str, float]) -> QualityError | None:
+    """The error of a model that is worse than its bounds."""
+    from ternarize.measure.figures import check_quality
+
+    figures = {name: each for name, each in result.items() if is_measure(each)}
+    figures |= result.get("writing", {}).get("packed", {})
+    try:
+        check_quality(figures, bounds, of="in this evaluation", remedy="The figures are above")
+    except QualityError as error:
+        return error
+    return None
 
 
 def _evaluate_tasks(model: str, tasks: str, as_json: bool, **options: Any) -> None:

@@ -3,7 +3,7 @@
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +254,14 @@ def show_check(found: dict[str, Any] | None) -> None:
         writes = found["writes"]
         lines.append(f'"{writes["prompt"]}" goes on')
         lines += [f"  {name}: {writes[name].lstrip()}" for name in ("source", "packed")]
-    # a model may write what this terminal has no letters for
+    show_lines(lines)
+
+
+def show_lines(lines: Iterable[str]) -> None:
+    """Lines apart from what stands before, with what models have written: each remains one.
+
+    A model may write what this terminal has no letters for.
+    """
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     print()
     for line in lines:

@@ -66,30 +66,34 @@ def check_numbers(values: Tensor, model: Any, found: str) -> None:
         )
 
 
-def check_quality(quality: Mapping[str, Figure], bounds: Mapping[str, float]) -> None:
-    """Compare the figures on the report set with bounds.
+def check_quality(
+    quality: Mapping[str, Figure],
+    bounds: Mapping[str, float],
+    *,
+    of: str = "on the report samples",
+    remedy: str = "Nothing was written. Calibrate on more or other text; with another "
+    "--min-quality the same command goes on",
+) -> None:
+    """Compare the figures on the report set, or of an evaluation, with bounds.
 
-    bounds  figure -> the most it may be (perplexity, perplexity_ratio, kl_divergence), or the least
-            (top1_agreement, cosine)
+    bounds      figure -> the most it may be (perplexity, perplexity_ratio, kl_divergence, loops),
+                or the least (all others)
+    of, remedy  of the error where it is not
 
     Raises QualityError where a bound is exceeded, or is one on what is not measured of the model.
     """
+    figures = FIGURES | WRITING_FIGURES
     for name, bound in bounds.items():
         if name not in quality:
-            known = ", ".join(each for each in FIGURES if each in quality)
+            known = ", ".join(each for each in figures if each in quality)
             raise QualityError(
                 "min quality",
                 f"{name!r} is not measured of this model",
                 f"one of {known}",
                 "Name one of them",
             )
-        value, most = quality[name]["value"], FIGURES[name]
+        value, most = quality[name]["value"], figures[name]
         assert value is not None
         if (value > bound if most else value < bound) or math.isnan(value):
-            raise QualityError(
-                name,
-                f"{value:.4f} on the report samples",
-                f"at {'most' if most else 'least'} {bound}",
-                "Nothing was written. Calibrate on more or other text; with another "
-                "--min-quality the same command goes on",
-            )
+            expected = f"at {'most' if most else 'least'} {bound}"
+            raise QualityError(name, f"{value:.4f} {of}", expected, remedy)
