@@ -10,7 +10,8 @@ the digest of every file, and what readers must find in it:
 
     files       path below golden/: SHA-256
     tensors     checkpoint: {tensor: [kind, logical shape, SHA-256 of the decoded numbers]}, where
-                those are trits or int8 weights, row-major, or the bytes of a kept tensor
+                those are trits, or the integers of int8 and int4, row-major, or the bytes of a kept
+                tensor
     logits      checkpoint: the first outputs of the loaded model on the tokens 1, 2, ... 8
 
 Nothing is replaced without --force.
@@ -127,6 +128,12 @@ CASES: dict[str, tuple[Callable[[], Any], Recipe, str | None, Change | None]] = 
     ),
     "experts": (mixtral, Recipe(group_size=-1), "16KB", None),
     "stacked-experts": (gpt_oss, Recipe(group_size=16), None, None),
+    "int4": (
+        lambda: llama(tie_word_embeddings=True),
+        Recipe("itf", 16, head="int4", embeddings="int4"),
+        None,
+        None,
+    ),
     "transposed": (gpt2, Recipe(group_size=16, head="ternary", embeddings="ternary"), None, None),
 }
 

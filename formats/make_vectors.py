@@ -87,6 +87,16 @@ def pack_row(row: Row, group_size: int) -> bytes:
     return b"".join(pack_group(group) for group in groups_of(row, group_size))
 
 
+def pack_halves(row: Row, group_size: int) -> bytes:
+    """Pack integers of -8 to 7, two to a byte, the groups of a row one after the other."""
+    packed = bytearray()
+    for group in groups_of(row, group_size):
+        filled = group + [0] * (len(group) % 2)
+        for first, second in zip(filled[::2], filled[1::2], strict=True):
+            packed.append(first + 8 + 16 * (second + 8))
+    return bytes(packed)
+
+
 def store_float(value: float, dtype: str) -> bytes:
     """Store a number that the type holds exactly (NaN apart)."""
     if dtype == "U8":  # the upper 8 of the 15 bits of a float16 that is not negative
@@ -230,8 +240,9 @@ def packed_case(
     ]
     length = width if group_size <= 0 else min(group_size, width)
     row_bytes = width
-    if codec == "base3":
-        row_bytes = sum(-(-min(length, width - at) // 5) for at in range(0, width, length))
+    if codec != "int8":
+        to_byte = 5 if codec == "base3" else 2
+        row_bytes = sum(-(-min(length, width - at) // to_byte) for at in range(0, width, length))
     groups = len(range(0, width, length))
     count = len(planes)
     lead = [len(stacks[0]), len(stacks[0][0])] if fused else [len(rows)]
@@ -248,6 +259,8 @@ def packed_case(
         for part in row:
             if codec == "base3":
                 packed += pack_row(part, group_size)
+            elif codec == "int4":
+                packed += pack_halves(part, group_size)
             else:
                 packed += bytes(number % 256 for number in part)
     assert len(packed) == len(rows) * row_bytes * count
@@ -309,12 +322,12 @@ def packed_case(
     else:
         found["dequantized_sha256"] = sha256(bytes(weights))
     tensors = [
-        Stored(name, "U8" if codec == "base3" else "I8", [*lead, row_bytes * count], bytes(packed)),
+        Stored(name, "I8" if codec == "int8" else "U8", [*lead, row_bytes * count], bytes(packed)),
         Stored(f"{name}_scale", dtype, scale_shape, scale_bytes),
     ]
     tensors[0].record = record
-    features = {"scale8": dtype == "U8", "planes": count > 1, "int8": codec == "int8"}
-    features["rotation"] = rotation is not None
+    features = {"scale8": dtype == "U8", "planes": count > 1, "rotation": rotation is not None}
+    features |= {each: codec == each for each in ("int8", "int4")}
     return Case(tensors, {name: found}, {feature for feature, used in features.items() if used})
 
 
@@ -338,6 +351,16 @@ def two_planes(name: str, first: list[Any], second: list[Any], size: int, **opti
 def int8(name: str, weights: list[Any], group_size: int, **options: Any) -> Case:
     """Make a tensor of codec int8; options as of `packed_case`."""
     return packed_case(name, [weights], group_size, "int8", **options)
+
+
+def int4(name: str, weights: list[Any], group_size: int, **options: Any) -> Case:
+    """Make a tensor of codec int4; options as of `packed_case`."""
+    return packed_case(name, [weights], group_size, "int4", **options)
+
+
+def halves_matrix(rows: int, cols: int, seed: int) -> list[Row]:
+    """Return rows of int4 weights, -8 to 7, of the same generator as `sequence`."""
+    return [[number % 16 - 8 for number in row] for row in bytes_matrix(rows, cols, seed)]
 
 
 def bytes_matrix(rows: int, cols: int, seed: int) -> list[Row]:
@@ -625,6 +648,30 @@ def valid_cases() -> dict[str, Case]:
             ternary("c.weight", matrix(1, 16, 100), -1),
             int8("d.weight", bytes_matrix(1, 16, 101), -1),
         ),
+        "int4-group": int4("w.weight", halves_matrix(2, 12, 110), 4),
+        "int4-odd-groups": int4("w.weight", halves_matrix(3, 17, 111), 5),
+        "int4-every-code": int4("w.weight", [list(range(-8, 8)), list(range(7, -9, -1))], -1),
+        "int4-row": int4("w.weight", [[-8, -1, 0, 1, 7], [0] * 5, [5, 4, 3, 2, 1]], -1),
+        "int4-tensor": int4("w.weight", halves_matrix(2, 5, 112), 0),
+        "int4-experts": int4("up_proj", [halves_matrix(2, 5, 113), halves_matrix(2, 5, 114)], 3),
+        "int4-experts-tensor": int4("up_proj", [halves_matrix(2, 5, 115), [[0] * 5] * 2], 0),
+        "int4-transposed": int4("w.weight", halves_matrix(3, 4, 116), 4, transposed=True),
+        "int4-zero-rows": int4("w.weight", [], 3, cols=7),
+        "int4-worked-example": int4("w.weight", [[-7, 4, 0, -2, 1]], -1, scales=[-0.125]),
+        "int4-negative-scales": int4(
+            "w.weight", [[-8, 0, 7, 0, 0, 3]] * 2, 3, scales=[-1.0, 0.5, 2.0**-24, -65504.0]
+        ),
+        "int4-scales-f32": int4(
+            # the products have up to 27 binary digits: they are rounded to 24
+            "w.weight",
+            halves_matrix(3, 6, 117),
+            -1,
+            dtype="F32",
+            scales=[1 + 2.0**-23, -(2.0**-149), -(2 - 2.0**-23) * 2.0**100],
+        ),
+        "int4-beside-others": base().add(
+            int8("c.weight", [[1, -2, 3]], -1), int4("d.weight", [[1, -2, 3]], -1)
+        ),
         "kept": kept_tensors(),
         "no-tensors": Case(),
         "mixed": base(),
@@ -683,6 +730,8 @@ def valid_files() -> Files:
     files["features-unused"] = draft.file()
     draft.document["features"] = ["rotation"]
     files["features-unused-rotation"] = draft.file()
+    draft.document["features"] = ["int4"]
+    files["features-unused-int4"] = draft.file()
 
     draft = Draft(ternary("w.weight", matrix(1, 4, 102), -1, rotation=(4, 0)))
     cases["unknown-members-rotation"] = Case(
@@ -1116,6 +1165,8 @@ def invalid_tensors() -> Files:
     draft.data[0] ^= 2
     files["digest-mismatch-int8"] = draft.file()
 
+    files |= invalid_int4(spoil)
+
     # One bit: the bytes stay valid in every other respect.
     for variant, name, at in (
         ("packed", "w.weight", 0),
@@ -1126,6 +1177,53 @@ def invalid_tensors() -> Files:
         begin = draft.entries[name]["data_offsets"][0]
         draft.data[begin + at] ^= 1
         files[f"digest-mismatch-{variant}"] = draft.file()
+    return files
+
+
+def invalid_int4(spoil: Callable[[int, int], Callable[[bytearray], None]]) -> Files:
+    """Files whose tensor of codec int4 breaks a rule."""
+    files: Files = {}
+    halves = [[1, -2, 7], [-8, 0, 5]]  # rows of two bytes, the upper half of the second is filling
+    zeros = [[0] * 3] * 2
+
+    def put(rule: str, case: Case) -> None:
+        files[rule] = Draft(case).file()
+
+    def change(rule: str, group_size: int, **options: Any) -> None:
+        put(rule, int4("w.weight", halves, group_size, **options))
+
+    change("filling-nonzero-row", -1, change_packed=spoil(3, 0x9D))
+    case = int4("w.weight", [[1, 2, 3, 4, 5, 6]], 3, change_packed=spoil(1, 0x0B))
+    put("filling-nonzero-inner-group", case)
+    case = int4("w.weight", [[1, 2, 3, 4, 5]], 4, change_packed=spoil(2, 0xFD))
+    put("filling-nonzero-tail", case)
+    put("filling-nonzero-zero-group", int4("w.weight", zeros, -1, change_packed=spoil(1, 0x78)))
+    case = int4("w.weight", halves, -1)
+    put("packed-not-u8-int4", replaced(case, "w.weight", dtype="I8"))
+    case = int4("w.weight", halves, -1)
+    put("rows-mismatch-int4", replaced(case, "w.weight", shape=[4]))
+    case = int4("w.weight", halves, -1)
+    put("packed-width-wrong-int4", replaced(case, "w.weight", shape=[2, 1], data=b"\x99\x99"))
+    change("scale-dtype-wrong-int4-bf16", -1, dtype="BF16")
+    change("scale-dtype-wrong-int4-u8", -1, dtype="U8", scales=[1.0, 1.0])
+    change("scale-zero-with-trits-int4", -1, scales=[0.0, -1.0])
+    put("scale-nonzero-without-trits-int4", int4("w.weight", zeros, 0, scales=[-1.0]))
+    change("scale-negative-zero-int4", -1, scales=[-0.0, 1.0])
+    put("scale-negative-zero-int4-unused", int4("w.weight", zeros, 0, scales=[-0.0]))
+    change("scale-inf-int4", -1, scales=[1.0, -math.inf])
+    change("scale-nan-int4", -1, scales=[1.0, math.nan])
+    for key, value in (("planes", 2), ("rotation", {"block": 4, "seed": 0})):
+        case = int4("w.weight", [[1, 2, 3, 4]], -1)
+        draft = Draft(case)
+        draft.records["w.weight"][key] = value
+        draft.document["features"] = sorted(["int4", key])
+        files[f"record-{key}-bad-int4"] = draft.file()
+    draft = Draft(int4("w.weight", halves, -1))
+    draft.document["features"] = ["int8"]
+    files["record-unknown-codec-int4-unlisted"] = draft.file()
+    draft = Draft(int4("w.weight", halves, -1))
+    draft.data[0] ^= 2
+    files["digest-mismatch-int4"] = draft.file()
     return files
 
 

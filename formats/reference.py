@@ -3,12 +3,12 @@
     python formats/reference.py FILE_OR_DIRECTORY...
 
 prints one line per tensor (name, kind, logical shape, group size, sparsity, SHA-256 of the decoded
-trits or weights as int8 in row-major order, or of the bytes of a kept tensor, and `ok`), and exits
+trits or integers as int8 in row-major order, or of the bytes of a kept tensor, and `ok`), and exits
 with 1 if a file breaks a rule. Needs Python 3.10 and numpy, nothing of the package whose files it
 checks.
 
 The file is laid out as the documents are: the rotation, JSON, the safetensors header, the records,
-the trits, the int8 weights, the scales, the directory. Each refusal starts with the name of the
+the trits, the integers of int4, the scales, the directory. Each refusal starts with the name of the
 rule it enforces; the same name is in the specification and on a file in vectors/invalid. Every
 length that a file claims is compared with the bytes that are there before memory is taken for it.
 """
@@ -36,7 +36,7 @@ DTYPE_SIZES = {
     **dict.fromkeys(["U64", "I64", "F64", "C64"], 8),
 }
 PACKED_MEMBERS = {"shape", "group_size", "codec", "transposed", "planes", "rotation"}
-FEATURES = {"scale8", "planes", "int8", "rotation"}
+FEATURES = {"scale8", "planes", "int8", "int4", "rotation"}
 BLOCKS = {4, 16, 64, 256, 1024}
 TRITS_OF_BYTE = np.array(
     [[code // 3**i % 3 - 1 for i in range(5)] for code in range(243)], dtype=np.int8
@@ -120,9 +120,11 @@ class Ternary:
 
 
 @dataclass(frozen=True)
-class Int8:
-    """weights (..., rows, cols) int8; scales (..., rows or 1, groups), widened."""
+class Integers:
+    """weights (..., rows, cols) int8, of codec int8 or int4; scales (..., rows or 1, groups),
+    widened."""
 
+    codec: str
     weights: NDArray[np.int8]
     scales: NDArray[np.float32]
     scale_dtype: str
@@ -137,12 +139,12 @@ class Int8:
 def scaled(
     numbers: NDArray[np.int8], scales: NDArray[np.float32], group_size: int
 ) -> NDArray[np.float32]:
-    """Multiply each number by the scale of its group, in float32."""
+    """Multiply each number by the scale of its group, in float32; 0 is +0."""
     cols = numbers.shape[-1]
     if numbers.size == 0:
         return np.zeros(numbers.shape, np.float32)
     scale_of_col = np.repeat(scales, group_length(cols, group_size), axis=-1)
-    return (scale_of_col[..., :cols] * numbers).astype(np.float32)
+    return (scale_of_col[..., :cols] * numbers + 0).astype(np.float32)
 
 
 # Rotation
@@ -301,7 +303,7 @@ def check_record(name: str, record: Any, features: set[str]) -> bool:
     if not is_packed(record):
         return False
     codec = record.get("codec")
-    known = codec == "base3" or (codec == "int8" and "int8" in features)
+    known = codec == "base3" or (codec in ("int8", "int4") and codec in features)
     require(known, "record-unknown-codec", f"{name}: codec is {codec!r}, features {features}")
     shape = record.get("shape")
     good = isinstance(shape, list) and len(shape) in (2, 3) and all(is_size(n) for n in shape)
@@ -369,6 +371,30 @@ def unpack(packed: NDArray[np.uint8], cols: int, group_size: int, name: str) -> 
     return np.concatenate(parts, axis=-1)
 
 
+def packed_width_int4(cols: int, group_size: int) -> int:
+    """Bytes of a row: each group takes ceil(its length / 2)."""
+    length = group_length(cols, group_size)
+    return cols // length * -(-length // 2) + -(-(cols % length) // 2)
+
+
+def unpack_int4(
+    packed: NDArray[np.uint8], cols: int, group_size: int, name: str
+) -> NDArray[np.int8]:
+    """(..., width) bytes -> (..., cols) integers, group by group."""
+    length = group_length(cols, group_size)
+    parts, at = [], 0
+    for start in range(0, cols, length):
+        count = min(length, cols - start)
+        bytes_ = packed[..., at : at + -(-count // 2)]
+        at += bytes_.shape[-1]
+        halves = np.stack([bytes_ % 16, bytes_ // 16], axis=-1).astype(np.int8) - 8
+        integers = halves.reshape(*packed.shape[:-1], 2 * bytes_.shape[-1])
+        filling = integers[..., count:] != 0
+        refuse_any(filling, "filling-nonzero", f"{name}: the last byte of a group holds 8")
+        parts.append(integers[..., :count])
+    return np.concatenate(parts, axis=-1)
+
+
 def float32(data: bytes, dtype: str, name: str) -> NDArray[np.float32]:
     """Widen stored scales; BF16 is the upper half of a float32, U8 is bits 7 to 14 of an F16."""
     if dtype == "U8":
@@ -382,9 +408,18 @@ def float32(data: bytes, dtype: str, name: str) -> NDArray[np.float32]:
 
 
 def check_scales(
-    scales: NDArray[np.float32], numbers: NDArray[np.int8], cols: int, group_size: int, name: str
+    scales: NDArray[np.float32],
+    numbers: NDArray[np.int8],
+    cols: int,
+    group_size: int,
+    name: str,
+    *,
+    signed: bool,
 ) -> None:
-    """A scale is finite and >= +0, and 0 exactly when every trit (weight) of its group is 0."""
+    """A scale is finite, and 0 exactly when every trit (integer) of its group is 0.
+
+    It is never -0, and not negative but where it is signed.
+    """
     used: NDArray[np.bool_] = np.zeros(scales.shape, dtype=np.bool_)  # so if there is no weight
     if numbers.size:
         length = group_length(cols, group_size)
@@ -396,8 +431,8 @@ def check_scales(
     for rule, broken in (
         ("scale-nan", np.isnan(scales)),
         ("scale-inf", np.isinf(scales)),
-        ("scale-negative", scales < 0),
-        ("scale-negative-zero", np.signbit(scales)),
+        ("scale-negative", (scales < 0) & (not signed)),
+        ("scale-negative-zero", np.signbit(scales) & (scales == 0)),
         ("scale-zero-with-trits", used & (scales == 0)),
         ("scale-nonzero-without-trits", ~used & (scales != 0)),
     ):
@@ -412,15 +447,17 @@ def decode_packed(
     codes: bytes,
     scale: Entry,
     scales: bytes,
-) -> Ternary | Int8:
+) -> Ternary | Integers:
     """Decode one packed tensor and its scale companion."""
     *matrix, rows, cols = record["shape"]
     group_size = record["group_size"]
     planes = record.get("planes", 1)
-    int8 = record["codec"] == "int8"
-    width = cols if int8 else packed_width(cols, group_size)
+    codec = record["codec"]
+    width = packed_width(cols, group_size)
+    if codec != "base3":
+        width = cols if codec == "int8" else packed_width_int4(cols, group_size)
     groups = -(-cols // group_length(cols, group_size))
-    if int8:
+    if codec == "int8":
         require(packed.dtype == "I8", "packed-not-i8", f"{name}: dtype is {packed.dtype}")
     else:
         require(packed.dtype == "U8", "packed-not-u8", f"{name}: dtype is {packed.dtype}")
@@ -429,8 +466,8 @@ def decode_packed(
     require(same, "rows-mismatch", f"{name}: stored as {packed.shape}, expected {[*lead, stored]}")
     same = packed.shape[-1] == stored
     require(same, "packed-width-wrong", f"{name}: {packed.shape[-1]} bytes a row, not {stored}")
-    types = {"F16", "F32"} if int8 else {"F16", "BF16", "F32"}
-    if "scale8" in features and not int8:
+    types = {"F16", "BF16", "F32"} if codec == "base3" else {"F16", "F32"}
+    if "scale8" in features and codec == "base3":
         types.add("U8")
     require(scale.dtype in types, "scale-dtype-wrong", f"{name}_scale: dtype is {scale.dtype}")
     expected = (*matrix, 1, planes) if group_size == 0 else (*matrix, rows, planes * groups)
@@ -438,19 +475,20 @@ def decode_packed(
     require(same, "scale-shape-wrong", f"{name}_scale: shape is {scale.shape}, not {expected}")
 
     numbers = np.zeros((*matrix, rows, planes * cols), np.int8)
-    if int8:
+    if codec == "int8":
         numbers = np.frombuffer(codes, np.int8).reshape(numbers.shape)
         refuse_any(numbers == -128, "weight-invalid", f"{name}: a weight is -128")
     elif numbers.size:
         table = np.frombuffer(codes, np.uint8).reshape(*lead, planes, width)
-        numbers = unpack(table, cols, group_size, name).reshape(numbers.shape)
+        decoder = unpack if codec == "base3" else unpack_int4
+        numbers = decoder(table, cols, group_size, name).reshape(numbers.shape)
     values = float32(scales, scale.dtype, name).reshape(expected)
-    check_scales(values, numbers, cols, group_size, name)
+    check_scales(values, numbers, cols, group_size, name, signed=codec == "int4")
     digest = hashlib.sha256(codes + scales).hexdigest()
     require(digest == record["sha256"], "digest-mismatch", f"{name}: SHA-256 is {digest}")
     transposed = "transposed" in record
-    if int8:
-        return Int8(numbers, values, scale.dtype, group_size, transposed)
+    if codec != "base3":
+        return Integers(codec, numbers, values, scale.dtype, group_size, transposed)
     rotation = None
     if "rotation" in record:
         rotation = record["rotation"]["block"], record["rotation"]["seed"]
@@ -467,7 +505,7 @@ def read_head(path: Path) -> tuple[dict[str, Entry], dict[str, Any], set[str]]:
     return entries, *read_records(metadata)
 
 
-def read_tensors(path: Path) -> Iterator[tuple[str, Ternary | Int8 | Kept]]:
+def read_tensors(path: Path) -> Iterator[tuple[str, Ternary | Integers | Kept]]:
     """Decode a file alone or a directory as a whole, tensor by tensor, in the order of the data."""
     places: dict[str, tuple[Path, Entry]] = {}
     records: dict[str, Any] = {}  # of a tensor in the same file: these count
@@ -515,7 +553,7 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Ternary | Int8 | Kept]]:
             yield name, Kept(entry.dtype, entry.shape, data)
 
 
-def decode(path: str | Path) -> dict[str, Ternary | Int8 | Kept]:
+def decode(path: str | Path) -> dict[str, Ternary | Integers | Kept]:
     """Decode and verify a file alone or a directory as a whole.  Raises Invalid, OSError."""
     return dict(read_tensors(Path(path)))
 
@@ -555,13 +593,13 @@ def files_of(path: Path) -> list[Path]:
     return files
 
 
-def describe(name: str, tensor: Ternary | Int8 | Kept) -> str:
+def describe(name: str, tensor: Ternary | Integers | Kept) -> str:
     """One line: name, kind, logical shape, group size, sparsity, SHA-256, ok."""
     if isinstance(tensor, Kept):
         digest = hashlib.sha256(tensor.data).hexdigest()
         return f"{name} kept {list(tensor.shape)} - - {digest} ok"
-    if isinstance(tensor, Int8):
-        numbers, kind, planes = tensor.weights, "int8", 1
+    if isinstance(tensor, Integers):
+        numbers, kind, planes = tensor.weights, tensor.codec, 1
     else:
         numbers, kind, planes = tensor.trits, "+".join(["ternary"] * tensor.planes), tensor.planes
     sparsity = 1 - np.count_nonzero(numbers) / numbers.size if numbers.size else 0.0

@@ -213,8 +213,8 @@ def stored(model: Any) -> Any:
 
 def dequantized_output(model: Any) -> Tensor:
     """`output` with every weight dequantized from the stored form, which the model is left in."""
-    # int8 weights have a kernel in their stored form too
-    with mock.patch.object(products, "is_int8_for_core", return_value=False):
+    # int8 and int4 weights have a kernel in their stored form too
+    with mock.patch.object(products, "is_stored_for_core", return_value=False):
         return output(stored(model))
 
 

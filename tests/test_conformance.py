@@ -27,6 +27,7 @@ from ternarize.runtime.forms import Layout
 from ternarize.runtime.modules.matrix import PackedMatrix
 from ternarize.sources.checkpoint import open_checkpoint
 from ternarize.trits.base3 import dequantize_base3
+from ternarize.trits.int4 import dequantize_int4, pack_int4, unpack_int4
 from ternarize.trits.int8 import dequantize_int8, encode_int8
 from ternarize.trits.planes import join_planes
 from ternarize.trits.rotation import BLOCKS, rotate, signs, unrotate
@@ -92,6 +93,9 @@ def assert_is(expected: dict[str, Any], found: Stored, checkpoint: Checkpoint, n
     assert record.transposed == expected["transposed"]
     if record.kind == "int8":
         assert data.tolist() == expected["weights"]
+    elif record.kind == "int4":
+        integers = unpack_int4(data, expected["shape"][-1], record.group_size)
+        assert integers.tolist() == expected["weights"]
     else:
         planes = container.decode_planes(data, scales, record)
         trits = torch.cat([plane.trits for plane in planes], -1)
@@ -144,6 +148,8 @@ def at_run_time(found: Stored) -> Tensor:
     for at, (data, scale) in enumerate(zip(*stacks, strict=True)):
         if record.kind == "int8":
             dense[at] = dequantize_int8(data, scale, record.group_size, torch.float32)
+        elif record.kind == "int4":
+            dense[at] = dequantize_int4(data, scale, cols, record.group_size, torch.float32)
         else:
             planes = {"planes": record.planes}
             dense[at] = dequantize_base3(
@@ -202,6 +208,11 @@ def test_the_writer_gives_the_bytes_of_the_valid_vectors(path: Path) -> None:
             assert container.digest(data, scales) == record.sha256
             if int(data.abs().max() if data.numel() else 0) == 127 and scales.numel() == 1:
                 assert torch.equal(encode_int8(weight, record.group_size, scales.dtype)[0], data)
+        elif record.kind == "int4":
+            assert record.shape is not None
+            integers = unpack_int4(data, record.shape[-1], record.group_size)
+            assert torch.equal(pack_int4(integers, record.group_size), data)
+            assert container.digest(data, scales) == record.sha256
         else:
             planes = container.decode_planes(data, scales, record)
             bits = 8 if record.scale8 else 16

@@ -174,12 +174,14 @@ def test_the_features_are_those_that_the_records_need() -> None:
         "b": Record(sha, (2, 12), 6, "int8"),
         "c": Record(sha, (2, 12), 6, scale8=True),
         "d": Record(sha, (2, 12), 6, rotation=(4, 7)),
+        "e": Record(sha, (2, 12), 6, "int4"),
     }
-    for name, feature in (("a", "planes"), ("b", "int8"), ("c", "scale8"), ("d", "rotation")):
+    expected = {"a": "planes", "b": "int8", "c": "scale8", "d": "rotation", "e": "int4"}
+    for name, feature in expected.items():
         text = dump_metadata({"x": plain, name: records[name]})["ternarize"]
         assert json.loads(text)["features"] == [feature]
     text = dump_metadata(records)["ternarize"]
-    assert json.loads(text)["features"] == ["int8", "planes", "rotation", "scale8"]
+    assert json.loads(text)["features"] == sorted(expected.values())
     assert '"a":{"shape":[2,12],"group_size":6,"codec":"base3","planes":2,"sha256"' in text
     rotation = '"rotation":{"block":4,"seed":7},"sha256"'
     assert '"d":{"shape":[2,12],"group_size":6,"codec":"base3",' + rotation in text

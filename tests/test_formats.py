@@ -35,7 +35,7 @@ MIXED = VECTORS / "valid" / "mixed.safetensors"  # a ternary and a kept tensor
 def rules_of_specifications() -> dict[str, str]:
     """Vector -> rule, from the tables of the documents; a directory's name ends with `/`."""
     found: dict[str, str] = {}
-    for document in ("base3.md", "int8.md", "container.md"):
+    for document in ("base3.md", "int8.md", "int4.md", "container.md"):
         text = (FORMATS / document).read_text("utf-8")
         for rule, vectors in re.findall(r"^\| `([a-z0-9-]+)` \| .* \| (`[^|]*`) \|$", text, re.M):
             for vector in re.findall(r"`([^`]+)`", vectors):
@@ -58,7 +58,8 @@ def sha256(array: NDArray[Any]) -> str:
 
 
 def assert_content(
-    found: dict[str, reference.Ternary | reference.Int8 | reference.Kept], expected: dict[str, Any]
+    found: dict[str, reference.Ternary | reference.Integers | reference.Kept],
+    expected: dict[str, Any],
 ) -> None:
     """Every tensor is there with the shape, the trits, the scales and the weights expected."""
     assert found.keys() == expected.keys()
@@ -73,8 +74,8 @@ def assert_content(
         assert list(tensor.dequantize().shape) == want["shape"]
         assert tensor.group_size == want["group_size"]
         assert tensor.transposed == want["transposed"]
-        if isinstance(tensor, reference.Int8):
-            assert want["kind"] == "int8"
+        if isinstance(tensor, reference.Integers):
+            assert want["kind"] == tensor.codec
             assert tensor.weights.tolist() == want["weights"]
         else:
             assert want["kind"] == "ternary"
@@ -294,6 +295,20 @@ def test_the_worked_example_of_int8() -> None:
     back = [round(scale * n, 5) for n in integers]
     assert back == [0.99994, -0.50391, 0.0, 0.25195]
     assert all(str(abs(value)) in text for value in back if value)
+
+
+def test_the_worked_example_of_int4() -> None:
+    text = (FORMATS / "int4.md").read_text("utf-8")
+    weights = [0.875, -0.5, 0.0, 0.25, -0.125]
+    scale = -0.875 / 7
+    integers = [round(weight / scale) for weight in weights]
+    assert f"F16 {np.float16(scale).view(np.uint16):04X}" in text
+    assert "   ".join(map(str, integers)) in text
+    packed = make_vectors.pack_halves(integers, -1)
+    assert f"bytes      {packed.hex(' ').upper()}\n" in text
+    found = reference.unpack_int4(np.frombuffer(packed, np.uint8).reshape(1, 3), 5, -1, "w")
+    assert found.tolist() == [integers]
+    assert [scale * n for n in integers] == weights
 
 
 def test_the_signs_of_a_rotation_are_those_of_the_document() -> None:

@@ -22,12 +22,13 @@ from ternarize.files.checkpoint import Checkpoint, open_files
 from ternarize.files.headers import DTYPES, byte_view
 from ternarize.measure.report import inspect
 from ternarize.sources.packed import open_packed
+from ternarize.trits.int4 import unpack_int4
 from ternarize.trits.planes import join_planes
 from ternarize.trits.scales import scale_values
 
 GOLDEN = Path(reference.__file__).parent / "golden"
 # A golden checkpoint is a promise: this digest changes when one is added, and never otherwise.
-SHA256 = "60ff98e127c38088a16be59d14f0a114c80cf22c8cbef5ec6f67b80b86875ac9"
+SHA256 = "d163de94a2e8b28d018093e4a14f2692fea63f8253791b76279f653cbe34bd74"
 TABLE: dict[str, Any] = json.loads((GOLDEN / "golden.json").read_text("utf-8"))
 MODELS = sorted(TABLE["logits"])
 
@@ -68,7 +69,8 @@ def test_golden_checkpoints_have_every_feature_of_the_format() -> None:
                 seen["kept"].add(packed.tensors[tensor].dtype)
     assert features == metadata.FEATURES
     assert scales["base3"] == {*metadata.SCALE_DTYPES["base3"], "U8"}
-    assert scales["int8"] <= set(metadata.SCALE_DTYPES["int8"]) and scales["int8"]
+    for codec in ("int8", "int4"):
+        assert scales[codec] <= set(metadata.SCALE_DTYPES[codec]) and scales[codec]
     assert seen["groups"] == {-1, 0, 1} and seen["dims"] == {2, 3}
     assert seen["files"] == seen["transposed"] == seen["short groups"] == {True, False}
     types = {info.dtype for info in open_files(GOLDEN, ["kept-types.safetensors"]).tensors.values()}
@@ -92,6 +94,8 @@ def digests(checkpoint: Checkpoint, *, whole: bool) -> dict[str, list[Any]]:
             assert torch.equal(joined, scale_values(scales, torch.float64))
             data = torch.cat([plane.trits for plane in planes], -1)
             kind = "+".join(["ternary"] * record.planes)
+        elif record.kind == "int4":
+            data = unpack_int4(data, shape[-1], record.group_size)
         found[name] = [kind, shape, sha256(byte_view(data).numpy().data)]
     return found
 
@@ -119,7 +123,7 @@ def test_a_golden_checkpoint_is_verified_described_and_run(golden: str) -> None:
     record = json.loads((path / "ternarize.json").read_text("utf-8"))
     counts = verify(path)
     rows = inspect(path)["tensors"]
-    assert len(rows) == counts["ternary"] + counts["int8"] + counts["kept"]
+    assert len(rows) == sum(counts[kind] for kind in ("ternary", "int8", "int4", "kept"))
     assert {row["name"] for row in rows} == {
         name for name, said in record["tensors"].items() if said["becomes"] != "tied"
     }

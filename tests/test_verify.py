@@ -204,7 +204,7 @@ HOSTILE: list[tuple[str, Any]] = [
     ("group_size", -5),
     ("keep", "*.weight"),
     ("keep", [1]),
-    ("head", "int4"),
+    ("head", "int2"),
     ("unheard_of", 1),
 ]
 

@@ -29,10 +29,10 @@ def verify_command(
         print_json({"model": model, **result})
         return
     same = _comparison(source, result["compared"]) if source else ""
-    int8 = f", {result['int8']} int8" if result["int8"] else ""
+    ends = "".join(f", {result[codec]} {codec}" for codec in ("int8", "int4") if result[codec])
     listed = f", SHA256SUMS too ({result['listed']} files)" if result["listed"] is not None else ""
     print(
-        f"ok: {result['ternary']} ternary{int8} and {result['kept']} kept tensors "
+        f"ok: {result['ternary']} ternary{ends} and {result['kept']} kept tensors "
         f"in {result['files']} files, {in_bytes(result['bytes'])}, digests match{listed}{same}"
     )
 

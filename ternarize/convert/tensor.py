@@ -23,6 +23,7 @@ from ternarize.plans.layout import PIECE, TensorPlan, logical
 from ternarize.plans.lossless import exact_groups, not_lossless
 from ternarize.plans.recipe import GPTQ, WITHOUT_DATA, Recipe
 from ternarize.sources.imports.common import Imported
+from ternarize.trits.int4 import encode_int4, int4_dtype, pack_int4
 from ternarize.trits.int8 import INT8, encode_int8, int8_dtype
 from ternarize.trits.methods import METHODS, levels
 from ternarize.trits.planes import fit_planes, join_planes, measured, pack_planes, squared_error
@@ -84,7 +85,7 @@ def convert_tensor(
     try:
         if not tensor.packed:
             return _keep(source, tensor, entries, solved)
-        if tensor.choice.codec == INT8:
+        if not tensor.ternary:
             return _round(source, tensor, entries, device)
         return _ternarize(source, tensor, recipe, entries, device, solved)
     except WeightError:
@@ -137,22 +138,24 @@ def _cast(piece: Tensor, dtype: torch.dtype, tensor: TensorPlan) -> Tensor:
     return data
 
 
-# --- int8 ---
+# --- int8 and int4 ---
 
 
 def _round(
     source: Checkpoint, tensor: TensorPlan, entries: _Entries, device: str
 ) -> Result | Change:
     group_size, dtype = tensor.group_size, DTYPES[tensor.scale_dtype]
+    int8 = tensor.choice.codec == INT8
+    needed, encode = (int8_dtype, encode_int8) if int8 else (int4_dtype, encode_int4)
     all_scales, error, energy = [], 0.0, 0.0
     for weight, _, _ in _weights(source, tensor, device):
         # a piece that float16 cannot serve: all scales of the tensor become float32
-        if int8_dtype(weight, group_size).itemsize > dtype.itemsize:
+        if needed(weight, group_size).itemsize > dtype.itemsize:
             return Change(tensor.name, group_size, "F32")
-        q, scales = encode_int8(weight, group_size, dtype)
+        q, scales = encode(weight, group_size, dtype)
         parts = squared_error(weight, scaled(q, scales.double(), group_size), group_size)
         error, energy = error + parts[0], energy + parts[1]
-        entries.add(tensor.name, q)
+        entries.add(tensor.name, q if int8 else pack_int4(q, group_size))
         all_scales.append(scales.reshape(-1).cpu())
     stored = torch.cat(all_scales) if all_scales else torch.empty(0, dtype=dtype)
     entries.add(tensor.name + SCALE_SUFFIX, stored)

@@ -7,7 +7,7 @@ converted again, by the recipe on record, and its digest compared. Nothing is wr
 What calibration has found cannot be derived again without its data, which may be gone and would
 take hours. Of such a checkpoint each tensor is compared as far as it can be:
 
-    converted again   what calibration left alone: kept tensors, int8, lossless, `itf` as fallback
+    converted again   what calibration left alone: kept tensors, int8, int4, lossless, `itf` as fallback
     by its error      calibrated trits: sum (W - W')^2 / sum W^2 against the source's W, rotated as
                       on record, must be the relative error on record
     in shape alone    biases and norms that calibration has fitted
@@ -85,6 +85,7 @@ def verify(
         "bytes": total,
         "ternary": kinds["ternary"],
         "int8": kinds["int8"],
+        "int4": kinds["int4"],
         "kept": kinds["kept"],
         "listed": listed,
         "source_compared": source is not None,
@@ -150,7 +151,7 @@ _SOURCE = "Check that it is the source, and that both are unchanged"
 
 def _way_to_compare(tensor: TensorPlan, record: Record, row: dict[str, Any], recipe: Recipe) -> str:
     """How a tensor can be compared with the source, by what the record says of it."""
-    if recipe.calibrate is None:
+    if not recipe.fits:
         return AGAIN
     # what saw too few tokens is not calibrated, but may be rotated, which plain conversions are not
     if tensor.ternary and (row.get("method") == recipe.method or record.rotation[0]):

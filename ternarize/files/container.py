@@ -17,6 +17,7 @@ from ternarize.files.headers import byte_view, read_bytes
 from ternarize.files.metadata import SCALE_SUFFIX, Record
 from ternarize.threads import THREADS, in_threads
 from ternarize.trits.base3 import BASE3, unpack, used_groups
+from ternarize.trits.int4 import INT4, dequantize_int4, int4_used
 from ternarize.trits.int8 import INT8, dequantize_int8, int8_used
 from ternarize.trits.planes import join_planes, pack_planes, split_planes
 from ternarize.trits.rotation import unrotate
@@ -72,6 +73,7 @@ def dequantize(packed: Tensor, scales: Tensor, record: Record) -> Tensor:
     base3   sum over planes of scale * trit, the sum rounded to float32; of a rotated matrix,
             that times the inverse of the rotation
     int8    scale * q, rounded to float32
+    int4    likewise
     """
     assert record.shape is not None
     if record.codec == BASE3:
@@ -84,11 +86,15 @@ def dequantize(packed: Tensor, scales: Tensor, record: Record) -> Tensor:
     _check_scales(scales, _nonzero_groups(packed, record), record)
     count = math.prod(record.shape[:-2])
     matrices = zip(
-        packed.reshape(count, *record.shape[-2:]),
+        packed.reshape(count, *packed.shape[-2:]),
         scales.reshape(count, *scales.shape[-2:]),
         strict=True,
     )
-    parts = [dequantize_int8(q, scale, record.group_size, torch.float32) for q, scale in matrices]
+    cols, group_size, dtype = record.shape[-1], record.group_size, torch.float32
+    if record.codec == INT8:
+        parts = [dequantize_int8(q, scale, group_size, dtype) for q, scale in matrices]
+    else:
+        parts = [dequantize_int4(q, scale, cols, group_size, dtype) for q, scale in matrices]
     return (torch.stack(parts) if parts else torch.empty(0)).view(record.shape)
 
 
@@ -97,6 +103,8 @@ def _nonzero_groups(packed: Tensor, record: Record, threads: int = THREADS) -> T
     assert record.shape is not None
     if record.codec == INT8:
         return int8_used(packed.view(torch.int8), record.group_size)
+    if record.codec == INT4:
+        return int4_used(packed, record.shape[-1], record.group_size)
     planes = torch.unflatten(packed, -1, (record.planes, -1))
     return used_groups(planes, record.shape[-1], record.group_size, threads).flatten(-2)
 
@@ -173,12 +181,14 @@ def _check_scales(scales: Tensor, used: Tensor, record: Record) -> None:
     integer = torch.int32 if scales.dtype == torch.float32 else torch.int16
     bits = scales.contiguous().view(integer)
     infinity = torch.tensor(torch.inf, dtype=scales.dtype).view(integer)
+    signed = (scales < 0) & (record.codec == INT4)  # which may be: its size is what counts
+    bits = torch.where(signed, bits & torch.iinfo(integer).max, bits)
     if bool(((bits >= 0) & (bits < infinity) & ((bits != 0) == used)).all()):
         return
     values = scales.to(torch.float64)
     rules = (
         (~values.isfinite(), "is not finite"),
-        (values.signbit(), "is negative"),
+        (values.signbit() & ~signed, "is negative"),
         ((values == 0) & used, "is 0, but its group has weights other than zero"),
         ((values != 0) & ~used, "is not 0, but all weights of its group are zero"),
     )

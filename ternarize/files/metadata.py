@@ -6,9 +6,9 @@ be ignored and the weight would be random. The file's `__metadata__` holds, unde
 format version, the features a reader must know, and a record for each tensor: logical shape, group
 size, codec, and a SHA-256 of the stored bytes, so that a file proves its own decode.
 
-Four features are written only where they are used: `scale8` (scales in 8 bits), `planes` (a weight
+Five features are written only where they are used: `scale8` (scales in 8 bits), `planes` (a weight
 as the sum of two ternary matrices, whose rows lie one behind the other), `rotation` (a matrix that
-meets rotated inputs) and `int8` (the codec of that name).
+meets rotated inputs), `int8` and `int4` (the codecs of these names).
 
 formats/container.md is the definition; here are its shipped writer and reader. Whatever comes from
 a file is checked before it is used: against the headers here, its bytes in container.py.
@@ -26,19 +26,21 @@ from ternarize.errors import DigestError, FormatError, damaged
 from ternarize.files.checkpoint import Checkpoint, TensorInfo, uncollected
 from ternarize.files.json_files import strict_json
 from ternarize.trits.base3 import BASE3, packed_width
+from ternarize.trits.int4 import INT4, int4_width
 from ternarize.trits.int8 import INT8
 from ternarize.trits.rotation import BLOCKS
 from ternarize.trits.ternary import group_count
 
 FORMAT_VERSION = 1
 SCALE8, PLANES, ROTATION = "scale8", "planes", "rotation"
-FEATURES = frozenset({SCALE8, PLANES, INT8, ROTATION})  # those that this version can read
+FEATURES = frozenset({SCALE8, PLANES, INT8, INT4, ROTATION})  # those that this version can read
 KEY = "ternarize"  # in __metadata__, and the quant_method in config.json
-CODECS = {BASE3: "U8", INT8: "I8"}  # and the dtype in which each is stored
+CODECS = {BASE3: "U8", INT8: "I8", INT4: "U8"}  # and the dtype in which each is stored
 SCALE_SUFFIX = "_scale"
 SCALE_DTYPES = {  # of scales that are floating-point numbers; a ternary tensor's can be U8, too
     BASE3: ("F16", "BF16", "F32"),
     INT8: ("F16", "F32"),
+    INT4: ("F16", "F32"),
 }
 LONGEST_GROUP = 2**63 - 1  # one that is longer than this, and so than any row, is the row as well
 _PACKED_MEMBERS = {"shape", "group_size", "codec", "transposed", "planes", "rotation"}
@@ -51,7 +53,7 @@ class Record:
     shape        logical shape of a packed tensor, (rows, cols) or (experts, rows, cols);
                  None for a tensor that is kept as it is
     group_size   as in trits/ternary.py
-    codec        byte layout of the weights: base3 (ternary) or int8
+    codec        byte layout of the weights: base3 (ternary), int8 or int4
     transposed   the source stores the matrix as (cols, rows)
     sha256       of the packed bytes followed by the scale bytes; of a kept tensor's bytes
     planes       ternary matrices whose sum is the weight
@@ -70,7 +72,7 @@ class Record:
 
     @property
     def kind(self) -> str:
-        """What a person is told: "ternary", "int8" or "kept"."""
+        """What a person is told: "ternary", "int8", "int4" or "kept"."""
         if self.shape is None:
             return "kept"
         return "ternary" if self.codec == BASE3 else self.codec
@@ -80,8 +82,8 @@ class Record:
         """What a reader must know beyond version 1 to read this tensor."""
         if self.shape is None:
             return set()
-        uses = {SCALE8: self.scale8, PLANES: self.planes > 1, INT8: self.codec == INT8}
-        uses[ROTATION] = self.rotation[0] > 0
+        uses = {SCALE8: self.scale8, PLANES: self.planes > 1, ROTATION: self.rotation[0] > 0}
+        uses |= {codec: self.codec == codec for codec in (INT8, INT4)}
         return {feature for feature, used in uses.items() if used}
 
     def stored_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -90,7 +92,9 @@ class Record:
         *stack, rows, cols = self.shape
         groups = group_count(cols, self.group_size)
         scale_rows = 1 if self.group_size == 0 else rows
-        width = cols if self.codec == INT8 else self.planes * packed_width(cols, self.group_size)
+        width = self.planes * packed_width(cols, self.group_size)
+        if self.codec != BASE3:
+            width = cols if self.codec == INT8 else int4_width(cols, self.group_size)
         return (*stack, rows, width), (*stack, scale_rows, self.planes * groups)
 
 

@@ -7,6 +7,7 @@ import importlib
 import math
 import os
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.metadata import SCALE_SUFFIX, Record
 from ternarize.sources.packed import check_record, open_packed
 from ternarize.trits.base3 import unpack
+from ternarize.trits.int4 import INT4, unpack_int4
 from ternarize.trits.int8 import INT8
 
 
@@ -23,7 +25,8 @@ def inspect(model: str | Path) -> dict[str, Any]:
 
     model  packed directory or Hub id
 
-    Bits per weight (bpw) are measured from the stored bytes, scales and padding included. Method,
+    Bits per weight (bpw) are measured from the stored bytes, scales and padding included;
+    "bits_per_parameter" of the whole model from its files, headers included. Method,
     relative error sum (w - scale trit)^2 / sum w^2 and the source's size come from ternarize.json
     and are None without it (a model saved by save_pretrained); the sparsity is then counted.
     "calibration" is what a calibrated conversion measured, else None: its data, the figures on the
@@ -37,8 +40,10 @@ def inspect(model: str | Path) -> dict[str, Any]:
         for name, found in records.items()
     ]
     ternary = [row for row in rows if row["kind"] == "ternary"]
-    int8 = [row for row in rows if row["kind"] == "int8"]
-    weights = sum(row["parameters"] for row in ternary)
+    of_kind = Counter[str]()
+    for row in rows:
+        of_kind[row["kind"]] += row["parameters"]
+    weights, parameters = of_kind["ternary"], of_kind.total()
     bits = sum(row["stored_bytes"] for row in ternary) * 8
     files = sum((packed.directory / file).stat().st_size for file in packed.files)
     stored = sum(row["stored_bytes"] for row in rows)
@@ -49,15 +54,18 @@ def inspect(model: str | Path) -> dict[str, Any]:
         "model": str(model),
         "recipe": record.get("recipe"),
         "calibration": record.get("calibration"),
+        "training": record.get("training"),
         "totals": {
-            "parameters": sum(row["parameters"] for row in rows),
+            "parameters": parameters,
             "ternary_parameters": weights,
-            "int8_parameters": sum(row["parameters"] for row in int8),
+            "int8_parameters": of_kind["int8"],
+            "int4_parameters": of_kind["int4"],
             "ternary_bpw": round(bits / weights, 4) if weights else None,
             "sparsity": _mean(ternary, "sparsity"),
             "relative_error": _mean(ternary, "relative_error"),
             "stored_bytes": stored,
             "file_bytes": files,
+            "bits_per_parameter": round(files * 8 / parameters, 4) if parameters else None,
             "header_bytes": files - stored,
             "source_bytes": size,
             "ratio": round(size / files, 3) if size else None,
@@ -106,7 +114,7 @@ def _said_in_words(said: Any) -> str | None:
 
 
 def _count_zeros(packed: Checkpoint, name: str, record: Record) -> int:
-    """Zeros among the trits of all planes, or among int8 weights."""
+    """Zeros among the trits of all planes, or among int8 or int4 weights."""
     assert record.shape is not None
     width, cols = packed.tensors[name].shape[-1], record.shape[-1]
     total = packed.tensors[name].numel
@@ -115,6 +123,10 @@ def _count_zeros(packed: Checkpoint, name: str, record: Record) -> int:
         rows = packed.read(name, start, min(start + step, total))
         if record.codec == INT8:
             zeros += rows.numel() - int(rows.count_nonzero())
+            continue
+        if record.codec == INT4:
+            q = unpack_int4(rows.view(-1, width), cols, record.group_size)
+            zeros += q.numel() - int(q.count_nonzero())
             continue
         try:
             trits = unpack(rows.view(-1, width // record.planes), cols, record.group_size)
@@ -201,7 +213,7 @@ def _title(report: dict[str, Any]) -> str:
     bpw = report["totals"]["ternary_bpw"]
     name = Path(report["model"]).resolve().name
     parts = [f"{name}: {bpw:.3f} bits per ternary weight" if bpw else name]
-    quality = (report["calibration"] or {}).get("quality", {})
+    quality = (report["training"] or report["calibration"] or {}).get("quality", {})
     for figure, text in TITLE.items():
         value = quality.get(figure, {}).get("value")
         if value is not None:

@@ -9,9 +9,8 @@ from ternarize.models.skeleton import Equal, all_equal, skeleton_of
 from ternarize.plans.judge import End, Verdict, judge_by_skeleton, judge_ends
 from ternarize.plans.judge_names import judge_by_names
 from ternarize.plans.recipe import KEEP
-from ternarize.plans.rules import TWO_PLANES, Choice, Rule, check_together, deciding
+from ternarize.plans.rules import OF_ENDS, TWO_PLANES, Choice, Rule, check_together, deciding
 from ternarize.trits.base3 import BASE3
-from ternarize.trits.int8 import INT8
 
 TIED_ENDS = "; the output head and the token embedding are tied"  # in a reason
 
@@ -84,7 +83,8 @@ def _decide(
             return "", rules[0].reason
     elif rules[0].of_end:
         tie = TIED_ENDS if ends["head"] == ends["embeddings"] else ""
-        return INT8 if rules[0].choice == INT8 else BASE3, rules[0].reason + tie
+        codec = rules[0].choice if rules[0].choice in OF_ENDS else BASE3
+        return codec, rules[0].reason + tie
     elif verdict.possible and not verdict.ternary:
         return BASE3, rules[0].reason
     return BASE3 if verdict.ternary else "", verdict.reason

@@ -18,6 +18,7 @@ from ternarize.native import lib
 from ternarize.plans.recipe import GROUP_SIZE, Recipe
 from ternarize.plans.rules import Choice
 from ternarize.threads import THREADS
+from ternarize.trits.int4 import INT4
 
 PIECE = 1 << 21  # weights read, ternarized and written at a time by one thread
 SHOWN_FILES = 8  # in a note; the plan lists all
@@ -72,7 +73,7 @@ class TensorPlan:
 
     @property
     def becomes(self) -> str:
-        """What a person is told: "tied", "ternary", "int8" or "kept"."""
+        """What a person is told: "tied", "ternary", "int8", "int4" or "kept"."""
         return "tied" if self.tied_to else self.record("").kind
 
     def stored(self) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -206,7 +207,10 @@ class Plan:
         return sum(shard.nbytes() for shard in self.shards)
 
     def coverage(self) -> dict[str, int]:
-        """Parameters that become ternary or int8, are kept or tied; the sum is the source's."""
+        """Parameters that become ternary, int8 or int4, are kept or tied; the sum is the source's.
+
+        int4 is there where some do.
+        """
         parts: Counter[str] = Counter(ternary=0, int8=0, kept=0, tied=0)
         for t in self.tensors:
             parts[t.becomes] += t.info.numel
@@ -218,13 +222,17 @@ class Plan:
         """Predicted peak of the conversion, bytes above the interpreter with torch loaded."""
         per_weight = 12 if lib is not None else 80  # copies in flight: convert/tensor.py
         if any(t.planes > 1 or (t.packed and not t.ternary) for t in self.tensors):
-            per_weight += 32  # remainders, and int8 weights, are worked out in float64
+            per_weight += 32  # remainders, int8 and int4 weights: in float64 or in copies
         largest = max((min(t.info.numel, t.piece_numel()) for t in self.tensors), default=0)
         return (64 << 20) + threads * largest * per_weight
 
     def load_memory(self) -> int:
-        """Predicted peak of loading and one forward pass on CPU, weights and one dense matrix."""
-        dense = max((math.prod(t.shape[-2:]) * 4 for t in self.tensors if t.packed), default=0)
+        """Predicted peak of loading and one forward pass on CPU, weights and one dense matrix.
+
+        Of int4 no matrix is made, only parts.
+        """
+        whole = [t for t in self.tensors if t.packed and t.choice.codec != INT4]
+        dense = max((math.prod(t.shape[-2:]) * 4 for t in whole), default=0)
         return self.packed_bytes() + dense
 
     def remarks(self) -> list[str]:

@@ -1,6 +1,6 @@
 """What the options say of tensors: an ordered list of rules, of which the first that matches wins.
 
-    --embeddings, --head  what the model itself calls so: "int8" or "ternary"
+    --embeddings, --head  what the model itself calls so: "int8", "int4" or "ternary"
     --keep GLOB           "keep"
     --include GLOB        "ternary", of what can run so
     --planes GLOB         "two planes", of what becomes ternary
@@ -24,9 +24,11 @@ from ternarize.models.skeleton import END_NAMES
 from ternarize.plans.judge import End, Verdict
 from ternarize.plans.recipe import KEEP, TERNARY, Recipe
 from ternarize.trits.base3 import BASE3
+from ternarize.trits.int4 import INT4
 from ternarize.trits.int8 import INT8
 
 TWO_PLANES = "two planes"
+OF_ENDS = (INT8, INT4)  # codecs that ends alone may have
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class Rule:
     option   that put it there
     pattern  of --head and --embeddings "head" and "embeddings": the tensors that the model itself
              calls so; else a glob on names on disk (fnmatch, case-sensitive)
-    choice   "keep", "int8" (of an end alone) or "ternary"; or "two planes", which is asked apart:
-             it says how a tensor becomes ternary, not whether
+    choice   "keep", "int8" or "int4" (of an end alone), "ternary"; or "two planes", which is asked
+             apart: it says how a tensor becomes ternary, not whether
     """
 
     option: str
@@ -45,7 +47,7 @@ class Rule:
     choice: str
 
     def __post_init__(self) -> None:
-        assert self.choice != INT8 or self.of_end
+        assert self.choice not in OF_ENDS or self.of_end
 
     @property
     def of_end(self) -> bool:
@@ -97,7 +99,8 @@ class Choice:
 
     name        on disk
     shape       on disk
-    codec       "base3": to be ternarized; "int8": to be rounded to 8 bits; "": kept as it is
+    codec       "base3": to be ternarized; "int8", "int4": to be rounded to 8 or 4 bits; "": kept as
+                it is
     reason      one line, the same words for the same rule, so that a plan can count them
     planes      ternary matrices whose sum it becomes
     transposed  of a linear weight: its last two dimensions on disk are [in, out] (Conv1D, some
@@ -125,7 +128,7 @@ class Choice:
     @property
     def form(self) -> str:
         """What tensors of one parameter must have in common, in words."""
-        kind = {"": "kept", INT8: INT8}.get(self.codec, TERNARY)
+        kind = {"": "kept", BASE3: TERNARY}.get(self.codec, self.codec)
         return kind if self.planes == 1 else f"{kind} in {self.planes} planes"
 
 

@@ -1,7 +1,7 @@
 """The forms in which a packed parameter is held: what its bytes alone do not say, and the way back.
 
     stored  the bytes of the file: (rows, width) with scales (scale_rows, groups). Works on every
-            device. On the CPU the compiled core multiplies int8 weights so.
+            device. On the CPU the compiled core multiplies int8 and int4 weights so.
     lanes   the run-time layout of kernels.py, a flat tensor, with scales in the same order. The
             compiled core multiplies ternary weights so, on the CPU.
 
@@ -9,6 +9,7 @@
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -19,12 +20,15 @@ from ternarize.errors import UsageError
 from ternarize.native import lib
 from ternarize.plans.recipe import ACTIVATIONS
 from ternarize.runtime import kernels
-from ternarize.trits import base3, int8
+from ternarize.trits import base3, int4, int8
 from ternarize.trits.base3 import BASE3
+from ternarize.trits.int4 import INT4
 from ternarize.trits.int8 import INT8
 from ternarize.trits.rotation import unrotate
 from ternarize.trits.scales import scale_codes
 from ternarize.trits.ternary import group_count, group_length
+
+_PART = 1 << 22  # weights that are dense at a time
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Layout:
     group_size   as in ternarize.trits.ternary
     transposed   the model's own weight is (cols, rows)
     activations  "none", or "int8" to round the input of each product
-    codec        "base3" or "int8"
+    codec        "base3", "int8" or "int4"
     planes       ternary matrices whose sum is the weight
     rotation     (block, seed): the matrix stands for W R, and meets R^T x; block 0: none
     lanes        None where the parameter is held in its stored form
@@ -87,6 +91,8 @@ class Layout:
         cols = self.cols if cols is None else cols
         if self.codec == INT8:
             return cols
+        if self.codec == INT4:
+            return int4.int4_width(cols, self.group_size)
         return self.planes * base3.packed_width(cols, self.group_size)
 
 
@@ -108,7 +114,23 @@ def dense_matrix(packed: Any, scale: Any, layout: Layout, dtype: torch.dtype) ->
     if layout.codec == INT8:
         return int8.dequantize_int8(packed, scale, layout.group_size, dtype)
     cols, planes = _cols(scale, layout), layout.planes
+    if layout.codec == INT4:
+        return int4.dequantize_int4(packed, scale, cols, layout.group_size, dtype)
     return base3.dequantize_base3(packed, scale, cols, layout.group_size, dtype, planes=planes)
+
+
+def parts_of(packed: Any, scale: Any, layout: Layout) -> Iterator[tuple[Any, Any]]:
+    """A matrix cut between rows where a dense one is not to be made at once: of int4.
+
+    The matrices that most of a small model consists of are stored so.
+    """
+    if layout.codec != INT4 or hasattr(packed, "to_local"):
+        yield packed, scale
+        return
+    if scale.shape[0] != len(packed):
+        scale = scale.repeat_interleave(len(packed) // max(1, scale.shape[0]), 0)
+    rows = max(1, _PART // layout.cols)
+    yield from zip(torch.split(packed, rows), torch.split(scale, rows), strict=True)
 
 
 def stored_form(packed: Tensor, scale: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -180,10 +202,10 @@ def fits_lanes(packed: Any, scale: Any, layout: Layout) -> bool:
     )
 
 
-def is_int8_for_core(packed: Any, scale: Any, layout: Layout) -> bool:
-    """Whether the compiled core can multiply these int8 weights as they are stored."""
+def is_stored_for_core(packed: Any, scale: Any, layout: Layout) -> bool:
+    """Whether the compiled core can multiply these int8 or int4 weights as they are stored."""
     return (
-        layout.codec == INT8
+        layout.codec != BASE3
         and _fits_core(packed, scale, layout)
         and packed.is_contiguous()
         and scale.is_contiguous()

@@ -17,8 +17,8 @@ the same bits on every CPU and with any number of threads. Inputs become integer
 whose sums over a group are exact; the float operations after them have one order.
 ternarize/csrc has the layouts (pack/lanes.h) and the arithmetic (multiply/multiply.h) in full.
 
-int8 weights are multiplied as they are stored (`product_of_int8`), by the same definition with them
-in place of the trits.
+int8 and int4 weights are multiplied as they are stored (`product_of_int8`, `product_of_int4`), by
+the same definition with them in place of the trits.
 """
 
 import ctypes
@@ -35,6 +35,7 @@ from ternarize.files.headers import DTYPE_NAMES
 from ternarize.native import lib
 from ternarize.threads import THREADS
 from ternarize.trits import base3
+from ternarize.trits.int4 import unpack_int4
 from ternarize.trits.scales import scale_values
 from ternarize.trits.ternary import group_count, group_length, split_groups
 
@@ -43,6 +44,7 @@ LONGEST_SUM = 1 << 16  # columns of a group; the sums of longer ones could leave
 DIGITS_LIMIT = 127 * (65536 + 256 + 1)  # the largest number of three digits -128..127
 _FIELDS = {LANES2: 4, LANES3: 5}  # rows that share a byte, each 16 behind the one before
 _POWERS = {LANES2: (1, 4, 16, 64), LANES3: (1, 3, 9, 28, 84)}  # byte = sum of (trit + 1) * power
+_PART = 1 << 22  # int4 weights in int8 at a time
 CORE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of inputs
 
 
@@ -331,6 +333,31 @@ def product_of_int8(
     form = DTYPE_NAMES[scales.dtype], group_size, activations == "int8"
     lib.int8_product(*given, *matrix, *form, out.data_ptr(), rows, threads)
     return out
+
+
+def product_of_int4(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    group_size: int,
+    activations: str,
+    threads: int = THREADS,
+) -> Tensor:
+    """y = x W^T from int4 weights and their scales, as they are stored.
+
+    packed  (rows, width) uint8, as of `pack_int4`; any byte is two numbers
+
+    The other arguments, and the result, as of `product_of_int8` with the numbers in `packed`, bit
+    for bit. They are taken out a few rows at a time.
+    """
+    rows, cols = packed.shape[0], x.shape[-1]
+    by_row = scales.repeat_interleave(rows // max(1, scales.shape[0]), 0)
+    step = max(1, _PART // cols)
+    parts = []
+    for some, steps in zip(torch.split(packed, step), torch.split(by_row, step), strict=True):
+        numbers = unpack_int4(some, cols, group_size)
+        parts.append(product_of_int8(x, numbers, steps, group_size, activations, threads))
+    return torch.cat(parts, -1)
 
 
 def product_of_trits(

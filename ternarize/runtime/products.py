@@ -1,10 +1,11 @@
 """Products with packed weights: y = x W^T, by what serves the weight, the input and the device.
 
-    W = scale * trit, a sum of two such, or scale * int8
+    W = scale * trit, a sum of two such, or scale * integer (int8, int4)
 
-The kernels (kernels.py) multiply lanes and int8 weights without W, on the CPU. What they do not
-serve (other devices, parts of a tensor, ternary parameters that modules share, float64 inputs) goes
-the dense way: W is dequantized for the length of one product and never kept.
+The kernels (kernels.py) multiply lanes, int8 and int4 weights without W, on the CPU. What they do
+not serve (other devices, parts of a tensor, ternary parameters that modules share, float64 inputs)
+goes the dense way: W, of int4 a part of it, is dequantized for the length of one product and never
+kept.
 
 With activations "int8" the input of each product is rounded to 8 bits per token (`rounded_linear`).
 """
@@ -17,8 +18,17 @@ from torch.nn import functional as F
 
 from ternarize.errors import UsageError
 from ternarize.runtime import kernels
-from ternarize.runtime.forms import Lanes, Layout, dense_matrix, dense_weight, is_int8_for_core
+from ternarize.runtime.forms import (
+    Lanes,
+    Layout,
+    dense_matrix,
+    dense_weight,
+    is_stored_for_core,
+    parts_of,
+)
 from ternarize.runtime.kernels import CORE_DTYPES
+from ternarize.trits.int4 import INT4
+from ternarize.trits.int8 import INT8
 from ternarize.trits.rotation import rotate
 
 
@@ -63,11 +73,16 @@ def _product(
     if x.dtype in CORE_DTYPES and x.device.type == "cpu":
         if layout.lanes is not None:
             return _by_lanes(x, packed, scale, bias, layout, layout.lanes)
-        if is_int8_for_core(packed, scale, layout):
-            return _by_int8(x, packed, scale, bias, layout)
-    if layout.activations == "none":
+        if is_stored_for_core(packed, scale, layout):
+            return _by_stored(x, packed, scale, bias, layout)
+    if layout.activations == "none" and layout.codec != INT4:
         return F.linear(x, dense_matrix(packed, scale, layout, x.dtype), bias)
-    y = rounded_linear(x, dense_matrix(packed, scale, layout, torch.float32))
+    rounded = layout.activations != "none"
+    multiply, dtype = (rounded_linear, torch.float32) if rounded else (F.linear, x.dtype)
+    found = [
+        multiply(x, dense_matrix(*part, layout, dtype)) for part in parts_of(packed, scale, layout)
+    ]
+    y = found[0] if len(found) == 1 else torch.cat(found, -1)
     return y if bias is None else y + bias
 
 
@@ -86,8 +101,13 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Tensor | None, None]:
         packed, scale = ctx.saved_tensors
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None
-        dense = dense_matrix(packed, scale, ctx.layout, grad.dtype)
-        return grad @ dense, None, None, grad_bias, None
+        total, row = None, 0
+        for part in parts_of(packed, scale, ctx.layout):
+            dense = dense_matrix(*part, ctx.layout, grad.dtype)
+            mine = grad[..., row : row + len(dense)] @ dense
+            total, row = mine if total is None else total + mine, row + len(dense)
+        assert total is not None
+        return total, None, None, grad_bias, None
 
 
 def rounded_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -148,13 +168,14 @@ def _by_lanes(
     return (y if bias is None else y + bias).to(x.dtype)
 
 
-def _by_int8(
+def _by_stored(
     x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, layout: Layout
 ) -> Tensor:
-    """`_by_lanes` with int8 weights in their stored form."""
+    """`_by_lanes` with int8 or int4 weights in their stored form."""
     x = _autocast(x, layout)
     wide = x if bias is None else x.to(torch.float32)
-    multiply: Any = _compiled_multiply_int8 if torch.compiler.is_compiling() else _multiply_int8
+    plain, compiled = _STORED[layout.codec]
+    multiply: Any = compiled if torch.compiler.is_compiling() else plain
     y: Tensor = multiply(wide, packed, scale, layout.group_size, layout.activations == "int8")
     return (y if bias is None else y + bias).to(x.dtype)
 
@@ -205,3 +226,27 @@ _compiled_multiply_int8 = torch.library.custom_op(
 @_compiled_multiply_int8.register_fake
 def _(x: Tensor, packed: Tensor, scale: Tensor, group_size: int, rounded: bool) -> Tensor:
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+
+def _multiply_int4(
+    x: Tensor, packed: Tensor, scale: Tensor, group_size: int, rounded: bool
+) -> Tensor:
+    activations = "int8" if rounded else "none"
+    threads = torch.get_num_threads()
+    return kernels.product_of_int4(x.detach(), packed, scale, group_size, activations, threads)
+
+
+_compiled_multiply_int4 = torch.library.custom_op(
+    "ternarize::int4_product", _multiply_int4, mutates_args=(), device_types="cpu"
+)
+
+
+@_compiled_multiply_int4.register_fake
+def _(x: Tensor, packed: Tensor, scale: Tensor, group_size: int, rounded: bool) -> Tensor:
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+
+_STORED = {
+    INT8: (_multiply_int8, _compiled_multiply_int8),
+    INT4: (_multiply_int4, _compiled_multiply_int4),
+}

@@ -15,14 +15,14 @@ from ternarize.trits.base3 import BASE3
 
 
 class TernaryLinear(Packed, nn.Linear):
-    """A linear layer with a packed weight: ternary, or the sum of two ternary ones, or int8.
+    """A linear layer with a packed weight: ternary, or the sum of two ternary ones, int8 or int4.
 
     weight        (out_features, width) uint8 (int8), as `Layout.width` counts; or in lanes
     weight_scale  (scale_rows, planes * groups) float, or uint8 codes; or in lanes
     bias          (out_features,) or None
     transposed    whether the model's own weight is (in_features, out_features), as GPT-2's Conv1D
     activations   "none" or "int8"
-    codec         "base3" or "int8"
+    codec         "base3", "int8" or "int4"
     planes        ternary matrices whose sum is the weight
     rotation      (block, seed) of the input; block 0: none
 

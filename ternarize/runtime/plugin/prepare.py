@@ -186,7 +186,7 @@ def _common_layout(parts: Sequence[Source], activations: str) -> Layout:
 
 
 def layout_of(record: Record, activations: str) -> Layout:
-    """The layout that a file's record says; int8 weights take their inputs unrounded."""
+    """The layout that a file's record says; int8 and int4 weights take their inputs unrounded."""
     assert record.shape is not None
     rounded = activations if record.codec == BASE3 else "none"
     described = record.group_size, record.transposed, rounded, record.codec, record.planes
