@@ -19,7 +19,9 @@ The rooms stand in this order, and a module imports only from those above it:
     plans/       the recipe, what becomes of each tensor and why, where each byte will lie
     runtime/     packed weights that run: kernels, modules, loading, generating
     measure/     how good and how fast a model is, and what a packed checkpoint holds
+    qat/         latent weights: an ordinary model, trained to be a ternary one
     calibrate/   data -> samples -> statistics, block by block -> better trits
+    train/       texts without end -> a whole model trained, its best state kept
     convert/     a checkpoint into a packed one, and the proof that it is one
     publish/     to the Hub, and into files of other engines
     cli/         the command line

@@ -10,14 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ternarize.calibrate import reconstruct as reconstruction
-from ternarize.calibrate.reconstruct import (
-    Form,
-    TernaryWeight,
-    divergence,
-    huber,
-    parameters,
-    reconstruct,
-)
+from ternarize.calibrate.reconstruct import TernaryWeight, huber, parameters, reconstruct
+from ternarize.qat.rounding import Form
 from ternarize.trits.methods import itf, levels
 from ternarize.trits.rotation import rotate
 from ternarize.trits.scales import store_scales
@@ -198,12 +192,3 @@ def test_a_training_that_only_harms_gives_back_the_start() -> None:
 def test_the_same_seed_trains_the_same_weights() -> None:
     first, again = train(Form(32), 30)[0], train(Form(32), 30)[0]
     assert torch.equal(first, again)
-
-
-def test_the_divergence_is_that_of_the_definition() -> None:
-    theirs, ours = torch.randn(2, 7, 5, dtype=torch.float64)
-    loss = divergence(lambda sample, values: (values["ours"], theirs))
-    p, q = theirs.softmax(-1), ours.softmax(-1)
-    wanted = (p * (p / q).log()).sum() / 7
-    assert float(loss(0, {"ours": ours})) == pytest.approx(float(wanted), rel=1e-6)
-    assert float(loss(0, {"ours": theirs})) == pytest.approx(0, abs=1e-12)

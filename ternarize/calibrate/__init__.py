@@ -1,7 +1,7 @@
 """Calibration: what a source model does on samples decides its trits and scales.
 
 Samples are made of texts, the model is run on them block by block, and every matrix is solved
-against what was seen; blocks and whole models can be trained on top. The room knows models and
+against what was seen; windows of blocks can be trained on top. The room knows models and
 plans, and nothing of the files that a conversion writes.
 
     texts.py        files and data sets of the Hub -> documents
@@ -19,7 +19,7 @@ plans, and nothing of the files that a conversion writes.
     lanes.py        the two streams of every batch: the source model, and the packed one
     solved.py       the files of blocks that are done
     solve_block.py  one block: moments of its inputs, then each of its matrices
-    training.py     a window of blocks, or the whole model, trained
+    training.py     a window of blocks, trained as each one is solved
     run.py          the loop over all blocks
     pipeline.py     what a conversion calls: data, then budget, then blocks, then figures
 """

@@ -1,13 +1,12 @@
 """Reconstruction by gradient: trits, scales and vectors of several matrices trained together.
 
 `gptq` solves one matrix after the other; what it cannot do is trade an error in one matrix against
-another, or see what lies between them. Here a window of one to four neighbouring blocks, or in the
-end the whole model, is trained to give what the float stream gives, from the state that `gptq`
-left.
+another, or see what lies between them. Here a window of one to four neighbouring blocks is trained
+to give what the float stream gives, from the state that `gptq` left. (The whole model is trained by
+`ternarize.train`, after this or without it.)
 
     weight     W' = s t,   t = clip(round(V / s), -1, 1),   s = s_0 exp(u)
-    loss       of blocks: mean Huber_1((y' - y) / sigma),  sigma = their error at the start
-               of a model with words at its end: KL(p || p'), mean over the tokens
+    loss       mean Huber_1((y' - y) / sigma),  sigma = their error at the start
 
 V is a latent weight and u a correction of the scale; gradients go straight through the rounding
 (where |V / s| < 1.5), so d W'/d V = 1 and d W'/d s = t - V / s, as in LSQ. Scales are rounded in
@@ -20,14 +19,12 @@ The state with the least loss on held-out samples is kept; the start is one of t
 
 Sources: the straight-through estimator, https://arxiv.org/abs/1308.3432; step sizes learned, LSQ,
 https://arxiv.org/abs/1902.08153, eq. 3; blocks trained one by one, BRECQ,
-https://arxiv.org/abs/2102.05426; sliding windows of ternary blocks, https://arxiv.org/abs/2606.26650;
-the whole model after its blocks, EfficientQAT, https://arxiv.org/abs/2407.11062, of scales alone.
+https://arxiv.org/abs/2102.05426; sliding windows of ternary blocks, https://arxiv.org/abs/2606.26650.
 """
 
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ternarize.calibrate.gptq import Rounding
-from ternarize.trits.rotation import rotate, unrotate
+from ternarize.qat.prepare import MARGIN
+from ternarize.qat.rounding import Form
+from ternarize.trits.rotation import rotate
 from ternarize.trits.ternary import split_groups, spread_scales
 
 RATE = 0.004  # of V, in units of the matrix's mean scale, per step
@@ -43,36 +42,11 @@ SCALE_RATE = 1e-3  # of u
 VECTOR_RATE = 1e-3  # of biases and norms, in units of their root mean square
 CHECK_EVERY = 25  # steps between looks at the held-out loss
 PATIENCE = 6  # looks without a gain that end the training
-MARGIN = 0.3  # V starts at most this far from s t, in units of s
 
 # run sample i with these parameters (by full name) -> (output, target), one shape
 Run = Callable[[int, Mapping[str, Tensor]], tuple[Tensor, Tensor]]
 # the same -> the loss, a scalar
 Loss = Callable[[int, Mapping[str, Tensor]], Tensor]
-
-
-@dataclass(frozen=True)
-class Form:
-    """How a weight parameter is stored in the file.
-
-    transposed  the parameter is (..., cols, rows)
-    block, seed of the rotation; block 0: none
-    """
-
-    group_size: int
-    transposed: bool = False
-    block: int = 0
-    seed: int = 0
-
-    def turn(self, parameter: Tensor) -> Tensor:
-        """Between the parameter's orientation and (..., rows, cols)."""
-        return parameter.transpose(-1, -2) if self.transposed else parameter
-
-    def parameter(self, stored: Tensor) -> Tensor:
-        """The parameter that the block multiplies by, from what is stored (both as it lies)."""
-        if not self.block:
-            return stored
-        return self.turn(unrotate(self.turn(stored), self.block, self.seed)).contiguous()
 
 
 class TernaryWeight:
@@ -191,17 +165,6 @@ def huber(run: Run, start: Mapping[str, Tensor], held: Sequence[int]) -> Loss:
     def loss(sample: int, values: Mapping[str, Tensor]) -> Tensor:
         output, target = run(sample, values)
         return F.huber_loss(output / sigma, target / sigma, delta=1.0)
-
-    return loss
-
-
-def divergence(run: Run) -> Loss:
-    """KL(p || p') of the softmax of target and output (tokens, words), mean over the tokens."""
-
-    def loss(sample: int, values: Mapping[str, Tensor]) -> Tensor:
-        output, target = (logits.log_softmax(-1) for logits in run(sample, values))
-        each = target.exp() * (target - output)
-        return each.where(target > -math.inf, 0).sum(-1).mean()  # words that a model rules out
 
     return loss
 

@@ -4,8 +4,8 @@ Two streams run side by side on the same tokens: the float stream is the source 
 stream is the model as it will be, with every block so far ternarized. For each sequential group of
 a block (tracing.py) the moments of the packed stream's inputs against the float stream's outputs
 are collected, each matrix is solved (gptq.py), and the packed stream goes on with the result.
-With `steps`, the last `window` blocks are then trained together (training.py). Each block that is done is written to a file (solved.py), from
-which a run that was broken off goes on.
+With `steps`, the last `window` blocks are then trained together (training.py). Each block that is
+done is written to a file (solved.py), from which a run that was broken off goes on.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ class BlockReport:
 
     before, after  squared error of the packed stream behind the block, relative to the float
                    stream: with this block ternarized by `itf`, and as it was when it was done (not
-                   after the training of later windows and of the whole model)
+                   after the training of later windows)
     matrices       the same of each matrix's products: {tensor: (before, after)}
     uncalibrated   matrices that saw too few tokens, ternarized by `itf`: {tensor on disk, with
                    [expert] if it holds several: how many}

@@ -10,10 +10,10 @@ from ternarize.calibrate.blocks import Blocks, Call, patched
 from ternarize.calibrate.gptq import Rounding, Solution, probe_rows, solve
 from ternarize.calibrate.lanes import FLOAT, PACKED, Lane, tokens_of
 from ternarize.calibrate.moments import Inputs, Moments
-from ternarize.calibrate.reconstruct import Form
 from ternarize.calibrate.solved import Parts, form_of
 from ternarize.calibrate.tracing import Group, Product, Trace, sequential_groups
 from ternarize.plans.layout import TensorPlan
+from ternarize.qat.rounding import Form
 from ternarize.trits.methods import itf
 from ternarize.trits.rotation import rotate
 

@@ -16,13 +16,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ternarize.calibrate.blocks import Blocks
-from ternarize.calibrate.reconstruct import Form
 from ternarize.files import container
 from ternarize.files.checkpoint import Checkpoint, open_files
 from ternarize.files.headers import DTYPES
 from ternarize.files.metadata import SCALE_SUFFIX, Record, dump_metadata, records_of
 from ternarize.files.outputs import write_whole
 from ternarize.plans.layout import TensorPlan
+from ternarize.qat.rounding import Form
 from ternarize.trits.methods import levels
 from ternarize.trits.ternary import Ternary
 
@@ -73,13 +73,9 @@ class SolvedBlocks:
         return found
 
     def stages(self) -> set[int]:
-        """Blocks that are done, and their number if the whole model has been trained after them.
-
-        The file that is written last tells it.
-        """
+        """Blocks that are done: the file that is written last tells it."""
         stages = {int(p.stem[6:]) for p in self.folder.glob("*.safetensors")}
-        last = len(self.blocks.paths) - 1
-        return {s for s in stages if self.file(min(s, last), s).is_file()}
+        return {s for s in stages if self.file(s, s).is_file()}
 
     def file(self, block: int, stage: int) -> Path:
         """Where a block is as it was after a stage."""

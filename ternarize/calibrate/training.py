@@ -1,4 +1,4 @@
-"""What is trained: the blocks of a window as each one is solved, or the whole model at the end."""
+"""The blocks of a window, trained as each one is solved."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,8 +14,6 @@ from ternarize.calibrate.lanes import PACKED, Lane, hidden_of, takes, with_hidde
 from ternarize.calibrate.reconstruct import TernaryWeight, huber, parameters, reconstruct
 from ternarize.calibrate.solved import Parts, SolvedBlocks, sum_planes
 
-STEP_TOKENS = 1024  # in each step of training the whole model
-OTHER_TOKENS = 256  # that a sample without token ids counts for
 Steps = Callable[[int, str], None]  # (steps done, what is known)
 
 

@@ -7,6 +7,7 @@ Only this room prints, and nothing imports from it; it may import from all other
     options.py          options that commands share, and those that are made from the recipe
     show.py             what is shown of a plan, of a packed checkpoint, and after a conversion
     convert.py          `ternarize convert`: its recipe, its bounds, on which device
+    train.py            `ternarize train`
     inspect_command.py  `ternarize inspect`
     verify.py           `ternarize verify`
     show_evaluation.py  what is shown of an evaluation: each text's figures, and what was written

@@ -39,7 +39,7 @@ def train_command(
     not), then the whole model learns from its source what that says of texts. What is kept
     is the state with the least loss on documents put aside. Interrupted, the same command goes on.
 
-    Example: ternarize train examples/tiny-llama trained --dataset default --num-samples 8 --steps 20
+    Example: ternarize train examples/tiny-llama trained --dataset default --num-samples 8 --steps 9
     """
     given = {name: value for name, value in options.items() if value is not None and value != []}
     own = {each.name: given.pop(each.name) for each in fields(Train) if each.name in given}

@@ -8,7 +8,9 @@ may import from all rooms but `publish` and `cli`.
     journal.py    which tensors are done, and how a second run takes them up
     limits.py     memory, threads and room on the disk
     record.py     what is written beside the weights: ternarize.json, config.json, index
-    run.py        plan -> calibrate -> shards -> record -> verify -> rename
+    run.py        plan -> calibrate -> train -> shards -> record -> verify -> rename
+    scratch.py    a model drawn at random, then trained and packed
+    trained.py    a model that was trained with `ternarize.qat`, packed as it is
     verify.py     proof that a packed checkpoint is whole, and what its source gives
     check.py      how far a result made without data is from its source, measured at once
 """

@@ -22,7 +22,7 @@ from ternarize.threads import THREADS
 from ternarize.trits.ternary import scaled
 
 
-def pack(
+def pack_trained(
     model: nn.Module,
     output: str | Path,
     *,

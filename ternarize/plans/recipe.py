@@ -1,8 +1,9 @@
 """The recipe of a conversion: each option is declared here, once.
 
 Its name, help, default, range and allowed values stand on a field of `Recipe`, `Calibrate` or
-`Train`. The options of `ternarize convert` and `train`, CLI.md, the checks, and the reading of records and of files with
-recipes are made from them. Nothing here needs torch: `ternarize --help` imports it.
+`Train`. The options of `ternarize convert` and `train`, CLI.md, the checks, and the reading of
+records and of files with recipes are made from them. Nothing here needs torch: `ternarize --help`
+imports it.
 """
 
 from dataclasses import KW_ONLY, Field, dataclass, field, fields
@@ -226,7 +227,6 @@ class Recipe:
             raise UsageError("method", words, "some with it", "Add `calibrate`, or take another")
         if self.method != GPTQ and self.calibrate is not None:
             raise UsageError("method", words, f"{GPTQ!r} with it", "Take that, or no `calibrate`")
-
 
     @property
     def training(self) -> Train | None:

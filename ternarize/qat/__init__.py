@@ -25,7 +25,7 @@ __all__ = ["Schedule", "end_decay", "initialize", "pack", "parameter_groups", "p
 
 def __getattr__(name: str) -> Any:
     if name == "pack":  # from the room of conversions, which stands below this one
-        from ternarize.convert.trained import pack
+        from ternarize.convert.trained import pack_trained
 
-        return pack
+        return pack_trained
     raise AttributeError(f"module 'ternarize.qat' has no attribute {name!r}")

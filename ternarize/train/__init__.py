@@ -1,0 +1,18 @@
+"""Training of a whole model: what a rule or calibration has left learns from its source, or a text.
+
+Texts stream by and become samples; the student is the model with latent weights (`ternarize.qat`),
+its teacher the source or another model. Its best state on documents put aside is what a conversion
+stores. The room knows models, plans and the files of calibration, and nothing of the files that a
+conversion writes.
+
+    texts.py       documents of any number -> samples without end, and those that are kept apart
+    sources.py     the samples of a training, for each kind of model and text
+    losses.py      losses over large vocabularies, in pieces, with their gradients
+    students.py    the two models, and how their outputs are compared
+    state.py       how far a training is, on the disk
+    loop.py        samples, loss, step; looks at held-out text; what a broken run goes on from
+    objectives.py  the loss of samples, by kind of model and objective
+    optimizer.py   the optimizer
+    run.py         the stage of a conversion: from its plan to what is to be stored, and figures
+    logs.py        the trackers of accelerate
+"""

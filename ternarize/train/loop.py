@@ -21,7 +21,7 @@ from ternarize.plans.recipe import Train
 from ternarize.train.state import Progressed, load_state, save_state
 from ternarize.train.texts import tokens_in
 
-PART = 2048  # tokens that go through the model at a time
+_PART = 2048  # tokens that go through the model at a time
 WARM = 0.02  # share of the budget in which rates go up
 CLIP = 1.0  # largest norm of the gradient
 LOOKS = 20  # at held-out text, spread evenly over the budget
@@ -29,7 +29,7 @@ SAVE_EVERY = 600.0  # seconds between states on the disk
 SMOOTH = 0.1  # weight of the newest loss in the one that is shown
 
 # the loss of some samples (mean over their tokens), and figures to show beside it
-Loss = Callable[[Sequence[Sample]], tuple[Tensor, dict[str, float]]]
+Objective = Callable[[Sequence[Sample]], tuple[Tensor, dict[str, float]]]
 # (step, what to show or to log: loss, held, tokens, tokens a second, seconds left)
 Told = Callable[[int, float, Mapping[str, float]], None]
 
@@ -51,7 +51,7 @@ class Job:
     folder: Path
     parameters: Mapping[str, Tensor]
     optimizer: torch.optim.Optimizer
-    loss: Loss
+    loss: Objective
     held: Callable[[], float]
     keep: Callable[[Progressed], None]
     known: Mapping[str, Any]
@@ -142,7 +142,7 @@ def _step(job: Job, samples: Iterator[Sample]) -> tuple[float, dict[str, float],
     whole = sum(map(tokens_in, taken))
     job.optimizer.zero_grad()
     total, figures = 0.0, dict[str, float]()
-    for part in parts_of(taken):
+    for part in in_parts(taken):
         loss, beside = job.loss(part)
         share = sum(map(tokens_in, part)) / whole
         (loss * share).backward()  # type: ignore[no-untyped-call]
@@ -154,11 +154,11 @@ def _step(job: Job, samples: Iterator[Sample]) -> tuple[float, dict[str, float],
     return total, figures, taken
 
 
-def parts_of(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
-    """Samples in lists of about PART tokens, those of alike lengths together."""
+def in_parts(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
+    """Samples in lists of about _PART tokens, those of alike lengths together."""
     part: list[Sample] = []
     for sample in sorted(samples, key=tokens_in):
-        if part and sum(map(tokens_in, part)) + tokens_in(sample) > PART:
+        if part and sum(map(tokens_in, part)) + tokens_in(sample) > _PART:
             yield part
             part = []
         part.append(sample)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PIECE = 256  # tokens whose logits are in memory at a time
+_PIECE = 256  # tokens whose logits are in memory at a time
 ALL_WORDS = 1 << 16  # a vocabulary of up to so many words is used whole
 OTHERS = 8192  # words sampled from those that a step does not name
 
@@ -140,8 +140,8 @@ class _InPieces(torch.autograd.Function):
         student, teacher = heads
         loss, same = hidden.new_zeros((), dtype=torch.float64), 0
         gradients = torch.empty_like(hidden)
-        for start in range(0, len(hidden), PIECE):
-            part = slice(start, start + PIECE)
+        for start in range(0, len(hidden), _PIECE):
+            part = slice(start, start + _PIECE)
             logits = student.logits(hidden[part], dtype)
             log_q = _log_softmax(logits, words)
             if target is not None:

@@ -1,7 +1,7 @@
 """What a training is for: the loss of some samples, by kind of model and objective."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,10 @@ from torch import Tensor
 from ternarize.calibrate.lanes import hidden_of, mask_of, tokens_of
 from ternarize.calibrate.samples import Sample
 from ternarize.models.skeleton import model_end
-from ternarize.train.loop import parts_of
+from ternarize.train.loop import Objective, in_parts
 from ternarize.train.losses import Head, Words, choose_words, divergence, text_loss
 from ternarize.train.students import Pair
 from ternarize.train.texts import IGNORED, batch_of, tokens_in
-
-Objective = Callable[[Sequence[Sample]], tuple[Tensor, dict[str, float]]]
 
 
 def objective(pair: Pair, common: Tensor, first: int, seed: int, pad: int) -> Objective:
@@ -44,7 +42,7 @@ def held_loss(pair: Pair, samples: Sequence[Sample], first: int, pad: int) -> di
     total, figures, count = 0.0, dict[str, float](), 0
     sigma: list[float] = [1.0]
     with torch.no_grad():
-        for part in parts_of(samples):
+        for part in in_parts(samples):
             tokens = sum(map(tokens_in, part))
             if pair.heads is None:
                 loss, beside = _whole(pair, batch_of(part, pad), sigma), dict[str, float]()

@@ -28,8 +28,8 @@ from ternarize.train.students import Pair, make_pair
 from ternarize.train.texts import batch_of
 from ternarize.trits.ternary import scaled
 
-TICKS = 1000  # of progress
-RATE = 0.006  # of latent weights, in units of their scales
+_TICKS = 1000  # of progress
+LATENT_RATE = 0.006  # of latent weights, in units of their scales
 # from scratch, as BitNet b1.58 is trained: high rates, and decay in the first half
 SCRATCH_RATE, SCRATCH_DECAY = 0.002, 0.1
 FOLDER = "training"  # in the folder of the calibration
@@ -73,7 +73,7 @@ def train_model(
         rate = SCRATCH_RATE if training.lr is None else training.lr
         groups = parameter_groups(pair.student, rate, weight_decay=SCRATCH_DECAY)
     else:
-        rate = RATE if training.lr is None else training.lr
+        rate = LATENT_RATE if training.lr is None else training.lr
         groups = parameter_groups(pair.student, rate, relative=True)
     place = folder / FOLDER
     place.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def train_model(
 
     def told(step: int, done: float, figures: Mapping[str, float]) -> None:
         if progress is not None:
-            progress(int(TICKS * done), TICKS, _in_words(step, figures), "training")
+            progress(int(_TICKS * done), _TICKS, _in_words(step, figures), "training")
         if log is not None:
             log(step, figures)
 
@@ -113,7 +113,7 @@ def train_model(
 
 
 def stored_of(pair: Pair) -> dict[str, tuple[Tensor, ...]]:
-    """What is to be stored of the student, by parameter: ternary matrices (float32), and vectors."""
+    """What is to be stored of the student, by parameter: ternary matrices, and vectors."""
     found: dict[str, tuple[Tensor, ...]] = {}
     with torch.no_grad():
         for path, module in latent_modules(pair.student):

@@ -1,6 +1,6 @@
 """How far a training is, on the disk: what it goes on from, and the best of what it has had.
 
-    state.safetensors  parameters, the optimizer's state, and in its metadata the rest (`Progressed`)
+    state.safetensors  parameters, the optimizer's state, in the metadata the rest (`Progressed`)
     best.safetensors   what is stored of the state with the least loss on held-out text: trits,
                        scales and vectors, as a packed file
 

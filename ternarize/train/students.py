@@ -221,7 +221,7 @@ def _widen(model: Any, dtype: torch.dtype) -> None:
             if module._parameters.get("bias") is not None:
                 module.bias.data = module.bias.data.float()
         else:
-            for name, parameter in module._parameters.items():
+            for parameter in module._parameters.values():
                 if parameter is not None and parameter.is_floating_point():
                     parameter.data = parameter.data.to(torch.float32)
 

@@ -23,7 +23,7 @@ from ternarize.calibrate.texts import Document, open_texts
 from ternarize.errors import UsageError
 
 STRETCH = 1 << 22  # characters whose samples are shuffled together
-FEW = 256  # documents, below which a text is cut into sections
+_FEW = 256  # documents, below which a text is cut into sections
 ONE_IN = 64  # documents that choose, and as many that give the figures
 NO_END = 1 << 62  # characters of a Hub data set that may be read
 IGNORED = -100  # a label that counts for nothing, as transformers has it
@@ -31,14 +31,14 @@ IGNORED = -100  # a label that counts for nothing, as transformers has it
 Documents = Callable[[], Iterator[Document]]  # one pass over a text
 
 
-class Mixed(NamedTuple):
+class Ingredient(NamedTuple):
     """A text to train on, and its weight in the mixture."""
 
     name: str
     weight: float
 
 
-def read_mixture(given: Sequence[str]) -> list[Mixed]:
+def read_mixture(given: Sequence[str]) -> list[Ingredient]:
     """`FILE` or `FILE=WEIGHT`, each; weights are shares of the samples, without one 1."""
     found = []
     for each in given:
@@ -49,7 +49,7 @@ def read_mixture(given: Sequence[str]) -> list[Mixed]:
             name, share = "", 1.0  # an = in the name of a file
         if not 0 < share < float("inf"):
             raise UsageError(each, f"weight {weight}", "a number above 0", "Use FILE=0.5")
-        found.append(Mixed(name or each, share))
+        found.append(Ingredient(name or each, share))
     return found
 
 
@@ -66,10 +66,10 @@ def documents_of(name: str, column: str | None, seed: int, tokenizer: Any) -> Do
     def one_pass() -> Iterator[Document]:
         stream = open_texts(name, column, seed, tokenizer, NO_END).stream
         full = (document for document in stream if document.text.strip())
-        first = list(itertools.islice(full, FEW))
+        first = list(itertools.islice(full, _FEW))
         if not first:
             raise UsageError(name, "has no text", "documents to train on", "Check the file")
-        return itertools.chain(first, full) if len(first) == FEW else iter(sections(first))
+        return itertools.chain(first, full) if len(first) == _FEW else iter(sections(first))
 
     return one_pass
 
