@@ -17,12 +17,11 @@ from ternarize.calibrate.budget import allocate, count_forms
 from ternarize.calibrate.data import MAX_SEQ_LEN, Samples, read
 from ternarize.calibrate.inputs import Generate
 from ternarize.calibrate.run import Calibration
-from ternarize.calibrate.solved import open_solved
+from ternarize.calibrate.solved import Solved, open_solved
 from ternarize.calibrate.texts import SELF
 from ternarize.errors import CheckpointError, OutputError
 from ternarize.files import metadata
 from ternarize.files.checkpoint import Checkpoint
-from ternarize.files.metadata import Record
 from ternarize.files.outputs import write_whole
 from ternarize.measure.encoders import pool
 from ternarize.measure.figures import Figure, mean_of
@@ -49,7 +48,7 @@ class Calibrated:
     training  the same of a training after it (train/run.py), which measures what came of both
     """
 
-    solved: dict[str, tuple[Checkpoint, Record]]
+    solved: dict[str, Solved]
     tensors: list[TensorPlan]
     record: dict[str, Any]
     training: dict[str, Any] | None = None
@@ -113,7 +112,7 @@ def calibrate(
         else:
             quality = _quality(run, samples)
     samples.description["notes"] += _not_measured(plan)
-    solved: dict[str, tuple[Checkpoint, Record]] = {}
+    solved: dict[str, Solved] = {}
     for file in run.solved.files().values():
         packed = open_solved(file)
         for name, record in metadata.records_of(packed).items():

@@ -26,6 +26,9 @@ from ternarize.qat.rounding import Form
 from ternarize.trits.methods import levels
 from ternarize.trits.ternary import Ternary
 
+# the file of a calibrated block that holds a tensor, and the tensor's record there
+Solved = tuple[Checkpoint, Record]
+
 
 @dataclass
 class Parts:

@@ -11,7 +11,7 @@ from ternarize.cli.options import AsJson, Debug, Device, ModelArgument, Quiet, R
 from ternarize.cli.show import show_calibration, show_totals, show_training
 from ternarize.cli.terminal import advise, print_json, progress_bar
 from ternarize.errors import UsageError, printable
-from ternarize.plans.recipe import GPTQ, Recipe, Train, open_recipe
+from ternarize.plans.recipe import GPTQ, WITHOUT_DATA, Recipe, Train, open_recipe
 
 
 def train_command(
@@ -49,7 +49,7 @@ def train_command(
         given = {"method": "absmean", "group_size": 0, "activations": "int8"} | given
         own = {"objective": "text", "all_weights": True} | own
     elif "method" not in given and recipe is None:
-        given["method"] = GPTQ
+        given["method"] = WITHOUT_DATA if own.get("start") else GPTQ
     chosen = with_options(start, given, bounded=False)
     if chosen.train is None or own:
         before = vars(chosen.train) if chosen.train is not None else {}

@@ -136,8 +136,9 @@ def _recorded(recipe: Recipe) -> dict[str, Any]:
         recipe = replace(recipe, calibrate=replace(recipe.calibrate, dataset=dataset))
     if recipe.train is not None:
         texts = tuple(_last_part(each) for each in recipe.train.texts)
-        teacher = recipe.train.teacher and _last_part(recipe.train.teacher)
-        recipe = replace(recipe, train=replace(recipe.train, texts=texts, teacher=teacher))
+        others = {n: getattr(recipe.train, n) for n in ("teacher", "start")}
+        names = {name: value and _last_part(value) for name, value in others.items()}
+        recipe = replace(recipe, train=replace(recipe.train, texts=texts, **names))
     return asdict(recipe)
 
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ternarize.calibrate.solved import read_solved
+from ternarize.calibrate.solved import Solved, read_solved
 from ternarize.errors import UsageError, WeightError
 from ternarize.files.checkpoint import Checkpoint, TensorInfo
 from ternarize.files.headers import DTYPE_NAMES, DTYPES, byte_view
-from ternarize.files.metadata import SCALE_SUFFIX, Record
+from ternarize.files.metadata import SCALE_SUFFIX
 from ternarize.plans.layout import PIECE, TensorPlan, logical
 from ternarize.plans.lossless import exact_groups, not_lossless
 from ternarize.plans.recipe import GPTQ, WITHOUT_DATA, Recipe
@@ -30,9 +30,6 @@ from ternarize.trits.planes import fit_planes, join_planes, measured, pack_plane
 from ternarize.trits.rotation import rotate
 from ternarize.trits.scales import store_scales
 from ternarize.trits.ternary import Ternary, scaled
-
-# the file of a calibrated block that holds a tensor, and the tensor's record there
-Solved = tuple[Checkpoint, Record]
 
 # where a piece of an entry goes: (entry, byte offset in it, bytes)
 Write = Callable[[str, int, Tensor], None]

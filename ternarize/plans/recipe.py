@@ -137,6 +137,10 @@ class Train:
     teacher: str | None = option(
         None, "Model to learn from, with the same words; default: the source itself."
     )
+    start: str | None = option(
+        None,
+        "Packed checkpoint of this model to begin with, as it was calibrated or trained before.",
+    )
     tokens: int | None = option(None, "Tokens to train on.", COUNT)
     minutes: float | None = option(
         None, "Minutes to train for, those before a break included.", Span(0, MAX_COUNT)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,17 @@ from torch import Tensor
 
 from ternarize.calibrate.blocks import Blocks
 from ternarize.calibrate.pipeline import Calibrated, quality_of
-from ternarize.calibrate.solved import SolvedBlocks, open_solved, write_solved
+from ternarize.calibrate.solved import Solved, open_solved, write_solved
+from ternarize.errors import UsageError
 from ternarize.files import metadata
+from ternarize.files.metadata import SCALE_SUFFIX
 from ternarize.models.configuration import open_config
 from ternarize.plans.layout import Plan, TensorPlan
 from ternarize.progress import Progress
 from ternarize.qat.modules import LOG_SCALE, latent_modules
 from ternarize.qat.rounding import Form
 from ternarize.qat.schedule import end_decay, parameter_groups
+from ternarize.sources.packed import open_packed
 from ternarize.train.loop import Job, train
 from ternarize.train.objectives import held_loss, objective
 from ternarize.train.optimizer import make_optimizer
@@ -65,10 +69,14 @@ def train_model(
     data = data_of(plan, training, config, model_class)
     todo = {t.name: t for t in tensors if t.ternary and not t.tied_to and t.planes == 1}
     blocks = Blocks(source, list(todo), device)
-    solved = None if calibrated is None else SolvedBlocks(folder, blocks, tensors)
+    if training.start is not None:
+        calibrated = _of_packed(training.start, tensors)
+        tensors = calibrated.tensors
+    begun = calibrated.solved if calibrated else {}
+    by_name = {t.name: t for t in tensors}
     activations = plan.recipe.activations or "none"
     scale = "absmean" if plan.recipe.method == "absmean" else "learned"
-    pair = make_pair(blocks, solved, todo, training, scale, activations, device)
+    pair = make_pair(blocks, begun, by_name, training, scale, activations, device)
     if training.from_scratch:
         rate = SCRATCH_RATE if training.lr is None else training.lr
         groups = parameter_groups(pair.student, rate, weight_decay=SCRATCH_DECAY)
@@ -77,7 +85,6 @@ def train_model(
         groups = parameter_groups(pair.student, rate, relative=True)
     place = folder / FOLDER
     place.mkdir(parents=True, exist_ok=True)
-    by_name = {t.name: t for t in tensors}
 
     def keep(progressed: Progressed) -> None:
         about = {"held": json.dumps(progressed.held[-1])}
@@ -104,12 +111,40 @@ def train_model(
     progressed = train(job, data.stream)
     best = open_solved(place / BEST)
     records = metadata.records_of(best)
-    begun = dict(calibrated.solved) if calibrated else {}
     record = calibrated.record if calibrated else {}
     _take_best(pair, blocks, best)
     described = _described(progressed, data, pair) | {"quality": _quality(pair, data)}
-    solved_now = begun | {name: (best, each) for name, each in records.items()}
+    solved_now = {**begun} | {name: (best, each) for name, each in records.items()}
     return Calibrated(solved_now, list(tensors), record, described)
+
+
+def _of_packed(start: str, tensors: Sequence[TensorPlan]) -> Calibrated:
+    """Where to begin from a packed checkpoint of the same source: its trits, groups and rotations.
+
+    Raises UsageError where it has another tensor than the plan.
+    """
+    packed, records = open_packed(start)
+    begun: dict[str, Solved] = {}
+    relaid = []
+    for tensor in tensors:
+        record = records.get(tensor.name)
+        kind = tensor.becomes
+        if not tensor.tied_to and (record is None or record.kind != kind):
+            raise UsageError(
+                start,
+                f"{tensor.name} is {record.kind if record else 'not'} there",
+                f"{kind}, as it is to be",
+                "Start from a conversion of this model with the same options",
+            )
+        if record is not None and record.shape is not None and tensor.ternary:
+            scale = packed.tensors[tensor.name + SCALE_SUFFIX].dtype
+            groups = {"group_size": record.group_size, "rotation": record.rotation}
+            tensor = replace(tensor, planes=record.planes, scale_dtype=scale, **groups)
+            begun[tensor.name] = packed, record
+        elif record is not None and record.shape is None and len(tensor.shape) == 1:
+            begun[tensor.name] = packed, record  # a vector that may have been fitted
+        relaid.append(tensor)
+    return Calibrated(begun, relaid, {})
 
 
 def stored_of(pair: Pair) -> dict[str, tuple[Tensor, ...]]:

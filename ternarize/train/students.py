@@ -16,17 +16,23 @@ import transformers
 from torch import Tensor, nn
 
 from ternarize.calibrate.blocks import Blocks
-from ternarize.calibrate.solved import SolvedBlocks
+from ternarize.calibrate.solved import Solved, read_solved, sum_planes
 from ternarize.errors import CheckpointError, UsageError
+from ternarize.files.checkpoint import Checkpoint
+from ternarize.files.headers import DTYPES
 from ternarize.models.configuration import open_config, usable
 from ternarize.models.reads import CAUSAL, kind_of, vocabulary_size
 from ternarize.models.skeleton import model_end
-from ternarize.plans.layout import TensorPlan
+from ternarize.plans.layout import TensorPlan, logical
 from ternarize.plans.recipe import Train
 from ternarize.qat.modules import Qat, latent_modules
 from ternarize.qat.prepare import begin, insert
 from ternarize.qat.rounding import Form
 from ternarize.train.losses import Head
+from ternarize.trits.int4 import INT4, encode_int4
+from ternarize.trits.int8 import INT8, encode_int8
+from ternarize.trits.rotation import unrotate
+from ternarize.trits.ternary import scaled
 
 CLOSE = 1e-3  # of logits from hidden states, relative to their size, in float32
 
@@ -74,16 +80,17 @@ def fast_dtype(device: str) -> torch.dtype:
 
 def make_pair(
     blocks: Blocks,
-    solved: SolvedBlocks | None,
+    begun: Mapping[str, Solved],
     tensors: Mapping[str, TensorPlan],
     training: Train,
     scale: str,
     activations: str,
     device: str,
 ) -> Pair:
-    """Load both models; the student's ternary weights begin where calibration has left them.
+    """Load both models; the student's weights begin where they were left.
 
-    tensors  the plan's ternary tensors that are to be trained, by name
+    begun    tensors by name -> where calibration, or an earlier training, has put them
+    tensors  the plan's, by name; of those to be trained the choice says ternary
     scale    of latent weights: "learned", or "absmean" as BitNet b1.58 has it
 
     Raises CheckpointError for a model that cannot be run, UsageError for a teacher that knows other
@@ -98,8 +105,14 @@ def make_pair(
         _check_words(student, teacher, training.teacher)
         if training.teacher is None:
             _share(student, teacher)
-    _make_ternary(student, blocks, solved, tensors, scale, activations, dtype)
-    _choose_trained(student, training.all_weights, dtype)
+    _make_ternary(student, blocks, begun, tensors, scale, activations, dtype)
+    rounded = {
+        parameter
+        for name, plan in tensors.items()
+        if plan.packed and not plan.ternary
+        for parameter in blocks.places[name].parameters
+    }
+    _choose_trained(student, training.all_weights, rounded)
     for model in (student, teacher):
         if model is not None:
             _widen(model, dtype)
@@ -146,21 +159,17 @@ def _share(student: Any, teacher: Any) -> None:
 def _make_ternary(
     student: Any,
     blocks: Blocks,
-    solved: SolvedBlocks | None,
+    begun: Mapping[str, Solved],
     tensors: Mapping[str, TensorPlan],
     scale: str,
     activations: str,
     dtype: torch.dtype,
 ) -> None:
-    """Give the student latent weights, and the vectors that calibration has fitted."""
-    stored: dict[str, Tensor] = {}
-    vectors: dict[str, Tensor] = {}
-    for path in blocks.paths if solved is not None else ():
-        parts = solved.parts(path)  # type: ignore[union-attr]
-        stored |= {f"{path}.{n}": planes[0] for n, planes in parts.stored.items()}
-        vectors |= {f"{path}.{n}": value for n, value in parts.vectors.items()}
+    """Give the student latent weights, and of the others the values that it will have in the end."""
+    ternary = {n: t for n, t in tensors.items() if t.ternary and not t.tied_to and t.planes == 1}
+    stored, dense = _values(blocks, begun, tensors, ternary)
     forms: dict[str, Form] = {}
-    for name, plan in tensors.items():
+    for name, plan in ternary.items():
         for parameter in blocks.places[name].parameters:
             forms[parameter] = Form(
                 plan.group_size,
@@ -175,21 +184,63 @@ def _make_ternary(
     for name in forms:
         weight = own[name].detach()
         begin(student, name, weight, stored=stored.get(name))
-    for name, value in vectors.items():
+    for name, value in dense.items():
         own[name].data = value.to(own[name].device)
     for _, module in latent_modules(student):
         module.compute_dtype = dtype
 
 
-def _choose_trained(student: Any, all_weights: bool, dtype: torch.dtype) -> None:
-    """Latent weights, scales and vectors are trained, in float32; other matrices if asked for."""
+def _values(
+    blocks: Blocks,
+    begun: Mapping[str, Solved],
+    tensors: Mapping[str, TensorPlan],
+    ternary: Mapping[str, TensorPlan],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """By parameter, in its orientation: s t of what is trained, and what the others are.
+
+    s t is in the space of the file; others are what the model multiplies by: sums of planes, ends
+    rounded to 8 or 4 bits, vectors that were fitted.
+    """
+    stored: dict[str, Tensor] = {}
+    dense: dict[str, Tensor] = {}
+    for name, (packed, record) in begun.items():
+        if record.shape is None:
+            dense[name] = packed.read(name).reshape(packed.tensors[name].shape).to(torch.float32)
+            continue
+        planes = [t.dequantize(torch.float32) for t in read_solved(packed, name, record)]
+        total = sum_planes(planes)
+        if name not in ternary and record.rotation[0]:
+            total = unrotate(total, *record.rotation)
+        turned = total.transpose(-1, -2).contiguous() if record.transposed else total
+        (stored if name in ternary else dense)[name] = turned
+    for name, plan in tensors.items():
+        if plan.packed and not plan.ternary and not plan.tied_to:
+            dense[name] = _rounded_end(blocks.source, plan)
+    return blocks.as_parameters(stored), blocks.as_parameters(dense)
+
+
+def _rounded_end(source: Checkpoint, plan: TensorPlan) -> Tensor:
+    """A head or embedding as it will be when it is rounded to 8 or 4 bits."""
+    encode = {INT8: encode_int8, INT4: encode_int4}[plan.choice.codec]
+    whole = source.read(plan.name, 0, plan.info.numel)
+    numbers, scales = encode(logical(whole, plan), plan.group_size, DTYPES[plan.scale_dtype])
+    weight = scaled(numbers, scales.to(torch.float32), plan.group_size)
+    weight = weight.t() if plan.choice.transposed else weight
+    return weight.reshape(plan.info.shape).contiguous()
+
+
+def _choose_trained(student: Any, all_weights: bool, rounded: set[str]) -> None:
+    """Latent weights, scales and vectors are trained, in float32; other matrices if asked for.
+
+    rounded  parameters that will be in 8 or 4 bits: they stay
+    """
     latents = {
         id(module._parameters[leaf])
         for _, module in latent_modules(student)
         for leaf in module.forms
     }
     for name, parameter in student.named_parameters():
-        if not parameter.is_floating_point():
+        if not parameter.is_floating_point() or name in rounded:
             continue
         if all_weights or parameter.ndim == 1 or id(parameter) in latents or "_log_scale" in name:
             parameter.data = parameter.data.to(torch.float32, copy=True)
