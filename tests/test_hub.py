@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -1028,6 +1029,46 @@ def test_tasks_that_cannot_be_run_are_said(
     result = CliRunner().invoke(app, ["eval", str(packed_once), *words])
     assert result.exit_code == 2 and message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_whatever_a_task_raises_is_told_in_one_line(
+    packed_once: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(error: Exception) -> Any:
+        def evaluate(**options: Any) -> None:
+            raise error
+
+        return SimpleNamespace(simple_evaluate=evaluate)
+
+    models: Any = SimpleNamespace(HFLM=lambda **options: None)
+    unclear = KeyError("gold")  # of a template
+    unclear.__cause__ = ValueError("no column\nof that name")
+    for error, message in (
+        (ConnectionError("Couldn't reach 'baber/piqa'"), "(ConnectionError: Couldn't reach 'baber"),
+        (
+            FileNotFoundError(2, "No such file", "x.jsonl"),
+            "tasks of your own on data that lie here",
+        ),
+        (unclear, "(KeyError: 'gold'; ValueError: no column); expected a task that runs"),
+    ):
+        harness = fails(error), models, None
+        monkeypatch.setattr("ternarize.measure.tasks._harness", lambda *_, h=harness: h)
+        result = CliRunner().invoke(app, ["eval", str(packed_once), "--tasks", "piqa"])
+        assert result.exit_code == 1 and message in result.stderr, result.output
+        assert result.stderr.count("\n") == 1
+
+
+def test_memory_that_runs_out_in_a_task_is_told_as_such(
+    packed_once: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(**options: Any) -> None:
+        raise RuntimeError("can't allocate memory: you tried to allocate 99 bytes")
+
+    harness = SimpleNamespace(simple_evaluate=evaluate)
+    models = SimpleNamespace(HFLM=lambda **options: None)
+    monkeypatch.setattr("ternarize.measure.tasks._harness", lambda *_: (harness, models, None))
+    result = CliRunner().invoke(app, ["eval", str(packed_once), "--tasks", "piqa"])
+    assert result.exit_code == 1 and "error: memory: not enough is left" in result.stderr
 
 
 # --- modules, folders, variants -------------------------------------------------------------------

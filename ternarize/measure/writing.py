@@ -117,7 +117,7 @@ def room_to_write(prompts: Sequence[Prompt], asked: int | None, context: int) ->
     return asked or min(NEW_TOKENS, room)
 
 
-def write(
+def write_after(
     model: Any,
     prompts: Sequence[Prompt],
     tokenizer: Any,
@@ -272,7 +272,7 @@ def compare_writing(
     """What one model, or a model and its source, write after the same prompts.
 
     models  (packed,) or (packed, source)
-    others  as of `write`
+    others  as of `write_after`
 
     Returns {"prompts", "max_new_tokens", "packed": its measures, "source": its measures, "texts": a
     list of {"prompt", "where", "answers", "packed", "source"}}, in which the models have "text",
@@ -285,7 +285,7 @@ def compare_writing(
     ]
     for name, model in zip(("packed", "source"), models, strict=False):
         stage = f"writing ({name})"
-        written = write(model, prompts, tokenizer, new_tokens, batch_size, progress, stage)
+        written = write_after(model, prompts, tokenizer, new_tokens, batch_size, progress, stage)
         figures[name] = measures_of_written(written, prompts, new_tokens)
         for row, each, prompt in zip(texts, written, prompts, strict=True):
             row[name] = {
