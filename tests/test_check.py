@@ -16,7 +16,7 @@ from ternarize.cli.app import app
 from ternarize.convert import check as checking
 from ternarize.convert.check import check_conversion
 from ternarize.convert.run import convert
-from ternarize.measure.evaluate import Evaluation, evaluate, prepare
+from ternarize.measure.evaluate import Evaluation, evaluate, open_evaluation
 from ternarize.models.reads import open_tokenizer
 from ternarize.plans.recipe import Recipe
 from ternarize.runtime.generate import generate
@@ -161,7 +161,7 @@ def test_the_memory_that_is_left_is_that_of_the_machine_and_of_limits(
 
 
 def test_more_memory_is_asked_for_than_the_weights_take(packed: Path) -> None:
-    work = prepare(packed, EXAMPLE, "default", 256, 2048)
+    work = open_evaluation(packed, EXAMPLE, "default", 256, 2048)
     coverage = json.loads((packed / "ternarize.json").read_text())["coverage"]
     models = work.load("cpu", torch.float32)
     weights = {p.data_ptr(): p.nbytes for model in models for p in model.parameters()}

@@ -28,7 +28,7 @@ from ternarize.convert.limits import memory_left
 from ternarize.errors import TernarizeError, is_no_memory, printable
 from ternarize.files.names import RECORD
 from ternarize.measure.documents import DEFAULT
-from ternarize.measure.evaluate import Evaluation, prepare
+from ternarize.measure.evaluate import Evaluation, open_evaluation
 from ternarize.measure.language_models import LOGITS
 from ternarize.measure.measured import config_if_measured
 from ternarize.models.configuration import in_one_line
@@ -77,7 +77,7 @@ def check_conversion(
     try:
         why = "its source was streamed, and is no longer on this disk" if streamed else None
         if why is None:
-            evaluation = prepare(output, source, DEFAULT, seq_len, TOKENS)
+            evaluation = open_evaluation(output, source, DEFAULT, seq_len, TOKENS)
             why = _too_large(evaluation, Path(output))
         if why is None:
             found = _measure_both(evaluation, Path(output), progress)
@@ -124,7 +124,8 @@ def _minutes(seconds: float) -> str:
 def _memory(evaluation: Evaluation, coverage: dict[str, int]) -> int:
     """Bytes that both models in float32 and the logits of one batch take."""
     dense = 4 * (coverage["total"] - coverage["tied"] + coverage["kept"])
-    packed = coverage["ternary"] // 2 + coverage["int8"]  # in run-time layouts of 2 bits, scales
+    # in run-time layouts of 2 bits, scales; and as they are stored
+    packed = coverage["ternary"] // 2 + coverage["int8"] + coverage.get("int4", 0)
     models = evaluation.checkpoints
     vocabulary = max(vocabulary_size(each.config) or 1 for each in models)
     logits = 4 * evaluation.batch_size() * evaluation.seq_len * vocabulary * len(models)

@@ -99,7 +99,7 @@ def evaluate(
             raise UsageError(name, f"{value}", f"at least {least}", "Use a larger number")
     dtype = compute_dtype(dtype, device)
     device = device if device == "auto" else check_device(device)
-    evaluation = prepare(packed, source, text, seq_len, max_tokens, writing)
+    evaluation = open_evaluation(packed, source, text, seq_len, max_tokens, writing)
     models = evaluation.load(device, dtype, activations, head)
     measures = evaluation.measure(models, batch_size, progress)
     if evaluation.prompts:
@@ -117,7 +117,7 @@ def evaluate(
     }
 
 
-def prepare(
+def open_evaluation(
     packed: str | Path,
     source: str | Path | None,
     text: Paths,
