@@ -6,6 +6,7 @@ plans, and nothing of the files that a conversion writes.
 
     texts.py        files and data sets of the Hub -> documents
     samples.py      documents -> three sets of samples, for each kind of model
+    apart.py        documents of a text that a training keeps apart
     inputs.py       samples without documents: rows of tensors, what the model itself writes
     data.py         from a recipe's data set to batches
     blocks.py       a model run block by block, with one block's weights in memory

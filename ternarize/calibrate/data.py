@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ternarize.calibrate.apart import open_training_part
 from ternarize.calibrate.inputs import Generate, let_write, own_beginning, read_tensors
 from ternarize.calibrate.samples import Sample, cutter, divide
-from ternarize.calibrate.texts import SELF, check_no_column, read_texts
+from ternarize.calibrate.texts import SELF, check_no_column, open_texts, read_texts
 from ternarize.errors import UsageError
 from ternarize.files.headers import byte_view
 from ternarize.measure.encoders import pad
@@ -88,6 +89,7 @@ def read(
     tokenizer: Any | None,
     generate: Generate | None,
     batch_size: int,
+    trained: bool = False,
 ) -> Samples:
     """Read, choose, cut and batch the samples to calibrate on.
 
@@ -98,6 +100,7 @@ def read(
     generate     samples from the source model at temperature 1, for "self":
                  (prompt (n, p) int64, length, generator) -> (n, length) int64, prompt included
     batch_size   samples of a batch
+    trained      a training follows: documents that it keeps apart are left out
 
     Returns Samples, on CPU. With too little text for `num_samples` they are fewer, which
     description["notes"] says.
@@ -115,13 +118,13 @@ def read(
     elif calibration.dataset == SELF:
         found = _from_model(calibration, config, model_class, tokenizer, generate, batch_size)
     else:
-        found = _from_text(calibration, config, model_class, tokenizer, rng)
+        found = _from_text(calibration, config, model_class, tokenizer, rng, trained)
     ids = [[t for n, t in sample.items() if n in IDS] for each in found.sets for sample in each]
     check_ids([t for row in ids for t in row if t.numel()], config, calibration.dataset)
     padder = tokenizer if found.padded else None
     batches, heldout, report = (_batch(each, batch_size, padder, rng) for each in found.sets)
     tokens = sum(t.numel() for row in ids[: len(found.sets[0])] for t in row)
-    digest = _digest_of(found.sets)
+    digest = digest_of(found.sets)
     description = _describe(calibration, found, tokens, digest, tokenizer)
     first = max(1, len(found.prefix)) if kind_of(model_class, config) == CAUSAL else 1
     return Samples(batches, heldout, report, first, tokens, digest, description)
@@ -159,14 +162,20 @@ def _from_model(
 
 
 def _from_text(
-    calibration: Calibrate, config: Any, model_class: Any, tokenizer: Any, rng: random.Random
+    calibration: Calibrate,
+    config: Any,
+    model_class: Any,
+    tokenizer: Any,
+    rng: random.Random,
+    trained: bool,
 ) -> _Found:
     if tokenizer is None:
         found = f"{model_class.__name__} has no tokenizer, without which text cannot be read"
         raise no_tokenizer(calibration.dataset, found)
     kind = kind_of(model_class, config)
     seq_len = _seq_len(calibration, kind, config, tokenizer)
-    texts = read_texts(calibration, seq_len, tokenizer)
+    open_them = open_training_part if trained else open_texts
+    texts = read_texts(calibration, seq_len, tokenizer, open_them)
     cut, finish = cutter(kind, seq_len, config, tokenizer, rng)
     sets, notes = divide(calibration, texts.documents, seq_len, cut, finish, rng)
     files = {"files": texts.files} if texts.files else {}
@@ -231,7 +240,8 @@ def _batch(
     return [{"input_ids": ids, "attention_mask": mask} for ids, mask in padded]
 
 
-def _digest_of(sets: Sequence[Sequence[Sample]]) -> str:
+def digest_of(sets: Sequence[Sequence[Sample]]) -> str:
+    """SHA-256 over samples and the sizes of their sets, hex."""
     sha = hashlib.sha256()
     for samples in sets:
         sha.update(f"{len(samples)} samples\n".encode())

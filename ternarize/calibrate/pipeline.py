@@ -79,7 +79,7 @@ def calibrate(
     assert calibration is not None
     samples = samples_of(plan, calibration)
     _check_same(folder, {"data": samples.digest, "device": device})
-    environments = _environments(folder, device)
+    environments = environments_of(folder, device)
     if calibration.target_bpw is not None:
         tensors = _budget(
             plan.source, tensors, samples, calibration.target_bpw, folder, device, progress
@@ -111,7 +111,7 @@ def calibrate(
                 pass
         else:
             quality = _quality(run, samples)
-    samples.description["notes"] += _not_measured(plan)
+    samples.description["notes"] += [] if plan.recipe.training else _not_measured(plan)
     solved: dict[str, Solved] = {}
     for file in run.solved.files().values():
         packed = open_solved(file)
@@ -180,7 +180,7 @@ def _check_same(folder: Path, inputs: dict[str, str]) -> None:
         )
 
 
-def _environments(folder: Path, device: str) -> list[dict[str, Any]]:
+def environments_of(folder: Path, device: str) -> list[dict[str, Any]]:
     """What the sums of this run depend on beside its input, after those of runs it goes on from.
 
     As far as it can be told: the same bytes are promised on the same machine alone.
@@ -222,6 +222,7 @@ def samples_of(plan: Plan, calibration: Calibrate) -> Samples:
         tokenizer=open_tokenizer(directory) if has_tokenizer(directory) else None,
         generate=_writer(directory, model_class) if calibration.dataset == SELF else None,
         batch_size=max(1, TOKENS_IN_BATCH // length),
+        trained=plan.recipe.training is not None,
     )
 
 

@@ -42,7 +42,7 @@ LEAST = 4  # samples, below which statistics mean nothing
 SHORTEST_TEXT = 8  # tokens of an encoder's sample
 SHARES = (0.8, 0.1, 0.1)
 SCARCE = (0.5, 0.25, 0.25)  # where a tenth of the text makes no sample
-MIN_SECTION = 400  # characters
+LEAST_SECTION = 400  # characters
 
 
 # --- three sets ---------------------------------------------------------------------------------
@@ -127,15 +127,15 @@ def _split(documents: Sequence[Document], shares: Sequence[float]) -> list[list[
 
 def sections(documents: Sequence[Document]) -> list[Document]:
     """Documents cut into pieces of about a fortieth of them all, and of a paragraph at least."""
-    size = max(MIN_SECTION, sum(len(document.text) for document in documents) // 40)
+    size = max(LEAST_SECTION, sum(len(document.text) for document in documents) // 40)
     return [
         Document(piece, document.begin and not index)
         for document in documents
-        for index, piece in enumerate(_cut_text(document.text, size))
+        for index, piece in enumerate(cut_text(document.text, size))
     ]
 
 
-def _cut_text(text: str, size: int) -> list[str]:
+def cut_text(text: str, size: int) -> list[str]:
     """A text cut into pieces of at most `size` characters, at blank lines, lines or words."""
     pieces: list[str] = []
     start = 0
@@ -250,7 +250,7 @@ def _texts(
     for document in documents:
         ends = [match.end() for match in _SENTENCE_END.finditer(document.text)]
         spans = zip([0, *ends], [*ends, len(document.text)], strict=True)
-        sentences = [piece for a, b in spans for piece in _cut_text(document.text[a:b], longest)]
+        sentences = [piece for a, b in spans for piece in cut_text(document.text[a:b], longest)]
         at = 0
         while at < len(sentences):
             target = shortest * (body / shortest) ** rng.random() * per_token

@@ -18,11 +18,12 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ternarize.errors import UsageError, first_line
-from ternarize.measure.documents import DEFAULT, own_text, read_documents, reading
+from ternarize.measure.documents import DEFAULT, own_text, read_documents, reading, stream_documents
 from ternarize.plans.recipe import Calibrate
 
 SELF = "self"  # and DEFAULT: data sets of their own
@@ -61,14 +62,20 @@ class Opened(NamedTuple):
     notes: list[str]
 
 
-def read_texts(calibration: Calibrate, seq_len: int, tokenizer: Any) -> Texts:
+# (text, column, seed, tokenizer, pool) -> one pass over it
+Open = Callable[[str, str | None, int, Any, int], Opened]
+
+
+def read_texts(calibration: Calibrate, seq_len: int, tokenizer: Any, open_them: Open) -> Texts:
     """Documents of a file, a directory, a Hub dataset or the package's own text.
+
+    open_them  `open_texts`, or what takes its place
 
     Raises UsageError when they cannot be read or there are none.
     """
     pool = max(MIN_POOL, POOL_PER_TOKEN * calibration.num_samples * seq_len)
     given = calibration.dataset
-    opened = open_texts(given, calibration.text_column, calibration.seed, tokenizer, pool)
+    opened = open_them(given, calibration.text_column, calibration.seed, tokenizer, pool)
     documents, empty = draw(opened.stream, calibration.seed, pool)
     if empty:
         opened.notes.append(f"{empty} records without text were left out")
@@ -77,12 +84,15 @@ def read_texts(calibration: Calibrate, seq_len: int, tokenizer: Any) -> Texts:
     return Texts(documents, opened.name, opened.files, opened.notes)
 
 
-def open_texts(given: str, column: str | None, seed: int, tokenizer: Any, pool: int) -> Opened:
+def open_texts(
+    given: str, column: str | None, seed: int, tokenizer: Any, pool: int, largest: int | None = None
+) -> Opened:
     """One pass over the documents of a file, a directory, a Hub dataset or the package's own text.
 
-    column  of tables
-    seed    of the order of the files of a Hub dataset
-    pool    characters after which no further file of a Hub dataset is fetched
+    column   of tables
+    seed     of the order of the files of a Hub dataset
+    pool     characters after which no further file of a Hub dataset is fetched
+    largest  characters of a document of a .txt file, from which on it is cut; None: never
 
     Raises UsageError when they cannot be read.
     """
@@ -103,13 +113,14 @@ def open_texts(given: str, column: str | None, seed: int, tokenizer: Any, pool: 
             )
         if others:
             notes.append(f"{others} files of other kinds than text were not read")
-        stream = (each for one in paths for each in _read_file(one, column, tokenizer))
+        stream = (each for one in paths for each in _read_file(one, column, tokenizer, largest))
         files = [one.relative_to(path).as_posix() for one in paths]
     elif os.path.exists(path):
         name = path.name
-        stream = _read_file(path, column, tokenizer)
+        stream = _read_file(path, column, tokenizer, largest)
     else:
-        name, stream = _read_hub(given, column, seed, tokenizer, pool, files)
+        read = partial(_read_file, column=column, tokenizer=tokenizer, largest=largest)
+        name, stream = _read_hub(given, seed, pool, files, read)
     return Opened(stream, name, files, notes)
 
 
@@ -161,7 +172,9 @@ def _list_files(directory: Path) -> tuple[list[Path], int]:
     return sorted(paths, key=lambda path: path.relative_to(directory).as_posix()), others
 
 
-def _read_file(path: Path, column: str | None, tokenizer: Any) -> Iterator[Document]:
+def _read_file(
+    path: Path, column: str | None, tokenizer: Any, largest: int | None
+) -> Iterator[Document]:
     reader = READERS_OF_TEXT.get(path.suffix)
     if reader is None:
         raise UsageError(
@@ -170,22 +183,28 @@ def _read_file(path: Path, column: str | None, tokenizer: Any) -> Iterator[Docum
             f"{', '.join(READERS_OF_TEXT)} or .safetensors",
             "Convert it, or give it the ending of what it is",
         )
-    return reader(path, column, tokenizer)
+    return reader(path, column, tokenizer, largest)
 
 
-def _read_txt(path: Path, column: str | None, tokenizer: Any) -> Iterator[Document]:
+def _read_txt(
+    path: Path, column: str | None, tokenizer: Any, largest: int | None
+) -> Iterator[Document]:
     check_no_column(column, path)
-    for number, text in enumerate(read_documents(path), 1):
+    number = 0
+    for text, begins in stream_documents(path, largest):
+        number += begins
         if "\0" in text:  # valid UTF-8, but no text file has one
             found = f"document {number} has NUL characters"
             raise UsageError(path, found, "a text file", "Name another file")
-        yield Document(text)
+        yield Document(text, begins)
 
 
 _MARK = b"\xef\xbb\xbf"  # byte order mark
 
 
-def _read_jsonl(path: Path, column: str | None, tokenizer: Any) -> Iterator[Document]:
+def _read_jsonl(
+    path: Path, column: str | None, tokenizer: Any, _: int | None
+) -> Iterator[Document]:
     with reading(path, "a file of text"), path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if number == 1:
@@ -195,7 +214,7 @@ def _read_jsonl(path: Path, column: str | None, tokenizer: Any) -> Iterator[Docu
                 yield _of_row(_parse(line, where), column, tokenizer, where)
 
 
-def _read_json(path: Path, column: str | None, tokenizer: Any) -> Iterator[Document]:
+def _read_json(path: Path, column: str | None, tokenizer: Any, _: int | None) -> Iterator[Document]:
     with reading(path, "a file of text"):
         raw = path.read_bytes().removeprefix(_MARK)
     rows = _parse(raw, path)
@@ -212,7 +231,9 @@ def _read_json(path: Path, column: str | None, tokenizer: Any) -> Iterator[Docum
         yield _of_value(row, tokenizer, where) if alone else _of_row(row, column, tokenizer, where)
 
 
-def _read_parquet(path: Path, column: str | None, tokenizer: Any) -> Iterator[Document]:
+def _read_parquet(
+    path: Path, column: str | None, tokenizer: Any, _: int | None
+) -> Iterator[Document]:
     try:
         arrow, parquet = map(importlib.import_module, ("pyarrow", "pyarrow.parquet"))
     except ImportError:
@@ -236,8 +257,8 @@ def _read_parquet(path: Path, column: str | None, tokenizer: Any) -> Iterator[Do
             raise UsageError(path, found, "a parquet file", "Repair it, or name another") from None
 
 
-# (path, column that was named, tokenizer) -> documents
-READERS_OF_TEXT: dict[str, Callable[[Path, str | None, Any], Iterator[Document]]] = {
+# (path, column that was named, tokenizer, characters from which on a .txt is cut) -> documents
+READERS_OF_TEXT: dict[str, Callable[[Path, str | None, Any, int | None], Iterator[Document]]] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
     ".json": _read_json,
@@ -366,9 +387,11 @@ def _in_words(value: Any) -> str:
 
 
 def _read_hub(
-    given: str, column: str | None, seed: int, tokenizer: Any, pool: int, files: list[str]
+    given: str, seed: int, pool: int, files: list[str], read: Callable[[Path], Iterator[Document]]
 ) -> tuple[str, Iterator[Document]]:
     """Name with revision, and documents of a Hub dataset; `files` receives what is read.
+
+    read  a file's documents
 
     Files come in an order that the seed shuffles, and no more of them than hold `pool` characters:
     datasets can be larger than any disk.
@@ -411,7 +434,7 @@ def _read_hub(
             with _asking(given):
                 path = api.hf_hub_download(repo, name, repo_type="dataset", revision=commit)
             files.append(name)
-            for document in _read_file(Path(path), column, tokenizer):
+            for document in read(Path(path)):
                 total += len(document.text)
                 yield document
 

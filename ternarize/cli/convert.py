@@ -133,7 +133,8 @@ def with_options(recipe: Recipe, given: dict[str, Any], bounded: bool) -> Recipe
     elif own or bounded:
         _refuse_calibration([*own, "min_quality"][0], given.get("method"))
     others = {name: value for name, value in given.items() if name not in own}
-    return replace(recipe, **others | {"method": method, "calibrate": calibrate})
+    train = None if "distill" in own else recipe.train  # in the place of a recipe's training
+    return replace(recipe, **others | {"method": method, "calibrate": calibrate, "train": train})
 
 
 def _refuse_calibration(name: str, method: str | None) -> None:

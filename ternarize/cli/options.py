@@ -47,17 +47,18 @@ RecipeName = Annotated[
 def recipe_parameters(*, training: bool) -> Iterator[inspect.Parameter]:
     """The options of a recipe and of its parts, as a command has them; None: not given.
 
-    training  those of a training, too, which come first; what --distill does, it does itself
+    training  those of a training, too, which come first; what --distill does, it does itself, and
+              what it shares with a calibration is one option
 
     What is not about ternary weights comes last of a recipe's own.
     """
     own = sorted(fields(Recipe), key=lambda each: each.name in ("dtype", "activations"))
     first = fields(Train) if training else ()
+    names = {"distill"} if training else set[str]()
     for each in [*first, *own, *fields(Calibrate)]:
-        if training and each.name == "distill":
-            continue
-        if not each.metadata:
-            continue  # a part itself
+        if each.name in names or not each.metadata:
+            continue  # seen, or a part itself
+        names.add(each.name)
         kinds, allowed = get_args(each.type) or (each.type,), each.metadata["allowed"]
         kind: Any = list[str] if ... in kinds else kinds[0]
         about = typer.Option(help=each.metadata["help"], metavar=each.metadata["metavar"])

@@ -136,9 +136,11 @@ def _recorded(recipe: Recipe) -> dict[str, Any]:
         recipe = replace(recipe, calibrate=replace(recipe.calibrate, dataset=dataset))
     if recipe.train is not None:
         texts = tuple(_last_part(each) for each in recipe.train.texts)
-        others = {n: getattr(recipe.train, n) for n in ("teacher", "start")}
-        names = {name: value and _last_part(value) for name, value in others.items()}
-        recipe = replace(recipe, train=replace(recipe.train, texts=texts, **names))
+        teacher, start = (
+            each and _last_part(each) for each in (recipe.train.teacher, recipe.train.start)
+        )
+        train = replace(recipe.train, texts=texts, teacher=teacher, start=start)
+        recipe = replace(recipe, train=train)
     return asdict(recipe)
 
 

@@ -23,7 +23,7 @@ from typing import Any, TextIO
 
 from torch import Tensor
 
-from ternarize.calibrate.pipeline import calibrate
+from ternarize.calibrate.pipeline import Calibrated, calibrate
 from ternarize.convert.journal import State, note, resume
 from ternarize.convert.limits import check_disk, threads_that_fit
 from ternarize.convert.record import write_small_files
@@ -66,7 +66,7 @@ from ternarize.progress import Progress
 from ternarize.qat.rounding import Form
 from ternarize.runtime.rehearsal import rehearse
 from ternarize.threads import THREADS, TICK, let_through, result_of, thread_pool
-from ternarize.train.run import Log, train_model
+from ternarize.train.run import Log, open_training, train_model
 from ternarize.trits.ternary import check_device
 
 
@@ -287,12 +287,15 @@ def _fit(work: _Work, state: State, bounds: Mapping[str, float]) -> None:
         elif tensor.ternary and not tensor.tied_to:
             tensors[at] = replace(tensor, choice=replace(tensor.choice, codec=""))
     folder = work.partial / CALIBRATION
-    where = {"device": work.device, "progress": work.progress}
+    where: dict[str, Any] = {"device": work.device, "progress": work.progress}
+    found: Calibrated | None = None
     try:
-        found = calibrate(plan, tensors, folder, **where) if plan.recipe.calibrate else None
-        if plan.recipe.training is not None:
-            fitted_so_far = tensors if found is None else found.tensors
-            found = train_model(plan, fitted_so_far, folder, found, log=work.log, **where)
+        data = open_training(plan) if plan.recipe.training else None
+        if plan.recipe.calibrate:
+            found = calibrate(plan, tensors, folder, **where)
+        if data is not None:
+            begun = tensors if found is None else found.tensors
+            found = train_model(plan, data, begun, folder, found, log=work.log, **where)
     except WeightError as error:
         raise not_finite(source, source.tensors[error.where]) from None
     assert found is not None

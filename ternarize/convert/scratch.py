@@ -1,22 +1,28 @@
 """A model trained from nothing: drawn at random, saved, and then trained like any other.
 
-OUTPUT.start holds the model as it was drawn, from which a run that was broken off goes on.
+OUTPUT.start holds the model as it was drawn, from which a run that was broken off goes on. It is
+removed when the output is complete: its weights are the seed's, and nobody needs them again.
 """
 
+import hashlib
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from ternarize.convert.run import convert
-from ternarize.errors import CheckpointError
-from ternarize.models.configuration import open_config, usable
-from ternarize.models.reads import has_tokenizer, no_tokenizer, open_tokenizer
+from ternarize.errors import CheckpointError, OutputError
+from ternarize.files.outputs import partial_of
+from ternarize.models.configuration import class_of, open_config, usable
+from ternarize.models.reads import TOKENIZER_FILES, has_tokenizer, no_tokenizer, open_tokenizer
 from ternarize.plans.recipe import Recipe
 from ternarize.progress import Progress
 from ternarize.train.run import Log
+
+DRAWN = ".drawn.json"  # in OUTPUT.start: of what it was drawn
 
 
 def train_from_scratch(
@@ -27,6 +33,7 @@ def train_from_scratch(
     device: str | None = None,
     progress: Progress | None = None,
     log: Log | None = None,
+    min_quality: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Draw the weights of a model at random, train it as the recipe says, and pack it.
 
@@ -37,31 +44,60 @@ def train_from_scratch(
     """
     folder, output = Path(folder).expanduser(), Path(output).expanduser()
     start = output.with_name(output.name + ".start")
-    if not start.is_dir():
-        _draw(folder, start)
-    record = convert(start, output, recipe, device=device, progress=progress, log=log)
-    shutil.rmtree(start)
-    return record
+    assert recipe.train is not None
+    if (output.exists() or output.is_symlink()) and not start.is_dir():
+        raise OutputError(output, "exists already", "a new directory", "Remove it or name another")
+    _draw(folder, start, recipe.train.seed)
+    try:
+        return convert(
+            start,
+            output,
+            recipe,
+            device=device,
+            progress=progress,
+            log=log,
+            min_quality=min_quality,
+        )
+    finally:
+        if output.is_dir() or not partial_of(output).exists():  # complete, or of no use
+            shutil.rmtree(start)
 
 
-def _draw(folder: Path, start: Path) -> None:
-    """Save a random model of a configuration, whole."""
+def _draw(folder: Path, start: Path, seed: int) -> None:
+    """Save a random model of a configuration, whole; one that is there must be of the same."""
+    drawn = {"seed": seed} | {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in ("config.json", *TOKENIZER_FILES)
+        if (folder / name).is_file()
+    }
+    if (start / DRAWN).is_file():
+        before = json.loads((start / DRAWN).read_text("utf-8"))
+        differ = [name for name in {**before, **drawn} if before.get(name) != drawn.get(name)]
+        if differ:
+            raise OutputError(
+                start,
+                f"was drawn of another {differ[0]}",
+                "the same",
+                "Undo the change, or remove it and OUTPUT.partial to begin anew",
+            )
+        return
     config = open_config(folder)
     if not has_tokenizer(folder):
         raise no_tokenizer(folder)
-    model_class = getattr(transformers, (config.architectures or [""])[0], None)
+    model_class = class_of(config)
     if model_class is None:
         raise CheckpointError(
             folder / "config.json",
             f"architectures {config.architectures}",
-            f"a model class of transformers {transformers.__version__}",
+            "a model class of transformers",
             'Name one, for instance ["LlamaForCausalLM"]',
         )
-    torch.manual_seed(0)
-    with usable(folder / "config.json"):
+    with usable(folder / "config.json"), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         model = model_class(config)
     part = start.with_name(start.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
     open_tokenizer(folder).save_pretrained(part)
+    (part / DRAWN).write_text(json.dumps(drawn), "utf-8")
     part.rename(start)

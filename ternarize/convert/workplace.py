@@ -4,7 +4,7 @@ OUTPUT.partial.lock    held by the conversion that is at work
 OUTPUT.partial/        the result as it grows; it gets its final name when all is verified
   .journal.jsonl       its first line says of which conversion it is (`identity`); the last file
                        to go, so that what a break leaves can be told from others' folders
-  .calibration/        blocks that are calibrated
+  .calibration/        blocks that are calibrated, and how far a training is
   .source/             the shard of a source that is streamed
 """
 
@@ -180,5 +180,5 @@ def remove(partial: Path) -> None:
 
 
 def has_blocks(partial: Path) -> bool:
-    """Whether it holds what took long: calibrated blocks."""
-    return any((partial / CALIBRATION).glob("*.safetensors"))
+    """Whether it holds what took long: calibrated blocks, or a training."""
+    return any((partial / CALIBRATION).rglob("*.safetensors"))

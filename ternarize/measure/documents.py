@@ -48,15 +48,44 @@ def read_documents(path: str | Path) -> list[str]:
     The line break before a separator belongs to it. Raises UsageError when the file cannot be read
     as UTF-8.
     """
-    with reading(path, "a text file"):
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    documents: list[list[str]] = [[]]
-    for line in text.split("\n"):
-        if line == SEPARATOR:
-            documents.append([])
-        else:
-            documents[-1].append(line)
-    return [joined for lines in documents if (joined := "\n".join(lines)).strip()]
+    return [text for text, _ in stream_documents(path)]
+
+
+def stream_documents(path: str | Path, largest: int | None = None) -> Iterator[tuple[str, bool]]:
+    """The same, one by one, and whether a document begins with the text.
+
+    largest  characters, from which on a document is cut, at a blank line if one comes in time: no
+             more of a file is in memory at once. None: documents stay whole
+    """
+    lines: list[str] = []
+    size, begins, in_line = 0, True, False
+    with reading(path, "a text file"), Path(path).expanduser().open(encoding="utf-8") as file:
+        for line in _lines(file, largest):
+            ends = not in_line and line.removesuffix("\n") == SEPARATOR
+            in_line = not line.endswith("\n")
+            if not ends:
+                lines.append(line)
+                size += len(line)
+                if largest is None or size < (largest if line == "\n" else 2 * largest):
+                    continue
+            text = "".join(lines)
+            text = text.removesuffix("\n") if ends else text
+            if text.strip():
+                yield text, begins
+            begins = ends or (begins and not text.strip())
+            lines, size = [], 0
+    if (text := "".join(lines)).strip():
+        yield text, begins
+
+
+def _lines(file: Any, longest: int | None) -> Iterator[str]:
+    """The lines of a text file, long ones in parts; errors of decoding have the file's byte."""
+    try:
+        while line := file.readline(-1 if longest is None else longest):
+            yield line
+    except UnicodeDecodeError as error:
+        error.start += file.buffer.tell() - len(error.object)
+        raise
 
 
 def cut_windows(

@@ -63,6 +63,8 @@ GROUPS = Span(
     "a positive number of weights, -1 (one group per row) or 0 (one scale per tensor)",
 )
 COUNT, STEPS = Span(1, MAX_COUNT), Span(0, MAX_COUNT, "{low} to {high} steps")
+SEEDS = Span(0, 2**32 - 1)
+DISTILL_BATCH = 1024  # tokens of a step of --distill
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,7 @@ class Calibrate:
         None, "Tokens of a sample; default: what the model takes, at most 512.", Span(2, MAX_COUNT)
     )
     seed: int = option(
-        0,
-        "Of the choice of samples, of rotation and training; default: {default}.",
-        Span(0, 2**32 - 1),
+        0, "Of the choice of samples, of rotation and training; default: {default}.", SEEDS
     )
     text_column: str | None = option(None, "Column of the texts; default: text or messages.")
     rotation: int = option(
@@ -143,11 +143,15 @@ class Train:
     )
     tokens: int | None = option(None, "Tokens to train on.", COUNT)
     minutes: float | None = option(
-        None, "Minutes to train for, those before a break included.", Span(0, MAX_COUNT)
+        None,
+        "Minutes to train for, those before a break included.",
+        Span(1e-3, MAX_COUNT, "{low} to {high} minutes"),
     )
     steps: int | None = option(None, "Steps of training.", COUNT)
     train_len: int | None = option(
-        None, "Tokens of a sample; default: what the model takes, at most 256.", Span(2, MAX_COUNT)
+        None,
+        "Tokens of a sample; default: that of --seq-len, or what the model takes, at most 256.",
+        Span(2, MAX_COUNT),
     )
     batch: int = option(4096, "Tokens of a step; default: {default}.", COUNT)
     lr: float | None = option(
@@ -164,12 +168,19 @@ class Train:
         "Draw the weights at random: MODEL is a folder with config.json and a tokenizer. With the "
         "rule and activations of BitNet b1.58, on the texts themselves, if nothing else is said.",
     )
+    seed: int = option(
+        0, "Of the choice and order of samples, and of what is drawn; default: {default}.", SEEDS
+    )
+    text_column: str | None = option(None, "Column of the texts; default: text or messages.")
 
     def __post_init__(self) -> None:
         _check_values(self)
         if self.tokens is None and self.minutes is None and self.steps is None:
             raise UsageError(
-                "training", "without an end", "tokens, minutes or steps", "Name one of them"
+                "training",
+                "without an end",
+                "tokens, minutes or steps",
+                "Name one of them (--tokens, --minutes, --steps)",
             )
 
 
@@ -231,12 +242,35 @@ class Recipe:
             raise UsageError("method", words, "some with it", "Add `calibrate`, or take another")
         if self.method != GPTQ and self.calibrate is not None:
             raise UsageError("method", words, f"{GPTQ!r} with it", "Take that, or no `calibrate`")
+        if self.train is not None:
+            self._check_training(self.train)
+
+    def _check_training(self, train: Train) -> None:
+        if self.calibrate is None and not train.texts:
+            raise UsageError("training", "without a text", "some", "Name one with --texts")
+        if self.calibrate is not None and self.calibrate.distill:
+            raise UsageError(
+                "distill", "beside a training", "one of the two", "Leave it out, or `train`"
+            )
+        if self.calibrate is not None and (train.from_scratch or train.start is not None):
+            raise UsageError(
+                "--from-scratch" if train.from_scratch else "--start",
+                "with calibration, which begins with the weights of a source",
+                "texts to train on alone",
+                "Use --texts in the place of --dataset, and another method",
+            )
 
     @property
     def training(self) -> Train | None:
         """How the whole model is trained: `train`, or what --distill asks for, or not at all."""
-        if self.train is None and self.calibrate is not None and self.calibrate.distill:
-            return Train(steps=self.calibrate.distill)
+        found = self.calibrate
+        if self.train is None and found is not None and found.distill:
+            return Train(
+                steps=found.distill,
+                batch=DISTILL_BATCH,
+                seed=found.seed,
+                text_column=found.text_column,
+            )
         return self.train
 
     @property
@@ -291,9 +325,9 @@ NAMED: dict[str, tuple[dict[str, Any], str]] = {
     "fast": ({"method": "itf"}, "no data"),
     "good": ({"method": GPTQ, "calibrate": {}}, "calibrated, block by block"),
     "best": (
-        {"method": GPTQ, "calibrate": {"num_samples": 512, "distill": 1000}},
-        "trained after that: the whole model in memory, more than five times the processor time, "
-        "and much text, which --dataset names",
+        {"method": GPTQ, "calibrate": {"num_samples": 512}, "train": {"tokens": 1 << 20}},
+        "trained after that on a million tokens: the whole model in memory, and much text, which "
+        "--dataset names",
     ),
 }
 
@@ -368,7 +402,8 @@ def _made(kind: type[Made], table: Any, at: str = "") -> Made:
     for name in table:
         if name not in known:
             raise UsageError(f"{inside}{name!r:.60}", "is no option", f"one of {', '.join(known)}")
-    for name, part in (("calibrate", Calibrate), ("train", Train)):
+    parts: dict[str, Any] = {"calibrate": Calibrate, "train": Train}
+    for name, part in parts.items():
         if isinstance(table.get(name), dict):
             table = {**table, name: _made(part, table[name], f"{inside}{name}")}
     try:

@@ -5,9 +5,9 @@ its teacher the source or another model. Its best state on documents put aside i
 stores. The room knows models, plans and the files of calibration, and nothing of the files that a
 conversion writes.
 
+    losses.py      losses over large vocabularies, in pieces, with their gradients
     texts.py       documents of any number -> samples without end, and those that are kept apart
     sources.py     the samples of a training, for each kind of model and text
-    losses.py      losses over large vocabularies, in pieces, with their gradients
     students.py    the two models, and how their outputs are compared
     state.py       how far a training is, on the disk
     loop.py        samples, loss, step; looks at held-out text; what a broken run goes on from

@@ -1,8 +1,10 @@
 """Where a training is logged: whatever accelerate's trackers know."""
 
+import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ternarize.errors import UsageError, first_line
 from ternarize.train.run import Log
@@ -20,34 +22,7 @@ def logging_to(names: Sequence[str], output: Path) -> Iterator[Log | None]:
     if not names:
         yield None
         return
-    try:
-        from accelerate import Accelerator
-    except ImportError:
-        raise UsageError(
-            "--report-to",
-            "needs accelerate, which is not installed",
-            "it",
-            "Run pip install 'ternarize[train]'",
-        ) from None
-    try:
-        folder = output.with_name(output.name + ".logs")
-        accelerator = Accelerator(log_with=list(names), project_dir=str(folder), cpu=True)
-        accelerator.init_trackers(output.name)
-    except (ValueError, ImportError) as error:
-        raise UsageError(
-            "--report-to",
-            f"{', '.join(names)} cannot be used ({first_line(error)})",
-            "the name of a tracker that accelerate knows, and its package",
-            "Install it, or leave it out",
-        ) from None
-    found = {tracker.name for tracker in accelerator.trackers}
-    if missing := [name for name in names if name not in found]:
-        raise UsageError(
-            "--report-to",
-            f"{missing[0]}, whose package is not installed",
-            "a tracker that is",
-            f"Run pip install {missing[0]}",
-        )
+    accelerator = _open_trackers(names, output)
 
     def log(step: int, figures: Mapping[str, float]) -> None:
         accelerator.log(dict(figures), step=step)
@@ -56,3 +31,40 @@ def logging_to(names: Sequence[str], output: Path) -> Iterator[Log | None]:
         yield log
     finally:
         accelerator.end_training()
+
+
+def _open_trackers(names: Sequence[str], output: Path) -> Any:
+    """accelerate's Accelerator with these trackers."""
+    try:
+        accelerate: Any = importlib.import_module("accelerate")
+        tracking: Any = importlib.import_module("accelerate.tracking")
+    except ImportError:
+        raise UsageError(
+            "--report-to",
+            "trackers are accelerate's, which is not installed",
+            "it",
+            "Run pip install accelerate",
+        ) from None
+    known = tracking.LOGGER_TYPE_TO_CLASS
+    for name in names:
+        if name not in known:
+            raise UsageError("--report-to", f"{name!r}", f"one of {', '.join(known)}")
+        if name not in tracking.get_available_trackers():
+            raise UsageError(
+                "--report-to", f"{name} is not installed", "it", f"Run pip install {name}"
+            )
+    folder = output.with_name(output.name + ".logs")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        accelerator = accelerate.Accelerator(
+            log_with=list(names), project_dir=str(folder), cpu=True
+        )
+        accelerator.init_trackers(output.name)
+    except Exception as error:  # a tracker has a service of its own, and raises what it likes
+        raise UsageError(
+            "--report-to",
+            f"{', '.join(names)} cannot be used ({first_line(error)})",
+            "a tracker that starts",
+            "Set it up, or leave it out",
+        ) from error
+    return accelerator

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ternarize.calibrate.samples import Sample
-from ternarize.errors import OutputError
 from ternarize.plans.recipe import Train
-from ternarize.train.state import Progressed, load_state, save_state
-from ternarize.train.texts import tokens_in
+from ternarize.threads import signals_held
+from ternarize.train.state import Progressed, best_file, load_state, save_state
+from ternarize.train.texts import learnt_in, tokens_in
 
 _PART = 2048  # tokens that go through the model at a time
 WARM = 0.02  # share of the budget in which rates go up
@@ -42,9 +42,10 @@ class Job:
     optimizer   with the rates at their highest
     loss        of samples, to train
     held        the held-out loss
-    keep        write what is stored of the state now, as the best
+    keep        write what is stored of the state now into a file, with its held-out loss
     known       what must be the same when a training goes on
-    at          what changes with the share that is done, before each step
+    told        what to show after each step
+    at          what changes with the share that is done, before each step and at the end
     """
 
     training: Train
@@ -53,61 +54,59 @@ class Job:
     optimizer: torch.optim.Optimizer
     loss: Objective
     held: Callable[[], float]
-    keep: Callable[[Progressed], None]
+    keep: Callable[[Path, float], None]
     known: Mapping[str, Any]
     told: Told
     at: Callable[[float], None]
 
 
 def train(job: Job, samples: Iterator[Sample]) -> Progressed:
-    """Train until the budget is used up; returns how it went. The best state is in the folder."""
-    found = load_state(job.folder, job.parameters, job.optimizer)
-    progressed = Progressed() if found is None else found[0]
-    if found is not None and found[1] != dict(job.known):
-        raise OutputError(
-            job.folder.parent,
-            f"holds a training of other settings ({found[1]} there, {dict(job.known)} now)",
-            "the same",
-            "Remove it to begin anew",
-        )
-    if not progressed.held:
-        _look(job, progressed)
+    """Train until the budget is used up; returns how it went. The best state is in the folder.
+
+    What is interrupted between two steps, or within one, goes on after the last whole one.
+    """
+    progressed = load_state(job.folder, job.parameters, job.optimizer, job.known)
     for _ in range(progressed.samples):
         next(samples)
     rates = [group["lr"] for group in job.optimizer.param_groups]
-    looks = math.floor(share_done(job.training, progressed) * LOOKS)
-    saved, shown = time.monotonic(), 0.0
-    while (done := share_done(job.training, progressed)) < 1:
-        job.at(done)
-        for group, rate in zip(job.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * _rate(done)
-        begun = time.monotonic()
-        loss, figures, taken = _step(job, samples)
-        took = time.monotonic() - begun
-        progressed.step += 1
-        progressed.seconds += took
-        progressed.samples += len(taken)
-        tokens = sum(map(tokens_in, taken))
-        progressed.tokens += tokens
-        shown = loss if not shown else (1 - SMOOTH) * shown + SMOOTH * loss
-        now = share_done(job.training, progressed)
-        if math.floor(now * LOOKS) > looks and now < 1:
-            looks = math.floor(now * LOOKS)
-            _look(job, progressed)
-        if time.monotonic() - saved > SAVE_EVERY:
+
+    def save() -> None:
+        with signals_held():
             save_state(job.folder, progressed, job.parameters, job.optimizer, job.known)
-            saved = time.monotonic()
-        left = progressed.seconds * (1 - now) / max(now, 1e-9)
-        speed = progressed.tokens / max(progressed.seconds, 1e-9)
-        facts = {"loss": shown, "held": progressed.held[-1][1], "left": max(0.0, left)}
-        job.told(progressed.step, min(now, 1.0), {**figures, **facts, "speed": speed})
-    for group, rate in zip(job.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    job.at(1.0)
-    if progressed.held[-1][0] != progressed.step:
-        _look(job, progressed)
-    save_state(job.folder, progressed, job.parameters, job.optimizer, job.known)
-    return progressed
+
+    saved, shown = time.monotonic(), 0.0
+    try:
+        while True:
+            done = min(1.0, share_done(job.training, progressed))
+            job.at(done)
+            if not progressed.held or math.floor(done * LOOKS) > progressed.looked:
+                _look(job, progressed, math.floor(done * LOOKS))
+            if done == 1 or time.monotonic() - saved > SAVE_EVERY:
+                save()
+                saved = time.monotonic()
+            if done == 1:
+                return progressed
+            for group, rate in zip(job.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * _rate(done)
+            loss, figures = _step(job, progressed, samples)
+            shown = loss if not shown else (1 - SMOOTH) * shown + SMOOTH * loss
+            _tell(job, progressed, shown, figures)
+    except KeyboardInterrupt:
+        if progressed.held:
+            save()
+        raise
+
+
+def _tell(job: Job, progressed: Progressed, loss: float, figures: Mapping[str, float]) -> None:
+    """Say how far a training is."""
+    done = max(1e-9, share_done(job.training, progressed))
+    told = {
+        "loss": loss,
+        "held": progressed.held[-1][1],
+        "speed": progressed.tokens / max(progressed.seconds, 1e-9),
+        "left": max(0.0, progressed.seconds * (1 - done) / done),
+    }
+    job.told(progressed.step, min(done, 1.0), {**figures, **told})
 
 
 def share_done(training: Train, progressed: Progressed) -> float:
@@ -125,33 +124,45 @@ def _rate(done: float) -> float:
     return min(1.0, (done + 1e-3) / WARM) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-def _look(job: Job, progressed: Progressed) -> None:
+def _look(job: Job, progressed: Progressed, number: int) -> None:
     """Measure the held-out loss; keep the state if none was better."""
     loss = job.held()
-    progressed.held.append((progressed.step, loss))
-    if loss < progressed.best:
-        progressed.best = loss
-        job.keep(progressed)
+    least = min((each for _, each in progressed.held), default=math.inf)
+    better = loss < least or progressed.best is None
+    if better:
+        job.keep(best_file(job.folder, progressed.step), loss)
+    with signals_held():
+        progressed.held.append((progressed.step, loss))
+        progressed.looked = number
+        progressed.best = progressed.step if better else progressed.best
 
 
-def _step(job: Job, samples: Iterator[Sample]) -> tuple[float, dict[str, float], list[Sample]]:
-    """One step of the optimizer; returns its loss, figures beside it, and the samples taken."""
+def _step(
+    job: Job, progressed: Progressed, samples: Iterator[Sample]
+) -> tuple[float, dict[str, float]]:
+    """One step of the optimizer; returns its loss and figures beside it."""
+    begun = time.monotonic()
     taken: list[Sample] = []
     while sum(map(tokens_in, taken)) < job.training.batch:
         taken.append(next(samples))
-    whole = sum(map(tokens_in, taken))
+    whole = max(1, sum(map(learnt_in, taken)))
     job.optimizer.zero_grad()
     total, figures = 0.0, dict[str, float]()
     for part in in_parts(taken):
         loss, beside = job.loss(part)
-        share = sum(map(tokens_in, part)) / whole
+        share = sum(map(learnt_in, part)) / whole
         (loss * share).backward()  # type: ignore[no-untyped-call]
         total += share * float(loss.detach())
         for name, value in beside.items():
             figures[name] = figures.get(name, 0.0) + share * value
     torch.nn.utils.clip_grad_norm_(list(job.parameters.values()), CLIP)
-    job.optimizer.step()
-    return total, figures, taken
+    with signals_held():  # a step is done whole or not at all
+        job.optimizer.step()
+        progressed.step += 1
+        progressed.samples += len(taken)
+        progressed.tokens += sum(map(tokens_in, taken))
+        progressed.seconds += time.monotonic() - begun
+    return total, figures
 
 
 def in_parts(samples: Sequence[Sample]) -> Iterator[list[Sample]]:

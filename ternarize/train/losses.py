@@ -49,12 +49,11 @@ class Head:
         values = values * self.factor if self.factor != 1 else values
         return self.cap * torch.tanh(values / self.cap) if self.cap else values
 
-    def to_hidden(self, gradient: Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:
-        """The gradient by hidden states of that by logits, (tokens, words) -> (tokens, n)."""
+    def before(self, gradient: Tensor, logits: Tensor) -> Tensor:
+        """The gradient by h W^T + b of that by logits, (tokens, words)."""
         if self.cap:
             gradient = gradient * (1 - (logits / self.cap).square())
-        hidden = gradient.to(dtype) @ self.weight.to(dtype)
-        return hidden * self.factor if self.factor != 1 else hidden
+        return gradient * self.factor if self.factor != 1 else gradient
 
     def of(self, words: "Words") -> "Head":
         """The head for some words alone."""
@@ -91,7 +90,8 @@ def choose_words(named: Tensor, vocabulary: int, generator: torch.Generator) -> 
     taken[named.flatten().cpu()] = True
     others = (~taken).nonzero().flatten()
     count = min(OTHERS, len(others))
-    sampled = others[torch.randint(len(others), (count,), generator=generator)].unique()
+    drawn = torch.randint(max(1, len(others)), (count,), generator=generator)
+    sampled = torch.unique(others[drawn])
     weight = torch.zeros(vocabulary)
     weight[taken] = 1.0
     weight[sampled] = len(others) / max(1, len(sampled))
@@ -104,25 +104,26 @@ def divergence(
 ) -> tuple[Tensor, Tensor]:
     """KL(teacher || student), and how often both find the same word likeliest.
 
-    hidden  (tokens, n) of the student, with gradient
+    hidden  (tokens, n) of the student, with gradient; so may be the weight and bias of its head
     target  (tokens, m) of the teacher
     heads   of student and teacher, for `words` (`Head.of`)
     dtype   of the products
 
     Returns two scalars, means over the tokens.
     """
-    return _apply(hidden, target, None, heads, words, dtype)
+    return _apply(hidden, heads[0].weight, heads[0].bias, target, None, heads, words, dtype)
 
 
 def text_loss(
     hidden: Tensor, following: Tensor, head: Head, words: Words, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the next token (tokens,) int64, and how often it was the likeliest."""
-    return _apply(hidden, None, words.position(following), (head, head), words, dtype)
+    right = words.position(following)
+    return _apply(hidden, head.weight, head.bias, None, right, (head, head), words, dtype)
 
 
 def _apply(*arguments: Any) -> tuple[Tensor, Tensor]:
-    loss, same = _InPieces.apply(*arguments)
+    loss, same = _InPieces.apply(*arguments)  # type: ignore[no-untyped-call]
     return loss, same
 
 
@@ -131,6 +132,8 @@ class _InPieces(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
         target: Tensor | None,
         following: Tensor | None,
         heads: tuple[Head, Head],
@@ -139,7 +142,10 @@ class _InPieces(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         student, teacher = heads
         loss, same = hidden.new_zeros((), dtype=torch.float64), 0
-        gradients = torch.empty_like(hidden)
+        of_hidden = torch.empty_like(hidden)
+        of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        of_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        count = max(1, len(hidden))
         for start in range(0, len(hidden), _PIECE):
             part = slice(start, start + _PIECE)
             logits = student.logits(hidden[part], dtype)
@@ -158,17 +164,25 @@ class _InPieces(torch.autograd.Function):
                 same += int((log_q.argmax(-1) == right.squeeze(-1)).sum())
                 slope = log_q.exp_()
                 slope.scatter_add_(-1, right, -torch.ones_like(right, dtype=slope.dtype))
-            gradients[part] = student.to_hidden(slope, logits, dtype).to(hidden.dtype)
-        count = max(1, len(hidden))
-        ctx.save_for_backward(gradients / count)
+            slope = student.before(slope, logits) / count
+            narrow = slope.to(dtype)
+            of_hidden[part] = (narrow @ weight.to(dtype)).to(hidden.dtype)
+            if of_weight is not None:
+                of_weight += narrow.T @ hidden[part].to(dtype)
+            if of_bias is not None:
+                of_bias += slope.sum(0)
+        ctx.save_for_backward(of_hidden, of_weight, of_bias)
         agreement = hidden.new_tensor(same / count, dtype=torch.float32)
         ctx.mark_non_differentiable(agreement)
         return (loss / count).to(torch.float32), agreement
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (gradients,) = ctx.saved_tensors
-        return gradients * grads[0].to(gradients.dtype), None, None, None, None, None
+        own = [
+            each * grads[0].to(each.dtype) if each is not None else None
+            for each in ctx.saved_tensors
+        ]
+        return *own, None, None, None, None, None
 
 
 def _log_softmax(logits: Tensor, words: Words) -> Tensor:

@@ -1,6 +1,7 @@
 """What a training is for: the loss of some samples, by kind of model and objective."""
 
 import math
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,36 +15,57 @@ from ternarize.models.skeleton import model_end
 from ternarize.train.loop import Objective, in_parts
 from ternarize.train.losses import Head, Words, choose_words, divergence, text_loss
 from ternarize.train.students import Pair
-from ternarize.train.texts import IGNORED, batch_of, tokens_in
+from ternarize.train.texts import IGNORED, batch_of, learnt_in
 
 
-def objective(pair: Pair, common: Tensor, first: int, seed: int, pad: int) -> Objective:
+def objective(
+    pair: Pair, common: Tensor, first: int, seed: int, pad: int, sigma: float
+) -> Objective:
     """The loss of samples, a mean over their tokens, to be trained with.
 
     common  word ids that every step looks at, beside its own
     first   position of a window whose token is the first to be predicted
+    seed    of the words that are sampled: with the samples it decides them
     pad     token id that short samples are filled up with
+    sigma   what `first_error` gives
     """
-    generator = torch.Generator().manual_seed(seed)
     if pair.heads is None:
-        sigma: list[float] = []
         return lambda samples: (_whole(pair, batch_of(samples, pad), sigma), {})
+    device = next(pair.student.parameters()).device
 
     def loss(samples: Sequence[Sample]) -> tuple[Tensor, dict[str, float]]:
         ids = torch.cat([sample["input_ids"] for sample in samples])
-        words = choose_words(torch.cat([ids, common]), pair.vocabulary, generator)
+        own = zlib.crc32(ids.numpy().tobytes()) ^ seed  # a run that goes on samples the same
+        generator = torch.Generator().manual_seed(own)
+        named = torch.cat([ids, common]).to(device)
+        words = choose_words(named, pair.vocabulary, generator)
         return _by_words(pair, samples, words, first, pad)
 
     return loss
 
 
-def held_loss(pair: Pair, samples: Sequence[Sample], first: int, pad: int) -> dict[str, float]:
+def first_error(pair: Pair, samples: Sequence[Sample], pad: int) -> float:
+    """The size of the error of outputs that are no words, at the start; 1 of all others."""
+    if pair.heads is not None:
+        return 1.0
+    with torch.no_grad():
+        errors = []
+        for part in in_parts(samples):
+            found, target = _outputs(pair, batch_of(part, pad))
+            if found.shape[-1] == pair.vocabulary:
+                return 1.0
+            errors.append(float(F.mse_loss(found, target)))
+    return max(1e-12, math.sqrt(sum(errors) / len(errors)))
+
+
+def held_loss(
+    pair: Pair, samples: Sequence[Sample], first: int, pad: int, sigma: float
+) -> dict[str, float]:
     """The loss on held-out samples over all words, and what is known beside it."""
     total, figures, count = 0.0, dict[str, float](), 0
-    sigma: list[float] = [1.0]
     with torch.no_grad():
         for part in in_parts(samples):
-            tokens = sum(map(tokens_in, part))
+            tokens = sum(map(learnt_in, part))
             if pair.heads is None:
                 loss, beside = _whole(pair, batch_of(part, pad), sigma), dict[str, float]()
             else:
@@ -51,6 +73,7 @@ def held_loss(pair: Pair, samples: Sequence[Sample], first: int, pad: int) -> di
             total, count = total + float(loss) * tokens, count + tokens
             for name, value in beside.items():
                 figures[name] = figures.get(name, 0.0) + value * tokens
+    count = max(1, count)
     return {"loss": total / count, **{name: value / count for name, value in figures.items()}}
 
 
@@ -88,27 +111,31 @@ def _moved(batch: dict[str, Tensor], pair: Pair) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in batch.items()}
 
 
-def _whole(pair: Pair, batch: dict[str, Tensor], sigma: list[float]) -> Tensor:
-    """Of any other model: the divergence of its logits, or the error of its first output.
-
-    sigma  the error's size at the start, by which it is divided; filled in by the first call
-    """
+def _outputs(pair: Pair, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits of words, or else the first output, of student and teacher, (tokens, n) float32."""
     batch = _moved(batch, pair)
 
     def outputs(model: Any) -> Tensor:
         with pair.autocast():
             output = model(**batch)
-        logits = getattr(output, "logits", None)
+        logits: Tensor | None = getattr(output, "logits", None)
         words = logits is not None and model_end(model, "head") is not None
-        return tokens_of(logits if words else hidden_of(output), mask_of(batch)).float()
+        chosen = logits if words and logits is not None else hidden_of(output)
+        return tokens_of(chosen, mask_of(batch)).float()
 
     with torch.no_grad():
         target = outputs(pair.teacher)
-    found = outputs(pair.student)
+    return outputs(pair.student), target
+
+
+def _whole(pair: Pair, batch: dict[str, Tensor], sigma: float) -> Tensor:
+    """Of any other model: the divergence of its logits, or the error of its first output.
+
+    sigma  by which the error is divided
+    """
+    found, target = _outputs(pair, batch)
     if found.shape[-1] == pair.vocabulary:
         log_q, log_p = found.log_softmax(-1), target.log_softmax(-1)
         each = log_p.exp() * (log_p - log_q)
         return each.where(log_p > -math.inf, 0).sum(-1).mean()
-    if not sigma:
-        sigma.append(max(1e-12, math.sqrt(float(F.mse_loss(found.detach(), target)))))
-    return F.huber_loss(found / sigma[0], target / sigma[0], delta=1.0)
+    return F.huber_loss(found / sigma, target / sigma, delta=1.0)

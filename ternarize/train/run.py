@@ -7,28 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from ternarize.calibrate.blocks import Blocks
-from ternarize.calibrate.pipeline import Calibrated, quality_of
-from ternarize.calibrate.solved import Solved, open_solved, write_solved
+from ternarize.calibrate.pipeline import Calibrated, environments_of, quality_of
+from ternarize.calibrate.solved import Solved, open_solved, read_planes, write_solved
 from ternarize.errors import UsageError
 from ternarize.files import metadata
+from ternarize.files.headers import stamp
 from ternarize.files.metadata import SCALE_SUFFIX
-from ternarize.models.configuration import open_config
 from ternarize.plans.layout import Plan, TensorPlan
+from ternarize.plans.recipe import Train
 from ternarize.progress import Progress
 from ternarize.qat.modules import LOG_SCALE, latent_modules
 from ternarize.qat.rounding import Form
 from ternarize.qat.schedule import end_decay, parameter_groups
+from ternarize.sources.checkpoint import locate
 from ternarize.sources.packed import open_packed
 from ternarize.train.loop import Job, train
-from ternarize.train.objectives import held_loss, objective
+from ternarize.train.objectives import first_error, held_loss, objective
 from ternarize.train.optimizer import make_optimizer
 from ternarize.train.sources import Data, data_of
-from ternarize.train.state import BEST, Progressed
-from ternarize.train.students import Pair, make_pair
+from ternarize.train.state import Progressed
+from ternarize.train.students import Pair, make_pair, teacher_folder
 from ternarize.train.texts import batch_of
 from ternarize.trits.ternary import scaled
 
@@ -42,8 +43,22 @@ FOLDER = "training"  # in the folder of the calibration
 Log = Callable[[int, Mapping[str, float]], None]
 
 
+def open_training(plan: Plan) -> Data:
+    """What a plan's training reads, opened before anything long begins.
+
+    Raises UsageError for texts that cannot be used and for a teacher of other words,
+    CheckpointError where the model or its tokenizer cannot be.
+    """
+    training = plan.recipe.training
+    assert training is not None
+    if training.objective == "distill":
+        teacher_folder(plan.source.directory, training)
+    return data_of(plan)
+
+
 def train_model(
     plan: Plan,
+    data: Data,
     tensors: Sequence[TensorPlan],
     folder: Path,
     calibrated: Calibrated | None,
@@ -54,19 +69,18 @@ def train_model(
 ) -> Calibrated:
     """Train the ternary tensors of a plan, and what stands between them.
 
+    data        what `open_training` gives
     tensors     the plan's; of those to be trained the choice says ternary
     folder      of the calibration: its blocks, and the state of a training that was broken off
     calibrated  where calibration has put the tensors to begin with; None: begin with `itf`
 
     Returns what is to be stored, with the figures of the trained model in its record. Raises
-    UsageError for texts that cannot be used, CheckpointError for a model that cannot be run.
+    OutputError where the folder holds a training that began otherwise, CheckpointError for a model
+    that cannot be run.
     """
     training = plan.recipe.training
     assert training is not None
     source = plan.source
-    config = open_config(source.directory)
-    model_class = getattr(transformers, (config.architectures or [""])[0])
-    data = data_of(plan, training, config, model_class)
     todo = {t.name: t for t in tensors if t.ternary and not t.tied_to and t.planes == 1}
     blocks = Blocks(source, list(todo), device)
     if training.start is not None:
@@ -86,9 +100,11 @@ def train_model(
     place = folder / FOLDER
     place.mkdir(parents=True, exist_ok=True)
 
-    def keep(progressed: Progressed) -> None:
-        about = {"held": json.dumps(progressed.held[-1])}
-        write_solved(place / BEST, blocks, by_name, stored_of(pair), about)
+    environments = environments_of(folder, device)
+    sigma = first_error(pair, data.held, data.pad)
+
+    def keep(file: Path, loss: float) -> None:
+        write_solved(file, blocks, by_name, stored_of(pair), {"held": json.dumps(loss)})
 
     def told(step: int, done: float, figures: Mapping[str, float]) -> None:
         if progress is not None:
@@ -101,19 +117,22 @@ def train_model(
         place,
         pair.trained(),
         make_optimizer(groups),
-        objective(pair, data.common, data.first, _seed(plan), data.pad),
-        lambda: held_loss(pair, data.held, data.first, data.pad)["loss"],
+        objective(pair, data.common, data.first, training.seed, data.pad, sigma),
+        lambda: held_loss(pair, data.held, data.first, data.pad, sigma)["loss"],
         keep,
-        {"texts": data.about, "training": repr(training)},
+        _known(data, pair, device, training),
         told,
         lambda done: end_decay(job.optimizer, done),
     )
     progressed = train(job, data.stream)
-    best = open_solved(place / BEST)
+    best = open_solved(progressed.best_file(place))
     records = metadata.records_of(best)
     record = calibrated.record if calibrated else {}
-    _take_best(pair, blocks, best)
-    described = _described(progressed, data, pair) | {"quality": _quality(pair, data)}
+    _take_best(pair, blocks, progressed.best_file(place))
+    described = _described(progressed, data, pair) | {
+        "environments": environments,
+        "quality": _quality(pair, data),
+    }
     solved_now = {**begun} | {name: (best, each) for name, each in records.items()}
     return Calibrated(solved_now, list(tensors), record, described)
 
@@ -138,8 +157,13 @@ def _of_packed(start: str, tensors: Sequence[TensorPlan]) -> Calibrated:
             )
         if record is not None and record.shape is not None and tensor.ternary:
             scale = packed.tensors[tensor.name + SCALE_SUFFIX].dtype
-            groups = {"group_size": record.group_size, "rotation": record.rotation}
-            tensor = replace(tensor, planes=record.planes, scale_dtype=scale, **groups)
+            tensor = replace(
+                tensor,
+                planes=record.planes,
+                scale_dtype=scale,
+                group_size=record.group_size,
+                rotation=record.rotation,
+            )
             begun[tensor.name] = packed, record
         elif record is not None and record.shape is None and len(tensor.shape) == 1:
             begun[tensor.name] = packed, record  # a vector that may have been fitted
@@ -166,11 +190,18 @@ def _stored(module: Any, leaf: str, form: Form) -> Tensor:
     return form.turn(scaled(trits, scales, form.group_size)).contiguous()
 
 
-def _take_best(pair: Pair, blocks: Blocks, best: Any) -> None:
-    """Put the best state into the student, for its figures."""
-    from ternarize.calibrate.solved import read_planes
+def _known(data: Data, pair: Pair, device: str, training: Train) -> dict[str, Any]:
+    """What must be the same when a training goes on, beside the options and the source."""
+    models = {}
+    for what, name in (("teacher", training.teacher), ("start", training.start)):
+        files = [] if name is None else sorted(locate(name).glob("*.safetensors"))
+        models[what] = [[file.name, *stamp(file)[1:3]] for file in files]
+    return {**data.about, **models, "device": device, "computed_in": str(pair.dtype)[6:]}
 
-    values = read_planes(Path(best.directory) / BEST)
+
+def _take_best(pair: Pair, blocks: Blocks, best: Path) -> None:
+    """Put the best state into the student, for its figures."""
+    values = read_planes(best)
     own = dict(pair.student.named_parameters(remove_duplicate=False))
     forms = {
         f"{path}.{leaf}": (module, leaf)
@@ -187,7 +218,6 @@ def _take_best(pair: Pair, blocks: Blocks, best: Any) -> None:
 
 
 def _described(progressed: Progressed, data: Data, pair: Pair) -> dict[str, Any]:
-    best = min(progressed.held, key=lambda look: look[1])
     return {
         **data.about,
         "steps": progressed.step,
@@ -195,7 +225,7 @@ def _described(progressed: Progressed, data: Data, pair: Pair) -> dict[str, Any]
         "minutes": round(progressed.seconds / 60, 2),
         "computed_in": str(pair.dtype)[6:],
         "held_out": [[step, round(loss, 6)] for step, loss in progressed.held],
-        "kept_step": best[0],
+        "kept_step": progressed.best,
     }
 
 
@@ -220,7 +250,3 @@ def _in_words(step: int, figures: Mapping[str, float]) -> str:
         f"step {step}: loss {figures['loss']:.3f}, held-out {figures['held']:.3f}, "
         f"{figures['speed']:.0f} tokens/s, {time} left"
     )
-
-
-def _seed(plan: Plan) -> int:
-    return plan.recipe.calibrate.seed if plan.recipe.calibrate else 0

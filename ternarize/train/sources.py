@@ -3,23 +3,26 @@
 import itertools
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ternarize.calibrate.apart import divide_text
+from ternarize.calibrate.data import digest_of
 from ternarize.calibrate.pipeline import samples_of
 from ternarize.calibrate.samples import Cut, Finish, Sample, cutter
 from ternarize.calibrate.texts import SELF, Document
 from ternarize.errors import UsageError
 from ternarize.measure.documents import cut as cut_ids
+from ternarize.models.configuration import class_of, open_config
 from ternarize.models.reads import (
     CAUSAL,
     TENSORS,
     beginning,
-    check_seq_len,
+    check_ids,
     frame,
     has_tokenizer,
     kind_of,
@@ -27,22 +30,26 @@ from ternarize.models.reads import (
     max_positions,
     no_tokenizer,
     open_tokenizer,
+    vocabulary_size,
 )
 from ternarize.plans.layout import Plan
-from ternarize.plans.recipe import Train
+from ternarize.plans.recipe import Calibrate, Train
+from ternarize.train.losses import ALL_WORDS
 from ternarize.train.texts import (
+    IDS,
     IGNORED,
-    documents_of,
     kept_apart,
     mixed,
     read_mixture,
+    repeated,
     training_samples,
 )
 
 LENGTH = 256  # tokens of a sample, when none is asked for
 HELD, REPORT = 32, 32  # samples that choose, and that give the figures
 COMMON = 8192  # words that every step looks at: the most frequent of the first samples
-LOOKED_AT = 2048  # samples that they are counted in
+COUNTED = 1 << 19  # tokens that they are counted in
+FIRST = 64  # samples of each text by which a text that has changed is told
 
 
 @dataclass
@@ -66,101 +73,153 @@ class Data:
     about: dict[str, Any]
 
 
-def data_of(plan: Plan, training: Train, config: Any, model_class: Any) -> Data:
+@dataclass
+class _Reader:
+    """How texts become samples of a model.
+
+    tokenizer  None where it reads no text, or none is given
+    length     tokens of a sample
+    """
+
+    plan: Plan
+    training: Train
+    config: Any
+    kind: str
+    tokenizer: Any
+    length: int
+    cut: Cut
+    finish: Finish
+
+
+def data_of(plan: Plan) -> Data:
     """The samples of a training.
 
     Raises UsageError where the texts cannot be read or do not fit the model, CheckpointError where
-    it has no tokenizer.
+    it has no tokenizer, or one of other words.
     """
-    calibration = plan.recipe.calibrate
+    training, calibration = plan.recipe.training, plan.recipe.calibrate
+    assert training is not None
     given = list(training.texts) or ([calibration.dataset] if calibration else [])
-    if not given:
-        raise UsageError("training", "no text", "some to train on", "Name one with --texts")
-    kind, directory = kind_of(model_class, config), plan.source.directory
-    alone = given == [SELF] or Path(given[0]).suffix == ".safetensors" or kind == TENSORS
-    if alone:
-        return _of_samples(plan, given)
+    mixture = read_mixture(given)
+    reader = _reader_of(plan, training, [each.name for each in mixture])
+    streams, held, report, names = [], list[Sample](), list[Sample](), []
+    for name, weight in mixture:
+        stream, choose, figures, called = _samples_of_text(reader, name, len(mixture))
+        streams.append((stream, weight))
+        held += choose
+        report += figures
+        names.append(called if weight == 1 else f"{called}={weight:g}")
+    looked_at = _put_back(streams, FIRST)
+    about = {
+        "texts": names,
+        "length": reader.length or None,
+        "held_samples": len(held),
+        "report_samples": len(report),
+        "digest": digest_of([held, report, looked_at]),
+    }
+    prefix = frame(reader.tokenizer).prefix if reader.tokenizer is not None else []
+    first = max(1, len(prefix)) if reader.kind == CAUSAL else 1
+    pad = getattr(reader.tokenizer, "pad_token_id", None) or 0
+    common = _common(streams, reader)
+    return Data(mixed(streams, training.seed), held, report, common, first, pad, about)
+
+
+def _reader_of(plan: Plan, training: Train, names: Sequence[str]) -> _Reader:
+    directory = plan.source.directory
+    config = open_config(directory)
+    model_class = class_of(config)
+    assert model_class is not None, "the plan has run its skeleton"
+    kind = kind_of(model_class, config)
+    if training.objective == "text" and kind != CAUSAL:
+        raise UsageError(
+            "--objective text", f"a {kind}", "a causal language model", "Use --objective distill"
+        )
+    if all(_in_rows(name, kind) for name in names):
+        found = open_tokenizer(directory) if has_tokenizer(directory) else None
+        length = training.train_len or 0
+        return _Reader(plan, training, config, kind, found, length, lambda _: [], lambda _: {})
     if not has_tokenizer(directory):
         raise no_tokenizer(directory, "no tokenizer, without which text cannot be read")
     tokenizer = open_tokenizer(directory)
     limit = max_positions(config) if kind == CAUSAL else longest_text(config, tokenizer)
-    length = training.train_len or min(LENGTH, limit)
-    check_seq_len(length, limit)
-    seed = calibration.seed if calibration else 0
-    column = calibration.text_column if calibration else None
-    rng = random.Random(f"ternarize {seed} texts")
+    calibration = plan.recipe.calibrate
+    length = training.train_len or (calibration and calibration.seq_len) or min(LENGTH, limit)
+    if length > limit:
+        raise UsageError(
+            "--train-len",
+            f"{length}",
+            f"at most the model's {limit} positions",
+            f"Use --train-len {limit}",
+        )
+    rng = random.Random(f"ternarize {training.seed} texts")
     cut, finish = cutter(kind, length, config, tokenizer, rng)
     if training.objective == "text":
-        if kind != CAUSAL:
-            raise UsageError(
-                "--objective text",
-                f"a model that is {kind}",
-                "a causal language model",
-                "Use --objective distill",
-            )
         cut, finish = _with_answers(tokenizer, length)
-    streams, held, report = [], list[Sample](), list[Sample]()
-    mixture = read_mixture(given)
-    for name, weight in mixture:
-        documents = documents_of(name, column, seed, tokenizer)
-        samples = (documents, cut, finish)
-        streams.append((training_samples(*samples, seed, name), weight))
-        held += kept_apart(documents, "held", cut, finish, -(-HELD // len(mixture)), name)
-        report += kept_apart(documents, "report", cut, finish, -(-REPORT // len(mixture)), name)
-    common = _common(streams, config, kind)
-    about = {"texts": [Path(n).name if Path(n).exists() else n for n in given], "length": length}
-    about |= {"held_samples": len(held), "report_samples": len(report)}
-    first = max(1, len(frame(tokenizer).prefix)) if kind == CAUSAL else 1
-    pad = tokenizer.pad_token_id or 0
-    return Data(mixed(streams, seed), held, report, common, first, pad, about)
+    return _Reader(plan, training, config, kind, tokenizer, length, cut, finish)
 
 
-def _common(streams: list[tuple[Iterator[Sample], float]], config: Any, kind: str) -> Tensor:
-    """The most frequent words of the first samples of each text, which are put back."""
-    size = getattr(config.get_text_config(), "vocab_size", 0) or 0
-    counts = torch.zeros(size, dtype=torch.int64)
-    for at, (stream, weight) in enumerate(streams):
-        first = list(itertools.islice(stream, LOOKED_AT if kind == CAUSAL else 0))
-        for sample in first:
-            counts += torch.bincount(sample["input_ids"], minlength=size)
-        streams[at] = (itertools.chain(first, stream), weight)
-    return counts.topk(min(COMMON, size)).indices
+def _in_rows(name: str, kind: str) -> bool:
+    """Whether a data set is no text to be cut, but has samples as they are."""
+    return name == SELF or Path(name).suffix == ".safetensors" or kind == TENSORS
 
 
-def _of_samples(plan: Plan, given: Sequence[str]) -> Data:
-    """The samples of a calibration, over and over: tensors, and what the model itself writes."""
-    calibration = plan.recipe.calibrate
-    if calibration is None or list(given) != [calibration.dataset]:
-        raise UsageError(
-            given[0],
-            "to train on, with nothing calibrated on it",
-            "the data set of the calibration",
-            "Name it with --dataset alone",
-        )
-    samples = samples_of(plan, calibration)
-    rows = {
-        part: [
+def _samples_of_text(
+    reader: _Reader, name: str, texts: int
+) -> tuple[Iterator[Sample], list[Sample], list[Sample], str]:
+    """Samples without end, those that choose, those that give the figures; the text's name."""
+    training = reader.training
+    if _in_rows(name, reader.kind):
+        train, held, report = _rows(reader, name)
+        return repeated(train, training.seed), held, report, Path(name).name
+
+    def finish(piece: Any) -> Sample:
+        sample = reader.finish(piece)
+        check_ids([sample[n] for n in IDS if n in sample], reader.config, name)
+        return sample
+
+    text = divide_text(name, training.text_column, training.seed, reader.tokenizer)
+    held, report = (
+        kept_apart(text, part, reader.cut, finish, -(-count // texts), reader.length)
+        for part, count in (("held", HELD), ("report", REPORT))
+    )
+    return training_samples(text, reader.cut, finish, training.seed), held, report, text.name
+
+
+def _rows(reader: _Reader, name: str) -> list[list[Sample]]:
+    """Three sets of samples as they are: tensors of a file, or what the model itself writes."""
+    calibration = reader.plan.recipe.calibrate or Calibrate(seed=reader.training.seed)
+    length = reader.length or calibration.seq_len
+    own = replace(calibration, dataset=name, text_column=None, seq_len=length)
+    samples = samples_of(reader.plan, own)
+    return [
+        [
             {name: value[row] for name, value in batch.items()}
             for batch in batches
             for row in range(len(next(iter(batch.values()))))
         ]
-        for part, batches in (
-            ("train", samples.batches),
-            ("held", samples.heldout),
-            ("report", samples.report),
-        )
-    }
+        for batches in (samples.batches, samples.heldout, samples.report)
+    ]
 
-    def stream() -> Iterator[Sample]:
-        for number in itertools.count():
-            order = list(rows["train"])
-            random.Random(f"ternarize {calibration.seed} {number}").shuffle(order)
-            yield from order
 
-    about = {"texts": [samples.description["dataset"]], "samples": len(rows["train"])}
-    ids = [row["input_ids"].flatten() for row in rows["train"] if "input_ids" in row]
-    common = torch.cat(ids).unique() if ids else torch.zeros(0, dtype=torch.int64)
-    return Data(stream(), rows["held"], rows["report"], common, samples.first, 0, about)
+def _put_back(streams: list[tuple[Iterator[Sample], float]], count: int) -> list[Sample]:
+    """The first samples of each stream, which are put back."""
+    found: list[Sample] = []
+    for at, (stream, weight) in enumerate(streams):
+        first = list(itertools.islice(stream, count))
+        streams[at] = (itertools.chain(first, stream), weight)
+        found += first
+    return found
+
+
+def _common(streams: list[tuple[Iterator[Sample], float]], reader: _Reader) -> Tensor:
+    """The most frequent words of the first samples of each text; none of a small vocabulary."""
+    size = vocabulary_size(reader.config) or 0
+    if reader.kind != CAUSAL or size <= ALL_WORDS:
+        return torch.zeros(0, dtype=torch.int64)
+    counts = torch.zeros(size, dtype=torch.int64)
+    for sample in _put_back(streams, max(1, COUNTED // max(1, reader.length or LENGTH))):
+        counts += torch.bincount(sample["input_ids"].flatten(), minlength=size)
+    return counts.topk(min(COMMON, size)).indices
 
 
 def _with_answers(tokenizer: Any, length: int) -> tuple[Cut, Finish]:

@@ -28,6 +28,7 @@ from ternarize.plans.recipe import Train
 from ternarize.qat.modules import Qat, latent_modules
 from ternarize.qat.prepare import begin, insert
 from ternarize.qat.rounding import Form
+from ternarize.sources.checkpoint import locate
 from ternarize.train.losses import Head
 from ternarize.trits.int4 import INT4, encode_int4
 from ternarize.trits.int8 import INT8, encode_int8
@@ -101,8 +102,7 @@ def make_pair(
     student = _open(directory, device)
     teacher: Any = None
     if training.objective == "distill":
-        teacher = _open(training.teacher or directory, device)
-        _check_words(student, teacher, training.teacher)
+        teacher = _open(teacher_folder(directory, training), device)
         if training.teacher is None:
             _share(student, teacher)
     _make_ternary(student, blocks, begun, tensors, scale, activations, dtype)
@@ -123,7 +123,23 @@ def make_pair(
     return pair
 
 
-def _open(where: Any, device: str) -> Any:
+def teacher_folder(directory: Path, training: Train) -> Path:
+    """The folder of a training's teacher; raises UsageError where it knows other words."""
+    if training.teacher is None:
+        return directory
+    folder = locate(training.teacher)
+    sizes = [vocabulary_size(open_config(each)) for each in (directory, folder)]
+    if sizes[0] != sizes[1]:
+        raise UsageError(
+            training.teacher,
+            f"knows {sizes[1]} words, and the model {sizes[0]}",
+            "the same vocabulary",
+            "Name another teacher, or train on the texts (--objective text)",
+        )
+    return folder
+
+
+def _open(where: Path, device: str) -> Any:
     config = open_config(where)
     model_class = getattr(transformers, (config.architectures or [""])[0], None)
     if model_class is None:
@@ -133,20 +149,9 @@ def _open(where: Any, device: str) -> Any:
             f"a class of transformers {transformers.__version__}",
             "Convert it without training",
         )
-    with usable(Path(where)):
+    with usable(where):
         model = model_class.from_pretrained(where, dtype="auto").to(device)
     return model.eval().requires_grad_(False)
-
-
-def _check_words(student: Any, teacher: Any, name: str | None) -> None:
-    sizes = [vocabulary_size(model.config) for model in (student, teacher)]
-    if sizes[0] != sizes[1]:
-        raise UsageError(
-            name or "teacher",
-            f"knows {sizes[1]} words, and the model {sizes[0]}",
-            "the same vocabulary",
-            "Name another teacher, or train on the texts (--objective text)",
-        )
 
 
 def _share(student: Any, teacher: Any) -> None:
@@ -165,7 +170,7 @@ def _make_ternary(
     activations: str,
     dtype: torch.dtype,
 ) -> None:
-    """Give the student latent weights, and of the others the values that it will have in the end."""
+    """Give the student latent weights, and the others the values that they will have."""
     ternary = {n: t for n, t in tensors.items() if t.ternary and not t.tied_to and t.planes == 1}
     stored, dense = _values(blocks, begun, tensors, ternary)
     forms: dict[str, Form] = {}

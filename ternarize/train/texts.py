@@ -1,34 +1,29 @@
 """Texts to train on, of any size: documents stream by and become samples.
 
 A pass over a text is read in stretches of some megabytes, whose samples are shuffled; then the next
-pass begins, with another shuffle. Several texts are mixed sample by sample, by their weights. All of
-it depends on the seed alone, so a run that goes on skips the samples that it has had.
-
-Documents are kept apart from the start: by SHA-256(document) one in 64 chooses between states
-("held"), one in 64 gives the figures ("report"), the others train. A text of few documents is cut
-at blank lines into sections first.
+pass begins, with another shuffle. Several texts are mixed sample by sample, by their weights. All
+of it depends on the seed alone, so a run that goes on skips the samples that it has had.
 """
 
-import hashlib
 import itertools
+import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ternarize.calibrate.samples import Cut, Finish, Sample, sections
-from ternarize.calibrate.texts import Document, open_texts
+from ternarize.calibrate.apart import Divided
+from ternarize.calibrate.samples import Cut, Finish, Sample
+from ternarize.calibrate.texts import Document
 from ternarize.errors import UsageError
 
 STRETCH = 1 << 22  # characters whose samples are shuffled together
-_FEW = 256  # documents, below which a text is cut into sections
-ONE_IN = 64  # documents that choose, and as many that give the figures
-NO_END = 1 << 62  # characters of a Hub data set that may be read
+APART = 1 << 16  # characters of documents kept apart that are cut together
+OTHER_TOKENS = 256  # that a sample without token ids counts for
 IGNORED = -100  # a label that counts for nothing, as transformers has it
-
-Documents = Callable[[], Iterator[Document]]  # one pass over a text
+IDS = ("input_ids", "decoder_input_ids")
 
 
 class Ingredient(NamedTuple):
@@ -47,83 +42,77 @@ def read_mixture(given: Sequence[str]) -> list[Ingredient]:
             share = float(weight) if name else 1.0
         except ValueError:
             name, share = "", 1.0  # an = in the name of a file
+        if os.path.exists(os.path.expanduser(each)):
+            name, share = each, 1.0
         if not 0 < share < float("inf"):
             raise UsageError(each, f"weight {weight}", "a number above 0", "Use FILE=0.5")
         found.append(Ingredient(name or each, share))
     return found
 
 
-def part_of(document: Document) -> str:
-    """Which part of a text a document belongs to: "train", "held" or "report"."""
-    digest = hashlib.sha256(document.text.encode()).digest()
-    at = int.from_bytes(digest[:8], "big") % ONE_IN
-    return {0: "held", 1: "report"}.get(at, "train")
+def training_samples(text: Divided, cut: Cut, finish: Finish, seed: int) -> Iterator[Sample]:
+    """Samples without end, pass after pass, from the documents that train.
 
-
-def documents_of(name: str, column: str | None, seed: int, tokenizer: Any) -> Documents:
-    """Passes over the documents of a text that are not empty, or of its sections if they are few."""
-
-    def one_pass() -> Iterator[Document]:
-        stream = open_texts(name, column, seed, tokenizer, NO_END).stream
-        full = (document for document in stream if document.text.strip())
-        first = list(itertools.islice(full, _FEW))
-        if not first:
-            raise UsageError(name, "has no text", "documents to train on", "Check the file")
-        return itertools.chain(first, full) if len(first) == _FEW else iter(sections(first))
-
-    return one_pass
-
-
-def training_samples(
-    documents: Documents, cut: Cut, finish: Finish, seed: int, name: str
-) -> Iterator[Sample]:
-    """Samples without end, pass after pass, from the documents that train."""
+    Raises UsageError for a pass that makes none.
+    """
     for number in itertools.count():
         rng = random.Random(f"ternarize {seed} {number}")
         any_sample = False
-        for stretch in _stretches(d for d in documents() if part_of(d) == "train"):
+        for stretch in _stretches(text.part("train"), STRETCH):
             pieces = list(cut(stretch))
             rng.shuffle(pieces)
             for piece in pieces:
                 any_sample = True
                 yield finish(piece)
         if not any_sample:
-            raise UsageError(
-                name, "makes no sample", "text for at least one", "Give more, or use --seq-len"
-            )
+            raise _too_little(text, "makes no sample to train on")
 
 
 def kept_apart(
-    documents: Documents, part: str, cut: Cut, finish: Finish, count: int, name: str
+    text: Divided, part: str, cut: Cut, finish: Finish, count: int, length: int
 ) -> list[Sample]:
-    """The first samples of the documents that choose, or that give the figures."""
+    """The first samples, of `length` tokens, of the documents that choose, or give the figures."""
     found: list[Sample] = []
-    for stretch in _stretches(d for d in documents() if part_of(d) == part):
+    for stretch in _stretches(text.part(part), max(APART, 16 * length)):
         found += [finish(piece) for piece in cut(stretch)]
         if len(found) >= count:
             break
     if not found:
-        raise UsageError(
-            name,
-            f"makes no sample of documents that are kept apart, one in {ONE_IN}",
-            "some, to choose the best state by and for the figures",
-            "Give more text, or use shorter samples (--seq-len)",
+        raise _too_little(
+            text, f"makes no sample of documents that are kept apart, one in {text.one_in}"
         )
     return found[:count]
 
 
-def _stretches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents in lists of about STRETCH characters."""
+def _too_little(text: Divided, found: str) -> UsageError:
+    return UsageError(
+        text.name,
+        found,
+        "samples to train on, others to choose the best state by, others for the figures",
+        "Give more text, or use shorter samples (--train-len)",
+    )
+
+
+def _stretches(documents: Iterable[Document], most: int) -> Iterator[list[Document]]:
+    """Documents in lists of about so many characters."""
     stretch: list[Document] = []
     size = 0
     for document in documents:
         stretch.append(document)
         size += len(document.text)
-        if size >= STRETCH:
+        if size >= most:
             yield stretch
             stretch, size = [], 0
     if stretch:
         yield stretch
+
+
+def repeated(samples: Sequence[Sample], seed: int) -> Iterator[Sample]:
+    """Samples over and over, in another order each time."""
+    for number in itertools.count():
+        order = list(samples)
+        random.Random(f"ternarize {seed} {number}").shuffle(order)
+        yield from order
 
 
 def mixed(streams: Sequence[tuple[Iterator[Sample], float]], seed: int) -> Iterator[Sample]:
@@ -137,8 +126,15 @@ def mixed(streams: Sequence[tuple[Iterator[Sample], float]], seed: int) -> Itera
 
 def tokens_in(sample: Sample) -> int:
     """Tokens that a sample counts for."""
-    ids: Tensor | None = sample.get("input_ids")
-    return 1 if ids is None else int(ids.numel())
+    ids = [sample[name] for name in IDS if name in sample]
+    return sum(each.numel() for each in ids) or OTHER_TOKENS
+
+
+def learnt_in(sample: Sample) -> int:
+    """Tokens that its loss is a mean over; without labels about those that it has."""
+    if "labels" not in sample:
+        return tokens_in(sample)
+    return int((sample["labels"][1:] != IGNORED).sum())
 
 
 def batch_of(samples: Sequence[Sample], pad: int) -> dict[str, Tensor]:
@@ -146,14 +142,13 @@ def batch_of(samples: Sequence[Sample], pad: int) -> dict[str, Tensor]:
 
     pad  token id to fill up with
     """
-    longest = max(len(sample["input_ids"]) for sample in samples)
-    if all(len(sample["input_ids"]) == longest for sample in samples):
+    lengths = [len(sample.get("input_ids", ())) for sample in samples]
+    if min(lengths) == max(lengths):
         return {name: torch.stack([s[name] for s in samples]) for name in samples[0]}
     fill = {"input_ids": pad, "labels": IGNORED}
     batch = {}
     for name in samples[0]:
         rows = [s[name] for s in samples]
         batch[name] = torch.nn.utils.rnn.pad_sequence(rows, True, fill.get(name, 0))
-    lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
-    batch["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
+    batch["attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
     return batch
