@@ -13,6 +13,7 @@ CONTENTS = """
 :hidden:
 
 docs/convert
+docs/evaluate
 docs/calibration
 docs/formats
 docs/imports

@@ -64,7 +64,7 @@ def _show_writing(found: dict[str, Any], examples: int) -> None:
 
 
 def _beginning(text: str) -> str:
-    text = text.strip()
+    text = text.strip() or "(nothing)"
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
