@@ -19,7 +19,7 @@ from ternarize.errors import UsageError
 from ternarize.measure.documents import DEFAULT
 
 SMALL = 1 << 24  # characters, up to which a text is small, and stays in memory
-FEW = 256  # documents, below which a small text is cut into sections
+FEW_DOCUMENTS = 256  # documents, below which a small text is cut into sections
 SECTIONS = 1024  # that such a text is cut into, if they are of LEAST_SECTION characters at least
 LONGEST = 1 << 16  # characters of a document, beyond which it is cut
 ONE_IN = {True: 16, False: 32}  # documents of a small text, and of a large one, for each part
@@ -73,7 +73,7 @@ def divide_text(
     if not head:
         raise UsageError(given, "has no text", "documents to train on", "Check the file")
     if size <= SMALL:
-        longest = max(LEAST_SECTION, size // SECTIONS) if len(head) < FEW else LONGEST
+        longest = max(LEAST_SECTION, size // SECTIONS) if len(head) < FEW_DOCUMENTS else LONGEST
         cut = list(_sections(head, longest))
         return Divided(*first[1:], ONE_IN[True], lambda: iter(cut))
     here = given == DEFAULT or Path(given).expanduser().exists()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ternarize.calibrate.apart import divide_text
-from ternarize.calibrate.data import digest_of
+from ternarize.calibrate.data import IDS, digest_of
 from ternarize.calibrate.pipeline import samples_of
 from ternarize.calibrate.samples import Cut, Finish, Sample, cutter
 from ternarize.calibrate.texts import SELF, Document
@@ -36,7 +36,6 @@ from ternarize.plans.layout import Plan
 from ternarize.plans.recipe import Calibrate, Train
 from ternarize.train.losses import ALL_WORDS
 from ternarize.train.texts import (
-    IDS,
     IGNORED,
     kept_apart,
     mixed,

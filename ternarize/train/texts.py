@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ternarize.calibrate.apart import Divided
+from ternarize.calibrate.data import IDS
 from ternarize.calibrate.samples import Cut, Finish, Sample
 from ternarize.calibrate.texts import Document
 from ternarize.errors import UsageError
@@ -23,7 +24,6 @@ STRETCH = 1 << 22  # characters whose samples are shuffled together
 APART = 1 << 16  # characters of documents kept apart that are cut together
 OTHER_TOKENS = 256  # that a sample without token ids counts for
 IGNORED = -100  # a label that counts for nothing, as transformers has it
-IDS = ("input_ids", "decoder_input_ids")
 
 
 class Ingredient(NamedTuple):
