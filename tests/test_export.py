@@ -552,15 +552,18 @@ def test_each_loss_is_named_and_the_nearest_is_measured(
     assert all(0 < row["relative_error"] < bound for row in report["errors"])
 
 
-def test_int8_ends_are_exact_in_q8_0(packed: Callable[..., Path], tmp_path: Path) -> None:
-    model = packed(256, head="int8", embeddings="int8")
+@pytest.mark.parametrize(("codec", "kind"), [("int8", "Q8_0"), ("int4", "Q4_0")])
+def test_ends_of_8_and_4_bits_are_exact(
+    codec: str, kind: str, packed: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = packed(256, head=codec, embeddings=codec)
     assert export(model, tmp_path / "m.gguf", "gguf")["exact"]
     _, tensors = read_gguf(tmp_path / "m.gguf")
     stored = packing.read_checkpoint(model)
     records = metadata.records_of(container_of(model))
     ends = (("token_embd", "model.embed_tokens"), ("output", "lm_head"))
     for new, name in ((f"{a}.weight", f"{b}.weight") for a, b in ends):
-        assert tensors[new].tensor_type == gguf.GGMLQuantizationType.Q8_0
+        assert tensors[new].tensor_type == gguf.GGMLQuantizationType[kind]
         dense = container.dequantize(stored[name], stored[name + "_scale"], records[name])
         found = gguf.dequantize(tensors[new].data, tensors[new].tensor_type)
         assert np.array_equal(found, dense.numpy())
@@ -958,7 +961,8 @@ def test_stock_transformers_has_our_logits(packed: Callable[..., Path], tmp_path
         add("dense", packed(group_size), 2e-5)
     add("dense", packed(128), 2e-2, "bfloat16", dtype="bfloat16")
     add("dense", packed(128), 4e-3, "float16", dtype="float16")
-    add("dense", packed(128, head="int8", embeddings="int8"), 2e-5, dtype="float32")
+    for codec in ("int8", "int4"):
+        add("dense", packed(128, head=codec, embeddings=codec), 2e-5, dtype="float32")
     if GEMMA:
         add("gemma-int2", packed(-1), 2e-5)
         add("gemma-int2", packed(0), 2e-5)

@@ -13,6 +13,8 @@ A block holds `block` weights of a row and one float16 scale d; weight = d * tri
     Q2_0    64 weights, 18 bytes, 2.25 bits each
             d; then qs[16]: byte m has weights 4 m + {0, 1, 2, 3} from the low bits, as trit + 1
     Q8_0    32 weights, 34 bytes, 8.5 bits each: d; then 32 int8
+    Q4_0    32 weights, 18 bytes, 4.5 bits each: d, which can be negative; then qs[16]: byte m has
+            weights m and m + 16 from the low bits, as integers + 8
 
 Described in ggml-common.h and ggml-quants.c of llama.cpp; all numbers are little-endian.
 
@@ -57,9 +59,9 @@ TYPES = {
     "q2_0": BlockType(42, 41, 64, 18),
 }
 FLOATS = {"F32": 0, "F16": 1, "BF16": 30}  # ggml's numbers of floating-point types
-Q8_0 = 8
-Q8_0_BLOCK = 32  # weights
-Q8_0_NBYTES = 34
+Q8_0, Q4_0 = 8, 2
+Q8_0_BLOCK = 32  # weights, of Q4_0 as well
+Q8_0_NBYTES, Q4_0_NBYTES = 34, 18
 
 
 def encode_blocks(ternary: Ternary, kind: str) -> Tensor:
@@ -134,6 +136,16 @@ def encode_q8_0(values: Tensor, scales: Tensor) -> Tensor:
     """
     blocks = values.contiguous().view(torch.uint8).reshape(-1, Q8_0_BLOCK)
     return torch.cat([_scale_bytes(scales), blocks], 1).view(values.shape[0], -1)
+
+
+def encode_q4_0(values: Tensor, scales: Tensor) -> Tensor:
+    """The bytes of int4 weights, -8 to 7, in Q4_0; arguments as of `encode_q8_0`.
+
+    Returns (rows, cols / 32 * 18) uint8.
+    """
+    codes = (values + 8).view(torch.uint8).reshape(-1, Q8_0_BLOCK)
+    low, high = codes.chunk(2, 1)
+    return torch.cat([_scale_bytes(scales), low | high << 4], 1).view(values.shape[0], -1)
 
 
 def _scale_bytes(scales: Tensor) -> Tensor:

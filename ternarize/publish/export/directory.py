@@ -100,8 +100,8 @@ def target_dtype(packed: PackedCheckpoint, asked: str | None) -> torch.dtype:
 def split_modules(packed: PackedCheckpoint, losses: Losses) -> tuple[list[str], list[str]]:
     """Packed tensors that are a linear layer's weight, and the linear layers that are not packed.
 
-    What is packed and is no linear layer's weight (embeddings, experts, heads in int8) goes into
-    the output in floating point; of ternary ones this is noted as a loss.
+    What is packed and is no linear layer's weight (embeddings, experts, heads in int8 or int4) goes
+    into the output in floating point; of ternary ones this is noted as a loss.
     """
     import transformers
 

@@ -1,9 +1,9 @@
 """Export to GGUF, the format of llama.cpp, through the package `gguf`.
 
-Ternary tensors go into blocks of ggml (ggml.py) as trits and scales; int8 ones into Q8_0; kept
-matrices into a floating-point type; vectors into F32, which llama.cpp wants. Names and metadata are
-those that llama.cpp's own converter writes for the same architecture (llama_cpp.py has them); the
-vocabulary is written by vocabulary.py.
+Ternary tensors go into blocks of ggml (ggml.py) as trits and scales; int8 ones into Q8_0, int4 ones
+into Q4_0; kept matrices into a floating-point type; vectors into F32, which llama.cpp wants. Names
+and metadata are those that llama.cpp's own converter writes for the same architecture (llama_cpp.py
+has them); the vocabulary is written by vocabulary.py.
 """
 
 import math
@@ -42,7 +42,7 @@ from ternarize.publish.export.common import (
     model_config,
 )
 from ternarize.trits import ggml
-from ternarize.trits.int8 import INT8
+from ternarize.trits.int4 import INT4, unpack_int4
 from ternarize.trits.scales import scale_values
 from ternarize.trits.ternary import Ternary
 
@@ -306,16 +306,19 @@ def _item(
 
         nbytes = math.prod(shape) // block.block * block.nbytes
         return GgufItem(new, block.id, shape, nbytes, ternary)
-    if record.codec == INT8 and record.shape is not None and _q8_0_scales(packed, name) is not None:
+    if record.kind not in ("ternary", "kept") and _integers(packed, name) is not None:
+        four = record.codec == INT4
+        number, size = (ggml.Q4_0, ggml.Q4_0_NBYTES) if four else (ggml.Q8_0, ggml.Q8_0_NBYTES)
 
-        def int8() -> Tensor:
-            values, _ = packed.stored(name)
-            found = _q8_0_scales(packed, name)
+        def integers() -> Tensor:
+            found = _integers(packed, name)
             assert found is not None
-            return ggml.encode_q8_0(rows(values), rows(found))
+            values, scales = map(rows, found)
+            encode = ggml.encode_q4_0 if four else ggml.encode_q8_0
+            return encode(values, scales)
 
-        nbytes = math.prod(shape) // ggml.Q8_0_BLOCK * ggml.Q8_0_NBYTES
-        return GgufItem(new, ggml.Q8_0, shape, nbytes, int8)
+        nbytes = math.prod(shape) // ggml.Q8_0_BLOCK * size
+        return GgufItem(new, number, shape, nbytes, integers)
     return _float_item(packed, name, new, rows, kept_type, losses)
 
 
@@ -354,17 +357,21 @@ def _float_item(
     return GgufItem(new, ggml.Q8_0, shape, nbytes, read)
 
 
-def _q8_0_scales(packed: PackedCheckpoint, name: str) -> Tensor | None:
-    """Scales of an int8 tensor's blocks in Q8_0; None where it cannot be carried."""
+def _integers(packed: PackedCheckpoint, name: str) -> tuple[Tensor, Tensor] | None:
+    """An int8 or int4 tensor, and the scales of its blocks in Q8_0 or Q4_0; None where it cannot be
+    carried."""
     record = packed.records[name]
+    assert record.shape is not None
     values, scales = packed.stored(name)
+    if record.codec == INT4:
+        values = unpack_int4(values, record.shape[-1], record.group_size)
     if values.dim() != 2 or values.shape[-1] % ggml.Q8_0_BLOCK:
         return None
     wide = scale_values(scales, torch.float64)
     found = common_scales(Ternary(values, wide, record.group_size), ggml.Q8_0_BLOCK)
     if found is None or not torch.equal(found.to(torch.float16).to(torch.float64), found):
         return None
-    return found
+    return values, found
 
 
 def _encode_kept(
