@@ -55,7 +55,7 @@ def stream_documents(path: str | Path, largest: int | None = None) -> Iterator[t
     """The same, one by one, and whether a document begins with the text.
 
     largest  characters, from which on a document is cut, at a blank line if one comes in time: no
-             more of a file is in memory at once. None: documents stay whole
+             more than some times as much of a file is in memory. None: documents stay whole
     """
     lines: list[str] = []
     size, begins, in_line = 0, True, False
@@ -70,10 +70,12 @@ def stream_documents(path: str | Path, largest: int | None = None) -> Iterator[t
                     continue
             text = "".join(lines)
             text = text.removesuffix("\n") if ends else text
+            at = text.rfind(" ") + 1 if in_line else 0  # of a long line, behind a whole word
+            text, rest = (text[:at], text[at:]) if at else (text, "")
             if text.strip():
                 yield text, begins
             begins = ends or (begins and not text.strip())
-            lines, size = [], 0
+            lines, size = [rest], len(rest)
     if (text := "".join(lines)).strip():
         yield text, begins
 
@@ -81,7 +83,8 @@ def stream_documents(path: str | Path, largest: int | None = None) -> Iterator[t
 def _lines(file: Any, longest: int | None) -> Iterator[str]:
     """The lines of a text file, long ones in parts; errors of decoding have the file's byte."""
     try:
-        while line := file.readline(-1 if longest is None else longest):
+        most = -1 if longest is None else max(longest, len(SEPARATOR) + 1)
+        while line := file.readline(most):
             yield line
     except UnicodeDecodeError as error:
         error.start += file.buffer.tell() - len(error.object)
