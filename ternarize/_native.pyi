@@ -173,6 +173,30 @@ def int8_product(
     out      (tokens, rows) of `kind`
     """
 
+def int4_product(
+    x: int,
+    kind: Kind,
+    tokens: int,
+    cols: int,
+    weights: int,
+    weights_size: int,
+    scales: int,
+    scale_rows: int,
+    scales_size: int,
+    scale_kind: Kind,
+    group_size: int,
+    int8: bool,
+    out: int,
+    rows: int,
+    threads: int,
+) -> None:
+    """Set out to x W^T of int4 weights, with the bits of ternarize.runtime.kernels.product_of_int4.
+
+    As `int8_product`, but
+
+    weights  (weights_size,) uint8: rows x width
+    """
+
 def has_lanes3() -> bool:
     """Whether `products` takes "lanes3" with the instruction set in use."""
 

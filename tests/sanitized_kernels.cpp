@@ -96,19 +96,36 @@ void check(Form form, int64_t rows, int64_t cols, int64_t group_size, int64_t to
         fail("product", x, tokens, parts);
 }
 
-// Of int8 weights, each buffer of exactly its size.
-void check_int8(int64_t rows, int64_t cols, int64_t group_size, int64_t tokens, int parts) {
+// Random bytes, which are all int4 weights, and the same as numbers.
+void fill_int4(const Lanes& x, const Exact<uint8_t>& halves, const Exact<int8_t>& weights) {
+  for (int64_t i = 0; i < halves.size; ++i) halves.at[i] = static_cast<uint8_t>(random_bits());
+  const uint8_t* from = halves.at;
+  int8_t* to = weights.at;
+  for (int64_t row = 0; row < x.stored.rows; ++row)
+    for (int64_t g = 0; g < x.stored.groups; ++g) {
+      const int64_t n = x.cols_of(g);
+      for (int64_t i = 0; i < n; ++i) *to++ = static_cast<int8_t>((from[i / 2] >> i % 2 * 4 & 15) - 8);
+      from += (n + 1) / 2;
+    }
+}
+
+// Of int8 or int4 weights, each buffer of exactly its size.
+void check_int8(int64_t rows, int64_t cols, int64_t group_size, int64_t tokens, int parts,
+                bool int4) {
   const Lanes x = lanes_of(Form::Lanes2, layout_of(rows, cols, group_size));
   const int64_t groups = x.stored.groups;
   Exact<int8_t> weights(rows * cols);
   for (int64_t i = 0; i < weights.size; ++i) weights.at[i] = static_cast<int8_t>(random_bits());
+  Exact<uint8_t> halves(rows * half_width(x));
+  if (int4) fill_int4(x, halves, weights);
   Exact<float> scales(rows * groups), in(tokens * cols), out(tokens * rows);
   for (int64_t i = 0; i < scales.size; ++i)
     scales.at[i] = static_cast<float>(random_bits() % 1000) / 64.0f;
   for (int64_t i = 0; i < in.size; ++i)
     in.at[i] = (static_cast<float>(random_bits() % 20001) - 10000.0f) / 77.0f;
-  int8_product({x, weights.at, scales.at, Kind::F32, 1}, Kind::F32, parts, tokens, in.at, out.at,
-               2);
+  Int8Matrix matrix{x, int4 ? nullptr : weights.at, scales.at, Kind::F32, 1};
+  if (int4) matrix.halves = halves.at;
+  int8_product(matrix, Kind::F32, parts, tokens, in.at, out.at, 2);
   Levels levels{tokens, parts, x.quads * 4, nullptr, nullptr, nullptr};
   Exact<int8_t> q(tokens * parts * levels.stride);
   Exact<int32_t> sums(tokens * parts * groups);
@@ -120,7 +137,7 @@ void check_int8(int64_t rows, int64_t cols, int64_t group_size, int64_t tokens, 
   for (int64_t token = 0; token < tokens; ++token)
     for (int64_t row = 0; row < rows; ++row)
       if (out.at[token * rows + row] != expected(x, weights.at, scales.at, levels, token, row))
-        fail("int8_product", x, tokens, parts);
+        fail(int4 ? "int8_product of int4" : "int8_product", x, tokens, parts);
 }
 
 }  // namespace
@@ -144,7 +161,8 @@ int main() {
           for (const auto& [cols, group_size] :
                {std::pair<int64_t, int64_t>{1, -1}, {37, 0}, {64, 64}, {130, 64}, {75, 7},
                 {40, 32}, {300, 128}, {1500, -1}})
-            check_int8(rows, cols, group_size, tokens, parts);
+            for (const bool int4 : {false, true})
+              check_int8(rows, cols, group_size, tokens, parts, int4);
     std::printf("%s\n", one->name);
   }
 }

@@ -32,7 +32,7 @@ from ternarize.runtime.kernels import (
     to_lanes,
 )
 from ternarize.runtime.products import rounded_linear
-from ternarize.trits import base3, int8
+from ternarize.trits import base3, int4, int8
 from ternarize.trits.scales import scale_codes
 from ternarize.trits.ternary import group_count
 
@@ -514,6 +514,105 @@ def test_wrong_int8_is_refused(changed: dict[str, Any], message: str) -> None:
     assert kernels.product_of_int8(**given).shape == (2, 70)
     with pytest.raises(ValueError, match=message):
         kernels.product_of_int8(**(given | changed))
+
+
+# ------------------------------------------------------------------------------------------------
+# int4 weights
+
+
+def random_int4(rows: int, cols: int, group_size: int) -> tuple[Tensor, Tensor]:
+    """Numbers of all codes, and the same packed."""
+    generator = torch.Generator().manual_seed(4)
+    q = torch.randint(-8, 8, (rows, cols), dtype=torch.int8, generator=generator)
+    return q, int4.pack_int4(q, group_size)
+
+
+def assert_int4(
+    x: Tensor, rows: int, scales: Tensor, group_size: int, activations: str, threads: int = 2
+) -> None:
+    q, packed = random_int4(rows, x.shape[-1], group_size)
+    got = kernels.product_of_int4(x, packed, scales, group_size, activations, threads)
+    want = product_of_trits(x, q, scales, group_size, activations)
+    assert got.dtype == want.dtype == x.dtype
+    assert torch.equal(got, want), f"{tuple(x.shape)} {rows} {group_size}"
+
+
+@every_cpu
+@every_activations
+@pytest.mark.parametrize("group_size", [*GROUP_SIZES, 32, 33, 7])
+def test_int4_groups_and_tails(cpu: str, activations: str, group_size: int) -> None:
+    use(cpu)
+    for rows, cols in ((1, 1), (16, 3), (33, 64), (65, 130), (81, 257)):
+        scales = random_scales(rows, cols, group_size) * -1
+        for tokens in (1, 2, 6, 20):
+            assert_int4(inputs(tokens, cols), rows, scales, group_size, activations)
+
+
+@every_cpu
+@every_activations
+def test_int4_batches_and_threads_change_nothing(cpu: str, activations: str) -> None:
+    use(cpu)
+    rows, cols = 1100, 96
+    q, packed = random_int4(rows, cols, 32)
+    scales, most = random_scales(rows, cols, 32), inputs(150, cols)
+    want = product_of_trits(most, q, scales, 32, activations)
+    for tokens, threads in itertools.product((1, 3, 17, 33, 128, 150), (1, 2, 7)):
+        got = kernels.product_of_int4(most[:tokens], packed, scales, 32, activations, threads)
+        assert torch.equal(got, want[:tokens]), (tokens, threads)
+
+
+@every_cpu
+@pytest.mark.parametrize("scale_rows", [1, 2, 30])
+def test_int4_dtypes_and_scales_that_rows_share(cpu: str, scale_rows: int) -> None:
+    use(cpu)
+    for dtype, scale_dtype, tokens in itertools.product(DTYPES, DTYPES, (1, 20)):
+        scales = random_scales(scale_rows, 70, 32).to(scale_dtype)
+        assert_int4(inputs(tokens, 70).to(dtype), 60, scales, 32, "none")
+
+
+@pytest.mark.usefixtures("without_core")
+@every_activations
+def test_int4_on_torch_alone(activations: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_PART", 4000)  # forty rows at a time
+    scales = random_scales(90, 100, 32)
+    assert_int4(inputs(3, 100), 90, scales, 32, activations)
+    assert_int4(inputs(3, 100), 90, scales[:2], 32, activations)
+
+
+@native
+def test_int4_of_any_shape_and_stride() -> None:
+    _, packed = random_int4(33, 40, 32)
+    scales, x = random_scales(33, 40, 32), inputs(6, 40)
+    flat = kernels.product_of_int4(x, packed, scales, 32, "none")
+    by_three = kernels.product_of_int4(x.view(2, 3, 40), packed, scales, 32, "none")
+    assert torch.equal(by_three.view(6, 33), flat)
+    turned = kernels.product_of_int4(x.T.contiguous().T, packed, scales, 32, "none")
+    assert torch.equal(turned, flat)
+    assert kernels.product_of_int4(x[:0], packed, scales, 32, "none").shape == (0, 33)
+    assert kernels.product_of_int4(x, packed[:0], scales[:0], 32, "none").shape == (6, 0)
+
+
+@native
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x": torch.zeros(2, 67)}, "weights: 2240 elements; expected 2380"),
+        ({"scales": torch.zeros(70, 3)}, "scales: 210 elements; expected 140"),
+        ({"scales": torch.zeros(4, 2)}, "scales: 4 rows do not divide the 70 rows"),
+        ({"group_size": -2}, "group_size is -2"),
+    ],
+)
+def test_wrong_int4_is_refused(changed: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {
+        "x": torch.zeros(2, 64),
+        "packed": torch.zeros(70, 32, dtype=torch.uint8),
+        "scales": torch.zeros(70, 2),
+        "group_size": 32,
+        "activations": "none",
+    }
+    assert kernels.product_of_int4(**given).shape == (2, 70)
+    with pytest.raises(ValueError, match=message):
+        kernels.product_of_int4(**(given | changed))
 
 
 # ------------------------------------------------------------------------------------------------

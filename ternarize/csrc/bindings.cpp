@@ -315,21 +315,25 @@ void bind_attend(const std::string& kind_name, int64_t batch, int64_t heads, int
   attend(kind, a, threads);
 }
 
-// As bind_products, of int8 weights as they are stored.
-void bind_int8_product(int64_t x, const std::string& kind_name, int64_t tokens, int64_t cols,
+// As bind_products, of int8 or int4 weights as they are stored.
+template <bool halves>
+void bind_stored_product(int64_t x, const std::string& kind_name, int64_t tokens, int64_t cols,
                        int64_t weights, int64_t weights_size, int64_t scales, int64_t scale_rows,
                        int64_t scales_size, const std::string& scale_kind_name, int64_t group_size,
                        bool int8, int64_t out, int64_t rows, int threads) {
   const Kind kind = kind_of(kind_name), scale_kind = kind_of(scale_kind_name);
   const Lanes l = checked_lanes("lanes2", rows, cols, group_size);
   if (tokens < 0) fail("tokens is " + std::to_string(tokens) + "; expected 0 or more.");
-  expect_count("weights", weights_size, rows * cols);
+  expect_count("weights", weights_size, rows * (halves ? half_width(l) : cols));
   expect_count("scales", scales_size, scale_rows * l.stored.groups);
   if (rows != 0 && (scale_rows <= 0 || rows % scale_rows != 0))
     fail("scales: " + std::to_string(scale_rows) + " rows do not divide the " +
          std::to_string(rows) + " rows of the matrix.");
-  const Int8Matrix matrix{l, static_cast<const int8_t*>(at(weights)), at(scales), scale_kind,
-                          rows != 0 ? rows / scale_rows : 1};
+  Int8Matrix matrix{l, nullptr, at(scales), scale_kind, rows != 0 ? rows / scale_rows : 1};
+  if (halves)
+    matrix.halves = static_cast<const uint8_t*>(at(weights));
+  else
+    matrix.weights = static_cast<const int8_t*>(at(weights));
   nb::gil_scoped_release unlocked;
   int8_product(matrix, kind, int8 ? 1 : 3, tokens, at(x), at(out), threads);
 }
@@ -412,7 +416,12 @@ NB_MODULE(_native, m) {
         nb::arg("kv_heads"), nb::arg("dim"), nb::arg("capacity"), nb::arg("scaling"),
         nb::arg("memory"), nb::arg("threads"));
   m.def("use_openmp", bind_use_openmp, nb::arg("parallel"));
-  m.def("int8_product", bind_int8_product, nb::arg("x"), nb::arg("kind"), nb::arg("tokens"),
+  m.def("int8_product", bind_stored_product<false>, nb::arg("x"), nb::arg("kind"), nb::arg("tokens"),
+        nb::arg("cols"), nb::arg("weights"), nb::arg("weights_size"), nb::arg("scales"),
+        nb::arg("scale_rows"), nb::arg("scales_size"), nb::arg("scale_kind"),
+        nb::arg("group_size"), nb::arg("int8"), nb::arg("out"), nb::arg("rows"),
+        nb::arg("threads"));
+  m.def("int4_product", bind_stored_product<true>, nb::arg("x"), nb::arg("kind"), nb::arg("tokens"),
         nb::arg("cols"), nb::arg("weights"), nb::arg("weights_size"), nb::arg("scales"),
         nb::arg("scale_rows"), nb::arg("scales_size"), nb::arg("scale_kind"),
         nb::arg("group_size"), nb::arg("int8"), nb::arg("out"), nb::arg("rows"),

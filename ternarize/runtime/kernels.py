@@ -323,16 +323,9 @@ def product_of_int8(
     if lib is None or x.device.type != "cpu":
         y = product_of_trits(flat, weight, scales, group_size, activations)
         return y.view(*x.shape[:-1], rows)
-    out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
-    flat = flat.contiguous()
-    # what the core cannot see
-    assert weight.dtype == torch.int8 and weight.is_contiguous() and scales.is_contiguous()
-    assert activations in ("int8", "none")
-    given = flat.data_ptr(), DTYPE_NAMES[x.dtype], flat.shape[0], cols
-    matrix = weight.data_ptr(), weight.numel(), scales.data_ptr(), scales.shape[0], scales.numel()
-    form = DTYPE_NAMES[scales.dtype], group_size, activations == "int8"
-    lib.int8_product(*given, *matrix, *form, out.data_ptr(), rows, threads)
-    return out
+    assert weight.dtype == torch.int8
+    by_core = partial(lib.int8_product, threads=threads)
+    return _stored_product(by_core, x, weight, scales, group_size, activations)
 
 
 def product_of_int4(
@@ -351,13 +344,39 @@ def product_of_int4(
     for bit. They are taken out a few rows at a time.
     """
     rows, cols = packed.shape[0], x.shape[-1]
-    by_row = scales.repeat_interleave(rows // max(1, scales.shape[0]), 0)
-    step = max(1, _PART // cols)
-    parts = []
-    for some, steps in zip(torch.split(packed, step), torch.split(by_row, step), strict=True):
-        numbers = unpack_int4(some, cols, group_size)
-        parts.append(product_of_int8(x, numbers, steps, group_size, activations, threads))
-    return torch.cat(parts, -1)
+    flat = x.reshape(-1, cols)
+    if lib is None or x.device.type != "cpu":
+        by_row = scales.repeat_interleave(rows // max(1, scales.shape[0]), 0)
+        step = max(1, _PART // cols)
+        parts = [
+            product_of_trits(flat, unpack_int4(some, cols, group_size), by, group_size, activations)
+            for some, by in zip(torch.split(packed, step), torch.split(by_row, step), strict=True)
+        ]
+        return torch.cat(parts, -1).view(*x.shape[:-1], rows)
+    assert packed.dtype == torch.uint8
+    by_core = partial(lib.int4_product, threads=threads)
+    return _stored_product(by_core, x, packed, scales, group_size, activations)
+
+
+def _stored_product(
+    by_core: Callable[..., None],
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    group_size: int,
+    activations: str,
+) -> Tensor:
+    """The product by a function of the core that takes int8 or int4 weights as they are stored."""
+    rows, cols = weight.shape[0], x.shape[-1]
+    out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
+    flat = x.reshape(-1, cols).contiguous()
+    # what the core cannot see
+    assert weight.is_contiguous() and scales.is_contiguous() and activations in ("int8", "none")
+    given = flat.data_ptr(), DTYPE_NAMES[x.dtype], flat.shape[0], cols
+    matrix = weight.data_ptr(), weight.numel(), scales.data_ptr(), scales.shape[0], scales.numel()
+    form = DTYPE_NAMES[scales.dtype], group_size, activations == "int8"
+    by_core(*given, *matrix, *form, out.data_ptr(), rows)
+    return out
 
 
 def product_of_trits(

@@ -76,7 +76,7 @@ TERNARIZE_INLINE void step(const Call& c, int64_t row, int64_t token, int64_t ah
   const int64_t groups = lanes.stored.groups, group = lanes.stored.group, cols = c.x.cols();
   const int8_t* q = c.in.q + token * parts * c.in.stride;
   const int32_t* excess = c.in.sums + token * parts * groups;
-  const int8_t* weights = c.x.weights + row * cols;
+  const int8_t* weights = c.x.row(row);
   float all[n * rows] = {};
   for (int64_t g = 0; g < groups; ++g) {
     int32_t sums[(n * parts * rows + 15) / 16 * 16];
@@ -198,7 +198,7 @@ void rows_with_many(const Call& c, const uint8_t* panels, int64_t row, int64_t r
     std::memset(c.scales, 0, static_cast<size_t>(kTileRows * groups) * sizeof(float));
     for (; row < row_end; row += kTileRows) {
       const int64_t rows = smaller(kTileRows, row_end - row);
-      const int8_t* weights = c.x.weights + row * cols;
+      const int8_t* weights = c.x.row(row);
       // where reading on could leave the matrix
       if ((c.x.rows() - row - kTileRows) * cols < 64) {
         std::memset(c.copy, 0, static_cast<size_t>(kTileRows * cols + 64));
@@ -231,6 +231,26 @@ void rows_with_many(const Call& c, const uint8_t* panels, int64_t row, int64_t r
       }
     }
   }
+}
+
+// ---------------------------------------------------------------------------------------------
+// int4: two weights in a byte
+
+void open_run(const uint8_t* halves, int64_t n, int8_t* out) {
+  for (int64_t i = 0; i < n / 2; ++i) {
+    out[2 * i] = static_cast<int8_t>((halves[i] & 15) - 8);
+    out[2 * i + 1] = static_cast<int8_t>((halves[i] >> 4) - 8);
+  }
+  if (n % 2 != 0) out[n - 1] = static_cast<int8_t>((halves[n / 2] & 15) - 8);
+}
+
+void open(const Lanes& x, const uint8_t* halves, int64_t rows, int8_t* out) {
+  const int64_t cols = x.stored.cols, group = x.stored.group, width = half_width(x);
+  // groups of an even length follow each other without filling
+  const int64_t run = group % 2 == 0 ? cols : group;
+  for (int64_t row = 0; row < rows; ++row, halves += width, out += cols)
+    for (int64_t col = 0, at = 0; col < cols; col += run, at += (run + 1) / 2)
+      open_run(halves + at, smaller(run, cols - col), out + col);
 }
 
 // ---------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kOneThread = 1 << 18;  // multiplications that are not worth a second thread
 constexpr int64_t kBatch = 512, kInt8Batch = 128;  // tokens at once; of int8 panels stay in cache
 constexpr int64_t kShortest = 32;    // groups of int8 weights for which a panel is worth its padding
-constexpr int64_t kRowsOfTask = 32;  // a task of int8 weights has a multiple of these
+constexpr int64_t kRowsOfTask = 32;  // a task of int8 weights has a multiple of these; as many of int4 are open
 
 // A few tasks for each thread, so that nobody waits long for the last.
 int64_t tasks_of(int threads) { return threads > 1 ? threads * 8 : 1; }
@@ -108,10 +108,13 @@ void int8_product_of_batch(const Int8Matrix& x, Kind kind, int parts, int64_t to
                            const void* in, void* out, int threads) {
   const Products& use = products();
   const Lanes& lanes = x.lanes;
+  const int64_t width = half_width(lanes);
   if (tokens * x.rows() * x.cols() < kOneThread) threads = 1;
   const bool many =
       use.int8_few > 0 && tokens > use.int8_few && lanes.stored.group >= kShortest;
-  const int64_t blocks = many ? ceil_div(tokens, kLanes) : 0, scratch = use.int8_scratch(x);
+  const int64_t own = use.int8_scratch(x), opened = kRowsOfTask * x.cols();
+  const int64_t scratch = own + (x.halves ? lines(opened + 64) : 0);
+  const int64_t blocks = many ? ceil_div(tokens, kLanes) : 0;
   const int64_t panels_size = blocks * panel_size(lanes, parts);
   const Rounded rounded =
       round_inputs(lanes, kind, parts, tokens, in, panels_size + scratch * threads, threads);
@@ -121,9 +124,20 @@ void int8_product_of_batch(const Int8Matrix& x, Kind kind, int parts, int64_t to
   });
   const int64_t chunk = ceil_div(ceil_div(x.rows(), tasks_of(threads)), kRowsOfTask) * kRowsOfTask;
   run_tasks(threads, ceil_div(x.rows(), chunk), [&](int64_t task, int worker) {
-    use.int8_multiply(x, rounded.levels, many ? panels : nullptr, task * chunk,
-                      std::min(x.rows(), (task + 1) * chunk), kind, out,
-                      scratches + worker * scratch);
+    uint8_t* const mine = scratches + worker * scratch;
+    const uint8_t* const met = many ? panels : nullptr;
+    const int64_t first = task * chunk, end = std::min(x.rows(), first + chunk);
+    if (!x.halves) return use.int8_multiply(x, rounded.levels, met, first, end, kind, out, mine);
+    Int8Matrix part = x;
+    part.weights = reinterpret_cast<int8_t*>(mine + own);
+    std::memset(mine + own + opened, 0, 64);
+    for (int64_t row = first; row < end; row += kRowsOfTask) {
+      const int64_t row_end = std::min(end, row + kRowsOfTask);
+      part.first = row;
+      use.int4_open(lanes, x.halves + row * width, row_end - row,
+                    reinterpret_cast<int8_t*>(mine + own));
+      use.int8_multiply(part, rounded.levels, met, row, row_end, kind, out, mine);
+    }
   });
 }
 

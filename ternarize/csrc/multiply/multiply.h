@@ -1,5 +1,5 @@
 // multiply/: products y = x W^T straight from packed weights: of trits in lanes (pack/lanes.h), and of
-// int8 weights as they are stored (formats/int8.md), which need no other order.
+// int8 and int4 weights as they are stored (formats/int8.md, int4.md), which need no other order.
 //
 // multiply.cpp has the threads. Inputs become integers (levels.h), then ranges of blocks or of rows are
 // multiplied (lanes_loops.h, int8_loops.h): compiled for each instruction set around the loops of its
@@ -49,14 +49,23 @@ struct Scales {
 
 struct Int8Matrix {
   Lanes lanes;            // of any form: how Levels lie that meet this matrix
-  const int8_t* weights;  // [row, column]
+  const int8_t* weights;  // [row - first, column]
   const void* scales;     // [row / rows_per_scale, group]
   Kind scale_kind;
   int64_t rows_per_scale;
+  const uint8_t* halves = nullptr;  // of int4: [row, half_width], and `weights` is null
+  int64_t first = 0;
 
+  TERNARIZE_INLINE const int8_t* row(int64_t at) const { return weights + (at - first) * cols(); }
   TERNARIZE_INLINE int64_t rows() const { return lanes.stored.rows; }
   TERNARIZE_INLINE int64_t cols() const { return lanes.stored.cols; }
 };
+
+// Bytes of a row of int4: each group is filled up to whole bytes.
+TERNARIZE_INLINE int64_t half_width(const Lanes& x) {
+  const int64_t groups = x.stored.groups;
+  return groups == 0 ? 0 : (groups - 1) * ((x.stored.group + 1) / 2) + (x.cols_of(groups - 1) + 1) / 2;
+}
 
 // Levels in another order, for many tokens: kLanes tokens of one part side by side.
 //
@@ -93,12 +102,14 @@ struct Products {
 
   // Of int8 weights: more tokens than these come as panels, 0: never; the panels of the blocks of
   // tokens [first, last); bytes that `int8_multiply` needs; and out[token, row] of all tokens and of
-  // the rows [row, row_end). `panels` is null where there are few tokens.
+  // the rows [row, row_end). `panels` is null where there are few tokens. Of int4 `int4_open` first
+  // makes int8 weights of a number of rows; behind them 64 bytes are readable.
   int64_t int8_few;
   void (*int8_arrange)(const Lanes&, const Levels&, int64_t first, int64_t last, uint8_t* panels);
   int64_t (*int8_scratch)(const Int8Matrix&);
   void (*int8_multiply)(const Int8Matrix&, const Levels&, const uint8_t* panels, int64_t row,
                         int64_t row_end, Kind, void* out, void* scratch);
+  void (*int4_open)(const Lanes&, const uint8_t* halves, int64_t rows, int8_t* out);
 
   // Yardsticks for benchmarks: reads every byte of n and returns something that depends on them; does
   // nothing but dot products of 8 bits and returns how many multiplications (0: it has none).
@@ -128,7 +139,7 @@ struct Matrix {
 void product(const Matrix* matrices, int count, Kind, int parts, int64_t tokens, const void* in,
              int threads);
 
-// The same of int8 weights, to out (tokens, rows).
+// The same of int8 or int4 weights, to out (tokens, rows).
 void int8_product(const Int8Matrix&, Kind, int parts, int64_t tokens, const void* in, void* out,
                   int threads);
 

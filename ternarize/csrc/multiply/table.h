@@ -8,6 +8,7 @@ namespace ternarize {
 
 const Products TERNARIZE_PRODUCTS{
     lanes::kLanes3, quantize,      lanes::scratch, lanes::multiply, int8::kFew,
-    int8::arrange,  int8::scratch, int8::multiply, read,            dot_peak<lanes::Vectors>};
+    int8::arrange,  int8::scratch, int8::multiply, int8::open,      read,
+    dot_peak<lanes::Vectors>};
 
 }  // namespace ternarize
