@@ -2,9 +2,9 @@
 
     import ternarize.qat as qat
 
-    qat.prepare(model, group_size=128)                      # in place
+    qat.prepare(model, group_size=128)  # in place
     Trainer(model, ..., callbacks=[qat.Schedule(model, warmup=0.1)]).train()
-    qat.pack(model, "packed")                               # the very trits and scales of the forward
+    qat.pack(model, "packed")           # the very trits and scales of the forward
 
 The room knows what becomes ternary and how; the training is anybody's: transformers' Trainer, TRL,
 accelerate, a loop.

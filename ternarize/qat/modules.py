@@ -5,7 +5,7 @@ subclass of itself (`qat_class`), so that an optimizer, DDP, FSDP2, PEFT and a s
 ordinary model. Learned scales are one more parameter beside each weight, `weight_log_scale`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -15,8 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ternarize.errors import UsageError
+from ternarize.models.skeleton import is_linear
 from ternarize.qat.rounding import (
     FLOOR,
+    RANGES,
     Form,
     rounded_inputs,
     scales_of,
@@ -24,6 +27,7 @@ from ternarize.qat.rounding import (
     ternarized,
     trits_of,
 )
+from ternarize.trits.rotation import unrotate
 from ternarize.trits.ternary import largest_of_groups
 
 LOG_SCALE = "_log_scale"  # after the weight's name
@@ -35,42 +39,69 @@ class Qat(nn.Module):
 
     forms        parameter -> how it is read
     activations  "int8": inputs are rounded, too; "none"
-    dtype        that a rounded weight gets: the one that the parameter had before
+    compute_dtype   that a rounded weight gets: the one that the parameter had before
+    sharing      parameter -> all places that have it: (module, its name there)
     blend, sharpness, threshold   scalars of rounding.py, or None; see `Schedule`
     """
 
     forms: dict[str, Form]
     activations: str
     compute_dtype: torch.dtype
+    sharing: dict[str, "list[tuple[Qat, str]]"]
+    made_of: "tuple[type[Qat], type[nn.Module]]"
     blend: Tensor | None
     sharpness: Tensor | None
     threshold: Tensor | None
 
+    def __reduce__(self) -> Any:  # the class is made at run time: pickle cannot find it by name
+        return _empty, self.made_of, self.__getstate__()  # type: ignore[no-untyped-call]
+
     def latent(self, name: str) -> Tensor:
-        """The trained weight, (..., rows, cols) float32."""
+        """The trained weight, (..., rows, cols) float32.
+
+        Raises UsageError where it was cast: trits of other weights than those would be trained.
+        """
+        return self.forms[name].turn(self._whole(name))
+
+    def _whole(self, name: str) -> Tensor:
         parameter = self._parameters[name]
         assert parameter is not None
-        return self.forms[name].turn(parameter).to(torch.float32)
+        if parameter.dtype != torch.float32:
+            raise UsageError(
+                f"{type(self).__name__}.{name}",
+                f"is {str(parameter.dtype)[6:]}",
+                "float32, of which the trits and scales are made",
+                "Compute in 16 bits by autocast (bf16=True of Trainer) instead of casting the "
+                "model; with FSDP2 by MixedPrecisionPolicy(param_dtype=None)",
+            )
+        if hasattr(parameter, "full_tensor"):  # cut by FSDP2, and looked at outside of a forward
+            whole: Tensor = parameter.full_tensor()
+            return whole
+        return parameter
 
     def scales(self, name: str) -> Tensor:
         """Its scales as stored, (..., rows, groups) float32."""
         form = self.forms[name]
         if form.scale != "learned":
             return scales_of(self.latent(name), form)
-        log_scale = self._parameters[name + LOG_SCALE]
-        assert log_scale is not None
-        return stored_scales(log_scale.to(torch.float32).exp(), form.scale_dtype)
+        return stored_scales(self._whole(name + LOG_SCALE).exp(), form.scale_dtype)
 
     def rounded(self, name: str) -> Tensor:
         """The weight as a forward uses it, in the parameter's shape."""
-        form, soft = self.forms[name], self.sharpness if self.training else None
-        weight = ternarized(
-            self.latent(name), self.scales(name), form, self.blend, soft, self.threshold
-        )
-        return form.parameter(form.turn(weight)).to(self.compute_dtype)
+        form = self.forms[name]
+        return form.turn(self.read(self.latent(name), self.scales(name), form))
+
+    def read(self, latent: Tensor, scales: Tensor, form: Form) -> Tensor:
+        """Latent rows as a forward uses them: (..., rows, cols)."""
+        scalars = self.blend, self.sharpness if self.training else None, self.threshold
+        if not form.block:
+            return ternarized(latent, scales, form, *scalars, dtype=self.compute_dtype)
+        with torch.autocast(latent.device.type, enabled=False):
+            weight = ternarized(latent, scales, form, *scalars)
+            return unrotate(weight, form.block, form.seed).to(self.compute_dtype)
 
     def trits_and_scales(self, name: str) -> tuple[Tensor, Tensor]:
-        """What is to be stored: trits int8 (..., rows, cols), scales; those of empty groups are 0."""
+        """What is to be stored: trits int8 (..., rows, cols) and scales (..., rows, groups)."""
         with torch.no_grad():
             form, latent, scales = self.forms[name], self.latent(name), self.scales(name)
             return trits_of(latent, scales, form.group_size, self.threshold), scales
@@ -78,16 +109,48 @@ class Qat(nn.Module):
     def set_stored(self, name: str, stored: Tensor) -> None:
         """Put s t, in the parameter's orientation and the space of the file, in the weight's place.
 
-        The latent weight becomes it, so that what is learnt of the margins is gone.
+        The latent weight becomes it, so that what is learnt of the margins is gone; the scales are
+        its own from here on, whatever rule they came from.
         """
-        form, latent = self.forms[name], self._parameters[name]
-        assert latent is not None
+        form = self.forms[name]
         scales = largest_of_groups(form.turn(stored).abs(), form.group_size)
-        if form.scale != "learned":  # theirs would be another rule's
-            self.forms[name] = replace(form, scale="learned")
-        logs = scales.clamp(min=FLOOR).log().to(latent.device)
-        self.register_parameter(name + LOG_SCALE, nn.Parameter(logs, requires_grad=False))
-        latent.copy_(stored)
+        for module, leaf in self.sharing[name]:  # scales of "absmean" would be another rule's
+            module.forms[leaf] = replace(module.forms[leaf], scale="learned")
+        self.put(name, stored, scales, learning=False)
+
+    @torch.no_grad()
+    def put(self, name: str, weight: Tensor, scales: Tensor, *, learning: bool = True) -> None:
+        """Put a latent weight in, and its scales where they are parameters: in all that share it.
+
+        weight    in the parameter's shape, in the space of the file
+        scales    (..., rows, groups); where some are beyond the dtype that the file was to have, it
+                  gets a wider one
+        learning  whether new scales are trained
+        """
+        before, log_scale = self._parameters[name], self._parameters.get(name + LOG_SCALE)
+        assert before is not None
+        wide, scales = (t.to(before.device, torch.float32) for t in (weight, scales))
+        used = scales > 0  # a group of zeros alone gets a usual scale, by which it can leave them
+        usual = scales.sum() / used.sum().clamp(min=1) if bool(used.any()) else scales.new_ones(())
+        scales = torch.where(used, scales, usual).clamp(min=FLOOR)
+        latent = before
+        if before.dtype == torch.float32 and before.requires_grad:
+            before.copy_(wide)
+        else:
+            latent = nn.Parameter(wide.clone(memory_format=torch.contiguous_format))
+        if log_scale is None:
+            log_scale = nn.Parameter(scales.log(), requires_grad=learning)
+        else:
+            log_scale.copy_(scales.log())
+        low, high = float(scales.min()), float(scales.max())
+        for module, leaf in self.sharing[name]:
+            form = module.forms[leaf]
+            wider = (form.scale_dtype, "F16", "F32")
+            fitting = (n for n in wider if RANGES[n][0] <= low and high <= RANGES[n][1])
+            module.forms[leaf] = replace(form, scale_dtype=next(fitting, "F32"))
+            module._parameters[leaf] = latent
+            if form.scale == "learned":
+                module.register_parameter(leaf + LOG_SCALE, log_scale)
 
     def extra_repr(self) -> str:
         inherited = super().extra_repr()
@@ -110,31 +173,25 @@ class QatLinear(Qat):
 
 
 class QatEmbedding(Qat):
-    """A token embedding: of the rows that are looked up alone the weight is worked out."""
+    """A token embedding: of the rows that are looked up alone the weight is worked out.
+
+    embed_scale  by which Gemma's and others' multiply the rows
+    """
 
     def forward(self, input: Tensor) -> Tensor:
-        form, table, scales = (
-            self.forms["weight"],
-            self._parameters["weight"],
-            self.scales("weight"),
-        )
-        assert table is not None
-        rows = F.embedding(input, table, self.padding_idx).to(torch.float32)  # type: ignore[arg-type]
+        table, scales = self._whole("weight"), self.scales("weight")
+        rows = F.embedding(input, table, self.padding_idx)  # type: ignore[arg-type]
         if scales.shape[-2] > 1:
             scales = F.embedding(input, scales)
-        weight = ternarized(
-            rows,
-            scales,
-            form,
-            self.blend,
-            self.sharpness if self.training else None,
-            self.threshold,
-        )
-        return weight.to(self.compute_dtype) * getattr(self, "embed_scale", 1)
+        weight = self.read(rows, scales, self.forms["weight"])
+        scale = getattr(self, "embed_scale", None)
+        if scale is None:
+            return weight
+        return weight * (scale.to(weight.dtype) if isinstance(scale, Tensor) else scale)
 
 
-class QatExperts(Qat):
-    """A module with fused experts (experts, rows, cols), whose own forward reads them."""
+class QatOther(Qat):
+    """A module whose own forward reads its weights, such as fused experts (experts, rows, cols)."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         for name in self.forms:  # found before the parameter, as attributes of the module itself
@@ -147,25 +204,34 @@ class QatExperts(Qat):
 
 
 @cache
-def qat_class(mixin: type[Qat], cls: type[nn.Module]) -> type[Qat]:
+def qat_class(mixin: Any, cls: Any) -> type[Qat]:
     """The class of a module with latent weights whose own class is `cls`."""
-    return type(f"Qat{cls.__name__}", (mixin, cls), {"__module__": cls.__module__})
+    body = {"__module__": cls.__module__, "made_of": (mixin, cls)}
+    return type(f"Qat{cls.__name__}", (mixin, cls), body)
 
 
-def make_latent(module: nn.Module, forms: dict[str, Form], activations: str) -> None:
-    """Turn a module into one with latent weights, in place; its parameters become float32.
+def _empty(mixin: Any, cls: Any) -> Qat:
+    made: Any = qat_class(mixin, cls)
+    empty: Qat = made.__new__(made)
+    return empty
 
-    forms  of the weights; learned scales are to be put in by `set_scales`
-    """
-    if isinstance(module, nn.Embedding):
-        mixin: type[Qat] = QatEmbedding
-    else:
-        mixin = QatLinear if isinstance(module, (nn.Linear, Conv1D)) else QatExperts
-    names = list(forms)
-    dtypes = {parameter.dtype for n, parameter in module.named_parameters() if n in names}
+
+def mixin_of(module: nn.Module) -> type[Qat]:
+    """The way in which a module can have latent weights."""
+    cls: Any = type(module)
+    if is_linear(cls) or cls is Conv1D:
+        return QatLinear
+    plain = cls.forward is nn.Embedding.forward
+    return QatEmbedding if plain or hasattr(module, "embed_scale") else QatOther
+
+
+def make_latent(module: nn.Module, forms: Mapping[str, Form], activations: str) -> None:
+    """Turn a module into one with latent weights, in place; `put` gives it their values."""
     latent: Any = module
-    latent.__class__ = qat_class(mixin, type(module))
-    latent.forms, latent.activations, latent.compute_dtype = dict(forms), activations, dtypes.pop()
+    made_of: Any = mixin_of(module), type(module)
+    latent.compute_dtype = next(p.dtype for n, p in module.named_parameters() if n in forms)
+    latent.__class__ = qat_class(*made_of)
+    latent.forms, latent.activations, latent.sharing = dict(forms), activations, {}
     for name in SCHEDULED:
         module.register_buffer(name, None, persistent=False)
 

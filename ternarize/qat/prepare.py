@@ -8,6 +8,7 @@ where that trit was another's compensation, so that a small gradient can undo it
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,29 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ternarize.errors import SelectionError, UsageError
+from ternarize.files.headers import DTYPE_NAMES
 from ternarize.models.skeleton import skeleton_shapes
 from ternarize.plans.choose import select
-from ternarize.plans.recipe import ACTIVATIONS, GROUP_SIZE, Recipe
-from ternarize.plans.rules import Choice, rules_of
-from ternarize.qat.modules import LOG_SCALE, Qat, QatEmbedding, latent_modules, make_latent
-from ternarize.qat.rounding import ESTIMATORS, FLOOR, SCALES, Form
+from ternarize.plans.recipe import ACTIVATIONS, GROUP_SIZE, KEEP, TERNARY, Recipe, read_recipe
+from ternarize.plans.rules import rules_of
+from ternarize.qat.modules import (
+    LOG_SCALE,
+    Qat,
+    QatEmbedding,
+    QatOther,
+    latent_modules,
+    make_latent,
+    mixin_of,
+)
+from ternarize.qat.rounding import ESTIMATORS, FLOOR, RANGES, SCALES, Form, scales_of, trits_of
+from ternarize.runtime.forms import dense_matrix, dense_weight
 from ternarize.runtime.load import load
-from ternarize.sources.packed import open_packed
+from ternarize.runtime.packed import Packed
+from ternarize.sources.packed import check_record, open_packed
+from ternarize.trits.base3 import BASE3
 from ternarize.trits.methods import itf
 from ternarize.trits.rotation import rotate
-from ternarize.trits.ternary import largest_of_groups, spread_scales
+from ternarize.trits.ternary import largest_of_groups, scaled, spread_scales
 
 MARGIN = 0.3  # a latent weight starts at most this far from s t, in units of s
 
@@ -53,24 +66,27 @@ def prepare(
     scale        "learned", "absmean" (BitNet b1.58) or "least-squares"
     estimator    of the gradient: "ste", "clipped", or "tanh", which a `Schedule` sharpens
     activations  "int8": inputs of these layers are rounded to 8 bits per token, too; or "none"
-    scale_bits   of a stored scale, to which it is rounded in every forward: 16 or 8
+    scale_bits   of a stored scale, to which it is rounded in every forward: 16 or 8; scales that
+                 the dtype does not hold at the start get a wider one, as in a conversion
     keep, include, head, embeddings   as of `convert`; the ends "keep" or "ternary"
-    start        packed checkpoint of this model: its trits, scales, groups and rotation
+    start        packed checkpoint of this model: its trits and learned scales, and what stands
+                 beside them. What is ternary, groups, bits of scales and rotation are the
+                 checkpoint's, whatever else is said here
 
     Latent weights are float32 parameters under their old names; learned scales are parameters
     `<weight>_log_scale`. Returns the model. Raises UsageError, SelectionError as `convert` does.
     """
     for what, value, allowed in (
-        ("scale", scale, SCALES),
+        ("scale", scale, SCALES if start is None else SCALES[:1]),
         ("estimator", estimator, ESTIMATORS),
         ("activations", activations, ACTIVATIONS),
-        ("head", head or "keep", ("keep", "ternary")),
-        ("embeddings", embeddings or "keep", ("keep", "ternary")),
+        ("head", head or KEEP, (KEEP, TERNARY)),
+        ("embeddings", embeddings or KEEP, (KEEP, TERNARY)),
     ):
         if value not in allowed:
-            raise UsageError(what, f"{value!r}", f"one of {', '.join(allowed)}")
-    if next(latent_modules(model), None) is not None:
-        raise UsageError("model", "is prepared already", "a dense model", "Prepare it once")
+            from_start = " for a start from a packed checkpoint" * (len(allowed) == 1)
+            raise UsageError(what, f"{value!r}", f"one of {', '.join(allowed)}{from_start}")
+    _check_dense(model)
     recipe = Recipe(
         "itf",
         group_size,
@@ -80,28 +96,70 @@ def prepare(
         head=head,
         embeddings=embeddings,
     )
-    chosen = _chosen(model, recipe)
-    model.ternarize_recipe = recipe  # type: ignore[assignment]  # by which `pack` chooses again
-    form = Form(group_size, scale=scale, estimator=estimator, scale_dtype=_dtype_of(scale_bits))
+    form = Form(group_size, scale=scale, estimator=estimator)
     if start is not None:
-        return _from_packed(model, chosen, start, form, activations)
-    forms = {name: _with(form, transposed=each.transposed) for name, each in chosen.items()}
-    insert(model, forms, activations)
-    for name in forms:
-        begin(model, name, model.get_parameter(name))
+        recipe = _begin_packed(model, start, form, activations, recipe)
+    else:
+        form = replace(form, scale_dtype="U8" if scale_bits == 8 else "F16")
+        turned = _chosen(model, recipe)
+        insert(model, {n: replace(form, transposed=t) for n, t in turned.items()}, activations)
+        for name in turned:
+            begin(model, name, model.get_parameter(name))
+    model.ternarize_recipe = recipe  # type: ignore[assignment]  # by which `pack` chooses again
     return model
+
+
+def _check_dense(model: nn.Module) -> None:
+    if next(latent_modules(model), None) is not None:
+        raise UsageError("model", "is prepared already", "a dense model", "Prepare it once")
+    packed = any(isinstance(module, Packed) for module in model.modules())
+    if packed or hasattr(model, "peft_config"):
+        raise UsageError(
+            type(model).__name__,
+            "has packed weights" if packed else "has adapters",
+            "a dense model",
+            "Load it with dequantize=True, or name the checkpoint as start"
+            if packed
+            else "Prepare it before get_peft_model",
+        )
 
 
 def insert(model: nn.Module, forms: Mapping[str, Form], activations: str = "none") -> None:
     """Make the modules of these parameters ones with latent weights; they get no scales yet."""
+    own = dict(model.named_parameters(remove_duplicate=False))
     ends = [getattr(model, f"get_{which}put_embeddings", lambda: None)() for which in ("in", "out")]
     modules: dict[str, dict[str, Form]] = {}
     for name, form in forms.items():
         path, _, leaf = name.rpartition(".")
         modules.setdefault(path, {})[leaf] = form
-    for path, own in modules.items():
-        module = model.get_submodule(path)
-        make_latent(module, own, "none" if module in ends else activations)
+        if activations == "int8" and mixin_of(model.get_submodule(path)) is QatOther:
+            raise UsageError(
+                "activations",
+                f"'int8', but {path} multiplies by {leaf} itself, where inputs cannot be rounded",
+                "'none' for a model with fused experts",
+                "Leave it out",
+            )
+    sharing: dict[int, list[tuple[Qat, str]]] = {}
+    for path, inside in modules.items():
+        module: Any = model.get_submodule(path)
+        make_latent(module, inside, "none" if module in ends else activations)
+        for leaf in inside:
+            places = sharing.setdefault(id(own[f"{path}.{leaf}"]), [])
+            places.append((module, leaf))
+            module.sharing[leaf] = places
+    _tie_scales(model, forms)
+
+
+def _tie_scales(model: Any, forms: Mapping[str, Form]) -> None:
+    """Tell transformers, which saves parameters and ties them anew, of tied weights' scales."""
+    tied = {
+        name + LOG_SCALE: other + LOG_SCALE
+        for name, other in getattr(model, "all_tied_weights_keys", {}).items()
+        if name in forms and other in forms and forms[name].scale == "learned"
+    }
+    if tied:
+        model.all_tied_weights_keys.update(tied)
+        model._tied_weights_keys = {**model._tied_weights_keys, **tied}
 
 
 def begin(
@@ -127,44 +185,40 @@ def begin(
     wide = form.turn(weight.detach().to(torch.float32))
     if form.block:
         wide = rotate(wide, form.block, form.seed)
-    if scales is None:
+    if scales is None and (stored is None or form.scale == "learned"):
         scales = itf(wide, form.group_size).scales
     if stored is not None:
         usual = scales
-        ternary = form.turn(stored.to(torch.float32))
+        ternary = form.turn(stored.to(wide.device, torch.float32))
         scales = largest_of_groups(ternary.abs(), form.group_size)
-        scales = torch.where(scales > 0, scales, usual.to(scales))  # of a group of zeros alone
+        if usual is not None:  # of a group of zeros alone
+            scales = torch.where(scales > 0, scales, usual.to(scales))
         level = spread_scales(scales, wide.shape[-1], form.group_size).clamp(min=FLOOR)
         wide = level * (ternary.sign() + (wide / level - ternary.sign()).clamp(-MARGIN, MARGIN))
-    before = module._parameters[leaf]
-    assert before is not None
-    latent = nn.Parameter(form.turn(wide).contiguous())
-    logs = nn.Parameter(scales.to(torch.float32).clamp(min=FLOOR).log().to(wide.device))
-    for _, other in latent_modules(model):  # all that share the weight
-        for own, value in list(other._parameters.items()):
-            if value is before:
-                other._parameters[own] = latent
-                if form.scale == "learned":
-                    other.register_parameter(own + LOG_SCALE, logs)
+    assert scales is not None
+    module.put(leaf, form.turn(wide), scales)
 
 
-def _chosen(model: nn.Module, recipe: Recipe) -> dict[str, Choice]:
-    """What a conversion would make ternary: parameter of the model -> the choice."""
+def _chosen(model: nn.Module, recipe: Recipe) -> dict[str, bool]:
+    """What a conversion would make ternary: parameter of the model -> whether it is transposed."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    config: dict[str, Any] | None = None
     if isinstance(model, PreTrainedModel):
         config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
         config.pop("quantization_config", None)
         shapes = {name: shape for name, (_, shape) in skeleton_shapes(config).items()}
-        choices = select(shapes, config, rules_of(recipe))
     else:
-        shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        choices = select(shapes, None, rules_of(recipe))
-    own = dict(model.named_parameters(remove_duplicate=False))
-    found: dict[str, Choice] = {}
-    for choice in choices:
-        if choice.ternary:
-            for parameter in choice.parameters or (choice.name,):
-                found[parameter] = choice
-                found |= {n: choice for n, p in own.items() if p is own[parameter]}
+        shapes = {name: tuple(value.shape) for name, value in own.items()}
+    same: dict[int, list[str]] = {}
+    for name, parameter in own.items():
+        same.setdefault(id(parameter), []).append(name)
+    found: dict[str, bool] = {}
+    for choice in select(shapes, config, rules_of(recipe)):
+        for filled in (choice.parameters or (choice.name,)) if choice.ternary else ():
+            if not own[filled].is_floating_point():
+                dtype = str(own[filled].dtype)[6:]
+                raise UsageError(filled, f"is {dtype}", "floating point", "Load a dense model")
+            found |= dict.fromkeys(same[id(own[filled])], choice.transposed)
     if not found:
         raise SelectionError(
             type(model).__name__,
@@ -175,59 +229,77 @@ def _chosen(model: nn.Module, recipe: Recipe) -> dict[str, Choice]:
     return found
 
 
-def _from_packed(
-    model: nn.Module, chosen: Mapping[str, Choice], start: str | Path, form: Form, activations: str
-) -> nn.Module:
-    """`prepare` from the trits of a packed checkpoint."""
+def _begin_packed(
+    model: nn.Module, start: str | Path, form: Form, activations: str, recipe: Recipe
+) -> Recipe:
+    """`prepare` from the trits of a packed checkpoint; returns the recipe that chooses the same."""
     packed, records = open_packed(start)
-    forms: dict[str, Form] = {}
-    for name, choice in chosen.items():
-        record = records.get(choice.name)
-        if record is None or record.shape is None or record.planes != 1:
-            found = "is no ternary matrix in one plane there" if record else "is not there"
-            raise UsageError(
-                start,
-                f"{choice.name} {found}",
-                "a packed checkpoint of this model",
-                "Start from its own conversion, or keep what it keeps",
+    record = check_record(packed, records)
+    if record is not None:
+        theirs = read_recipe(record)
+        recipe = replace(recipe, keep=theirs.keep, include=theirs.include)
+        recipe = replace(recipe, head=theirs.head, embeddings=theirs.embeddings)
+    values, forms = _values_of(start)
+    own = dict(model.named_parameters(remove_duplicate=False))
+    unlike = (n for n, p in own.items() if n not in values or values[n].shape != p.shape)
+    misfit = next(unlike, "")
+    if misfit or not any(forms.values()):
+        found = f"has no {misfit} of shape {list(own[misfit].shape)}" if misfit else "has no trits"
+        remedy = "Start from its own conversion"
+        raise UsageError(start, found, "a packed checkpoint of this model", remedy)
+    ternary = {
+        name: replace(each, scale=form.scale, estimator=form.estimator)
+        for name, each in forms.items()
+        if each is not None
+    }
+    insert(model, ternary, activations)
+    for name, dense in own.items():
+        if name in ternary:
+            begin(model, name, model.get_parameter(name), stored=values[name])
+        else:  # biases and norms that were fitted; a head in 8 bits, which will be again
+            dense.data.copy_(values[name])
+            dense.requires_grad_(dense.requires_grad and name not in forms)
+    sizes = {each.group_size for each in ternary.values()}
+    return replace(recipe, group_size=sizes.pop() if len(sizes) == 1 else None)
+
+
+def _values_of(start: str | Path) -> tuple[dict[str, Tensor], dict[str, Form | None]]:
+    """The parameters of a packed checkpoint as a model has them, and the forms of packed ones.
+
+    Ternary ones are s t, in the space of the file; those in 8 or 4 bits are dense, without a form.
+    """
+    model = load(start)
+    values = {n: p.data for n, p in model.named_parameters(remove_duplicate=False)}
+    forms: dict[str, Form | None] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, Packed):
+            continue
+        module.use_stored()
+        for leaf, layout in module.layouts.items():
+            name, (packed, scales) = f"{path}.{leaf}", module.pair(leaf)
+            if layout.planes != 1:
+                remedy = "Start from a conversion without --planes and --target-bpw"
+                raise UsageError(start, f"has {name} in {layout.planes} planes", "one", remedy)
+            ternary = layout.codec == BASE3
+            read = dense_matrix if ternary else dense_weight
+            stack = [packed, scales] if packed.ndim == 3 else [packed[None], scales[None]]
+            parts = [read(p, s, layout, torch.float32) for p, s in zip(*stack, strict=True)]
+            value = torch.stack(parts).reshape(*packed.shape[:-1], layout.cols)
+            values[name] = value.transpose(-1, -2) if layout.transposed else value
+            # matrices with a scale each that the model fuses: each row gets its own
+            several = layout.group_size == 0 and scales.shape[-2] > 1
+            dtype = DTYPE_NAMES[scales.dtype]
+            forms[name] = (
+                None
+                if not ternary
+                else Form(
+                    -1 if several else layout.group_size,
+                    layout.transposed,
+                    *layout.rotation,
+                    scale_dtype=dtype if dtype in RANGES else "F32",
+                )
             )
-        scale = packed.tensors[choice.name + "_scale"].dtype
-        forms[name] = _with(
-            form,
-            group_size=record.group_size,
-            transposed=choice.transposed,
-            block=record.rotation[0],
-            seed=record.rotation[1],
-            scale_dtype=scale if scale in ("F32", "U8") else "F16",
-        )
-    dense = load(start, dequantize=True, dtype=torch.float32)
-    insert(model, forms, activations)
-    own = dict(dense.named_parameters(remove_duplicate=False))
-    with torch.no_grad():
-        for name, each in forms.items():
-            value = each.turn(own[name].detach())
-            if each.block:
-                value = _snapped(rotate(value, each.block, each.seed), each.group_size)
-            begin(model, name, model.get_parameter(name), stored=each.turn(value))
-        for name, parameter in model.named_parameters():  # biases and norms that were fitted
-            if name in own and name not in forms:
-                parameter.copy_(own[name])
-    return model
-
-
-def _snapped(value: Tensor, group_size: int) -> Tensor:
-    """A ternary matrix that was rotated forth and back: what is near 0 is 0, the rest +-s."""
-    scales = largest_of_groups(value.abs(), group_size)
-    level = spread_scales(scales, value.shape[-1], group_size)
-    return level * (value / level.clamp(min=FLOOR)).round()
-
-
-def _with(form: Form, **changes: Any) -> Form:
-    return Form(**{**form.__dict__, **changes})
-
-
-def _dtype_of(scale_bits: int) -> str:
-    return "U8" if scale_bits == 8 else "F16"
+    return values, forms
 
 
 def initialize(model: nn.Module, init: str, *, zeros: float = 0.5, seed: int = 0) -> None:
@@ -237,33 +309,48 @@ def initialize(model: nn.Module, init: str, *, zeros: float = 0.5, seed: int = 0
            weights, whose trits are what comes of them
     zeros  0 to 1, not 1
 
-    Each matrix gets products of the variance of its inputs: sum W'^2 = 1 for each row on average
-    (LeCun's initialization). Raises UsageError.
+    Each matrix gets products of the variance of its inputs: sum W'^2 = 1 for a row on average
+    (LeCun's initialization). Token embeddings stay as they are. Raises UsageError.
     """
     shares = {"uniform": 1 / 3, "zeros": zeros, "variance": 0.0}
     if init not in shares or not 0 <= shares[init] < 1:
         found = f"{init!r} with zeros {zeros}"
         raise UsageError("init", found, f"one of {', '.join(shares)}, and zeros from 0 to below 1")
-    share, drawn = shares[init], set[int]()
-    generator = torch.Generator().manual_seed(seed)
-    for path, module in latent_modules(model):
+    generator, drawn = torch.Generator().manual_seed(seed), set[int]()
+    for _, module in latent_modules(model):
         for leaf, form in module.forms.items():
-            parameter = module._parameters[leaf]
-            assert parameter is not None
-            if id(parameter) in drawn or isinstance(module, QatEmbedding):
+            places = module.sharing[leaf]
+            embedding = any(isinstance(other, QatEmbedding) for other, _ in places)
+            if id(places) in drawn or embedding:
                 continue
-            drawn.add(id(parameter))
-            shape = form.turn(parameter).shape
+            drawn.add(id(places))
+            shape = module.latent(leaf).shape
             if init == "variance":
-                wide = torch.randn(shape, generator=generator) / math.sqrt(shape[-1])
-                scales = itf(wide, form.group_size).scales
+                wide = torch.randn(shape, generator=generator)
             else:
-                level = 1 / math.sqrt((1 - share) * shape[-1])
-                draw = torch.rand(shape, generator=generator)
-                sign = torch.rand(shape, generator=generator).round() * 2 - 1
-                # |V / s| below 1/2 for the share of zeros, between 1/2 and 3/2 for the others
-                inner = draw / max(share, FLOOR) / 2
-                outer = 0.5 + (draw - share) / (1 - share)
-                wide = level * sign * torch.where(draw < share, inner, outer)
-                scales = itf(wide, form.group_size).scales.fill_(level)
-            begin(model, f"{path}.{leaf}", form.turn(wide).to(parameter.device), scales)
+                wide = _drawn(shape, shares[init], form.scale == "absmean", generator)
+            form = replace(form, scale_dtype="F32")
+            if form.scale != "learned":
+                scales = scales_of(wide, form)
+            elif init == "variance":
+                scales = itf(wide, form.group_size).scales.to(torch.float32)
+            else:  # the draw's own unit
+                scales = torch.ones_like(largest_of_groups(wide, form.group_size))
+            trits = trits_of(wide, scales, form.group_size, None)
+            ternary = scaled(trits, scales, form.group_size)
+            level = 1 / math.sqrt(float(ternary.square().sum(-1).mean()) or 1.0)
+            module.put(leaf, form.turn(wide * level), scales * level)
+
+
+def _drawn(shape: torch.Size, share: float, absmean: bool, generator: torch.Generator) -> Tensor:
+    """Weights of which a share rounds to 0 by a scale of 1, evenly spread on either side of 1/2.
+
+    absmean  the mean magnitude is to be 1; else that of those that do not round to 0
+    """
+    draw, sign = (torch.rand(shape, generator=generator) for _ in range(2))
+    width = 1.0
+    if absmean:  # share / 4 + (1 - share) (1 / 2 + width / 2) = 1
+        width = (2 - share / 2) / (1 - share) - 1
+    inner = draw / max(share, FLOOR) / 2
+    outer = 0.5 + (draw - share) / (1 - share) * width
+    return torch.where(sign < 0.5, -1.0, 1.0) * torch.where(draw < share, inner, outer)

@@ -1,17 +1,18 @@
 """A latent weight V read as a ternary one, with gradients.
 
-    forward    W' = s t,      t = clip(round(V / s), -1, 1)
+    forward    W' = s t,      t = sign(V) where |V| > s / 2, else 0
     backward   d W'/d V = 1,  d W'/d s = t - (V / s where |V / s| < 1.5, else 0)
 
 The gradient goes straight through the rounding; that of the scale is the one of a learned step
 size. s is what will be stored: it is rounded to the dtype of the file, with the gradient of what
-was not. What else there is:
+was not. The trits come of a comparison, without dividing, so that every device and compiler gives
+the same. What else there is:
 
     clipped     d W'/d V = 0 where |V / s| >= 1.5: what is beyond the last level stays there
-    tanh        t = (tanh(k (r - 1/2)) + tanh(k (r + 1/2))) / 2 with r = V / s, and its derivative;
+    tanh        t = (tanh(k (r - h)) + tanh(k (r + h))) / 2 with r = V / s, and its derivatives;
                 k grows during training, and in the end t is rounded
     blend b     W = (1 - b) V + b W', from a dense model (b = 0) to a ternary one (b = 1)
-    threshold   t = sign(r) where |r| > threshold, else 0, for a share of zeros of one's own
+    threshold h t = sign(V) where |V| > h s, for a share of zeros of one's own; else 1/2
 
 Sources: straight-through, https://arxiv.org/abs/1308.3432; learned step sizes, LSQ,
 https://arxiv.org/abs/1902.08153, eq. 3; absmean scales, BitNet b1.58,
@@ -31,9 +32,14 @@ from ternarize.trits.ternary import split_groups
 SCALES = ("learned", "absmean", "least-squares")
 ESTIMATORS = ("ste", "clipped", "tanh")
 EDGE = 1.5  # |V / s| from which V is beyond the last level
-FLOOR = 1e-30  # of a scale that is divided by
+FLOOR = 1e-30  # the least scale: one is divided by it
 FITS = 3  # rounds of the least-squares scale, which settles after few
-_F16, _U8 = (2.0**-14, 65504.0), (2.0**-14, 61440.0)  # the ranges of stored scales
+# the scales that a file of a dtype holds with all digits
+RANGES = {
+    "F16": (2.0**-14, 65504.0),
+    "U8": (2.0**-14, 61440.0),
+    "F32": (FLOOR, torch.finfo(torch.float32).max),
+}
 
 
 @dataclass(frozen=True)
@@ -71,15 +77,14 @@ def stored_scales(scales: Tensor, dtype: str) -> Tensor:
 
     Those beyond its range are moved to its end; trits/scales.py has the rounding.
     """
-    low, high = {"F16": _F16, "U8": _U8, "F32": (FLOOR, torch.finfo(torch.float32).max)}[dtype]
-    exact = scales.detach().clamp(low, high)
+    exact = scales.detach().clamp(*RANGES[dtype])
     if dtype == "F16":
         exact = exact.to(torch.float16).to(torch.float32)
     elif dtype == "U8":  # three bits of the mantissa, at the middle the even one
         bits = exact.view(torch.int32)
         bits = bits + ((bits >> 20) & 1) + 0x7FFFF
         exact = (bits & ~0xFFFFF).view(torch.float32)
-    return scales + (exact - scales).detach()
+    return _straight(scales, exact)
 
 
 def scales_of(latent: Tensor, form: Form) -> Tensor:
@@ -87,28 +92,26 @@ def scales_of(latent: Tensor, form: Form) -> Tensor:
 
     (..., 1, 1) where group_size is 0. float32, without gradient, as stored.
     """
-    magnitude = split_groups(latent.detach().to(torch.float32).abs(), form.group_size)
-    cols = latent.shape[-1]
+    magnitude = latent.detach().to(torch.float32).abs()
     if form.group_size == 0:
-        magnitude = magnitude.flatten(-3).unsqueeze(-2).unsqueeze(-2)
-        counts = magnitude.shape[-1]
+        groups = magnitude.flatten(-2)[..., None, None, :]
+        counts = torch.tensor(float(groups.shape[-1]))
     else:
-        length = magnitude.shape[-1]
-        sizes = torch.full(magnitude.shape[-2:-1], length, device=latent.device)
-        sizes[-1] = cols - length * (len(sizes) - 1)
-        counts = sizes  # type: ignore[assignment]
-    scales = magnitude.sum(-1) / counts
+        groups = split_groups(magnitude, form.group_size)
+        counts = torch.full(groups.shape[-2:-1], float(groups.shape[-1]))
+        counts[-1] -= groups.shape[-2] * groups.shape[-1] - latent.shape[-1]
+    scales = groups.sum(-1) / counts.to(latent.device)
     if form.scale == "least-squares":
         for _ in range(FITS):
-            used = magnitude > scales.unsqueeze(-1) / 2
-            scales = (magnitude * used).sum(-1) / used.sum(-1).clamp(min=1)
+            used = groups > scales.unsqueeze(-1) / 2
+            scales = (groups * used).sum(-1) / used.sum(-1).clamp(min=1)
     return stored_scales(scales, form.scale_dtype)
 
 
 def trits_of(latent: Tensor, scales: Tensor, group_size: int, threshold: Tensor | None) -> Tensor:
     """The trits that a forward uses, (..., rows, cols) int8."""
-    ratio = _ratio(latent, scales, group_size)
-    return _hard(ratio, threshold).flatten(-2)[..., : latent.shape[-1]].to(torch.int8)
+    trits = _hard(split_groups(latent, group_size), scales.unsqueeze(-1), threshold)
+    return trits.flatten(-2)[..., : latent.shape[-1]].to(torch.int8)
 
 
 def ternarized(
@@ -118,6 +121,7 @@ def ternarized(
     blend: Tensor | None = None,
     sharpness: Tensor | None = None,
     threshold: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """W' of a latent weight, with the gradients of the module's docstring.
 
@@ -125,11 +129,11 @@ def ternarized(
     scales     (..., rows, groups) float32, as stored; (..., 1, 1) for group_size 0
     blend, sharpness, threshold   scalars of the module's docstring; None: 1, infinite, 1/2
 
-    Returns (..., rows, cols) float32, in the space of the file (rotated, if it is).
+    Returns (..., rows, cols) of `dtype`, in the space of the file (rotated, if it is).
     """
-    result: Tensor = _Ternarized.apply(
-        latent, scales, blend, sharpness, threshold, form.group_size, form.estimator == "clipped"
-    )
+    clipped = form.estimator == "clipped"
+    arguments = (latent, scales, blend, sharpness, threshold, form.group_size, clipped, dtype)
+    result: Tensor = _Ternarized.apply(*arguments)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -142,23 +146,48 @@ def rounded_inputs(x: Tensor) -> Tensor:
     """
     wide = x.detach().to(torch.float32)
     absmax = wide.abs().amax(-1, keepdim=True)
-    q = (wide * 127 / torch.where(absmax == 0, 1, absmax)).round()
-    return x + (q * (absmax / 127) - wide).to(x.dtype)
+    q = (wide * 127).div_(torch.where(absmax == 0, 1, absmax)).round_()
+    return _straight(x, q.mul_(absmax / 127).to(x.dtype))
 
 
-def _ratio(latent: Tensor, scales: Tensor, group_size: int) -> Tensor:
-    """V / s: (..., rows, groups, length)."""
-    return split_groups(latent, group_size) / scales.clamp(min=FLOOR).unsqueeze(-1)
+def _straight(x: Tensor, value: Tensor) -> Tensor:
+    """`value`, to the last bit, with the gradient of x."""
+    result: Tensor = _Straight.apply(x, value)  # type: ignore[no-untyped-call]
+    return result
 
 
-def _hard(ratio: Tensor, threshold: Tensor | None) -> Tensor:
-    if threshold is None:
-        return ratio.round().clamp(-1, 1)
-    return ratio.sign() * (ratio.abs() > threshold)
+class _Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], None
+
+
+def _hard(groups: Tensor, level: Tensor, threshold: Tensor | None) -> Tensor:
+    """Trits as floats (a zero may have a sign) of groups (..., length) with scales (..., 1)."""
+    edge = level * (0.5 if threshold is None else threshold)
+    return groups.abs().gt_(edge).copysign_(groups)
+
+
+def _soft(ratio: Tensor, sharpness: Tensor, threshold: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Soft trits and their derivative by the ratio."""
+    at = 0.5 if threshold is None else threshold
+    low, high = torch.tanh(sharpness * (ratio - at)), torch.tanh(sharpness * (ratio + at))
+    return (low + high) / 2, sharpness * (2 - low * low - high * high) / 2
 
 
 class _Ternarized(torch.autograd.Function):
-    """`ternarized`; keeps nothing but its inputs, and works the rest out again."""
+    """`ternarized`; keeps nothing but its inputs, and works the rest out again.
+
+    What is worked out is changed in place: new memory of a weight's size costs more than the sums.
+    """
 
     @staticmethod
     def forward(
@@ -169,44 +198,42 @@ class _Ternarized(torch.autograd.Function):
         threshold: Tensor | None,
         group_size: int,
         clipped: bool,
+        dtype: torch.dtype,
     ) -> Tensor:
-        ratio = _ratio(latent, scales, group_size)
-        trits = _hard(ratio, threshold) if sharpness is None else _soft(ratio, sharpness)[0]
-        value = (trits * scales.unsqueeze(-1)).flatten(-2)[..., : latent.shape[-1]]
-        return value if blend is None else torch.lerp(latent, value, blend)
+        groups, level = split_groups(latent, group_size), scales.unsqueeze(-1)
+        if sharpness is None:
+            value = _hard(groups, level, threshold).mul_(level)
+        else:
+            value = _soft(groups / level, sharpness, threshold)[0].mul_(level)
+        value = value.flatten(-2)[..., : latent.shape[-1]]
+        return (value if blend is None else torch.lerp(latent, value, blend)).to(dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:5])
-        ctx.group_size, ctx.clipped = inputs[5:]
+        ctx.group_size, ctx.clipped = inputs[5:7]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         latent, scales, blend, sharpness, threshold = ctx.saved_tensors
         given = grads[0]
-        ratio = _ratio(latent, scales, ctx.group_size)
-        above = split_groups(given, ctx.group_size)
-        inside = ratio.abs() < EDGE
+        groups, level = split_groups(latent, ctx.group_size), scales.unsqueeze(-1)
+        above, ratio = split_groups(given, ctx.group_size), groups / level
         if sharpness is None:
-            of_scale = _hard(ratio, threshold) - ratio * inside
-            of_latent = above * inside if ctx.clipped else above
+            trits = _hard(groups, level, threshold)
+            inner = ratio.abs().lt_(EDGE).mul_(above)
         else:
-            trits, slope = _soft(ratio, sharpness)
-            of_scale, of_latent = trits - ratio * slope, above * slope
-        own = of_latent.flatten(-2)[..., : latent.shape[-1]]
-        if blend is not None:
-            own = torch.lerp(given, own, blend)
-        to_scales = None
+            trits, slope = _soft(ratio, sharpness, threshold)
+            inner = slope.mul_(above)
+        to_latent, to_scales = given, None
+        if sharpness is not None or ctx.clipped:
+            to_latent = inner.flatten(-2)[..., : latent.shape[-1]]
         if ctx.needs_input_grad[1]:
-            to_scales = (above * of_scale).sum(-1)
+            to_scales = trits.mul_(above).addcmul_(ratio, inner, value=-1).sum(-1)
             if to_scales.shape != scales.shape:  # one scale for the whole matrix
                 to_scales = to_scales.sum((-1, -2), keepdim=True)
             if blend is not None:
                 to_scales = to_scales * blend
-        return own, to_scales, None, None, None, None, None
-
-
-def _soft(ratio: Tensor, sharpness: Tensor) -> tuple[Tensor, Tensor]:
-    """Soft trits and their derivative by the ratio."""
-    low, high = (torch.tanh(sharpness * (ratio + at)) for at in (-0.5, 0.5))
-    return (low + high) / 2, sharpness * (2 - low * low - high * high) / 2
+        if blend is not None:
+            to_latent = torch.lerp(given.to(to_latent.dtype), to_latent, blend)
+        return to_latent.to(latent.dtype), to_scales, None, None, None, None, None, None

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ternarize.errors import UsageError
-from ternarize.qat.modules import LOG_SCALE, SCHEDULED, latent_modules
+from ternarize.qat.modules import LOG_SCALE, SCHEDULED, Qat, latent_modules
+from ternarize.trits.ternary import split_groups
 
 SHARP = 60.0  # k of the soft rounding at its end, from where on it is hard
 SAMPLED = 1 << 16  # latent weights that the threshold for a share of zeros is taken from
@@ -24,8 +25,13 @@ class Schedule(TrainerCallback):
     warmup  share of the steps in which W goes from dense to ternary, linearly (blend)
     sharpen share of the steps in which tanh gets sharper, k from 1 to 60 as a geometric series;
             None: 0.9 for a model prepared with the estimator "tanh", else nothing
-    zeros   share of zero trits, or None: what rounding gives
+    zeros   share of zero trits, or None: what rounding gives. In the end it is that of the weights
+            of each module together, to within one weight if no two are equal
     ramp    share of the steps in which it gets there from what rounding gives
+
+    What holds follows from the weights and the share that is done, so that a training that was
+    broken off goes on as it would have. A state dict knows nothing of it: after loading one, call
+    `at(1)` (or what is done) again.
     """
 
     def __init__(
@@ -37,37 +43,44 @@ class Schedule(TrainerCallback):
         zeros: float | None = None,
         ramp: float = 0.3,
     ) -> None:
-        shares = {"warmup": warmup, "sharpen": sharpen, "ramp": ramp, "zeros": zeros}
+        shares = {"warmup": warmup, "sharpen": sharpen or 0.0, "ramp": ramp, "zeros": zeros or 0.0}
         for what, value in shares.items():
-            if value is not None and not 0 <= value <= 1 or value == 1 == zeros:
-                raise UsageError(what, f"{value}", "a share, from 0 to 1")
+            if not 0 <= value <= 1 or (what == "zeros" and value == 1):
+                raise UsageError(what, f"{value}", "a share of 1")
         self.modules = [module for _, module in latent_modules(model)]
+        if not self.modules:
+            raise UsageError(
+                type(model).__name__,
+                "has no weights that are trained to be ternary",
+                "a prepared model",
+                "Call ternarize.qat.prepare(model) first",
+            )
         soft = any(f.estimator == "tanh" for m in self.modules for f in m.forms.values())
         self.warmup, self.zeros, self.ramp = warmup, zeros, ramp
         self.sharpen = (0.9 if soft else 0.0) if sharpen is None else sharpen
-        self.natural: dict[int, float] = {}
 
+    @torch.no_grad()
     def at(self, done: float) -> None:
         """Set what holds after a share of the steps, from 0 to 1."""
         blend = done / self.warmup if done < self.warmup else None
         sharpness = SHARP ** (done / self.sharpen) if done < self.sharpen else None
-        for index, module in enumerate(self.modules):
-            threshold = None if self.zeros is None else self._threshold(index, done)
+        for module in self.modules:
+            threshold = None if self.zeros is None else self._threshold(module, done)
             for name, value in zip(SCHEDULED, (blend, sharpness, threshold), strict=True):
                 _put(module, name, value)
 
-    def _threshold(self, index: int, done: float) -> float:
-        """|V / s| that a share of the module's weights lies below: of a sample, and at the end all."""
-        module = self.modules[index]
-        with torch.no_grad():
-            ratios = torch.cat([_ratios(module, name, done >= 1) for name in module.forms])
-        if index not in self.natural:
-            self.natural[index] = float((ratios <= 0.5).float().mean())
-        start, part = self.natural[index], min(1.0, done / self.ramp) if self.ramp else 1.0
+    def _threshold(self, module: Qat, done: float) -> float:
+        """|V / s| that a share of the module's weights is below: of a sample, at the end of all."""
+        sampled = None if done >= 1 else SAMPLED
+        ratios = torch.cat([_ratios(module, name, sampled) for name in module.forms])
+        natural = float((ratios <= 0.5).float().mean())
+        part = min(1.0, done / self.ramp) if self.ramp else 1.0
         assert self.zeros is not None
-        share = start + part * (self.zeros - start)
-        rank = max(1, min(len(ratios), round(share * len(ratios))))
-        return float(ratios.kthvalue(rank).values)
+        rank = round((natural + part * (self.zeros - natural)) * len(ratios))
+        # between two weights, so that no rounding decides
+        below = float(ratios.kthvalue(rank).values) if rank else 0.0
+        above = float(ratios.kthvalue(rank + 1).values) if rank < len(ratios) else 2 * below
+        return (below + above) / 2 if rank else 0.0
 
     # --- what transformers' Trainer calls ---
 
@@ -81,16 +94,18 @@ class Schedule(TrainerCallback):
         self.at(1.0)
 
 
-def _ratios(module: Any, name: str, all_of_them: bool) -> Tensor:
-    from ternarize.qat.rounding import _ratio
+def _ratios(module: Qat, name: str, sampled: int | None) -> Tensor:
+    """|V / s| of a weight, flat: of whole rows that are about `sampled` weights, or of all."""
+    latent, scales = module.latent(name), module.scales(name)
+    scales = scales.expand(*latent.shape[:-1], scales.shape[-1]).flatten(0, -2)
+    latent = latent.flatten(0, -2)
+    step = 1 if sampled is None else max(1, latent.numel() // sampled)
+    latent, scales = latent[::step].abs(), scales[::step]
+    ratios = split_groups(latent, module.forms[name].group_size) / scales.unsqueeze(-1)
+    return ratios.flatten(-2)[..., : latent.shape[-1]].flatten()
 
-    latent = module.latent(name)
-    ratios = _ratio(latent, module.scales(name), module.forms[name].group_size)
-    ratios = ratios.flatten(-2)[..., : latent.shape[-1]].abs().flatten()
-    return ratios if all_of_them else ratios[:: max(1, len(ratios) // SAMPLED)]
 
-
-def _put(module: Any, name: str, value: float | None) -> None:
+def _put(module: Qat, name: str, value: float | None) -> None:
     """Set a scalar of a module: a compiler sees a tensor that changes, not another number."""
     there = getattr(module, name)
     if value is None:
