@@ -41,10 +41,11 @@ def show_tensors(report: dict[str, Any]) -> None:
 
 
 def show_totals(report: dict[str, Any]) -> None:
-    """A line of what has become of all weights, and one of sizes."""
+    """A line of what has become of all weights, one of sizes, and one of the whole model."""
     t = report["totals"]
     parts = [
         f"{t['ternary_parameters']:,} of {t['parameters']:,} parameters ternary",
+        *(f"{t[f'{c}_parameters']:,} {c}" for c in ("int8", "int4") if t[f"{c}_parameters"]),
         f"{t['ternary_bpw']:.3f} bits per weight" if t["ternary_bpw"] else "",
         f"{t['sparsity']:.1%} zeros" if t["sparsity"] is not None else "",
         f"relative error {t['relative_error']:.4f}" if t["relative_error"] is not None else "",
@@ -54,6 +55,9 @@ def show_totals(report: dict[str, Any]) -> None:
     if t["source_bytes"]:
         size = f"{in_bytes(t['source_bytes'])} -> {size}, {t['ratio']:.2f} times smaller"
     print(size)
+    if t["bits_per_parameter"] is not None:
+        bits = f"{t['bits_per_parameter']:.3f} bits per parameter"
+        print(f"whole model: {t['file_bytes']:,} bytes, {bits}")
 
 
 def show_calibration(report: dict[str, Any]) -> None:
@@ -84,6 +88,21 @@ def show_calibration(report: dict[str, Any]) -> None:
     out.print(grid)
     if found["quality"]:
         show_measures(found["quality"])
+
+
+def show_training(report: dict[str, Any]) -> None:
+    """How a model was trained, and what was measured then, if the report is of one."""
+    found = report["training"]
+    if found is None:
+        return
+    texts, looks = shown(", ".join(found["texts"])), dict(map(tuple, found["held_out"]))
+    said = (
+        f"\ntrained on {texts}: {found['steps']} steps, {found['tokens']} tokens, "
+        f"{found['minutes']:.1f} minutes; held-out loss {found['held_out'][0][1]:.4f} before, "
+        f"{looks[found['kept_step']]:.4f} as kept, of step {found['kept_step']}"
+    )
+    stdout().print(said, highlight=False, soft_wrap=True)
+    show_measures(found["quality"])
 
 
 def _what_was_read(data: dict[str, Any]) -> str:
@@ -147,10 +166,10 @@ def show_plan(table: dict[str, Any], with_recipe: bool) -> None:
     out = stdout()
     out.print(_rows(table["tensors"]))
     coverage = table["coverage"]
-    int8 = f"{coverage['int8']:,} int8 + " if coverage["int8"] else ""
+    ends = "".join(f"{coverage[c]:,} {c} + " for c in ("int8", "int4") if coverage.get(c))
     out.print(
         f"\n{coverage['total']:,} parameters = {coverage['ternary']:,} ternary + "
-        f"{int8}{coverage['kept']:,} kept + {coverage['tied']:,} tied copies"
+        f"{ends}{coverage['kept']:,} kept + {coverage['tied']:,} tied copies"
     )
     ratio = table["source_bytes"] / max(1, table["packed_bytes"])
     calibrate = table["recipe"]["calibrate"]
@@ -277,7 +296,7 @@ def show_hints(
     own = f"ternarize eval {shlex.quote(str(output))} --source {shlex.quote(model)} --text FILE"
     if methods == {"lossless"}:
         err.print("The source was ternary already: packed without loss.")
-    elif report["calibration"] is not None:
+    elif report["calibration"] is not None or report["training"] is not None:
         advise(
             "\nThese figures are on text like that of the calibration. Measure on your own:\n  "
             + own
