@@ -43,7 +43,7 @@ def test_a_sample_converts_loads_and_computes_the_same(tmp_path: Path) -> None:
         answers = {step["name"]: step["outcome"] for step in row["steps"]}
         assert answers["outputs"] == answers["weights"] == answers["save again"] == OK, row
         # a head is packed, or it is said why there is none
-        heads = {answers[f"head {what}: convert"] for what in ("int8", "ternary")}
+        heads = {answers[f"head {what}: convert"] for what in ("int8", "int4", "ternary")}
         assert heads == {REFUSED if row["type"] in HEADLESS else OK}, row
 
 

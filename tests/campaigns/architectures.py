@@ -13,7 +13,7 @@ is asked, in this order (architectures_checks.py):
     outputs            in float32, of the packed model and of a dense twin that transformers loads
     weights            all parameters and buffers, against the twin's
     save again         save_pretrained, verify, load: the same state
-    head, embeddings   converted to int8 and to ternary: all of the above; and a head that is
+    head, embeddings   converted to int8, int4 and ternary: all of the above; and a head that is
                        rounded at load is the one that a conversion rounds
     own names          a model saved with the names of its own parameters, where transformers
                        writes other ones by default (those of older versions)

@@ -36,8 +36,8 @@ OK, REFUSED, FAILED, OPEN = "ok", "refused", "failed", "not compared"
 TOLERANCE = 1e-4  # of the largest magnitude of an output: float32 sums in another order, amplified
 MOVED = 1e-3  # ternary weights change an output at least so much, else the comparison says nothing
 HEADS = (
-    *({"head": "int8"}, {"head": "ternary"}),
-    *({"embeddings": "int8"}, {"embeddings": "ternary"}),
+    *({"head": "int8"}, {"head": "int4"}, {"head": "ternary"}),
+    *({"embeddings": "int8"}, {"embeddings": "int4"}, {"embeddings": "ternary"}),
 )
 
 

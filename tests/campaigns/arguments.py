@@ -70,7 +70,7 @@ RIGHT = {  # by the name of an argument or option: what it mostly is
     "--device": ["cpu"],
     "--plot": ["plot.png", "plot.svg"],
     "--min-quality": QUALITY,
-    "--head": ["int8", "keep", "ternary"],
+    "--head": ["int8", "int4", "keep", "ternary"],
     "--recipe": ["fast", "recipe.toml", "packed64/ternarize.json", "packed/config.json"],
 }
 # of these a large one is right, and takes its time

@@ -35,6 +35,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "absmean": (),
     "twn, rows": ("--method", "twn", "--group-size", "-1"),
     "itf, tensors": ("--method", "itf", "--group-size", "0"),
+    "int4 ends": ("--method", "itf", "--head", "int4", "--embeddings", "int4"),
     "two planes, 8-bit scales, int8 head": (
         *("--method", "itf", "--scale-bits", "8"),
         *("--planes", "*.o_proj.weight", "--head", "int8"),

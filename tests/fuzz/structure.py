@@ -21,6 +21,7 @@ NUMBERS = [-(2**63), -2, -1, 0, 1, 2, 3, 4, 5, 6, 7, 15, 16, 63, 64, 65, 127, 12
 NUMBERS += [2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**60, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64]
 WORDS = ["", "base3", "int8", "U8", "F16", "__metadata__", "weight", "w.weight", "w.weight_scale"]
 WORDS += [
+    "int4",
     "a_scale",
     "..",
     "../x",
@@ -228,13 +229,16 @@ def _records(table: Any) -> dict[str, Any]:
     return records if isinstance(records, dict) else {}
 
 
-def _places(cols: int, group_size: int) -> list[tuple[int, int]]:
-    """The group and the count of trits of each byte of a row (formats/base3.md)."""
+def _places(cols: int, group_size: int, to_byte: int = 5) -> list[tuple[int, int]]:
+    """The group and the count of trits of each byte of a row (formats/base3.md).
+
+    to_byte  how many a byte has; 2: of int4 (formats/int4.md)
+    """
     length = cols if group_size <= 0 else min(group_size, cols)
     places = []
     for group, first in enumerate(range(0, cols, length)):
         count = min(length, cols - first)
-        places += [(group, min(5, count - at)) for at in range(0, count, 5)]
+        places += [(group, min(to_byte, count - at)) for at in range(0, count, to_byte)]
     return places
 
 
@@ -254,7 +258,9 @@ def fit(header: dict[str, Any], table: Any, payload: bytes, rng: random.Random) 
             continue
         if type(group_size) is not int or not 1 <= shape[-1] <= 4096 or math.prod(shape) > MOST:
             continue
-        places, planes = _places(shape[-1], group_size), record.get("planes", 1)
+        int4 = record.get("codec") == "int4"
+        places = _places(shape[-1], group_size, 2 if int4 else 5)
+        planes = record.get("planes", 1)
         planes = 2 if type(planes) is int and planes == 2 else 1
         groups, rows = places[-1][0] + 1, math.prod(shape[:-1])
         int8 = record.get("codec") == "int8"
@@ -268,6 +274,10 @@ def fit(header: dict[str, Any], table: Any, payload: bytes, rng: random.Random) 
                 used[at // width * groups + at % width // length] |= byte != 0
                 continue
             group, count = places[at % len(places)]
+            if int4:
+                data[at] = byte = byte if count == 2 else byte & 15 | 0x80
+                used[at // len(places) * groups + group] |= byte != 0x88
+                continue
             code = byte % 3**count + sum(3**k for k in range(count, 5))
             data[at] = code
             zero = sum(3**k for k in range(5))
@@ -340,9 +350,9 @@ def _reshape(table: Any, rng: random.Random) -> None:
     features = []
     for key in ("planes", "rotation", "transposed"):
         record.pop(key, None)
-    record["codec"] = rng.choice(["base3", "base3", "base3", "int8"])
-    if record["codec"] == "int8":
-        features.append("int8")
+    record["codec"] = rng.choice(["base3", "base3", "base3", "int8", "int4"])
+    if record["codec"] != "base3":
+        features.append(record["codec"])
     elif rng.random() < 0.3:
         record["planes"] = 2
         features.append("planes")

@@ -47,6 +47,7 @@ from ternarize.publish.card import make_card  # noqa: E402
 from ternarize.sources.imports.gguf import open_gguf  # noqa: E402
 from ternarize.sources.packed import check_record, open_packed  # noqa: E402
 from ternarize.trits.base3 import BASE3  # noqa: E402
+from ternarize.trits.int4 import INT4, unpack_int4  # noqa: E402
 from ternarize.trits.scales import scale_values  # noqa: E402
 
 from . import gguf_files, structure  # noqa: E402
@@ -151,6 +152,8 @@ def decoded(checkpoint: Checkpoint, *, whole: bool) -> dict[str, Any]:
         if record.codec == BASE3:
             planes = container.decode_planes(data, scales, record)
             numbers = torch.cat([plane.trits for plane in planes], -1)
+        elif record.codec == INT4:
+            numbers = unpack_int4(data, record.shape[-1], record.group_size)
         plain = container.dequantize(data, scales, replace(record, rotation=(0, 0)))
         turned = container.dequantize(data, scales, record)
         found[name] = (numbers, scale_values(scales), plain, turned, record)
@@ -213,7 +216,8 @@ def fuzz_directory(data: bytes, folder: Folder) -> None:
     if error is not None and ("config.json" in error or "ternarize.json" in error):
         return
     if agree(error, their_error):
-        require(result["ternary"] + result["int8"] + result["kept"] == len(expected), "count")
+        kinds = ("ternary", "int8", "int4", "kept")
+        require(sum(result[kind] for kind in kinds) == len(expected), "count")
         packed, _ = open_packed(path)
         compare(decoded(packed, whole=True), expected, packed)
 
@@ -364,7 +368,14 @@ TARGETS: dict[str, Target] = {
         fuzz_file,
         structure.change_file,
         lambda: _files("valid", "invalid"),
-        ("files.headers", "files.metadata", "files.container", "trits.base3", "trits.int8"),
+        (
+            "files.headers",
+            "files.metadata",
+            "files.container",
+            "trits.base3",
+            "trits.int8",
+            "trits.int4",
+        ),
     ),
     "directory": Target(
         fuzz_directory,
