@@ -24,7 +24,7 @@ from ternarize.train.texts import learnt_in, tokens_in
 _PART = 2048  # tokens that go through the model at a time
 WARM = 0.02  # share of the budget in which rates go up
 CLIP = 1.0  # largest norm of the gradient
-LOOKS = 20  # at held-out text, spread evenly over the budget
+LOOKS = 10  # at held-out text, spread evenly over the budget
 SAVE_EVERY = 600.0  # seconds between states on the disk
 SMOOTH = 0.1  # weight of the newest loss in the one that is shown
 

@@ -58,23 +58,14 @@ def first_error(pair: Pair, samples: Sequence[Sample], pad: int) -> float:
     return max(1e-12, math.sqrt(sum(errors) / len(errors)))
 
 
-def held_loss(
-    pair: Pair, samples: Sequence[Sample], first: int, pad: int, sigma: float
-) -> dict[str, float]:
-    """The loss on held-out samples over all words, and what is known beside it."""
-    total, figures, count = 0.0, dict[str, float](), 0
+def held_loss(loss: Objective, samples: Sequence[Sample]) -> float:
+    """The loss on held-out samples, without gradients; over the same words at every look."""
+    total, count = 0.0, 0
     with torch.no_grad():
         for part in in_parts(samples):
             tokens = sum(map(learnt_in, part))
-            if pair.heads is None:
-                loss, beside = _whole(pair, batch_of(part, pad), sigma), dict[str, float]()
-            else:
-                loss, beside = _by_words(pair, part, Words(), first, pad)
-            total, count = total + float(loss) * tokens, count + tokens
-            for name, value in beside.items():
-                figures[name] = figures.get(name, 0.0) + value * tokens
-    count = max(1, count)
-    return {"loss": total / count, **{name: value / count for name, value in figures.items()}}
+            total, count = total + float(loss(part)[0]) * tokens, count + tokens
+    return total / max(1, count)
 
 
 def _by_words(

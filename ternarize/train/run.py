@@ -102,6 +102,7 @@ def train_model(
 
     environments = environments_of(folder, device)
     sigma = first_error(pair, data.held, data.pad)
+    loss = objective(pair, data.common, data.first, training.seed, data.pad, sigma)
 
     def keep(file: Path, loss: float) -> None:
         write_solved(file, blocks, by_name, stored_of(pair), {"held": json.dumps(loss)})
@@ -117,8 +118,8 @@ def train_model(
         place,
         pair.trained(),
         make_optimizer(groups),
-        objective(pair, data.common, data.first, training.seed, data.pad, sigma),
-        lambda: held_loss(pair, data.held, data.first, data.pad, sigma)["loss"],
+        loss,
+        lambda: held_loss(loss, data.held),
         keep,
         _known(data, pair, device, training),
         told,
