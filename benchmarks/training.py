@@ -34,6 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rate 0.012": {"lr": 0.012},
     "steps of 1,024 tokens": {"batch": 1024},
     "steps of 16,384 tokens": {"batch": 16384},
+    "adafactor": {"optimizer": "adafactor"},
     "windows of 512": {"train_len": 512},
     "towards the text": {"objective": "text"},
 }

@@ -160,6 +160,11 @@ class Train:
         "default: 0.006 (from scratch 0.002).",
         Span(0, 1),
     )
+    optimizer: str = option(
+        "adamw",
+        "{allowed}: 8 more bytes for each trained weight, or next to none. Default: {default}.",
+        ("adamw", "adafactor"),
+    )
     all_weights: bool = option(
         False, "Train what is kept as well: embeddings, head, every dense matrix."
     )

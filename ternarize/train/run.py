@@ -117,7 +117,7 @@ def train_model(
         training,
         place,
         pair.trained(),
-        make_optimizer(groups),
+        make_optimizer(groups, training.optimizer),
         loss,
         lambda: held_loss(loss, data.held),
         keep,
