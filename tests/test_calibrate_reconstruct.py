@@ -15,6 +15,7 @@ from ternarize.qat.rounding import Form
 from ternarize.trits.methods import itf, levels
 from ternarize.trits.rotation import rotate
 from ternarize.trits.scales import store_scales
+from ternarize.trits.ternary import spread_scales
 
 FORMS = [
     Form(32),
@@ -45,7 +46,7 @@ def start(form: Form, *shape: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("shape", [(10, 64), (3, 10, 64)], ids=str)
 def test_training_starts_from_just_what_it_was_given(form: Form, shape: tuple[int, ...]) -> None:
     weight, stored = start(form, *shape)
-    trainable = TernaryWeight(weight, stored, form, half)
+    trainable = TernaryWeight(weight, stored, form)
     assert torch.equal(trainable.stored(), stored)
     assert form.parameter(stored).shape == weight.shape
 
@@ -53,7 +54,7 @@ def test_training_starts_from_just_what_it_was_given(form: Form, shape: tuple[in
 def test_a_group_without_trits_stays_so_until_it_is_trained() -> None:
     weight, stored = start(Form(32))
     stored[2, 32:] = 0
-    assert torch.equal(TernaryWeight(weight, stored, Form(32), half).stored(), stored)
+    assert torch.equal(TernaryWeight(weight, stored, Form(32)).stored(), stored)
 
 
 def test_a_rotated_weight_is_rotated_back_for_the_block() -> None:
@@ -64,10 +65,10 @@ def test_a_rotated_weight_is_rotated_back_for_the_block() -> None:
 
 def test_gradients_go_straight_through_the_rounding() -> None:
     weight, stored = start(Form(32))
-    trainable = TernaryWeight(weight, stored, Form(32), half)
+    trainable = TernaryWeight(weight, stored, Form(32))
     sensitivity = torch.randn(10, 64)
     (trainable.stored() * sensitivity).sum().backward()  # type: ignore[no-untyped-call]
-    ratio = trainable.latent.detach() / trainable._spread(trainable.scales()).detach()
+    ratio = trainable.latent.detach() / spread_scales(trainable.scales().detach(), 64, 32)
     inside = ratio.abs() < 1.5
     assert trainable.latent.grad is not None
     assert torch.allclose(trainable.latent.grad, sensitivity * inside, atol=1e-6)
@@ -76,10 +77,10 @@ def test_gradients_go_straight_through_the_rounding() -> None:
 def test_the_gradient_of_a_scale_is_that_of_a_learned_step() -> None:
     # d (s t) / d s = t - V / s inside the clip, t outside; d s / d u = s
     weight, stored = start(Form(32))
-    trainable = TernaryWeight(weight, stored, Form(32), half)
+    trainable = TernaryWeight(weight, stored, Form(32))
     sensitivity = torch.randn(10, 64)
     (trainable.stored() * sensitivity).sum().backward()  # type: ignore[no-untyped-call]
-    level = trainable._spread(trainable.scales()).detach()
+    level = spread_scales(trainable.scales().detach(), 64, 32)
     ratio = trainable.latent.detach() / level
     trits = ratio.round().clamp(-1, 1)
     slope = torch.where(ratio.abs() < 1.5, trits - ratio, trits)
@@ -90,7 +91,7 @@ def test_the_gradient_of_a_scale_is_that_of_a_learned_step() -> None:
 
 def test_the_gradient_of_a_scale_with_fixed_trits_is_the_finite_difference() -> None:
     weight, stored = start(Form(-1))
-    trainable = TernaryWeight(weight, stored, Form(-1), lambda scales: scales.double())
+    trainable = TernaryWeight(weight, stored, Form(-1, scale_dtype="F32"))
     sensitivity, trits = torch.randn(10, 64).double(), stored.sign().double()
 
     def value(u: float) -> float:
@@ -132,7 +133,7 @@ def train(form: Form, steps: int, shape: tuple[int, ...] = (10, 64)) -> tuple[Te
         x = inputs[sample]
         return product(x, values["w"]) + values["b"], product(x, weight)
 
-    weights = {"w": TernaryWeight(weight, stored, form, half)}
+    weights = {"w": TernaryWeight(weight, stored, form)}
     vectors = {"b": torch.zeros(shape[-2])}
     loss = huber(run, parameters(weights, vectors), [4, 5])
     found, vectors, before, after = reconstruct(
@@ -183,7 +184,7 @@ def test_a_training_that_only_harms_gives_back_the_start() -> None:
         return F.mse_loss(x @ values["w"].T, best if sample else best + 100)
 
     found, _, before, after = reconstruct(
-        {"w": TernaryWeight(weight, stored, Form(32), half)}, {}, loss, [0], [1], 60, 0
+        {"w": TernaryWeight(weight, stored, Form(32))}, {}, loss, [0], [1], 60, 0
     )
     assert torch.equal(found["w"], stored)
     assert after == before

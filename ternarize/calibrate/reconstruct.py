@@ -25,17 +25,17 @@ https://arxiv.org/abs/2102.05426; sliding windows of ternary blocks, https://arx
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ternarize.calibrate.gptq import Rounding
 from ternarize.qat.prepare import MARGIN
-from ternarize.qat.rounding import Form
+from ternarize.qat.rounding import FLOOR, RANGES, Form, stored_scales, ternarized
 from ternarize.trits.rotation import rotate
-from ternarize.trits.ternary import split_groups, spread_scales
+from ternarize.trits.ternary import largest_of_groups, spread_scales
 
 RATE = 0.004  # of V, in units of the matrix's mean scale, per step
 SCALE_RATE = 1e-3  # of u
@@ -52,41 +52,29 @@ Loss = Callable[[int, Mapping[str, Tensor]], Tensor]
 class TernaryWeight:
     """A trainable ternary weight: latent V (..., rows, cols) and log-scales u."""
 
-    def __init__(self, weight: Tensor, ternarized: Tensor, form: Form, rounding: Rounding) -> None:
-        """weight: the parameter in float; ternarized: as it is stored now."""
-        self.form, self.rounding = form, rounding
-        w, q = form.turn(weight), form.turn(ternarized)
+    def __init__(self, weight: Tensor, stored: Tensor, form: Form) -> None:
+        """weight: the parameter in float; stored: as it is ternarized now."""
+        w, q = form.turn(weight), form.turn(stored)
         if form.block:
             w = rotate(w, form.block, form.seed)
-        self.cols = w.shape[-1]
-        scales = self._scales_of(q)
-        self.start = scales
-        level = self._spread(scales).clamp(min=1e-30)
+        scales = largest_of_groups(q.abs(), form.group_size)
+        usual = scales.sum() / (scales > 0).sum().clamp(min=1)
+        self.start = torch.where(scales > 0, scales, usual.clamp(min=FLOOR))  # of a group of zeros
+        low, high = RANGES[form.scale_dtype]
+        within = bool(((self.start >= low) & (self.start <= high)).all())
+        self.form = form if within else replace(form, scale_dtype="F32")
+        level = spread_scales(self.start, w.shape[-1], form.group_size)
         trits = q.sign()
-        latent = level * (trits + (w / level - trits).clamp(-MARGIN, MARGIN))
-        self.latent = nn.Parameter(torch.where(self._spread(scales) > 0, latent, w))
+        self.latent = nn.Parameter(level * (trits + (w / level - trits).clamp(-MARGIN, MARGIN)))
         self.log_scale = nn.Parameter(torch.zeros_like(scales))
-
-    def _scales_of(self, q: Tensor) -> Tensor:
-        """The scale of each group of a ternary matrix."""
-        if self.form.group_size == 0:
-            return q.abs().amax((-1, -2), keepdim=True)
-        return split_groups(q.abs(), self.form.group_size).amax(-1)
-
-    def _spread(self, scales: Tensor) -> Tensor:
-        return spread_scales(scales, self.cols, self.form.group_size)
 
     def scales(self) -> Tensor:
         """Scales as they will be stored; gradients as if they were not rounded."""
-        exact = self.start * self.log_scale.exp()
-        return exact + (self.rounding(exact.detach()).float() - exact).detach()
+        return stored_scales(self.start * self.log_scale.exp(), self.form.scale_dtype)
 
     def stored(self) -> Tensor:
         """s t in the space of the file (rotated, if it is), in the parameter's orientation."""
-        level = self._spread(self.scales())
-        ratio = (self.latent / level.clamp(min=1e-30)).clamp(-1.5, 1.5)
-        trits = ratio + (ratio.round().clamp(-1, 1) - ratio).detach()
-        return self.form.turn(level * trits)
+        return self.form.turn(ternarized(self.latent, self.scales(), self.form))
 
 
 def reconstruct(

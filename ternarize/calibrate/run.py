@@ -83,7 +83,7 @@ class Calibration:
             for kind in KINDS_OF_SAMPLES
             for batch in sets.get(kind, ())
         ]
-        self.window = Window(self.solved, self.lanes, window if steps else 1, rounding)
+        self.window = Window(self.solved, self.lanes, window if steps else 1)
         self.reports: list[BlockReport] = []
         self.done: list[str] = []
 

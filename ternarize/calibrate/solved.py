@@ -192,7 +192,8 @@ def sum_planes(planes: Sequence[Tensor]) -> Tensor:
 
 def form_of(plan: TensorPlan) -> Form:
     """How a tensor that is planned so is stored."""
-    return Form(plan.group_size, plan.choice.transposed, *plan.rotation)
+    layout = plan.group_size, plan.choice.transposed, *plan.rotation
+    return Form(*layout, scale_dtype=plan.scale_dtype)
 
 
 def _exact(name: str, plan: TensorPlan, value: Tensor) -> Ternary:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ternarize.calibrate.blocks import Call, patched
-from ternarize.calibrate.gptq import Rounding
 from ternarize.calibrate.lanes import PACKED, Lane, hidden_of, takes, with_hidden
 from ternarize.calibrate.reconstruct import TernaryWeight, huber, parameters, reconstruct
 from ternarize.calibrate.solved import Parts, SolvedBlocks, sum_planes
@@ -32,11 +31,9 @@ class Window:
     size  blocks trained together
     """
 
-    def __init__(
-        self, solved: SolvedBlocks, lanes: Sequence[Lane], size: int, rounding: Rounding
-    ) -> None:
+    def __init__(self, solved: SolvedBlocks, lanes: Sequence[Lane], size: int) -> None:
         self.solved, self.blocks, self.lanes = solved, solved.blocks, lanes
-        self.size, self.rounding = size, rounding
+        self.size = size
         self.kept: list[_Kept] = []
 
     def remember(self, path: str, outputs: Sequence[Any]) -> None:
@@ -68,7 +65,7 @@ class Window:
             for kept in chain[:-1]:
                 modules[kept.path] = stack.enter_context(self.blocks.loaded(kept.path))
                 state[kept.path] = self.solved.parts(kept.path)
-            weights, vectors, fixed = _trainable(modules, state, self.rounding)
+            weights, vectors, fixed = _trainable(modules, state)
 
             def forward(lane: int, values: Mapping[str, Tensor]) -> Any:
                 hidden: Tensor | None = None
@@ -131,7 +128,7 @@ def _of_kinds(kinds: Sequence[str]) -> tuple[list[int], list[int]]:
 
 
 def _trainable(
-    modules: Mapping[str, nn.Module], state: Mapping[str, Parts], rounding: Rounding
+    modules: Mapping[str, nn.Module], state: Mapping[str, Parts]
 ) -> tuple[dict[str, TernaryWeight], dict[str, Tensor], dict[str, Tensor]]:
     """Of loaded blocks, by full name: ternary weights, vectors, and weights that stay."""
     weights: dict[str, TernaryWeight] = {}
@@ -144,7 +141,7 @@ def _trainable(
             if len(planes) > 1:  # two planes leave little to gain
                 fixed[f"{path}.{name}"] = form.parameter(sum_planes(planes))
             else:
-                weights[f"{path}.{name}"] = TernaryWeight(source, planes[0], form, rounding)
+                weights[f"{path}.{name}"] = TernaryWeight(source, planes[0], form)
         for name, value in module.named_parameters():
             if value.ndim == 1:
                 vectors[f"{path}.{name}"] = own.vectors.get(name, value.data)
