@@ -257,6 +257,13 @@ class Recipe:
             raise UsageError(
                 "distill", "beside a training", "one of the two", "Leave it out, or `train`"
             )
+        if self.planes and self.calibrate is None and train.start is None:
+            raise UsageError(
+                "planes",
+                "beside a training that begins without data, which trains one plane",
+                "calibration with it, whose two planes stay",
+                "Name a --dataset, or leave out --planes",
+            )
         if self.calibrate is not None and (train.from_scratch or train.start is not None):
             raise UsageError(
                 "--from-scratch" if train.from_scratch else "--start",

@@ -253,15 +253,26 @@ def _choose_trained(student: Any, all_weights: bool, rounded: set[str]) -> None:
 
 
 class Widened(nn.Module):
-    """Mixed into a linear layer or embedding that is kept in 16 bits and used in 32."""
+    """Mixed into a linear layer or embedding that is kept in 16 bits and used in 32.
+
+    Whoever reads the weight, the module or a model's own code, gets it in float32.
+    """
+
+    @property
+    def weight(self) -> Tensor:
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return weight.to(torch.float32)
+
+
+class WidenedRows(Widened):
+    """The same of an embedding: of the rows that are looked up alone."""
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self._parameters["weight"]
         assert weight is not None
-        if isinstance(self, nn.Embedding):
-            rows = nn.functional.embedding(input, weight).to(torch.float32)
-            return rows * getattr(self, "embed_scale", 1)
-        return nn.functional.linear(input, weight.to(torch.float32), self.bias)  # type: ignore[arg-type]
+        rows = nn.functional.embedding(input, weight).to(torch.float32)
+        return rows * getattr(self, "embed_scale", 1)
 
 
 def _widen(model: Any, dtype: torch.dtype) -> None:
@@ -273,7 +284,9 @@ def _widen(model: Any, dtype: torch.dtype) -> None:
         plain = type(module) is nn.Linear or isinstance(module, nn.Embedding)
         narrow = weight is not None and weight.dtype in (torch.bfloat16, torch.float16)
         if narrow and plain and not isinstance(module, Qat):
-            module.__class__ = type(f"Widened{type(module).__name__}", (Widened, type(module)), {})
+            looks_up = type(module) is nn.Embedding or hasattr(module, "embed_scale")
+            mixin = WidenedRows if looks_up else Widened
+            module.__class__ = type(f"Widened{type(module).__name__}", (mixin, type(module)), {})
             if module._parameters.get("bias") is not None:
                 module.bias.data = module.bias.data.float()
         else:
@@ -293,8 +306,10 @@ def _heads(pair: Pair) -> tuple[Head, Head] | None:
             getattr(config, "logits_scaling", None) or 1
         )
         cap = getattr(config, "final_logit_softcapping", None) or 0.0
-        head = Head(module.weight, module.bias, float(factor), float(cap))
-        ids = torch.arange(8, device=module.weight.device)[None] % max(1, pair.vocabulary)
+        weight = module._parameters["weight"]
+        assert weight is not None
+        head = Head(weight, module.bias, float(factor), float(cap))
+        ids = torch.arange(8, device=weight.device)[None] % max(1, pair.vocabulary)
         with torch.no_grad(), pair.autocast():
             whole = model(input_ids=ids, use_cache=False).logits[0].float()
             pieces = head.logits(pair.hidden(model, {"input_ids": ids})[0], pair.dtype)
