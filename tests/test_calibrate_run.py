@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,9 +10,7 @@ from typing import Any
 
 import calibrating
 import pytest
-import tiny_models
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from test_evaluate import word_tokenizer
 from torch import Tensor
@@ -23,7 +20,6 @@ from ternarize.calibrate import gptq, pipeline, reconstruct, run, solve_block, t
 from ternarize.calibrate.gptq import solve
 from ternarize.calibrate.solved import SolvedBlocks
 from ternarize.convert.run import convert
-from ternarize.convert.verify import verify
 from ternarize.errors import CheckpointError, SelectionError, UsageError, WeightError
 from ternarize.measure.language_models import compare_logits, summarize
 from ternarize.plans.plan import make_plan
@@ -83,7 +79,6 @@ def gains(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         return result
 
     monkeypatch.setattr(training, "reconstruct", train)
-    monkeypatch.setattr(training, "STEP_TOKENS", 48)
     monkeypatch.setattr(reconstruct, "CHECK_EVERY", 1)
     return found
 
@@ -150,7 +145,6 @@ def test_calibration_brings_blocks_nearer_to_the_source(name: str, tmp_path: Pat
         {"rotation": 4, "scale_bits": 8},
         {"planes": ("*down_proj*",), "dtype": "float32"},
         {"reconstruct": 3, "window": 2, "group_size": 48},
-        {"distill": 3, "planes": ("*down_proj*",), "scale_bits": 8},
     ],
     ids=str,
 )
@@ -168,63 +162,6 @@ def test_experts_are_trained_and_saved_in_every_orientation(tmp_path: Path, seen
     recipe = calibrating.recipe(data, num_samples=8, reconstruct=3, window=2, scale_bits=8)
     convert(source, tmp_path / "packed", recipe)
     assert_measured(tmp_path / "packed", seen)
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["gpt2", "mamba", "mixtral", "gpt_oss", "bert_classifier", "albert", "vit", "clip", "t5"],
-)
-def test_whole_models_are_trained_and_saved(
-    name: str, tmp_path: Path, seen: Seen, gains: list[float]
-) -> None:
-    source = calibrating.save(name, tmp_path / "source", torch.bfloat16)
-    data = calibrating.data(name, tmp_path)
-    convert(source, tmp_path / "packed", calibrating.recipe(data, num_samples=8, distill=3))
-    assert_measured(tmp_path / "packed", seen)
-    assert len(gains) == 1 and gains[0] < 1
-
-
-def test_trained_experts_that_calibration_did_not_see_pass_verify(
-    tmp_path: Path, gains: list[float]
-) -> None:
-    source, data = calibrating.save("mixtral", tmp_path / "source"), tmp_path
-    recipe = calibrating.recipe(
-        calibrating.data("mixtral", data, length=8), num_samples=8, rotation=0, distill=12
-    )
-    record = convert(source, tmp_path / "packed", recipe)
-    assert record["calibration"]["uncalibrated"] and gains[0] < 1
-    verify(tmp_path / "packed", source)
-
-
-def test_a_head_without_logits_is_trained_on_what_it_gives(
-    tmp_path: Path, seen: Seen, gains: list[float]
-) -> None:
-    config: Any = tiny_models.CONFIGS["bert_classifier"]()
-    transformers.BertForPreTraining(config).save_pretrained(tmp_path / "source")
-    data = calibrating.data("bert", tmp_path)
-    recipe = calibrating.recipe(data, num_samples=8, distill=3)
-    convert(tmp_path / "source", tmp_path / "packed", recipe)
-    assert_measured(tmp_path / "packed", seen)
-    assert len(gains) == 1
-
-
-def test_a_trained_model_is_nearer_to_its_source_on_samples_it_has_not_seen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reconstruct, "RATE", 0.01)  # few steps
-    source, data = calibrating.save("llama", tmp_path / "source"), tmp_path
-    told: list[str] = []
-
-    def progress(done: int, total: int, what: str, stage: str) -> None:
-        if stage == "distilling":
-            told.append(what)
-
-    recipe = calibrating.recipe(calibrating.data("llama", data, 40), num_samples=32, distill=50)
-    convert(source, tmp_path / "packed", recipe, progress=progress)
-    form = r"step (25|50) of 50: held-out loss (\d\.\d+) of the start"
-    losses = [float(match[2]) for match in (re.fullmatch(form, text) for text in told) if match]
-    assert len(losses) == len(told) == 2
-    assert losses[1] < 0.95
 
 
 @pytest.mark.parametrize("end", ["head", "embeddings"])
@@ -268,9 +205,7 @@ def break_at(text: str) -> Progress:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"reconstruct": 3, "window": 2}, {"target_bpw": 2.2}, {"distill": 3}],
-    ids=["", "train", "bpw", "distill"],
+    "options", [{}, {"reconstruct": 3, "window": 2}, {"target_bpw": 2.2}], ids=["", "train", "bpw"]
 )
 def test_a_run_that_was_broken_off_goes_on_to_the_same_bytes(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -281,8 +216,7 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_bytes(
     convert(source, tmp_path / "whole", recipe)
     whole = len(solved)
     solved.clear()
-    places = ["block 2 of 4", "block 4 of 4"]
-    for place in places + (["step 3 of 3"] if "distill" in options else []):
+    for place in ("block 2 of 4", "block 4 of 4"):
         with pytest.raises(KeyboardInterrupt):
             convert(source, tmp_path / "broken", recipe, progress=break_at(place))
         assert not (tmp_path / "broken").exists()
@@ -307,25 +241,17 @@ def test_every_environment_that_took_part_is_recorded(
     assert found == [(threads, torch.__version__), (threads + 1, torch.__version__)]
 
 
-@pytest.mark.parametrize(
-    ("options", "stage"), [({"reconstruct": 3, "window": 2}, 1), ({"distill": 3}, 2)], ids=str
-)
 def test_a_break_while_what_was_trained_is_written_does_no_harm(
-    options: dict[str, Any],
-    stage: int,
-    llama: tuple[Path, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    gains: list[float],
+    llama: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gains: list[float]
 ) -> None:
     source, data = llama
-    recipe = calibrating.recipe(data, num_samples=8, **options)
+    recipe = calibrating.recipe(data, num_samples=8, reconstruct=3, window=2)
     convert(source, tmp_path / "whole", recipe)
     assert min(gains) < 1, "the files of the stages are alike"
     write = SolvedBlocks.write
 
     def broken(self: Any, file: Path, *args: Any) -> None:
-        if file.name == f"00001-{stage:05}.safetensors":  # block 0 of the stage has been written
+        if file.name == "00001-00001.safetensors":  # block 0 of the stage has been written
             raise KeyboardInterrupt
         write(self, file, *args)
 
@@ -333,7 +259,7 @@ def test_a_break_while_what_was_trained_is_written_does_no_harm(
         patch.setattr(SolvedBlocks, "write", broken)
         with pytest.raises(KeyboardInterrupt):
             convert(source, tmp_path / "broken", recipe)
-    assert (tmp_path / f"broken.partial/.calibration/00000-{stage:05}.safetensors").is_file()
+    assert (tmp_path / "broken.partial/.calibration/00000-00001.safetensors").is_file()
     convert(source, tmp_path / "broken", recipe)
     assert files(tmp_path / "broken") == files(tmp_path / "whole")
 
