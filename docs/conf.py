@@ -15,6 +15,7 @@ CONTENTS = """
 docs/convert
 docs/evaluate
 docs/calibration
+docs/training
 docs/formats
 docs/imports
 docs/exports

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ternarize.errors import SelectionError, UsageError
 from ternarize.files.headers import DTYPE_NAMES
-from ternarize.models.skeleton import skeleton_shapes
+from ternarize.models.skeleton import model_end, skeleton_shapes
 from ternarize.plans.choose import select
 from ternarize.plans.recipe import ACTIVATIONS, GROUP_SIZE, KEEP, TERNARY, Recipe, read_recipe
 from ternarize.plans.rules import rules_of
@@ -127,7 +127,7 @@ def _check_dense(model: nn.Module) -> None:
 def insert(model: nn.Module, forms: Mapping[str, Form], activations: str = "none") -> None:
     """Make the modules of these parameters ones with latent weights; they get no scales yet."""
     own = dict(model.named_parameters(remove_duplicate=False))
-    ends = [getattr(model, f"get_{which}put_embeddings", lambda: None)() for which in ("in", "out")]
+    ends = [model_end(model, which) for which in ("head", "embeddings")]
     modules: dict[str, dict[str, Form]] = {}
     for name, form in forms.items():
         path, _, leaf = name.rpartition(".")
@@ -143,6 +143,9 @@ def insert(model: nn.Module, forms: Mapping[str, Form], activations: str = "none
     for path, inside in modules.items():
         module: Any = model.get_submodule(path)
         make_latent(module, inside, "none" if module in ends else activations)
+        around: Any = model.get_submodule(path.rpartition(".")[0])
+        if isinstance(around, nn.TransformerEncoderLayer):
+            around.activation_relu_or_gelu = 0  # no fast path, which reads weights as they lie
         for leaf in inside:
             places = sharing.setdefault(id(own[f"{path}.{leaf}"]), [])
             places.append((module, leaf))
@@ -207,8 +210,9 @@ def _chosen(model: nn.Module, recipe: Recipe) -> dict[str, bool]:
         config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
         config.pop("quantization_config", None)
         shapes = {name: shape for name, (_, shape) in skeleton_shapes(config).items()}
-    else:
-        shapes = {name: tuple(value.shape) for name, value in own.items()}
+    else:  # attention of torch reads its weights as they lie
+        raw = [f"{p}." for p, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
+        shapes = {n: tuple(p.shape) for n, p in own.items() if not n.startswith(tuple(raw))}
     same: dict[int, list[str]] = {}
     for name, parameter in own.items():
         same.setdefault(id(parameter), []).append(name)
@@ -328,7 +332,7 @@ def initialize(model: nn.Module, init: str, *, zeros: float = 0.5, seed: int = 0
             if init == "variance":
                 wide = torch.randn(shape, generator=generator)
             else:
-                wide = _drawn(shape, shares[init], form.scale == "absmean", generator)
+                wide = _drawn(shape, shares[init], form.scale, generator)
             form = replace(form, scale_dtype="F32")
             if form.scale != "learned":
                 scales = scales_of(wide, form)
@@ -342,15 +346,15 @@ def initialize(model: nn.Module, init: str, *, zeros: float = 0.5, seed: int = 0
             module.put(leaf, form.turn(wide * level), scales * level)
 
 
-def _drawn(shape: torch.Size, share: float, absmean: bool, generator: torch.Generator) -> Tensor:
-    """Weights of which a share rounds to 0 by a scale of 1, evenly spread on either side of 1/2.
+def _drawn(shape: torch.Size, share: float, rule: str, generator: torch.Generator) -> Tensor:
+    """Weights of which a share rounds to 0 by the scale that a rule gives them, about 1.
 
-    absmean  the mean magnitude is to be 1; else that of those that do not round to 0
+    Magnitudes are even from 0 to an edge, and around the mean of the others. The edge is 1/2 where
+    the scale does not depend on them, else below half their mean, from which rules begin.
     """
     draw, sign = (torch.rand(shape, generator=generator) for _ in range(2))
-    width = 1.0
-    if absmean:  # share / 4 + (1 - share) (1 / 2 + width / 2) = 1
-        width = (2 - share / 2) / (1 - share) - 1
-    inner = draw / max(share, FLOOR) / 2
-    outer = 0.5 + (draw - share) / (1 - share) * width
+    edge = 0.5 if rule == "learned" else min(0.5, (1 - share) / (2 - share / 2))
+    mean = (1 - share * edge / 2) / (1 - share) if rule == "absmean" else 1.0
+    inner = draw / max(share, FLOOR) * edge
+    outer = mean * (0.5 + (draw - share) / (1 - share))
     return torch.where(sign < 0.5, -1.0, 1.0) * torch.where(draw < share, inner, outer)
