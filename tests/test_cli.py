@@ -31,6 +31,7 @@ from ternarize.cli.export import TARGET_NAMES
 from ternarize.plans import recipe as recipes
 from ternarize.plans.recipe import GPTQ, Calibrate, Recipe, open_recipe, read_recipe
 from ternarize.publish.export import TARGETS
+from ternarize.trits.int4 import INT4
 from ternarize.trits.int8 import INT8
 from ternarize.trits.methods import METHODS
 from ternarize.trits.rotation import BLOCKS
@@ -225,7 +226,7 @@ def test_names_that_the_recipe_writes_down_without_torch_are_those_of_what_it_na
     }
     assert allowed["method"] == (*METHODS, GPTQ)
     assert allowed["rotation"] == (0, *BLOCKS)
-    assert recipes.ENDS == ("keep", INT8, "ternary")
+    assert recipes.ENDS == ("keep", INT8, INT4, "ternary")
     assert set(TARGET_NAMES) == set(TARGETS)
 
 
@@ -304,7 +305,7 @@ def test_nothing_is_measured_where_nobody_wants_it(
 ) -> None:
     calls = found_out(monkeypatch)
     result = ok("convert", EXAMPLE, tmp_path / "p", option)
-    assert len(result.stdout.splitlines()) == 2
+    assert len(result.stdout.splitlines()) == 3
     assert ("Measure how much" in result.stderr) == (option != "-q")
     printed = json.loads(ok("convert", EXAMPLE, tmp_path / "q", option, "--json").stdout)
     assert "check" not in printed and not calls
@@ -384,7 +385,7 @@ def test_why_nothing_is_measured_is_said_with_the_command_that_does(
     found = {"measured": False, "why": "memory: [too] little", "command": command}
     monkeypatch.setattr("ternarize.convert.check.check_conversion", lambda *_, **__: found)
     result = ok("convert", EXAMPLE, tmp_path / "p")
-    assert len(result.stdout.splitlines()) == 2
+    assert len(result.stdout.splitlines()) == 3
     assert "\nNot measured: memory: [too] little\n" in result.stderr
     assert (f"\n  {command}\n" in result.stderr) == (command is not None)
     assert "ternarize eval" in result.stderr if command else "eval" not in result.stderr
@@ -679,7 +680,8 @@ def test_the_recipe_on_record_is_read_as_it_was(record: Path) -> None:
     table = json.loads(record.read_text("utf-8"))
     recipe = read_recipe(table)
     assert recipe == open_recipe(str(record))
-    assert json.loads(json.dumps(dataclasses.asdict(recipe))) == table["recipe"]
+    found = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    assert found == {"train": None, **table["recipe"]}  # of older ones nothing is said of training
 
 
 TABLE = {
@@ -729,8 +731,12 @@ def test_options_beside_a_recipe_win(tmp_path: Path) -> None:
 def test_named_recipes_are_what_options_can_ask_for(tmp_path: Path) -> None:
     assert recipe_of("--recipe", "fast") == recipe_of("--method", "itf")
     assert recipe_of("--recipe", "good") == recipe_of("--dataset", "default")
-    best = ("--method", "gptq", "--num-samples", "512", "--distill", "1000")
-    assert recipe_of("--recipe", "best") == recipe_of(*best)
+    best = recipe_of("--recipe", "best")
+    assert best["train"].pop("tokens") == 1 << 20
+    assert not [name for name in ("steps", "minutes", "texts") if best["train"].pop(name)]
+    calibrated = recipe_of("--method", "gptq", "--num-samples", "512")
+    assert {**best, "train": None} == calibrated
+    assert recipe_of("--recipe", "best", "--distill", "5")["train"] is None
     help_of_it = re.sub(r"\s+", " ", (ROOT / "CLI.md").read_text())
     for name, (_, cost) in recipes.NAMED.items():
         assert f"{name} ({cost})" in help_of_it

@@ -10,7 +10,7 @@ from ternarize.cli.convert import fastest_device, read_bounds, with_options
 from ternarize.cli.options import AsJson, Debug, Device, ModelArgument, Quiet, RecipeName
 from ternarize.cli.show import show_calibration, show_totals, show_training
 from ternarize.cli.terminal import advise, print_json, progress_bar
-from ternarize.errors import printable
+from ternarize.errors import UsageError, printable
 from ternarize.plans.recipe import GPTQ, WITHOUT_DATA, Recipe, Train, open_recipe
 
 BUDGETS = ("tokens", "minutes", "steps")
@@ -97,6 +97,13 @@ def training_recipe(start: Recipe, given: dict[str, Any], *, named: bool) -> Rec
     if own.keys() & set(BUDGETS):
         before |= dict.fromkeys(BUDGETS)
     if own.get("from_scratch"):
+        if "dataset" in rest:
+            raise UsageError(
+                "--from-scratch",
+                "with calibration, which begins with the weights of a source",
+                "texts to train on alone",
+                "Use --texts in the place of --dataset",
+            )
         rest = {"method": "absmean", "group_size": 0, "activations": "int8"} | rest
         own = {"objective": "text", "all_weights": True} | own
     elif "method" not in rest and not named:

@@ -43,16 +43,15 @@ def _open_trackers(names: Sequence[str], output: Path) -> Any:
             "--report-to",
             "trackers are accelerate's, which is not installed",
             "it",
-            "Run pip install accelerate",
+            "Run pip install 'ternarize[train]'",
         ) from None
-    known = tracking.LOGGER_TYPE_TO_CLASS
+    known, available = tracking.LOGGER_TYPE_TO_CLASS, [*map(str, tracking.get_available_trackers())]
     for name in names:
         if name not in known:
             raise UsageError("--report-to", f"{name!r}", f"one of {', '.join(known)}")
-        if name not in tracking.get_available_trackers():
-            raise UsageError(
-                "--report-to", f"{name} is not installed", "it", f"Run pip install {name}"
-            )
+        if name in map(str, tracking.LoggerType) and name not in available:
+            remedy = f"Run pip install {name}"
+            raise UsageError("--report-to", f"{name} is not installed", "it", remedy)
     folder = output.with_name(output.name + ".logs")
     folder.mkdir(parents=True, exist_ok=True)
     try:
