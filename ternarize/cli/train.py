@@ -52,7 +52,7 @@ def train_command(
     least loss on documents put aside; others give the figures. Interrupted, the same command goes
     on.
 
-    Example: ternarize train examples/tiny-llama trained --dataset default --num-samples 8 --steps 9
+    Example: ternarize train examples/tiny-llama trained --num-samples 8 --steps 3
     """
     given = {name: value for name, value in options.items() if value is not None and value != []}
     start = Recipe() if recipe is None else open_recipe(recipe)
