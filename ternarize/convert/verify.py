@@ -7,7 +7,7 @@ converted again, by the recipe on record, and its digest compared. Nothing is wr
 What calibration has found cannot be derived again without its data, which may be gone and would
 take hours. Of such a checkpoint each tensor is compared as far as it can be:
 
-    converted again   what calibration left alone: kept tensors, int8, int4, lossless, `itf` as fallback
+    converted again   what calibration left alone: kept, int8, int4, lossless, `itf` as fallback
     by its error      calibrated trits: sum (W - W')^2 / sum W^2 against the source's W, rotated as
                       on record, must be the relative error on record
     in shape alone    biases and norms that calibration has fitted
