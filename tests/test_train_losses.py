@@ -181,8 +181,11 @@ def test_the_loss_is_exact_where_all_words_are_named() -> None:
     assert words.ids is not None and len(words.ids) == WORDS
 
     def loss(words: Words) -> Callable[[Tensor, Head], Tensor]:
-        pair = lambda head: (head.of(words), teacher.of(words))  # noqa: E731
-        return lambda h, head: divergence(h, target, pair(head), words, torch.float32)[0]
+        def of(hidden: Tensor, head: Head) -> Tensor:
+            pair = head.of(words), teacher.of(words)
+            return divergence(hidden, target, pair, words, torch.float32)[0]
+
+        return of
 
     assert_near(ours(hidden, head, loss(words)), ours(hidden, head, loss(Words())))
 
@@ -220,11 +223,11 @@ def test_with_sampled_words_the_weight_of_a_head_learns_where_they_are() -> None
 # --- what is held --------------------------------------------------------------------------------
 
 
-class Largest(TorchDispatchMode):
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The number of elements of the largest tensor that any operation has made."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

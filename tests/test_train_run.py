@@ -25,7 +25,7 @@ from ternarize.errors import CheckpointError, OutputError, QualityError, UsageEr
 from ternarize.measure.report import inspect
 from ternarize.plans.recipe import Calibrate, Recipe, Train, open_recipe
 from ternarize.publish.card import make_card
-from ternarize.train import loop, losses, state
+from ternarize.train import loop, losses, sources, state
 from ternarize.train import run as train_run
 
 Seen = list[tuple[dict[str, Tensor], Any, Any]]
@@ -292,7 +292,7 @@ def test_a_calibration_reads_nothing_that_its_training_keeps_apart(
     source, text = llama
     kept: list[Tensor] = []
     read: list[Tensor] = []
-    original, samples_of = train_run.data_of, pipeline.samples_of
+    original, samples_of = sources.data_of, pipeline.samples_of
 
     def data_of(plan: Any) -> Any:
         data = original(plan)
@@ -340,7 +340,9 @@ def test_the_budget_that_is_used_up_first_ends_it(
 ) -> None:
     source, text = llama
     clock = iter(range(0, 10**6, 6))
-    monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock) if "minutes" in budget else 0)
+    monkeypatch.setattr(
+        "ternarize.train.loop.time.monotonic", lambda: next(clock) if "minutes" in budget else 0
+    )
     if "minutes" in budget:  # a step looks at the clock twice, six seconds apart
         monkeypatch.setattr(loop, "SAVE_EVERY", 1e9)
     record = convert(source, tmp_path / "packed", recipe_of(text, **budget))
@@ -462,10 +464,10 @@ def whole(
 def test_words_that_were_sampled_are_the_same_after_a_break(
     llama: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (losses, train_run.data_of.__globals__):
-        monkeypatch.setitem(module if isinstance(module, dict) else vars(module), "ALL_WORDS", 50)
+    for module in (losses, sources):
+        monkeypatch.setattr(module, "ALL_WORDS", 50)
     monkeypatch.setattr(losses, "OTHERS", 20)
-    monkeypatch.setitem(train_run.data_of.__globals__, "COMMON", 16)
+    monkeypatch.setattr(sources, "COMMON", 16)
     source, text = llama
     recipe = recipe_of(text)
     record = convert(source, tmp_path / "whole", recipe)
@@ -652,9 +654,17 @@ def test_a_training_can_begin_with_a_packed_checkpoint(
 
 def test_a_trained_model_has_a_card_that_says_how(llama: tuple[Path, Path], tmp_path: Path) -> None:
     source, text = llama
-    convert(source, tmp_path / "packed", recipe_of(text))
+    convert(source, tmp_path / "packed", recipe_of(text, seed=3))
     card = make_card(tmp_path / "packed", "user/name")
-    assert "ternarize train" in card and "--texts text.txt" in card and "--steps 8" in card
+    (command,) = re.findall(r"^ternarize train .*$", card, re.M)
+    for said in ("--texts text.txt", "--steps 8", "--seed 3", "--method itf"):
+        assert command.count(said) == 1, command
+    recipe = calibrated(text, {"seed": 3, "seq_len": 16}, seed=3)
+    convert(source, tmp_path / "other", recipe)
+    (command,) = re.findall(
+        r"^ternarize train .*$", make_card(tmp_path / "other", "user/name"), re.M
+    )
+    assert command.count("--seed 3") == 1 and "--dataset text.txt" in command
 
 
 # --- from scratch --------------------------------------------------------------------------------

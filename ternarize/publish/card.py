@@ -209,6 +209,8 @@ def command_of(recipe: Recipe, source: str, was_ternary: bool = False) -> str:
         for name, value in vars(recipe.train).items():
             if name == "texts":
                 words += [part for each in value for part in ("--texts", each)]
+            elif _option(name) in words:
+                continue  # the calibration's seed or column, which is the training's
             elif value is True:
                 words += [_option(name)]
             elif value is not None and (name == "steps" or value != getattr(usual_training, name)):
