@@ -137,7 +137,14 @@ def test_exact_scales_take_the_first_dtype_that_changes_none(
 )
 def test_scales_have_8_bits_where_those_span_them(values: list[float], dtype: torch.dtype) -> None:
     assert store_scales(scales_of(*values), bits=8).dtype == dtype
-    assert store_scales(scales_of(*values), bits=8, exact=True).dtype != torch.uint8
+    exact = store_scales(scales_of(*values), bits=8, exact=True)  # these are numbers of the codes
+    assert (exact.dtype == torch.uint8) == (dtype == torch.uint8)
+
+
+def test_exact_scales_have_8_bits_only_where_nothing_is_lost() -> None:
+    assert store_scales(scales_of(0.3, 0.5), bits=8).dtype == torch.uint8
+    between = scales_of(1.0625, 0.5)  # float16 holds it, and no code does
+    assert store_scales(between, bits=8, exact=True).dtype == torch.float16
 
 
 @pytest.mark.parametrize("exact", [False, True])

@@ -421,8 +421,11 @@ PLACES = {
 
 
 @pytest.mark.usefixtures("saving")
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("budget", [{"steps": 8}, {"tokens": 64 * 8}], ids=str)
+@pytest.mark.parametrize(
+    ("place", "budget"),
+    [*((place, {"steps": 8}) for place in PLACES), ("after a state", {"tokens": 64 * 8})],
+    ids=str,
+)
 def test_a_training_that_is_killed_goes_on_to_the_same_bytes(
     place: str,
     budget: dict[str, int],
