@@ -505,6 +505,22 @@ def test_other_models_go_on_to_the_same_bytes(
     assert_same(tmp_path / "broken", tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("saving")
+def test_a_factored_optimizer_goes_on_to_the_same_bytes(
+    llama: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, text = llama
+    recipe = recipe_of(text, optimizer="adafactor")
+    assert_learnt(convert(source, tmp_path / "whole", recipe))
+    with monkeypatch.context() as patch:
+        clip = torch.nn.utils.clip_grad_norm_
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", killed_at(5, clip))
+        with pytest.raises(Killed):
+            convert(source, tmp_path / "broken", recipe)
+    convert(source, tmp_path / "broken", recipe)
+    assert_same(tmp_path / "broken", tmp_path / "whole")
+
+
 @pytest.mark.parametrize("step", [1, 5])
 def test_what_is_interrupted_loses_no_step(
     step: int, llama: tuple[Path, Path], whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
