@@ -3,8 +3,8 @@
     python examples/qat.py --output build/qat
 
 The text is the help of the Python that runs it, which the checkpoint was trained on, too; the
-perplexity is that of examples/eval.txt. Needs the extra `train` (accelerate). About a minute on two
-cores.
+perplexity is that of examples/eval.txt. Needs the extra `train` (accelerate), and 40 seconds of one
+core.
 """
 
 import argparse
