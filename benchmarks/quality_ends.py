@@ -119,10 +119,14 @@ def measure(
             both = [logits_of(lm, window), expected]
             columns[name].append(compare_logits(both, window, max(1, len(work.prefix))))
             head.weight = embedding.weight = kept
-        print(f"window {number + 1} of {len(work.ids)}", file=sys.stderr)
-    for name in names:
-        rows[name] |= summarize(torch.tensor(columns[name], dtype=torch.float64).T)
-    return [{"windows": len(work.ids), **row} for row in rows.values()]
+        for name in names:
+            figures = summarize(torch.tensor(columns[name], dtype=torch.float64).T)
+            rows[name] |= {"windows": number + 1, **figures}
+        print(
+            f"{number + 1} of {len(work.ids)} windows\n{markdown([*rows.values()])}",
+            file=sys.stderr,
+        )
+    return list(rows.values())
 
 
 @torch.inference_mode()
