@@ -8,7 +8,7 @@ TINY := build/tiny-llama-ternary
 # --extra-index-url), else the other. `make test-newest TORCH=torch` tries the newest.
 TORCH ?= torch==2.13.0
 
-.PHONY: venv demo test lock newer test-newest test-oldest lint types audit docs site clean
+.PHONY: venv demo test test-slow lock newer test-newest test-oldest lint types audit docs site clean
 
 venv: .venv/.stamp
 
@@ -42,6 +42,11 @@ demo: venv
 SUITE := -m pytest -n auto --dist worksteal
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python $(SUITE)
+
+# What takes minutes: whole trainings of many kinds of models, killed and taken up, compiled, on two
+# processes.
+test-slow: venv
+	OMP_NUM_THREADS=1 $(BIN)/python $(SUITE) -m slow
 
 # constraints.txt pins the newest of everything but torch (TORCH, above), for the oldest Python that we
 # take and all later ones; constraints-oldest.txt the oldest that pyproject.toml takes, for that

@@ -21,6 +21,8 @@ import ternarize.qat as qat
 from ternarize.errors import UsageError
 from ternarize.qat.modules import LOG_SCALE, latent_modules
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 TEXTS = torch.randint(3, 160, (24, 16), generator=torch.Generator().manual_seed(0))
 STEPS = 6

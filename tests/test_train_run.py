@@ -28,6 +28,8 @@ from ternarize.publish.card import make_card
 from ternarize.train import loop, losses, sources, state
 from ternarize.train import run as train_run
 
+pytestmark = pytest.mark.slow
+
 Seen = list[tuple[dict[str, Tensor], Any, Any]]
 FRAMES = {"bert": "<s> $A </s>", "t5": "$A </s>"}
 
