@@ -16,9 +16,10 @@ alike. Medians and best; ratios are medians of the ratios within a round.
     matrix     8192 x 2048 times 128 and 512 tokens. `peak` is a loop of the dot-product instruction
                (vpdpbusd, or vpmaddubsw and additions) and nothing else; the variant "amx" has
                another unit for large batches, so it can be above that.
-    head       int8 weights as they are stored, 32000 x 2048 with a scale for each row (an output
-               head of `--head int8`), times 1 and 128 tokens in bfloat16, beside torch's product
-               with bfloat16 weights, which are twice the bytes, and `read` of the int8 weights. All
+    head       int8 weights as they are stored, 32000 x 2048 with a scale for each row, and int4
+               with one for 32 columns (output heads of `--head int8` and `int4`), times 1 and 128
+               tokens in bfloat16, beside torch's product with bfloat16 weights, which are twice the
+               bytes of int8, and `read` of the int8 weights. All
                come out of memory: there are several copies, in turn. The environment variable
                ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 forbids torch the use of AMX.
 
@@ -355,7 +356,7 @@ def head_table(threads: int, rounds: int, tokens: int, rows: int = 32000) -> lis
     assert lib is not None
     read: Callable[[Tensor, int], int] = lib.read_all
     x = torch.randn(tokens, COLS).to(torch.bfloat16)
-    scales = torch.rand(rows, 1).half()
+    scales, by_group = torch.rand(rows, 1).half(), torch.rand(rows, COLS // 32).half()
     ours = [torch.randint(-127, 128, (rows, COLS), dtype=torch.int8) for _ in range(4)]
     dense = [torch.randn(rows, COLS).to(torch.bfloat16) for _ in range(2)]
     weights, theirs = itertools.cycle(ours), itertools.cycle(dense)
@@ -363,13 +364,20 @@ def head_table(threads: int, rounds: int, tokens: int, rows: int = 32000) -> lis
     def product(activations: str) -> Tensor:
         return kernels.product_of_int8(x, next(weights), scales, -1, activations, threads)
 
+    def product_of_halves(activations: str) -> Tensor:
+        halves = next(weights).view(torch.uint8).view(2 * rows, -1)[:rows]
+        return kernels.product_of_int4(x, halves, by_group, 32, activations, threads)
+
     runs: Runs = {
         "read": lambda: read(next(weights).view(-1).view(torch.uint8), threads),
         "int8, float": partial(product, "none"),
         "int8, 8-bit inputs": partial(product, "int8"),
+        "int4, float": partial(product_of_halves, "none"),
+        "int4, 8-bit inputs": partial(product_of_halves, "int8"),
         "torch, bfloat16": lambda: torch.nn.functional.linear(x, next(theirs)),
     }
     moved = dict.fromkeys(runs, ours[0].nbytes) | {"torch, bfloat16": dense[0].nbytes}
+    moved |= {name: ours[0].nbytes // 2 + by_group.nbytes for name in runs if "int4" in name}
     seconds = timed(runs, rounds)
     title = f"head: {tokens} tokens, {rows} x {COLS}, {threads} threads"
     work = rows * COLS * tokens / 1e9
