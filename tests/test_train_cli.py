@@ -19,6 +19,7 @@ from test_train_run import assert_same, source_of, text_of
 
 from ternarize.cli.train import training_recipe
 from ternarize.convert.run import convert
+from ternarize.errors import UsageError
 from ternarize.plans.recipe import Recipe, open_recipe
 from ternarize.train import state
 
@@ -67,6 +68,11 @@ def test_a_column_is_that_of_the_texts_to_train_on() -> None:
     alone = recipe(steps=5, method="itf", texts=["a.jsonl"], text_column="body", seed=4)
     assert alone.train is not None and alone.calibrate is None
     assert (alone.train.text_column, alone.train.seed) == ("body", 4)
+
+
+def test_scales_of_a_start_are_learned_and_not_means() -> None:
+    with pytest.raises(UsageError, match="'absmean' beside --start"):
+        recipe(start="packed", method="absmean", steps=5, texts=["a.txt"])
 
 
 def test_a_model_from_nothing_is_a_bitnet_of_the_texts() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -353,6 +354,23 @@ def test_the_budget_that_is_used_up_first_ends_it(
     assert record["training"]["held_out"][-1][0] == steps
     if "minutes" in budget:
         assert record["training"]["minutes"] == pytest.approx(0.1 * steps)
+
+
+def test_a_training_without_a_finite_loss_ends(
+    llama: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, text = llama
+
+    objective = train_run.objective
+
+    def broken(*given: Any) -> Any:
+        right = objective(*given)
+        return lambda samples: (right(samples)[0] * math.nan, {})
+
+    monkeypatch.setattr(train_run, "objective", broken)
+    with pytest.raises(CheckpointError, match="loss of step 1 is nan.*lower --lr"):
+        convert(source, tmp_path / "packed", recipe_of(text))
+    assert not (tmp_path / "packed").exists()
 
 
 def test_progress_and_a_log_tell_of_every_step(llama: tuple[Path, Path], tmp_path: Path) -> None:

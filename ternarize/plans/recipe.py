@@ -264,6 +264,13 @@ class Recipe:
                 "calibration with it, whose two planes stay",
                 "Name a --dataset, or leave out --planes",
             )
+        if train.start is not None and self.method == "absmean":
+            raise UsageError(
+                "method",
+                "'absmean' beside --start, whose scales are learned and not means",
+                "another rule, or weights to begin with",
+                "Leave out one of the two",
+            )
         if self.calibrate is not None and (train.from_scratch or train.start is not None):
             raise UsageError(
                 "--from-scratch" if train.from_scratch else "--start",

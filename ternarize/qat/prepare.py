@@ -165,19 +165,13 @@ def _tie_scales(model: Any, forms: Mapping[str, Form]) -> None:
         model._tied_weights_keys = {**model._tied_weights_keys, **tied}
 
 
-def begin(
-    model: nn.Module,
-    name: str,
-    weight: Tensor,
-    scales: Tensor | None = None,
-    stored: Tensor | None = None,
-) -> None:
+def begin(model: nn.Module, name: str, weight: Tensor, stored: Tensor | None = None) -> None:
     """Put a latent weight and its learned scales in.
 
     name    of the parameter, whose module is a latent one
     weight  dense, in the parameter's shape
-    scales  (..., rows, groups) to begin with, None: those of `itf`
-    stored  s t in the parameter's orientation, in the space of the file, whose scales are taken
+    stored  s t in the parameter's orientation, in the space of the file, whose scales are taken;
+            None: those of `itf`
     """
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
@@ -188,17 +182,13 @@ def begin(
     wide = form.turn(weight.detach().to(torch.float32))
     if form.block:
         wide = rotate(wide, form.block, form.seed)
-    if scales is None and (stored is None or form.scale == "learned"):
-        scales = itf(wide, form.group_size).scales
+    scales = itf(wide, form.group_size).scales
     if stored is not None:
-        usual = scales
         ternary = form.turn(stored.to(wide.device, torch.float32))
-        scales = largest_of_groups(ternary.abs(), form.group_size)
-        if usual is not None:  # of a group of zeros alone
-            scales = torch.where(scales > 0, scales, usual.to(scales))
+        own = largest_of_groups(ternary.abs(), form.group_size)
+        scales = torch.where(own > 0, own, scales.to(own))  # usual ones for zeros alone
         level = spread_scales(scales, wide.shape[-1], form.group_size).clamp(min=FLOOR)
         wide = level * (ternary.sign() + (wide / level - ternary.sign()).clamp(-MARGIN, MARGIN))
-    assert scales is not None
     module.put(leaf, form.turn(wide), scales)
 
 

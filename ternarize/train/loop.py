@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ternarize.calibrate.samples import Sample
+from ternarize.errors import CheckpointError
 from ternarize.plans.recipe import Train
 from ternarize.threads import signals_held
 from ternarize.train.state import Progressed, best_file, load_state, save_state
@@ -155,6 +156,13 @@ def _step(
         total += share * float(loss.detach())
         for name, value in beside.items():
             figures[name] = figures.get(name, 0.0) + share * value
+    if not math.isfinite(total):
+        raise CheckpointError(
+            job.folder,
+            f"the loss of step {progressed.step + 1} is {total}",
+            "a finite one",
+            "Train anew with a lower --lr",
+        )
     torch.nn.utils.clip_grad_norm_(list(job.parameters.values()), CLIP)
     with signals_held():  # a step is done whole or not at all
         job.optimizer.step()

@@ -68,6 +68,9 @@ RIGHT = {  # by the name of an argument or option: what it mostly is
     "--text": ["text.txt"],
     "--dataset": ["default", "text.txt", "self"],
     "--device": ["cpu"],
+    "--texts": ["text.txt", "text.txt=2", "self"],
+    "--teacher": ["model"],
+    "--start": ["packed"],
     "--plot": ["plot.png", "plot.svg"],
     "--min-quality": QUALITY,
     "--head": ["int8", "int4", "keep", "ternary"],
@@ -77,9 +80,11 @@ RIGHT = {  # by the name of an argument or option: what it mostly is
 AMOUNTS = (
     "--reconstruct --distill --num-samples --max-new-tokens --repeats --decode --batch --prompt"
 )
-AMOUNTS += " --batch-size --seq-len --max-tokens --limit --threads"
+AMOUNTS += (
+    " --tokens --minutes --steps --train-len --batch-size --seq-len --max-tokens --limit --threads"
+)
 COMMANDS = {"convert": 40, "export": 16, "inspect": 10, "verify": 10, "eval": 8, "generate": 8}
-COMMANDS |= {"bench": 3, "push": 5}  # how often each
+COMMANDS |= {"bench": 3, "push": 5, "train": 6}  # how often each
 
 
 def options_of(document: str) -> dict[str, dict[str, str]]:
@@ -116,7 +121,7 @@ def random_line(number: int, known: dict[str, dict[str, str]]) -> list[str]:
     for name in ("model", "output", "repo"):
         if name in options:
             value = random_value(name, options.pop(name), chance)
-            if command == "convert" and name == "model" and value.startswith("packed"):
+            if command in ("convert", "train") and name == "model" and value.startswith("packed"):
                 value = "model"
             line += [value] * (chance.random() < 0.95)
     needed = {"eval": ["--text"], "export": ["--to"], "generate": ["--prompt"]}.get(command, [])
@@ -124,6 +129,8 @@ def random_line(number: int, known: dict[str, dict[str, str]]) -> list[str]:
     chosen += chance.choices(sorted(options), k=chance.choice([0, 1, 1, 2, 2, 3, 5]))
     if "--dataset" in chosen:  # few and short, or it takes minutes
         line += ["--num-samples", chance.choice("3 4 5".split()), "--seq-len", "16"]
+    if command == "train":
+        line += ["--steps", "2", "--num-samples", "4", "--seq-len", "16"]
     if command == "bench":
         line += ["--prompt", "8", "--decode", "2", "--repeats", "1"]
     if command == "generate":
@@ -183,7 +190,7 @@ def wrong(result: Any) -> str:
 
 def allowed(line: Sequence[str], code: int) -> str:
     """A pattern of the paths that a command line may leave behind."""
-    if line[0] in ("convert", "export") and "--dry-run" not in line and len(line) > 2:
+    if line[0] in ("convert", "export", "train") and "--dry-run" not in line and len(line) > 2:
         output = re.escape(os.path.normpath(os.path.join("place", line[2])))
         unfinished = rf"{output}\.partial(/.*)?"
         parents = [re.escape(str(parent)) for parent in Path("place", line[2]).parents]
