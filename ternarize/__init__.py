@@ -17,6 +17,7 @@ The rooms stand in this order, and a module imports only from those above it:
     models/      what transformers says of a model: its skeleton, where tensors go, what it reads
     sources/     where weights come from: folders, the Hub, ternary checkpoints of others
     plans/       the recipe, what becomes of each tensor and why, where each byte will lie
+    steps/       journals of steps, which are kept instead of weights
     runtime/     packed weights that run: kernels, modules, loading, generating
     measure/     how good and how fast a model is, and what a packed checkpoint holds
     qat/         latent weights: an ordinary model, trained to be a ternary one

@@ -200,6 +200,44 @@ def int4_product(
 def has_lanes3() -> bool:
     """Whether `products` takes "lanes3" with the instruction set in use."""
 
+def apply_steps(
+    values: Array,
+    first: int,
+    limit: int,
+    purpose: int,
+    seeds: Array,
+    fields: Array,
+    bounds: Array,
+    chosen: Array,
+    signs: Array,
+    threads: int,
+) -> None:
+    """Apply steps of a journal (steps/replay.py) to values (n,) int8, in place.
+
+    first    of the values in the flat index
+    limit    values stay within -limit and limit
+    purpose  what the words are for (steps/generator.py)
+    seeds    (steps,) int64, minus 2^63
+    fields   (steps, 3) int64: number, bits of a cell, amount
+    bounds   (steps + 1,) int64: which of `chosen` and `signs` are a step's
+    chosen   (n,) int32, perturbations; signs (n,) int8, 1 or -1
+    """
+
+def align(
+    gradient: Array,
+    first: int,
+    seed: int,
+    number: int,
+    bits: int,
+    purpose: int,
+    out: Array,
+    threads: int,
+) -> None:
+    """Set out (k,) float64 to the sums of gradient * sign over each perturbation's non-zeros.
+
+    gradient  (n,) float32, of the values from `first` on in the flat index
+    """
+
 def read_all(bytes: Array, threads: int) -> int:
     """Read bytes (n,) uint8 as fast as memory gives them; returns the exclusive or of its words.
 

@@ -17,6 +17,7 @@
 
 #include "cpus/cpus.h"
 #include "shared/pool.h"
+#include "steps/steps.h"
 
 namespace nb = nanobind;
 using namespace ternarize;
@@ -80,6 +81,40 @@ template <class Array>
 Layout layout_of_matrix(const Array& array, int64_t group_size) {
   return checked_layout(static_cast<int64_t>(array.shape(0)), static_cast<int64_t>(array.shape(1)),
                         group_size);
+}
+
+template <class T>
+using Line = nb::ndarray<T, nb::device::cpu, nb::c_contig, nb::ndim<1>>;
+
+void bind_apply_steps(Line<int8_t> values, uint64_t first, int limit, uint32_t purpose,
+                      Line<const int64_t> seeds, In<int64_t> fields, Line<const int64_t> bounds,
+                      Line<const int32_t> chosen, Line<const int8_t> signs, int threads) {
+  const auto count = static_cast<int64_t>(seeds.shape(0));
+  const auto taken = static_cast<int64_t>(chosen.shape(0));
+  expect("fields", fields, count, 3);
+  if (static_cast<int64_t>(bounds.shape(0)) != count + 1 || bounds.data()[0] != 0 ||
+      bounds.data()[count] != taken || static_cast<int64_t>(signs.shape(0)) != taken)
+    fail("bounds: expected those of as many steps, chosen and signs.");
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t bits = fields.data()[3 * i + 1], amount = fields.data()[3 * i + 2];
+    if (bounds.data()[i] > bounds.data()[i + 1] || bits < 0 || bits > 30 || amount < 1 ||
+        amount > 127)
+      fail("step " + std::to_string(i) + ": its fields or bounds are beyond what a step has.");
+  }
+  if (limit < 1 || limit > 127) fail("limit is " + std::to_string(limit) + "; expected 1 to 127.");
+  const Steps steps{count,          seeds.data(),  fields.data(),
+                    bounds.data(), chosen.data(), signs.data()};
+  nb::gil_scoped_release unlocked;
+  apply_steps(values.data(), static_cast<int64_t>(values.shape(0)), first, limit, purpose, steps,
+              threads);
+}
+
+void bind_align(Line<const float> gradient, uint64_t first, uint64_t seed, uint32_t number, int bits,
+                uint32_t purpose, Line<double> out, int threads) {
+  if (bits < 0 || bits > 30) fail("bits is " + std::to_string(bits) + "; expected 0 to 30.");
+  nb::gil_scoped_release unlocked;
+  align(gradient.data(), static_cast<int64_t>(gradient.shape(0)), first, seed, number, bits, purpose,
+        static_cast<int64_t>(out.shape(0)), out.data(), threads);
 }
 
 int64_t bind_pack(In<int8_t> trits, int64_t group_size, Out<uint8_t> out, int threads) {
@@ -425,6 +460,13 @@ NB_MODULE(_native, m) {
         nb::arg("cols"), nb::arg("weights"), nb::arg("weights_size"), nb::arg("scales"),
         nb::arg("scale_rows"), nb::arg("scales_size"), nb::arg("scale_kind"),
         nb::arg("group_size"), nb::arg("int8"), nb::arg("out"), nb::arg("rows"),
+        nb::arg("threads"));
+  m.def("apply_steps", bind_apply_steps, nb::arg("values").noconvert(), nb::arg("first"),
+        nb::arg("limit"), nb::arg("purpose"), nb::arg("seeds").noconvert(),
+        nb::arg("fields").noconvert(), nb::arg("bounds").noconvert(),
+        nb::arg("chosen").noconvert(), nb::arg("signs").noconvert(), nb::arg("threads"));
+  m.def("align", bind_align, nb::arg("gradient").noconvert(), nb::arg("first"), nb::arg("seed"),
+        nb::arg("number"), nb::arg("bits"), nb::arg("purpose"), nb::arg("out").noconvert(),
         nb::arg("threads"));
   m.def("read_all", bind_read_all, nb::arg("bytes").noconvert(), nb::arg("threads"));
   m.def("dot_peak", bind_dot_peak, nb::arg("rounds"), nb::arg("threads"));

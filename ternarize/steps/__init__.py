@@ -1,0 +1,9 @@
+"""Journals of steps: a start, and the few trits that say how it was changed; see formats/steps.md.
+
+Integers alone, so that a replay gives the same bytes everywhere.
+
+    generator.py  random words with an address, perturbations made of them
+    coding.py     which perturbations a step takes, in few bits
+    journal.py    the bytes of a journal: header, records
+    replay.py     steps applied to trits and exponents, any range by itself
+"""

@@ -1,0 +1,103 @@
+"""Which perturbations a step takes, in as few bits as tell them: integers alone.
+
+Of k perturbations m are taken. The set of them is a number below the binomial coefficient (k m),
+its place among all such sets (the combinatorial number system),
+
+    c_1 < ... < c_m   ->   sum over i of binom(c_i, i),
+
+written in as many bits as the largest one needs; then come m signs. Source: Cover 1973, Enumerative
+source encoding, https://doi.org/10.1109/TIT.1973.1054929. Small numbers are written as Elias has
+them (gamma: 1975, https://doi.org/10.1109/TIT.1975.1055349).
+"""
+
+import math
+from collections.abc import Sequence
+
+
+class Bits:
+    """Bits that are written one behind the other, the highest first."""
+
+    def __init__(self) -> None:
+        self._value, self.count = 0, 0
+
+    def put(self, value: int, width: int) -> None:
+        self._value, self.count = self._value << width | value, self.count + width
+
+    def put_gamma(self, value: int) -> None:
+        """A number from 1 on: as many zeros as it has bits but one, then it."""
+        self.put(value, 2 * value.bit_length() - 1)
+
+    def bytes(self) -> bytes:
+        """Filled up with zeros to whole bytes."""
+        size = -(-self.count // 8)
+        return (self._value << (8 * size - self.count)).to_bytes(size, "big")
+
+
+class BitReader:
+    """The bits of some bytes, read from the front; EOFError where there are no more."""
+
+    def __init__(self, data: bytes) -> None:
+        self._value, self.left = int.from_bytes(data, "big"), 8 * len(data)
+
+    def take(self, width: int) -> int:
+        if width > self.left:
+            raise EOFError
+        self.left -= width
+        value = self._value >> self.left
+        self._value &= (1 << self.left) - 1
+        return value
+
+    def take_gamma(self) -> int:
+        zeros = 0
+        while not self.take(1):
+            zeros += 1
+        return 1 << zeros | self.take(zeros)
+
+    @property
+    def rest(self) -> int:
+        """What is left, as a number: 0 if it is filling."""
+        return self._value
+
+
+def set_width(k: int, m: int) -> int:
+    """Bits of the number of a set of m out of k."""
+    return (math.comb(k, m) - 1).bit_length()
+
+
+def put_choice(bits: Bits, k: int, chosen: Sequence[int], signs: Sequence[int]) -> None:
+    """Write which of k perturbations are taken (rising), and how: 1 along, -1 against."""
+    number, c, i = 0, k - 1, len(chosen)
+    binomial = math.comb(c, i)
+    while i:
+        taken = c == chosen[i - 1]
+        number += binomial * taken
+        binomial, i = _below(binomial, c, i, taken)
+        c -= 1
+    bits.put(number, set_width(k, len(chosen)))
+    for sign in signs:
+        bits.put(int(sign < 0), 1)
+
+
+def take_choice(bits: BitReader, k: int, m: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Read what `put_choice` has written; ValueError for a number that no set has."""
+    number = bits.take(set_width(k, m))
+    if number >= math.comb(k, m):
+        raise ValueError
+    chosen, c, i = list[int](), k - 1, m
+    binomial = math.comb(c, i)
+    while i:
+        taken = binomial <= number
+        if taken:
+            chosen.append(c)
+            number -= binomial
+        binomial, i = _below(binomial, c, i, taken)
+        c -= 1
+    signs = tuple(1 - 2 * bits.take(1) for _ in range(m))
+    return tuple(reversed(chosen)), signs
+
+
+def _below(binomial: int, c: int, i: int, taken: bool) -> tuple[int, int]:
+    """From binom(c, i) to binom(c - 1, i - 1) or binom(c - 1, i), and the lower index."""
+    if taken:
+        return (binomial * i // c if c else 0), i - 1
+    return binomial * (c - i) // c, i

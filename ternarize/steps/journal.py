@@ -1,0 +1,466 @@
+"""The bytes of a journal of steps: a header, and records that are only ever appended.
+
+    TRNSTEPS, length, JSON, CRC     the header: the seed, and what the steps begin from
+    length, type, payload, CRC      records: steps, edits of them, digests, notes
+
+formats/steps.md is the definition; here are its shipped reader and writer. A record is whole or it
+is not there: one that was torn off at the end of the file is dropped, damage before is refused.
+"""
+
+import json
+import os
+import re
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ternarize.errors import FormatError, OutputError, damaged
+from ternarize.files.json_files import readable, strict_json
+from ternarize.steps.coding import BitReader, Bits, put_choice, take_choice
+from ternarize.steps.generator import MOST_BITS, SCALES, TRITS
+
+MAGIC = b"TRNSTEPS"
+SUFFIX = ".steps"
+STEPS_VERSION = 1
+KNOWN: frozenset[str] = frozenset()  # features that this version can read
+_LONGEST_HEADER = 1 << 24
+_LONGEST_RECORD = 1 << 24
+_STEP, _DIGEST, _EDIT, _NOTE, _BLOCK, _FOREIGN = 1, 2, 3, 4, 5, 6
+_FIELDS = struct.Struct("<IBBBHH")  # number, target, bits, amount, k, m
+_TARGETS = {TRITS: "trits", SCALES: "scales"}
+EDITS = ("mask", "negate", "restore")
+LARGEST = (1 << 32) - 1  # number of a step
+MOST_AMOUNT = 127  # by which a step moves an exponent
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: which of its perturbations are followed, and how.
+
+    number   its place in the journal; they rise
+    target   what it moves: TRITS or SCALES (generator.py)
+    bits     of a cell: a perturbation has one non-zero in 2^bits values
+    amount   by which values move: 1 of trits
+    k        perturbations that there are
+    chosen   numbers of those that are followed, rising, below k; at least one
+    signs    for each of them: 1 along, -1 against
+    seed, drawn   what the perturbations are drawn with: None, the journal's seed and the number
+    """
+
+    number: int
+    target: int
+    bits: int
+    amount: int
+    k: int
+    chosen: tuple[int, ...]
+    signs: tuple[int, ...]
+    seed: int | None = None
+    drawn: int | None = None
+
+
+@dataclass(frozen=True)
+class Edit:
+    """From here on, steps from first to last are left out ("mask"), go the other way ("negate"),
+    or are as they were ("restore"); of several edits of a step the latest counts."""
+
+    operation: str
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Mark:
+    """The SHA-256, in hex, of what all steps below a number make of the start, edits apart."""
+
+    number: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Note:
+    """Whatever is to be known of a run, as JSON; a replay does not look at it."""
+
+    content: dict[str, Any]
+
+
+Entry = Step | Edit | Mark | Note
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a journal begins with.
+
+    seed     of 64 bits
+    zeros    of 2^31: share of zeros of a start from the seed; None for a packed checkpoint
+    tensors  of a start from the seed, in order: (name, shape, group size)
+    base     of a packed checkpoint: the SHA-256 that `base_digest` gives, in hex
+    """
+
+    seed: int
+    zeros: int | None = None
+    tensors: tuple[tuple[str, tuple[int, ...], int], ...] = ()
+    base: str | None = None
+
+
+@dataclass(frozen=True)
+class Journal:
+    """A journal as it was read.
+
+    entries  in the order of the file
+    size     bytes up to the end of the last whole record
+    torn     bytes behind that, of a record that was not written to its end
+    """
+
+    path: str
+    header: Header
+    entries: tuple[Entry, ...] = ()
+    size: int = 0
+    torn: int = field(default=0, compare=False)
+
+    @property
+    def steps(self) -> list[Step]:
+        """All steps as they were written, edits apart."""
+        return [each for each in self.entries if isinstance(each, Step)]
+
+    @property
+    def next_number(self) -> int:
+        """The number that a step appended next would have at the least."""
+        steps = self.steps
+        return steps[-1].number + 1 if steps else 0
+
+    def effective(self, upto: int | None = None) -> list[Step]:
+        """The steps below a number as edits have left them."""
+        edits = [each for each in self.entries if isinstance(each, Edit)]
+        found = []
+        for step in self.steps:
+            if upto is not None and step.number >= upto:
+                break
+            last = next(
+                (e.operation for e in reversed(edits) if e.first <= step.number <= e.last), ""
+            )
+            if last == "negate":
+                step = replace(step, signs=tuple(-sign for sign in step.signs))
+            if last != "mask":
+                found.append(step)
+        return found
+
+
+# --- writing ---
+
+
+def header_bytes(header: Header) -> bytes:
+    """The beginning of a file."""
+    start: dict[str, Any] = {"kind": "packed", "sha256": header.base}
+    if header.base is None:
+        start = {"kind": "seed", "zeros": header.zeros}
+    table: dict[str, Any] = {
+        "format_version": STEPS_VERSION,
+        "features": [],
+        "seed": f"{header.seed:016x}",
+        "start": start,
+    }
+    if header.base is None:
+        table["tensors"] = [
+            {"name": name, "shape": list(shape), "group_size": group_size}
+            for name, shape, group_size in header.tensors
+        ]
+    text = json.dumps(table, separators=(",", ":")).encode()
+    head = MAGIC + struct.pack("<I", len(text)) + text
+    return head + struct.pack("<I", zlib.crc32(head))
+
+
+def entry_bytes(entry: Entry) -> bytes:
+    """One record."""
+    if isinstance(entry, Step):
+        own = entry.seed is None
+        number = entry.number if own else entry.drawn
+        fields = _FIELDS.pack(
+            number, entry.target, entry.bits, entry.amount, entry.k, len(entry.chosen)
+        )
+        bits = Bits()
+        put_choice(bits, entry.k, entry.chosen, entry.signs)
+        payload = fields + bits.bytes()
+        if own:
+            return _record(_STEP, payload)
+        return _record(_FOREIGN, struct.pack("<IQ", entry.number, entry.seed) + payload)
+    if isinstance(entry, Edit):
+        operation = EDITS.index(entry.operation)
+        return _record(_EDIT, struct.pack("<BII", operation, entry.first, entry.last))
+    if isinstance(entry, Mark):
+        return _record(_DIGEST, struct.pack("<I", entry.number) + bytes.fromhex(entry.sha256))
+    text = json.dumps(entry.content, separators=(",", ":"), sort_keys=True)
+    return _record(_NOTE, text.encode())
+
+
+def block_bytes(steps: Sequence[Step]) -> bytes:
+    """One record with many steps of the journal's own, in fewer bytes; see `compacted`."""
+    bits = Bits()
+    before = _FIRST
+    for step in steps:
+        bits.put_gamma(step.number - before.number)
+        same = (step.target, step.amount, step.k) == (before.target, before.amount, before.k)
+        bits.put(int(not same), 1)
+        if not same:
+            for value, width in ((step.target, 8), (step.amount, 8), (step.k, 16)):
+                bits.put(value, width)
+        up = step.bits - before.bits
+        bits.put_gamma(2 * up if up > 0 else 1 - 2 * up)
+        bits.put_gamma(len(step.chosen))
+        put_choice(bits, step.k, step.chosen, step.signs)
+        before = step
+    return _record(_BLOCK, struct.pack("<I", len(steps)) + bits.bytes())
+
+
+# what the first step of a block is compared with
+_FIRST = Step(-1, TRITS, 10, 1, 128, (), ())
+
+
+def _record(kind: int, payload: bytes) -> bytes:
+    body = struct.pack("<IB", len(payload), kind) + payload
+    return body + struct.pack("<I", zlib.crc32(body))
+
+
+class Appender:
+    """A journal that is written on: each record at once and whole.
+
+    path  of the file; one that is there goes on behind its last whole record
+    """
+
+    def __init__(self, path: str | Path, header: Header) -> None:
+        self.path = Path(path)
+        if self.path.exists():
+            self.journal = read_journal(self.path)
+            if self.journal.header != header:
+                raise OutputError(
+                    self.path,
+                    "is the journal of another seed or start",
+                    "one of the same, to go on with",
+                    "Name another file",
+                )
+            self._file = self.path.open("r+b", buffering=0)
+            self._file.truncate(self.journal.size)
+            self._file.seek(self.journal.size)
+        else:
+            self._file = self.path.open("xb", buffering=0)
+            self._file.write(header_bytes(header))
+            self.journal = Journal(str(self.path), header)
+
+    def append(self, entry: Entry) -> None:
+        """Add a record; a digest is on the disk, with all before it, when this returns."""
+        self._file.write(entry_bytes(entry))
+        if isinstance(entry, Mark):
+            os.fsync(self._file.fileno())
+
+    def __enter__(self) -> "Appender":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+# --- reading ---
+
+
+def read_journal(path: str | Path) -> Journal:
+    """Read a whole journal; raises FormatError where it breaks a rule of the format."""
+    with readable(Path(path)):
+        data = Path(path).read_bytes()
+    return parse_journal(data, str(path))
+
+
+def parse_journal(data: bytes, where: str = "journal") -> Journal:
+    """A journal from its bytes; see `read_journal`."""
+    header, at = _parse_header(data, where)
+    entries: list[Entry] = []
+    number = -1
+    while at < len(data):
+        end = _end_of(data, at)
+        if end is None:
+            if _record_behind(data, at):
+                raise damaged(where, f"the record at byte {at} does not fit its checksum")
+            break
+        kind, payload = data[at + 4], data[at + 5 : end - 4]
+        try:
+            for entry in _parse_record(kind, payload, number):
+                if isinstance(entry, Step):
+                    if entry.number <= number:
+                        raise ValueError(f"step {entry.number} comes after step {number}")
+                    number = entry.number
+                entries.append(entry)
+        except (ValueError, EOFError, struct.error, RecursionError) as error:
+            what = str(error) or "cannot be read"
+            raise damaged(where, f"the record at byte {at} breaks the format: {what}") from None
+        at = end
+    return Journal(where, header, tuple(entries), at, len(data) - at)
+
+
+def _end_of(data: bytes, at: int) -> int | None:
+    """Where a record ends; None if it is not whole or does not fit its checksum."""
+    if at + 9 > len(data):
+        return None
+    (length,) = struct.unpack_from("<I", data, at)
+    end = at + 9 + length
+    if length > _LONGEST_RECORD or end > len(data):
+        return None
+    (said,) = struct.unpack_from("<I", data, end - 4)
+    return end if zlib.crc32(data[at : end - 4]) == said else None
+
+
+def _record_behind(data: bytes, at: int) -> bool:
+    """Whether a whole record begins somewhere behind a broken one."""
+    kinds = range(_STEP, _FOREIGN + 1)
+    behind = range(at + 1, len(data) - 8)
+    return any(data[p + 4] in kinds and _end_of(data, p) is not None for p in behind)
+
+
+def _parse_header(data: bytes, where: str) -> tuple[Header, int]:
+    if data[:8] != MAGIC:
+        raise FormatError(
+            where,
+            f"begins with {data[:8]!r}",
+            f"{MAGIC!r}, as a journal of steps does",
+            "Name one that `ternarize steps train` has written",
+        )
+    length = int.from_bytes(data[8:12], "little")
+    end = 12 + length
+    if length > _LONGEST_HEADER or end + 4 > len(data):
+        raise damaged(where, f"its header of {length} bytes is not there")
+    if zlib.crc32(data[:end]) != int.from_bytes(data[end : end + 4], "little"):
+        raise damaged(where, "its header does not fit its checksum")
+    try:
+        table = strict_json(data[12:end].decode())
+    except (ValueError, RecursionError) as error:
+        raise damaged(where, f"its header is not valid JSON ({error})") from None
+    if not isinstance(table, dict):
+        raise damaged(where, "its header is not an object")
+    version, features = table.get("format_version"), table.get("features")
+    if type(version) is not int or version != STEPS_VERSION:
+        raise _newer(where, f"format version {version!r}", f"version {STEPS_VERSION}")
+    if not isinstance(features, list) or not all(isinstance(f, str) for f in features):
+        raise damaged(where, f"features is {features!r:.60}", "a list of names")
+    if set(features) - KNOWN:
+        unknown = ", ".join(sorted(set(features) - KNOWN))
+        raise _newer(where, f"needs the feature {unknown}", "none")
+    return _header_of(where, table), end + 4
+
+
+def _header_of(where: str, table: dict[str, Any]) -> Header:
+    seed, start = table.get("seed"), table.get("start")
+    if not (isinstance(seed, str) and re.fullmatch("[0-9a-f]{16}", seed)):
+        raise damaged(where, f"its seed is {seed!r:.60}", "16 hex digits")
+    if not isinstance(start, dict) or start.get("kind") not in ("seed", "packed"):
+        raise damaged(where, f"its start is {start!r:.80}", "a seed or a packed checkpoint")
+    if start["kind"] == "packed":
+        digest = start.get("sha256")
+        if not (isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)):
+            raise damaged(where, f"the digest of its start is {digest!r:.80}", "64 hex digits")
+        return Header(int(seed, 16), base=digest)
+    zeros = start.get("zeros")
+    tensors: Any = table.get("tensors")
+    if type(zeros) is not int or not 0 <= zeros <= 1 << 31:
+        raise damaged(where, f"the zeros of its start are {zeros!r:.60}", "0 to 2^31")
+    if not isinstance(tensors, list) or not tensors or not all(map(_is_tensor, tensors)):
+        raise damaged(where, "its tensors cannot be read", "names, shapes and group sizes")
+    found = tuple((t["name"], tuple(t["shape"]), t["group_size"]) for t in tensors)
+    if len({name for name, _, _ in found}) < len(found):
+        raise damaged(where, "has a tensor twice")
+    return Header(int(seed, 16), zeros, found)
+
+
+def _is_tensor(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        return False
+    shape, size = value.get("shape"), value.get("group_size")
+    good = isinstance(shape, list) and len(shape) in (2, 3)
+    sizes = good and all(type(n) is int and 1 <= n < 1 << 31 for n in shape)
+    return sizes and type(size) is int and -1 <= size < 1 << 31
+
+
+def _newer(where: str, found: str, expected: str) -> FormatError:
+    return FormatError(where, found, expected, "Install a newer ternarize")
+
+
+def _parse_record(kind: int, payload: bytes, number: int) -> Iterator[Entry]:
+    """The entries of a record; ValueError, EOFError or struct.error where it breaks a rule."""
+    if kind == _STEP:
+        yield _parse_step(payload)
+    elif kind == _FOREIGN:
+        place, seed = struct.unpack_from("<IQ", payload)
+        step = _parse_step(payload[12:])
+        yield replace(step, number=place, seed=seed, drawn=step.number)
+    elif kind == _BLOCK:
+        yield from _parse_block(payload)
+    elif kind == _EDIT:
+        operation, first, last = struct.unpack("<BII", payload)
+        if operation >= len(EDITS) or first > last:
+            raise ValueError(f"edit {operation} of {first} to {last}")
+        yield Edit(EDITS[operation], first, last)
+    elif kind == _DIGEST:
+        if len(payload) != 36:
+            raise ValueError(f"a digest of {len(payload)} bytes")
+        place = int.from_bytes(payload[:4], "little")
+        if place <= number:
+            raise ValueError(f"a digest of the steps below {place} after step {number}")
+        yield Mark(place, payload[4:].hex())
+    elif kind == _NOTE:
+        content = strict_json(payload.decode())
+        if not isinstance(content, dict):
+            raise ValueError("a note that is no object")
+        yield Note(content)
+    else:
+        raise ValueError(f"type {kind}")
+
+
+def _parse_step(payload: bytes) -> Step:
+    number, target, cell, amount, k, m = _FIELDS.unpack_from(payload)
+    reader = BitReader(payload[_FIELDS.size :])
+    step = _with_choice(Step(number, target, cell, amount, k, (), ()), m, reader)
+    _check_filling(reader)
+    return step
+
+
+def _parse_block(payload: bytes) -> Iterator[Step]:
+    (count,) = struct.unpack_from("<I", payload)
+    reader, step = BitReader(payload[4:]), _FIRST
+    for _ in range(count):
+        number = step.number + reader.take_gamma()
+        target, amount, k = step.target, step.amount, step.k
+        if reader.take(1):
+            target, amount, k = reader.take(8), reader.take(8), reader.take(16)
+        up = reader.take_gamma()
+        cell = step.bits + (up // 2 if up % 2 == 0 else -(up // 2))
+        m = reader.take_gamma()
+        step = _with_choice(Step(number, target, cell, amount, k, (), ()), m, reader)
+        yield step
+    _check_filling(reader)
+
+
+def _with_choice(step: Step, m: int, reader: BitReader) -> Step:
+    """A step with what follows its fields, all of them checked."""
+    if step.number > LARGEST or step.target not in _TARGETS:
+        raise ValueError(f"step {step.number} of target {step.target}")
+    most = 1 if step.target == TRITS else MOST_AMOUNT
+    if not (0 <= step.bits <= MOST_BITS and 1 <= step.amount <= most):
+        raise ValueError(f"cells of {step.bits} bits, moves by {step.amount}")
+    if not 1 <= m <= step.k < 1 << 16:
+        raise ValueError(f"{m} of {step.k} perturbations")
+    try:
+        chosen, signs = take_choice(reader, step.k, m)
+    except ValueError:
+        raise ValueError(f"no set of {m} of {step.k} has that number") from None
+    return replace(step, chosen=chosen, signs=signs)
+
+
+def _check_filling(reader: BitReader) -> None:
+    if reader.left >= 8 or reader.rest:
+        raise ValueError("more than the step is there")
