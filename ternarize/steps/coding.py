@@ -14,14 +14,20 @@ import math
 from collections.abc import Sequence
 
 
+MOST_ZEROS = 32  # before a number in Elias' code: the largest difference of two steps has 33 bits
+
+
 class Bits:
     """Bits that are written one behind the other, the highest first."""
 
     def __init__(self) -> None:
-        self._value, self.count = 0, 0
+        self._whole, self._open, self._pending = bytearray(), 0, 0
 
     def put(self, value: int, width: int) -> None:
-        self._value, self.count = self._value << width | value, self.count + width
+        self._pending, count = self._pending << width | value, self._open + width
+        whole, self._open = divmod(count, 8)
+        self._whole += (self._pending >> self._open).to_bytes(whole, "big")
+        self._pending &= (1 << self._open) - 1
 
     def put_gamma(self, value: int) -> None:
         """A number from 1 on: as many zeros as it has bits but one, then it."""
@@ -29,34 +35,36 @@ class Bits:
 
     def bytes(self) -> bytes:
         """Filled up with zeros to whole bytes."""
-        size = -(-self.count // 8)
-        return (self._value << (8 * size - self.count)).to_bytes(size, "big")
+        last = bytes([self._pending << (8 - self._open)]) if self._open else b""
+        return bytes(self._whole) + last
 
 
 class BitReader:
     """The bits of some bytes, read from the front; EOFError where there are no more."""
 
     def __init__(self, data: bytes) -> None:
-        self._value, self.left = int.from_bytes(data, "big"), 8 * len(data)
+        self._data, self._at = data, 0
+
+    @property
+    def left(self) -> int:
+        """Bits that were not read yet."""
+        return 8 * len(self._data) - self._at
 
     def take(self, width: int) -> int:
         if width > self.left:
             raise EOFError
-        self.left -= width
-        value = self._value >> self.left
-        self._value &= (1 << self.left) - 1
-        return value
+        first, self._at = self._at // 8, self._at + width
+        value = int.from_bytes(self._data[first : -(-self._at // 8)], "big")
+        return value >> -self._at % 8 & ((1 << width) - 1)
 
     def take_gamma(self) -> int:
+        """A number that `put_gamma` has written; ValueError for one of too many bits."""
         zeros = 0
         while not self.take(1):
             zeros += 1
+            if zeros > MOST_ZEROS:
+                raise ValueError("a number of more than 33 bits")
         return 1 << zeros | self.take(zeros)
-
-    @property
-    def rest(self) -> int:
-        """What is left, as a number: 0 if it is filling."""
-        return self._value
 
 
 def set_width(k: int, m: int) -> int:

@@ -8,6 +8,7 @@ is not there: one that was torn off at the end of the file is dropped, damage be
 """
 
 import json
+import math
 import os
 import re
 import struct
@@ -29,11 +30,14 @@ STEPS_VERSION = 1
 KNOWN: frozenset[str] = frozenset()  # features that this version can read
 _LONGEST_HEADER = 1 << 24
 _LONGEST_RECORD = 1 << 24
+_MOST_SEARCHED = 1 << 28  # bytes of possible records behind one that is not whole
+_BEGINNING = re.compile(rb"(?s)(?=...[\x00\x01][\x01-\x06])")  # length up to 2^25, type
 _STEP, _DIGEST, _EDIT, _NOTE, _BLOCK, _FOREIGN = 1, 2, 3, 4, 5, 6
 _FIELDS = struct.Struct("<IBBBHH")  # number, target, bits, amount, k, m
 _TARGETS = {TRITS: "trits", SCALES: "scales"}
 EDITS = ("mask", "negate", "restore")
 LARGEST = (1 << 32) - 1  # number of a step
+MOST_VALUES = 1 << 58  # trits of all tensors: cells that a word has an address for
 MOST_AMOUNT = 127  # by which a step moves an exponent
 
 
@@ -129,8 +133,9 @@ class Journal:
     @property
     def next_number(self) -> int:
         """The number that a step appended next would have at the least."""
-        steps = self.steps
-        return steps[-1].number + 1 if steps else 0
+        steps = [each.number + 1 for each in self.entries if isinstance(each, Step)]
+        marks = [each.number for each in self.entries if isinstance(each, Mark)]
+        return max(steps[-1:] + marks[-1:], default=0)
 
     def effective(self, upto: int | None = None) -> list[Step]:
         """The steps below a number as edits have left them."""
@@ -192,7 +197,7 @@ def entry_bytes(entry: Entry) -> bytes:
         return _record(_EDIT, struct.pack("<BII", operation, entry.first, entry.last))
     if isinstance(entry, Mark):
         return _record(_DIGEST, struct.pack("<I", entry.number) + bytes.fromhex(entry.sha256))
-    text = json.dumps(entry.content, separators=(",", ":"), sort_keys=True)
+    text = json.dumps(entry.content, separators=(",", ":"), sort_keys=True, allow_nan=False)
     return _record(_NOTE, text.encode())
 
 
@@ -220,6 +225,7 @@ _FIRST = Step(-1, TRITS, 10, 1, 128, (), ())
 
 
 def _record(kind: int, payload: bytes) -> bytes:
+    assert len(payload) <= _LONGEST_RECORD, "a reader would take it for a torn one"
     body = struct.pack("<IB", len(payload), kind) + payload
     return body + struct.pack("<I", zlib.crc32(body))
 
@@ -296,6 +302,8 @@ def parse_journal(data: bytes, where: str = "journal") -> Journal:
                     if entry.number <= number:
                         raise ValueError(f"step {entry.number} comes after step {number}")
                     number = entry.number
+                elif isinstance(entry, Mark):
+                    number = entry.number - 1  # no step below it comes later
                 entries.append(entry)
         except (ValueError, EOFError, struct.error, RecursionError) as error:
             what = str(error) or "cannot be read"
@@ -317,10 +325,19 @@ def _end_of(data: bytes, at: int) -> int | None:
 
 
 def _record_behind(data: bytes, at: int) -> bool:
-    """Whether a whole record begins somewhere behind a broken one."""
-    kinds = range(_STEP, _FOREIGN + 1)
-    behind = range(at + 1, len(data) - 8)
-    return any(data[p + 4] in kinds and _end_of(data, p) is not None for p in behind)
+    """Whether a whole record begins somewhere behind a broken one.
+
+    Also true where too much would have to be summed up to know it: no torn record looks like that.
+    """
+    searched = 0
+    for found in _BEGINNING.finditer(data, at + 1):
+        (length,) = struct.unpack_from("<I", data, found.start())
+        if length > _LONGEST_RECORD or found.start() + 9 + length > len(data):
+            continue
+        searched += 9 + length
+        if searched > _MOST_SEARCHED or _end_of(data, found.start()) is not None:
+            return True
+    return False
 
 
 def _parse_header(data: bytes, where: str) -> tuple[Header, int]:
@@ -374,13 +391,16 @@ def _header_of(where: str, table: dict[str, Any]) -> Header:
     found = tuple((t["name"], tuple(t["shape"]), t["group_size"]) for t in tensors)
     if len({name for name, _, _ in found}) < len(found):
         raise damaged(where, "has a tensor twice")
+    if sum(math.prod(shape) for _, shape, _ in found) > MOST_VALUES:
+        raise damaged(where, "its tensors are too large", "2^58 trits at most")
     return Header(int(seed, 16), zeros, found)
 
 
 def _is_tensor(value: Any) -> bool:
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return False
-    shape, size = value.get("shape"), value.get("group_size")
+    shape: Any = value.get("shape")
+    size = value.get("group_size")
     good = isinstance(shape, list) and len(shape) in (2, 3)
     sizes = good and all(type(n) is int and 1 <= n < 1 << 31 for n in shape)
     return sizes and type(size) is int and -1 <= size < 1 << 31
@@ -462,5 +482,5 @@ def _with_choice(step: Step, m: int, reader: BitReader) -> Step:
 
 
 def _check_filling(reader: BitReader) -> None:
-    if reader.left >= 8 or reader.rest:
+    if reader.left >= 8 or reader.take(reader.left):
         raise ValueError("more than the step is there")
