@@ -297,13 +297,13 @@ def test_a_calibration_reads_nothing_that_its_training_keeps_apart(
     read: list[Tensor] = []
     original, samples_of = sources.data_of, pipeline.samples_of
 
-    def data_of(plan: Any) -> Any:
-        data = original(plan)
+    def data_of(*given: Any) -> Any:
+        data = original(*given)
         kept.extend(each["input_ids"] for each in data.held + data.report)
         return data
 
-    def samples(*args: Any) -> Any:
-        found = samples_of(*args)
+    def samples(*args: Any, **named: Any) -> Any:
+        found = samples_of(*args, **named)
         for batch in found.batches + found.heldout + found.report:
             read.extend(batch["input_ids"])
         return found

@@ -77,7 +77,8 @@ def calibrate(
     """
     calibration = plan.recipe.calibrate
     assert calibration is not None
-    samples = samples_of(plan, calibration)
+    trained = plan.recipe.training is not None
+    samples = samples_of(plan.source.directory, calibration, trained=trained)
     _check_same(folder, {"data": samples.digest, "device": device})
     environments = environments_of(folder, device)
     if calibration.target_bpw is not None:
@@ -202,9 +203,11 @@ def environments_of(folder: Path, device: str) -> list[dict[str, Any]]:
     return known
 
 
-def samples_of(plan: Plan, calibration: Calibrate) -> Samples:
-    """The samples of a calibration, made from its data set."""
-    directory = plan.source.directory
+def samples_of(directory: Path, calibration: Calibrate, *, trained: bool) -> Samples:
+    """The samples of a calibration of a model, made from its data set.
+
+    trained  whether the model is trained afterwards
+    """
     config = open_config(directory)
     model_class = getattr(transformers, (config.architectures or [""])[0], None)
     if model_class is None:
@@ -222,7 +225,7 @@ def samples_of(plan: Plan, calibration: Calibrate) -> Samples:
         tokenizer=open_tokenizer(directory) if has_tokenizer(directory) else None,
         generate=_writer(directory, model_class) if calibration.dataset == SELF else None,
         batch_size=max(1, TOKENS_IN_BATCH // length),
-        trained=plan.recipe.training is not None,
+        trained=trained,
     )
 
 

@@ -6,4 +6,7 @@ Integers alone, so that a replay gives the same bytes everywhere.
     coding.py     which perturbations a step takes, in few bits
     journal.py    the bytes of a journal: header, records
     replay.py     steps applied to trits and exponents, any range by itself
+    base.py       the packed checkpoint that a journal begins from
+    operations.py edits, forks, merges, blocks; digests checked
+    checkpoint.py a journal replayed on its base, as a checkpoint again
 """

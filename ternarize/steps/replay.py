@@ -8,7 +8,7 @@ for what it costs. The compiled core does what the torch code here does, with th
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -123,7 +123,7 @@ def start_of(part: Part, header: Header, rows: tuple[int, int] | None = None) ->
     return flat.view((stop - first, cols) if rows else part.shape)
 
 
-def state_digest(parts: Iterator[tuple[Tensor, Tensor, int]]) -> str:
+def state_digest(parts: Iterable[tuple[Tensor, Tensor, int]]) -> str:
     """The SHA-256, in hex, that a digest record holds.
 
     parts  in the order of the journal: trits (..., rows, cols) int8, exponents int8, group size
@@ -142,10 +142,17 @@ class State:
     """The values of all tensors of a journal: what steps have made of the start.
 
     trits, exponents  by name, int8
+    frozen            by name, where trits stay 0, for those tensors that have such places
     """
 
-    def __init__(self, header: Header, parts: Sequence[Part], start: Mapping[str, Tensor]) -> None:
-        self.header, self.parts = header, list(parts)
+    def __init__(
+        self,
+        seed: int,
+        parts: Sequence[Part],
+        start: Mapping[str, Tensor],
+        frozen: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.seed, self.parts, self.frozen = seed, list(parts), dict(frozen or {})
         self.trits = {p.name: start[p.name].contiguous().clone() for p in parts}
         self.exponents = {
             p.name: torch.zeros(p.scales_shape, dtype=torch.int8, device=self.trits[p.name].device)
@@ -157,10 +164,12 @@ class State:
         return (self.trits if target == TRITS else self.exponents)[part.name]
 
     def apply(self, steps: Sequence[Step], threads: int = THREADS) -> None:
-        for target in LIMITS:
-            moves = Moves(steps, target, self.header.seed)
+        for target in sorted({step.target for step in steps}):
+            moves = Moves(steps, target, self.seed)
             for part in self.parts:
                 moves.apply(self.values(part, target).view(-1), part.first(target), threads)
+                if target == TRITS and part.name in self.frozen:
+                    self.trits[part.name].masked_fill_(self.frozen[part.name], 0)
 
     def digest(self) -> str:
         """See `state_digest`."""

@@ -53,7 +53,7 @@ def open_training(plan: Plan) -> Data:
     assert training is not None
     if training.objective == "distill":
         teacher_folder(plan.source.directory, training)
-    return data_of(plan)
+    return data_of(plan.source.directory, training, plan.recipe.calibrate)
 
 
 def train_model(

@@ -32,7 +32,6 @@ from ternarize.models.reads import (
     open_tokenizer,
     vocabulary_size,
 )
-from ternarize.plans.layout import Plan
 from ternarize.plans.recipe import Calibrate, Train
 from ternarize.train.losses import ALL_WORDS
 from ternarize.train.texts import (
@@ -80,7 +79,8 @@ class _Reader:
     length     tokens of a sample
     """
 
-    plan: Plan
+    directory: Path
+    calibration: Calibrate | None
     training: Train
     config: Any
     kind: str
@@ -90,17 +90,19 @@ class _Reader:
     finish: Finish
 
 
-def data_of(plan: Plan) -> Data:
+def data_of(directory: Path, training: Train, calibration: Calibrate | None = None) -> Data:
     """The samples of a training.
+
+    directory    of the model, with its configuration and tokenizer
+    calibration  that comes before, whose data and windows are the default
 
     Raises UsageError where the texts cannot be read or do not fit the model, CheckpointError where
     it has no tokenizer, or one of other words.
     """
-    training, calibration = plan.recipe.training, plan.recipe.calibrate
-    assert training is not None
     given = list(training.texts) or ([calibration.dataset] if calibration else [])
     mixture = read_mixture(given)
-    reader = _reader_of(plan, training, [each.name for each in mixture])
+    names_given = [each.name for each in mixture]
+    reader = _reader_of(directory, training, calibration, names_given)
     streams, held, report, names = [], list[Sample](), list[Sample](), []
     for name, weight in mixture:
         stream, choose, figures, called = _samples_of_text(reader, name, len(mixture))
@@ -123,8 +125,9 @@ def data_of(plan: Plan) -> Data:
     return Data(mixed(streams, training.seed), held, report, common, first, pad, about)
 
 
-def _reader_of(plan: Plan, training: Train, names: Sequence[str]) -> _Reader:
-    directory = plan.source.directory
+def _reader_of(
+    directory: Path, training: Train, calibration: Calibrate | None, names: Sequence[str]
+) -> _Reader:
     config = open_config(directory)
     model_class = class_of(config)
     assert model_class is not None, "the plan has run its skeleton"
@@ -136,12 +139,12 @@ def _reader_of(plan: Plan, training: Train, names: Sequence[str]) -> _Reader:
     if all(_in_rows(name, kind) for name in names):
         found = open_tokenizer(directory) if has_tokenizer(directory) else None
         length = training.train_len or 0
-        return _Reader(plan, training, config, kind, found, length, lambda _: [], lambda _: {})
+        given = directory, calibration, training
+        return _Reader(*given, config, kind, found, length, lambda _: [], lambda _: {})
     if not has_tokenizer(directory):
         raise no_tokenizer(directory, "no tokenizer, without which text cannot be read")
     tokenizer = open_tokenizer(directory)
     limit = max_positions(config) if kind == CAUSAL else longest_text(config, tokenizer)
-    calibration = plan.recipe.calibrate
     length = training.train_len or (calibration and calibration.seq_len) or min(LENGTH, limit)
     if length > limit:
         raise UsageError(
@@ -154,7 +157,7 @@ def _reader_of(plan: Plan, training: Train, names: Sequence[str]) -> _Reader:
     cut, finish = cutter(kind, length, config, tokenizer, rng)
     if training.objective == "text":
         cut, finish = _with_answers(tokenizer, length)
-    return _Reader(plan, training, config, kind, tokenizer, length, cut, finish)
+    return _Reader(directory, calibration, training, config, kind, tokenizer, length, cut, finish)
 
 
 def _in_rows(name: str, kind: str) -> bool:
@@ -186,10 +189,10 @@ def _samples_of_text(
 
 def _rows(reader: _Reader, name: str) -> list[list[Sample]]:
     """Three sets of samples as they are: tensors of a file, or what the model itself writes."""
-    calibration = reader.plan.recipe.calibrate or Calibrate(seed=reader.training.seed)
+    calibration = reader.calibration or Calibrate(seed=reader.training.seed)
     length = reader.length or calibration.seq_len
     own = replace(calibration, dataset=name, text_column=None, seq_len=length)
-    samples = samples_of(reader.plan, own)
+    samples = samples_of(reader.directory, own, trained=True)
     return [
         [
             {name: value[row] for name, value in batch.items()}

@@ -1,0 +1,151 @@
+"""The packed checkpoint that a journal begins from, and its stored bytes after steps.
+
+    scale' = round(scale 2^(e / 32)),    2^(e / 32) = FACTORS[e mod 32] / 4096 2^(e div 32)
+
+in float32: with thirteen bits of a factor the product of a float16 is exact, so that all machines
+round the same number.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ternarize.errors import UsageError
+from ternarize.files.checkpoint import Checkpoint
+from ternarize.files.container import decode
+from ternarize.files.metadata import SCALE_SUFFIX, Record
+from ternarize.steps.generator import SCALES, TRITS
+from ternarize.steps.journal import Header, Step
+from ternarize.steps.replay import Moves, Part, State, parts_of, start_of
+from ternarize.trits.base3 import BASE3, pack
+from ternarize.trits.scales import scale_codes, scale_values
+from ternarize.trits.ternary import largest_of_groups, spread_scales
+
+FACTORS = tuple(round(4096 * 2 ** (f / 32)) for f in range(32))
+# the scales that a file of a dtype holds with all digits
+_RANGES = {torch.float16: (2.0**-14, 65504.0), torch.uint8: (2.0**-14, 61440.0)}
+_WIDE = (2.0**-126, torch.finfo(torch.bfloat16).max)
+
+
+def parts_of_base(records: Mapping[str, Record]) -> list[Part]:
+    """The tensors that steps move: ternary ones of one plane, in the order of their names.
+
+    Raises UsageError where there are none.
+    """
+    found = [
+        (name, record.shape, record.group_size)
+        for name, record in sorted(records.items())
+        if record.shape is not None and record.codec == BASE3 and record.planes == 1
+    ]
+    if not found:
+        raise UsageError(
+            "the base", "has no ternary tensor of one plane", "some", "Name a packed checkpoint"
+        )
+    return parts_of(found)
+
+
+def base_digest(records: Mapping[str, Record]) -> str:
+    """What names a base in a journal: the SHA-256, in hex, of its tensors' names and digests."""
+    sha = hashlib.sha256()
+    for part in parts_of_base(records):
+        sha.update(part.name.encode() + b"\0" + records[part.name].sha256.encode())
+    return sha.hexdigest()
+
+
+def check_base(where: object, header: Header, records: Mapping[str, Record]) -> None:
+    """Raise UsageError where a journal begins from another packed checkpoint, or from a seed."""
+    if header.base is None:
+        raise UsageError(
+            where,
+            "begins from a seed, and not from a packed checkpoint",
+            "a journal of this checkpoint",
+            "Replay it without a base",
+        )
+    found = base_digest(records)
+    if found != header.base:
+        raise UsageError(
+            where,
+            f"begins from the base {header.base[:12]}..., and this one is {found[:12]}...",
+            "the same",
+            "Name the checkpoint that the journal was made with",
+        )
+
+
+def factors(exponents: Tensor) -> Tensor:
+    """2^(e / 32) as journals have it: int8, any shape -> float32."""
+    wide = exponents.to(torch.int32)
+    table = torch.tensor(FACTORS, dtype=torch.float32, device=exponents.device) / 4096
+    return torch.ldexp(table[wide & 31], wide >> 5)
+
+
+def moved_scales(stored: Tensor, exponents: Tensor) -> Tensor:
+    """Stored scales after steps, in the dtype that they have: those of exponent 0 as they are."""
+    values = scale_values(stored)
+    low, high = _RANGES.get(stored.dtype, _WIDE)
+    moved = (values * factors(exponents)).clamp(low, high)
+    rounded = scale_codes(moved) if stored.dtype == torch.uint8 else moved.to(stored.dtype)
+    return torch.where((exponents == 0) | (values == 0), stored, rounded)
+
+
+def read_part(packed: Checkpoint, record: Record, part: Part) -> tuple[Tensor, Tensor]:
+    """A tensor of the base: trits (..., rows, cols) int8, scales as stored (..., rows, groups)."""
+    bytes_ = packed.read(part.name).view(record.stored_shapes()[0])
+    stored = packed.read(part.name + SCALE_SUFFIX).view(part.scales_shape)
+    return decode(bytes_, stored, record).trits, stored
+
+
+def frozen(stored: Tensor, part: Part) -> Tensor | None:
+    """Where trits stay 0: in groups of scale 0, (..., rows or 1, cols) bool; None: nowhere."""
+    empty = scale_values(stored) == 0
+    return spread_scales(empty, part.shape[-1], part.group_size) if bool(empty.any()) else None
+
+
+def stored_after(
+    trits: Tensor, exponents: Tensor, stored: Tensor, part: Part
+) -> tuple[Tensor, Tensor]:
+    """Packed bytes and scales of a tensor after steps; a group of zeros alone has the scale 0."""
+    scales = moved_scales(stored, exponents)
+    used = largest_of_groups(trits.abs(), part.group_size) > 0
+    return pack(trits, part.group_size), torch.where(used, scales, torch.zeros_like(scales))
+
+
+def replayed(
+    packed: Checkpoint,
+    records: Mapping[str, Record],
+    header: Header,
+    steps: Sequence[Step],
+    names: Sequence[str] | None = None,
+) -> Iterator[tuple[Part, Tensor, Tensor, Tensor]]:
+    """Tensors of the base after steps, one by one: part, trits, exponents, scales as stored before.
+
+    names  of those that are wanted, None: all
+    """
+    moves = {target: Moves(steps, target, header.seed) for target in (TRITS, SCALES)}
+    for part in parts_of_base(records):
+        if names is not None and part.name not in names:
+            continue
+        start, stored = read_part(packed, records[part.name], part)
+        trits, exponents = (
+            start.contiguous().clone(),
+            torch.zeros(part.scales_shape, dtype=torch.int8),
+        )
+        moves[TRITS].apply(trits.view(-1), part.trits)
+        moves[SCALES].apply(exponents.view(-1), part.scales)
+        stay = frozen(stored, part)
+        yield part, trits if stay is None else trits.masked_fill(stay, 0), exponents, stored
+
+
+def opened_state(header: Header, packed: Checkpoint | None, records: Mapping[str, Record]) -> State:
+    """The values that a journal begins with: of its base, or from its seed (packed None)."""
+    if packed is None:
+        parts = parts_of(header.tensors)
+        return State(header.seed, parts, {p.name: start_of(p, header) for p in parts})
+    parts, start, stay = parts_of_base(records), dict[str, Tensor](), dict[str, Tensor]()
+    for part in parts:
+        start[part.name], stored = read_part(packed, records[part.name], part)
+        mask = frozen(stored, part)
+        if mask is not None:
+            stay[part.name] = mask
+    return State(header.seed, parts, start, stay)

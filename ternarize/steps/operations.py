@@ -1,0 +1,189 @@
+"""What is done with journals besides replaying them: checked, edited, joined, made smaller."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ternarize.errors import DigestError, OutputError, UsageError
+from ternarize.files.checkpoint import Checkpoint
+from ternarize.files.metadata import Record
+from ternarize.files.outputs import write_whole
+from ternarize.steps.base import check_base, opened_state
+from ternarize.steps.journal import (
+    EDITS,
+    LARGEST,
+    Appender,
+    Edit,
+    Entry,
+    Journal,
+    Mark,
+    Note,
+    Step,
+    block_bytes,
+    entry_bytes,
+    header_bytes,
+    read_journal,
+)
+
+_IN_BLOCK = 4096  # steps
+
+
+def edit(path: str | Path, operation: str, first: int, last: int) -> list[int]:
+    """Append an edit of the steps from first to last; returns the numbers of those there are.
+
+    operation  "mask": leave them out; "negate": go the other way; "restore": as they were
+
+    Raises UsageError where there is no such step.
+    """
+    journal = read_journal(path)
+    numbers = [step.number for step in journal.steps if first <= step.number <= last]
+    if operation not in EDITS:
+        raise UsageError("edit", f"{operation!r}", f"one of {', '.join(EDITS)}")
+    if not numbers:
+        steps = journal.steps
+        there = f"steps from {steps[0].number} to {steps[-1].number}" if steps else "no steps"
+        raise UsageError(path, f"has no step from {first} to {last}, but {there}", "some of them")
+    with Appender(path, journal.header) as appender:
+        appender.append(Edit(operation, first, min(last, LARGEST)))
+    return numbers
+
+
+def fork(path: str | Path, new: str | Path, upto: int | None = None) -> Journal:
+    """A new journal of the steps below a number, with the edits of them; notes stay behind.
+
+    Both go on with numbers of their own, and draw the same perturbations for the same number.
+    """
+    journal = read_journal(path)
+    kept = [e for e in journal.entries if _is_below(e, upto)]
+    return _write(new, journal, [entry_bytes(e) for e in kept])
+
+
+def _is_below(entry: Entry, upto: int | None) -> bool:
+    if isinstance(entry, Note):
+        return False
+    if upto is None:
+        return True
+    if isinstance(entry, Mark):
+        return entry.number <= upto
+    return (entry.first if isinstance(entry, Edit) else entry.number) < upto
+
+
+def compact(path: str | Path, new: str | Path) -> Journal:
+    """The same steps and edits in fewer bytes: steps in blocks, the last digest, no notes."""
+    journal = read_journal(path)
+    records: list[bytes] = []
+    block: list[Step] = []
+    for step in [*journal.steps, None]:
+        if block and (step is None or step.seed is not None or len(block) == _IN_BLOCK):
+            records.append(block_bytes(block))
+            block = []
+        if step is not None and step.seed is None:
+            block.append(step)
+        elif step is not None:
+            records.append(entry_bytes(step))
+    marks = [each for each in journal.entries if isinstance(each, Mark)]
+    edits = [each for each in journal.entries if isinstance(each, Edit)]
+    behind = marks[-1:] if not journal.steps or marks and _is_last(marks[-1], journal) else []
+    records += [entry_bytes(each) for each in behind] + [entry_bytes(each) for each in edits]
+    return _write(new, journal, records)
+
+
+def _is_last(mark: Mark, journal: Journal) -> bool:
+    return mark.number >= journal.next_number
+
+
+def merge(path: str | Path, other: str | Path, new: str | Path) -> Journal:
+    """The steps of the first, then those that the second has and the first has not.
+
+    Both must begin alike. The steps of the second keep what they are drawn with; edits of both are
+    applied for good. What comes out is a starting point, not a result.
+    """
+    first, second = read_journal(path), read_journal(other)
+    check_same_start(first, second)
+    common = common_steps(first, second)
+    number = max(first.next_number, 0)
+    entries = first.effective()
+    done = {step.number for step in first.steps[:common]}
+    for step in second.effective():
+        if step.number in done:
+            continue
+        own = (second.header.seed, step.number) if step.seed is None else (step.seed, step.drawn)
+        entries.append(replace(step, number=number, seed=own[0], drawn=own[1]))
+        number += 1
+    return _write(new, first, [entry_bytes(each) for each in entries])
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What two journals have in common, as numbers of steps."""
+
+    common: int
+    first: int
+    second: int
+
+
+def difference(path: str | Path, other: str | Path) -> Difference:
+    """How many steps two journals have in common from their start, and each has besides."""
+    first, second = read_journal(path), read_journal(other)
+    check_same_start(first, second)
+    common = common_steps(first, second)
+    return Difference(common, len(first.steps) - common, len(second.steps) - common)
+
+
+def common_steps(first: Journal, second: Journal) -> int:
+    """How many steps from the start are the same, edits apart."""
+    if first.header.seed != second.header.seed:
+        return 0
+    pairs = zip(first.steps, second.steps, strict=False)
+    return next(
+        (i for i, (a, b) in enumerate(pairs) if a != b), min(len(first.steps), len(second.steps))
+    )
+
+
+def check_same_start(first: Journal, second: Journal) -> None:
+    """Raise UsageError where two journals do not begin from the same values."""
+    a, b = first.header, second.header
+    same = a.base == b.base if a.base or b.base else a == b
+    if not same:
+        raise UsageError(
+            second.path, f"begins otherwise than {first.path}", "the same start", "Name others"
+        )
+
+
+def check_digests(
+    journal: Journal, packed: Checkpoint | None, records: Mapping[str, Record]
+) -> int:
+    """Replay a journal and compare its digests; returns how many there were.
+
+    packed, records  of its base; None and {} for a start from the seed
+
+    Raises DigestError for one that is another.
+    """
+    if packed is not None:
+        check_base(journal.path, journal.header, records)
+    state = opened_state(journal.header, packed, records)
+    marks, steps, done = 0, journal.steps, 0
+    for entry in journal.entries:
+        if not isinstance(entry, Mark):
+            continue
+        until = next((i for i, s in enumerate(steps) if s.number >= entry.number), len(steps))
+        state.apply(steps[done:until])
+        done, marks = until, marks + 1
+        found = state.digest()
+        if found != entry.sha256:
+            raise DigestError(
+                journal.path,
+                f"the steps below {entry.number} give the digest {found[:12]}...",
+                f"{entry.sha256[:12]}..., as it says",
+                "Fetch the journal, or its base, again",
+            )
+    return marks
+
+
+def _write(new: str | Path, journal: Journal, records: Sequence[bytes]) -> Journal:
+    """A new journal that begins as another one."""
+    path = Path(new)
+    if path.exists() or path.is_symlink():
+        raise OutputError(path, "exists already", "a new file", "Name another, or remove it")
+    write_whole(path, header_bytes(journal.header) + b"".join(records))
+    return read_journal(path)
