@@ -13,7 +13,6 @@ them (gamma: 1975, https://doi.org/10.1109/TIT.1975.1055349).
 import math
 from collections.abc import Sequence
 
-
 MOST_ZEROS = 32  # before a number in Elias' code: the largest difference of two steps has 33 bits
 
 
