@@ -15,4 +15,7 @@ conversion writes.
     optimizer.py   the optimizer
     run.py         the stage of a conversion: from its plan to what is to be stored, and figures
     logs.py        the trackers of accelerate
+    moved.py       the values of a journal of steps in a module, and gradients by them
+    probes.py      how the loss changes along perturbations, with and without backward
+    votes.py       steps of a journal, found by probing and trying
 """

@@ -1,0 +1,121 @@
+"""The values of a journal in a module: written into its parameters, and what gradients say of them.
+
+    W = u(s 2^(e / 32) t),    d/dt = s 2^(e / 32) u*(dW),    d/de = ln 2 / 32 sum over the group of
+    u*(dW) s 2^(e / 32) t
+
+with s the scales of the base (1 of a start from the seed), as they are stored after the steps, and
+u the inverse of the rotation of a matrix that has one.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ternarize.steps.base import moved_scales
+from ternarize.steps.generator import SCALES, TRITS
+from ternarize.steps.replay import Part, State
+from ternarize.trits.rotation import rotate, unrotate
+from ternarize.trits.scales import scale_values
+from ternarize.trits.ternary import group_sums, scaled, spread_scales
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of a journal stands in a module.
+
+    part         the tensor
+    parameter    name of the parameter that it fills
+    stored       scales of the base as stored, (..., rows or 1, groups)
+    rotation     (block, seed) of a matrix that meets rotated inputs; block 0: none
+    transposed   the parameter is (..., cols, rows)
+    """
+
+    part: Part
+    parameter: str
+    stored: Tensor
+    rotation: tuple[int, int] = (0, 0)
+    transposed: bool = False
+
+    def turn(self, weight: Tensor) -> Tensor:
+        """Between the parameter's orientation and (..., rows, cols)."""
+        return weight.transpose(-1, -2) if self.transposed else weight
+
+    def weight(self, values: Tensor) -> Tensor:
+        """The parameter, from what is stored (both as they are multiplied by)."""
+        block, seed = self.rotation
+        return self.turn(unrotate(values, block, seed) if block else values)
+
+    def stored_slope(self, slope: Tensor) -> Tensor:
+        """The gradient by what is stored of that by the parameter."""
+        block, seed = self.rotation
+        wide = self.turn(slope).to(torch.float32)
+        return rotate(wide, block, seed) if block else wide
+
+
+class Moved:
+    """A module whose parameters follow the values of a journal.
+
+    module  any; other parameters than those of the places stay as they are
+    places  of all tensors of the journal
+    state   the values
+    """
+
+    def __init__(self, module: nn.Module, places: Sequence[Place], state: State) -> None:
+        self.module, self.places, self.state = module, list(places), state
+        own = dict(module.named_parameters(remove_duplicate=False))
+        self.parameters = {place.part.name: own[place.parameter] for place in places}
+        module.requires_grad_(False)
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+        self.write()
+
+    def scales(self, place: Place) -> Tensor:
+        """The scales after the steps, float32."""
+        exponents = self.state.exponents[place.part.name]
+        return scale_values(moved_scales(place.stored, exponents))
+
+    def stored(self, place: Place) -> Tensor:
+        """s 2^(e / 32) t, (..., rows, cols) float32."""
+        trits = self.state.trits[place.part.name]
+        return scaled(trits, self.scales(place), place.part.group_size)
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Bring the parameters to what the values are."""
+        for place in self.places:
+            parameter = self.parameters[place.part.name]
+            parameter.copy_(place.weight(self.stored(place)).view_as(parameter))
+
+    def slopes(self, target: int, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The gradient by trits or exponents, flat, float32, of that by the parameters, by name."""
+        found = {}
+        for place in self.places:
+            part, scales = place.part, self.scales(place)
+            slope = place.stored_slope(grads[part.name])
+            if target == TRITS:
+                slope = slope * spread_scales(scales, part.shape[-1], part.group_size)
+            else:
+                slope = group_sums(slope * self.stored(place), part.group_size)
+                if part.group_size == 0:
+                    slope = slope.sum(-2, keepdim=True)
+                slope = slope * (math.log(2) / 32)
+            found[part.name] = slope.reshape(-1).contiguous()
+        return found
+
+    def tangent(self, place: Place, target: int, moves: Tensor) -> Tensor:
+        """How the parameter moves with its values: moves (n,), flat -> of the parameter's shape."""
+        part, scales = place.part, self.scales(place)
+        if target == TRITS:
+            moved = scaled(moves.view(part.shape), scales, part.group_size)
+        else:
+            slope = moves.view(part.scales_shape) * scales * (math.log(2) / 32)
+            moved = scaled(self.state.trits[part.name], slope, part.group_size)
+        return place.weight(moved)
+
+
+def target_of(name: str) -> int:
+    """ "trits" or "scales" as a journal has it."""
+    return {"trits": TRITS, "scales": SCALES}[name]

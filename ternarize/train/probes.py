@@ -1,0 +1,148 @@
+"""Alignments: how the loss changes along each perturbation of a step, found in three ways.
+
+    backward   one gradient, and the sum of it over a perturbation's non-zeros: exact, and cheap
+    jvp        one forward for each, with a tangent beside it: exact, with no backward anywhere
+    forwards   two forwards for each, moved one way and the other: what really happens, clamped
+
+A journal does not tell which it was. Source of gradients without backward: Baydin et al. 2022,
+https://arxiv.org/abs/2202.08587; of those by forwards alone: Spall 1992,
+https://doi.org/10.1109/9.119632.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ternarize.native import lib
+from ternarize.steps.generator import perturbations
+from ternarize.steps.journal import Step
+from ternarize.threads import THREADS
+from ternarize.train.moved import Moved
+
+PROBES = ("backward", "jvp", "forwards")
+_TOGETHER = 16  # tangents of one forward
+
+# the loss of a module on a batch
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+class _WithLoss(nn.Module):
+    """A module whose output is its loss, so that its parameters can be given to a call."""
+
+    def __init__(self, module: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.module, self.loss = module, loss
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.loss(self.module, batch)
+
+
+def gradient(moved: Moved, loss: Loss, batch: Any) -> tuple[float, dict[str, Tensor]]:
+    """The loss, and its gradient by the parameters of all tensors, by name."""
+    for parameter in moved.parameters.values():
+        parameter.grad = None
+    value = loss(moved.module, batch)
+    value.backward()  # type: ignore[no-untyped-call]
+    grads = {}
+    for name, parameter in moved.parameters.items():
+        grads[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        parameter.grad = None
+    return float(value.detach()), grads
+
+
+def sums_along(
+    moved: Moved, slopes: dict[str, Tensor], target: int, number: int, bits: int, k: int
+) -> Tensor:
+    """Sums of slopes over the non-zeros of each of k perturbations: (k,) float64."""
+    found = torch.zeros(k, dtype=torch.float64)
+    for place in moved.places:
+        part = place.part
+        slope, first = slopes[part.name], part.first(target)
+        if lib is not None and slope.device.type == "cpu":
+            out = torch.empty(k, dtype=torch.float64)
+            seed = moved.state.seed
+            lib.align(slope, first, seed, number, bits, target, out, THREADS)
+            found += out
+            continue
+        cells = moved.state.seed, number, range(k), target, bits, first, first + len(slope)
+        for positions, signs in perturbations(*cells, slope.device):
+            found += (slope[positions].double() * signs).sum(1).cpu()
+    return found
+
+
+def by_jvp(
+    moved: Moved, loss: Loss, batch: Any, target: int, number: int, bits: int, k: int
+) -> Tensor:
+    """Alignments by forward-mode products: (k,) float64."""
+    model = _WithLoss(moved.module, loss)
+    names = {place.part.name: f"module.{place.parameter}" for place in moved.places}
+    now = {names[n]: p.detach() for n, p in moved.parameters.items()}
+
+    def of(parameters: dict[str, Tensor]) -> Tensor:
+        result: Tensor = torch.func.functional_call(model, parameters, (batch,))
+        return result
+
+    def along(tangents: dict[str, Tensor]) -> Tensor:
+        slope: Tensor = torch.func.jvp(of, (now,), (tangents,))[1]
+        return slope
+
+    found = []
+    for first in range(0, k, _TOGETHER):
+        which = range(first, min(k, first + _TOGETHER))
+        tangents = {}
+        for place in moved.places:
+            rows = _dense_moves(moved, place.part, target, number, bits, which)
+            each = [moved.tangent(place, target, row) for row in rows]
+            parameter = moved.parameters[place.part.name]
+            tangents[names[place.part.name]] = torch.stack(each).view(-1, *parameter.shape)
+        found.append(torch.func.vmap(along)(tangents).double())
+    return torch.cat(found)
+
+
+def _dense_moves(
+    moved: Moved, part: Any, target: int, number: int, bits: int, which: Sequence[int]
+) -> Tensor:
+    """Perturbations of a tensor with all their zeros: (perturbations, n) float32."""
+    first, count = part.first(target), moved.state.values(part, target).numel()
+    rows = torch.zeros(len(which), count)
+    cells = moved.state.seed, number, which, target, bits, first, first + count
+    for positions, signs in perturbations(*cells):
+        rows.scatter_add_(1, positions, signs.to(rows.dtype))
+    return rows
+
+
+@torch.no_grad()
+def by_forwards(
+    moved: Moved, loss: Loss, batch: Any, target: int, number: int, bits: int, amount: int, k: int
+) -> Tensor:
+    """Alignments by moving there and back: half the difference of two losses, (k,) float64."""
+    found = torch.zeros(k, dtype=torch.float64)
+    for i in range(k):
+        sides = []
+        for sign in (1, -1):
+            step = Step(number, target, bits, amount, k, (i,), (sign,))
+            with Tried(moved, step):
+                sides.append(float(loss(moved.module, batch)))
+        found[i] = (sides[0] - sides[1]) / 2
+    return found
+
+
+class Tried:
+    """Inside, a step has been taken; afterwards the values are as they were."""
+
+    def __init__(self, moved: Moved, step: Step) -> None:
+        self.moved, self.step = moved, step
+
+    def __enter__(self) -> None:
+        state, target = self.moved.state, self.step.target
+        self.before = [state.values(part, target).clone() for part in state.parts]
+        state.apply([self.step])
+        self.moved.write()
+
+    def __exit__(self, *_: object) -> None:
+        state, target = self.moved.state, self.step.target
+        for part, values in zip(state.parts, self.before, strict=True):
+            state.values(part, target).copy_(values)
+        self.moved.write()
