@@ -48,6 +48,7 @@ from ternarize.runtime.load import install_hook, load
 from ternarize.version import __version__
 
 if TYPE_CHECKING:
+    from ternarize.publish.patches import apply_patch, diff_packed
     from ternarize.runtime.modules.linear import TernaryLinear
     from ternarize.runtime.plugin.quantizer import TernarizeConfig
     from ternarize.trits.ternary import Ternary
@@ -66,6 +67,8 @@ __all__ = [
     "UsageError",
     "WeightError",
     "__version__",
+    "apply_patch",
+    "diff_packed",
     "load",
 ]
 
@@ -73,6 +76,8 @@ _LATER = {
     "TernaryLinear": "runtime.modules.linear",
     "TernarizeConfig": "runtime.plugin.quantizer",
     "Ternary": "trits.ternary",
+    "apply_patch": "publish.patches",
+    "diff_packed": "publish.patches",
 }
 
 

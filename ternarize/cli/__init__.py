@@ -16,5 +16,6 @@ Only this room prints, and nothing imports from it; it may import from all other
     generate.py         `ternarize generate`
     bench.py            `ternarize bench`
     push.py             `ternarize push`
+    patches.py          `ternarize diff` and `ternarize apply`
     app.py              the program: its commands, signals, errors
 """

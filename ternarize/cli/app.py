@@ -23,6 +23,7 @@ from ternarize.cli.export import export_command
 from ternarize.cli.generate import generate_command
 from ternarize.cli.inspect_command import inspect_command
 from ternarize.cli.options import as_given, for_typer
+from ternarize.cli.patches import apply_command, diff_command
 from ternarize.cli.push import push_command
 from ternarize.cli.terminal import Terminated, err, failed, interrupted
 from ternarize.cli.train import train_command
@@ -40,6 +41,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate_command,
     "bench": bench_command,
     "push": push_command,
+    "diff": diff_command,
+    "apply": apply_command,
 }
 RESUMABLE = ("convert", "train", "push")
 app = typer.Typer(

@@ -12,6 +12,8 @@ and what all rooms share.
     metadata.py    what a packed file's header says of its tensors: records, and checks of them
     container.py   the stored bytes of a packed tensor
     unmapped.py    packed files read into memory where transformers would map them
+    sections.py    changes of tensors as bytes
+    patch.py       the file of a patch
     llama_cpp.py   llama.cpp's names and numbers
     gguf.py        the format GGUF, read
 """

@@ -247,16 +247,19 @@ def check_format(checkpoint: Checkpoint) -> None:
             )
 
 
-def check_version(where: str, version: Any, features: Any) -> None:
+def check_version(
+    where: str, version: Any, features: Any, known: frozenset[str] = FEATURES
+) -> None:
     """Refuse what only a newer reader understands; raises FormatError."""
     if type(version) is not int or version != FORMAT_VERSION:
         raise _newer(where, f"format version {version!r}", f"version {FORMAT_VERSION}")
     if not isinstance(features, list) or not all(isinstance(f, str) for f in features):
         raise damaged(where, f"features is {features!r}", "a list of names")
-    unknown = sorted(set(features) - FEATURES)
+    unknown = sorted(set(features) - known)
     if unknown:
-        known = f"features that this reader knows: {', '.join(sorted(FEATURES))}"
-        raise _newer(where, f"needs the feature {', '.join(unknown)}", known)
+        names = ", ".join(sorted(known)) or "none"
+        expected = f"features that this reader knows: {names}"
+        raise _newer(where, f"needs the feature {', '.join(unknown)}", expected)
 
 
 def _newer(where: object, found: str, expected: str) -> FormatError:

@@ -1,8 +1,9 @@
-"""A packed checkpoint brought elsewhere: to the Hub, to other engines.
+"""A packed checkpoint brought elsewhere: to the Hub, to other engines, to those who have its base.
 
 It is verified first and never changed. Imports every room before it.
 
-    card.py  the model card
-    hub.py   all of it in one commit
-    export/  files that other engines load
+    card.py     the model card
+    hub.py      all of it in one commit
+    export/     files that other engines load
+    patches.py  what differs from another packed checkpoint, and that one again
 """
