@@ -13,6 +13,9 @@ the digest of every file, and what readers must find in it:
                 those are trits, or the integers of int8 and int4, row-major, or the bytes of a kept
                 tensor
     logits      checkpoint: the first outputs of the loaded model on the tokens 1, 2, ... 8
+    journals    journal of steps: [the checkpoint that it begins from, or null; steps; those in
+                effect; {tensor: [SHA-256 of the trits, of the exponents, of what its record digests
+                after the steps, or null]}]
 
 Nothing is replaced without --force.
 """
@@ -21,6 +24,7 @@ import argparse
 import hashlib
 import json
 import os
+import random
 import shutil
 import sys
 import tempfile
@@ -32,6 +36,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import reference
+import reference_steps
 import torch
 import transformers
 from safetensors.torch import save_file
@@ -42,6 +47,10 @@ from ternarize.convert.run import convert
 from ternarize.files import container, metadata
 from ternarize.files.headers import DTYPES
 from ternarize.plans.recipe import Calibrate, Recipe
+from ternarize.sources.packed import open_packed
+from ternarize.steps.base import base_digest, opened_state
+from ternarize.steps.generator import SCALES, TRITS
+from ternarize.steps.journal import Appender, Edit, Header, Mark, Note, Step, block_bytes
 
 HERE = Path(__file__).resolve().parent
 TABLE = "golden.json"
@@ -181,6 +190,61 @@ def make_kept(path: Path) -> None:
     save_file(tensors, path, metadata=metadata.dump_metadata(records))
 
 
+# begins from a checkpoint of CASES, or from its seed
+JOURNALS: dict[str, str | None] = {"groups.steps": "groups", "seed.steps": None}
+
+
+def make_journal(path: Path, base: Path | None) -> None:
+    """A journal with records of every type; its steps are random."""
+    packed, records = open_packed(base) if base else (None, {})
+    tensors = (("a", (2, 5, 30), 8), ("b", (40, 9), 0))
+    header = Header(7, 1 << 30, tensors)
+    if base:
+        header = Header(7, base=base_digest(records))
+    state = opened_state(header, packed, records)
+    rng = random.Random(0)
+
+    def draw(number: int, **foreign: Any) -> Step:
+        target = rng.choice((TRITS, SCALES))
+        chosen = sorted(rng.sample(range(64), rng.randrange(1, 12)))
+        signs = tuple(rng.choice((1, -1)) for _ in chosen)
+        bits, amount = rng.randrange(8), rng.randrange(1, 9) if target == SCALES else 1
+        return Step(number, target, bits, amount, 64, tuple(chosen), signs, **foreign)
+
+    with Appender(path, header) as appender:
+        appender.append(Note({"loss": 2.5}))
+        steps = [draw(number) for number in (0, 1, 3, 4, 9)]
+        steps.append(draw(10, seed=2**63 + 1, drawn=0))
+        for step in steps:
+            appender.append(step)
+        state.apply(steps)
+        appender.append(Mark(11, state.digest()))
+    block = [draw(number) for number in range(20, 26)]
+    with path.open("ab") as file:
+        file.write(block_bytes(block))
+    state.apply(block)
+    with Appender(path, header) as appender:
+        appender.append(Mark(26, state.digest()))
+        for edit in (Edit("mask", 1, 9), Edit("negate", 9, 20), Edit("restore", 4, 4)):
+            appender.append(edit)
+
+
+def describe_journal(path: Path, base: Path | None) -> list[Any]:
+    """What the reference reader finds in a journal; see above."""
+    begun = reference_steps.read_base(base) if base else None
+    journal = reference_steps.read_journal(path.read_bytes())
+    state = reference_steps.replay(journal, begun)
+    found = {}
+    for name, trits, exponents, size in state.parts():
+        parts = [trits.tobytes(), exponents.tobytes()]
+        if begun:
+            scales = reference_steps.moved_scales(begun.tensors[name], exponents, trits)
+            parts.append(reference_steps.pack(trits, size) + scales)
+        digests: list[str | None] = [hashlib.sha256(part).hexdigest() for part in parts]
+        found[name] = [*digests, None][:3]
+    return [base and base.name, len(journal.steps()), len(journal.effective()), found]
+
+
 def logits(folder: Path) -> list[float]:
     """The first outputs of a loaded checkpoint for each of the tokens 1 to 8."""
     model = ternarize.load(folder, dtype="float32", activations="none")
@@ -204,8 +268,11 @@ def make(folder: Path) -> None:
     """Write all golden checkpoints and their table to an empty folder."""
     make_models(folder)
     make_kept(folder / "kept-types.safetensors")
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
     tops = sorted(path.name for path in folder.iterdir())
+    bases = {name: folder / base if base else None for name, base in JOURNALS.items()}
+    for name, base in bases.items():
+        make_journal(folder / name, base)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
     table = {
         "format_version": metadata.FORMAT_VERSION,
         "files": {
@@ -214,6 +281,7 @@ def make(folder: Path) -> None:
         },
         "tensors": {name: describe(folder / name) for name in tops},
         "logits": {name: logits(folder / name) for name in CASES},
+        "journals": {name: describe_journal(folder / name, base) for name, base in bases.items()},
     }
     (folder / TABLE).write_text(json.dumps(table, indent=1) + "\n", "utf-8")
 

@@ -16,6 +16,7 @@ bytes only with --force, and never removes one: it names those that it does not 
     vectors/valid-directories/CASE/        with CASE.json
     vectors/invalid/RULE[-VARIANT].safetensors    breaks this one rule and no other
     vectors/invalid-directories/RULE[-VARIANT]/
+    vectors/steps/                         journals of steps: see make_steps_vectors.py
 """
 
 import argparse
@@ -31,6 +32,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+
+import make_steps_vectors
 
 Row = list[int]
 Files = dict[str, bytes]
@@ -1355,12 +1358,47 @@ def parted_directories() -> Files:
     return files
 
 
+def steps_vectors() -> Files:
+    """The vectors of steps.md, and the packed file that some of its journals begin from.
+
+    Its names are in another order by code points than in UTF-16.
+    """
+    zeros, large = trits_of("000"), 2.0**127
+    matrices = [
+        ternary("m.f16", [*matrix(2, 6, 1), zeros + trits_of("+-0")], 3),
+        ternary("m.ends", [trits_of("+-+-")], 1, scales=[65504, 2.0**-14, 2.0**-20, 341 / 1024]),
+        ternary("\uff5e.bf16", matrix(1, 7, 2), 4, dtype="BF16", scales=[1.5 * large, 2.0**-126]),
+        ternary("\U0001d400.f32", matrix(2, 3, 3), -1, dtype="F32", scales=[1 + 2.0**-23, large]),
+        ternary(
+            "a.u8", matrix(3, 8, 4), 4, dtype="U8", scales=[1.0, 1.875, 2.0**-14, 61440, 3.5, 0.125]
+        ),
+        ternary("m.tensor", matrix(2, 5, 5), 0),
+        ternary("m.zeros", [zeros, zeros], 0),
+        ternary("m.stack", [matrix(2, 3, 6), [zeros, zeros], matrix(2, 3, 8)], 0),
+        ternary("m.rotated", matrix(1, 4, 9), -1, rotation=(4, 1)),
+    ]
+    others = [
+        two_planes("a.planes", matrix(1, 3, 10), matrix(1, 3, 11), -1),
+        int8("a.int8", [[1, -2, 3]], -1),
+        kept("norm", "F16", [1], store_float(1.0, "F16")),
+    ]
+    base = {}
+    for case in matrices:
+        (name, expected), *_ = case.expected.items()
+        record = case.stored[0].record
+        numbers = [struct.unpack(">f", bytes.fromhex(bits))[0] for bits in expected["scales"]]
+        base[name] = {"record": record, "trits": expected["trits"], "scales": numbers}
+        base[name]["dtype"] = expected["scale_dtype"]
+    file = Draft(Case().add(others[0], *matrices[::-1], *others[1:])).file()
+    return make_steps_vectors.build(base, file)
+
+
 def build() -> Files:
     """Return every vector: path below vectors/ -> bytes."""
     invalid = invalid_structure() | invalid_records() | invalid_tensors()
     files = {"base3.json": codec_vectors(), "scale8.json": scale_vectors(), **valid_files()}
     files |= {f"invalid/{rule}.safetensors": data for rule, data in invalid.items()}
-    return files | directories() | parted_directories()
+    return files | directories() | parted_directories() | steps_vectors()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -225,7 +225,9 @@ def test_the_script_makes_the_same_bytes_again(tmp_path: Path) -> None:
 
 
 def test_the_vectors_are_small() -> None:
-    assert sum(p.stat().st_size for p in VECTORS.rglob("*") if p.is_file()) < 300_000
+    # those of journals have their own limit, in test_steps_format.py
+    files = [p for p in VECTORS.rglob("*") if p.is_file() and VECTORS / "steps" not in p.parents]
+    assert sum(p.stat().st_size for p in files) < 300_000
 
 
 def test_the_script_replaces_a_vector_only_by_force(
