@@ -224,7 +224,8 @@ def apply_steps(
     """
 
 def align(
-    gradient: Array,
+    up: Array,
+    down: Array,
     first: int,
     seed: int,
     number: int,
@@ -233,9 +234,10 @@ def align(
     out: Array,
     threads: int,
 ) -> None:
-    """Set out (k,) float64 to the sums of gradient * sign over each perturbation's non-zeros.
+    """Set out (k, 2) float64 to what values gain along each perturbation, and against it.
 
-    gradient  (n,) float32, of the values from `first` on in the flat index
+    up, down  (n,) float32, of the values from `first` on in the flat index: what is gained by one
+              more of each, and lost by one less
     """
 
 def read_all(bytes: Array, threads: int) -> int:

@@ -109,12 +109,15 @@ void bind_apply_steps(Line<int8_t> values, uint64_t first, int limit, uint32_t p
               threads);
 }
 
-void bind_align(Line<const float> gradient, uint64_t first, uint64_t seed, uint32_t number, int bits,
-                uint32_t purpose, Line<double> out, int threads) {
+void bind_align(Line<const float> up, Line<const float> down, uint64_t first, uint64_t seed,
+                uint32_t number, int bits, uint32_t purpose, Out<double> out, int threads) {
+  const auto n = static_cast<int64_t>(up.shape(0));
+  if (static_cast<int64_t>(down.shape(0)) != n) fail("down: expected as many values as in up.");
   if (bits < 0 || bits > 30) fail("bits is " + std::to_string(bits) + "; expected 0 to 30.");
+  const auto k = static_cast<int64_t>(out.shape(0));
+  expect("out", out, k, 2);
   nb::gil_scoped_release unlocked;
-  align(gradient.data(), static_cast<int64_t>(gradient.shape(0)), first, seed, number, bits, purpose,
-        static_cast<int64_t>(out.shape(0)), out.data(), threads);
+  align(up.data(), down.data(), n, first, seed, number, bits, purpose, k, out.data(), threads);
 }
 
 int64_t bind_pack(In<int8_t> trits, int64_t group_size, Out<uint8_t> out, int threads) {
@@ -465,9 +468,9 @@ NB_MODULE(_native, m) {
         nb::arg("limit"), nb::arg("purpose"), nb::arg("seeds").noconvert(),
         nb::arg("fields").noconvert(), nb::arg("bounds").noconvert(),
         nb::arg("chosen").noconvert(), nb::arg("signs").noconvert(), nb::arg("threads"));
-  m.def("align", bind_align, nb::arg("gradient").noconvert(), nb::arg("first"), nb::arg("seed"),
-        nb::arg("number"), nb::arg("bits"), nb::arg("purpose"), nb::arg("out").noconvert(),
-        nb::arg("threads"));
+  m.def("align", bind_align, nb::arg("up").noconvert(), nb::arg("down").noconvert(),
+        nb::arg("first"), nb::arg("seed"), nb::arg("number"), nb::arg("bits"), nb::arg("purpose"),
+        nb::arg("out").noconvert(), nb::arg("threads"));
   m.def("read_all", bind_read_all, nb::arg("bytes").noconvert(), nb::arg("threads"));
   m.def("dot_peak", bind_dot_peak, nb::arg("rounds"), nb::arg("threads"));
   m.def("cpu", bind_cpu);

@@ -29,8 +29,8 @@ from ternarize.files.json_files import MAX_JSON, readable, strict_json
 from ternarize.files.metadata import FORMAT_VERSION, check_version
 from ternarize.files.sections import CODINGS
 
-MAGIC = b"\x89TRIT\r\n\x1a"
-BASE, HERE, TENSORS = "base", "patch", "tensors"  # where the bytes of a file come from
+PATCH_MAGIC = b"\x89TRIT\r\n\x1a"
+IN_BASE, WHOLE, BY_TENSOR = ("base", "patch", "tensors")  # where the bytes of a file come from
 LARGEST_FILE = MAX_JSON  # bytes of a small file that travels
 _HEAD = struct.Struct("<8sQQ32s")
 _DICTIONARY = 1 << 22  # bytes: a reader needs no more
@@ -39,7 +39,7 @@ _PLAIN_NAME = re.compile(r"[^/\\:\x00-\x1f\x7f]+")
 
 
 @dataclass(frozen=True)
-class Part:
+class PatchPart:
     """Bytes of a patch: `size` of them as they are stored, from `start` of the file, give `length`.
 
     name    the tensor; "" of the small files and heads
@@ -58,8 +58,8 @@ class Part:
 class PatchedFile:
     """A file of the result.
 
-    source  BASE: the base's file of this name; HERE: all of it is in the patch; TENSORS: its head
-            is, of `head` bytes, and behind it lie tensors
+    source  IN_BASE: the base's file of this name; WHOLE: all of it is in the patch; BY_TENSOR: its
+            head is, of `head` bytes, and behind it lie tensors
     """
 
     name: str
@@ -81,8 +81,8 @@ class Patch:
     path: Path
     base: dict[str, str]
     files: list[PatchedFile]
-    small: Part
-    parts: dict[str, Part]
+    small: PatchPart
+    parts: dict[str, PatchPart]
 
 
 def is_portable(name: str) -> bool:
@@ -101,7 +101,7 @@ def is_portable(name: str) -> bool:
 class Encoded:
     """A part that has been packed, in a file without a name, from its beginning."""
 
-    part: Part
+    part: PatchPart
     file: IO[bytes]
 
     def move_to(self, out: IO[bytes]) -> None:
@@ -136,7 +136,7 @@ def encode_part(
     while chunk := file.read(_TAKEN):
         sha.update(chunk)
     file.seek(0)
-    return Encoded(Part(name, coding, length, size, sha.hexdigest()), file)
+    return Encoded(PatchPart(name, coding, length, size, sha.hexdigest()), file)
 
 
 def _filter(width: int) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def write_patch(
     out: IO[bytes],
     base: Mapping[str, str],
     files: Sequence[PatchedFile],
-    parts: Sequence[Part],
+    parts: Sequence[PatchPart],
     packed: IO[bytes],
 ) -> None:
     """Write a patch.
@@ -184,13 +184,13 @@ def write_patch(
     text = json.dumps(header, separators=(",", ":")).encode()
     stored = lzma.compress(text, lzma.FORMAT_RAW, filters=[_filter(0)])
     stored = stored if len(stored) < len(text) else text
-    out.write(_HEAD.pack(MAGIC, len(text), len(stored), hashlib.sha256(stored).digest()))
+    out.write(_HEAD.pack(PATCH_MAGIC, len(text), len(stored), hashlib.sha256(stored).digest()))
     out.write(stored)
     packed.seek(0)
     shutil.copyfileobj(packed, out, _TAKEN)
 
 
-def _members(part: Part, *more: str) -> dict[str, Any]:
+def _members(part: PatchPart, *more: str) -> dict[str, Any]:
     return {key: getattr(part, key) for key in (*more, "length", "size", "sha256")}
 
 
@@ -205,7 +205,7 @@ def open_patch(path: Path) -> Patch:
     with readable(path), path.open("rb") as file:
         total = os.fstat(file.fileno()).st_size
         head = file.read(_HEAD.size)
-        if not head.startswith(MAGIC) or len(head) < _HEAD.size:
+        if not head.startswith(PATCH_MAGIC) or len(head) < _HEAD.size:
             remedy = "Make one with `ternarize diff`, or fetch it again"
             raise FormatError(
                 path.name, "is no patch", "the bytes that a patch begins with", remedy
@@ -214,7 +214,7 @@ def open_patch(path: Path) -> Patch:
         if not 2 <= length <= MAX_HEADER or not 0 < size <= min(length, total - _HEAD.size):
             found = f"a header of {length} bytes in {size}, in a file of {total}"
             raise damaged(path.name, found, f"at most {MAX_HEADER} that are there")
-    header = Part("", "", length, size, sha256.hex(), _HEAD.size)
+    header = PatchPart("", "", length, size, sha256.hex(), _HEAD.size)
     with open_part(path, header, "its header") as take:
         raw = take(length)
     try:
@@ -242,10 +242,10 @@ def _parse(path: Path, table: dict[str, Any], start: int, total: int) -> Patch:
     if len(names) < len(found) or names & folders:
         raise damaged(path.name, "two of its files have one name")
     small = _parse_part(path, table.get("small"), start, named=False)
-    here = sum(f.head if f.source == TENSORS else f.size for f in found if f.source != BASE)
+    here = sum(f.head if f.source == BY_TENSOR else f.size for f in found if f.source != IN_BASE)
     if small.length != here:
         raise damaged(path.name, f"small files of {small.length} bytes", f"{here}")
-    parts: dict[str, Part] = {}
+    parts: dict[str, PatchPart] = {}
     start += small.size
     for each in table["parts"] if isinstance(table.get("parts"), list) else [None]:
         part = _parse_part(path, each, start, named=True)
@@ -262,21 +262,25 @@ def _parse_file(path: Path, value: Any) -> PatchedFile:
     value = value if isinstance(value, dict) else {}
     name, size, sha256, source, head = map(value.get, ("name", "size", "sha256", "source", "head"))
     good = isinstance(name, str) and _is_size(size) and _is_digest(sha256)
-    if not good or source not in (BASE, HERE, TENSORS) or (source == TENSORS) != ("head" in value):
+    if (
+        not good
+        or source not in (IN_BASE, WHOLE, BY_TENSOR)
+        or (source == BY_TENSOR) != ("head" in value)
+    ):
         raise damaged(
             path.name, f"one of its files is {value!r:.200}", "name, size, digest, source"
         )
     if not is_portable(name):
         remedy = "Do not trust this patch"
         raise FormatError(path.name, f"names the file {name!r:.80}", "one below a folder", remedy)
-    if source == HERE and size > LARGEST_FILE:
+    if source == WHOLE and size > LARGEST_FILE:
         raise damaged(path.name, f"{name} has {size} bytes", f"at most {LARGEST_FILE}")
-    if source == TENSORS and not (_is_size(head) and 10 <= head <= min(size, MAX_HEADER + 8)):
+    if source == BY_TENSOR and not (_is_size(head) and 10 <= head <= min(size, MAX_HEADER + 8)):
         raise damaged(path.name, f"the head of {name} has {head!r:.80} bytes of {size}")
     return PatchedFile(name, size, sha256, source, head or 0)
 
 
-def _parse_part(path: Path, value: Any, start: int, *, named: bool) -> Part:
+def _parse_part(path: Path, value: Any, start: int, *, named: bool) -> PatchPart:
     value = value if isinstance(value, dict) else {}
     length, size, sha256 = map(value.get, ("length", "size", "sha256"))
     name, coding = (value.get("name"), value.get("coding")) if named else ("", "")
@@ -284,7 +288,7 @@ def _parse_part(path: Path, value: Any, start: int, *, named: bool) -> Part:
     good = good and (size > 0) == (length > 0) and _is_digest(sha256)
     if not good or not isinstance(name, str) or (named and coding not in CODINGS):
         raise damaged(path.name, f"one of its parts is {value!r:.200}", "sizes and a digest")
-    return Part(name, coding or "", length, size, sha256, start)
+    return PatchPart(name, coding or "", length, size, sha256, start)
 
 
 def _is_size(value: Any) -> bool:
@@ -296,7 +300,7 @@ def _is_digest(value: Any) -> bool:
 
 
 @contextmanager
-def open_part(path: Path, part: Part, words: str) -> Iterator[Callable[[int], bytes]]:
+def open_part(path: Path, part: PatchPart, words: str) -> Iterator[Callable[[int], bytes]]:
     """The content of a part: a function that gives its next so many bytes.
 
     words  what it is, for messages
@@ -343,7 +347,7 @@ def open_part(path: Path, part: Part, words: str) -> Iterator[Callable[[int], by
             pass
 
 
-def _stored(file: BufferedReader, part: Part) -> Iterator[bytes]:
+def _stored(file: BufferedReader, part: PatchPart) -> Iterator[bytes]:
     """The stored bytes of a part, piece by piece; fewer where the file ends."""
     file.seek(part.start)
     left = part.size
@@ -352,7 +356,7 @@ def _stored(file: BufferedReader, part: Part) -> Iterator[bytes]:
         yield chunk
 
 
-def _content(stored: Iterable[bytes], part: Part, where: str) -> Iterator[bytes]:
+def _content(stored: Iterable[bytes], part: PatchPart, where: str) -> Iterator[bytes]:
     """The content, in pieces of at most _TAKEN; FormatError unless it is as long as it says."""
     if part.size == part.length:
         yield from stored

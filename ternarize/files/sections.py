@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from ternarize.errors import FormatError, damaged
 from ternarize.trits.base3 import DIGITS, LARGEST_CODE, POWERS
 
-TRITS, HALVES, WORDS, BYTES = "trits", "halves", "words", "bytes"
-CODINGS = (TRITS, HALVES, WORDS, BYTES)
+OF_TRITS, OF_HALVES, OF_WORDS, NEW_BYTES = "trits", "halves", "words", "bytes"
+CODINGS = (OF_TRITS, OF_HALVES, OF_WORDS, NEW_BYTES)
 BLOCK = 1 << 18  # bytes of base3 whose changes are told together
 
 Bytes = NDArray[np.uint8]
@@ -35,32 +35,32 @@ _DIGITS_OF = np.array(
 )
 
 
-def difference(old: Bytes, new: Bytes, coding: str, width: int) -> bytes:
-    """What `changed` needs to make `new` of `old`, of the same length.
+def tell_changes(old: Bytes, new: Bytes, coding: str, width: int) -> bytes:
+    """What `apply_changes` needs to make `new` of `old`, of the same length.
 
     width  bytes of a number (coding words)
     """
-    if coding == TRITS:
+    if coding == OF_TRITS:
         return _trit_changes(old, new)
-    if coding == BYTES:
+    if coding == NEW_BYTES:
         return new.tobytes()
-    if coding == HALVES:
+    if coding == OF_HALVES:
         return _in_halves(lambda a, b: _zigzag(b - a & 15, 4) & 15, old, new).tobytes()
     a, b = (each.view(f"<u{width}") for each in (old, new))
     return _zigzag(b - a, 8 * width).tobytes()
 
 
-def changed(old: Bytes, coding: str, width: int, take: Take) -> Bytes:
+def apply_changes(old: Bytes, coding: str, width: int, take: Take) -> Bytes:
     """The bytes that a section makes of a piece of `old`; it begins where a block does.
 
     Raises FormatError for what no writer writes.
     """
-    if coding == TRITS:
+    if coding == OF_TRITS:
         return _changed_trits(old, take)
     told = np.frombuffer(take(len(old)), np.uint8)
-    if coding == BYTES:
+    if coding == NEW_BYTES:
         return told
-    if coding == HALVES:
+    if coding == OF_HALVES:
         return _in_halves(lambda a, z: a + _unzigzag(z) & 15, old, told)
     a, z = (each.view(f"<u{width}") for each in (old, told))
     new: Bytes = (a + _unzigzag(z)).view(np.uint8)

@@ -28,12 +28,12 @@ from ternarize.files.metadata import SCALE_SUFFIX, Record
 from ternarize.files.names import CARD
 from ternarize.files.outputs import reserve, write_at
 from ternarize.files.patch import (
-    BASE,
-    HERE,
+    IN_BASE,
+    WHOLE,
+    BY_TENSOR,
     LARGEST_FILE,
-    TENSORS,
     Encoded,
-    Part,
+    PatchPart,
     Patch,
     PatchedFile,
     encode_part,
@@ -43,14 +43,14 @@ from ternarize.files.patch import (
     write_patch,
 )
 from ternarize.files.sections import (
-    BYTES,
-    HALVES,
-    TRITS,
-    WORDS,
+    NEW_BYTES,
+    OF_HALVES,
+    OF_TRITS,
+    OF_WORDS,
     Bytes,
     blocks_of,
-    changed,
-    difference,
+    tell_changes,
+    apply_changes,
 )
 from ternarize.files.sums import SUMS, listed, sha256
 from ternarize.progress import Progress
@@ -110,7 +110,7 @@ def diff_packed(
         "result_bytes": sum(file.size for file in files),
         "tensors": len(changes),
         "unchanged": len(new.records) - len(changes),
-        "files": sum(file.source == HERE for file in files),
+        "files": sum(file.source == WHOLE for file in files),
         "weights": weights,
         "bits_per_weight": 8 * size / max(1, weights),
     }
@@ -193,8 +193,8 @@ def _coding(name: str, records: dict[str, Record]) -> str:
     """How changes of a stored tensor are told, where there is a number for each."""
     record = records.get(name)
     if record is None or record.shape is None:
-        return WORDS
-    return {BASE3: TRITS, INT4: HALVES}.get(record.codec, WORDS)
+        return OF_WORDS
+    return {BASE3: OF_TRITS, INT4: OF_HALVES}.get(record.codec, OF_WORDS)
 
 
 # Making a patch
@@ -239,15 +239,15 @@ def _describe_files(
     files = []
     for name, digest in zip(names, digests, strict=True):
         size = (directory / name).stat().st_size
-        file = PatchedFile(name, size, digest, HERE)
+        file = PatchedFile(name, size, digest, WHOLE)
         if not is_portable(name):
             found = "has a name that other systems do not take"
             raise CheckpointError(f"{directory}: {name}", found, remedy="Rename the file")
         if name in weights:
             first = min(info.start for info in new.checkpoint.tensors.values() if info.file == name)
-            file = replace(file, source=TENSORS, head=first)
+            file = replace(file, source=BY_TENSOR, head=first)
         elif name != CARD and _is_file(old.directory / name, size, digest):
-            file = replace(file, source=BASE)  # cards are edited: another base may have another
+            file = replace(file, source=IN_BASE)  # cards are edited: another base may have another
         elif size > LARGEST_FILE:
             raise CheckpointError(
                 f"{directory}: {name}",
@@ -266,8 +266,8 @@ def _is_file(path: Path, size: int, digest: str) -> bool:
 def _small_bytes(directory: Path, files: list[PatchedFile]) -> Iterator[bytes]:
     """What travels whole of each file, in their order."""
     for file in files:
-        if file.source != BASE:
-            size = file.head if file.source == TENSORS else file.size
+        if file.source != IN_BASE:
+            size = file.head if file.source == BY_TENSOR else file.size
             yield read_bytes(directory / file.name, 0, size).numpy().tobytes()
 
 
@@ -279,12 +279,12 @@ def _encode_tensors(
     folder: Path,
     threads: int,
     progress: Progress | None,
-) -> list[Part]:
+) -> list[PatchPart]:
     """The parts of all stored tensors that differ; their bytes are appended to `packed`."""
     differ = set(changes)
     names = [n for n in new.checkpoint.tensors if _record_name(n, new.records) in differ]
     count = _counted(new, names, progress, "comparing")
-    parts: list[Part] = []
+    parts: list[PatchPart] = []
 
     def one(name: str) -> tuple[str, Encoded | None]:
         return name, _encode_tensor(old, new, name, folder)
@@ -312,20 +312,20 @@ def _encode_tensor(
         def pieces() -> Iterator[bytes]:
             for offset, size in blocks_of(info.nbytes, _PIECE):
                 b = _read(new, info, offset, size)
-                a = b if coding == BYTES else _read(old, before, offset, size)
-                yield difference(a, b, coding, width)
+                a = b if coding == NEW_BYTES else _read(old, before, offset, size)
+                yield tell_changes(a, b, coding, width)
 
         return pieces
 
     coding = _coding(name, new.records)
     if (before.dtype, before.shape) != (info.dtype, info.shape):
-        coding = BYTES  # scales of another type
+        coding = NEW_BYTES  # scales of another type
     elif _same(old, new, before, info):
         return None
-    encoded = encode_part(name, coding, told(coding), folder, 1 if coding == TRITS else width)
-    if coding == TRITS and encoded.part.size >= info.nbytes:
+    encoded = encode_part(name, coding, told(coding), folder, 1 if coding == OF_TRITS else width)
+    if coding == OF_TRITS and encoded.part.size >= info.nbytes:
         encoded.file.close()
-        return encode_part(name, BYTES, told(BYTES), folder, 1)
+        return encode_part(name, NEW_BYTES, told(NEW_BYTES), folder, 1)
     return encoded
 
 
@@ -356,9 +356,9 @@ def _write_small(patch: Patch, old: PackedCheckpoint, folder: Path) -> None:
         for file in patch.files:
             target = folder / file.name
             target.parent.mkdir(parents=True, exist_ok=True)
-            if file.source == BASE:
+            if file.source == IN_BASE:
                 _copy_from_base(patch, old, file, target)
-            elif file.source == HERE:
+            elif file.source == WHOLE:
                 target.write_bytes(take(file.size))
             else:
                 head = take(file.head)
@@ -385,7 +385,7 @@ def _copy_from_base(patch: Patch, old: PackedCheckpoint, file: PatchedFile, targ
 def _check_base(patch: Patch, old: PackedCheckpoint, new: PackedCheckpoint) -> None:
     """Raise where the base is not the one that the patch was made for, or the parts do not fit."""
     where, tensors = patch.path.name, new.checkpoint.tensors
-    said = {file.name for file in patch.files if file.source == TENSORS}
+    said = {file.name for file in patch.files if file.source == BY_TENSOR}
     if said != set(new.checkpoint.files):
         raise damaged(where, "its weight files are not those of its model")
     for name in [*patch.base, *(_record_name(part, new.records) for part in patch.parts)]:
@@ -407,11 +407,11 @@ def _check_base(patch: Patch, old: PackedCheckpoint, new: PackedCheckpoint) -> N
     for name, info in tensors.items():
         part, before = patch.parts.get(name), old.checkpoint.tensors.get(name)
         same = before and (before.dtype, before.shape) == (info.dtype, info.shape)
-        if not same and (part is None or part.coding != BYTES):
+        if not same and (part is None or part.coding != NEW_BYTES):
             raise damaged(where, f"{name} is {info.dtype} {list(info.shape)}", "as in the base")
-        if part is not None and part.coding not in (BYTES, _coding(name, new.records)):
+        if part is not None and part.coding not in (NEW_BYTES, _coding(name, new.records)):
             raise damaged(where, f"{name} is told in {part.coding}", _coding(name, new.records))
-        if part is not None and part.coding != TRITS and part.length != info.nbytes:
+        if part is not None and part.coding != OF_TRITS and part.length != info.nbytes:
             raise damaged(where, f"{name} has {part.length} bytes", f"{info.nbytes}")
 
 
@@ -431,11 +431,11 @@ def _write_tensor(patch: Patch, old: PackedCheckpoint, new: PackedCheckpoint, na
         coding = part.coding
         try:
             with open_part(patch.path, part, name) as take:
-                if coding == BYTES:
+                if coding == NEW_BYTES:
                     write(lambda offset, size: np.frombuffer(take(size), np.uint8))
                 else:
                     write(
-                        lambda offset, size: changed(
+                        lambda offset, size: apply_changes(
                             _read(old, before, offset, size), coding, width, take
                         )
                     )

@@ -17,5 +17,7 @@ conversion writes.
     logs.py        the trackers of accelerate
     moved.py       the values of a journal of steps in a module, and gradients by them
     probes.py      how the loss changes along perturbations, with and without backward
+    ranks.py       what several processes that write one journal tell each other
     votes.py       steps of a journal, found by probing and trying
+    journals.py    a packed model trained by a journal of steps
 """

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ternarize.steps.base import moved_scales
 from ternarize.steps.generator import SCALES, TRITS
-from ternarize.steps.replay import Part, State
+from ternarize.steps.replay import LIMITS, Part, State
 from ternarize.trits.rotation import rotate, unrotate
 from ternarize.trits.scales import scale_values
 from ternarize.trits.ternary import group_sums, scaled, spread_scales
@@ -104,6 +104,17 @@ class Moved:
                 slope = slope * (math.log(2) / 32)
             found[part.name] = slope.reshape(-1).contiguous()
         return found
+
+    def room(self, place: Place, target: int) -> tuple[Tensor, Tensor]:
+        """Which values can be one more, and which one less: flat, bool."""
+        values = self.state.values(place.part, target).view(-1)
+        limit = LIMITS[target]
+        up, down = values < limit, values > -limit
+        stay = self.state.frozen.get(place.part.name) if target == TRITS else None
+        if stay is not None:
+            free = ~stay.expand(place.part.shape).reshape(-1)
+            up, down = up & free, down & free
+        return up, down
 
     def tangent(self, place: Place, target: int, moves: Tensor) -> Tensor:
         """How the parameter moves with its values: moves (n,), flat -> of the parameter's shape."""

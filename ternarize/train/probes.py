@@ -1,10 +1,11 @@
-"""Alignments: how the loss changes along each perturbation of a step, found in three ways.
+"""Alignments: how the loss changes along each perturbation of a step and against it.
 
-    backward   one gradient, and the sum of it over a perturbation's non-zeros: exact, and cheap
-    jvp        one forward for each, with a tangent beside it: exact, with no backward anywhere
-    forwards   two forwards for each, moved one way and the other: what really happens, clamped
+    backward   one gradient, and sums of it over each perturbation's non-zeros: exact, and cheap
+    jvp        two forwards for each, with tangents beside them: exact, with no backward anywhere
+    forwards   two forwards for each, moved one way and the other: what really happens
 
-A journal does not tell which it was. Source of gradients without backward: Baydin et al. 2022,
+Values that are at their limit stay, so that along and against are not each other's negative. A
+journal does not tell how it was found. Source of gradients without backward: Baydin et al. 2022,
 https://arxiv.org/abs/2202.08587; of those by forwards alone: Spall 1992,
 https://doi.org/10.1109/9.119632.
 """
@@ -19,7 +20,7 @@ from ternarize.native import lib
 from ternarize.steps.generator import perturbations
 from ternarize.steps.journal import Step
 from ternarize.threads import THREADS
-from ternarize.train.moved import Moved
+from ternarize.train.moved import Moved, Place
 
 PROBES = ("backward", "jvp", "forwards")
 _TOGETHER = 16  # tangents of one forward
@@ -55,27 +56,30 @@ def gradient(moved: Moved, loss: Loss, batch: Any) -> tuple[float, dict[str, Ten
 def sums_along(
     moved: Moved, slopes: dict[str, Tensor], target: int, number: int, bits: int, k: int
 ) -> Tensor:
-    """Sums of slopes over the non-zeros of each of k perturbations: (k,) float64."""
-    found = torch.zeros(k, dtype=torch.float64)
+    """Sums of slopes over the non-zeros of k perturbations: (k, 2) float64, along and against."""
+    found = torch.zeros(k, 2, dtype=torch.float64)
     for place in moved.places:
-        part = place.part
-        slope, first = slopes[part.name], part.first(target)
+        part, slope = place.part, slopes[place.part.name]
+        first, seed = part.first(target), moved.state.seed
+        up, down = (slope * can for can in moved.room(place, target))
         if lib is not None and slope.device.type == "cpu":
-            out = torch.empty(k, dtype=torch.float64)
-            seed = moved.state.seed
-            lib.align(slope, first, seed, number, bits, target, out, THREADS)
+            out = torch.empty(k, 2, dtype=torch.float64)
+            lib.align(up, down, first, seed, number, bits, target, out, THREADS)
             found += out
             continue
-        cells = moved.state.seed, number, range(k), target, bits, first, first + len(slope)
+        cells = seed, number, range(k), target, bits, first, first + len(slope)
         for positions, signs in perturbations(*cells, slope.device):
-            found += (slope[positions].double() * signs).sum(1).cpu()
+            more, less = up[positions].double(), -down[positions].double()
+            for side, way in enumerate((signs, -signs)):
+                each = torch.where(way > 0, more, torch.where(way < 0, less, 0.0))
+                found[:, side] += each.sum(1).cpu()
     return found
 
 
 def by_jvp(
     moved: Moved, loss: Loss, batch: Any, target: int, number: int, bits: int, k: int
 ) -> Tensor:
-    """Alignments by forward-mode products: (k,) float64."""
+    """Alignments by forward-mode products: (k, 2) float64, along and against."""
     model = _WithLoss(moved.module, loss)
     names = {place.part.name: f"module.{place.parameter}" for place in moved.places}
     now = {names[n]: p.detach() for n, p in moved.parameters.items()}
@@ -93,39 +97,41 @@ def by_jvp(
         which = range(first, min(k, first + _TOGETHER))
         tangents = {}
         for place in moved.places:
-            rows = _dense_moves(moved, place.part, target, number, bits, which)
-            each = [moved.tangent(place, target, row) for row in rows]
+            moves = _dense_moves(moved, place, target, number, bits, which)
+            each = [moved.tangent(place, target, row) for row in moves.flatten(0, 1)]
             parameter = moved.parameters[place.part.name]
             tangents[names[place.part.name]] = torch.stack(each).view(-1, *parameter.shape)
-        found.append(torch.func.vmap(along)(tangents).double())
+        found.append(torch.func.vmap(along)(tangents).double().view(-1, 2))
     return torch.cat(found)
 
 
 def _dense_moves(
-    moved: Moved, part: Any, target: int, number: int, bits: int, which: Sequence[int]
+    moved: Moved, place: Place, target: int, number: int, bits: int, which: Sequence[int]
 ) -> Tensor:
-    """Perturbations of a tensor with all their zeros: (perturbations, n) float32."""
+    """What perturbations do to a tensor's values: (perturbations, 2, n) float32."""
+    part = place.part
     first, count = part.first(target), moved.state.values(part, target).numel()
     rows = torch.zeros(len(which), count)
     cells = moved.state.seed, number, which, target, bits, first, first + count
     for positions, signs in perturbations(*cells):
         rows.scatter_add_(1, positions, signs.to(rows.dtype))
-    return rows
+    up, down = moved.room(place, target)
+    sides = [side.clamp(min=0) * up + side.clamp(max=0) * down for side in (rows, -rows)]
+    return torch.stack(sides, 1)
 
 
 @torch.no_grad()
 def by_forwards(
     moved: Moved, loss: Loss, batch: Any, target: int, number: int, bits: int, amount: int, k: int
 ) -> Tensor:
-    """Alignments by moving there and back: half the difference of two losses, (k,) float64."""
-    found = torch.zeros(k, dtype=torch.float64)
+    """Alignments by moving there: (k, 2) float64, how the loss changes along and against."""
+    before = float(loss(moved.module, batch))
+    found = torch.zeros(k, 2, dtype=torch.float64)
     for i in range(k):
-        sides = []
-        for sign in (1, -1):
+        for side, sign in enumerate((1, -1)):
             step = Step(number, target, bits, amount, k, (i,), (sign,))
             with Tried(moved, step):
-                sides.append(float(loss(moved.module, batch)))
-        found[i] = (sides[0] - sides[1]) / 2
+                found[i, side] = float(loss(moved.module, batch)) - before
     return found
 
 

@@ -99,10 +99,10 @@ def make_pair(
     """
     directory = blocks.source.directory
     dtype = fast_dtype(device)
-    student = _open(directory, device)
+    student = open_model(directory, device)
     teacher: Any = None
     if training.objective == "distill":
-        teacher = _open(teacher_folder(directory, training), device)
+        teacher = open_model(teacher_folder(directory, training), device)
         if training.teacher is None:
             _share(student, teacher)
     _make_ternary(student, blocks, begun, tensors, scale, activations, dtype)
@@ -115,11 +115,11 @@ def make_pair(
     _choose_trained(student, training.all_weights, rounded)
     for model in (student, teacher):
         if model is not None:
-            _widen(model, dtype)
+            widen(model, dtype)
     kind = kind_of(type(student), student.config)
     pair = Pair(student, teacher, kind, None, dtype, vocabulary_size(student.config) or 0)
     if kind == CAUSAL:
-        pair.heads = _heads(pair)
+        pair.heads = heads_of(pair)
     return pair
 
 
@@ -139,7 +139,8 @@ def teacher_folder(directory: Path, training: Train) -> Path:
     return folder
 
 
-def _open(where: Path, device: str) -> Any:
+def open_model(where: Path, device: str) -> Any:
+    """The model of a dense checkpoint, in its own dtype, that nothing trains yet."""
     config = open_config(where)
     model_class = getattr(transformers, (config.architectures or [""])[0], None)
     if model_class is None:
@@ -275,7 +276,7 @@ class WidenedRows(Widened):
         return rows * getattr(self, "embed_scale", 1)
 
 
-def _widen(model: Any, dtype: torch.dtype) -> None:
+def widen(model: Any, dtype: torch.dtype) -> None:
     """Let a model compute in float32, its frozen matrices staying as they are stored."""
     if dtype != torch.float32:
         return
@@ -295,7 +296,7 @@ def _widen(model: Any, dtype: torch.dtype) -> None:
                     parameter.data = parameter.data.to(torch.float32)
 
 
-def _heads(pair: Pair) -> tuple[Head, Head] | None:
+def heads_of(pair: Pair) -> tuple[Head, Head] | None:
     """The heads of both, if hidden states and they give what the models give."""
     found = []
     for model in (pair.student, pair.teacher or pair.student):

@@ -126,21 +126,26 @@ void apply_steps(int8_t* values, int64_t n, uint64_t first, int limit, uint32_t 
   });
 }
 
-void align(const float* gradient, int64_t n, uint64_t first, uint64_t seed, uint32_t number,
-           int bits, uint32_t purpose, int64_t k, double* out, int threads) {
+void align(const float* up, const float* down, int64_t n, uint64_t first, uint64_t seed,
+           uint32_t number, int bits, uint32_t purpose, int64_t k, double* out, int threads) {
   if (n <= 0) {
-    std::fill(out, out + k, 0.0);
+    std::fill(out, out + 2 * k, 0.0);
     return;
   }
   const Rows perturbations{k, (n >> bits) + 1};
   parallel_for(perturbations, threads, [&](int, int64_t from, int64_t to) {
     const uint64_t last = first + static_cast<uint64_t>(n) - 1;
     for (int64_t i = from; i < to; ++i) {
-      double sum = 0;
+      double along = 0, against = 0;
       each_nonzero(first >> bits, (last >> bits) + 1, first, static_cast<uint64_t>(n),
                    static_cast<uint32_t>(i), number, purpose, seed, bits,
-                   [&](int64_t index, int sign) { sum += sign * double{gradient[index]}; });
-      out[i] = sum;
+                   [&](int64_t index, int sign) {
+                     const double more = up[index], less = -double{down[index]};
+                     along += sign > 0 ? more : less;
+                     against += sign > 0 ? less : more;
+                   });
+      out[2 * i] = along;
+      out[2 * i + 1] = against;
     }
   });
 }

@@ -22,9 +22,11 @@ struct Steps {
 void apply_steps(int8_t* values, int64_t n, uint64_t first, int limit, uint32_t purpose,
                  const Steps& steps, int threads);
 
-// out[i] = sum of gradient * sign over the non-zeros of perturbation i, i < k, of a step: one after
-// the other from the front, in double precision.
-void align(const float* gradient, int64_t n, uint64_t first, uint64_t seed, uint32_t number,
-           int bits, uint32_t purpose, int64_t k, double* out, int threads);
+// How much values gain along each perturbation i < k of a step, and against it, one non-zero after the
+// other from the front, in double precision: out[2 i] is the sum of up where the sign is 1 and of -down
+// where it is -1, out[2 i + 1] that of -down and up. `up` is what a value gains by one more, `down`
+// what it loses by one less.
+void align(const float* up, const float* down, int64_t n, uint64_t first, uint64_t seed,
+           uint32_t number, int bits, uint32_t purpose, int64_t k, double* out, int threads);
 
 }  // namespace ternarize
