@@ -28,14 +28,14 @@ from ternarize.files.metadata import SCALE_SUFFIX, Record
 from ternarize.files.names import CARD
 from ternarize.files.outputs import reserve, write_at
 from ternarize.files.patch import (
-    IN_BASE,
-    WHOLE,
     BY_TENSOR,
+    IN_BASE,
     LARGEST_FILE,
+    WHOLE,
     Encoded,
-    PatchPart,
     Patch,
     PatchedFile,
+    PatchPart,
     encode_part,
     is_portable,
     open_part,
@@ -48,9 +48,9 @@ from ternarize.files.sections import (
     OF_TRITS,
     OF_WORDS,
     Bytes,
+    apply_changes,
     blocks_of,
     tell_changes,
-    apply_changes,
 )
 from ternarize.files.sums import SUMS, listed, sha256
 from ternarize.progress import Progress
