@@ -17,5 +17,6 @@ Only this room prints, and nothing imports from it; it may import from all other
     bench.py            `ternarize bench`
     push.py             `ternarize push`
     patches.py          `ternarize diff` and `ternarize apply`
+    steps.py            `ternarize steps ...`
     app.py              the program: its commands, signals, errors
 """

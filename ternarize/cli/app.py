@@ -25,6 +25,7 @@ from ternarize.cli.inspect_command import inspect_command
 from ternarize.cli.options import as_given, for_typer
 from ternarize.cli.patches import apply_command, diff_command
 from ternarize.cli.push import push_command
+from ternarize.cli.steps import STEPS
 from ternarize.cli.terminal import Terminated, err, failed, interrupted
 from ternarize.cli.train import train_command
 from ternarize.cli.verify import verify_command
@@ -44,13 +45,14 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "diff": diff_command,
     "apply": apply_command,
 }
-RESUMABLE = ("convert", "train", "push")
-app = typer.Typer(
-    name="ternarize",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+RESUMABLE = ("convert", "train", "push", "steps train")
+_LIKE: dict[str, Any] = {
+    "no_args_is_help": True,
+    "pretty_exceptions_enable": False,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
+app = typer.Typer(name="ternarize", **_LIKE)
+steps = typer.Typer(name="steps", help="Keep the steps of a training instead of weights.", **_LIKE)
 
 
 def _terminate(number: int, frame: object) -> None:
@@ -124,7 +126,8 @@ def register(name: str, function: Callable[..., None]) -> None:
             words = "; the same command goes on from here" if name in RESUMABLE else ""
             raise interrupted(stop, words) from None
 
-    app.command(name)(for_typer(function, run))
+    group, _, own = name.rpartition(" ")
+    (steps if group else app).command(own)(for_typer(function, run))
 
 
 def _print_version(wanted: bool) -> None:
@@ -145,7 +148,8 @@ def ternarize(
     """Convert Hugging Face models to ternary weights {-1, 0, +1} x scale, and run them."""
 
 
-for _name, _function in COMMANDS.items():
+app.add_typer(steps)
+for _name, _function in {**COMMANDS, **{f"steps {n}": f for n, f in STEPS.items()}}.items():
     register(_name, _function)
 
 if __name__ == "__main__":

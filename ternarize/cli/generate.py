@@ -1,6 +1,7 @@
 """`ternarize generate`."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 from ternarize.cli.options import (
@@ -30,6 +31,7 @@ def generate_command(
     chat: Annotated[bool, "Put the prompt into the chat template."] = False,
     activations: RunActivations = None,
     head: RunHead = None,
+    steps: Annotated[Path | None, "Journal of steps of this checkpoint, to be applied."] = None,
     device: Device = None,
     dtype: RunDtype = None,
     as_json: AsJson = False,
@@ -47,7 +49,9 @@ def generate_command(
 
     directory = locate(model)
     tokenizer = open_tokenizer(directory)
-    loaded = load(directory, device=device, dtype=dtype, activations=activations, head=head)
+    loaded = load(
+        directory, device=device, dtype=dtype, activations=activations, head=head, steps=steps
+    )
 
     def stream(piece: str) -> None:
         print(piece, end="", flush=True)

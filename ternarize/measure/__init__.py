@@ -13,4 +13,5 @@ Nothing here changes a model or writes a checkpoint. Models are loaded as users 
     tasks.py            tasks of the lm-evaluation-harness
     bench.py            tokens per second, and bytes of weights against the speed of memory
     report.py           a packed checkpoint tensor by tensor, in figures and drawn
+    step_log.py         the steps of a journal, in figures and drawn
 """

@@ -8,6 +8,8 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +168,29 @@ def plot(report: dict[str, Any], path: str | Path) -> None:
     Needs matplotlib, and no display. Raises UsageError where it is missing or the suffix unknown,
     OutputError where there is no directory to write to.
     """
+    errors = (report["calibration"] or {}).get("blocks", [])
+    rows = [row for row in report["tensors"] if row["kind"] == "ternary"]
+    with figure_for(path, (8, 9 if errors else 6.5)) as figure:
+        axes = list(figure.subplots(3 if errors else 2, 1))
+        if errors:
+            _draw_blocks(axes.pop(0), errors)
+        _draw_tensors(axes[0], rows, "relative_error", "relative error of weights")
+        _draw_tensors(axes[1], rows, "sparsity", "zeros among trits")
+        axes[1].set_xlabel("block")
+        handles, labels = axes[0].get_legend_handles_labels()
+        if 0 < len(labels) <= ROLES:
+            figure.legend(handles, labels, fontsize=8, ncols=4, loc="outside lower center")
+        # a dollar would begin a formula
+        figure.suptitle(_title(report).replace("$", r"\$"), fontsize=10)
+
+
+@contextmanager
+def figure_for(path: str | Path, size: tuple[float, float]) -> Iterator[Any]:
+    """A figure of matplotlib to draw on, which is saved afterwards.
+
+    path  as in `plot`, with the same errors
+    size  in inches
+    """
     path = Path(path).expanduser()
     try:
         backend, figures = map(
@@ -182,11 +207,8 @@ def plot(report: dict[str, Any], path: str | Path) -> None:
         raise OutputError(
             path, f"there is no directory {path.parent}", "one", "Make it, or name another"
         )
-    errors = (report["calibration"] or {}).get("blocks", [])
-    rows = [row for row in report["tensors"] if row["kind"] == "ternary"]
-    figure = figures.Figure(figsize=(8, 9 if errors else 6.5), layout="constrained")
-    canvas = backend.FigureCanvasAgg(figure)
-    known = canvas.get_supported_filetypes()
+    figure = figures.Figure(figsize=size, layout="constrained")
+    known = backend.FigureCanvasAgg(figure).get_supported_filetypes()
     if path.suffix[1:].lower() not in known:
         raise UsageError(
             path,
@@ -194,17 +216,7 @@ def plot(report: dict[str, Any], path: str | Path) -> None:
             f"one of {', '.join(sorted(known))}",
             "Name it .png",
         )
-    axes = list(figure.subplots(3 if errors else 2, 1))
-    if errors:
-        _draw_blocks(axes.pop(0), errors)
-    _draw_tensors(axes[0], rows, "relative_error", "relative error of weights")
-    _draw_tensors(axes[1], rows, "sparsity", "zeros among trits")
-    axes[1].set_xlabel("block")
-    handles, labels = axes[0].get_legend_handles_labels()
-    if 0 < len(labels) <= ROLES:
-        figure.legend(handles, labels, fontsize=8, ncols=4, loc="outside lower center")
-    # a dollar would begin a formula
-    figure.suptitle(_title(report).replace("$", r"\$"), fontsize=10)
+    yield figure
     figure.savefig(path, dpi=150)
 
 

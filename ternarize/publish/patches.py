@@ -388,6 +388,10 @@ def _check_base(patch: Patch, old: PackedCheckpoint, new: PackedCheckpoint) -> N
     said = {file.name for file in patch.files if file.source == BY_TENSOR}
     if said != set(new.checkpoint.files):
         raise damaged(where, "its weight files are not those of its model")
+    for file in patch.files:
+        starts = [info.start for info in tensors.values() if info.file == file.name]
+        if file.source == BY_TENSOR and file.head != (first := min(starts, default=file.size)):
+            raise damaged(where, f"the head of {file.name} has {file.head} bytes", f"{first}")
     for name in [*patch.base, *(_record_name(part, new.records) for part in patch.parts)]:
         if name not in new.records or name not in patch.base:
             raise damaged(where, f"{name} is in one of its tables alone")

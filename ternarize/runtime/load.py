@@ -32,6 +32,7 @@ def load(
     head: str | None = None,
     verify: bool = True,
     dequantize: bool = False,
+    steps: str | Path | None = None,
     revision: str | None = None,
     **kwargs: Any,
 ) -> "PreTrainedModel":
@@ -46,11 +47,13 @@ def load(
                  the numbers that they have in `dtype`; None, or packed: as in the checkpoint
     verify       check every code, padding, scale and SHA-256 before anything is loaded
     dequantize   give back an ordinary model with dense weights
+    steps        journal of steps that begins from this checkpoint: load what it makes of it
     revision     branch, tag or commit on the Hub
     kwargs       go to from_pretrained of the model's class; subfolder and variant, as there, say
                  which folder and which of its weights
 
-    Raises UsageError on a `head` that cannot be rounded, CheckpointError when there is nothing to
+    Raises UsageError on a `head` that cannot be rounded and a journal of another checkpoint,
+    CheckpointError when there is nothing to
     load, FormatError when the checkpoint is not packed, is damaged, lacks a weight or needs a newer
     ternarize.
     """
@@ -58,6 +61,13 @@ def load(
 
     subfolder = kwargs.pop("subfolder", None) or ""
     directory = locate(path, revision, subfolder=subfolder, variant=kwargs.get("variant"))
+    if steps is not None:
+        from ternarize.steps.checkpoint import replayed_directory
+
+        chosen: dict[str, Any] = {"device": device, "dtype": dtype, "activations": activations}
+        chosen |= {"head": head, "verify": verify, "dequantize": dequantize}
+        with replayed_directory(steps, directory) as replayed:
+            return load(replayed, **chosen, **kwargs)
     quantization = _quantization(directory)
 
     from ternarize.models.configuration import usable
@@ -67,8 +77,8 @@ def load(
         check_device(device)
     config, model_class = _opened(directory, kwargs.get("trust_remote_code") or False)
     switches = {"activations": activations, "head": head, "dequantize": dequantize or None}
-    chosen = {key: value for key, value in switches.items() if value is not None}
-    config.quantization_config = quantization | chosen | {"verify": verify}
+    given = {key: value for key, value in switches.items() if value is not None}
+    config.quantization_config = quantization | given | {"verify": verify}
     if dtype is not None:
         kwargs["dtype"] = dtype
     if isinstance(device, dict) or device == "auto":

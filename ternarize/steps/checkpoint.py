@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from ternarize.errors import OutputError, UsageError
@@ -57,8 +58,7 @@ def replay(
     where the output exists.
     """
     journal, output = read_journal(path), Path(output).expanduser()
-    if output.exists() or output.is_symlink():
-        raise OutputError(output, "exists already", "a new name", "Name another, or remove it")
+    _check_new(output)
     if base is None:
         _write_from_seed(journal, output, upto)
         return _about(journal, upto)
@@ -133,6 +133,32 @@ def read_rows(
     if not shared > 1:  # of a whole matrix some rows do not tell whether all of it is zero
         scales[largest_of_groups(trits.abs(), part.group_size or -1) == 0] = 0
     return trits, scales
+
+
+def write_rows(
+    path: str | Path,
+    base: str | Path | None,
+    name: str,
+    rows: tuple[int, int] | None,
+    output: str | Path,
+    *,
+    upto: int | None = None,
+) -> dict[str, Any]:
+    """Write what `read_rows` gives into a .safetensors file: NAME (trits, I8) and NAME_scale (F32).
+
+    Returns what `replay` does. Raises OutputError where the file exists.
+    """
+    output = Path(output).expanduser()
+    _check_new(output)
+    trits, scales = read_rows(path, base, name, rows, upto=upto)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(output, save({name: trits, name + SCALE_SUFFIX: scales}))
+    return _about(read_journal(path), upto)
+
+
+def _check_new(output: Path) -> None:
+    if output.exists() or output.is_symlink():
+        raise OutputError(output, "exists already", "a new name", "Name another, or remove it")
 
 
 def _about(journal: Journal, upto: int | None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ _MOST_SEARCHED = 1 << 28  # bytes of possible records behind one that is not who
 _BEGINNING = re.compile(rb"(?s)(?=...[\x00\x01][\x01-\x06])")  # length up to 2^25, type
 _STEP, _DIGEST, _EDIT, _NOTE, _BLOCK, _FOREIGN = 1, 2, 3, 4, 5, 6
 _FIELDS = struct.Struct("<IBBBHH")  # number, target, bits, amount, k, m
-_TARGETS = {TRITS: "trits", SCALES: "scales"}
+TARGETS = {TRITS: "trits", SCALES: "scales"}
 EDITS = ("mask", "negate", "restore")
 LARGEST = (1 << 32) - 1  # number of a step
 MOST_VALUES = 1 << 58  # trits of all tensors: cells that a word has an address for
@@ -82,7 +83,10 @@ class Edit:
 
 @dataclass(frozen=True)
 class Mark:
-    """The SHA-256, in hex, of what all steps below a number make of the start, edits apart."""
+    """The SHA-256, in hex, of what all steps below a number make of the start.
+
+    As the edits in front of it have left them; those behind it count for nothing.
+    """
 
     number: int
     sha256: str
@@ -129,10 +133,15 @@ class Journal:
     size: int = 0
     torn: int = field(default=0, compare=False)
 
-    @property
+    @cached_property
     def steps(self) -> list[Step]:
         """All steps as they were written, edits apart."""
         return [each for each in self.entries if isinstance(each, Step)]
+
+    @cached_property
+    def edits(self) -> list[Edit]:
+        """All edits, the latest last."""
+        return [each for each in self.entries if isinstance(each, Edit)]
 
     @property
     def next_number(self) -> int:
@@ -143,19 +152,23 @@ class Journal:
 
     def effective(self, upto: int | None = None) -> list[Step]:
         """The steps below a number as edits have left them."""
-        edits = [each for each in self.entries if isinstance(each, Edit)]
         found = []
         for step in self.steps:
             if upto is not None and step.number >= upto:
                 break
-            last = next(
-                (e.operation for e in reversed(edits) if e.first <= step.number <= e.last), ""
-            )
-            if last == "negate":
+            operation = self.edit_of(step)
+            if operation == "negate":
                 step = replace(step, signs=tuple(-sign for sign in step.signs))
-            if last != "mask":
+            if operation != "mask":
                 found.append(step)
         return found
+
+    def edit_of(self, step: Step) -> str:
+        """The edit that counts of a step: "mask", "negate", or "" for one as it was written."""
+        for each in reversed(self.edits):
+            if each.first <= step.number <= each.last:
+                return "" if each.operation == "restore" else each.operation
+        return ""
 
 
 # --- writing ---
@@ -486,7 +499,7 @@ def _parse_block(payload: bytes) -> Iterator[Step]:
 
 def _with_choice(step: Step, m: int, reader: BitReader) -> Step:
     """A step with what follows its fields, all of them checked."""
-    if step.number > LARGEST or step.target not in _TARGETS:
+    if step.number > LARGEST or step.target not in TARGETS:
         raise ValueError(f"step {step.number} of target {step.target}")
     most = 1 if step.target == TRITS else MOST_AMOUNT
     if not (0 <= step.bits <= MOST_BITS and 1 <= step.amount <= most):

@@ -82,14 +82,9 @@ def compact(path: str | Path, new: str | Path) -> Journal:
         elif step is not None:
             records.append(entry_bytes(step))
     marks = [each for each in journal.entries if isinstance(each, Mark)]
-    edits = [each for each in journal.entries if isinstance(each, Edit)]
-    behind = marks[-1:] if not journal.steps or marks and _is_last(marks[-1], journal) else []
-    records += [entry_bytes(each) for each in behind] + [entry_bytes(each) for each in edits]
-    return _write(new, journal, records)
-
-
-def _is_last(mark: Mark, journal: Journal) -> bool:
-    return mark.number >= journal.next_number
+    last = next((m for m in marks[-1:] if m.number >= journal.next_number), None)
+    behind = [each for each in journal.entries if isinstance(each, Edit) or each is last]
+    return _write(new, journal, records + [entry_bytes(each) for each in behind])
 
 
 def merge(path: str | Path, other: str | Path, new: str | Path) -> Journal:
@@ -161,14 +156,17 @@ def check_digests(
     """
     if packed is not None:
         check_base(journal.path, journal.header, records)
+    marks, at = 0, 0
     state = opened_state(journal.header, packed, records)
-    marks, steps, done = 0, journal.steps, 0
-    for entry in journal.entries:
+    for place, entry in enumerate(journal.entries):
+        if isinstance(entry, Edit):  # of what was before, too
+            state, at = opened_state(journal.header, packed, records), 0
         if not isinstance(entry, Mark):
             continue
-        until = next((i for i, s in enumerate(steps) if s.number >= entry.number), len(steps))
-        state.apply(steps[done:until])
-        done, marks = until, marks + 1
+        so_far = replace(journal, entries=journal.entries[:place])
+        steps = [step for step in so_far.effective(entry.number) if step.number >= at]
+        state.apply(steps)
+        at, marks = entry.number, marks + 1
         found = state.digest()
         if found != entry.sha256:
             raise DigestError(

@@ -96,7 +96,7 @@ def train_journal(
         appender = stack.enter_context(Appender(journal, header)) if not ranks.rank else None
         there = Path(journal).read_bytes() if appender else b""
         begun = parse_journal(ranks.firsts(there), str(journal))
-        state.apply(begun.steps)
+        state.apply(begun.effective())
         moved.write()
         before = held()
         taken = train_votes(
@@ -112,7 +112,7 @@ def train_journal(
         )
     return {
         "texts": data.about["texts"],
-        "attempts": training.steps,
+        "attempts": max(training.steps, first_attempt(begun)),
         "steps": len(begun.steps) + taken,
         "loss_before": before,
         "loss": held(),

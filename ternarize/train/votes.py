@@ -37,6 +37,8 @@ from ternarize.train.moved import Moved, target_of
 from ternarize.train.probes import PROBES, Loss, Tried, by_forwards, by_jvp, gradient, sums_along
 from ternarize.train.ranks import EXCHANGES, Ranks
 
+# bits of a cell that are tried when none are asked for
+DENSITIES = {"trits": (8, 10, 12), "scales": (4, 6, 8)}
 _OVERHEAD = 12  # bits of a step beside its choice, in a block
 MARK_EVERY = 100  # attempts between digests
 

@@ -1,0 +1,413 @@
+"""`ternarize steps`: journals of steps, trained, replayed, looked at and edited."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ternarize.cli.options import AsJson, Debug, Device, OneOf, PackedArgument, Quiet
+from ternarize.cli.terminal import in_bytes, print_json, progress_bar, shown, stdout
+from ternarize.errors import UsageError
+
+JournalArgument = Annotated[Path, "Journal of steps: file."]
+NewJournal = Annotated[Path, "Journal to write; must not exist."]
+Base = Annotated[
+    str | None, "Packed checkpoint that it begins from; none for a start from its seed."
+]
+Upto = Annotated[int | None, "Leave out this step and those behind it."]
+_TARGETS = {1: "trits", 2: "scales"}
+
+
+def steps_train(
+    base: PackedArgument,
+    journal: Annotated[Path, "File to write; one of the same base and seed goes on."],
+    *,
+    texts: Annotated[
+        list[str], typer.Option(help="Train on texts, each FILE or FILE=WEIGHT for a mixture.")
+    ],
+    attempts: Annotated[int, "Steps to try, those of earlier runs included."] = 100,
+    target: Annotated[str, "What steps move.", OneOf(("scales", "trits"))] = "scales",
+    objective: Annotated[
+        str,
+        "distill: towards what the teacher says of every next word; text: towards the texts.",
+        OneOf(("distill", "text")),
+    ] = "distill",
+    teacher: Annotated[str | None, "Model to learn from, with the same words."] = None,
+    perturbations: Annotated[int, "Random directions that a step draws."] = 256,
+    bits: Annotated[
+        list[int] | None,
+        typer.Option(help="One non-zero in 2^BITS values, each tried; default: by the target."),
+    ] = None,
+    thrift: Annotated[
+        float, "0: steps of the largest gain; 1: of the largest gain for each bit."
+    ] = 0.5,
+    probe: Annotated[
+        str,
+        "How the loss along a direction is found; the last two need no backward.",
+        OneOf(("backward", "jvp", "forwards")),
+    ] = "backward",
+    exchange: Annotated[
+        str, "What several processes (torchrun) tell each other.", OneOf(("alignments", "votes"))
+    ] = "alignments",
+    train_len: Annotated[int | None, "Tokens of a sample."] = None,
+    batch: Annotated[int, "Tokens of a batch; a step needs two."] = 4096,
+    seed: Annotated[int, "Of the directions, and of the order of samples."] = 0,
+    text_column: Annotated[str | None, "Column of the texts, if they are tables."] = None,
+    device: Device = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train a packed model by random directions, keeping the steps instead of the weights.
+
+    A step draws directions from the seed, follows those along which the loss falls, and is kept if
+    it lowers the loss of another batch. Interrupted, the same command goes on; with a larger number
+    of attempts it goes on, too.
+
+    Example: ternarize steps train packed my.steps --texts text.txt --teacher examples/tiny-llama
+    --attempts 2
+    """
+    from ternarize.plans.recipe import Train
+    from ternarize.train.votes import DENSITIES, Votes
+
+    training = Train(
+        texts=tuple(texts),
+        objective=objective,
+        teacher=teacher,
+        steps=attempts,
+        train_len=train_len,
+        batch=batch,
+        seed=seed,
+        text_column=text_column,
+    )
+    votes = Votes(
+        target,
+        perturbations,
+        tuple(bits) if bits else DENSITIES[target],
+        thrift=thrift,
+        probe=probe,
+        exchange=exchange,
+    )
+    result = _trained(base, journal, training, votes, seed, device, quiet)
+    if as_json:
+        print_json({"journal": str(journal), **result})
+    elif "bytes" in result:
+        _tell_trained(result)
+
+
+def _trained(
+    base: str, journal: Path, training: Any, votes: Any, seed: int, device: str | None, quiet: bool
+) -> dict[str, Any]:
+    """Train a journal, and show how far it is."""
+    from ternarize.train.journals import train_journal
+    from ternarize.train.ranks import ranks_of_launcher
+
+    with progress_bar(quiet) as update, ranks_of_launcher():
+
+        def heard(number: int, loss: float, step: Any) -> None:
+            if update is not None:
+                told = f"attempt {number}: loss {loss:.4f}{'' if step else ', no step'}"
+                update(number + 1, training.steps, told, "training")
+
+        place = device or "cpu"
+        return train_journal(base, journal, training, votes, seed=seed, device=place, heard=heard)
+
+
+def _tell_trained(result: dict[str, Any]) -> None:
+    print(
+        f"{result['steps']} steps in {in_bytes(result['bytes'])}; loss on documents put aside "
+        f"{result['loss_before']:.4f} -> {result['loss']:.4f}"
+    )
+
+
+def steps_replay(
+    journal: JournalArgument,
+    output: Annotated[Path, "Directory to make; of a journal without a base a .safetensors file."],
+    *,
+    base: Base = None,
+    upto: Upto = None,
+    tensor: Annotated[str | None, "Write this tensor alone, into a .safetensors file."] = None,
+    rows: Annotated[str | None, typer.Option(metavar="A:B", help="Of it these rows.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Make a packed checkpoint of a base and a journal, or rows of one tensor.
+
+    Example: ternarize steps replay my.steps replayed --base packed
+    """
+    from ternarize.steps.checkpoint import replay, write_rows
+
+    if tensor is not None:
+        result = write_rows(journal, base, tensor, _range(rows), output, upto=upto)
+    elif rows is not None:
+        raise UsageError("--rows", "without --tensor", "both", "Name the tensor")
+    else:
+        result = replay(journal, base, output, upto=upto)
+    if as_json:
+        print_json({"output": str(output), **result})
+    else:
+        print(f"{output}: {result['steps']} steps, {result['perturbations']} perturbations")
+
+
+def _range(text: str | None) -> tuple[int, int] | None:
+    """A:B as two numbers, A alone as A:A+1."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"([0-9]{1,10})(?::([0-9]{1,10}))?", text)
+    first, stop = (int(match[1]), int(match[2] or int(match[1]) + 1)) if match else (0, 0)
+    if first >= stop:
+        raise UsageError("range", f"{text!r:.60}", "two rising numbers, such as 0:16, or one")
+    return first, stop
+
+
+def steps_log(
+    journal: JournalArgument,
+    *,
+    plot: Annotated[Path | None, "Draw loss and bytes to this image; needs matplotlib."] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """List the steps of a journal: loss, density, perturbations, bytes, and edits.
+
+    Example: ternarize steps log my.steps
+    """
+    from ternarize.measure.step_log import log_of, plot_log
+
+    found = log_of(journal)
+    if plot is not None:
+        plot_log(found, plot)
+    if as_json:
+        print_json(found)
+        return
+    grid = Table("step", "moves", "one in", "followed", "bytes", "loss", "edited", box=None)
+    for row in found["steps"]:
+        loss = "" if row["loss"] is None else f"{row['loss']:.4f}"
+        moves = row["target"] + (f" by {row['amount']}" if row["amount"] > 1 else "")
+        followed = f"{row['followed']} of {row['perturbations']}"
+        grid.add_row(
+            str(row["step"]),
+            moves,
+            str(1 << row["bits"]),
+            followed,
+            str(row["bytes"]),
+            loss,
+            row["edited"],
+        )
+    stdout().print(grid)
+    print(
+        f"\n{len(found['steps'])} steps of {found['attempts']} attempts, "
+        f"{in_bytes(found['bytes'])}, seed {found['seed']}, from {shown(found['start'])}"
+    )
+    if found["torn_bytes"]:
+        print(f"{found['torn_bytes']} bytes at the end are of a record that was not written whole")
+
+
+def steps_edit(
+    journal: JournalArgument,
+    *,
+    mask: Annotated[
+        list[str] | None, typer.Option(metavar="A:B", help="Leave out steps A to B, or one.")
+    ] = None,
+    negate: Annotated[
+        list[str] | None, typer.Option(metavar="A:B", help="Turn steps A to B round, or one.")
+    ] = None,
+    restore: Annotated[
+        list[str] | None, typer.Option(metavar="A:B", help="Undo the edits of steps A to B.")
+    ] = None,
+    repair: Annotated[int, "Try so many steps afterwards, as `steps train` does."] = 0,
+    base: Base = None,
+    texts: Annotated[list[str] | None, typer.Option(help="Of the repair.")] = None,
+    teacher: Annotated[str | None, "Of the repair; without one it learns the texts."] = None,
+    device: Device = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Leave out steps, turn them round, or restore them; B itself is not among A:B.
+
+    An edit is appended: nothing is lost. Steps behind an edited one were chosen in its presence, so
+    that what comes out is another model, which more steps have to repair; of the last steps alone
+    it is exactly the model before them.
+
+    Example: ternarize steps edit my.steps --mask 1
+    """
+    from ternarize.steps.operations import edit
+
+    edits = [
+        (operation, _range(each))
+        for operation, given in (("mask", mask), ("negate", negate), ("restore", restore))
+        for each in given or ()
+    ]
+    if not edits:
+        raise UsageError("edit", "nothing", "--mask, --negate or --restore", "Name some steps")
+    if repair and (base is None or not texts):
+        raise UsageError("--repair", "without --base and --texts", "both", "Name them")
+    done: dict[str, Any] = {}
+    for operation, steps in edits:
+        assert steps is not None
+        done.setdefault(operation, []).extend(edit(journal, operation, steps[0], steps[1] - 1))
+    if repair:
+        assert base is not None and texts
+        done["repair"] = _repaired(journal, base, texts, teacher, repair, device, quiet)
+    if as_json:
+        print_json({"journal": str(journal), **done})
+        return
+    for operation, found in done.items():
+        if operation == "repair":
+            _tell_trained(found)
+        else:
+            print(f"{operation}: {len(found)} steps")
+
+
+def _repaired(
+    journal: Path,
+    base: str,
+    texts: list[str],
+    teacher: str | None,
+    attempts: int,
+    device: str | None,
+    quiet: bool,
+) -> dict[str, Any]:
+    """Steps behind an edit, which move what the last one moved."""
+    from ternarize.plans.recipe import Train
+    from ternarize.steps.journal import TARGETS, read_journal
+    from ternarize.train.votes import DENSITIES, Votes, first_attempt
+
+    found = read_journal(journal)
+    last = found.steps[-1]
+    target = TARGETS[last.target]
+    objective = "text" if teacher is None else "distill"
+    training = Train(
+        texts=tuple(texts),
+        objective=objective,
+        teacher=teacher,
+        steps=first_attempt(found) + attempts,
+    )
+    votes = Votes(target, last.k, DENSITIES[target])
+    return _trained(base, journal, training, votes, found.header.seed, device, quiet)
+
+
+def steps_fork(
+    journal: JournalArgument,
+    new: NewJournal,
+    *,
+    upto: Upto = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Begin another journal with the first steps of one.
+
+    Example: ternarize steps fork my.steps other.steps --upto 1
+    """
+    from ternarize.steps.operations import fork
+
+    _tell_new(fork(journal, new, upto), as_json)
+
+
+def steps_merge(
+    journal: JournalArgument,
+    other: Annotated[Path, "Another journal of the same start."],
+    new: NewJournal,
+    *,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Join two journals: the steps of the first, then what the second has besides.
+
+    What comes out is a starting point, not a result: train it on.
+
+    Example: ternarize steps merge my.steps other.steps both.steps
+    """
+    from ternarize.steps.operations import merge
+
+    _tell_new(merge(journal, other, new), as_json)
+
+
+def steps_compact(
+    journal: JournalArgument,
+    new: NewJournal,
+    *,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write the same steps in fewer bytes, without notes of the training.
+
+    Example: ternarize steps compact my.steps small.steps
+    """
+    from ternarize.steps.operations import compact
+
+    _tell_new(compact(journal, new), as_json)
+
+
+def _tell_new(journal: Any, as_json: bool) -> None:
+    if as_json:
+        print_json({"output": journal.path, "steps": len(journal.steps), "bytes": journal.size})
+    else:
+        print(f"{journal.path}: {len(journal.steps)} steps, {in_bytes(journal.size)}")
+
+
+def steps_diff(
+    journal: JournalArgument,
+    other: Annotated[Path, "Another journal of the same start."],
+    *,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Say how many steps two journals have in common, and how many each has besides.
+
+    Example: ternarize steps diff my.steps other.steps
+    """
+    from ternarize.steps.operations import difference
+
+    found = difference(journal, other)
+    if as_json:
+        print_json(vars(found))
+    else:
+        print(f"{found.common} steps in common, then {found.first} and {found.second}")
+
+
+def steps_verify(
+    journal: JournalArgument,
+    *,
+    base: Base = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Replay a journal and compare all its digests.
+
+    Example: ternarize steps verify my.steps --base packed
+    """
+    from ternarize.sources.packed import open_packed
+    from ternarize.steps.journal import read_journal
+    from ternarize.steps.operations import check_digests
+
+    found = read_journal(journal)
+    packed, records = (None, {}) if base is None else open_packed(base)
+    marks = check_digests(found, packed, records)
+    if as_json:
+        print_json({"journal": str(journal), "steps": len(found.steps), "digests": marks})
+    else:
+        print(f"ok: {len(found.steps)} steps, {marks} digests match")
+
+
+STEPS: dict[str, Callable[..., None]] = {
+    "train": steps_train,
+    "replay": steps_replay,
+    "log": steps_log,
+    "edit": steps_edit,
+    "fork": steps_fork,
+    "merge": steps_merge,
+    "diff": steps_diff,
+    "compact": steps_compact,
+    "verify": steps_verify,
+}

@@ -1,0 +1,59 @@
+"""What a journal of steps holds, as `ternarize steps log` tells and draws it."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+from ternarize.measure.report import figure_for
+from ternarize.steps.journal import TARGETS, Note, entry_bytes, read_journal
+
+EDITED = {"": "", "mask": "masked", "negate": "negated"}
+
+
+def log_of(path: str | Path) -> dict[str, Any]:
+    """The steps of a journal with their losses and bytes, as plain data."""
+    journal = read_journal(path)
+    losses = {
+        each.content["attempt"]: each.content.get("loss")
+        for each in journal.entries
+        if isinstance(each, Note) and isinstance(each.content.get("attempt"), int)
+    }
+    rows = [
+        {
+            "step": step.number,
+            "target": TARGETS[step.target],
+            "bits": step.bits,
+            "amount": step.amount,
+            "perturbations": step.k,
+            "followed": len(step.chosen),
+            "bytes": len(entry_bytes(step)),
+            "loss": losses.get(step.number),
+            "edited": EDITED[journal.edit_of(step)],
+        }
+        for step in journal.steps
+    ]
+    header = journal.header
+    return {
+        "journal": str(path),
+        "seed": f"{header.seed:016x}",
+        "start": "its seed" if header.base is None else f"the base {header.base[:12]}...",
+        "attempts": max([journal.next_number, *(n + 1 for n in losses)]),
+        "steps": rows,
+        "losses": sorted(losses.items()),
+        "bytes": journal.size,
+        "torn_bytes": journal.torn,
+    }
+
+
+def plot_log(log: dict[str, Any], path: str | Path) -> None:
+    """Draw the loss of a journal over its attempts and over its bytes; see `figure_for`."""
+    with figure_for(path, (8, 7)) as figure:
+        over_attempts, over_bytes = figure.subplots(2, 1)
+        points = [(n, loss) for n, loss in log["losses"] if loss is not None]
+        over_attempts.plot([n for n, _ in points], [loss for _, loss in points])
+        over_attempts.set(xlabel="attempt", ylabel="loss")
+        sizes = itertools.accumulate(row["bytes"] for row in log["steps"])
+        told = [(n, row["loss"]) for n, row in zip(sizes, log["steps"], strict=True)]
+        told = [(n, loss) for n, loss in told if loss is not None]
+        over_bytes.plot([n for n, _ in told], [loss for _, loss in told])
+        over_bytes.set(xlabel="bytes of steps", ylabel="loss")
