@@ -357,14 +357,11 @@ def nearest(value: Fraction, digits: int, smallest: int) -> Fraction:
 class Draft:
     """A journal that is put together, and what it says.
 
-    values   those of the start; None: no replay
+    start    the values that it begins with
     """
 
-    def __init__(self, table: dict[str, Any], values: Values | None) -> None:
-        self.data, self.values = header(table), values
-        self.before: Values | None = None
-        if values is not None:
-            self.before = Values(values.tensors, list(values.trits), values.scales)
+    def __init__(self, table: dict[str, Any], values: Values) -> None:
+        self.data, self.start = header(table), values
         self.steps: list[Step] = []
         self.edits: list[Row] = []
         self.digests: list[tuple[int, str]] = []
@@ -373,9 +370,6 @@ class Draft:
     def step(self, *steps: Step, block: bool = False) -> "Draft":
         self.data += block_record(list(steps)) if block else b"".join(map(step_record, steps))
         self.steps += steps
-        for step in steps:
-            if self.values is not None:
-                self.values.apply(step)
         return self
 
     def edit(self, operation: int, first: int, last: int) -> "Draft":
@@ -384,8 +378,7 @@ class Draft:
         return self
 
     def digest(self, number: int) -> "Draft":
-        assert self.values is not None
-        self.digests.append((number, self.values.digest()))
+        self.digests.append((number, self.result().digest()))
         self.data += digest_record(*self.digests[-1])
         return self
 
@@ -395,15 +388,15 @@ class Draft:
         return self
 
     def result(self) -> Values:
-        """The values after the steps that the edits leave."""
-        assert self.before is not None
+        """The values after the steps that the edits leave, as both stand now."""
+        values = Values(self.start.tensors, list(self.start.trits), self.start.scales)
         for step in self.steps:
             latest = [o for o, first, last in self.edits if first <= step.number <= last][-1:]
             if latest == [0]:
                 continue
             signs = [-sign for sign in step.signs] if latest == [1] else step.signs
-            self.before.apply(Step(**{**vars(step), "signs": signs}))
-        return self.before
+            values.apply(Step(**{**vars(step), "signs": signs}))
+        return values
 
     def expected(self, torn: int) -> bytes:
         steps = []
@@ -416,8 +409,6 @@ class Draft:
             steps.append(said)
         table: dict[str, Any] = {"steps": steps, "edits": self.edits, "digests": self.digests}
         table |= {"notes": self.notes, "torn": torn, "tensors": []}
-        if self.before is None:
-            return compact(table) + b"\n"
         result = self.result()
         for name, shape, size, trits, moved in result.parts():
             said = {"name": name, "shape": shape, "group_size": size}
@@ -473,7 +464,7 @@ def everything() -> Draft:
     made.step(Step(301, [4], [1], bits=0, seed=2**64 - 2, drawn=0)).note({})
     made.step(Step(302, [4], [1], SCALES, 1, amount=127, seed=SEED, drawn=4)).digest(500)
     made.edit(0, 0, 6).edit(1, 4, 7).edit(2, 0, 0).digest(500)
-    return made.step(Step(500, [3], [-1], bits=3)).edit(0, 400, WORD - 1)
+    return made.step(Step(500, [3], [-1], bits=3)).edit(0, 400, WORD - 1).digest(501)
 
 
 def extremes() -> Draft:

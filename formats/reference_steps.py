@@ -76,7 +76,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class Digest:
-    """What the steps below a number make of the start, as 64 hexadecimal digits."""
+    """What the steps below a number make of the start, as the edits before have left them."""
 
     number: int
     sha256: str
@@ -541,14 +541,14 @@ def pack(trits: Int8, group_size: int) -> bytes:
 
 def replay(journal: Journal, base: Base | None = None) -> State:
     """Compare all digests, then apply what the edits leave of the steps.  Raises Invalid."""
-    state, waiting = State(journal, base), list[Step]()
-    for entry in journal.entries:
-        if isinstance(entry, Step):
-            waiting.append(entry)
+    state, done = State(journal, base), 0  # steps below are applied
+    for place, entry in enumerate(journal.entries):
+        if isinstance(entry, Edit):
+            state, done = State(journal, base), 0
         if isinstance(entry, Digest):
-            state.apply(waiting)
-            waiting.clear()
-            found = state.digest()
+            before = replace(journal, entries=journal.entries[:place])
+            state.apply([step for step in before.effective() if step.place >= done])
+            done, found = entry.number, state.digest()
             same = found == entry.sha256
             require(same, "digest-mismatch", f"steps below {entry.number} give {found}")
     result = State(journal, base)
