@@ -2,13 +2,14 @@
 
 import itertools
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ternarize.calibrate.samples import Sample
@@ -21,12 +22,13 @@ from ternarize.runtime.load import load
 from ternarize.sources.packed import open_packed
 from ternarize.steps.base import base_digest, opened_state, parts_of_base
 from ternarize.steps.journal import Appender, Header, parse_journal
+from ternarize.train.loop import Objective
 from ternarize.train.moved import Moved, Place
-from ternarize.train.objectives import held_loss, objective
+from ternarize.train.objectives import held_loss, labels_of, objective
 from ternarize.train.ranks import Ranks
 from ternarize.train.sources import Data, data_of
 from ternarize.train.students import Pair, fast_dtype, heads_of, open_model, teacher_folder, widen
-from ternarize.train.texts import tokens_in
+from ternarize.train.texts import IGNORED, batch_of, tokens_in
 from ternarize.train.votes import Heard, Votes, first_attempt, train_votes
 
 SEED = 0  # of the perturbations, when none is asked for
@@ -77,12 +79,12 @@ def train_journal(
     packed, records = open_packed(base)
     header = Header(seed, base=base_digest(records))
     data = data_of(packed.directory, training)
-    pair = _pair(packed.directory, training, device)
+    pair = _pair(packed.directory, training, device, plain=votes.probe == "jvp")
     state = opened_state(header, packed, records)
     moved = Moved(pair.student, _places(packed, records, pair.student), state)
-    if votes.probe == "jvp":
-        pair.heads = None  # tangents go through plain operations alone
     of_samples = objective(pair, data.common, data.first, training.seed, data.pad, 1.0)
+    if votes.probe == "jvp":
+        of_samples = _plain(pair, data)
 
     def loss(module: nn.Module, samples: list[Sample]) -> Tensor:
         return of_samples(samples)[0]
@@ -104,7 +106,7 @@ def train_journal(
             loss,
             _sequence(_batches(data, training, first_attempt(begun), ranks)),
             begun,
-            appender.append if appender else lambda _: None,
+            appender.append if appender else lambda *_: None,
             votes,
             training.steps,
             ranks=ranks,
@@ -125,10 +127,14 @@ def _sequence(pairs: Iterator[Any]) -> Callable[[int], Any]:
     return lambda _: next(pairs)
 
 
-def _pair(directory: Path, training: Train, device: str) -> _Remembering:
-    """The packed model, dense, and what it learns from."""
+def _pair(directory: Path, training: Train, device: str, *, plain: bool) -> _Remembering:
+    """The packed model, dense, and what it learns from.
+
+    plain  in operations that know tangents, which fast attention does not
+    """
     dtype = fast_dtype(device)
-    student = load(directory, device=device, dtype=torch.float32, dequantize=True)
+    how = {"attn_implementation": "eager"} if plain else {}
+    student = load(directory, device=device, dtype=torch.float32, dequantize=True, **how)
     teacher = None
     if training.objective == "distill":
         if training.teacher is None:
@@ -145,6 +151,24 @@ def _pair(directory: Path, training: Train, device: str) -> _Remembering:
     if kind == CAUSAL:
         pair.heads = heads_of(pair)
     return pair
+
+
+def _plain(pair: Pair, data: Data) -> Objective:
+    """The loss of samples in operations that know tangents, over all words."""
+
+    def loss(samples: Sequence[Sample]) -> tuple[Tensor, dict[str, float]]:
+        batch = batch_of(samples, data.pad)
+        labels = labels_of(batch, data.first)
+        inputs = {n: v for n, v in batch.items() if n != "labels"}
+        used = labels != IGNORED
+        log_q = pair.student(**inputs).logits[:, :-1][used].log_softmax(-1)
+        if pair.teacher is None:
+            return F.nll_loss(log_q, labels[used]), {}
+        with torch.no_grad():
+            log_p = pair.teacher(**inputs).logits[:, :-1][used].float().log_softmax(-1)
+        return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True), {}
+
+    return loss
 
 
 def _places(packed: Any, records: Mapping[str, Any], model: Any) -> list[Place]:

@@ -74,7 +74,7 @@ def _by_words(
     """The loss from hidden states, piece by piece."""
     assert pair.heads is not None
     batch = _moved(batch_of(samples, pad), pair)
-    labels = _labels(batch, first)
+    labels = labels_of(batch, first)
     used = labels != IGNORED
     hidden = pair.hidden(pair.student, batch)[:, :-1][used]
     heads: tuple[Head, Head] = (pair.heads[0].of(words), pair.heads[1].of(words))
@@ -87,7 +87,7 @@ def _by_words(
     return loss, {"top-1": float(same)}
 
 
-def _labels(batch: dict[str, Tensor], first: int) -> Tensor:
+def labels_of(batch: dict[str, Tensor], first: int) -> Tensor:
     """The next token of every position but the last, (batch, length - 1); IGNORED: not to learn."""
     labels = batch["labels"] if "labels" in batch else batch["input_ids"]
     if "attention_mask" in batch:

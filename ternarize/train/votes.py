@@ -24,7 +24,6 @@ from ternarize.errors import UsageError
 from ternarize.steps.coding import set_width
 from ternarize.steps.generator import MOST_BITS, TRITS
 from ternarize.steps.journal import (
-    Entry,
     Journal,
     Mark,
     Note,
@@ -95,7 +94,7 @@ def train_votes(
     loss: Loss,
     batches: Batches,
     journal: Journal,
-    append: Callable[[Entry], None],
+    append: Callable[..., None],
     votes: Votes,
     attempts: int,
     *,
@@ -119,9 +118,9 @@ def train_votes(
         if step is not None:
             moved.state.apply([step])
             moved.write()
-            append(step)
             taken += 1
-        append(Note({"attempt": number, "loss": round(value, 6)}))
+        note = Note({"attempt": number, "loss": round(value, 6)})
+        append(*([step] if step else []), note)
         if (number + 1) % MARK_EVERY == 0 or number + 1 == attempts:
             digest = moved.state.digest()
             ranks.check_same(number, digest)

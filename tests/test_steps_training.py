@@ -1,0 +1,433 @@
+"""Training by votes: a journal says what was trained, however it was found or broken off."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_train_run import source_of, text_of
+from torch import Tensor, nn
+
+from ternarize.convert.run import convert
+from ternarize.errors import FormatError, OutputError, UsageError
+from ternarize.plans.recipe import Recipe, Train
+from ternarize.runtime.load import load
+from ternarize.steps.base import opened_state
+from ternarize.steps.checkpoint import replay
+from ternarize.steps.generator import SCALES, TRITS
+from ternarize.steps.journal import Appender, Header, Mark, read_journal
+from ternarize.steps.operations import check_digests, edit
+from ternarize.steps.replay import State
+from ternarize.train.journals import train_journal
+from ternarize.train.moved import Moved, Place
+from ternarize.train.probes import by_forwards, by_jvp, gradient, sums_along
+from ternarize.train.ranks import Ranks
+from ternarize.train.votes import Votes, best_step, candidates, first_attempt, train_votes
+
+SHAPES = (("first.weight", (24, 16), -1), ("second.weight", (3, 24), 8))
+HEADER = Header(0x123456789ABCDEF0, 1 << 30, SHAPES)
+VOTES = Votes("trits", 32, (3, 5), (0.5, 0.1), thrift=0.0)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 24, bias=False)
+        self.second = nn.Linear(24, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.layer_norm(self.first(x), (24,)).relu()
+        logits: Tensor = self.second(hidden) / 4
+        return logits
+
+
+def loss(module: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(module(batch[0]), batch[1])
+
+
+def value_of(moved: Moved, batch: Any) -> float:
+    with torch.no_grad():
+        return float(loss(moved.module, batch))
+
+
+def batch_of(number: int, size: int = 128) -> tuple[Tensor, Tensor]:
+    """Points of three clouds that no plane divides."""
+    generator = torch.Generator().manual_seed(number)
+    x = torch.randn(size, 16, generator=generator)
+    return x, (x[:, 0] * x[:, 1] > 0).long() + (x[:, 2] > 0.5).long()
+
+
+def batches(number: int) -> tuple[Any, Any]:
+    return batch_of(2 * number), batch_of(2 * number + 1)
+
+
+def started(header: Header = HEADER) -> Moved:
+    state = opened_state(header, None, {})
+    places = [Place(part, part.name, torch.ones(part.scales_shape)) for part in state.parts]
+    return Moved(Net(), places, state)
+
+
+def trained(path: Path, attempts: int, votes: Votes = VOTES, moved: Moved | None = None) -> Moved:
+    moved = started() if moved is None else moved
+    with Appender(path, HEADER) as appender:
+        train_votes(moved, loss, batches, appender.journal, appender.append, votes, attempts)
+    return moved
+
+
+def values_of(state: State) -> dict[str, Tensor]:
+    return {**state.trits, **{f"{n} e": v for n, v in state.exponents.items()}}
+
+
+def assert_same_values(state: State, other: State) -> None:
+    for name, value in values_of(state).items():
+        assert torch.equal(value, values_of(other)[name]), name
+
+
+# --- from a seed ---
+
+
+@pytest.mark.parametrize("target", ["trits", "scales"])
+def test_a_module_learns_and_its_journal_is_the_whole_model(tmp_path: Path, target: str) -> None:
+    votes = Votes(target, 32, (1, 3), (0.5, 0.1), (2, 6))
+    moved = trained(tmp_path / "a.steps", 30, votes)
+    before, held = started(), batch_of(10_001, 1024)
+    assert value_of(moved, held) < value_of(before, held) - (0.2 if target == "trits" else 0)
+    journal = read_journal(tmp_path / "a.steps")
+    assert {step.target for step in journal.steps} == {TRITS if target == "trits" else SCALES}
+    again = opened_state(journal.header, None, {})
+    again.apply(journal.steps)
+    assert_same_values(again, moved.state)
+    assert check_digests(journal, None, {}) == 1
+
+
+def test_parameters_are_what_the_values_say() -> None:
+    moved = started()
+    moved.state.exponents["second.weight"].fill_(-32)
+    moved.write()
+    trits = moved.state.trits
+    assert torch.equal(moved.module.get_parameter("first.weight"), trits["first.weight"].float())
+    half = trits["second.weight"].float() / 2
+    assert torch.equal(moved.module.get_parameter("second.weight"), half)
+
+
+# --- probes ---
+
+
+@pytest.mark.parametrize("target", [TRITS, SCALES])
+@pytest.mark.parametrize("native", [True, False])
+def test_tangents_and_one_gradient_say_the_same_of_every_perturbation(
+    target: int, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native:
+        monkeypatch.setattr("ternarize.train.probes.lib", None)
+    moved, batch = started(), batch_of(1)
+    slopes = moved.slopes(target, gradient(moved, loss, batch)[1])
+    one = sums_along(moved, slopes, target, 7, 2, 20)
+    other = by_jvp(moved, loss, batch, target, 7, 2, 20)
+    assert one.abs().max() > 1e-3
+    assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_forwards_say_nearly_the_same_of_small_moves() -> None:
+    moved, batch = started(), batch_of(1, 4096)
+    slopes = moved.slopes(SCALES, gradient(moved, loss, batch)[1])
+    one = sums_along(moved, slopes, SCALES, 7, 1, 12)
+    other = by_forwards(moved, loss, batch, SCALES, 7, 1, 1, 12)
+    assert torch.allclose(one, other, atol=0.05 * float(one.abs().max()))
+
+
+def test_what_is_at_its_limit_counts_for_nothing_in_that_direction() -> None:
+    moved = started()
+    for trits in moved.state.trits.values():
+        trits.fill_(1)
+    slopes = {part.name: torch.ones(torch.Size(part.shape).numel()) for part in moved.state.parts}
+    found = sums_along(moved, slopes, TRITS, 0, 1, 50)
+    assert bool((found <= 0).all()) and bool((found.sum(1) < -100).all())
+    assert torch.allclose(found.sum(1), found.sum(1)[:1], atol=40)
+
+
+@pytest.mark.parametrize("probe", ["jvp", "forwards"])
+def test_no_backward_is_needed_anywhere(
+    probe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise AssertionError("a backward")
+
+    monkeypatch.setattr(Tensor, "backward", forbidden)
+    monkeypatch.setattr(torch.autograd, "backward", forbidden)
+    monkeypatch.setattr(torch.autograd, "grad", forbidden)
+    votes = Votes("trits", 16, (3,), (0.5, 0.1), probe=probe)
+    moved = trained(tmp_path / "a.steps", 8, votes)
+    held = batch_of(10_001, 1024)
+    assert value_of(moved, held) < value_of(started(), held)
+
+
+# --- what is taken ---
+
+
+def test_a_step_is_taken_only_if_it_lowers_the_loss_of_the_other_batch(tmp_path: Path) -> None:
+    moved, seen = started(), list[tuple[float, float, bool]]()
+    with Appender(tmp_path / "a.steps", HEADER) as appender:
+        for number in range(12):
+            probed, deciding = batches(number)
+            before = value_of(moved, deciding)
+            step, after = best_step(moved, loss, probed, deciding, VOTES, number, Ranks())
+            if step is not None:
+                moved.state.apply([step])
+                moved.write()
+                appender.append(step)
+            assert value_of(moved, deciding) == pytest.approx(after, abs=1e-6)
+            seen.append((before, after, step is not None))
+    assert all(after < before if taken else after == before for before, after, taken in seen)
+
+
+def test_trying_leaves_the_values_as_they_were() -> None:
+    moved = started()
+    best_step(moved, loss, *batches(0), VOTES, 0, Ranks())
+    assert_same_values(moved.state, started().state)
+    for name, parameter in started().module.named_parameters():
+        assert torch.equal(moved.module.get_parameter(name), parameter), name
+
+
+def test_thrift_takes_steps_of_fewer_perturbations() -> None:
+    counts = {}
+    for thrift in (0.0, 1.0):
+        votes = Votes("trits", 64, (3,), (1.0, 0.5, 0.1, 0.02), thrift=thrift)
+        steps = [best_step(started(), loss, *batches(n), votes, n, Ranks())[0] for n in range(6)]
+        counts[thrift] = sum(len(step.chosen) for step in steps if step is not None)
+    assert 0 < counts[1.0] < counts[0.0]
+
+
+def test_candidates_go_downhill_on_the_batch_that_is_probed() -> None:
+    moved, batch = started(), batch_of(0, 2048)
+    slopes = moved.slopes(TRITS, gradient(moved, loss, batch)[1])
+    for step in candidates(moved, loss, batch, VOTES, 4, Ranks()):
+        changes = sums_along(moved, slopes, TRITS, 4, step.bits, step.k)
+        for chosen, sign in zip(step.chosen, step.signs, strict=True):
+            assert changes[chosen, 0 if sign > 0 else 1] < 0
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"target": "weights"},
+        {"k": 0},
+        {"bits": (31,)},
+        {"bits": ()},
+        {"shares": (1.5,)},
+        {"amounts": (0,)},
+        {"probe": "guess"},
+        {"thrift": 2.0},
+        {"exchange": "letters"},
+    ],
+    ids=str,
+)
+def test_values_that_nobody_can_mean_are_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(given))):
+        Votes(**given)
+
+
+# --- broken off ---
+
+
+def test_a_training_killed_after_any_record_goes_on_to_the_same_steps(tmp_path: Path) -> None:
+    trained(tmp_path / "whole.steps", 12)
+    whole = (tmp_path / "whole.steps").read_bytes()
+    journal = read_journal(tmp_path / "whole.steps")
+    tries = 0
+    for cut in range(journal.size - 1, 0, -37):
+        path = tmp_path / "cut.steps"
+        path.write_bytes(whole[:cut])
+        try:
+            begun = read_journal(path)
+        except FormatError:
+            continue  # within the header, which is there whole or not at all
+        moved = started()
+        moved.state.apply(begun.effective())
+        moved.write()
+        trained(path, 12, moved=moved)
+        assert read_journal(path).steps == journal.steps, cut
+        tries += 1
+    assert tries > 10
+
+
+def test_a_training_goes_on_from_what_edits_have_left(tmp_path: Path) -> None:
+    path = tmp_path / "a.steps"
+    trained(path, 10)
+    edit(path, "mask", 2, 4)
+    begun, moved = read_journal(path), started()
+    moved.state.apply(begun.effective())
+    moved.write()
+    trained(path, first_attempt(begun) + 5, moved=moved)
+    found = read_journal(path)
+    again = opened_state(found.header, None, {})
+    again.apply(found.effective())
+    assert_same_values(again, moved.state)
+    assert check_digests(found, None, {}) == 2
+    assert [mark.number for mark in found.entries if isinstance(mark, Mark)] == [10, 15]
+
+
+def test_a_journal_of_another_seed_or_writer_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.steps"
+    trained(path, 3)
+    before = path.read_bytes()
+    with pytest.raises(OutputError, match="another seed or start"):
+        Appender(path, Header(1, 1 << 30, SHAPES))
+    with Appender(path, HEADER), pytest.raises(OutputError, match="another process is writing"):
+        Appender(path, HEADER)
+    assert path.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["a.steps"]
+
+
+# --- several processes ---
+
+WORKER = """
+import json, os, sys
+sys.path.insert(0, {tests!r})
+import torch
+import torch.distributed as dist
+from pathlib import Path
+from test_steps_training import HEADER, batch_of, loss, started
+from ternarize.steps.journal import Appender, parse_journal, read_journal
+from ternarize.train.ranks import Ranks, ranks_of_launcher
+from ternarize.train.votes import Votes, first_attempt, train_votes
+
+torch.set_num_threads(1)
+path, attempts, exchange, die = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+votes = Votes("trits", 64, (3, 5), (0.5, 0.1), thrift=0.0, exchange=exchange)
+with ranks_of_launcher():
+    ranks = Ranks(exchange)
+
+    def batches(number):
+        if ranks.rank == 1 and number == die:
+            os._exit(9)
+        at = 2 * (number * ranks.count + ranks.rank)
+        return batch_of(at, 64), batch_of(at + 1, 64)
+
+    appender = None if ranks.rank else Appender(path, HEADER)
+    begun = parse_journal(ranks.firsts(path.read_bytes() if appender else b""))
+    moved = started()
+    moved.state.apply(begun.steps)
+    moved.write()
+    try:
+        train_votes(moved, loss, batches, begun, appender.append if appender else lambda *_: None,
+                    votes, attempts, ranks=ranks)
+    finally:
+        if appender:
+            appender.__exit__()
+    told = dict(digest=moved.state.digest(), sent=ranks.sent)
+    Path(f"{{path}}.{{ranks.rank}}").write_text(json.dumps(told))
+"""
+
+
+def launch(tmp_path: Path, path: Path, attempts: int, exchange: str, die: int = -1) -> list[int]:
+    """Two processes that write one journal; their exit codes."""
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.format(tests=str(Path(__file__).parent)))
+    port = str(20_000 + os.getpid() % 20_000)
+    processes = []
+    for rank in range(2):
+        place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(script), str(path), str(attempts), exchange, str(die)]
+        with (tmp_path / f"log{rank}").open("w") as log:
+            processes.append(
+                subprocess.Popen(command, env={**os.environ, **place}, stdout=log, stderr=log)
+            )
+    return [process.wait(timeout=120) for process in processes]
+
+
+def test_two_processes_write_one_journal_of_both_their_data(tmp_path: Path) -> None:
+    path = tmp_path / "a.steps"
+    assert launch(tmp_path, path, 10, "votes", die=6) != [0, 0]
+    assert "is gone" in (tmp_path / "log0").read_text()
+    assert 0 < len(read_journal(path).steps) <= 6, "what was written before stays"
+    assert launch(tmp_path, path, 12, "alignments") == [0, 0], (tmp_path / "log0").read_text()
+    told = [json.loads(Path(f"{path}.{rank}").read_text()) for rank in range(2)]
+    assert told[0]["digest"] == told[1]["digest"] and told[1]["sent"] > 0
+    journal = read_journal(path)
+    state = opened_state(HEADER, None, {})
+    state.apply(journal.steps)
+    assert state.digest() == told[0]["digest"]
+    held, moved = batch_of(10_001, 1024), started()
+    before = value_of(moved, held)
+    moved.state.apply(journal.steps)
+    moved.write()
+    assert value_of(moved, held) < before
+
+
+def test_votes_are_whole_numbers_and_means_are_of_all() -> None:
+    alone = Ranks()
+    changes = torch.tensor([[1.0, -1.0], [-0.5, 0.25]], dtype=torch.float64)
+    assert torch.equal(alone.agreed(changes), changes) and alone.mean(2.5) == 2.5
+    assert alone.firsts(b"abc") == b"abc" and alone.sent == 0
+
+
+# --- language models ---
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A source, what it is packed to, and a text."""
+    folder = tmp_path_factory.mktemp("llama")
+    source = source_of("llama", folder / "source")
+    recipe = Recipe("itf", 32, scale_bits=8, head="ternary")
+    convert(source, folder / "packed", recipe)
+    return source, folder / "packed", text_of(folder / "text.txt")
+
+
+def training_of(source: Path, text: Path, attempts: int, **more: Any) -> Train:
+    given: dict[str, Any] = {"texts": (str(text),), "teacher": str(source), "steps": attempts}
+    given |= more
+    return Train(batch=256, train_len=16, **given)
+
+
+@pytest.mark.parametrize("target", ["scales", "trits"])
+def test_a_packed_model_is_trained_and_replayed_to_what_was_measured(
+    target: str, llama: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    source, packed, text = llama
+    journal, votes = tmp_path / "a.steps", Votes(target, 64, (4, 8), (0.5, 0.1, 0.02), (4,))
+    first = train_journal(packed, journal, training_of(source, text, 6), votes)
+    again = train_journal(packed, journal, training_of(source, text, 12), votes)
+    assert again["loss_before"] == pytest.approx(first["loss"], abs=1e-6)
+    assert again["steps"] > 0 and again["loss"] != first["loss_before"]
+    whole = tmp_path / "whole.steps"
+    train_journal(packed, whole, training_of(source, text, 12), votes)
+    assert read_journal(whole).steps == read_journal(journal).steps
+    replay(journal, packed, tmp_path / "replayed")
+    other = train_journal(
+        tmp_path / "replayed", tmp_path / "b.steps", training_of(source, text, 1), votes
+    )
+    assert other["loss_before"] == pytest.approx(again["loss"], abs=1e-5)
+    model, direct = load(tmp_path / "replayed"), load(packed, steps=journal)
+    for name, value in model.state_dict().items():
+        assert torch.equal(direct.state_dict()[name], value), name
+
+
+def test_a_text_itself_can_be_learnt_and_without_backward(
+    llama: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    _, packed, text = llama
+    for probe in ("jvp", "forwards"):
+        votes = Votes("scales", 4, (4,), (0.5,), (8,), probe=probe)
+        training = Train(texts=(str(text),), objective="text", steps=2, batch=64, train_len=16)
+        told = train_journal(packed, tmp_path / f"{probe}.steps", training, votes)
+        assert told["attempts"] == 2 and told["loss"] <= told["loss_before"] + 0.05
+
+
+def test_what_cannot_be_trained_is_refused(llama: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    source, packed, text = llama
+    votes, journal = Votes("scales", 4, (4,)), tmp_path / "a.steps"
+    with pytest.raises(UsageError, match="Name the source with --teacher"):
+        train_journal(packed, journal, training_of(source, text, 1, teacher=None), votes)
+    source_of("mixtral", tmp_path / "experts")
+    convert(tmp_path / "experts", tmp_path / "moe", Recipe("itf", 32))
+    training = training_of(tmp_path / "experts", text, 1)
+    with pytest.raises(UsageError, match="fused with others"):
+        train_journal(tmp_path / "moe", journal, training, votes)
+    assert not journal.exists()
