@@ -1,6 +1,7 @@
 """A journal replayed on its base: a packed checkpoint again, or rows of a tensor."""
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -179,8 +180,9 @@ def _write_packed(
     upto: int | None,
 ) -> dict[str, Any]:
     """The base's files, with the tensors that steps have moved."""
+    top = os.fspath(packed.directory)  # weights of the same name below are those of modules
     shutil.copytree(
-        packed.directory, output, ignore=lambda _, names: {*packed.files, SUMS} & {*names}
+        top, output, ignore=lambda at, names: {*packed.files, SUMS} & {*names} if at == top else ()
     )
     moved = replayed(packed, records, journal.header, journal.effective(upto))
     after: dict[str, tuple[Tensor, Tensor]] = {}  # those of one file

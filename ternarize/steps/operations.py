@@ -11,7 +11,6 @@ from ternarize.files.outputs import write_whole
 from ternarize.steps.base import check_base, opened_state
 from ternarize.steps.journal import (
     EDITS,
-    LARGEST,
     Appender,
     Edit,
     Entry,
@@ -25,7 +24,7 @@ from ternarize.steps.journal import (
     read_journal,
 )
 
-_IN_BLOCK = 4096  # steps
+_IN_BLOCK = 1024  # steps: those of the most perturbations are below the longest record, too
 
 
 def edit(path: str | Path, operation: str, first: int, last: int) -> list[int]:
@@ -44,7 +43,8 @@ def edit(path: str | Path, operation: str, first: int, last: int) -> list[int]:
         there = f"steps from {steps[0].number} to {steps[-1].number}" if steps else "no steps"
         raise UsageError(path, f"has no step from {first} to {last}, but {there}", "some of them")
     with Appender(path, journal.header) as appender:
-        appender.append(Edit(operation, first, min(last, LARGEST)))
+        # none of later steps, which an edit that goes beyond the last one would concern
+        appender.append(Edit(operation, numbers[0], numbers[-1]))
     return numbers
 
 
@@ -54,18 +54,21 @@ def fork(path: str | Path, new: str | Path, upto: int | None = None) -> Journal:
     Both go on with numbers of their own, and draw the same perturbations for the same number.
     """
     journal = read_journal(path)
-    kept = [e for e in journal.entries if _is_below(e, upto)]
+    kept = [below for e in journal.entries if (below := _below(e, upto)) is not None]
     return _write(new, journal, [entry_bytes(e) for e in kept])
 
 
-def _is_below(entry: Entry, upto: int | None) -> bool:
+def _below(entry: Entry, upto: int | None) -> Entry | None:
+    """What an entry says of the steps below a number, if anything."""
     if isinstance(entry, Note):
-        return False
+        return None
     if upto is None:
-        return True
+        return entry
     if isinstance(entry, Mark):
-        return entry.number <= upto
-    return (entry.first if isinstance(entry, Edit) else entry.number) < upto
+        return entry if entry.number <= upto else None
+    if isinstance(entry, Edit):
+        return replace(entry, last=min(entry.last, upto - 1)) if entry.first < upto else None
+    return entry if entry.number < upto else None
 
 
 def compact(path: str | Path, new: str | Path) -> Journal:
