@@ -17,13 +17,15 @@ from ternarize.convert.run import convert
 from ternarize.errors import FormatError, OutputError, UsageError
 from ternarize.plans.recipe import Recipe, Train
 from ternarize.runtime.load import load
+from ternarize.sources.packed import open_packed
 from ternarize.steps.base import opened_state
 from ternarize.steps.checkpoint import replay
 from ternarize.steps.generator import SCALES, TRITS
-from ternarize.steps.journal import Appender, Header, Mark, read_journal
-from ternarize.steps.operations import check_digests, edit
+from ternarize.steps.journal import FIRST, Appender, Header, Mark, block_bytes, read_journal
+from ternarize.steps.operations import check_digests, compact, edit
 from ternarize.steps.replay import State
-from ternarize.train.journals import train_journal
+from ternarize.train.coded import Wanted, coded_steps
+from ternarize.train.journals import code_journal, train_journal
 from ternarize.train.moved import Moved, Place
 from ternarize.train.probes import by_forwards, by_jvp, gradient, sums_along
 from ternarize.train.ranks import Ranks
@@ -407,6 +409,46 @@ def test_a_packed_model_is_trained_and_replayed_to_what_was_measured(
     model, direct = load(tmp_path / "replayed"), load(packed, steps=journal)
     for name, value in model.state_dict().items():
         assert torch.equal(direct.state_dict()[name], value), name
+
+
+def test_scales_that_gradients_have_found_are_written_as_steps(
+    llama: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    source, packed, text = llama
+    journal, training = tmp_path / "a.steps", training_of(source, text, 8)
+    told = code_journal(packed, journal, training, 700, k=64)
+    assert told["loss_wanted"] < told["loss_before"] and told["loss"] < told["loss_before"]
+    assert compact(journal, tmp_path / "small.steps").size <= 700
+    assert told["steps"] == len(read_journal(journal).steps) > 5
+    records = open_packed(packed)
+    assert check_digests(read_journal(journal), *records) == 1
+    whole = journal.read_bytes()
+    journal.write_bytes(whole[: len(whole) // 2])
+    again = code_journal(packed, journal, training, 700, k=64)
+    assert again["loss_wanted"] == pytest.approx(told["loss_wanted"], abs=1e-5)
+    assert again["loss"] == pytest.approx(told["loss"], abs=0.02 * told["loss_before"])
+    more = code_journal(packed, journal, training, 1400, k=64)
+    assert more["steps"] > again["steps"] and more["loss_before"] == pytest.approx(again["loss"])
+
+
+def test_steps_go_where_they_are_wanted_for_few_bits() -> None:
+    torch.manual_seed(0)
+    state = started().state
+    names = {part.name: state.values(part, SCALES).numel() for part in state.parts}
+    values = {name: 8 * torch.randn(count) for name, count in names.items()}
+    wanted = Wanted(values, {name: torch.rand(count) for name, count in names.items()})
+    before = wanted.distance(state, SCALES)
+    distances = {}
+    for bits in (100, 300, 900):
+        state = started().state
+        steps = list(coded_steps(state, wanted, FIRST, 64, bits))
+        assert 8 * (len(block_bytes(steps)) - 13) < bits + 8
+        distances[bits] = wanted.distance(state, SCALES)
+        again = started().state
+        again.apply(steps)
+        assert_same_values(again, state)
+    assert before > distances[100] > distances[300] > distances[900]
+    assert distances[900] < 0.1 * before
 
 
 def test_a_text_itself_can_be_learnt_and_without_backward(

@@ -28,15 +28,30 @@ def steps_train(
     texts: Annotated[
         list[str], typer.Option(help="Train on texts, each FILE or FILE=WEIGHT for a mixture.")
     ],
-    attempts: Annotated[int, "Steps to try, those of earlier runs included."] = 100,
-    target: Annotated[str, "What steps move.", OneOf(("scales", "trits"))] = "scales",
+    by: Annotated[
+        str,
+        "gradient: scales are trained by gradients, and steps go where they came to; votes: each "
+        "step is probed and tried.",
+        OneOf(("gradient", "votes")),
+    ] = "gradient",
+    attempts: Annotated[
+        int, "Steps of the gradient; or of votes that are tried, those of earlier runs included."
+    ] = 100,
+    nbytes: Annotated[
+        int, typer.Option("--bytes", help="Of a compact journal, that gradients may take.")
+    ] = 2500,
+    target: Annotated[
+        str, "What steps move; trits by votes alone.", OneOf(("scales", "trits"))
+    ] = "scales",
     objective: Annotated[
         str,
         "distill: towards what the teacher says of every next word; text: towards the texts.",
         OneOf(("distill", "text")),
     ] = "distill",
     teacher: Annotated[str | None, "Model to learn from, with the same words."] = None,
-    perturbations: Annotated[int, "Random directions that a step draws."] = 256,
+    perturbations: Annotated[
+        int | None, "Random directions that a step draws; default: 4096 by gradient, 256 by votes."
+    ] = None,
     bits: Annotated[
         list[int] | None,
         typer.Option(help="One non-zero in 2^BITS values, each tried; default: by the target."),
@@ -63,15 +78,16 @@ def steps_train(
 ) -> None:
     """Train a packed model by random directions, keeping the steps instead of the weights.
 
-    A step draws directions from the seed, follows those along which the loss falls, and is kept if
-    it lowers the loss of another batch. Interrupted, the same command goes on; with a larger number
-    of attempts it goes on, too.
+    By gradient, real scales are trained first, and each step takes the directions that bring the
+    stored ones nearest to them for its bits. By votes, a step follows directions along which the
+    loss falls, and is kept if it lowers the loss of another batch. Interrupted, the same command
+    goes on; with more attempts or bytes it goes on, too.
 
     Example: ternarize steps train packed my.steps --texts text.txt --teacher examples/tiny-llama
     --attempts 2
     """
     from ternarize.plans.recipe import Train
-    from ternarize.train.votes import DENSITIES, Votes
+    from ternarize.train.votes import DENSITIES, VOTED, Votes
 
     training = Train(
         texts=tuple(texts),
@@ -85,17 +101,48 @@ def steps_train(
     )
     votes = Votes(
         target,
-        perturbations,
+        perturbations or VOTED,
         tuple(bits) if bits else DENSITIES[target],
         thrift=thrift,
         probe=probe,
         exchange=exchange,
     )
-    result = _trained(base, journal, training, votes, seed, device, quiet)
+    if by == "gradient":
+        if target != "scales":
+            raise UsageError("--target", "trits, by gradient", "scales", "Use --by votes")
+        result = _coded(base, journal, training, nbytes, perturbations, seed, device, quiet)
+    else:
+        result = _trained(base, journal, training, votes, seed, device, quiet)
     if as_json:
         print_json({"journal": str(journal), **result})
     elif "bytes" in result:
         _tell_trained(result)
+
+
+def _coded(
+    base: str,
+    journal: Path,
+    training: Any,
+    nbytes: int,
+    perturbations: int | None,
+    seed: int,
+    device: str | None,
+    quiet: bool,
+) -> dict[str, Any]:
+    """Train by gradients and write steps, and show how far it is."""
+    from ternarize.train.journals import DIRECTIONS, code_journal
+
+    with progress_bar(quiet) as update:
+
+        def heard(number: int, loss: float, _: Any) -> None:
+            if update is not None:
+                update(number + 1, training.steps, f"loss {loss:.4f}", "training")
+
+        k = perturbations or DIRECTIONS
+        place = device or "cpu"
+        return code_journal(
+            base, journal, training, nbytes, k=k, seed=seed, device=place, heard=heard
+        )
 
 
 def _trained(

@@ -22,6 +22,11 @@ class Bits:
     def __init__(self) -> None:
         self._whole, self._open, self._pending = bytearray(), 0, 0
 
+    @property
+    def count(self) -> int:
+        """Bits that were written."""
+        return 8 * len(self._whole) + self._open
+
     def put(self, value: int, width: int) -> None:
         self._pending, count = self._pending << width | value, self._open + width
         whole, self._open = divmod(count, 8)

@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from ternarize.errors import FormatError, OutputError, damaged
 from ternarize.files.json_files import readable, strict_json
 from ternarize.files.outputs import cannot_make, write_whole
-from ternarize.steps.coding import BitReader, Bits, put_choice, take_choice
+from ternarize.steps.coding import BitReader, Bits, put_choice, set_width, take_choice
 from ternarize.steps.generator import MOST_BITS, SCALES, TRITS
 from ternarize.threads import signals_held
 
@@ -219,26 +219,38 @@ def entry_bytes(entry: Entry) -> bytes:
 
 
 def block_bytes(steps: Sequence[Step]) -> bytes:
-    """One record with many steps of the journal's own, in fewer bytes; see `compacted`."""
+    """One record with many steps of the journal's own, in fewer bytes."""
     bits = Bits()
-    before = _FIRST
+    before = FIRST
     for step in steps:
-        bits.put_gamma(step.number - before.number)
-        same = (step.target, step.amount, step.k) == (before.target, before.amount, before.k)
-        bits.put(int(not same), 1)
-        if not same:
-            for value, width in ((step.target, 8), (step.amount, 8), (step.k, 16)):
-                bits.put(value, width)
-        up = step.bits - before.bits
-        bits.put_gamma(2 * up if up > 0 else 1 - 2 * up)
-        bits.put_gamma(len(step.chosen))
+        put_fields(bits, step, before)
         put_choice(bits, step.k, step.chosen, step.signs)
         before = step
     return _record(_BLOCK, struct.pack("<I", len(steps)) + bits.bytes())
 
 
+def put_fields(bits: Bits, step: Step, before: Step) -> None:
+    """What a block says of a step in front of its choice, given the step before."""
+    bits.put_gamma(step.number - before.number)
+    same = (step.target, step.amount, step.k) == (before.target, before.amount, before.k)
+    bits.put(int(not same), 1)
+    if not same:
+        for value, width in ((step.target, 8), (step.amount, 8), (step.k, 16)):
+            bits.put(value, width)
+    up = step.bits - before.bits
+    bits.put_gamma(2 * up if up > 0 else 1 - 2 * up)
+    bits.put_gamma(len(step.chosen))
+
+
+def bits_in_block(step: Step, before: Step) -> int:
+    """What a step takes in a block, given the step before."""
+    fields = Bits()
+    put_fields(fields, step, before)
+    return fields.count + set_width(step.k, len(step.chosen)) + len(step.chosen)
+
+
 # what the first step of a block is compared with
-_FIRST = Step(-1, TRITS, 10, 1, 128, (), ())
+FIRST = Step(-1, TRITS, 10, 1, 128, (), ())
 
 
 def _record(kind: int, payload: bytes) -> bytes:
@@ -483,7 +495,7 @@ def _parse_step(payload: bytes) -> Step:
 
 def _parse_block(payload: bytes) -> Iterator[Step]:
     (count,) = struct.unpack_from("<I", payload)
-    reader, step = BitReader(payload[4:]), _FIRST
+    reader, step = BitReader(payload[4:]), FIRST
     for _ in range(count):
         number = step.number + reader.take_gamma()
         target, amount, k = step.target, step.amount, step.k

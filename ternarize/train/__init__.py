@@ -19,5 +19,6 @@ conversion writes.
     probes.py      how the loss changes along perturbations, with and without backward
     ranks.py       what several processes that write one journal tell each other
     votes.py       steps of a journal, found by probing and trying
+    coded.py       exponents trained by gradients, and steps that go there
     journals.py    a packed model trained by a journal of steps
 """

@@ -21,7 +21,19 @@ from ternarize.plans.recipe import Train
 from ternarize.runtime.load import load
 from ternarize.sources.packed import open_packed
 from ternarize.steps.base import base_digest, opened_state, parts_of_base
-from ternarize.steps.journal import Appender, Header, parse_journal
+from ternarize.steps.journal import (
+    FIRST,
+    Appender,
+    Header,
+    Journal,
+    Mark,
+    Note,
+    Step,
+    bits_in_block,
+    header_bytes,
+    parse_journal,
+)
+from ternarize.train.coded import coded_steps, trained_exponents
 from ternarize.train.loop import Objective
 from ternarize.train.moved import Moved, Place
 from ternarize.train.objectives import held_loss, labels_of, objective
@@ -32,6 +44,9 @@ from ternarize.train.texts import IGNORED, batch_of, tokens_in
 from ternarize.train.votes import Heard, Votes, first_attempt, train_votes
 
 SEED = 0  # of the perturbations, when none is asked for
+DIRECTIONS = 4096  # that a step draws towards what gradients want
+RATE = 1.0  # of exponents, in 1/32 of an octave
+_ROOM = 60  # bytes of a compact journal beside header and steps: a block's frame, a digest
 _REMEMBERED = 64  # outputs of the teacher
 
 
@@ -75,36 +90,20 @@ def train_journal(
     Raises UsageError where texts, teacher or base cannot be used, OutputError where the journal is
     another's.
     """
-    ranks = Ranks(votes.exchange)
-    packed, records = open_packed(base)
-    header = Header(seed, base=base_digest(records))
-    data = data_of(packed.directory, training)
-    pair = _pair(packed.directory, training, device, plain=votes.probe == "jvp")
-    state = opened_state(header, packed, records)
-    moved = Moved(pair.student, _places(packed, records, pair.student), state)
-    of_samples = objective(pair, data.common, data.first, training.seed, data.pad, 1.0)
-    if votes.probe == "jvp":
-        of_samples = _plain(pair, data)
-
-    def loss(module: nn.Module, samples: list[Sample]) -> Tensor:
-        return of_samples(samples)[0]
-
-    def held() -> float:
-        return held_loss(of_samples, data.report)
-
     assert training.steps is not None
+    at = _session(base, training, seed, device, plain=votes.probe == "jvp")
+    ranks = Ranks(votes.exchange)
     with ExitStack() as stack:
         # one process writes; the others get what is there from it
-        appender = stack.enter_context(Appender(journal, header)) if not ranks.rank else None
+        appender = stack.enter_context(Appender(journal, at.header)) if not ranks.rank else None
         there = Path(journal).read_bytes() if appender else b""
         begun = parse_journal(ranks.firsts(there), str(journal))
-        state.apply(begun.effective())
-        moved.write()
-        before = held()
+        before = at.brought_to(begun.effective())
+        pairs = _batches(at.data, training, first_attempt(begun), ranks)
         taken = train_votes(
-            moved,
-            loss,
-            _sequence(_batches(data, training, first_attempt(begun), ranks)),
+            at.moved,
+            at.loss,
+            lambda _: next(pairs),
             begun,
             appender.append if appender else lambda *_: None,
             votes,
@@ -113,18 +112,123 @@ def train_journal(
             heard=heard,
         )
     return {
-        "texts": data.about["texts"],
+        "texts": at.data.about["texts"],
         "attempts": max(training.steps, first_attempt(begun)),
         "steps": len(begun.steps) + taken,
         "loss_before": before,
-        "loss": held(),
+        "loss": at.held(),
         "sent_bytes": ranks.sent,
         **({"bytes": Path(journal).stat().st_size} if appender else {}),
     }
 
 
-def _sequence(pairs: Iterator[Any]) -> Callable[[int], Any]:
-    return lambda _: next(pairs)
+def code_journal(
+    base: str | Path,
+    journal: str | Path,
+    training: Train,
+    nbytes: int,
+    *,
+    k: int = DIRECTIONS,
+    seed: int = SEED,
+    device: str = "cpu",
+    heard: Heard | None = None,
+) -> dict[str, Any]:
+    """Train the scales of a packed model by gradients, and write what they became as steps.
+
+    nbytes  of the journal that is to be written, once it is compact
+    k       directions that a step draws
+
+    The other arguments and errors are those of `train_journal`; `training.steps` are those of the
+    gradient, `training.lr` in 1/32 of an octave. A run that was broken off trains again from where
+    it began, and writes what is left to be written. Returns the same, with the loss of real
+    exponents ("loss_wanted").
+    """
+    assert training.steps is not None
+    at = _session(base, training, seed, device, plain=False)
+    with Appender(journal, at.header) as appender:
+        begun = appender.journal
+        first = _began(begun)
+        before = at.brought_to([step for step in begun.effective() if step.number < first])
+        of_batches = (_taken(at.data.stream, training.batch) for _ in itertools.count())
+        rate = RATE if training.lr is None else training.lr
+
+        def told(number: int, loss: float) -> None:
+            if heard is not None:
+                heard(number, loss, None)
+
+        wanted = trained_exponents(
+            at.moved, at.loss, lambda _: next(of_batches), training.steps, rate, heard=told
+        )
+        at.moved.write(wanted.values)
+        best = at.held()
+        state, steps = at.moved.state, [FIRST, *begun.steps]
+        state.apply([step for step in begun.effective() if step.number >= first])
+        used = sum(bits_in_block(step, one) for one, step in itertools.pairwise(steps))
+        left = 8 * (nbytes - len(header_bytes(at.header)) - _ROOM) - used
+        appender.append(Note({"coded_from": first}))
+        for step in coded_steps(state, wanted, steps[-1], k, left):
+            appender.append(step)
+            steps.append(step)
+        appender.append(Mark(steps[-1].number + 1, state.digest()), Note({"coded": first}))
+    at.moved.write()
+    return {
+        "texts": at.data.about["texts"],
+        "attempts": training.steps,
+        "steps": len(steps) - 1,
+        "loss_before": before,
+        "loss_wanted": best,
+        "loss": at.held(),
+        "bytes": Path(journal).stat().st_size,
+    }
+
+
+def _began(journal: Journal) -> int:
+    """The number that a coding's steps begin with: of one that was broken off, or of a new one."""
+    notes = [each.content for each in journal.entries if isinstance(each, Note)]
+    begun = [note["coded_from"] for note in notes if type(note.get("coded_from")) is int]
+    done = [note["coded"] for note in notes if type(note.get("coded")) is int]
+    return begun[-1] if begun and begun[-1] not in done else journal.next_number
+
+
+@dataclass
+class _Session:
+    """A packed model that is trained by steps.
+
+    moved  the model and its values
+    loss   of samples
+    held   the loss of documents put aside
+    """
+
+    header: Header
+    data: Data
+    moved: Moved
+    loss: Callable[[nn.Module, list[Sample]], Tensor]
+    held: Callable[[], float]
+
+    def brought_to(self, steps: Sequence[Step]) -> float:
+        """The held-out loss after steps, which are applied to the start."""
+        self.moved.state.apply(steps)
+        self.moved.write()
+        return self.held()
+
+
+def _session(base: str | Path, training: Train, seed: int, device: str, *, plain: bool) -> _Session:
+    packed, records = open_packed(base)
+    header = Header(seed, base=base_digest(records))
+    data = data_of(packed.directory, training)
+    pair = _pair(packed.directory, training, device, plain=plain)
+    state = opened_state(header, packed, records)
+    moved = Moved(pair.student, _places(packed, records, pair.student), state)
+    of_samples = objective(pair, data.common, data.first, training.seed, data.pad, 1.0)
+    if plain:
+        of_samples = _plain(pair, data)
+    return _Session(
+        header,
+        data,
+        moved,
+        lambda _, samples: of_samples(samples)[0],
+        lambda: held_loss(of_samples, data.report),
+    )
 
 
 def _pair(directory: Path, training: Train, device: str, *, plain: bool) -> _Remembering:
@@ -133,7 +237,7 @@ def _pair(directory: Path, training: Train, device: str, *, plain: bool) -> _Rem
     plain  in operations that know tangents, which fast attention does not
     """
     dtype = fast_dtype(device)
-    how = {"attn_implementation": "eager"} if plain else {}
+    how: dict[str, Any] = {"attn_implementation": "eager"} if plain else {}
     student = load(directory, device=device, dtype=torch.float32, dequantize=True, **how)
     teacher = None
     if training.objective == "distill":

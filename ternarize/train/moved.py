@@ -72,33 +72,43 @@ class Moved:
             parameter.requires_grad_(True)
         self.write()
 
-    def scales(self, place: Place) -> Tensor:
-        """The scales after the steps, float32."""
+    def scales(self, place: Place, real: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The scales after the steps, float32, or with real exponents in the place of theirs."""
+        if real is not None:
+            moved = scale_values(place.stored) * (real[place.part.name] / 32).exp2().view(
+                place.part.scales_shape
+            )
+            return moved
         exponents = self.state.exponents[place.part.name]
         return scale_values(moved_scales(place.stored, exponents))
 
-    def stored(self, place: Place) -> Tensor:
+    def stored(self, place: Place, scales: Tensor) -> Tensor:
         """s 2^(e / 32) t, (..., rows, cols) float32."""
-        trits = self.state.trits[place.part.name]
-        return scaled(trits, self.scales(place), place.part.group_size)
+        return scaled(self.state.trits[place.part.name], scales, place.part.group_size)
 
     @torch.no_grad()
-    def write(self) -> None:
-        """Bring the parameters to what the values are."""
+    def write(self, real: Mapping[str, Tensor] | None = None) -> None:
+        """Bring the parameters to what the values are.
+
+        real  exponents in the place of the values', flat, by name
+        """
         for place in self.places:
             parameter = self.parameters[place.part.name]
-            parameter.copy_(place.weight(self.stored(place)).view_as(parameter))
+            stored = self.stored(place, self.scales(place, real))
+            parameter.copy_(place.weight(stored).view_as(parameter))
 
-    def slopes(self, target: int, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def slopes(
+        self, target: int, grads: Mapping[str, Tensor], real: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """The gradient by trits or exponents, flat, float32, of that by the parameters, by name."""
         found = {}
         for place in self.places:
-            part, scales = place.part, self.scales(place)
+            part, scales = place.part, self.scales(place, real)
             slope = place.stored_slope(grads[part.name])
             if target == TRITS:
                 slope = slope * spread_scales(scales, part.shape[-1], part.group_size)
             else:
-                slope = group_sums(slope * self.stored(place), part.group_size)
+                slope = group_sums(slope * self.stored(place, scales), part.group_size)
                 if part.group_size == 0:
                     slope = slope.sum(-2, keepdim=True)
                 slope = slope * (math.log(2) / 32)

@@ -10,7 +10,7 @@ https://arxiv.org/abs/2202.08587; of those by forwards alone: Spall 1992,
 https://doi.org/10.1109/9.119632.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ternarize.native import lib
 from ternarize.steps.generator import perturbations
 from ternarize.steps.journal import Step
+from ternarize.steps.replay import State
 from ternarize.threads import THREADS
 from ternarize.train.moved import Moved, Place
 
@@ -54,24 +55,43 @@ def gradient(moved: Moved, loss: Loss, batch: Any) -> tuple[float, dict[str, Ten
 
 
 def sums_along(
-    moved: Moved, slopes: dict[str, Tensor], target: int, number: int, bits: int, k: int
+    moved: Moved, slopes: Mapping[str, Tensor], target: int, number: int, bits: int, k: int
 ) -> Tensor:
     """Sums of slopes over the non-zeros of k perturbations: (k, 2) float64, along and against."""
-    found = torch.zeros(k, 2, dtype=torch.float64)
+    up, down = dict[str, Tensor](), dict[str, Tensor]()
     for place in moved.places:
-        part, slope = place.part, slopes[place.part.name]
-        first, seed = part.first(target), moved.state.seed
-        up, down = (slope * can for can in moved.room(place, target))
-        if lib is not None and slope.device.type == "cpu":
+        can_rise, can_fall = moved.room(place, target)
+        name = place.part.name
+        up[name], down[name] = slopes[name] * can_rise, slopes[name] * can_fall
+    return aligned(moved.state, up, down, target, number, bits, k)
+
+
+def aligned(
+    state: State,
+    up: Mapping[str, Tensor],
+    down: Mapping[str, Tensor],
+    target: int,
+    number: int,
+    bits: int,
+    k: int,
+) -> Tensor:
+    """What values gain along each of k perturbations and against it: (k, 2) float64.
+
+    up, down  by name of the tensor, flat, float32: what is gained by one more, and lost by one less
+    """
+    found = torch.zeros(k, 2, dtype=torch.float64)
+    for part in state.parts:
+        more, less, first = up[part.name], down[part.name], part.first(target)
+        if lib is not None and more.device.type == "cpu":
             out = torch.empty(k, 2, dtype=torch.float64)
-            lib.align(up, down, first, seed, number, bits, target, out, THREADS)
+            lib.align(more, less, first, state.seed, number, bits, target, out, THREADS)
             found += out
             continue
-        cells = seed, number, range(k), target, bits, first, first + len(slope)
-        for positions, signs in perturbations(*cells, slope.device):
-            more, less = up[positions].double(), -down[positions].double()
+        cells = state.seed, number, range(k), target, bits, first, first + len(more)
+        for positions, signs in perturbations(*cells, more.device):
+            gained, lost = more[positions].double(), -less[positions].double()
             for side, way in enumerate((signs, -signs)):
-                each = torch.where(way > 0, more, torch.where(way < 0, less, 0.0))
+                each = torch.where(way > 0, gained, torch.where(way < 0, lost, 0.0))
                 found[:, side] += each.sum(1).cpu()
     return found
 

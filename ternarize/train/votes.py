@@ -36,6 +36,7 @@ from ternarize.train.moved import Moved, target_of
 from ternarize.train.probes import PROBES, Loss, Tried, by_forwards, by_jvp, gradient, sums_along
 from ternarize.train.ranks import EXCHANGES, Ranks
 
+VOTED = 256  # perturbations of a step, when none are asked for
 # bits of a cell that are tried when none are asked for
 DENSITIES = {"trits": (8, 10, 12), "scales": (4, 6, 8)}
 _OVERHEAD = 12  # bits of a step beside its choice, in a block
@@ -146,11 +147,15 @@ def best_step(
     for step in candidates(moved, loss, probed, votes, number, ranks):
         with torch.no_grad(), Tried(moved, step):
             value = ranks.mean(float(loss(moved.module, deciding)))
-        bits = _OVERHEAD + set_width(step.k, len(step.chosen)) + len(step.chosen)
-        gain = (before - value) / bits**votes.thrift
+        gain = (before - value) / bits_of(step) ** votes.thrift
         if gain > most:
             chosen, most, after = step, gain, value
     return chosen, after
+
+
+def bits_of(step: Step) -> int:
+    """About what a step takes in a compact journal."""
+    return _OVERHEAD + set_width(step.k, len(step.chosen)) + len(step.chosen)
 
 
 def candidates(
