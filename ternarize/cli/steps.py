@@ -13,6 +13,7 @@ from ternarize.cli.terminal import in_bytes, print_json, progress_bar, shown, st
 from ternarize.errors import UsageError
 
 JournalArgument = Annotated[Path, "Journal of steps: file."]
+ReadJournal = Annotated[str, "Journal of steps: file, or Hub id user/name@revision."]
 NewJournal = Annotated[Path, "Journal to write; must not exist."]
 Base = Annotated[
     str | None, "Packed checkpoint that it begins from; none for a start from its seed."
@@ -38,8 +39,11 @@ def steps_train(
         int, "Steps of the gradient; or of votes that are tried, those of earlier runs included."
     ] = 100,
     nbytes: Annotated[
-        int, typer.Option("--bytes", help="Of a compact journal, that gradients may take.")
-    ] = 2500,
+        int | None,
+        typer.Option(
+            "--bytes", help="Of a compact journal; default: 2500 by gradient, any number by votes."
+        ),
+    ] = None,
     target: Annotated[
         str, "What steps move; trits by votes alone.", OneOf(("scales", "trits"))
     ] = "scales",
@@ -87,6 +91,7 @@ def steps_train(
     --attempts 2
     """
     from ternarize.plans.recipe import Train
+    from ternarize.train.journals import CODED
     from ternarize.train.votes import DENSITIES, VOTED, Votes
 
     training = Train(
@@ -105,12 +110,15 @@ def steps_train(
         tuple(bits) if bits else DENSITIES[target],
         thrift=thrift,
         probe=probe,
+        nbytes=nbytes or 0,
         exchange=exchange,
     )
     if by == "gradient":
         if target != "scales":
             raise UsageError("--target", "trits, by gradient", "scales", "Use --by votes")
-        result = _coded(base, journal, training, nbytes, perturbations, seed, device, quiet)
+        result = _coded(
+            base, journal, training, nbytes or CODED, perturbations, seed, device, quiet
+        )
     else:
         result = _trained(base, journal, training, votes, seed, device, quiet)
     if as_json:
@@ -171,7 +179,7 @@ def _tell_trained(result: dict[str, Any]) -> None:
 
 
 def steps_replay(
-    journal: JournalArgument,
+    journal: ReadJournal,
     output: Annotated[Path, "Directory to make; of a journal without a base a .safetensors file."],
     *,
     base: Base = None,
@@ -212,7 +220,7 @@ def _range(text: str | None) -> tuple[int, int] | None:
 
 
 def steps_log(
-    journal: JournalArgument,
+    journal: ReadJournal,
     *,
     plot: Annotated[Path | None, "Draw loss and bytes to this image; needs matplotlib."] = None,
     as_json: AsJson = False,
@@ -423,7 +431,7 @@ def steps_diff(
 
 
 def steps_verify(
-    journal: JournalArgument,
+    journal: ReadJournal,
     *,
     base: Base = None,
     as_json: AsJson = False,
@@ -435,14 +443,14 @@ def steps_verify(
     Example: ternarize steps verify my.steps --base packed
     """
     from ternarize.sources.packed import open_packed
-    from ternarize.steps.journal import read_journal
+    from ternarize.steps.checkpoint import open_journal
     from ternarize.steps.operations import check_digests
 
-    found = read_journal(journal)
+    found = open_journal(journal)
     packed, records = (None, {}) if base is None else open_packed(base)
     marks = check_digests(found, packed, records)
     if as_json:
-        print_json({"journal": str(journal), "steps": len(found.steps), "digests": marks})
+        print_json({"journal": journal, "steps": len(found.steps), "digests": marks})
     else:
         print(f"ok: {len(found.steps)} steps, {marks} digests match")
 

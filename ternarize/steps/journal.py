@@ -7,6 +7,7 @@ formats/steps.md is the definition; here are its shipped reader and writer. A re
 is not there: one that was torn off at the end of the file is dropped, damage before is refused.
 """
 
+import itertools
 import json
 import math
 import os
@@ -249,6 +250,13 @@ def bits_in_block(step: Step, before: Step) -> int:
     return fields.count + set_width(step.k, len(step.chosen)) + len(step.chosen)
 
 
+def bits_left(header: Header, steps: Sequence[Step], nbytes: int) -> int:
+    """Bits that more steps can have in a compact journal of so many bytes."""
+    used = sum(bits_in_block(b, a) for a, b in itertools.pairwise([FIRST, *steps]))
+    return 8 * (nbytes - len(header_bytes(header)) - _AROUND) - used
+
+
+_AROUND = 58  # bytes of a compact journal around steps: the frame of their block, a digest
 # what the first step of a block is compared with
 FIRST = Step(-1, TRITS, 10, 1, 128, (), ())
 

@@ -29,8 +29,7 @@ from ternarize.steps.journal import (
     Mark,
     Note,
     Step,
-    bits_in_block,
-    header_bytes,
+    bits_left,
     parse_journal,
 )
 from ternarize.train.coded import coded_steps, trained_exponents
@@ -44,9 +43,9 @@ from ternarize.train.texts import IGNORED, batch_of, tokens_in
 from ternarize.train.votes import Heard, Votes, first_attempt, train_votes
 
 SEED = 0  # of the perturbations, when none is asked for
+CODED = 2500  # bytes of a journal by gradients, when none are asked for
 DIRECTIONS = 4096  # that a step draws towards what gradients want
 RATE = 1.0  # of exponents, in 1/32 of an octave
-_ROOM = 60  # bytes of a compact journal beside header and steps: a block's frame, a digest
 _REMEMBERED = 64  # outputs of the teacher
 
 
@@ -163,8 +162,7 @@ def code_journal(
         best = at.held()
         state, steps = at.moved.state, [FIRST, *begun.steps]
         state.apply([step for step in begun.effective() if step.number >= first])
-        used = sum(bits_in_block(step, one) for one, step in itertools.pairwise(steps))
-        left = 8 * (nbytes - len(header_bytes(at.header)) - _ROOM) - used
+        left = bits_left(at.header, begun.steps, nbytes)
         appender.append(Note({"coded_from": first}))
         for step in coded_steps(state, wanted, steps[-1], k, left):
             appender.append(step)

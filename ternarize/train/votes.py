@@ -13,6 +13,7 @@ median, unseen) is the candidate of a half; that a step is accepted by its resul
 is ours, and what makes it work (benchmarks/results/steps.md).
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,10 +25,13 @@ from ternarize.errors import UsageError
 from ternarize.steps.coding import set_width
 from ternarize.steps.generator import MOST_BITS, TRITS
 from ternarize.steps.journal import (
+    FIRST,
     Journal,
     Mark,
     Note,
     Step,
+    bits_in_block,
+    bits_left,
     entry_bytes,
     header_bytes,
     parse_journal,
@@ -59,6 +63,7 @@ class Votes:
     amounts  by which exponents move, each tried; 1 of trits
     thrift   0: the largest gain, whatever it takes; 1: the largest gain for each bit
     probe    "backward", "jvp" or "forwards"
+    nbytes   of the journal, once it is compact, behind which no step is taken; 0: any number
     exchange of several processes: "alignments" or "votes" (ranks.py)
     """
 
@@ -69,6 +74,7 @@ class Votes:
     amounts: tuple[int, ...] = (1,)
     thrift: float = 0.5
     probe: str = "backward"
+    nbytes: int = 0
     exchange: str = "alignments"
 
     def __post_init__(self) -> None:
@@ -110,25 +116,38 @@ def train_votes(
     ranks     the processes, each with batches of its own
     """
     ranks = Ranks(votes.exchange) if ranks is None else ranks
-    taken = 0
-    for number in range(first_attempt(journal), attempts):
+    taken, last = 0, journal.steps[-1] if journal.steps else FIRST
+    left = bits_left(journal.header, journal.steps, votes.nbytes) if votes.nbytes else math.inf
+    number = first_attempt(journal)
+    while number < attempts and left > 0:
         probed, deciding = batches(number)
         found, value = best_step(moved, loss, probed, deciding, votes, number, ranks)
         told = ranks.firsts(b"" if found is None else entry_bytes(found))
         step = next(iter(parse_journal(header_bytes(journal.header) + told).steps), None)
         if step is not None:
+            left -= bits_in_block(step, last)
+            if left < 0:
+                break
             moved.state.apply([step])
             moved.write()
-            taken += 1
+            taken, last = taken + 1, step
         note = Note({"attempt": number, "loss": round(value, 6)})
         append(*([step] if step else []), note)
-        if (number + 1) % MARK_EVERY == 0 or number + 1 == attempts:
-            digest = moved.state.digest()
-            ranks.check_same(number, digest)
-            append(Mark(number + 1, digest))
+        number += 1
         if heard is not None:
-            heard(number, value, step)
+            heard(number - 1, value, step)
+        if number % MARK_EVERY == 0 and number < attempts:
+            _mark(moved, append, ranks, number)
+    if number > first_attempt(journal):
+        _mark(moved, append, ranks, number)
     return taken
+
+
+def _mark(moved: Moved, append: Callable[..., None], ranks: Ranks, number: int) -> None:
+    """A digest of the steps below a number, which all processes have to have."""
+    digest = moved.state.digest()
+    ranks.check_same(number, digest)
+    append(Mark(number, digest))
 
 
 def first_attempt(journal: Journal) -> int:
