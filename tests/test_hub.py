@@ -28,7 +28,14 @@ import ternarize
 from ternarize.cli.app import app
 from ternarize.convert.run import convert
 from ternarize.convert.verify import verify
-from ternarize.errors import CheckpointError, DigestError, OutputError, TernarizeError, UsageError
+from ternarize.errors import (
+    CheckpointError,
+    DigestError,
+    FormatError,
+    OutputError,
+    TernarizeError,
+    UsageError,
+)
 from ternarize.files.names import INDEX, RECORD, SAFETENSORS
 from ternarize.files.sums import SUMS, format_sums, listed, sha256
 from ternarize.plans.recipe import Calibrate, Recipe
@@ -39,7 +46,13 @@ from ternarize.sources import fetch
 from ternarize.sources.checkpoint import locate, open_checkpoint
 from ternarize.sources.hub_errors import bare_line
 from ternarize.sources.origin import read_card
+from ternarize.sources.packed import open_packed
 from ternarize.sources.stream import HubStream
+from ternarize.steps.base import base_digest
+from ternarize.steps.checkpoint import replay
+from ternarize.steps.generator import SCALES, TRITS
+from ternarize.steps.journal import Appender, Edit, Header, Step
+from ternarize.steps.operations import edit
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "tiny-llama"
@@ -1125,3 +1138,121 @@ def test_a_folder_and_a_variant_of_a_repository_are_loaded(
         found = ternarize.load("user/many", **options)
         with torch.no_grad():
             assert torch.equal(found(ids).logits, model(ids).logits), options
+
+
+# --- journals of steps --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def journal(packed: Path, tmp_path: Path) -> Path:
+    """A journal of the packed checkpoint, with a step of scales, a step of trits, and an edit."""
+    _, records = open_packed(packed)
+    path = tmp_path / "my.steps"
+    with Appender(path, Header(7, base=base_digest(records))) as appender:
+        appender.append(Step(0, SCALES, 4, 1, 8, (1, 5), (1, -1)))
+        appender.append(Step(1, TRITS, 8, 1, 8, (0,), (1,)))
+        appender.append(Step(2, TRITS, 8, 1, 8, (3,), (-1,)))
+        appender.append(Edit("mask", 2, 2))
+    return path
+
+
+def test_a_journal_is_pushed_and_loaded_as_its_card_says(
+    client: Hub, packed: Path, journal: Path, tmp_path: Path
+) -> None:
+    push(packed, "user/base")
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + b"\x0c\x00")  # of a record that was torn off
+    sent = push(journal, "user/steps", base_model="user/base", private=True)
+    repo = client.repos["user/steps"]
+    assert repo.private and len(repo.commits) == 2 and sent["card"] == "written"
+    assert repo.titles[sent["commit"]].startswith("Upload steps made by ternarize")
+    files = {path: file.data for path, file in repo.files().items() if path[0] != "."}
+    assert files == {"journal.steps": whole, "README.md": sent["card_text"].encode()}
+
+    card = sent["card_text"]
+    data: Any = huggingface_hub.ModelCard(card).data
+    assert (data.base_model, data.library_name) == ("user/base", "ternarize")
+    _, records = open_packed(packed)
+    for row in (
+        f"| SHA-256 of the base's trits and scales | {base_digest(records)} |",
+        "| steps | 3 |",
+        "| of them left out or turned round | 1 |",
+        "| perturbations that are followed | 3 |",
+        "| what they move | trits and scales |",
+        f"| size | {len(whole):,} bytes |",
+    ):
+        assert row in card
+
+    (python,) = re.findall(r"```python\n(.*?)\n```", card, re.S)
+    scope: dict[str, Any] = {}
+    exec(python, scope)
+    (consoles,) = re.findall(r"```console\n(.*?)\n```", card, re.S)
+    for line in consoles.splitlines():
+        words = line.replace("replayed", str(tmp_path / "replayed")).split()[1:]
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, done.stderr
+    tokens = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        expected = ternarize.load(tmp_path / "replayed")(tokens).logits
+        found = scope["model"](tokens).logits
+        assert torch.equal(found, expected)
+        assert not torch.equal(found, ternarize.load(packed)(tokens).logits)
+    assert push(journal, "user/steps", base_model="user/base")["commit"] == sent["commit"]
+
+
+def test_a_revision_of_a_journal_is_the_one_of_then(
+    client: Hub, packed: Path, journal: Path, tmp_path: Path
+) -> None:
+    first = push(journal, "user/steps", base_model="user/base")
+    edit(journal, "mask", 0, 1)
+    push(journal, "user/steps", base_model="user/base")
+    for where, count in ((f"user/steps@{first['commit']}", 2), ("user/steps", 0)):
+        assert replay(where, packed, tmp_path / str(count))["steps"] == count
+
+
+def test_a_journal_of_a_seed_is_pushed_without_a_base(
+    client: Hub, tmp_path: Path, journal: Path
+) -> None:
+    path = tmp_path / "seed.steps"
+    with Appender(path, Header(1, 1 << 30, (("w", (8, 16), -1),))) as appender:
+        appender.append(Step(0, TRITS, 2, 1, 4, (1,), (1,)))
+    card = push(path, "user/seed")["card_text"]
+    assert "base_model" not in card and "ternarize steps replay user/seed weights" in card
+    assert replay("user/seed", None, tmp_path / "w.safetensors")["steps"] == 1
+    with pytest.raises(UsageError, match="begins from its seed; expected none"):
+        push(path, "user/seed", base_model="user/base")
+
+
+def test_what_is_wrong_about_a_pushed_journal_is_one_line(
+    client: Hub, packed: Path, journal: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="--base-model: none, and a journal knows of its base"):
+        push(journal, "user/steps", dry_run=True)
+    with pytest.raises(UsageError, match="--shim: for a journal of steps"):
+        push(journal, "user/steps", base_model="user/base", shim=True, dry_run=True)
+    (tmp_path / "other").write_text("text")
+    with pytest.raises(FormatError, match="begins with b'text'"):
+        push(tmp_path / "other", "user/steps", base_model="user/base")
+    assert not client.log
+    assert push(journal, "user/steps", base_model="user/base", dry_run=True)["commit"] is None
+    assert not client.log
+    push(packed, "user/base")
+    with pytest.raises(OutputError, match=r"user/base: holds model.safetensors"):
+        push(journal, "user/base", base_model="user/base")
+    assert "journal.steps" not in client.repos["user/base"].files()
+    client.put("user/two", {"a.steps": b"1", "b.steps": b"2"})
+    with pytest.raises(OutputError, match=r"user/two: holds a.steps"):
+        push(journal, "user/two", base_model="user/base")
+    with pytest.raises(CheckpointError, match=r"user/two: holds 2 files \*.steps \(a.steps, b"):
+        ternarize.load(packed, steps="user/two")
+    with pytest.raises(CheckpointError, match=r"user/base: holds 0 files \*.steps \(none\)"):
+        ternarize.load(packed, steps="user/base")
+    with pytest.raises(CheckpointError, match="user/absent: the Hub has no such model"):
+        ternarize.load(packed, steps="user/absent")
+
+
+def test_a_card_of_a_journal_that_was_edited_stays(client: Hub, journal: Path) -> None:
+    client.put("user/steps", {"README.md": b"# Mine\n"})
+    assert push(journal, "user/steps", base_model="user/base")["card"] == "kept"
+    files = client.repos["user/steps"].files()
+    assert files["README.md"].data == b"# Mine\n" and "journal.steps" in files

@@ -1,7 +1,6 @@
 """`ternarize generate`."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 from ternarize.cli.options import (
@@ -31,7 +30,9 @@ def generate_command(
     chat: Annotated[bool, "Put the prompt into the chat template."] = False,
     activations: RunActivations = None,
     head: RunHead = None,
-    steps: Annotated[Path | None, "Journal of steps of this checkpoint, to be applied."] = None,
+    steps: Annotated[
+        str | None, "Journal of steps of this checkpoint, to be applied: file or Hub id."
+    ] = None,
     device: Device = None,
     dtype: RunDtype = None,
     as_json: AsJson = False,

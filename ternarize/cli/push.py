@@ -16,7 +16,7 @@ ABOUT_CARD = {
 
 
 def push_command(
-    model: Annotated[Path, "Packed checkpoint: directory."],
+    model: Annotated[Path, "Packed checkpoint: directory; or journal of steps: file."],
     repo: Annotated[str, "Where to: user/name on the Hub."],
     *,
     private: Annotated[bool, "Make it private."] = False,
@@ -24,7 +24,8 @@ def push_command(
     create_pr: Annotated[bool, "Open a pull request instead."] = False,
     commit_message: Annotated[str | None, "Title of the commit."] = None,
     base_model: Annotated[
-        str | None, "Hub id of the source, for the card; default: as on record."
+        str | None,
+        "Hub id of the source, for the card; default: as on record. Of a journal its base.",
     ] = None,
     shim: Annotated[
         bool, "Add code by which transformers finds ternarize with trust_remote_code=True."
@@ -35,10 +36,10 @@ def push_command(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Publish a packed checkpoint on the Hub with a model card, in one commit.
+    """Publish a packed checkpoint or a journal on the Hub with a model card, in one commit.
 
-    It is verified first. What was uploaded before an interruption is not sent again. A README.md
-    that somebody has edited, here or on the Hub, is left as it is.
+    A checkpoint is verified first. What was uploaded before an interruption is not sent again. A
+    README.md that somebody has edited, here or on the Hub, is left as it is.
 
     Example: ternarize push packed user/name --private --dry-run
     """

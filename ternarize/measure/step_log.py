@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from ternarize.measure.report import figure_for
-from ternarize.steps.journal import TARGETS, Note, entry_bytes, read_journal
+from ternarize.steps.checkpoint import open_journal
+from ternarize.steps.journal import TARGETS, Note, entry_bytes
 
 EDITED = {"": "", "mask": "masked", "negate": "negated"}
 
 
 def log_of(path: str | Path) -> dict[str, Any]:
     """The steps of a journal with their losses and bytes, as plain data."""
-    journal = read_journal(path)
+    journal = open_journal(path)
     losses = {
         each.content["attempt"]: each.content.get("loss")
         for each in journal.entries

@@ -2,8 +2,9 @@
 
 It is verified first and never changed. Imports every room before it.
 
-    card.py     the model card
-    hub.py      all of it in one commit
-    export/     files that other engines load
-    patches.py  what differs from another packed checkpoint, and that one again
+    card.py          the model card
+    journal_card.py  that of a journal of steps
+    hub.py           all of it in one commit
+    export/          files that other engines load
+    patches.py       what differs from another packed checkpoint, and that one again
 """

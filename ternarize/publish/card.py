@@ -37,6 +37,11 @@ def is_generated(text: str) -> bool:
     return bool(mark) and rest.strip() == _text_digest(body) + MARK_END
 
 
+def marked(body: str) -> str:
+    """A card with the line that tells it from one that a person has edited."""
+    return body + MARK + _text_digest(body) + MARK_END + "\n"
+
+
 def _text_digest(body: str) -> str:
     return hashlib.sha256(body.encode("utf-8")).hexdigest()
 
@@ -80,8 +85,7 @@ def make_card(
         "## Licence",
         _licence(inherited),
     ]
-    body = "\n\n".join(parts) + "\n\n"
-    return body + MARK + _text_digest(body) + MARK_END + "\n"
+    return marked("\n\n".join(parts) + "\n\n")
 
 
 def _table_of(table: dict[str, Any], key: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Publish a packed checkpoint on the Hub: all of it in one commit, or nothing.
+"""Publish a packed checkpoint or a journal on the Hub: all of it in one commit, or nothing.
 
 Files are uploaded first, where nobody sees them, and what has arrived is not sent again; then one
 commit makes them public together. (`upload_folder` of the client is not used: it commits a folder
@@ -19,6 +19,7 @@ from ternarize.files.json_files import read_json
 from ternarize.files.names import (
     CARD,
     INDEX,
+    JOURNAL,
     PICKLE,
     RECORD,
     SAFETENSORS,
@@ -29,9 +30,11 @@ from ternarize.files.names import (
 from ternarize.files.sums import SUMS, format_sums, read_sums
 from ternarize.progress import Progress
 from ternarize.publish.card import is_generated, make_card
+from ternarize.publish.journal_card import make_journal_card
 from ternarize.sources.checkpoint import open_checkpoint
 from ternarize.sources.fetch import split_id
 from ternarize.sources.hub_errors import hub_errors
+from ternarize.steps.journal import SUFFIX, read_journal
 from ternarize.version import __version__
 
 SHIM = "configuration_ternarize.py"
@@ -71,16 +74,18 @@ def push(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Upload a packed checkpoint with its model card to the Hub, in one commit.
+    """Upload a packed checkpoint, or a journal of steps, with its model card, in one commit.
 
-    directory       packed checkpoint; it is verified first, and never changed
+    directory       packed checkpoint; it is verified first, and never changed. Or a journal: file,
+                    which is sent as `JOURNAL`, up to its last whole record
     repo            user/name; made if it does not exist
     private         make it private, and go on only if it is
     revision        branch to commit to, made if it does not exist
     create_pr       open a pull request instead
     commit_message  title of the commit
     token           None: the one that is logged in (HF_TOKEN, `hf auth login`)
-    base_model      Hub id of the source, for the card; None: as on record
+    base_model      Hub id of the source, for the card; None: as on record. Of a journal the packed
+                    checkpoint that it begins from, which it does not know
     shim            add a file of code with which transformers, called with trust_remote_code=True,
                     finds ternarize without an import
     dry_run         upload nothing and ask nobody; say what would be sent
@@ -88,7 +93,8 @@ def push(
 
     A card (README.md) is written from the record. One that a person has edited is never replaced:
     that of the directory is sent as it is, and that on the Hub stays. Weight files on the Hub that
-    belong to another model of the same repository are removed in the same commit.
+    belong to another model of the same repository are removed in the same commit; a journal is not
+    sent to a repository that holds weights, or another journal.
 
     Returns {"repo", "commit" (None if dry), "url", "pull_request", "files": {path: bytes},
     "removed": paths, "card": "written", "own" or "kept", "card_text"}.
@@ -100,18 +106,19 @@ def push(
     directory = Path(os.path.expanduser(directory))
     _check_names(repo, revision, create_pr, base_model)
     token = None if dry_run else _check_token(token)
-    if not directory.is_dir():
-        raise CheckpointError(
-            directory, "no such directory", "a packed checkpoint", "Check the path"
-        )
-    verify(directory, progress=progress)
-    files = _files(directory)
     where = repo if revision is None else f"{repo}@{revision}"
+    files: dict[str, Path] = {}
     contents: dict[str, bytes] = {}  # what is not sent as it is on the disk
-    if CARD not in files or _is_replaceable(directory / CARD):
-        contents[CARD] = make_card(directory, where, base_model=base_model, shim=shim).encode()
-    if shim:
-        contents |= _with_sums(directory, _shim(directory))
+    if os.path.isfile(directory):
+        contents = _journal(directory, where, base_model, shim)
+    else:
+        _check_directory(directory)
+        verify(directory, progress=progress)
+        files = _files(directory)
+        if CARD not in files or _is_replaceable(directory / CARD):
+            contents[CARD] = make_card(directory, where, base_model=base_model, shim=shim).encode()
+        if shim:
+            contents |= _with_sums(directory, _shim(directory))
     sent: dict[str, Path | bytes] = {**files, **contents}
     sizes = {
         path: len(data) if isinstance(data, bytes) else data.stat().st_size
@@ -130,7 +137,8 @@ def push(
     }
     if dry_run:
         return result
-    message = commit_message or f"Upload weights packed by ternarize {__version__}"
+    what = "weights packed" if files else "steps made"
+    message = commit_message or f"Upload {what} by ternarize {__version__}"
     with hub_errors(repo, revision, OutputError, "The same command goes on from there"):
         return result | _upload(repo, sent, private, revision, create_pr, message, token)
 
@@ -148,6 +156,37 @@ def _check_names(repo: str, revision: str | None, create_pr: bool, base_model: s
         )
     if base_model is not None and split_id(base_model) != (base_model, None):
         raise UsageError("--base-model", f"{base_model!r:.80}", "user/name, a Hub id")
+
+
+def _check_directory(directory: Path) -> None:
+    if not directory.is_dir():
+        raise CheckpointError(
+            directory,
+            "no such directory",
+            "a packed checkpoint, or a journal of steps",
+            "Check the path",
+        )
+
+
+def _journal(path: Path, where: str, base_model: str | None, shim: bool) -> dict[str, bytes]:
+    """A journal and its card, by their paths in the repository."""
+    if shim:
+        raise UsageError("--shim", "for a journal of steps", "a packed checkpoint", "Leave it out")
+    journal = read_journal(path)
+    card = make_journal_card(journal, where, base_model)
+    return {JOURNAL: path.read_bytes()[: journal.size], CARD: card.encode()}
+
+
+def _check_free(repo: str, there: set[str]) -> None:
+    """Raise OutputError where a repository holds something else than a journal."""
+    for path in sorted(there - {JOURNAL}):
+        if _is_model(path) or path.endswith(SUFFIX):
+            raise OutputError(
+                repo,
+                f"holds {path}",
+                "a repository for this journal alone",
+                "Nothing was sent: name another",
+            )
 
 
 def _check_token(token: str | None) -> str | None:
@@ -234,6 +273,8 @@ def _upload(
     api = HfApi(token=token, library_name="ternarize", library_version=__version__)
     info = _open_repository(api, repo, private, revision, create_pr)
     there = {each.rfilename for each in info.siblings or []}
+    if sent.keys() <= {JOURNAL, CARD}:
+        _check_free(repo, there)
     kept = CARD in there and not _is_replaceable(api.hf_hub_download(repo, CARD, revision=info.sha))
     if kept:
         sent = {path: data for path, data in sent.items() if path != CARD}

@@ -47,15 +47,15 @@ def load(
                  the numbers that they have in `dtype`; None, or packed: as in the checkpoint
     verify       check every code, padding, scale and SHA-256 before anything is loaded
     dequantize   give back an ordinary model with dense weights
-    steps        journal of steps that begins from this checkpoint: load what it makes of it
+    steps        journal of steps that begins from this checkpoint, file or Hub id: load what it
+                 makes of it
     revision     branch, tag or commit on the Hub
     kwargs       go to from_pretrained of the model's class; subfolder and variant, as there, say
                  which folder and which of its weights
 
     Raises UsageError on a `head` that cannot be rounded and a journal of another checkpoint,
-    CheckpointError when there is nothing to
-    load, FormatError when the checkpoint is not packed, is damaged, lacks a weight or needs a newer
-    ternarize.
+    CheckpointError when there is nothing to load, FormatError when the checkpoint is not packed, is
+    damaged, lacks a weight or needs a newer ternarize.
     """
     from ternarize.sources.checkpoint import locate
 

@@ -88,6 +88,21 @@ def fetch(
     return directory
 
 
+def fetch_file(repo: str, revision: str | None, suffix: str) -> Path:
+    """The one file of a repository whose name ends so, as `fetch` gives a model."""
+    snapshot = _fetch_checked(repo, revision, [f"*{suffix}"])
+    found = sorted(path for path in snapshot.glob(f"*{suffix}") if path.is_file())
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found[:3]) or "none"
+        raise CheckpointError(
+            f"{repo}@{revision}" if revision else repo,
+            f"holds {len(found)} files *{suffix} ({names})",
+            "one",
+            "Name another repository, or fetch the file and name it by its path",
+        )
+    return found[0]
+
+
 def files_of_index(index: Path) -> list[str]:
     """The files that an index names, as far as it can be read: who opens it says what is wrong."""
     if not index.is_file():

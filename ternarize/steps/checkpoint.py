@@ -17,7 +17,7 @@ from torch import Tensor
 from ternarize.errors import OutputError, UsageError
 from ternarize.files import metadata
 from ternarize.files.checkpoint import Checkpoint
-from ternarize.files.container import digest
+from ternarize.files.container import check_data, digest
 from ternarize.files.headers import DTYPE_NAMES, Entry, byte_view, read_bytes, read_header
 from ternarize.files.json_files import strict_json
 from ternarize.files.metadata import KEY, SCALE_SUFFIX, Record
@@ -25,6 +25,7 @@ from ternarize.files.names import RECORD
 from ternarize.files.outputs import sync_files, write_whole
 from ternarize.files.sums import SUMS, format_sums, listed, sha256
 from ternarize.plans.layout import header_bytes
+from ternarize.sources.fetch import fetch_file, split_id
 from ternarize.sources.packed import check_record, open_packed
 from ternarize.steps.base import (
     check_base,
@@ -35,7 +36,7 @@ from ternarize.steps.base import (
     stored_after,
 )
 from ternarize.steps.generator import SCALES, TRITS
-from ternarize.steps.journal import Journal, read_journal
+from ternarize.steps.journal import SUFFIX, Journal, read_journal
 from ternarize.steps.replay import Moves, parts_of, start_of
 from ternarize.trits.base3 import unpack
 from ternarize.trits.scales import scale_values
@@ -49,28 +50,41 @@ def replay(
 ) -> dict[str, Any]:
     """Write what a journal makes of its base: a packed checkpoint like it, or one file.
 
-    path    of the journal
+    path    of the journal, or the Hub id of a repository that holds it
     base    packed checkpoint that it begins from; None for one that begins from its seed
     output  directory to make; for a start from the seed a .safetensors file, in the container
             format, where the scale of a group is 2^(e / 32)
     upto    the number of the first step that is left out; None: all
 
-    Returns what the record says of it. Raises UsageError where the base is another, OutputError
-    where the output exists.
+    Returns what the record says of it. Raises UsageError where the base is another, DigestError
+    where it is damaged, OutputError where the output exists.
     """
-    journal, output = read_journal(path), Path(output).expanduser()
+    output = Path(output).expanduser()
     _check_new(output)
+    journal = open_journal(path)
     if base is None:
         _write_from_seed(journal, output, upto)
         return _about(journal, upto)
     packed, records = open_packed(base)
     check_base(path, journal.header, records)
+    check_data(packed, records)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
         made = Path(folder) / "made"
         about = _write_packed(journal, packed, records, made, upto)
         made.rename(output)
     return about
+
+
+def open_journal(path: str | Path) -> Journal:
+    """A journal by its path, or from the Hub: user/name[@revision] that is no file.
+
+    Raises CheckpointError for what the Hub answers, or a repository with another number of them.
+    """
+    named = split_id(str(path))
+    if os.path.exists(path) or named is None or "/" not in named[0] or named[0].endswith(SUFFIX):
+        return read_journal(path)
+    return read_journal(fetch_file(*named, SUFFIX))
 
 
 @contextmanager
@@ -96,7 +110,7 @@ def read_rows(
     Returns trits (n, cols) int8 and scales (n or 1, groups) float32. Raises UsageError for a tensor
     or rows that there are not, and where the base is another.
     """
-    journal = read_journal(path)
+    journal = open_journal(path)
     packed, records = (None, {}) if base is None else open_packed(base)
     if packed is not None:
         check_base(path, journal.header, records)
@@ -104,6 +118,8 @@ def read_rows(
     part = next((each for each in parts if each.name == name), None)
     if part is None:
         raise UsageError("--tensor", f"{name!r} is not moved by steps", "one that is ternary")
+    if packed is not None:
+        check_data(packed, {name: records[name]})
     whole, cols = torch.Size(part.shape[:-1]).numel(), part.shape[-1]
     first, stop = rows or (0, whole)
     if not 0 <= first < stop <= whole:
@@ -154,7 +170,7 @@ def write_rows(
     trits, scales = read_rows(path, base, name, rows, upto=upto)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(output, save({name: trits, name + SCALE_SUFFIX: scales}))
-    return _about(read_journal(path), upto)
+    return _about(open_journal(path), upto)
 
 
 def _check_new(output: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ternarize.errors import DigestError, OutputError, UsageError
 from ternarize.files.checkpoint import Checkpoint
+from ternarize.files.container import check_data
 from ternarize.files.metadata import Record
 from ternarize.files.outputs import write_whole
 from ternarize.steps.base import check_base, opened_state
@@ -155,10 +156,11 @@ def check_digests(
 
     packed, records  of its base; None and {} for a start from the seed
 
-    Raises DigestError for one that is another.
+    Raises DigestError for one that is another, and for a base that is damaged.
     """
     if packed is not None:
         check_base(journal.path, journal.header, records)
+        check_data(packed, records)
     marks, at = 0, 0
     state = opened_state(journal.header, packed, records)
     for place, entry in enumerate(journal.entries):
