@@ -16,6 +16,7 @@ the digest of every file, and what readers must find in it:
     journals    journal of steps: [the checkpoint that it begins from, or null; steps; those in
                 effect; {tensor: [SHA-256 of the trits, of the exponents, of what its record digests
                 after the steps, or null]}]
+    patches     patch: [the checkpoint that it begins from, {file of the result: SHA-256}]
 
 Nothing is replaced without --force.
 """
@@ -36,17 +37,20 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import reference
+import reference_patch
 import reference_steps
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ternarize
 from ternarize.convert.run import convert
 from ternarize.files import container, metadata
 from ternarize.files.headers import DTYPES
+from ternarize.files.sums import SUMS
 from ternarize.plans.recipe import Calibrate, Recipe
+from ternarize.publish.patches import diff_packed
 from ternarize.sources.packed import open_packed
 from ternarize.steps.base import base_digest, opened_state
 from ternarize.steps.generator import SCALES, TRITS
@@ -245,6 +249,56 @@ def describe_journal(path: Path, base: Path | None) -> list[Any]:
     return [base and base.name, len(journal.steps()), len(journal.effective()), found]
 
 
+def nudged(a: Path, b: Path) -> Path:
+    """A copy of a packed checkpoint, in its shards, whose trits, integers, scales, norms moved.
+
+    Of each tensor one number does, but for what lies in q_proj. Returns b.
+    """
+    shutil.copytree(a, b)
+    (b / SUMS).unlink()
+    packed, records = open_packed(a)
+    for number, file in enumerate(packed.files):
+        tensors = load_file(a / file)
+        here = {name: record for name, record in records.items() if name in tensors}
+        for name, record in here.items():
+            data = tensors[name].view(torch.uint8).flatten()
+            at = number % max(1, len(data))
+            if "q_proj" in name:
+                continue
+            if record.kind == "ternary":
+                at = int((data != 121).nonzero()[0])  # trits -0+ of whatever digits: their opposite
+                data[at] = 242 - data[at]
+            elif record.kind == "int8":
+                data[at] = 1 if data[at] != 1 else 2
+            else:
+                data[at] ^= 1
+            if record.kind == "int4":  # a half of the first group with others beside it
+                assert data[at] != 0x88
+            scales = tensors.get(f"{name}_scale")
+            if scales is not None and record.kind != "kept":
+                first = int((scales.flatten() != 0).nonzero()[0])
+                scales.view(-1)[first : first + 1].view(torch.uint8)[0] ^= 1
+            both = [tensors[name], *([scales] if scales is not None else [])]
+            here[name] = replace(record, sha256=container.digest(*both))
+        save_file(tensors, b / file, metadata=metadata.dump_metadata(here))
+    return b
+
+
+PATCHES = {"planes-scale8.patch": "planes-scale8", "int4.patch": "int4"}  # and their bases
+
+
+def make_patch(path: Path, base: Path) -> None:
+    """A patch that makes the nudged copy of a golden checkpoint of it."""
+    with tempfile.TemporaryDirectory() as work:
+        diff_packed(base, nudged(base, Path(work) / "b"), path, threads=1)
+
+
+def describe_patch(path: Path, base: Path) -> list[Any]:
+    """The base, and what the reference reader makes of it: {file: SHA-256}."""
+    files = reference_patch.apply(base, path.read_bytes())
+    return [base.name, {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}]
+
+
 def logits(folder: Path) -> list[float]:
     """The first outputs of a loaded checkpoint for each of the tokens 1 to 8."""
     model = ternarize.load(folder, dtype="float32", activations="none")
@@ -272,6 +326,8 @@ def make(folder: Path) -> None:
     bases = {name: folder / base if base else None for name, base in JOURNALS.items()}
     for name, base in bases.items():
         make_journal(folder / name, base)
+    for name, start in PATCHES.items():
+        make_patch(folder / name, folder / start)
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     table = {
         "format_version": metadata.FORMAT_VERSION,
@@ -281,6 +337,7 @@ def make(folder: Path) -> None:
         },
         "tensors": {name: describe(folder / name) for name in tops},
         "logits": {name: logits(folder / name) for name in CASES},
+        "patches": {n: describe_patch(folder / n, folder / base) for n, base in PATCHES.items()},
         "journals": {name: describe_journal(folder / name, base) for name, base in bases.items()},
     }
     (folder / TABLE).write_text(json.dumps(table, indent=1) + "\n", "utf-8")

@@ -17,6 +17,7 @@ bytes only with --force, and never removes one: it names those that it does not 
     vectors/invalid/RULE[-VARIANT].safetensors    breaks this one rule and no other
     vectors/invalid-directories/RULE[-VARIANT]/
     vectors/steps/                         journals of steps: see make_steps_vectors.py
+    vectors/patches/                       patches: see make_patch_vectors.py
 """
 
 import argparse
@@ -33,6 +34,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import make_patch_vectors
 import make_steps_vectors
 
 Row = list[int]
@@ -1393,12 +1395,66 @@ def steps_vectors() -> Files:
     return make_steps_vectors.build(base, file)
 
 
+def patch_vectors() -> Files:
+    """The vectors of patch.md: a checkpoint with every codec, and what their patches make of it."""
+
+    def model(seed: int, **changed: Case) -> list[Case]:
+        """Tensors of these seeds; those of `changed` (w_ and the codec) as they are there."""
+        few = sequence(90, 1)
+        few[seed % 90] = -few[seed % 90] or 1
+        values = [(seed + 3 * n) % 8 / 4 + 1 for n in range(40)]
+        cases = {
+            "w_trits": ternary("w.trits", matrix(3, 12, seed), 5),
+            "w_few": ternary("w.few", [few], -1),
+            "w_planes": two_planes("w.planes", matrix(2, 6, seed + 1), matrix(2, 6, seed + 2), 4),
+            "w_turned": ternary("w.turned", matrix(2, 8, seed + 3), 4, rotation=(4, 7)),
+            "w_scale8": ternary("w.scale8", matrix(1, 7, seed + 4), 0, dtype="U8", scales=[0.5]),
+            "w_stack": ternary("w.stack", [matrix(2, 4, seed + 5), matrix(2, 4, seed + 6)], 4),
+            "w_int8": int8("w.int8", bytes_matrix(2, 5, seed), 3),
+            "w_int4": int4("w.int4", halves_matrix(2, 5, seed), 4),
+            "w_norm": kept("norm", "F16", [40], b"".join(store_float(v, "F16") for v in values)),
+            "w_wide": kept("wide", "F32", [2], struct.pack("<2f", *values[:2])),
+            "w_same": kept("same", "BF16", [2], b"\x80?\0@"),
+        }
+        return list({**cases, **changed}.values())
+
+    settings = {"quant_method": "ternarize", "format_version": 1, "group_size": 5}
+    settings |= {"method": "absmean", "activations": "none"}
+
+    def directory(*shards: list[Case], **more: Any) -> Files:
+        config = {"note": more.pop("note", ""), "quantization_config": settings}
+        files = {"config.json": (json.dumps(config, indent=1) + "\n").encode()}
+        files["tokenizer.json"] = b"{}\n"
+        if len(shards) > 1:
+            weights, weight_map = shards_of(*(Case().add(*cases) for cases in shards))
+            files[INDEX] = index_of(weight_map)
+        else:
+            weights = {"model.safetensors": Draft(Case().add(*shards[0])).file()}
+        return {**files, **weights, **{name: data.encode() for name, data in more.items()}}
+
+    base = directory(model(1))
+    one = model(1, w_few=model(2)[1])
+    wide = ternary("w.trits", matrix(3, 12, 9), 5, dtype="F32")
+    results = {
+        "none": directory(model(1)),
+        "few": directory(one),
+        "all": directory(model(2), note="other"),
+        "as-they-are": directory(model(1, w_trits=wide, w_int4=model(3)[7])),
+        "shards": directory(one[4:], one[:4], **{"1_Pooling/config.json": "{}", "README.md": "a"}),
+    }
+    whole = {"as-they-are": ("w.trits", "w.trits_scale", "w.int4")}
+    few = [[model(seed)[at] for at in (0, 6, 7, 8)] for seed in (1, 2)]
+    small = [directory(few[0]), directory(few[1], note="other"), directory([wide, *few[0][1:]])]
+    return make_patch_vectors.build(base, results, whole, small)
+
+
 def build() -> Files:
     """Return every vector: path below vectors/ -> bytes."""
     invalid = invalid_structure() | invalid_records() | invalid_tensors()
     files = {"base3.json": codec_vectors(), "scale8.json": scale_vectors(), **valid_files()}
     files |= {f"invalid/{rule}.safetensors": data for rule, data in invalid.items()}
-    return files | directories() | parted_directories() | steps_vectors()
+    files |= directories() | parted_directories()
+    return files | steps_vectors() | patch_vectors()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -61,6 +61,7 @@ from ternarize.trits.base3 import BASE3
 from ternarize.trits.int4 import INT4
 
 _PIECE = 1 << 21  # bytes of a tensor at a time
+_SMALL = 4096  # bytes of a file that travels anyway: another writer of the base has it otherwise
 _OPEN = 64  # parts that are packed, and not yet in their place, at most
 
 
@@ -246,7 +247,7 @@ def _describe_files(
         if name in weights:
             first = min(info.start for info in new.checkpoint.tensors.values() if info.file == name)
             file = replace(file, source=BY_TENSOR, head=first)
-        elif name != CARD and _is_file(old.directory / name, size, digest):
+        elif size > _SMALL and name != CARD and _is_file(old.directory / name, size, digest):
             file = replace(file, source=IN_BASE)  # cards are edited: another base may have another
         elif size > LARGEST_FILE:
             raise CheckpointError(
