@@ -47,10 +47,6 @@ RULES: dict[str, tuple[Votes, int]] = {
         Votes(k=128, bits=(8,), shares=(0.5,), thrift=0.0, nbytes=BYTES),
         600,
     ),
-    "any share of 256, largest gain": (
-        Votes(k=256, bits=(8, 10, 12), shares=SHARES, thrift=0.0, nbytes=BYTES),
-        600,
-    ),
     "any share of 256, between": (
         Votes(k=256, bits=(8, 10, 12), shares=SHARES, thrift=0.5, nbytes=BYTES),
         600,
@@ -66,12 +62,16 @@ RULES: dict[str, tuple[Votes, int]] = {
 }
 NO_BACKWARD: dict[str, tuple[Votes, int]] = {
     "tangents (jvp)": (
-        Votes(k=64, bits=(8, 10), shares=(0.5, 0.2, 0.05, 0.02), thrift=0.0, probe="jvp"),
+        Votes(k=64, bits=(8, 10, 12), shares=(0.2, 0.06, 0.02), thrift=0.0, probe="jvp"),
         250,
     ),
     "forwards alone": (
-        Votes(k=64, bits=(8, 10), shares=(0.5, 0.2, 0.05, 0.02), thrift=0.0, probe="forwards"),
+        Votes(k=64, bits=(8, 10, 12), shares=(0.2, 0.06, 0.02), thrift=0.0, probe="forwards"),
         250,
+    ),
+    "backward, for comparison": (
+        Votes(k=64, bits=(8, 10, 12), shares=(0.2, 0.06, 0.02), thrift=0.0),
+        150,
     ),
 }
 
@@ -142,6 +142,11 @@ def halves(digits: Digits) -> Callable[[int], tuple[Any, Any]]:
     return lambda number: (digits.train, digits.batch(number, 500))
 
 
+def few(digits: Digits) -> Callable[[int], tuple[Any, Any]]:
+    """256 are probed, where each perturbation takes two forwards; 500 others decide."""
+    return lambda number: (digits.batch(2 * number, 256), digits.batch(2 * number + 1, 500))
+
+
 def run(
     folder: Path, digits: Digits, seed: int, votes: Votes, attempts: int, batches: Any = None
 ) -> tuple[Journal, Moved, float, int]:
@@ -149,7 +154,7 @@ def run(
     path = folder / f"{seed}-{time.monotonic_ns()}.steps"
     moved, begun = started(seed), time.process_time()
     with Appender(path, header_of(seed)) as appender:
-        of = batches or halves(digits)
+        of = batches or (halves if votes.probe == "backward" else few)(digits)
         train_votes(moved, loss, of, appender.journal, appender.append, votes, attempts)
     seconds = time.process_time() - begun
     small = compact(path, path.with_suffix(".small"))

@@ -34,7 +34,7 @@ MEASURES = {"kl_divergence": ".4f", "perplexity": ",.2f", "top1_agreement": ".4f
 
 
 def show(name: str, size: str, seconds: float, figures: dict[str, Any]) -> None:
-    cells = [f"{figures['measures'][key]['value']:{form}}" for key, form in MEASURES.items()]
+    cells = [f"{figures[key]['value']:{form}}" for key, form in MEASURES.items()]
     print(f"| {name} | {size} | {' | '.join(cells)} | {seconds:,.0f} |", flush=True)
 
 
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
                 replay(small, base, packed)
             figures = measured(packed)
             show(name, size, seconds, figures)
-            rows.append({"name": name, "bytes": size, "seconds": seconds, **figures["measures"]})
+            rows.append({"name": name, "bytes": size, "seconds": seconds, **figures})
 
         print("| journal | bytes | divergence | perplexity | top-1 | CPU s |")
         print("|---|---|---|---|---|---|")
