@@ -18,7 +18,7 @@ from fuzz import native, structure, targets
 
 FOUND = sorted(path for path in targets.FINDINGS.glob("*/*") if path.parent.name in targets.TARGETS)
 EXECUTIONS = {"header": 3000, "json": 1500, "file": 1000, "directory": 300, "record": 150}
-EXECUTIONS["gguf"] = 400
+EXECUTIONS |= {"gguf": 400, "steps": 500}
 
 
 @pytest.mark.parametrize("name", targets.TARGETS)

@@ -17,6 +17,7 @@ import pytest
 import reference
 import reference_steps as theirs
 import torch
+from fuzz.journals import as_theirs, assert_same_journal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -86,33 +87,6 @@ def base_of(journal: theirs.Journal, folder: Path) -> theirs.Base | None:
 
 def opened(journal: Journal, folder: Path | None) -> tuple[Any, dict[str, Any]]:
     return open_packed(folder) if journal.header.base and folder else (None, {})
-
-
-def assert_same_journal(ours: Journal, other: theirs.Journal) -> None:
-    """Both readers found the same."""
-    assert (ours.size, ours.torn) == (other.size, other.torn)
-    assert (ours.header.seed, ours.header.base) == (other.seed, other.base)
-    assert ours.header.tensors == other.tensors and (ours.header.zeros or 0) == other.zeros
-    assert len(ours.entries) == len(other.entries)
-    for mine, entry in zip(ours.entries, other.entries, strict=True):
-        assert as_theirs(mine, ours.header.seed) == entry
-    effective = [as_theirs(step, ours.header.seed) for step in ours.effective()]
-    assert effective == other.effective()
-
-
-def as_theirs(entry: Entry, seed: int) -> theirs.Entry:
-    if isinstance(entry, Step):
-        own = (seed, entry.number)
-        if entry.seed is not None:
-            assert entry.drawn is not None
-            own = (entry.seed, entry.drawn)
-        fields = (entry.number, entry.target, entry.bits, entry.amount, entry.k)
-        return theirs.Step(*fields, entry.chosen, entry.signs, *own)
-    if isinstance(entry, Edit):
-        return theirs.Edit(EDITS.index(entry.operation), entry.first, entry.last)
-    if isinstance(entry, Mark):
-        return theirs.Digest(entry.number, entry.sha256)
-    return theirs.Note(entry.content)
 
 
 def assert_same_values(state: State, other: theirs.State) -> None:

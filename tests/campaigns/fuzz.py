@@ -31,7 +31,7 @@ sys.path[:0] = [path for path in PATHS if path not in sys.path]
 
 from fuzz import native  # noqa: E402
 
-PYTHON = ("header", "json", "file", "directory", "record", "gguf")
+PYTHON = ("header", "json", "file", "directory", "record", "gguf", "steps")
 ARTIFACTS = ("crash-*", "timeout-*", "oom-*", "leak-*")
 
 

@@ -6,6 +6,7 @@
     directory   a packed directory: config, index, shards, ternarize.json, through `verify`
     gguf        the head of a GGUF file, and what is made of it
     record      ternarize.json and config.json of a valid checkpoint: verify, inspect, the card
+    steps       a journal of steps; a small one that starts from its seed is replayed
 
 In each: only a TernarizeError may come out; what formats/reference.py refuses is refused and the
 reverse; what both accept is the same; at most MOST_SECONDS, and MEMORY more than twice the input.
@@ -14,6 +15,7 @@ reverse; what both accept is the same; at most MOST_SECONDS, and MEMORY more tha
 import contextlib
 import io
 import json
+import math
 import random
 import resource
 import sys
@@ -32,6 +34,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [path for path in (str(HERE.parents[1] / "formats"),) if path not in sys.path]
 
 import reference  # noqa: E402
+import reference_steps  # noqa: E402
 
 from ternarize.cli.inspect_command import inspect_command  # noqa: E402
 from ternarize.convert.verify import verify  # noqa: E402
@@ -46,11 +49,13 @@ from ternarize.plans.recipe import read_recipe  # noqa: E402
 from ternarize.publish.card import make_card  # noqa: E402
 from ternarize.sources.imports.gguf import open_gguf  # noqa: E402
 from ternarize.sources.packed import check_record, open_packed  # noqa: E402
+from ternarize.steps.base import opened_state  # noqa: E402
+from ternarize.steps.journal import parse_journal  # noqa: E402
 from ternarize.trits.base3 import BASE3  # noqa: E402
 from ternarize.trits.int4 import INT4, unpack_int4  # noqa: E402
 from ternarize.trits.scales import scale_values  # noqa: E402
 
-from . import gguf_files, structure  # noqa: E402
+from . import gguf_files, journals, structure  # noqa: E402
 
 VECTORS = Path(reference.__file__).resolve().parent / "vectors"
 FINDINGS = HERE / "findings"
@@ -255,6 +260,31 @@ def fuzz_gguf(data: bytes, folder: Folder) -> None:
     outcome(lambda: open_gguf(path), TernarizeError)
 
 
+MOST_WORK = 20_000  # words and values of a journal that is replayed
+
+
+def fuzz_steps(data: bytes, folder: Folder) -> None:
+    ours, error = outcome(lambda: parse_journal(data), TernarizeError)
+    theirs, their_error = outcome(lambda: reference_steps.read_journal(data), reference.Invalid)
+    if not agree(error, their_error):
+        return
+    journals.assert_same_journal(ours, theirs)
+    count = sum(math.prod(shape) for _, shape, _ in theirs.tensors)
+    work = sum(len(step.chosen) * (1 + (count >> step.bits)) for step in theirs.steps())
+    if theirs.base is not None or count + 50 * work > MOST_WORK:
+        return
+    state, other = opened_state(ours.header, None, {}), reference_steps.State(theirs)
+    state.apply(ours.effective())
+    other.apply(theirs.effective())
+    require(state.digest() == other.digest(), "values differ")
+
+
+def _journals() -> list[bytes]:
+    paths = [*(VECTORS / "steps" / "valid").glob("*.steps")]
+    paths += (VECTORS.parent / "golden").glob("*.steps")
+    return [path.read_bytes() for path in sorted(paths)]
+
+
 MODEL = VECTORS / "valid" / "all-features.safetensors"
 
 
@@ -394,6 +424,9 @@ TARGETS: dict[str, Target] = {
         structure.change_directory,
         _records,
         ("sources.packed", "convert.verify", "measure.report", "publish.card"),
+    ),
+    "steps": Target(
+        fuzz_steps, journals.change, _journals, ("steps.journal", "steps.coding", "steps.replay")
     ),
 }
 

@@ -40,9 +40,10 @@ def load(atheris: ModuleType | None) -> ModuleType:
         importlib.import_module(heavy)  # not instrumented
     guide: Any = contextlib.nullcontext()
     if atheris is not None:
-        names = ["trits", "files", "sources", "convert.verify", "measure.report", "publish.card"]
+        names = ["trits", "files", "sources", "steps"]
+        names += ["convert.verify", "measure.report", "publish.card"]
         guide = atheris.instrument_imports(
-            include=[f"ternarize.{n}" for n in names] + ["reference"]
+            include=[f"ternarize.{n}" for n in names] + ["reference", "reference_steps"]
         )
     with guide:
         return importlib.import_module("fuzz.targets")
