@@ -29,8 +29,9 @@ from common import parser, write_figures
 from torch import Tensor, nn
 
 from ternarize import qat
+from ternarize.steps.appender import Appender
 from ternarize.steps.base import opened_state
-from ternarize.steps.journal import Appender, Header, Journal, Step, parse_journal, read_journal
+from ternarize.steps.journal import Header, Journal, Step, parse_journal, read_journal
 from ternarize.steps.operations import compact
 from ternarize.train.moved import Moved, Place
 from ternarize.train.ranks import Ranks, ranks_of_launcher

@@ -52,9 +52,10 @@ from ternarize.files.sums import SUMS
 from ternarize.plans.recipe import Calibrate, Recipe
 from ternarize.publish.patches import diff_packed
 from ternarize.sources.packed import open_packed
+from ternarize.steps.appender import Appender
 from ternarize.steps.base import base_digest, opened_state
 from ternarize.steps.generator import SCALES, TRITS
-from ternarize.steps.journal import Appender, Edit, Header, Mark, Note, Step, block_bytes
+from ternarize.steps.journal import Edit, Header, Mark, Note, Step, block_bytes
 
 HERE = Path(__file__).resolve().parent
 TABLE = "golden.json"

@@ -48,10 +48,11 @@ from ternarize.sources.hub_errors import bare_line
 from ternarize.sources.origin import read_card
 from ternarize.sources.packed import open_packed
 from ternarize.sources.stream import HubStream
+from ternarize.steps.appender import Appender
 from ternarize.steps.base import base_digest
 from ternarize.steps.checkpoint import replay
 from ternarize.steps.generator import SCALES, TRITS
-from ternarize.steps.journal import Appender, Edit, Header, Step
+from ternarize.steps.journal import Edit, Header, Step
 from ternarize.steps.operations import edit
 
 ROOT = Path(__file__).parents[1]

@@ -18,10 +18,11 @@ from ternarize.errors import FormatError, OutputError, UsageError
 from ternarize.plans.recipe import Recipe, Train
 from ternarize.runtime.load import load
 from ternarize.sources.packed import open_packed
+from ternarize.steps.appender import Appender
 from ternarize.steps.base import opened_state
 from ternarize.steps.checkpoint import replay
 from ternarize.steps.generator import SCALES, TRITS
-from ternarize.steps.journal import FIRST, Appender, Header, Mark, block_bytes, read_journal
+from ternarize.steps.journal import FIRST, Header, Mark, block_bytes, read_journal
 from ternarize.steps.operations import check_digests, compact, edit
 from ternarize.steps.replay import State
 from ternarize.train.coded import Wanted, coded_steps

@@ -28,6 +28,7 @@ from ternarize.plans.recipe import Calibrate, Recipe, Train, open_recipe
 from ternarize.publish.card import make_card
 from ternarize.train import loop, losses, sources, state
 from ternarize.train import run as train_run
+from ternarize.train.objectives import objective
 
 pytestmark = pytest.mark.slow
 
@@ -361,7 +362,6 @@ def test_a_training_without_a_finite_loss_ends(
 ) -> None:
     source, text = llama
 
-    objective = train_run.objective
 
     def broken(*given: Any) -> Any:
         right = objective(*given)

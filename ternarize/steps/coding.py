@@ -11,8 +11,10 @@ them (gamma: 1975, https://doi.org/10.1109/TIT.1975.1055349).
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 
+_FEW = 512  # one of so many perturbations is taken: search, and do not walk
 MOST_ZEROS = 32  # before a number in Elias' code: the largest difference of two steps has 33 bits
 
 
@@ -95,6 +97,13 @@ def take_choice(bits: BitReader, k: int, m: int) -> tuple[tuple[int, ...], tuple
     number = bits.take(set_width(k, m))
     if number >= math.comb(k, m):
         raise ValueError
+    chosen = _searched(number, k, m) if _FEW * m <= k else _walked(number, k, m)
+    signs = tuple(1 - 2 * bits.take(1) for _ in range(m))
+    return tuple(reversed(chosen)), signs
+
+
+def _walked(number: int, k: int, m: int) -> list[int]:
+    """The set of a number, from its last perturbation down."""
     chosen, c, i = list[int](), k - 1, m
     binomial = math.comb(c, i)
     while i:
@@ -104,8 +113,17 @@ def take_choice(bits: BitReader, k: int, m: int) -> tuple[tuple[int, ...], tuple
             number -= binomial
         binomial, i = _below(binomial, c, i, taken)
         c -= 1
-    signs = tuple(1 - 2 * bits.take(1) for _ in range(m))
-    return tuple(reversed(chosen)), signs
+    return chosen
+
+
+def _searched(number: int, k: int, m: int) -> list[int]:
+    """As `_walked`: sooner for few of very many, so that a made-up file takes little time."""
+    chosen = list[int]()
+    for i in range(m, 0, -1):
+        k = bisect_right(range(k), number, key=lambda c, i=i: math.comb(c, i)) - 1
+        chosen.append(k)
+        number -= math.comb(k, i)
+    return chosen
 
 
 def _below(binomial: int, c: int, i: int, taken: bool) -> tuple[int, int]:

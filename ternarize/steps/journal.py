@@ -10,25 +10,19 @@ is not there: one that was torn off at the end of the file is dropped, damage be
 import itertools
 import json
 import math
-import os
 import re
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from ternarize.errors import FormatError, OutputError, damaged
+from ternarize.errors import FormatError, damaged
 from ternarize.files.json_files import readable, strict_json
-from ternarize.files.outputs import cannot_make, write_whole
 from ternarize.steps.coding import BitReader, Bits, put_choice, set_width, take_choice
 from ternarize.steps.generator import MOST_BITS, SCALES, TRITS
-from ternarize.threads import signals_held
 
 MAGIC = b"TRNSTEPS"
 SUFFIX = ".steps"
@@ -265,65 +259,6 @@ def _record(kind: int, payload: bytes) -> bytes:
     assert len(payload) <= _LONGEST_RECORD, "a reader would take it for a torn one"
     body = struct.pack("<IB", len(payload), kind) + payload
     return body + struct.pack("<I", zlib.crc32(body))
-
-
-class Appender:
-    """A journal that is written on: each record at once and whole.
-
-    path     of the file; one that is there goes on behind its last whole record
-    journal  what is in it when it is opened
-
-    Raises OutputError where it is the journal of another start, or another process writes it.
-    """
-
-    def __init__(self, path: str | Path, header: Header) -> None:
-        path = Path(path)
-        self._lock = FileLock(path.with_name(path.name + ".lock"), timeout=0)
-        try:
-            self._lock.acquire()
-            if not path.exists():
-                write_whole(path, header_bytes(header), f".{os.getpid()}")
-        except Timeout:
-            raise OutputError(
-                path, "another process is writing it", "to be alone", "Wait for it"
-            ) from None
-        except OSError as error:
-            raise cannot_make(path, error, "Name another file") from None
-        try:
-            self.journal = read_journal(path)
-            if self.journal.header != header:
-                raise OutputError(
-                    path,
-                    "is the journal of another seed or start",
-                    "one of the same, to go on with",
-                    "Name another file",
-                )
-            self._file = path.open("r+b", buffering=0)
-            self._file.truncate(self.journal.size)
-            self._file.seek(self.journal.size)
-        except BaseException:
-            self._unlock()
-            raise
-
-    def append(self, *entries: Entry) -> None:
-        """Add records at once; a digest is on the disk, with all before it, when this returns."""
-        with signals_held():
-            self._file.write(b"".join(map(entry_bytes, entries)))
-        if any(isinstance(entry, Mark) for entry in entries):
-            os.fsync(self._file.fileno())
-
-    def _unlock(self) -> None:
-        with suppress(OSError):  # a lock that nobody holds may stay: the next one takes it
-            Path(self._lock.lock_file).unlink()
-        self._lock.release()
-
-    def __enter__(self) -> "Appender":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._unlock()
 
 
 # --- reading ---

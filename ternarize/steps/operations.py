@@ -9,10 +9,10 @@ from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.container import check_data
 from ternarize.files.metadata import Record
 from ternarize.files.outputs import write_whole
+from ternarize.steps.appender import Appender
 from ternarize.steps.base import check_base, opened_state
 from ternarize.steps.journal import (
     EDITS,
-    Appender,
     Edit,
     Entry,
     Journal,

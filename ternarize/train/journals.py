@@ -20,10 +20,10 @@ from ternarize.models.reads import CAUSAL, kind_of, vocabulary_size
 from ternarize.plans.recipe import Train
 from ternarize.runtime.load import load
 from ternarize.sources.packed import open_packed
+from ternarize.steps.appender import Appender
 from ternarize.steps.base import base_digest, opened_state, parts_of_base
 from ternarize.steps.journal import (
     FIRST,
-    Appender,
     Header,
     Journal,
     Mark,

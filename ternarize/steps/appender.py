@@ -1,0 +1,71 @@
+"""A journal that is written on, record by record, by one process at a time."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ternarize.errors import OutputError
+from ternarize.files.outputs import cannot_make, write_whole
+from ternarize.steps.journal import Entry, Header, Mark, entry_bytes, header_bytes, read_journal
+from ternarize.threads import signals_held
+
+
+class Appender:
+    """A journal that is written on: each record at once and whole.
+
+    path     of the file; one that is there goes on behind its last whole record
+    journal  what is in it when it is opened
+
+    Raises OutputError where it is the journal of another start, or another process writes it.
+    """
+
+    def __init__(self, path: str | Path, header: Header) -> None:
+        path = Path(path)
+        self._lock = FileLock(path.with_name(path.name + ".lock"), timeout=0)
+        try:
+            self._lock.acquire()
+            if not path.exists():
+                write_whole(path, header_bytes(header), f".{os.getpid()}")
+        except Timeout:
+            raise OutputError(
+                path, "another process is writing it", "to be alone", "Wait for it"
+            ) from None
+        except OSError as error:
+            raise cannot_make(path, error, "Name another file") from None
+        try:
+            self.journal = read_journal(path)
+            if self.journal.header != header:
+                raise OutputError(
+                    path,
+                    "is the journal of another seed or start",
+                    "one of the same, to go on with",
+                    "Name another file",
+                )
+            self._file = path.open("r+b", buffering=0)
+            self._file.truncate(self.journal.size)
+            self._file.seek(self.journal.size)
+        except BaseException:
+            self._unlock()
+            raise
+
+    def append(self, *entries: Entry) -> None:
+        """Add records at once; a digest is on the disk, with all before it, when this returns."""
+        with signals_held():
+            self._file.write(b"".join(map(entry_bytes, entries)))
+        if any(isinstance(entry, Mark) for entry in entries):
+            os.fsync(self._file.fileno())
+
+    def _unlock(self) -> None:
+        with suppress(OSError):  # a lock that nobody holds may stay: the next one takes it
+            Path(self._lock.lock_file).unlink()
+        self._lock.release()
+
+    def __enter__(self) -> "Appender":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._unlock()
