@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from ternarize import qat
 from ternarize.steps.appender import Appender
 from ternarize.steps.base import opened_state
-from ternarize.steps.journal import Header, Journal, Step, parse_journal, read_journal
+from ternarize.steps.journal import Journal, JournalHeader, Step, parse_journal, read_journal
 from ternarize.steps.operations import compact
-from ternarize.train.moved import Moved, Place
+from ternarize.train.moved import Moved, Standing
 from ternarize.train.ranks import Ranks, ranks_of_launcher
 from ternarize.train.votes import Votes, train_votes
 
@@ -130,12 +130,12 @@ def accuracy(module: nn.Module, batch: tuple[Tensor, Tensor]) -> float:
 def started(seed: int, steps: list[Step] | None = None) -> Moved:
     state = opened_state(header_of(seed), None, {})
     state.apply(steps or [])
-    places = [Place(part, part.name, torch.ones(part.scales_shape)) for part in state.parts]
+    places = [Standing(part, part.name, torch.ones(part.scales_shape)) for part in state.parts]
     return Moved(Net(), places, state)
 
 
-def header_of(seed: int) -> Header:
-    return Header(0x7E57 * (seed + 1), ZEROS, SHAPES)
+def header_of(seed: int) -> JournalHeader:
+    return JournalHeader(0x7E57 * (seed + 1), ZEROS, SHAPES)
 
 
 def halves(digits: Digits) -> Callable[[int], tuple[Any, Any]]:

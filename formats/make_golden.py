@@ -55,7 +55,7 @@ from ternarize.sources.packed import open_packed
 from ternarize.steps.appender import Appender
 from ternarize.steps.base import base_digest, opened_state
 from ternarize.steps.generator import SCALES, TRITS
-from ternarize.steps.journal import Edit, Header, Mark, Note, Step, block_bytes
+from ternarize.steps.journal import Edit, JournalHeader, Mark, Note, Step, block_bytes
 
 HERE = Path(__file__).resolve().parent
 TABLE = "golden.json"
@@ -203,9 +203,9 @@ def make_journal(path: Path, base: Path | None) -> None:
     """A journal with records of every type; its steps are random."""
     packed, records = open_packed(base) if base else (None, {})
     tensors = (("a", (2, 5, 30), 8), ("b", (40, 9), 0))
-    header = Header(7, 1 << 30, tensors)
+    header = JournalHeader(7, 1 << 30, tensors)
     if base:
-        header = Header(7, base=base_digest(records))
+        header = JournalHeader(7, base=base_digest(records))
     state = opened_state(header, packed, records)
     rng = random.Random(0)
 

@@ -52,7 +52,7 @@ from ternarize.steps.appender import Appender
 from ternarize.steps.base import base_digest
 from ternarize.steps.checkpoint import replay
 from ternarize.steps.generator import SCALES, TRITS
-from ternarize.steps.journal import Edit, Header, Step
+from ternarize.steps.journal import Edit, JournalHeader, Step
 from ternarize.steps.operations import edit
 
 ROOT = Path(__file__).parents[1]
@@ -1149,7 +1149,7 @@ def journal(packed: Path, tmp_path: Path) -> Path:
     """A journal of the packed checkpoint, with a step of scales, a step of trits, and an edit."""
     _, records = open_packed(packed)
     path = tmp_path / "my.steps"
-    with Appender(path, Header(7, base=base_digest(records))) as appender:
+    with Appender(path, JournalHeader(7, base=base_digest(records))) as appender:
         appender.append(Step(0, SCALES, 4, 1, 8, (1, 5), (1, -1)))
         appender.append(Step(1, TRITS, 8, 1, 8, (0,), (1,)))
         appender.append(Step(2, TRITS, 8, 1, 8, (3,), (-1,)))
@@ -1215,7 +1215,7 @@ def test_a_journal_of_a_seed_is_pushed_without_a_base(
     client: Hub, tmp_path: Path, journal: Path
 ) -> None:
     path = tmp_path / "seed.steps"
-    with Appender(path, Header(1, 1 << 30, (("w", (8, 16), -1),))) as appender:
+    with Appender(path, JournalHeader(1, 1 << 30, (("w", (8, 16), -1),))) as appender:
         appender.append(Step(0, TRITS, 2, 1, 4, (1,), (1,)))
     card = push(path, "user/seed")["card_text"]
     assert "base_model" not in card and "ternarize steps replay user/seed weights" in card

@@ -1,6 +1,7 @@
 """Journals of steps: specification, vectors, reference reader and package agree with each other."""
 
 import json
+import math
 import re
 import struct
 import subprocess
@@ -25,26 +26,34 @@ from ternarize.errors import DigestError, FormatError, TernarizeError, UsageErro
 from ternarize.native import lib
 from ternarize.sources.packed import open_packed
 from ternarize.steps import base as bases
-from ternarize.steps.coding import BitReader, Bits, put_choice, set_width, take_choice
+from ternarize.steps.coding import (
+    BitReader,
+    Bits,
+    _searched,
+    _walked,
+    put_choice,
+    set_width,
+    take_choice,
+)
 from ternarize.steps.generator import SCALES, START, TRITS, perturbations, philox, start_trits
 from ternarize.steps.journal import (
     EDITS,
     LARGEST,
     Edit,
-    Entry,
-    Header,
     Journal,
+    JournalEntry,
+    JournalHeader,
     Mark,
     Note,
     Step,
     block_bytes,
     entry_bytes,
-    header_bytes,
+    journal_header,
     parse_journal,
     read_journal,
 )
 from ternarize.steps.operations import check_digests
-from ternarize.steps.replay import LIMITS, Moves, State, _apply_one, start_of
+from ternarize.steps.replay import LIMITS, Moves, Values, _apply_one, start_of
 
 FORMATS = Path(reference.__file__).resolve().parent
 VECTORS = FORMATS / "vectors" / "steps"
@@ -89,7 +98,7 @@ def opened(journal: Journal, folder: Path | None) -> tuple[Any, dict[str, Any]]:
     return open_packed(folder) if journal.header.base and folder else (None, {})
 
 
-def assert_same_values(state: State, other: theirs.State) -> None:
+def assert_same_values(state: Values, other: theirs.State) -> None:
     for part, (name, trits, exponents, size) in zip(state.parts, other.parts(), strict=True):
         assert (part.name, part.shape, part.group_size) == (name, trits.shape, size)
         assert np.array_equal(state.trits[name].numpy(), trits)
@@ -306,6 +315,16 @@ def test_known_choices() -> None:
         assert theirs.read_choice(theirs.Bits(data), k, len(chosen)) == expected
 
 
+def test_all_small_sets_come_back_by_either_way() -> None:
+    for k, m in ((1, 1), (7, 1), (7, 3), (9, 9), (40, 2)):
+        for number in range(math.comb(k, m)):
+            chosen = _walked(number, k, m)
+            assert _searched(number, k, m) == chosen
+            bits = Bits()
+            put_choice(bits, k, chosen[::-1], [])
+            assert BitReader(bits.bytes()).take(set_width(k, m)) == number
+
+
 @st.composite
 def choices(draw: st.DrawFn, most: int = 400) -> tuple[int, list[int], list[int]]:
     k = draw(st.one_of(st.integers(1, 20), st.integers(1, most)))
@@ -364,8 +383,8 @@ def steps_after(draw: st.DrawFn, number: int, *, foreign: bool = True) -> Step:
 @st.composite
 def journals(draw: st.DrawFn, *, replayed: bool = False) -> tuple[bytes, list[int]]:
     """A file, and where its records end; with its right digests if it is to be replayed."""
-    header = Header(draw(st.integers(0, 2**64 - 1)), draw(st.integers(0, 1 << 31)), TENSORS)
-    entries: list[Entry] = []
+    header = JournalHeader(draw(st.integers(0, 2**64 - 1)), draw(st.integers(0, 1 << 31)), TENSORS)
+    entries: list[JournalEntry] = []
 
     def digest() -> str:
         if not replayed:
@@ -374,7 +393,7 @@ def journals(draw: st.DrawFn, *, replayed: bool = False) -> tuple[bytes, list[in
         state.apply(Journal("", header, tuple(entries)).effective())
         return state.digest()
 
-    data, number = header_bytes(header), -1
+    data, number = journal_header(header), -1
     ends = [len(data)]
     for kind in draw(st.lists(st.sampled_from("ssssbden"), max_size=7)):
         if kind in "sb":
@@ -501,7 +520,7 @@ def test_both_agree_on_payloads_that_are_changed_under_a_new_checksum(
 
 
 def test_made_up_files_take_little_time_and_memory() -> None:
-    head = header_bytes(Header(1, 0, TENSORS))
+    head = journal_header(JournalHeader(1, 0, TENSORS))
 
     def record(kind: int, payload: bytes) -> bytes:
         body = struct.pack("<IB", len(payload), kind) + payload
@@ -526,7 +545,7 @@ def test_what_a_writer_must_not_write_is_refused() -> None:
 
 def test_the_next_number_is_above_all_steps_and_digests() -> None:
     step = Step(4, TRITS, 0, 1, 1, (0,), (1,))
-    head = header_bytes(Header(1, 0, TENSORS))
+    head = journal_header(JournalHeader(1, 0, TENSORS))
     assert parse_journal(head).next_number == 0
     data = head + entry_bytes(step)
     assert parse_journal(data).next_number == 5

@@ -22,18 +22,18 @@ from ternarize.steps.appender import Appender
 from ternarize.steps.base import opened_state
 from ternarize.steps.checkpoint import replay
 from ternarize.steps.generator import SCALES, TRITS
-from ternarize.steps.journal import FIRST, Header, Mark, block_bytes, read_journal
+from ternarize.steps.journal import NO_STEP, JournalHeader, Mark, block_bytes, read_journal
 from ternarize.steps.operations import check_digests, compact, edit
-from ternarize.steps.replay import State
+from ternarize.steps.replay import Values
 from ternarize.train.coded import Wanted, coded_steps
 from ternarize.train.journals import code_journal, train_journal
-from ternarize.train.moved import Moved, Place
+from ternarize.train.moved import Moved, Standing
 from ternarize.train.probes import by_forwards, by_jvp, gradient, sums_along
 from ternarize.train.ranks import Ranks
 from ternarize.train.votes import Votes, best_step, candidates, first_attempt, train_votes
 
 SHAPES = (("first.weight", (24, 16), -1), ("second.weight", (3, 24), 8))
-HEADER = Header(0x123456789ABCDEF0, 1 << 30, SHAPES)
+HEADER = JournalHeader(0x123456789ABCDEF0, 1 << 30, SHAPES)
 VOTES = Votes("trits", 32, (3, 5), (0.5, 0.1), thrift=0.0)
 
 
@@ -69,9 +69,9 @@ def batches(number: int) -> tuple[Any, Any]:
     return batch_of(2 * number), batch_of(2 * number + 1)
 
 
-def started(header: Header = HEADER) -> Moved:
+def started(header: JournalHeader = HEADER) -> Moved:
     state = opened_state(header, None, {})
-    places = [Place(part, part.name, torch.ones(part.scales_shape)) for part in state.parts]
+    places = [Standing(part, part.name, torch.ones(part.scales_shape)) for part in state.parts]
     return Moved(Net(), places, state)
 
 
@@ -82,11 +82,11 @@ def trained(path: Path, attempts: int, votes: Votes = VOTES, moved: Moved | None
     return moved
 
 
-def values_of(state: State) -> dict[str, Tensor]:
+def values_of(state: Values) -> dict[str, Tensor]:
     return {**state.trits, **{f"{n} e": v for n, v in state.exponents.items()}}
 
 
-def assert_same_values(state: State, other: State) -> None:
+def assert_same_values(state: Values, other: Values) -> None:
     for name, value in values_of(state).items():
         assert torch.equal(value, values_of(other)[name]), name
 
@@ -280,7 +280,7 @@ def test_a_journal_of_another_seed_or_writer_is_left_alone(tmp_path: Path) -> No
     trained(path, 3)
     before = path.read_bytes()
     with pytest.raises(OutputError, match="another seed or start"):
-        Appender(path, Header(1, 1 << 30, SHAPES))
+        Appender(path, JournalHeader(1, 1 << 30, SHAPES))
     with Appender(path, HEADER), pytest.raises(OutputError, match="another process is writing"):
         Appender(path, HEADER)
     assert path.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["a.steps"]
@@ -442,7 +442,7 @@ def test_steps_go_where_they_are_wanted_for_few_bits() -> None:
     distances = {}
     for bits in (100, 300, 900):
         state = started().state
-        steps = list(coded_steps(state, wanted, FIRST, 64, bits))
+        steps = list(coded_steps(state, wanted, NO_STEP, 64, bits))
         assert 8 * (len(block_bytes(steps)) - 13) < bits + 8
         distances[bits] = wanted.distance(state, SCALES)
         again = started().state

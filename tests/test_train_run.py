@@ -362,7 +362,6 @@ def test_a_training_without_a_finite_loss_ends(
 ) -> None:
     source, text = llama
 
-
     def broken(*given: Any) -> Any:
         right = objective(*given)
         return lambda samples: (right(samples)[0] * math.nan, {})

@@ -25,7 +25,7 @@ from ternarize.cli.inspect_command import inspect_command
 from ternarize.cli.options import as_given, for_typer
 from ternarize.cli.patches import apply_command, diff_command
 from ternarize.cli.push import push_command
-from ternarize.cli.steps import STEPS
+from ternarize.cli.steps import STEP_COMMANDS
 from ternarize.cli.terminal import Terminated, err, failed, interrupted
 from ternarize.cli.train import train_command
 from ternarize.cli.verify import verify_command
@@ -149,7 +149,7 @@ def ternarize(
 
 
 app.add_typer(steps)
-for _name, _function in {**COMMANDS, **{f"steps {n}": f for n, f in STEPS.items()}}.items():
+for _name, _function in {**COMMANDS, **{f"steps {n}": f for n, f in STEP_COMMANDS.items()}}.items():
     register(_name, _function)
 
 if __name__ == "__main__":

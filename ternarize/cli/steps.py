@@ -455,7 +455,7 @@ def steps_verify(
         print(f"ok: {len(found.steps)} steps, {marks} digests match")
 
 
-STEPS: dict[str, Callable[..., None]] = {
+STEP_COMMANDS: dict[str, Callable[..., None]] = {
     "train": steps_train,
     "replay": steps_replay,
     "log": steps_log,

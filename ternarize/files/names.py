@@ -10,7 +10,7 @@ from ternarize.errors import FormatError
 
 RECORD = "ternarize.json"
 CARD = "README.md"
-JOURNAL = "journal.steps"  # of a repository that holds one
+STEPS_FILE = "journal.steps"  # of a repository that holds one
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
 INDEX = ".index.json"

@@ -19,10 +19,10 @@ from ternarize.files.json_files import read_json
 from ternarize.files.names import (
     CARD,
     INDEX,
-    JOURNAL,
     PICKLE,
     RECORD,
     SAFETENSORS,
+    STEPS_FILE,
     WEIGHTS,
     is_within,
     module_folders,
@@ -77,7 +77,7 @@ def push(
     """Upload a packed checkpoint, or a journal of steps, with its model card, in one commit.
 
     directory       packed checkpoint; it is verified first, and never changed. Or a journal: file,
-                    which is sent as `JOURNAL`, up to its last whole record
+                    which is sent as `STEPS_FILE`, up to its last whole record
     repo            user/name; made if it does not exist
     private         make it private, and go on only if it is
     revision        branch to commit to, made if it does not exist
@@ -174,12 +174,12 @@ def _journal(path: Path, where: str, base_model: str | None, shim: bool) -> dict
         raise UsageError("--shim", "for a journal of steps", "a packed checkpoint", "Leave it out")
     journal = read_journal(path)
     card = make_journal_card(journal, where, base_model)
-    return {JOURNAL: path.read_bytes()[: journal.size], CARD: card.encode()}
+    return {STEPS_FILE: path.read_bytes()[: journal.size], CARD: card.encode()}
 
 
 def _check_free(repo: str, there: set[str]) -> None:
     """Raise OutputError where a repository holds something else than a journal."""
-    for path in sorted(there - {JOURNAL}):
+    for path in sorted(there - {STEPS_FILE}):
         if _is_model(path) or path.endswith(SUFFIX):
             raise OutputError(
                 repo,
@@ -273,7 +273,7 @@ def _upload(
     api = HfApi(token=token, library_name="ternarize", library_version=__version__)
     info = _open_repository(api, repo, private, revision, create_pr)
     there = {each.rfilename for each in info.siblings or []}
-    if sent.keys() <= {JOURNAL, CARD}:
+    if sent.keys() <= {STEPS_FILE, CARD}:
         _check_free(repo, there)
     kept = CARD in there and not _is_replaceable(api.hf_hub_download(repo, CARD, revision=info.sha))
     if kept:

@@ -5,7 +5,7 @@ import shlex
 from typing import Any
 
 from ternarize.errors import UsageError
-from ternarize.files.names import JOURNAL
+from ternarize.files.names import STEPS_FILE
 from ternarize.publish.card import marked
 from ternarize.steps.journal import TARGETS, Journal
 
@@ -53,11 +53,13 @@ def make_journal_card(journal: Journal, where: str, base_model: str | None) -> s
 def _introduction(base_model: str | None) -> str:
     made = "A journal of steps, made with ternarize: the few trits that say"
     if base_model is None:
-        return f"{made} how the weights of a network came to be, from a seed on. `{JOURNAL}` is it."
+        return (
+            f"{made} how the weights of a network came to be, from a seed on. `{STEPS_FILE}` is it."
+        )
     of = f"[{base_model}](https://huggingface.co/{base_model})"
     return (
-        f"{made} how {of} was trained on. `{JOURNAL}` is it; it holds no weights, and is of no use "
-        "without that very checkpoint, which is recognised by its digest."
+        f"{made} how {of} was trained on. `{STEPS_FILE}` is it; it holds no weights, and is of no "
+        "use without that very checkpoint, which is recognised by its digest."
     )
 
 

@@ -31,7 +31,7 @@ from ternarize.qat.modules import (
     make_latent,
     mixin_of,
 )
-from ternarize.qat.rounding import ESTIMATORS, FLOOR, RANGES, SCALES, Form, scales_of, trits_of
+from ternarize.qat.rounding import ESTIMATORS, FLOOR, RANGES, SCALE_RULES, Form, scales_of, trits_of
 from ternarize.runtime.forms import dense_matrix, dense_weight
 from ternarize.runtime.load import load
 from ternarize.runtime.packed import Packed
@@ -77,7 +77,7 @@ def prepare(
     `<weight>_log_scale`. Returns the model. Raises UsageError, SelectionError as `convert` does.
     """
     for what, value, allowed in (
-        ("scale", scale, SCALES if start is None else SCALES[:1]),
+        ("scale", scale, SCALE_RULES if start is None else SCALE_RULES[:1]),
         ("estimator", estimator, ESTIMATORS),
         ("activations", activations, ACTIVATIONS),
         ("head", head or KEEP, (KEEP, TERNARY)),

@@ -29,7 +29,7 @@ from torch import Tensor
 from ternarize.trits.rotation import unrotate
 from ternarize.trits.ternary import split_groups
 
-SCALES = ("learned", "absmean", "least-squares")
+SCALE_RULES = ("learned", "absmean", "least-squares")
 ESTIMATORS = ("ste", "clipped", "tanh")
 EDGE = 1.5  # |V / s| from which V is beyond the last level
 FLOOR = 1e-30  # the least scale: one is divided by it
@@ -48,7 +48,7 @@ class Form:
 
     transposed  the parameter is (..., cols, rows)
     block, seed of the rotation; block 0: none. The latent weight is what is stored: rotated
-    scale       where the scale comes from: SCALES
+    scale       where the scale comes from: SCALE_RULES
     estimator   of the gradient: ESTIMATORS
     scale_dtype of the file: "F16", "F32" or "U8" (8 bits)
     """

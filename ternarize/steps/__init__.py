@@ -2,12 +2,12 @@
 
 Integers alone, so that a replay gives the same bytes everywhere.
 
-    generator.py  random words with an address, perturbations made of them
-    coding.py     which perturbations a step takes, in few bits
-    journal.py    the bytes of a journal: header, records
-    appender.py   a journal that is written on
-    replay.py     steps applied to trits and exponents, any range by itself
-    base.py       the packed checkpoint that a journal begins from
-    operations.py edits, forks, merges, blocks; digests checked
-    checkpoint.py a journal replayed on its base, as a checkpoint again
+    generator.py   random words with an address, perturbations made of them
+    coding.py      which perturbations a step takes, in few bits
+    journal.py     the bytes of a journal: header, records
+    appender.py    a journal that is written on
+    replay.py      steps applied to trits and exponents, any range by itself
+    base.py        the packed checkpoint that a journal begins from
+    operations.py  edits, forks, merges, blocks; digests checked
+    checkpoint.py  a journal replayed on its base, as a checkpoint again
 """

@@ -8,7 +8,14 @@ from filelock import FileLock, Timeout
 
 from ternarize.errors import OutputError
 from ternarize.files.outputs import cannot_make, write_whole
-from ternarize.steps.journal import Entry, Header, Mark, entry_bytes, header_bytes, read_journal
+from ternarize.steps.journal import (
+    JournalEntry,
+    JournalHeader,
+    Mark,
+    entry_bytes,
+    journal_header,
+    read_journal,
+)
 from ternarize.threads import signals_held
 
 
@@ -21,13 +28,13 @@ class Appender:
     Raises OutputError where it is the journal of another start, or another process writes it.
     """
 
-    def __init__(self, path: str | Path, header: Header) -> None:
+    def __init__(self, path: str | Path, header: JournalHeader) -> None:
         path = Path(path)
         self._lock = FileLock(path.with_name(path.name + ".lock"), timeout=0)
         try:
             self._lock.acquire()
             if not path.exists():
-                write_whole(path, header_bytes(header), f".{os.getpid()}")
+                write_whole(path, journal_header(header), f".{os.getpid()}")
         except Timeout:
             raise OutputError(
                 path, "another process is writing it", "to be alone", "Wait for it"
@@ -50,7 +57,7 @@ class Appender:
             self._unlock()
             raise
 
-    def append(self, *entries: Entry) -> None:
+    def append(self, *entries: JournalEntry) -> None:
         """Add records at once; a digest is on the disk, with all before it, when this returns."""
         with signals_held():
             self._file.write(b"".join(map(entry_bytes, entries)))

@@ -17,8 +17,8 @@ from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.container import decode
 from ternarize.files.metadata import SCALE_SUFFIX, Record
 from ternarize.steps.generator import SCALES, TRITS
-from ternarize.steps.journal import Header, Step
-from ternarize.steps.replay import Moves, Part, State, parts_of, start_of
+from ternarize.steps.journal import JournalHeader, Step
+from ternarize.steps.replay import Moves, Part, Values, parts_in_order, start_of
 from ternarize.trits.base3 import BASE3, pack
 from ternarize.trits.scales import scale_codes, scale_values
 from ternarize.trits.ternary import largest_of_groups, spread_scales
@@ -43,7 +43,7 @@ def parts_of_base(records: Mapping[str, Record]) -> list[Part]:
         raise UsageError(
             "the base", "has no ternary tensor of one plane", "some", "Name a packed checkpoint"
         )
-    return parts_of(found)
+    return parts_in_order(found)
 
 
 def base_digest(records: Mapping[str, Record]) -> str:
@@ -54,7 +54,7 @@ def base_digest(records: Mapping[str, Record]) -> str:
     return sha.hexdigest()
 
 
-def check_base(where: object, header: Header, records: Mapping[str, Record]) -> None:
+def check_base(where: object, header: JournalHeader, records: Mapping[str, Record]) -> None:
     """Raise UsageError where a journal begins from another packed checkpoint, or from a seed."""
     if header.base is None:
         raise UsageError(
@@ -114,7 +114,7 @@ def stored_after(
 def replayed(
     packed: Checkpoint,
     records: Mapping[str, Record],
-    header: Header,
+    header: JournalHeader,
     steps: Sequence[Step],
     names: Sequence[str] | None = None,
 ) -> Iterator[tuple[Part, Tensor, Tensor, Tensor]]:
@@ -137,15 +137,17 @@ def replayed(
         yield part, trits if stay is None else trits.masked_fill(stay, 0), exponents, stored
 
 
-def opened_state(header: Header, packed: Checkpoint | None, records: Mapping[str, Record]) -> State:
+def opened_state(
+    header: JournalHeader, packed: Checkpoint | None, records: Mapping[str, Record]
+) -> Values:
     """The values that a journal begins with: of its base, or from its seed (packed None)."""
     if packed is None:
-        parts = parts_of(header.tensors)
-        return State(header.seed, parts, {p.name: start_of(p, header) for p in parts})
+        parts = parts_in_order(header.tensors)
+        return Values(header.seed, parts, {p.name: start_of(p, header) for p in parts})
     parts, start, stay = parts_of_base(records), dict[str, Tensor](), dict[str, Tensor]()
     for part in parts:
         start[part.name], stored = read_part(packed, records[part.name], part)
         mask = frozen(stored, part)
         if mask is not None:
             stay[part.name] = mask
-    return State(header.seed, parts, start, stay)
+    return Values(header.seed, parts, start, stay)

@@ -37,7 +37,7 @@ from ternarize.steps.base import (
 )
 from ternarize.steps.generator import SCALES, TRITS
 from ternarize.steps.journal import SUFFIX, Journal, read_journal
-from ternarize.steps.replay import Moves, parts_of, start_of
+from ternarize.steps.replay import Moves, parts_in_order, start_of
 from ternarize.trits.base3 import unpack
 from ternarize.trits.scales import scale_values
 from ternarize.trits.ternary import largest_of_groups, spread_scales
@@ -95,7 +95,7 @@ def replayed_directory(path: str | Path, base: str | Path) -> Iterator[Path]:
         yield Path(folder) / "replayed"
 
 
-def read_rows(
+def replayed_rows(
     path: str | Path,
     base: str | Path | None,
     name: str,
@@ -114,7 +114,7 @@ def read_rows(
     packed, records = (None, {}) if base is None else open_packed(base)
     if packed is not None:
         check_base(path, journal.header, records)
-    parts = parts_of(journal.header.tensors) if packed is None else parts_of_base(records)
+    parts = parts_in_order(journal.header.tensors) if packed is None else parts_of_base(records)
     part = next((each for each in parts if each.name == name), None)
     if part is None:
         raise UsageError("--tensor", f"{name!r} is not moved by steps", "one that is ternary")
@@ -161,13 +161,14 @@ def write_rows(
     *,
     upto: int | None = None,
 ) -> dict[str, Any]:
-    """Write what `read_rows` gives into a .safetensors file: NAME (trits, I8) and NAME_scale (F32).
+    """Write what `replayed_rows` gives into a .safetensors file.
 
-    Returns what `replay` does. Raises OutputError where the file exists.
+    NAME has its trits (I8), NAME_scale its scales (F32). Returns what `replay` does. Raises
+    OutputError where the file exists.
     """
     output = Path(output).expanduser()
     _check_new(output)
-    trits, scales = read_rows(path, base, name, rows, upto=upto)
+    trits, scales = replayed_rows(path, base, name, rows, upto=upto)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(output, save({name: trits, name + SCALE_SUFFIX: scales}))
     return _about(open_journal(path), upto)

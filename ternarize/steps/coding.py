@@ -13,6 +13,7 @@ them (gamma: 1975, https://doi.org/10.1109/TIT.1975.1055349).
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import partial
 
 _FEW = 512  # one of so many perturbations is taken: search, and do not walk
 MOST_ZEROS = 32  # before a number in Elias' code: the largest difference of two steps has 33 bits
@@ -120,10 +121,14 @@ def _searched(number: int, k: int, m: int) -> list[int]:
     """As `_walked`: sooner for few of very many, so that a made-up file takes little time."""
     chosen = list[int]()
     for i in range(m, 0, -1):
-        k = bisect_right(range(k), number, key=lambda c, i=i: math.comb(c, i)) - 1
+        k = bisect_right(range(k), number, key=partial(_binomial, i)) - 1
         chosen.append(k)
         number -= math.comb(k, i)
     return chosen
+
+
+def _binomial(i: int, c: int) -> int:
+    return math.comb(c, i)
 
 
 def _below(binomial: int, c: int, i: int, taken: bool) -> tuple[int, int]:

@@ -94,11 +94,11 @@ class Note:
     content: dict[str, Any]
 
 
-Entry = Step | Edit | Mark | Note
+JournalEntry = Step | Edit | Mark | Note
 
 
 @dataclass(frozen=True)
-class Header:
+class JournalHeader:
     """What a journal begins with.
 
     seed     of 64 bits
@@ -123,8 +123,8 @@ class Journal:
     """
 
     path: str
-    header: Header
-    entries: tuple[Entry, ...] = ()
+    header: JournalHeader
+    entries: tuple[JournalEntry, ...] = ()
     size: int = 0
     torn: int = field(default=0, compare=False)
 
@@ -169,7 +169,7 @@ class Journal:
 # --- writing ---
 
 
-def header_bytes(header: Header) -> bytes:
+def journal_header(header: JournalHeader) -> bytes:
     """The beginning of a file."""
     start: dict[str, Any] = {"kind": "packed", "sha256": header.base}
     if header.base is None:
@@ -190,7 +190,7 @@ def header_bytes(header: Header) -> bytes:
     return head + struct.pack("<I", zlib.crc32(head))
 
 
-def entry_bytes(entry: Entry) -> bytes:
+def entry_bytes(entry: JournalEntry) -> bytes:
     """One record."""
     if isinstance(entry, Step):
         own = entry.seed is None
@@ -216,7 +216,7 @@ def entry_bytes(entry: Entry) -> bytes:
 def block_bytes(steps: Sequence[Step]) -> bytes:
     """One record with many steps of the journal's own, in fewer bytes."""
     bits = Bits()
-    before = FIRST
+    before = NO_STEP
     for step in steps:
         put_fields(bits, step, before)
         put_choice(bits, step.k, step.chosen, step.signs)
@@ -244,15 +244,15 @@ def bits_in_block(step: Step, before: Step) -> int:
     return fields.count + set_width(step.k, len(step.chosen)) + len(step.chosen)
 
 
-def bits_left(header: Header, steps: Sequence[Step], nbytes: int) -> int:
+def bits_left(header: JournalHeader, steps: Sequence[Step], nbytes: int) -> int:
     """Bits that more steps can have in a compact journal of so many bytes."""
-    used = sum(bits_in_block(b, a) for a, b in itertools.pairwise([FIRST, *steps]))
-    return 8 * (nbytes - len(header_bytes(header)) - _AROUND) - used
+    used = sum(bits_in_block(b, a) for a, b in itertools.pairwise([NO_STEP, *steps]))
+    return 8 * (nbytes - len(journal_header(header)) - _AROUND) - used
 
 
 _AROUND = 58  # bytes of a compact journal around steps: the frame of their block, a digest
 # what the first step of a block is compared with
-FIRST = Step(-1, TRITS, 10, 1, 128, (), ())
+NO_STEP = Step(-1, TRITS, 10, 1, 128, (), ())
 
 
 def _record(kind: int, payload: bytes) -> bytes:
@@ -274,7 +274,7 @@ def read_journal(path: str | Path) -> Journal:
 def parse_journal(data: bytes, where: str = "journal") -> Journal:
     """A journal from its bytes; see `read_journal`."""
     header, at = _parse_header(data, where)
-    entries: list[Entry] = []
+    entries: list[JournalEntry] = []
     number = -1
     while at < len(data):
         end = _end_of(data, at)
@@ -327,7 +327,7 @@ def _record_behind(data: bytes, at: int) -> bool:
     return False
 
 
-def _parse_header(data: bytes, where: str) -> tuple[Header, int]:
+def _parse_header(data: bytes, where: str) -> tuple[JournalHeader, int]:
     if data[:8] != MAGIC:
         raise FormatError(
             where,
@@ -358,7 +358,7 @@ def _parse_header(data: bytes, where: str) -> tuple[Header, int]:
     return _header_of(where, table), end + 4
 
 
-def _header_of(where: str, table: dict[str, Any]) -> Header:
+def _header_of(where: str, table: dict[str, Any]) -> JournalHeader:
     seed, start = table.get("seed"), table.get("start")
     if not (isinstance(seed, str) and re.fullmatch("[0-9a-f]{16}", seed)):
         raise damaged(where, f"its seed is {seed!r:.60}", "16 hex digits")
@@ -368,7 +368,7 @@ def _header_of(where: str, table: dict[str, Any]) -> Header:
         digest = start.get("sha256")
         if not (isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)):
             raise damaged(where, f"the digest of its start is {digest!r:.80}", "64 hex digits")
-        return Header(int(seed, 16), base=digest)
+        return JournalHeader(int(seed, 16), base=digest)
     zeros = start.get("zeros")
     tensors: Any = table.get("tensors")
     if type(zeros) is not int or not 0 <= zeros <= 1 << 31:
@@ -380,7 +380,7 @@ def _header_of(where: str, table: dict[str, Any]) -> Header:
         raise damaged(where, "has a tensor twice")
     if sum(math.prod(shape) for _, shape, _ in found) > MOST_VALUES:
         raise damaged(where, "its tensors are too large", "2^58 trits at most")
-    return Header(int(seed, 16), zeros, found)
+    return JournalHeader(int(seed, 16), zeros, found)
 
 
 def _is_tensor(value: Any) -> bool:
@@ -397,7 +397,7 @@ def _newer(where: str, found: str, expected: str) -> FormatError:
     return FormatError(where, found, expected, "Install a newer ternarize")
 
 
-def _parse_record(kind: int, payload: bytes, number: int) -> Iterator[Entry]:
+def _parse_record(kind: int, payload: bytes, number: int) -> Iterator[JournalEntry]:
     """The entries of a record; ValueError, EOFError or struct.error where it breaks a rule."""
     if kind == _STEP:
         yield _parse_step(payload)
@@ -438,7 +438,7 @@ def _parse_step(payload: bytes) -> Step:
 
 def _parse_block(payload: bytes) -> Iterator[Step]:
     (count,) = struct.unpack_from("<I", payload)
-    reader, step = BitReader(payload[4:]), FIRST
+    reader, step = BitReader(payload[4:]), NO_STEP
     for _ in range(count):
         number = step.number + reader.take_gamma()
         target, amount, k = step.target, step.amount, step.k

@@ -14,14 +14,14 @@ from ternarize.steps.base import check_base, opened_state
 from ternarize.steps.journal import (
     EDITS,
     Edit,
-    Entry,
     Journal,
+    JournalEntry,
     Mark,
     Note,
     Step,
     block_bytes,
     entry_bytes,
-    header_bytes,
+    journal_header,
     read_journal,
 )
 
@@ -59,7 +59,7 @@ def fork(path: str | Path, new: str | Path, upto: int | None = None) -> Journal:
     return _write(new, journal, [entry_bytes(e) for e in kept])
 
 
-def _below(entry: Entry, upto: int | None) -> Entry | None:
+def _below(entry: JournalEntry, upto: int | None) -> JournalEntry | None:
     """What an entry says of the steps below a number, if anything."""
     if isinstance(entry, Note):
         return None
@@ -188,5 +188,5 @@ def _write(new: str | Path, journal: Journal, records: Sequence[bytes]) -> Journ
     path = Path(new)
     if path.exists() or path.is_symlink():
         raise OutputError(path, "exists already", "a new file", "Name another, or remove it")
-    write_whole(path, header_bytes(journal.header) + b"".join(records))
+    write_whole(path, journal_header(journal.header) + b"".join(records))
     return read_journal(path)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ternarize.native import lib
 from ternarize.steps.generator import SCALES, TRITS, perturbations, start_trits
-from ternarize.steps.journal import Header, Step
+from ternarize.steps.journal import JournalHeader, Step
 from ternarize.threads import THREADS
 from ternarize.trits.base3 import pack
 from ternarize.trits.ternary import group_count
@@ -51,7 +51,7 @@ class Part:
         return self.trits if target == TRITS else self.scales
 
 
-def parts_of(tensors: Sequence[tuple[str, tuple[int, ...], int]]) -> list[Part]:
+def parts_in_order(tensors: Sequence[tuple[str, tuple[int, ...], int]]) -> list[Part]:
     """The tensors of a journal, (name, shape, group size) each, one behind the other."""
     found: list[Part] = []
     trits = scales = 0
@@ -111,7 +111,7 @@ def _drawn(seed: int, step: Step) -> tuple[int, int]:
     return own, step.number if step.drawn is None else step.drawn
 
 
-def start_of(part: Part, header: Header, rows: tuple[int, int] | None = None) -> Tensor:
+def start_of(part: Part, header: JournalHeader, rows: tuple[int, int] | None = None) -> Tensor:
     """The trits of a start from the seed, (..., rows, cols) int8; of some rows: (rows, cols).
 
     rows  first and last + 1, counted through the whole stack of matrices
@@ -138,7 +138,7 @@ def state_digest(parts: Iterable[tuple[Tensor, Tensor, int]]) -> str:
     return sha.hexdigest()
 
 
-class State:
+class Values:
     """The values of all tensors of a journal: what steps have made of the start.
 
     trits, exponents  by name, int8

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from ternarize.steps.generator import SCALES
 from ternarize.steps.journal import Step, bits_in_block
-from ternarize.steps.replay import LIMITS, Moves, State
+from ternarize.steps.replay import LIMITS, Moves, Values
 from ternarize.train.moved import Moved
-from ternarize.train.probes import Loss, aligned, gradient
+from ternarize.train.probes import ModuleLoss, aligned, gradient
 from ternarize.train.votes import bits_of
 
-BETAS, EPSILON = (0.9, 0.95), 1e-12
+_BETAS, _EPSILON = (0.9, 0.95), 1e-12
 TRIED = 20  # numbers without a gain, after which nothing more is to be had
 _TAKEN = (1, 2, 4, 8, 16, 32)  # directions of a step, each tried
 _DENSITIES = (5, 9)  # bits of a cell, from the least to the most
@@ -40,7 +40,7 @@ class Wanted:
     values: dict[str, Tensor]
     weight: dict[str, Tensor]
 
-    def distance(self, state: State, target: int) -> float:
+    def distance(self, state: Values, target: int) -> float:
         """D of the module's docstring."""
         found = 0.0
         for part in state.parts:
@@ -51,7 +51,7 @@ class Wanted:
 
 def trained_exponents(
     moved: Moved,
-    loss: Loss,
+    loss: ModuleLoss,
     batches: Callable[[int], Any],
     steps: int,
     rate: float,
@@ -74,11 +74,11 @@ def trained_exponents(
         slopes = moved.slopes(SCALES, grads, real)
         now = rate * 0.5 * (1 + math.cos(math.pi * number / steps))
         for name, slope in slopes.items():
-            first[name].lerp_(slope, 1 - BETAS[0])
-            second[name].lerp_(slope.square(), 1 - BETAS[1])
+            first[name].lerp_(slope, 1 - _BETAS[0])
+            second[name].lerp_(slope.square(), 1 - _BETAS[1])
             squares[name] += slope.square() / steps
-            mean = first[name] / (1 - BETAS[0] ** (number + 1))
-            size = (second[name] / (1 - BETAS[1] ** (number + 1))).sqrt() + EPSILON
+            mean = first[name] / (1 - _BETAS[0] ** (number + 1))
+            size = (second[name] / (1 - _BETAS[1] ** (number + 1))).sqrt() + _EPSILON
             real[name].sub_(mean / size, alpha=now).clamp_(-LIMITS[SCALES], LIMITS[SCALES])
         if heard is not None:
             heard(number, value)
@@ -86,7 +86,7 @@ def trained_exponents(
     return Wanted(real, {name: each.sqrt() for name, each in squares.items()})
 
 
-def coded_steps(state: State, wanted: Wanted, before: Step, k: int, bits: float) -> Iterator[Step]:
+def coded_steps(state: Values, wanted: Wanted, before: Step, k: int, bits: float) -> Iterator[Step]:
     """Steps that bring exponents towards what is wanted, until so many bits are used up.
 
     state   is moved by each step that is yielded
@@ -121,7 +121,7 @@ def coded_steps(state: State, wanted: Wanted, before: Step, k: int, bits: float)
         yield step
 
 
-def _candidates(state: State, wanted: Wanted, number: int, k: int, bits: int) -> Iterator[Step]:
+def _candidates(state: Values, wanted: Wanted, number: int, k: int, bits: int) -> Iterator[Step]:
     """For each amount and count the directions of which D falls most to second order."""
     slopes, weights = dict[str, Tensor](), dict[str, Tensor]()
     for part in state.parts:
@@ -141,7 +141,7 @@ def _candidates(state: State, wanted: Wanted, number: int, k: int, bits: int) ->
             yield Step(number, SCALES, bits, amount, k, tuple(chosen.tolist()), signs)
 
 
-def _distance_after(state: State, wanted: Wanted, step: Step) -> float:
+def _distance_after(state: Values, wanted: Wanted, step: Step) -> float:
     """D with a step, which is not taken."""
     moves, found = Moves([step], SCALES, state.seed), 0.0
     for part in state.parts:

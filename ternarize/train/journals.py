@@ -23,9 +23,9 @@ from ternarize.sources.packed import open_packed
 from ternarize.steps.appender import Appender
 from ternarize.steps.base import base_digest, opened_state, parts_of_base
 from ternarize.steps.journal import (
-    FIRST,
-    Header,
+    NO_STEP,
     Journal,
+    JournalHeader,
     Mark,
     Note,
     Step,
@@ -34,7 +34,7 @@ from ternarize.steps.journal import (
 )
 from ternarize.train.coded import coded_steps, trained_exponents
 from ternarize.train.loop import Objective
-from ternarize.train.moved import Moved, Place
+from ternarize.train.moved import Moved, Standing
 from ternarize.train.objectives import held_loss, labels_of, objective
 from ternarize.train.ranks import Ranks
 from ternarize.train.sources import Data, data_of
@@ -45,7 +45,7 @@ from ternarize.train.votes import Heard, Votes, first_attempt, train_votes
 SEED = 0  # of the perturbations, when none is asked for
 CODED = 2500  # bytes of a journal by gradients, when none are asked for
 DIRECTIONS = 4096  # that a step draws towards what gradients want
-RATE = 1.0  # of exponents, in 1/32 of an octave
+EXPONENT_RATE = 1.0  # of exponents, in 1/32 of an octave
 _REMEMBERED = 64  # outputs of the teacher
 
 
@@ -149,7 +149,7 @@ def code_journal(
         first = _began(begun)
         before = at.brought_to([step for step in begun.effective() if step.number < first])
         of_batches = (_taken(at.data.stream, training.batch) for _ in itertools.count())
-        rate = RATE if training.lr is None else training.lr
+        rate = EXPONENT_RATE if training.lr is None else training.lr
 
         def told(number: int, loss: float) -> None:
             if heard is not None:
@@ -160,7 +160,7 @@ def code_journal(
         )
         at.moved.write(wanted.values)
         best = at.held()
-        state, steps = at.moved.state, [FIRST, *begun.steps]
+        state, steps = at.moved.state, [NO_STEP, *begun.steps]
         state.apply([step for step in begun.effective() if step.number >= first])
         left = bits_left(at.header, begun.steps, nbytes)
         appender.append(Note({"coded_from": first}))
@@ -197,7 +197,7 @@ class _Session:
     held   the loss of documents put aside
     """
 
-    header: Header
+    header: JournalHeader
     data: Data
     moved: Moved
     loss: Callable[[nn.Module, list[Sample]], Tensor]
@@ -212,7 +212,7 @@ class _Session:
 
 def _session(base: str | Path, training: Train, seed: int, device: str, *, plain: bool) -> _Session:
     packed, records = open_packed(base)
-    header = Header(seed, base=base_digest(records))
+    header = JournalHeader(seed, base=base_digest(records))
     data = data_of(packed.directory, training)
     pair = _pair(packed.directory, training, device, plain=plain)
     state = opened_state(header, packed, records)
@@ -273,7 +273,7 @@ def _plain(pair: Pair, data: Data) -> Objective:
     return loss
 
 
-def _places(packed: Any, records: Mapping[str, Any], model: Any) -> list[Place]:
+def _places(packed: Any, records: Mapping[str, Any], model: Any) -> list[Standing]:
     """Where the tensors that steps move stand in the model; UsageError for one that is fused."""
     parts = parts_of_base(records)
     where = locate_tensors(model, [part.name for part in parts])
@@ -288,7 +288,9 @@ def _places(packed: Any, records: Mapping[str, Any], model: Any) -> list[Place]:
                 "Train it with `ternarize train`",
             )
         stored = packed.read(part.name + SCALE_SUFFIX).view(part.scales_shape)
-        found.append(Place(part, place.parameters[0], stored, record.rotation, record.transposed))
+        found.append(
+            Standing(part, place.parameters[0], stored, record.rotation, record.transposed)
+        )
     return found
 
 

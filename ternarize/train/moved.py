@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from ternarize.steps.base import moved_scales
 from ternarize.steps.generator import SCALES, TRITS
-from ternarize.steps.replay import LIMITS, Part, State
+from ternarize.steps.replay import LIMITS, Part, Values
 from ternarize.trits.rotation import rotate, unrotate
 from ternarize.trits.scales import scale_values
 from ternarize.trits.ternary import group_sums, scaled, spread_scales
 
 
 @dataclass(frozen=True)
-class Place:
+class Standing:
     """Where a tensor of a journal stands in a module.
 
     part         the tensor
@@ -63,7 +63,7 @@ class Moved:
     state   the values
     """
 
-    def __init__(self, module: nn.Module, places: Sequence[Place], state: State) -> None:
+    def __init__(self, module: nn.Module, places: Sequence[Standing], state: Values) -> None:
         self.module, self.places, self.state = module, list(places), state
         own = dict(module.named_parameters(remove_duplicate=False))
         self.parameters = {place.part.name: own[place.parameter] for place in places}
@@ -72,7 +72,7 @@ class Moved:
             parameter.requires_grad_(True)
         self.write()
 
-    def scales(self, place: Place, real: Mapping[str, Tensor] | None = None) -> Tensor:
+    def scales(self, place: Standing, real: Mapping[str, Tensor] | None = None) -> Tensor:
         """The scales after the steps, float32, or with real exponents in the place of theirs."""
         if real is not None:
             moved = scale_values(place.stored) * (real[place.part.name] / 32).exp2().view(
@@ -82,7 +82,7 @@ class Moved:
         exponents = self.state.exponents[place.part.name]
         return scale_values(moved_scales(place.stored, exponents))
 
-    def stored(self, place: Place, scales: Tensor) -> Tensor:
+    def stored(self, place: Standing, scales: Tensor) -> Tensor:
         """s 2^(e / 32) t, (..., rows, cols) float32."""
         return scaled(self.state.trits[place.part.name], scales, place.part.group_size)
 
@@ -115,7 +115,7 @@ class Moved:
             found[part.name] = slope.reshape(-1).contiguous()
         return found
 
-    def room(self, place: Place, target: int) -> tuple[Tensor, Tensor]:
+    def room(self, place: Standing, target: int) -> tuple[Tensor, Tensor]:
         """Which values can be one more, and which one less: flat, bool."""
         values = self.state.values(place.part, target).view(-1)
         limit = LIMITS[target]
@@ -126,7 +126,7 @@ class Moved:
             up, down = up & free, down & free
         return up, down
 
-    def tangent(self, place: Place, target: int, moves: Tensor) -> Tensor:
+    def tangent(self, place: Standing, target: int, moves: Tensor) -> Tensor:
         """How the parameter moves with its values: moves (n,), flat -> of the parameter's shape."""
         part, scales = place.part, self.scales(place)
         if target == TRITS:

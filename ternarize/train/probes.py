@@ -19,21 +19,21 @@ from torch import Tensor, nn
 from ternarize.native import lib
 from ternarize.steps.generator import perturbations
 from ternarize.steps.journal import Step
-from ternarize.steps.replay import State
+from ternarize.steps.replay import Values
 from ternarize.threads import THREADS
-from ternarize.train.moved import Moved, Place
+from ternarize.train.moved import Moved, Standing
 
-PROBES = ("backward", "jvp", "forwards")
+WAYS = ("backward", "jvp", "forwards")
 _TOGETHER = 16  # tangents of one forward
 
 # the loss of a module on a batch
-Loss = Callable[[nn.Module, Any], Tensor]
+ModuleLoss = Callable[[nn.Module, Any], Tensor]
 
 
 class _WithLoss(nn.Module):
     """A module whose output is its loss, so that its parameters can be given to a call."""
 
-    def __init__(self, module: nn.Module, loss: Loss) -> None:
+    def __init__(self, module: nn.Module, loss: ModuleLoss) -> None:
         super().__init__()
         self.module, self.loss = module, loss
 
@@ -41,7 +41,7 @@ class _WithLoss(nn.Module):
         return self.loss(self.module, batch)
 
 
-def gradient(moved: Moved, loss: Loss, batch: Any) -> tuple[float, dict[str, Tensor]]:
+def gradient(moved: Moved, loss: ModuleLoss, batch: Any) -> tuple[float, dict[str, Tensor]]:
     """The loss, and its gradient by the parameters of all tensors, by name."""
     for parameter in moved.parameters.values():
         parameter.grad = None
@@ -67,7 +67,7 @@ def sums_along(
 
 
 def aligned(
-    state: State,
+    state: Values,
     up: Mapping[str, Tensor],
     down: Mapping[str, Tensor],
     target: int,
@@ -97,7 +97,7 @@ def aligned(
 
 
 def by_jvp(
-    moved: Moved, loss: Loss, batch: Any, target: int, number: int, bits: int, k: int
+    moved: Moved, loss: ModuleLoss, batch: Any, target: int, number: int, bits: int, k: int
 ) -> Tensor:
     """Alignments by forward-mode products: (k, 2) float64, along and against."""
     model = _WithLoss(moved.module, loss)
@@ -126,7 +126,7 @@ def by_jvp(
 
 
 def _dense_moves(
-    moved: Moved, place: Place, target: int, number: int, bits: int, which: Sequence[int]
+    moved: Moved, place: Standing, target: int, number: int, bits: int, which: Sequence[int]
 ) -> Tensor:
     """What perturbations do to a tensor's values: (perturbations, 2, n) float32."""
     part = place.part
@@ -142,7 +142,14 @@ def _dense_moves(
 
 @torch.no_grad()
 def by_forwards(
-    moved: Moved, loss: Loss, batch: Any, target: int, number: int, bits: int, amount: int, k: int
+    moved: Moved,
+    loss: ModuleLoss,
+    batch: Any,
+    target: int,
+    number: int,
+    bits: int,
+    amount: int,
+    k: int,
 ) -> Tensor:
     """Alignments by moving there: (k, 2) float64, how the loss changes along and against."""
     before = float(loss(moved.module, batch))

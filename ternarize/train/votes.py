@@ -25,7 +25,7 @@ from ternarize.errors import UsageError
 from ternarize.steps.coding import set_width
 from ternarize.steps.generator import MOST_BITS, TRITS
 from ternarize.steps.journal import (
-    FIRST,
+    NO_STEP,
     Journal,
     Mark,
     Note,
@@ -33,11 +33,19 @@ from ternarize.steps.journal import (
     bits_in_block,
     bits_left,
     entry_bytes,
-    header_bytes,
+    journal_header,
     parse_journal,
 )
 from ternarize.train.moved import Moved, target_of
-from ternarize.train.probes import PROBES, Loss, Tried, by_forwards, by_jvp, gradient, sums_along
+from ternarize.train.probes import (
+    WAYS,
+    ModuleLoss,
+    Tried,
+    by_forwards,
+    by_jvp,
+    gradient,
+    sums_along,
+)
 from ternarize.train.ranks import EXCHANGES, Ranks
 
 VOTED = 256  # perturbations of a step, when none are asked for
@@ -84,7 +92,7 @@ class Votes:
             ("bits", self.bits, _within(self.bits, 0, MOST_BITS), f"0 to {MOST_BITS} each"),
             ("shares", self.shares, _within(self.shares, 0, 1), "above 0, to 1 each"),
             ("amounts", self.amounts, _within(self.amounts, 1, 127), "1 to 127 each"),
-            ("probe", self.probe, self.probe in PROBES, f"one of {', '.join(PROBES)}"),
+            ("probe", self.probe, self.probe in WAYS, f"one of {', '.join(WAYS)}"),
             ("exchange", self.exchange, self.exchange in EXCHANGES, " or ".join(EXCHANGES)),
             ("thrift", self.thrift, 0 <= self.thrift <= 1, "0 to 1"),
         ):
@@ -98,7 +106,7 @@ def _within(values: tuple[float, ...], low: float, high: float) -> bool:
 
 def train_votes(
     moved: Moved,
-    loss: Loss,
+    loss: ModuleLoss,
     batches: Batches,
     journal: Journal,
     append: Callable[..., None],
@@ -116,14 +124,14 @@ def train_votes(
     ranks     the processes, each with batches of its own
     """
     ranks = Ranks(votes.exchange) if ranks is None else ranks
-    taken, last = 0, journal.steps[-1] if journal.steps else FIRST
+    taken, last = 0, journal.steps[-1] if journal.steps else NO_STEP
     left = bits_left(journal.header, journal.steps, votes.nbytes) if votes.nbytes else math.inf
     number = first_attempt(journal)
     while number < attempts and left > 0:
         probed, deciding = batches(number)
         found, value = best_step(moved, loss, probed, deciding, votes, number, ranks)
         told = ranks.firsts(b"" if found is None else entry_bytes(found))
-        step = next(iter(parse_journal(header_bytes(journal.header) + told).steps), None)
+        step = next(iter(parse_journal(journal_header(journal.header) + told).steps), None)
         if step is not None:
             left -= bits_in_block(step, last)
             if left < 0:
@@ -157,7 +165,13 @@ def first_attempt(journal: Journal) -> int:
 
 
 def best_step(
-    moved: Moved, loss: Loss, probed: Any, deciding: Any, votes: Votes, number: int, ranks: Ranks
+    moved: Moved,
+    loss: ModuleLoss,
+    probed: Any,
+    deciding: Any,
+    votes: Votes,
+    number: int,
+    ranks: Ranks,
 ) -> tuple[Step | None, float]:
     """The candidate with the largest gain, None where none has any; and the loss then."""
     with torch.no_grad():
@@ -178,7 +192,7 @@ def bits_of(step: Step) -> int:
 
 
 def candidates(
-    moved: Moved, loss: Loss, batch: Any, votes: Votes, number: int, ranks: Ranks
+    moved: Moved, loss: ModuleLoss, batch: Any, votes: Votes, number: int, ranks: Ranks
 ) -> Iterator[Step]:
     """The steps that are tried: for each density and amount those of the largest alignments."""
     target = target_of(votes.target)
@@ -200,7 +214,7 @@ def candidates(
 
 
 def _alignments(
-    moved: Moved, loss: Loss, batch: Any, votes: Votes, number: int
+    moved: Moved, loss: ModuleLoss, batch: Any, votes: Votes, number: int
 ) -> Iterator[tuple[int, Tensor]]:
     """Alignments (k, 2) for each density; without backward for one of them, in turn."""
     target = target_of(votes.target)

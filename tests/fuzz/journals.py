@@ -6,7 +6,7 @@ import zlib
 
 import reference_steps as theirs
 
-from ternarize.steps.journal import EDITS, Edit, Entry, Journal, Mark, Step
+from ternarize.steps.journal import EDITS, Edit, Journal, JournalEntry, Mark, Step
 
 from .structure import change_bytes, change_text
 
@@ -84,7 +84,7 @@ def assert_same_journal(ours: Journal, other: theirs.Journal) -> None:
     assert effective == other.effective()
 
 
-def as_theirs(entry: Entry, seed: int) -> theirs.Entry:
+def as_theirs(entry: JournalEntry, seed: int) -> theirs.Entry:
     if isinstance(entry, Step):
         own = (seed, entry.number)
         if entry.seed is not None:
