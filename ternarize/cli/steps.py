@@ -330,12 +330,12 @@ def _repaired(
 ) -> dict[str, Any]:
     """Steps behind an edit, which move what the last one moved."""
     from ternarize.plans.recipe import Train
-    from ternarize.steps.journal import TARGETS, read_journal
+    from ternarize.steps.journal import MOVED, read_journal
     from ternarize.train.votes import DENSITIES, Votes, first_attempt
 
     found = read_journal(journal)
     last = found.steps[-1]
-    target = TARGETS[last.target]
+    target = MOVED[last.target]
     objective = "text" if teacher is None else "distill"
     training = Train(
         texts=tuple(texts),

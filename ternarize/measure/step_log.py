@@ -6,7 +6,7 @@ from typing import Any
 
 from ternarize.measure.report import figure_for
 from ternarize.steps.checkpoint import open_journal
-from ternarize.steps.journal import TARGETS, Note, entry_bytes
+from ternarize.steps.journal import MOVED, Note, entry_bytes
 
 EDITED = {"": "", "mask": "masked", "negate": "negated"}
 
@@ -22,7 +22,7 @@ def log_of(path: str | Path) -> dict[str, Any]:
     rows = [
         {
             "step": step.number,
-            "target": TARGETS[step.target],
+            "target": MOVED[step.target],
             "bits": step.bits,
             "amount": step.amount,
             "perturbations": step.k,

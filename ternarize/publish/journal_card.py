@@ -7,7 +7,7 @@ from typing import Any
 from ternarize.errors import UsageError
 from ternarize.files.names import STEPS_FILE
 from ternarize.publish.card import marked
-from ternarize.steps.journal import TARGETS, Journal
+from ternarize.steps.journal import MOVED, Journal
 
 
 def make_journal_card(journal: Journal, where: str, base_model: str | None) -> str:
@@ -72,7 +72,7 @@ def _figures(journal: Journal) -> str:
     else:
         names = [name for name, _, _ in journal.header.tensors]
         rows.append(("tensors", f"{len(names):,}"))
-    targets = [name for target, name in TARGETS.items() if any(s.target == target for s in steps)]
+    targets = [name for target, name in MOVED.items() if any(s.target == target for s in steps)]
     rows += [
         ("steps", f"{len(steps):,}"),
         ("of them left out or turned round", f"{sum(bool(journal.edit_of(s)) for s in steps):,}"),

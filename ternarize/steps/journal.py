@@ -34,7 +34,7 @@ _MOST_SEARCHED = 1 << 28  # bytes of possible records behind one that is not who
 _BEGINNING = re.compile(rb"(?s)(?=...[\x00\x01][\x01-\x06])")  # length up to 2^25, type
 _STEP, _DIGEST, _EDIT, _NOTE, _BLOCK, _FOREIGN = 1, 2, 3, 4, 5, 6
 _FIELDS = struct.Struct("<IBBBHH")  # number, target, bits, amount, k, m
-TARGETS = {TRITS: "trits", SCALES: "scales"}
+MOVED = {TRITS: "trits", SCALES: "scales"}
 EDITS = ("mask", "negate", "restore")
 LARGEST = (1 << 32) - 1  # number of a step
 MOST_VALUES = 1 << 58  # trits of all tensors: cells that a word has an address for
@@ -454,7 +454,7 @@ def _parse_block(payload: bytes) -> Iterator[Step]:
 
 def _with_choice(step: Step, m: int, reader: BitReader) -> Step:
     """A step with what follows its fields, all of them checked."""
-    if step.number > LARGEST or step.target not in TARGETS:
+    if step.number > LARGEST or step.target not in MOVED:
         raise ValueError(f"step {step.number} of target {step.target}")
     most = 1 if step.target == TRITS else MOST_AMOUNT
     if not (0 <= step.bits <= MOST_BITS and 1 <= step.amount <= most):
