@@ -19,7 +19,6 @@ Base = Annotated[
     str | None, "Packed checkpoint that it begins from; none for a start from its seed."
 ]
 Upto = Annotated[int | None, "Leave out this step and those behind it."]
-_TARGETS = {1: "trits", 2: "scales"}
 
 
 def steps_train(

@@ -247,10 +247,13 @@ def bits_in_block(step: Step, before: Step) -> int:
 def bits_left(header: JournalHeader, steps: Sequence[Step], nbytes: int) -> int:
     """Bits that more steps can have in a compact journal of so many bytes."""
     used = sum(bits_in_block(b, a) for a, b in itertools.pairwise([NO_STEP, *steps]))
-    return 8 * (nbytes - len(journal_header(header)) - _AROUND) - used
+    around = _AROUND + _OF_BLOCK * (nbytes // 2048)
+    return 8 * (nbytes - len(journal_header(header)) - around) - used
 
 
-_AROUND = 58  # bytes of a compact journal around steps: the frame of their block, a digest
+# bytes of a compact journal around its steps: a digest, the frame of a block; and what each further
+# block takes, of which there is at most one for so many bytes
+_AROUND, _OF_BLOCK = 58, 24
 # what the first step of a block is compared with
 NO_STEP = Step(-1, TRITS, 10, 1, 128, (), ())
 
