@@ -20,6 +20,7 @@ docs/formats
 docs/imports
 docs/exports
 docs/speed
+docs/steps
 docs/patches
 docs/hub
 docs/fine-tuning

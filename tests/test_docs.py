@@ -99,7 +99,7 @@ def test_the_readme_is_short() -> None:
 
 def examples(text: str) -> Iterator[tuple[str, str, list[str]]]:
     """The language, the text and the shown output of each example, in the order of the document."""
-    for command in re.findall(r"^Example: (ternarize .*)$", text, re.M):
+    for command in re.findall(r"^Example: (ternarize .*(?:\n\S.*)*)$", text, re.M):
         yield "console", command.replace("&quot;", '"'), []
     for block, following in itertools.pairwise([*blocks(text), Block("", "")]):
         if block.language == "console":

@@ -86,8 +86,8 @@ def steps_train(
     loss falls, and is kept if it lowers the loss of another batch. Interrupted, the same command
     goes on; with more attempts or bytes it goes on, too.
 
-    Example: ternarize steps train packed my.steps --texts text.txt --teacher examples/tiny-llama
-    --attempts 2
+    Example: ternarize steps train packed my.steps --texts default --teacher examples/tiny-llama
+    --attempts 2 --batch 512 --bytes 300
     """
     from ternarize.plans.recipe import Train
     from ternarize.train.journals import CODED
