@@ -21,7 +21,7 @@ def diff_command(
     `ternarize apply` makes of the base and the file the second checkpoint again, byte for byte.
     Both are verified first, and never changed.
 
-    Example: ternarize diff packed tuned tuned.patch
+    Example: ternarize diff fitted trained trained.patch
     """
     from ternarize.publish.patches import diff_packed
 
@@ -53,7 +53,7 @@ def apply_command(
     Every file comes out with the bytes that it had, and the result is verified. Another base is
     refused by the name of a tensor that it has otherwise.
 
-    Example: ternarize apply packed tuned.patch tuned-again
+    Example: ternarize apply fitted trained.patch trained-again
     """
     from ternarize.publish.patches import apply_patch
 

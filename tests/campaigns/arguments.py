@@ -37,6 +37,7 @@ from ternarize.cli.app import app
 from ternarize.convert.run import convert
 from ternarize.plans.recipe import Recipe
 from ternarize.publish.export import export
+from ternarize.publish.patches import diff_packed
 
 from .child import LATE, Child, limit_memory
 from .runs import report, workshop
@@ -50,18 +51,18 @@ NUMBERS = "0 1 2 3 4 16 64 65 128 256 -1 -2 007 1e2 0.5 nan inf -0 x \u0663 1_0"
     " 5 ",
 ]
 HUGE = ["999999999", "9223372036854775808", "1" + "0" * 400, "-" + "9" * 30, "1e999"]
-PLACES = (
-    "model packed model.gguf text.txt empty.txt bytes.txt folder missing model/config.json".split()
-)
+PLACES = "model packed model.gguf model.patch text.txt empty.txt bytes.txt folder missing".split()
 PLACES += "/dev/null user/name user/name@x a/b/c . .. ~ out out/deeper text.txt/below".split()
-PLACES += ["model/inside", "", "x" * 300, "nul\ud800", "line\nbreak"]
+PLACES += ["model/config.json", "model/inside", "", "x" * 300, "nul\ud800", "line\nbreak"]
 TEXTS = "* *.weight lm_head* *up_proj* [ nothing* - -- {0} [red]x[/] %s default self".split()
 TEXTS += ["model.layers.0.mlp.up_proj.weight", "", "\udcff", "a\nb", "\u00e9" * 99, "Hello there"]
 QUALITY = (
     "perplexity=9 kl_divergence=0.5 top1_agreement=0.2 perplexity x=1 = perplexity=nan".split()
 )
 RIGHT = {  # by the name of an argument or option: what it mostly is
-    "model": ["packed", "packed", "packed64"],
+    "model": ["packed", "packed", "packed64", "tuned"],
+    "base": ["packed64"],
+    "patch": ["out", "out.patch", "model.patch", "model.patch"],
     "output": ["out", "out", "folder/out"],
     "repo": ["user/name"],
     "--source": ["model"],
@@ -84,7 +85,7 @@ AMOUNTS += (
     " --tokens --minutes --steps --train-len --batch-size --seq-len --max-tokens --limit --threads"
 )
 COMMANDS = {"convert": 40, "export": 16, "inspect": 10, "verify": 10, "eval": 8, "generate": 8}
-COMMANDS |= {"bench": 3, "push": 5, "train": 6}  # how often each
+COMMANDS |= {"bench": 3, "push": 5, "train": 6, "diff": 4, "apply": 6}  # how often each
 
 
 def options_of(document: str) -> dict[str, dict[str, str]]:
@@ -118,7 +119,7 @@ def random_line(number: int, known: dict[str, dict[str, str]]) -> list[str]:
     options = dict(known[command])
     options.pop("--debug", None)  # a traceback is what it is for
     line = []
-    for name in ("model", "output", "repo"):
+    for name in ("base", "model", "patch", "output", "repo"):
         if name in options:
             value = random_value(name, options.pop(name), chance)
             if command in ("convert", "train") and name == "model" and value.startswith("packed"):
@@ -156,6 +157,8 @@ def furnish(place: Path) -> None:
     convert(model, place / "packed")
     convert(model, place / "packed64", Recipe(method="itf", group_size=64))
     export(place / "packed64", place / "model.gguf", "gguf", kind="q2_0")
+    convert(model, place / "tuned", Recipe(method="twn", group_size=64))
+    diff_packed(place / "packed64", place / "tuned", place / "model.patch")
     (place / "text.txt").write_text("The function returns the first of them.\n" * 60)
     (place / "empty.txt").write_text("")
     (place / "recipe.toml").write_text('method = "twn"\ngroup_size = 32\nkeep = ["*up_proj*"]\n')
@@ -190,10 +193,12 @@ def wrong(result: Any) -> str:
 
 def allowed(line: Sequence[str], code: int) -> str:
     """A pattern of the paths that a command line may leave behind."""
-    if line[0] in ("convert", "export", "train") and "--dry-run" not in line and len(line) > 2:
-        output = re.escape(os.path.normpath(os.path.join("place", line[2])))
+    at = 3 if line[0] in ("diff", "apply") else 2  # of the output
+    writes = line[0] in ("convert", "export", "train", "diff", "apply")
+    if writes and "--dry-run" not in line and len(line) > at:
+        output = re.escape(os.path.normpath(os.path.join("place", line[at])))
         unfinished = rf"{output}\.partial(/.*)?"
-        parents = [re.escape(str(parent)) for parent in Path("place", line[2]).parents]
+        parents = [re.escape(str(parent)) for parent in Path("place", line[at]).parents]
         return "|".join([unfinished, *parents, *([] if code else [output, f"{output}/.*"])])
     pictures = [v for o, v in zip(line, line[1:], strict=False) if o == "--plot"]
     return "|".join(re.escape(f"place/{picture}") for picture in pictures[-1:])
