@@ -469,7 +469,7 @@ def test_generate_with_steps_writes_what_the_replayed_model_writes(
     hard = Step(0, SCALES, 0, 60, 1, (0,), (1,))
     path = of_base(tmp_path / "my.steps", packed, hard)
     ok("replay", path, tmp_path / "replayed", "--base", packed)
-    assert ok("verify", path, "--base", packed).startswith("ok: 1 steps, 0 digests")
+    assert ok("verify", path, "--base", packed).startswith("1 steps, no digest")
     words = ["--prompt", "The function returns", "--max-new-tokens", "8", "-q"]
 
     def said(*arguments: object) -> str:

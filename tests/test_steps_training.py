@@ -295,7 +295,8 @@ import torch
 import torch.distributed as dist
 from pathlib import Path
 from test_steps_training import HEADER, batch_of, loss, started
-from ternarize.steps.journal import Appender, parse_journal, read_journal
+from ternarize.steps.appender import Appender
+from ternarize.steps.journal import parse_journal, read_journal
 from ternarize.train.ranks import Ranks, ranks_of_launcher
 from ternarize.train.votes import Votes, first_attempt, train_votes
 
@@ -442,7 +443,7 @@ def test_steps_go_where_they_are_wanted_for_few_bits() -> None:
     distances = {}
     for bits in (100, 300, 900):
         state = started().state
-        steps = list(coded_steps(state, wanted, NO_STEP, 64, bits))
+        steps = list(coded_steps(state, wanted, NO_STEP, 0, 64, bits))
         assert 8 * (len(block_bytes(steps)) - 13) < bits + 8
         distances[bits] = wanted.distance(state, SCALES)
         again = started().state

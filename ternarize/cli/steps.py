@@ -60,16 +60,20 @@ def steps_train(
         typer.Option(help="One non-zero in 2^BITS values, each tried; default: by the target."),
     ] = None,
     thrift: Annotated[
-        float, "0: steps of the largest gain; 1: of the largest gain for each bit."
-    ] = 0.5,
+        float | None,
+        "Of votes; 0: steps of the largest gain; 1: of the largest for each bit; default: 0.5.",
+    ] = None,
     probe: Annotated[
-        str,
-        "How the loss along a direction is found; the last two need no backward.",
+        str | None,
+        "Of votes: how the loss along a direction is found; default: backward; the others need "
+        "none.",
         OneOf(("backward", "jvp", "forwards")),
-    ] = "backward",
+    ] = None,
     exchange: Annotated[
-        str, "What several processes (torchrun) tell each other.", OneOf(("alignments", "votes"))
-    ] = "alignments",
+        str | None,
+        "Of votes: what several processes (torchrun) tell each other; default: alignments.",
+        OneOf(("alignments", "votes")),
+    ] = None,
     train_len: Annotated[int | None, "Tokens of a sample."] = None,
     batch: Annotated[int, "Tokens of a batch; a step needs two."] = 4096,
     seed: Annotated[int, "Of the directions, and of the order of samples."] = 0,
@@ -103,14 +107,20 @@ def steps_train(
         seed=seed,
         text_column=text_column,
     )
+    given = {"thrift": thrift, "probe": probe, "exchange": exchange}
+    of_votes: dict[str, Any] = {n: value for n, value in given.items() if value is not None}
+    if by == "gradient" and (of_votes or bits):
+        name = next(iter(of_votes), "bits")
+        raise UsageError(f"--{name}", "by gradient", "--by votes beside it", "Leave it out")
+    for name, value in (("perturbations", perturbations), ("bytes", nbytes)):
+        if value is not None and value < 1:
+            raise UsageError(f"--{name}", f"{value}", "at least 1")
     votes = Votes(
         target,
         perturbations or VOTED,
         tuple(bits) if bits else DENSITIES[target],
-        thrift=thrift,
-        probe=probe,
         nbytes=nbytes or 0,
-        exchange=exchange,
+        **of_votes,
     )
     if by == "gradient":
         if target != "scales":
@@ -451,7 +461,10 @@ def steps_verify(
     if as_json:
         print_json({"journal": journal, "steps": len(found.steps), "digests": marks})
     else:
-        print(f"ok: {len(found.steps)} steps, {marks} digests match")
+        checked = f"{marks} digests match" if marks else "no digest to compare"
+        print(f"{'ok: ' if marks else ''}{len(found.steps)} steps, {checked}")
+        if found.torn:
+            print(f"{found.torn} bytes at the end are of a record that was not written whole")
 
 
 STEP_COMMANDS: dict[str, Callable[..., None]] = {

@@ -6,7 +6,7 @@ from typing import Any
 
 from ternarize.measure.report import figure_for
 from ternarize.steps.checkpoint import open_journal
-from ternarize.steps.journal import MOVED, Note, entry_bytes
+from ternarize.steps.journal import MOVED, Note, entry_bytes, is_step_number
 
 EDITED = {"": "", "mask": "masked", "negate": "negated"}
 
@@ -15,9 +15,9 @@ def log_of(path: str | Path) -> dict[str, Any]:
     """The steps of a journal with their losses and bytes, as plain data."""
     journal = open_journal(path)
     losses = {
-        each.content["attempt"]: each.content.get("loss")
+        each.content["attempt"]: _as_number(each.content.get("loss"))
         for each in journal.entries
-        if isinstance(each, Note) and isinstance(each.content.get("attempt"), int)
+        if isinstance(each, Note) and is_step_number(each.content.get("attempt"))
     }
     rows = [
         {
@@ -44,6 +44,10 @@ def log_of(path: str | Path) -> dict[str, Any]:
         "bytes": journal.size,
         "torn_bytes": journal.torn,
     }
+
+
+def _as_number(value: Any) -> float | None:
+    return value if type(value) in (int, float) else None
 
 
 def plot_log(log: dict[str, Any], path: str | Path) -> None:

@@ -8,11 +8,13 @@ travel whole, unless the base has them. formats/patch.md is the definition.
 Tensors are read a piece at a time, and no more of them at once than there are threads.
 """
 
+import json
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from operator import index
 from pathlib import Path
 from typing import IO, Any
 
@@ -245,7 +247,8 @@ def _describe_files(
             found = "has a name that other systems do not take"
             raise CheckpointError(f"{directory}: {name}", found, remedy="Rename the file")
         if name in weights:
-            first = min(info.start for info in new.checkpoint.tensors.values() if info.file == name)
+            starts = [t.start for t in new.checkpoint.tensors.values() if t.file == name]
+            first = min(starts, default=size)
             file = replace(file, source=BY_TENSOR, head=first)
         elif size > _SMALL and name != CARD and _is_file(old.directory / name, size, digest):
             file = replace(file, source=IN_BASE)  # cards are edited: another base may have another
@@ -363,9 +366,22 @@ def _write_small(patch: Patch, old: PackedCheckpoint, folder: Path) -> None:
                 target.write_bytes(take(file.size))
             else:
                 head = take(file.head)
+                _check_size(patch.path, file, head)
                 reserve(target, file.size)
                 with target.open("r+b") as out:
                     out.write(head)
+
+
+def _check_size(patch: Path, file: PatchedFile, head: bytes) -> None:
+    """Raise FormatError where a weight file is not of the size that its head says."""
+    try:
+        table = json.loads(head[8:])
+        ends = [each["data_offsets"][1] for name, each in table.items() if name != "__metadata__"]
+        whole = len(head) + max(map(index, ends), default=0)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        raise damaged(patch.name, f"the head of {file.name} cannot be read") from None
+    if whole != file.size:
+        raise damaged(patch.name, f"{file.name} has {file.size} bytes", f"{whole}, by its head")
 
 
 def _copy_from_base(patch: Patch, old: PackedCheckpoint, file: PatchedFile, target: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ternarize.errors import CheckpointError, FormatError
+from ternarize.errors import CheckpointError, FormatError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +62,9 @@ def load(
     subfolder = kwargs.pop("subfolder", None) or ""
     directory = locate(path, revision, subfolder=subfolder, variant=kwargs.get("variant"))
     if steps is not None:
+        if kwargs.get("variant") is not None:
+            found = f"{kwargs['variant']!r} beside steps, which begin from the weights themselves"
+            raise UsageError("variant", found, "one of the two", "Load the steps without it")
         from ternarize.steps.checkpoint import replayed_directory
 
         chosen: dict[str, Any] = {"device": device, "dtype": dtype, "activations": activations}

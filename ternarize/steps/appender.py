@@ -7,7 +7,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ternarize.errors import OutputError
-from ternarize.files.outputs import cannot_make, write_whole
+from ternarize.files.outputs import cannot_make, write_at, write_whole
 from ternarize.steps.journal import (
     JournalEntry,
     JournalHeader,
@@ -40,6 +40,7 @@ class Appender:
                 path, "another process is writing it", "to be alone", "Wait for it"
             ) from None
         except OSError as error:
+            self._unlock()
             raise cannot_make(path, error, "Name another file") from None
         try:
             self.journal = read_journal(path)
@@ -51,16 +52,22 @@ class Appender:
                     "Name another file",
                 )
             self._file = path.open("r+b", buffering=0)
-            self._file.truncate(self.journal.size)
-            self._file.seek(self.journal.size)
+            self._size = self.journal.size
+            self._file.truncate(self._size)
         except BaseException:
             self._unlock()
             raise
 
     def append(self, *entries: JournalEntry) -> None:
         """Add records at once; a digest is on the disk, with all before it, when this returns."""
+        data = b"".join(map(entry_bytes, entries))
         with signals_held():
-            self._file.write(b"".join(map(entry_bytes, entries)))
+            try:
+                write_at(self._file, self._size, memoryview(data))
+            except OSError:
+                self._file.truncate(self._size)  # half a record would be damage behind the next
+                raise
+            self._size += len(data)
         if any(isinstance(entry, Mark) for entry in entries):
             os.fsync(self._file.fileno())
 
@@ -73,6 +80,8 @@ class Appender:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._unlock()
+        try:
+            os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+            self._unlock()

@@ -24,7 +24,6 @@ from ternarize.files.metadata import KEY, SCALE_SUFFIX, Record
 from ternarize.files.names import RECORD
 from ternarize.files.outputs import sync_files, write_whole
 from ternarize.files.sums import SUMS, format_sums, listed, sha256
-from ternarize.plans.layout import header_bytes
 from ternarize.sources.fetch import fetch_file, split_id
 from ternarize.sources.packed import check_record, open_packed
 from ternarize.steps.base import (
@@ -68,6 +67,8 @@ def replay(
     packed, records = open_packed(base)
     check_base(path, journal.header, records)
     check_data(packed, records)
+    if packed.directory.resolve() in output.resolve().parents:
+        raise OutputError(output, "is within the base", "a place outside", "Name another")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
         made = Path(folder) / "made"
@@ -170,7 +171,7 @@ def write_rows(
     _check_new(output)
     trits, scales = replayed_rows(path, base, name, rows, upto=upto)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(output, save({name: trits, name + SCALE_SUFFIX: scales}))
+    write_whole(output, save({name: trits, name + SCALE_SUFFIX: scales}), f".{os.getpid()}")
     return _about(open_journal(path), upto)
 
 
@@ -233,14 +234,8 @@ def _copy_file(
     here = {name: records[name] for name in said["tensors"]}
     table = dict(header.metadata)
     table |= metadata.dump_metadata(here, recorded=said.get("recorded") is True)
-    text: dict[str, Any] = {"__metadata__": table}
-    for name, entry in header.entries.items():
-        offsets = [entry.start, entry.start + entry.nbytes]
-        text[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
-    raw = json.dumps(text, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
     with output.open("wb") as out:
-        out.write(len(raw).to_bytes(8, "little") + raw)
+        out.write(_file_head(header.entries, table))
         for name, entry in header.entries.items():
             owner = name.removesuffix(SCALE_SUFFIX)
             if name in after:
@@ -285,6 +280,11 @@ def _write_from_seed(journal: Journal, output: Path, upto: int | None) -> None:
         )
     state = opened_state(journal.header, None, {})
     state.apply(journal.effective(upto))
+    names = {part.name for part in state.parts}
+    taken = [n for n in names if n == "__metadata__" or n.removesuffix(SCALE_SUFFIX) in names - {n}]
+    if taken:
+        found = f"a tensor is called {min(taken)!r:.80}, as another entry of the file would be"
+        raise UsageError(journal.path, found, "other names", "Read its rows one by one")
     tensors: dict[str, Tensor] = {}
     records: dict[str, Record] = {}
     for part in state.parts:
@@ -298,8 +298,19 @@ def _write_from_seed(journal: Journal, output: Path, upto: int | None) -> None:
         size = tensor.numel() * tensor.element_size()
         entries[name] = Entry(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), at, size)
         at += size
-    raw = header_bytes(entries, records)
-    raw += b" " * (-len(raw) % 8)
+    head = _file_head(entries, metadata.dump_metadata(records))
     body = b"".join(byte_view(tensor).numpy().tobytes() for tensor in tensors.values())
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(output, len(raw).to_bytes(8, "little") + raw + body)
+    write_whole(output, head + body, f".{os.getpid()}")
+
+
+def _file_head(entries: Mapping[str, Entry], said: Mapping[str, str]) -> bytes:
+    """The head of a safetensors file: length, header with its metadata, filling."""
+    table: dict[str, Any] = {"__metadata__": dict(said)}
+    for name, entry in entries.items():
+        offsets = [entry.start, entry.start + entry.nbytes]
+        shape = list(entry.shape)
+        table[name] = {"dtype": entry.dtype, "shape": shape, "data_offsets": offsets}
+    raw = json.dumps(table, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw

@@ -41,7 +41,7 @@ MOST_VALUES = 1 << 58  # trits of all tensors: cells that a word has an address 
 MOST_AMOUNT = 127  # by which a step moves an exponent
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """One step: which of its perturbations are followed, and how.
 
@@ -164,6 +164,11 @@ class Journal:
             if each.first <= step.number <= each.last:
                 return "" if each.operation == "restore" else each.operation
         return ""
+
+
+def is_step_number(value: Any) -> bool:
+    """Whether a value of a note can be the number of a step."""
+    return type(value) is int and 0 <= value < LARGEST
 
 
 # --- writing ---

@@ -1,5 +1,6 @@
 """What is done with journals besides replaying them: checked, edited, joined, made smaller."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from ternarize.steps.appender import Appender
 from ternarize.steps.base import check_base, opened_state
 from ternarize.steps.journal import (
     EDITS,
+    LARGEST,
     Edit,
     Journal,
     JournalEntry,
@@ -24,6 +26,7 @@ from ternarize.steps.journal import (
     journal_header,
     read_journal,
 )
+from ternarize.steps.replay import Values
 
 _IN_BLOCK = 1024  # steps: those of the most perturbations are below the longest record, too
 
@@ -100,12 +103,14 @@ def merge(path: str | Path, other: str | Path, new: str | Path) -> Journal:
     first, second = read_journal(path), read_journal(other)
     check_same_start(first, second)
     common = common_steps(first, second)
-    number = max(first.next_number, 0)
+    number = first.next_number
     entries = first.effective()
     done = {step.number for step in first.steps[:common]}
     for step in second.effective():
         if step.number in done:
             continue
+        if number > LARGEST:
+            raise UsageError(path, f"has the step {LARGEST}, the last there can be", "fewer steps")
         own = (second.header.seed, step.number) if step.seed is None else (step.seed, step.drawn)
         entries.append(replace(step, number=number, seed=own[0], drawn=own[1]))
         number += 1
@@ -162,14 +167,16 @@ def check_digests(
         check_base(journal.path, journal.header, records)
         check_data(packed, records)
     marks, at = 0, 0
-    state = opened_state(journal.header, packed, records)
+    state: Values | None = None
     for place, entry in enumerate(journal.entries):
         if isinstance(entry, Edit):  # of what was before, too
-            state, at = opened_state(journal.header, packed, records), 0
+            state, at = None, 0
         if not isinstance(entry, Mark):
             continue
         so_far = replace(journal, entries=journal.entries[:place])
         steps = [step for step in so_far.effective(entry.number) if step.number >= at]
+        if state is None:
+            state = opened_state(journal.header, packed, records)
         state.apply(steps)
         at, marks = entry.number, marks + 1
         found = state.digest()
@@ -188,5 +195,5 @@ def _write(new: str | Path, journal: Journal, records: Sequence[bytes]) -> Journ
     path = Path(new)
     if path.exists() or path.is_symlink():
         raise OutputError(path, "exists already", "a new file", "Name another, or remove it")
-    write_whole(path, journal_header(journal.header) + b"".join(records))
+    write_whole(path, journal_header(journal.header) + b"".join(records), f".{os.getpid()}")
     return read_journal(path)

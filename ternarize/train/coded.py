@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ternarize.errors import CheckpointError
 from ternarize.steps.generator import SCALES
 from ternarize.steps.journal import Step, bits_in_block
 from ternarize.steps.replay import LIMITS, Moves, Values
@@ -71,6 +72,13 @@ def trained_exponents(
     for number in range(steps):
         moved.write(real)
         value, grads = gradient(moved, loss, batches(number))
+        if not math.isfinite(value):
+            raise CheckpointError(
+                f"step {number}",
+                f"the loss is {value}",
+                "a finite one",
+                "Train with a lower rate, or look after the data",
+            )
         slopes = moved.slopes(SCALES, grads, real)
         now = rate * 0.5 * (1 + math.cos(math.pi * number / steps))
         for name, slope in slopes.items():
@@ -86,15 +94,17 @@ def trained_exponents(
     return Wanted(real, {name: each.sqrt() for name, each in squares.items()})
 
 
-def coded_steps(state: Values, wanted: Wanted, before: Step, k: int, bits: float) -> Iterator[Step]:
+def coded_steps(
+    state: Values, wanted: Wanted, before: Step, number: int, k: int, bits: float
+) -> Iterator[Step]:
     """Steps that bring exponents towards what is wanted, until so many bits are used up.
 
     state   is moved by each step that is yielded
-    before  the step behind which they come; FIRST of a journal without one
+    before  the step behind which they come; NO_STEP of a journal without one
+    number  that the first of them can have
     k       directions that a step draws
     bits    of a block
     """
-    number = before.number + 1
     density, misses, made = _DENSITIES[0] + 2, 0, 0
     distance = wanted.distance(state, SCALES)
     while misses < TRIED:

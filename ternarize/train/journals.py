@@ -1,7 +1,6 @@
 """A packed model trained by a journal of steps, on texts."""
 
 import itertools
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -24,12 +23,14 @@ from ternarize.steps.appender import Appender
 from ternarize.steps.base import base_digest, opened_state, parts_of_base
 from ternarize.steps.journal import (
     NO_STEP,
+    Edit,
     Journal,
     JournalHeader,
     Mark,
     Note,
     Step,
     bits_left,
+    is_step_number,
     parse_journal,
 )
 from ternarize.train.coded import coded_steps, trained_exponents
@@ -53,12 +54,13 @@ _REMEMBERED = 64  # outputs of the teacher
 class _Remembering(Pair):
     """A pair whose teacher's last outputs are kept: each candidate asks for them again."""
 
-    known: dict[int, Tensor] = field(default_factory=dict)
+    known: dict[bytes, Tensor] = field(default_factory=dict)
 
     def hidden(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         if model is not self.teacher:
             return super().hidden(model, batch)
-        key = zlib.crc32(batch["input_ids"].cpu().numpy().tobytes())
+        inputs = (batch[name] for name in ("input_ids", "attention_mask") if name in batch)
+        key = b"".join(repr(v.shape).encode() + v.cpu().numpy().tobytes() for v in inputs)
         if key not in self.known:
             if len(self.known) >= _REMEMBERED:
                 self.known.pop(next(iter(self.known)))
@@ -164,10 +166,11 @@ def code_journal(
         state.apply([step for step in begun.effective() if step.number >= first])
         left = bits_left(at.header, begun.steps, nbytes)
         appender.append(Note({"coded_from": first}))
-        for step in coded_steps(state, wanted, steps[-1], k, left):
+        for step in coded_steps(state, wanted, steps[-1], begun.next_number, k, left):
             appender.append(step)
             steps.append(step)
-        appender.append(Mark(steps[-1].number + 1, state.digest()), Note({"coded": first}))
+        last = max(begun.next_number, steps[-1].number + 1)
+        appender.append(Mark(last, state.digest()), Note({"coded": first}))
     at.moved.write()
     return {
         "texts": at.data.about["texts"],
@@ -182,10 +185,14 @@ def code_journal(
 
 def _began(journal: Journal) -> int:
     """The number that a coding's steps begin with: of one that was broken off, or of a new one."""
-    notes = [each.content for each in journal.entries if isinstance(each, Note)]
-    begun = [note["coded_from"] for note in notes if type(note.get("coded_from")) is int]
-    done = [note["coded"] for note in notes if type(note.get("coded")) is int]
-    return begun[-1] if begun and begun[-1] not in done else journal.next_number
+    found: int | None = None
+    for each in journal.entries:
+        content = each.content if isinstance(each, Note) else {}
+        if is_step_number(content.get("coded_from")):
+            found = content["coded_from"]
+        elif content.keys() & {"coded", "attempt"} or isinstance(each, Edit):
+            found = None  # done, or something else came of it
+    return journal.next_number if found is None else found
 
 
 @dataclass
@@ -259,7 +266,8 @@ def _plain(pair: Pair, data: Data) -> Objective:
     """The loss of samples in operations that know tangents, over all words."""
 
     def loss(samples: Sequence[Sample]) -> tuple[Tensor, dict[str, float]]:
-        batch = batch_of(samples, data.pad)
+        device = next(pair.student.parameters()).device
+        batch = {n: v.to(device) for n, v in batch_of(samples, data.pad).items()}
         labels = labels_of(batch, data.first)
         inputs = {n: v for n, v in batch.items() if n != "labels"}
         used = labels != IGNORED

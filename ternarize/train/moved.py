@@ -51,7 +51,7 @@ class Standing:
     def stored_slope(self, slope: Tensor) -> Tensor:
         """The gradient by what is stored of that by the parameter."""
         block, seed = self.rotation
-        wide = self.turn(slope).to(torch.float32)
+        wide = self.turn(slope).to("cpu", torch.float32)  # where values are
         return rotate(wide, block, seed) if block else wide
 
 

@@ -120,7 +120,9 @@ def by_jvp(
             moves = _dense_moves(moved, place, target, number, bits, which)
             each = [moved.tangent(place, target, row) for row in moves.flatten(0, 1)]
             parameter = moved.parameters[place.part.name]
-            tangents[names[place.part.name]] = torch.stack(each).view(-1, *parameter.shape)
+            tangents[names[place.part.name]] = (
+                torch.stack(each).view(-1, *parameter.shape).to(parameter)
+            )
         found.append(torch.func.vmap(along)(tangents).double().view(-1, 2))
     return torch.cat(found)
 

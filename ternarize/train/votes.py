@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ternarize.errors import UsageError
+from ternarize.errors import CheckpointError, UsageError
 from ternarize.steps.coding import set_width
 from ternarize.steps.generator import MOST_BITS, TRITS
 from ternarize.steps.journal import (
@@ -33,6 +33,7 @@ from ternarize.steps.journal import (
     bits_in_block,
     bits_left,
     entry_bytes,
+    is_step_number,
     journal_header,
     parse_journal,
 )
@@ -130,6 +131,13 @@ def train_votes(
     while number < attempts and left > 0:
         probed, deciding = batches(number)
         found, value = best_step(moved, loss, probed, deciding, votes, number, ranks)
+        if not math.isfinite(value):
+            raise CheckpointError(
+                journal.path,
+                f"the loss of attempt {number} is {value}",
+                "a finite one",
+                "Look after the data, or the base",
+            )
         told = ranks.firsts(b"" if found is None else entry_bytes(found))
         step = next(iter(parse_journal(journal_header(journal.header) + told).steps), None)
         if step is not None:
@@ -160,8 +168,9 @@ def _mark(moved: Moved, append: Callable[..., None], ranks: Ranks, number: int) 
 
 def first_attempt(journal: Journal) -> int:
     """The number of the attempt that a journal goes on with."""
-    tried = [e.content.get("attempt", -1) for e in journal.entries if isinstance(e, Note)]
-    return max([journal.next_number, *(n + 1 for n in tried if type(n) is int)])
+    notes = [each.content for each in journal.entries if isinstance(each, Note)]
+    tried: list[int] = [n["attempt"] for n in notes if is_step_number(n.get("attempt"))]
+    return max([journal.next_number, *(number + 1 for number in tried)])
 
 
 def best_step(
