@@ -439,13 +439,13 @@ def test_steps_go_where_they_are_wanted_for_few_bits() -> None:
     names = {part.name: state.values(part, SCALES).numel() for part in state.parts}
     values = {name: 8 * torch.randn(count) for name, count in names.items()}
     wanted = Wanted(values, {name: torch.rand(count) for name, count in names.items()})
-    before = wanted.distance(state, SCALES)
+    before = wanted.distance(state)
     distances = {}
     for bits in (100, 300, 900):
         state = started().state
         steps = list(coded_steps(state, wanted, NO_STEP, 0, 64, bits))
         assert 8 * (len(block_bytes(steps)) - 13) < bits + 8
-        distances[bits] = wanted.distance(state, SCALES)
+        distances[bits] = wanted.distance(state)
         again = started().state
         again.apply(steps)
         assert_same_values(again, state)

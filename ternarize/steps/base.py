@@ -112,20 +112,11 @@ def stored_after(
 
 
 def replayed(
-    packed: Checkpoint,
-    records: Mapping[str, Record],
-    header: JournalHeader,
-    steps: Sequence[Step],
-    names: Sequence[str] | None = None,
+    packed: Checkpoint, records: Mapping[str, Record], header: JournalHeader, steps: Sequence[Step]
 ) -> Iterator[tuple[Part, Tensor, Tensor, Tensor]]:
-    """Tensors of the base after steps, one by one: part, trits, exponents, scales as stored before.
-
-    names  of those that are wanted, None: all
-    """
+    """Tensors of the base after steps, one by one: part, trits, exponents, scales of the base."""
     moves = {target: Moves(steps, target, header.seed) for target in (TRITS, SCALES)}
     for part in parts_of_base(records):
-        if names is not None and part.name not in names:
-            continue
         start, stored = read_part(packed, records[part.name], part)
         trits, exponents = (
             start.contiguous().clone(),

@@ -41,11 +41,16 @@ class Wanted:
     values: dict[str, Tensor]
     weight: dict[str, Tensor]
 
-    def distance(self, state: Values, target: int) -> float:
-        """D of the module's docstring."""
+    def distance(self, state: Values, step: Step | None = None) -> float:
+        """D of the module's docstring; with a step: as it would be with that, not taken."""
+        moves = None if step is None else Moves([step], SCALES, state.seed)
         found = 0.0
         for part in state.parts:
-            rest = self.values[part.name] - state.values(part, target).view(-1)
+            values = state.values(part, SCALES).flatten()
+            if moves is not None:
+                values = values.clone()
+                moves.apply(values, part.first(SCALES))
+            rest = self.values[part.name] - values
             found += float((self.weight[part.name] * rest.square()).sum(dtype=torch.float64)) / 2
         return found
 
@@ -106,7 +111,7 @@ def coded_steps(
     bits    of a block
     """
     density, misses, made = _DENSITIES[0] + 2, 0, 0
-    distance = wanted.distance(state, SCALES)
+    distance = wanted.distance(state)
     while misses < TRIED:
         tried = {density}
         if made % 3 == 0:  # now and then the densities beside the last one
@@ -114,7 +119,7 @@ def coded_steps(
         best: tuple[float, Step, float] | None = None
         for each in sorted(tried):
             for step in _candidates(state, wanted, number, k, each):
-                after = _distance_after(state, wanted, step)
+                after = wanted.distance(state, step)
                 gain = (distance - after) / bits_of(step)
                 if gain > 0 and (best is None or gain > best[0]):
                     best = gain, step, after
@@ -149,14 +154,3 @@ def _candidates(state: Values, wanted: Wanted, number: int, k: int, bits: int) -
             chosen = order[:count].sort().values
             signs = tuple(sums[chosen].sign().int().tolist())
             yield Step(number, SCALES, bits, amount, k, tuple(chosen.tolist()), signs)
-
-
-def _distance_after(state: Values, wanted: Wanted, step: Step) -> float:
-    """D with a step, which is not taken."""
-    moves, found = Moves([step], SCALES, state.seed), 0.0
-    for part in state.parts:
-        values = state.values(part, SCALES).flatten().clone()
-        moves.apply(values, part.first(SCALES))
-        rest = wanted.values[part.name] - values
-        found += float((wanted.weight[part.name] * rest.square()).sum(dtype=torch.float64)) / 2
-    return found

@@ -10,7 +10,8 @@ https://arxiv.org/abs/2202.08587; of those by forwards alone: Spall 1992,
 https://doi.org/10.1109/9.119632.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -159,25 +160,21 @@ def by_forwards(
     for i in range(k):
         for side, sign in enumerate((1, -1)):
             step = Step(number, target, bits, amount, k, (i,), (sign,))
-            with Tried(moved, step):
+            with tried(moved, step):
                 found[i, side] = float(loss(moved.module, batch)) - before
     return found
 
 
-class Tried:
+@contextmanager
+def tried(moved: Moved, step: Step) -> Iterator[None]:
     """Inside, a step has been taken; afterwards the values are as they were."""
-
-    def __init__(self, moved: Moved, step: Step) -> None:
-        self.moved, self.step = moved, step
-
-    def __enter__(self) -> None:
-        state, target = self.moved.state, self.step.target
-        self.before = [state.values(part, target).clone() for part in state.parts]
-        state.apply([self.step])
-        self.moved.write()
-
-    def __exit__(self, *_: object) -> None:
-        state, target = self.moved.state, self.step.target
-        for part, values in zip(state.parts, self.before, strict=True):
+    state, target = moved.state, step.target
+    before = [state.values(part, target).clone() for part in state.parts]
+    state.apply([step])
+    moved.write()
+    try:
+        yield
+    finally:
+        for part, values in zip(state.parts, before, strict=True):
             state.values(part, target).copy_(values)
-        self.moved.write()
+        moved.write()

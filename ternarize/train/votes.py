@@ -41,11 +41,11 @@ from ternarize.train.moved import Moved, target_of
 from ternarize.train.probes import (
     WAYS,
     ModuleLoss,
-    Tried,
     by_forwards,
     by_jvp,
     gradient,
     sums_along,
+    tried,
 )
 from ternarize.train.ranks import EXCHANGES, Ranks
 
@@ -187,7 +187,7 @@ def best_step(
         before = ranks.mean(float(loss(moved.module, deciding)))
     chosen, most, after = None, 0.0, before
     for step in candidates(moved, loss, probed, votes, number, ranks):
-        with torch.no_grad(), Tried(moved, step):
+        with torch.no_grad(), tried(moved, step):
             value = ranks.mean(float(loss(moved.module, deciding)))
         gain = (before - value) / bits_of(step) ** votes.thrift
         if gain > most:
