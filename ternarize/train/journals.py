@@ -15,7 +15,6 @@ from ternarize.calibrate.samples import Sample
 from ternarize.errors import UsageError
 from ternarize.files.metadata import SCALE_SUFFIX
 from ternarize.models.places import locate_tensors
-from ternarize.models.reads import CAUSAL, kind_of, vocabulary_size
 from ternarize.plans.recipe import Train
 from ternarize.runtime.load import load
 from ternarize.sources.packed import open_packed
@@ -39,7 +38,7 @@ from ternarize.train.moved import Moved, Standing
 from ternarize.train.objectives import held_loss, labels_of, objective
 from ternarize.train.ranks import Ranks
 from ternarize.train.sources import Data, data_of
-from ternarize.train.students import Pair, fast_dtype, heads_of, open_model, teacher_folder, widen
+from ternarize.train.students import Pair, fast_dtype, open_model, teacher_folder, widen
 from ternarize.train.texts import IGNORED, batch_of, tokens_in
 from ternarize.train.votes import Heard, Votes, first_attempt, train_votes
 
@@ -255,11 +254,7 @@ def _pair(directory: Path, training: Train, device: str, *, plain: bool) -> _Rem
             )
         teacher = open_model(teacher_folder(directory, training), device)
         widen(teacher, dtype)
-    kind = kind_of(type(student), student.config)
-    pair = _Remembering(student, teacher, kind, None, dtype, vocabulary_size(student.config) or 0)
-    if kind == CAUSAL:
-        pair.heads = heads_of(pair)
-    return pair
+    return _Remembering.of(student, teacher, dtype)
 
 
 def _plain(pair: Pair, data: Data) -> Objective:

@@ -9,7 +9,7 @@ computes in float32, all others in bfloat16.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import transformers
@@ -54,6 +54,15 @@ class Pair:
     heads: tuple[Head, Head] | None
     dtype: torch.dtype
     vocabulary: int
+
+    @classmethod
+    def of(cls, student: Any, teacher: Any, dtype: torch.dtype) -> Self:
+        """The pair of two models, with their heads if logits can be made piece by piece."""
+        kind = kind_of(type(student), student.config)
+        pair = cls(student, teacher, kind, None, dtype, vocabulary_size(student.config) or 0)
+        if kind == CAUSAL:
+            pair.heads = _heads(pair)
+        return pair
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What the optimizer moves, by name; a parameter under one name."""
@@ -116,11 +125,7 @@ def make_pair(
     for model in (student, teacher):
         if model is not None:
             widen(model, dtype)
-    kind = kind_of(type(student), student.config)
-    pair = Pair(student, teacher, kind, None, dtype, vocabulary_size(student.config) or 0)
-    if kind == CAUSAL:
-        pair.heads = heads_of(pair)
-    return pair
+    return Pair.of(student, teacher, dtype)
 
 
 def teacher_folder(directory: Path, training: Train) -> Path:
@@ -296,7 +301,7 @@ def widen(model: Any, dtype: torch.dtype) -> None:
                     parameter.data = parameter.data.to(torch.float32)
 
 
-def heads_of(pair: Pair) -> tuple[Head, Head] | None:
+def _heads(pair: Pair) -> tuple[Head, Head] | None:
     """The heads of both, if hidden states and they give what the models give."""
     found = []
     for model in (pair.student, pair.teacher or pair.student):
