@@ -601,6 +601,43 @@ def test_another_seed_is_refused_and_what_is_done_stays(
     assert steps[0] == 4
 
 
+@pytest.mark.parametrize(("steps", "then"), [(6, [4, 5, 6]), (12, list(range(4, 13))), (2, [])])
+def test_a_training_goes_on_with_another_budget(
+    steps: int, then: list[int], llama: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A smaller one than it has had packs what is best so far."""
+    source, text = llama
+    broken_off(source, tmp_path / "packed", recipe_of(text))
+    taken: list[int] = []
+    packed = tmp_path / "packed"
+    record = convert(source, packed, recipe_of(text, steps=steps), log=lambda at, _: taken.append(at))
+    assert taken == then
+    told = record["training"]
+    assert [(at, budget["steps"]) for at, budget in told["budgets"]] == [(0, 8), (3, steps)]
+    assert told["held_out"][-1][0] == max(3, steps)
+    verify(packed)
+
+
+def test_more_steps_after_a_training_that_was_packed_count(
+    llama: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Tensors that were packed before a break are of the state that was the best then."""
+    source, text = llama
+
+    for output, last in ((tmp_path / "trained", "step 8:"), (tmp_path / "packed", "model.")):
+
+        def stop(_: int, __: int, what: str, stage: str, last: str = last) -> None:
+            if what.startswith(last) and stage == ("packing" if last == "model." else "training"):
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, output, recipe_of(text), threads=1, progress=stop)
+        record = convert(source, output, recipe_of(text, steps=16))
+        assert record["training"]["kept_step"] > 8
+    weights = "model.safetensors"
+    assert files(tmp_path / "packed")[weights] == files(tmp_path / "trained")[weights]
+
+
 def test_a_text_that_has_changed_is_refused_and_what_is_done_stays(tmp_path: Path) -> None:
     source, text = source_of("llama", tmp_path / "a"), text_of(tmp_path / "text.txt")
     broken_off(source, tmp_path / "packed", recipe_of(text))

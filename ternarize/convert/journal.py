@@ -18,6 +18,7 @@ from ternarize.errors import OutputError
 from ternarize.files.headers import read_bytes
 from ternarize.files.outputs import write_whole
 from ternarize.plans.layout import PIECE, Plan, Shard, TensorPlan
+from ternarize.plans.recipe import BUDGETS
 
 
 @dataclass
@@ -111,12 +112,16 @@ def note(state: State, journal: TextIO, entry: Result | Change) -> None:
 def resume(plan: Plan, partial: Path, own: dict[str, Any]) -> State:
     """Take up what an earlier run has left, or begin; raises OutputError if it is another's.
 
+    A training may go on with another budget: what was packed after it ended is then done again.
+
     own  the `identity` of this conversion
     """
     path = partial / JOURNAL
     lines = _lines(path)
-    if lines and lines[0] != own:
+    if lines and _without_budget(lines[0]) != _without_budget(own):
         raise _of_another(partial, lines[0], own)
+    if lines and lines[0] != own:
+        del lines[1:]
     if not lines:
         ours = (path.name, path.with_suffix(".new").name, STREAMED)
         found = [p.name for p in partial.iterdir() if p.name not in ours]
@@ -132,6 +137,14 @@ def resume(plan: Plan, partial: Path, own: dict[str, Any]) -> State:
     text = "".join(json.dumps(line) + "\n" for line in [own, *changes, *done])
     write_whole(path, text.encode())
     return state
+
+
+def _without_budget(identity: dict[str, Any]) -> dict[str, Any]:
+    """An identity but for when its training ends."""
+    recipe = dict(identity.get("recipe", {}))
+    if recipe.get("train"):
+        recipe["train"] = {n: v for n, v in recipe["train"].items() if n not in BUDGETS}
+    return {**identity, "recipe": recipe}
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ternarize.calibrate.samples import Sample
 from ternarize.errors import CheckpointError
-from ternarize.plans.recipe import Train
+from ternarize.plans.recipe import BUDGETS, Train
 from ternarize.threads import signals_held
 from ternarize.train.state import Progressed, best_file, load_state, save_state
 from ternarize.train.texts import learnt_in, tokens_in
@@ -67,6 +67,7 @@ def train(job: Job, samples: Iterator[Sample]) -> Progressed:
     What is interrupted between two steps, or within one, goes on after the last whole one.
     """
     progressed = load_state(job.folder, job.parameters, job.optimizer, job.known)
+    _note_budget(job.training, progressed)
     for _ in range(progressed.samples):
         next(samples)
     rates = [group["lr"] for group in job.optimizer.param_groups]
@@ -96,6 +97,15 @@ def train(job: Job, samples: Iterator[Sample]) -> Progressed:
         if progressed.held:
             save()
         raise
+
+
+def _note_budget(training: Train, progressed: Progressed) -> None:
+    """Follow this budget from now on, if an earlier run had another."""
+    budget = {name: getattr(training, name) for name in BUDGETS}
+    if not progressed.budgets or progressed.budgets[-1][1] != budget:
+        progressed.budgets.append((progressed.step, budget))
+        due = math.floor(min(1.0, share_done(training, progressed)) * LOOKS)
+        progressed.looked = min(progressed.looked, due)
 
 
 def _tell(job: Job, progressed: Progressed, loss: float, figures: Mapping[str, float]) -> None:

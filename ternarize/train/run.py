@@ -227,6 +227,7 @@ def _described(progressed: Progressed, data: Data, pair: Pair) -> dict[str, Any]
         "computed_in": str(pair.dtype)[6:],
         "held_out": [[step, round(loss, 6)] for step, loss in progressed.held],
         "kept_step": progressed.best,
+        **({"budgets": progressed.budgets} if len(progressed.budgets) > 1 else {}),
     }
 
 

@@ -34,6 +34,7 @@ class Progressed:
     held     (step, held-out loss), the start first
     best     the step that had the least of those, None before the first
     looked   how many of the looks at held-out text are due no more
+    budgets  (step, the budget of the steps after it), a line for each change
     """
 
     step: int = 0
@@ -43,6 +44,7 @@ class Progressed:
     held: list[tuple[int, float]] = field(default_factory=list)
     best: int | None = None
     looked: int = 0
+    budgets: list[tuple[int, dict[str, float | None]]] = field(default_factory=list)
 
     def best_file(self, folder: Path) -> Path:
         """The file of the best state."""
@@ -114,6 +116,7 @@ def load_state(
     optimizer.load_state_dict({**table, "state": states})
     progressed = Progressed(**facts["progressed"])
     progressed.held = [(int(step), float(loss)) for step, loss in progressed.held]
+    progressed.budgets = [(int(step), budget) for step, budget in progressed.budgets]
     return progressed
 
 
