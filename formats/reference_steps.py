@@ -37,6 +37,7 @@ START, TRITS, SCALES = 0, 1, 2  # purposes of words; a step has one of the last 
 LIMITS = {TRITS: 1, SCALES: 127}
 MOST_AMOUNT = {TRITS: 1, SCALES: 127}
 MOST_VALUES = 2**58  # of a start
+MOST_STEPS = 2**20
 MOST_HERE = 2**28  # values that this program replays
 FACTORS = [
     *(4096, 4186, 4277, 4371, 4467, 4565, 4664, 4767, 4871, 4978, 5087, 5198, 5312, 5428),
@@ -188,6 +189,7 @@ def read_journal(data: bytes) -> Journal:
     """Parse a journal.  Raises Invalid."""
     seed, zeros, tensors, base, at = read_header(data)
     entries: list[Entry] = []
+    steps = 0
     number = -1  # of the last step; no step up to it, and no digest up to it, can follow
     while at < len(data):
         end = end_of_record(data, at)
@@ -195,7 +197,10 @@ def read_journal(data: bytes) -> Journal:
             damaged = record_behind(data, at)
             require(not damaged, "record-damaged", f"at byte {at}, before another record")
             break
-        for entry in read_record(data[at + 4], data[at + 5 : end - 4], seed):
+        kind, payload = data[at + 4], data[at + 5 : end - 4]
+        steps += steps_in(kind, payload)
+        require(steps <= MOST_STEPS, "steps-too-many", f"{steps}; 2^20 at most")
+        for entry in read_record(kind, payload, seed):
             if isinstance(entry, Step):
                 rises = entry.place > number
                 require(rises, "number-not-rising", f"step {entry.place} after {number}")
@@ -345,6 +350,11 @@ def read_choice(bits: Bits, k: int, m: int) -> tuple[tuple[int, ...], tuple[int,
 
 
 # The records
+
+
+def steps_in(kind: int, payload: bytes) -> int:
+    """How many steps a record has, as far as it says."""
+    return number_at(payload, 0, 4) if kind == 5 else int(kind in (1, 6))
 
 
 def read_record(kind: int, payload: bytes, seed: int) -> Iterator[Entry]:

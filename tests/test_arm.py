@@ -57,6 +57,7 @@ def test_the_same_bits_as_on_this_machine(tmp_path: Path) -> None:
     assert output(*emulator("cortex-a57"), there) == ["portable", want]
 
 
+@pytest.mark.slow
 def test_no_access_out_of_bounds(tmp_path: Path) -> None:
     flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     # as in test_kernels.py, the functions for weights are not what this is about

@@ -7,7 +7,7 @@ from test_campaign_kill import campaign, needs_linux
 
 @needs_linux
 def test_random_command_lines_end_in_order(tmp_path: Path) -> None:
-    rows = campaign("arguments", tmp_path / "out.json", "--count", "250")
-    assert sum(row["0"] + row["1"] + row["2"] for row in rows) == 250
+    rows = campaign("arguments", tmp_path / "out.json", "--count", "120")
+    assert sum(row["0"] + row["1"] + row["2"] for row in rows) == 120
     done = {row["command"]: row["0"] for row in rows}  # not all of them are nonsense
     assert all(done[command] > 0 for command in ("convert", "export", "inspect", "verify"))

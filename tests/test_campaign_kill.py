@@ -27,9 +27,9 @@ def campaign(name: str, out: Path, *options: str) -> list[dict[str, Any]]:
 
 @needs_linux
 def test_killed_conversions_are_completed_to_the_same_bytes(tmp_path: Path) -> None:
-    options = ("--sources", "tied", "--count", "3", "--every", "31", "--no-calibrated")
+    options = ("--sources", "tied", "--count", "1", "--every", "61", "--no-calibrated")
     rows = campaign("kill", tmp_path / "out.json", *options)
     assert [row["kind"] for row in rows] == ["random", "boundary", "power", "signal", "early"]
     assert all(row["passed"] == row["tried"] > 0 for row in rows)
     boundary = rows[1]
-    assert boundary["killed"] == boundary["tried"] >= 7
+    assert boundary["killed"] == boundary["tried"] >= 3

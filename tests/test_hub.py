@@ -1205,7 +1205,7 @@ def test_a_revision_of_a_journal_is_the_one_of_then(
     client: Hub, packed: Path, journal: Path, tmp_path: Path
 ) -> None:
     first = push(journal, "user/steps", base_model="user/base")
-    edit(journal, "mask", 0, 1)
+    edit(journal, Edit("mask", 0, 1))
     push(journal, "user/steps", base_model="user/base")
     for where, count in ((f"user/steps@{first['commit']}", 2), ("user/steps", 0)):
         assert replay(where, packed, tmp_path / str(count))["steps"] == count

@@ -4,8 +4,10 @@ What a replay gives is compared with formats/reference_steps.py, which shares no
 """
 
 import json
+import random
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from ternarize.files.names import RECORD
 from ternarize.files.sums import SUMS, listed, sha256
 from ternarize.plans.recipe import Recipe
 from ternarize.sources.packed import open_packed
+from ternarize.steps import appender as appender_module
 from ternarize.steps.appender import Appender
 from ternarize.steps.base import base_digest, opened_state, parts_of_base
 from ternarize.steps.checkpoint import replay, replayed_rows, write_rows
@@ -283,30 +286,63 @@ def test_a_start_from_a_seed_is_written_in_the_container_format(walk: Path, tmp_
 
 def test_masking_the_last_steps_is_the_model_before_them(walk: Path) -> None:
     before = digest_of(walk, 4)
-    assert edit(walk, "mask", 4, 8) == [4, 7]
+    assert edit(walk, Edit("mask", 4, 8)) == [[4, 7]]
     assert digest_of(walk) == before
-    assert edit(walk, "restore", 7, 7) == [7] and digest_of(walk) != before
+    assert edit(walk, Edit("restore", 7, 7)) == [[7]] and digest_of(walk) != before
     assert check_digests(read_journal(walk), None, {}) == 2  # as it was, in front of the edits
 
 
 def test_a_step_turned_round_goes_the_other_way(walk: Path) -> None:
-    edit(walk, "negate", 1, 1)
+    edit(walk, Edit("negate", 1, 1))
     turned = state_of(read_journal(walk), 3).exponents["a"]
-    edit(walk, "restore", 0, 9)
+    edit(walk, Edit("restore", 0, 9))
     straight = state_of(read_journal(walk), 3).exponents["a"]
     assert torch.equal(turned, -straight) and bool(straight.any())
 
 
+def test_of_several_edits_all_are_appended_or_none(walk: Path) -> None:
+    before = walk.read_bytes()
+    with pytest.raises(UsageError, match="has no step from 8 to 9"):
+        edit(walk, Edit("mask", 1, 1), Edit("negate", 8, 9))
+    assert walk.read_bytes() == before
+    assert edit(walk, Edit("mask", 1, 1), Edit("negate", 4, 8)) == [[1], [4, 7]]
+
+
+def test_the_latest_of_edits_that_overlap_counts(walk: Path) -> None:
+    journal, rng = read_journal(walk), random.Random(0)
+    for _ in range(200):
+        edits = []
+        for _ in range(rng.randrange(6)):
+            first, last = sorted(rng.choices(range(10), k=2))
+            edits.append(Edit(rng.choice(("mask", "negate", "restore")), first, last))
+        found = replace(journal, entries=(*edits, *journal.steps))
+        for step, operation in zip(found.steps, found.edited, strict=True):
+            last = [e.operation for e in edits if e.first <= step.number <= e.last][-1:]
+            assert [operation or "restore"] == (last or ["restore"])
+
+
+def test_a_journal_that_is_full_is_not_written_on(
+    walk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(appender_module, "MOST_STEPS", len(WALK) + 1)
+    with Appender(walk, SEED) as appender:
+        appender.append(Step(20, TRITS, 3, 1, 9, (1,), (1,)))
+        before = walk.read_bytes()
+        with pytest.raises(OutputError, match="has .* steps; expected fewer"):
+            appender.append(Step(21, TRITS, 3, 1, 9, (1,), (1,)))
+    assert walk.read_bytes() == before
+
+
 def test_an_edit_concerns_no_step_that_comes_later(walk: Path) -> None:
-    edit(walk, "mask", 5, 1000)
+    edit(walk, Edit("mask", 5, 1000))
     later = Step(20, TRITS, 3, 1, 9, (1,), (1,))
     with Appender(walk, SEED) as appender:
         appender.append(later)
     assert [step.number for step in read_journal(walk).effective()] == [0, 1, 3, 4, 20]
     with pytest.raises(UsageError, match="has no step from 8 to 19, but steps from 0 to 20"):
-        edit(walk, "mask", 8, 19)
+        edit(walk, Edit("mask", 8, 19))
     with pytest.raises(UsageError, match="'drop'; expected one of mask, negate, restore"):
-        edit(walk, "drop", 0, 1)
+        edit(walk, Edit("drop", 0, 1))
 
 
 def test_a_fork_is_the_first_steps_and_goes_on_by_itself(walk: Path, tmp_path: Path) -> None:
@@ -325,7 +361,7 @@ def test_a_fork_is_the_first_steps_and_goes_on_by_itself(walk: Path, tmp_path: P
 
 
 def test_a_compact_journal_says_the_same_in_fewer_bytes(walk: Path, tmp_path: Path) -> None:
-    edit(walk, "mask", 1, 1)
+    edit(walk, Edit("mask", 1, 1))
     small = compact(walk, tmp_path / "small.steps")
     journal = read_journal(walk)
     assert small.steps == journal.steps and small.effective() == journal.effective()
@@ -350,9 +386,9 @@ def test_two_journals_are_joined_behind_what_they_have_in_common(
     with Appender(new, SEED) as appender:
         for step in own:
             appender.append(step)
-    edit(new, "mask", 6, 6)
+    edit(new, Edit("mask", 6, 6))
     found = difference(walk, new)
-    assert (found.common, found.first, found.second) == (3, 2, 2)
+    assert tuple(found.values()) == (3, 2, 2)
     both = merge(walk, new, tmp_path / "both.steps")
     numbers = [(step.number, step.seed, step.drawn) for step in both.steps]
     assert numbers == [(n, None, None) for n in (0, 1, 3, 4, 7)] + [(9, SEED.seed, 5)]

@@ -22,7 +22,7 @@ from ternarize.steps.appender import Appender
 from ternarize.steps.base import opened_state
 from ternarize.steps.checkpoint import replay
 from ternarize.steps.generator import SCALES, TRITS
-from ternarize.steps.journal import NO_STEP, JournalHeader, Mark, block_bytes, read_journal
+from ternarize.steps.journal import NO_STEP, Edit, JournalHeader, Mark, block_bytes, read_journal
 from ternarize.steps.operations import check_digests, compact, edit
 from ternarize.steps.replay import Values
 from ternarize.train.coded import Wanted, coded_steps
@@ -262,7 +262,7 @@ def test_a_training_killed_after_any_record_goes_on_to_the_same_steps(tmp_path: 
 def test_a_training_goes_on_from_what_edits_have_left(tmp_path: Path) -> None:
     path = tmp_path / "a.steps"
     trained(path, 10)
-    edit(path, "mask", 2, 4)
+    edit(path, Edit("mask", 2, 4))
     begun, moved = read_journal(path), started()
     moved.state.apply(begun.effective())
     moved.write()

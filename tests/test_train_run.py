@@ -610,7 +610,9 @@ def test_a_training_goes_on_with_another_budget(
     broken_off(source, tmp_path / "packed", recipe_of(text))
     taken: list[int] = []
     packed = tmp_path / "packed"
-    record = convert(source, packed, recipe_of(text, steps=steps), log=lambda at, _: taken.append(at))
+    record = convert(
+        source, packed, recipe_of(text, steps=steps), log=lambda at, _: taken.append(at)
+    )
     assert taken == then
     told = record["training"]
     assert [(at, budget["steps"]) for at, budget in told["budgets"]] == [(0, 8), (3, steps)]

@@ -94,7 +94,8 @@ def steps_train(
     --attempts 2 --batch 512 --bytes 300
     """
     from ternarize.plans.recipe import Train
-    from ternarize.train.journals import CODED
+    from ternarize.train.journals import CODED, DIRECTIONS, code_journal, train_journal
+    from ternarize.train.ranks import ranks_of_launcher
     from ternarize.train.votes import DENSITIES, VOTED, Votes
 
     training = Train(
@@ -122,62 +123,30 @@ def steps_train(
         nbytes=nbytes or 0,
         **of_votes,
     )
-    if by == "gradient":
-        if target != "scales":
-            raise UsageError("--target", "trits, by gradient", "scales", "Use --by votes")
-        result = _coded(
-            base, journal, training, nbytes or CODED, perturbations, seed, device, quiet
-        )
-    else:
-        result = _trained(base, journal, training, votes, seed, device, quiet)
+    if by == "gradient" and target != "scales":
+        raise UsageError("--target", "trits, by gradient", "scales", "Use --by votes")
+    with progress_bar(quiet) as update, ranks_of_launcher():
+        how: dict[str, Any] = {"seed": seed, "device": device or "cpu"}
+        how["heard"] = _heard(update, attempts)
+        if by == "gradient":
+            k = perturbations or DIRECTIONS
+            result = code_journal(base, journal, training, nbytes or CODED, k=k, **how)
+        else:
+            result = train_journal(base, journal, training, votes, **how)
     if as_json:
         print_json({"journal": str(journal), **result})
     elif "bytes" in result:
         _tell_trained(result)
 
 
-def _coded(
-    base: str,
-    journal: Path,
-    training: Any,
-    nbytes: int,
-    perturbations: int | None,
-    seed: int,
-    device: str | None,
-    quiet: bool,
-) -> dict[str, Any]:
-    """Train by gradients and write steps, and show how far it is."""
-    from ternarize.train.journals import DIRECTIONS, code_journal
+def _heard(update: Any, attempts: int) -> Callable[[int, float, Any], None]:
+    """What shows how far a training is."""
 
-    with progress_bar(quiet) as update:
+    def heard(number: int, loss: float, _: Any) -> None:
+        if update is not None:
+            update(number + 1, attempts, f"loss {loss:.4f}", "training")
 
-        def heard(number: int, loss: float, _: Any) -> None:
-            if update is not None:
-                update(number + 1, training.steps, f"loss {loss:.4f}", "training")
-
-        k = perturbations or DIRECTIONS
-        place = device or "cpu"
-        return code_journal(
-            base, journal, training, nbytes, k=k, seed=seed, device=place, heard=heard
-        )
-
-
-def _trained(
-    base: str, journal: Path, training: Any, votes: Any, seed: int, device: str | None, quiet: bool
-) -> dict[str, Any]:
-    """Train a journal, and show how far it is."""
-    from ternarize.train.journals import train_journal
-    from ternarize.train.ranks import ranks_of_launcher
-
-    with progress_bar(quiet) as update, ranks_of_launcher():
-
-        def heard(number: int, loss: float, step: Any) -> None:
-            if update is not None:
-                told = f"attempt {number}: loss {loss:.4f}{'' if step else ', no step'}"
-                update(number + 1, training.steps, told, "training")
-
-        place = device or "cpu"
-        return train_journal(base, journal, training, votes, seed=seed, device=place, heard=heard)
+    return heard
 
 
 def _tell_trained(result: dict[str, Any]) -> None:
@@ -206,7 +175,9 @@ def steps_replay(
     from ternarize.steps.checkpoint import replay, write_rows
 
     if tensor is not None:
-        result = write_rows(journal, base, tensor, _range(rows), output, upto=upto)
+        result = write_rows(
+            journal, base, tensor, None if rows is None else _range(rows), output, upto=upto
+        )
     elif rows is not None:
         raise UsageError("--rows", "without --tensor", "both", "Name the tensor")
     else:
@@ -217,10 +188,8 @@ def steps_replay(
         print(f"{output}: {result['steps']} steps, {result['perturbations']} perturbations")
 
 
-def _range(text: str | None) -> tuple[int, int] | None:
+def _range(text: str) -> tuple[int, int]:
     """A:B as two numbers, A alone as A:A+1."""
-    if text is None:
-        return None
     match = re.fullmatch(r"([0-9]{1,10})(?::([0-9]{1,10}))?", text)
     first, stop = (int(match[1]), int(match[2] or int(match[1]) + 1)) if match else (0, 0)
     if first >= stop:
@@ -300,21 +269,21 @@ def steps_edit(
 
     Example: ternarize steps edit my.steps --mask 1
     """
+    from ternarize.steps.journal import Edit
     from ternarize.steps.operations import edit
 
     edits = [
-        (operation, _range(each))
+        Edit(operation, first, stop - 1)
         for operation, given in (("mask", mask), ("negate", negate), ("restore", restore))
-        for each in given or ()
+        for first, stop in map(_range, given or ())
     ]
     if not edits:
         raise UsageError("edit", "nothing", "--mask, --negate or --restore", "Name some steps")
     if repair and (base is None or not texts):
         raise UsageError("--repair", "without --base and --texts", "both", "Name them")
     done: dict[str, Any] = {}
-    for operation, steps in edits:
-        assert steps is not None
-        done.setdefault(operation, []).extend(edit(journal, operation, steps[0], steps[1] - 1))
+    for each, numbers in zip(edits, edit(journal, *edits), strict=True):
+        done.setdefault(each.operation, []).extend(numbers)
     if repair:
         assert base is not None and texts
         done["repair"] = _repaired(journal, base, texts, teacher, repair, device, quiet)
@@ -340,6 +309,7 @@ def _repaired(
     """Steps behind an edit, which move what the last one moved."""
     from ternarize.plans.recipe import Train
     from ternarize.steps.journal import MOVED, read_journal
+    from ternarize.train.journals import train_journal
     from ternarize.train.votes import DENSITIES, Votes, first_attempt
 
     found = read_journal(journal)
@@ -353,7 +323,10 @@ def _repaired(
         steps=first_attempt(found) + attempts,
     )
     votes = Votes(target, last.k, DENSITIES[target])
-    return _trained(base, journal, training, votes, found.header.seed, device, quiet)
+    with progress_bar(quiet) as update:
+        heard = _heard(update, first_attempt(found) + attempts)
+        how: dict[str, Any] = {"seed": found.header.seed, "device": device or "cpu"}
+        return train_journal(base, journal, training, votes, heard=heard, **how)
 
 
 def steps_fork(
@@ -434,9 +407,9 @@ def steps_diff(
 
     found = difference(journal, other)
     if as_json:
-        print_json(vars(found))
+        print_json(found)
     else:
-        print(f"{found.common} steps in common, then {found.first} and {found.second}")
+        print(f"{found['common']} steps in common, then {found['first']} and {found['second']}")
 
 
 def steps_verify(

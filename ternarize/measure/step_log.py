@@ -29,9 +29,9 @@ def log_of(path: str | Path) -> dict[str, Any]:
             "followed": len(step.chosen),
             "bytes": len(entry_bytes(step)),
             "loss": losses.get(step.number),
-            "edited": EDITED[journal.edit_of(step)],
+            "edited": EDITED[edit],
         }
-        for step in journal.steps
+        for step, edit in zip(journal.steps, journal.edited, strict=True)
     ]
     header = journal.header
     return {

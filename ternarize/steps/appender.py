@@ -9,9 +9,11 @@ from filelock import FileLock, Timeout
 from ternarize.errors import OutputError
 from ternarize.files.outputs import cannot_make, write_at, write_whole
 from ternarize.steps.journal import (
+    MOST_STEPS,
     JournalEntry,
     JournalHeader,
     Mark,
+    Step,
     entry_bytes,
     journal_header,
     read_journal,
@@ -29,7 +31,7 @@ class Appender:
     """
 
     def __init__(self, path: str | Path, header: JournalHeader) -> None:
-        path = Path(path)
+        self._path = path = Path(path)
         self._lock = FileLock(path.with_name(path.name + ".lock"), timeout=0)
         try:
             self._lock.acquire()
@@ -53,6 +55,7 @@ class Appender:
                 )
             self._file = path.open("r+b", buffering=0)
             self._size = self.journal.size
+            self._steps = len(self.journal.steps)
             self._file.truncate(self._size)
         except BaseException:
             self._unlock()
@@ -61,6 +64,11 @@ class Appender:
     def append(self, *entries: JournalEntry) -> None:
         """Add records at once; a digest is on the disk, with all before it, when this returns."""
         data = b"".join(map(entry_bytes, entries))
+        self._steps += sum(isinstance(entry, Step) for entry in entries)
+        if self._steps > MOST_STEPS:
+            raise OutputError(
+                self._path, f"has {MOST_STEPS} steps", "fewer", "Fork it, or begin another"
+            )
         with signals_held():
             try:
                 write_at(self._file, self._size, memoryview(data))

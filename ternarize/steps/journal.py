@@ -7,6 +7,7 @@ formats/steps.md is the definition; here are its shipped reader and writer. A re
 is not there: one that was torn off at the end of the file is dropped, damage before is refused.
 """
 
+import heapq
 import itertools
 import json
 import math
@@ -39,6 +40,7 @@ EDITS = ("mask", "negate", "restore")
 LARGEST = (1 << 32) - 1  # number of a step
 MOST_VALUES = 1 << 58  # trits of all tensors: cells that a word has an address for
 MOST_AMOUNT = 127  # by which a step moves an exponent
+MOST_STEPS = 1 << 20  # of a journal
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,22 +150,31 @@ class Journal:
     def effective(self, upto: int | None = None) -> list[Step]:
         """The steps below a number as edits have left them."""
         found = []
-        for step in self.steps:
+        for step, operation in zip(self.steps, self.edited, strict=True):
             if upto is not None and step.number >= upto:
                 break
-            operation = self.edit_of(step)
             if operation == "negate":
                 step = replace(step, signs=tuple(-sign for sign in step.signs))
             if operation != "mask":
                 found.append(step)
         return found
 
-    def edit_of(self, step: Step) -> str:
-        """The edit that counts of a step: "mask", "negate", or "" for one as it was written."""
-        for each in reversed(self.edits):
-            if each.first <= step.number <= each.last:
-                return "" if each.operation == "restore" else each.operation
-        return ""
+    @cached_property
+    def edited(self) -> list[str]:
+        """The edit that counts of each step: "mask", "negate", or "" for one as it was written."""
+        # edits in the order of their first step; of those that have begun the latest is on top
+        to_come = sorted(enumerate(self.edits), key=lambda each: each[1].first, reverse=True)
+        begun: list[tuple[int, Edit]] = []
+        found = []
+        for step in self.steps:
+            while to_come and to_come[-1][1].first <= step.number:
+                at, edit = to_come.pop()
+                heapq.heappush(begun, (-at, edit))
+            while begun and begun[0][1].last < step.number:
+                heapq.heappop(begun)
+            operation = begun[0][1].operation if begun else "restore"
+            found.append("" if operation == "restore" else operation)
+        return found
 
 
 def is_step_number(value: Any) -> bool:
@@ -283,7 +294,7 @@ def parse_journal(data: bytes, where: str = "journal") -> Journal:
     """A journal from its bytes; see `read_journal`."""
     header, at = _parse_header(data, where)
     entries: list[JournalEntry] = []
-    number = -1
+    number, count = -1, 0
     while at < len(data):
         end = _end_of(data, at)
         if end is None:
@@ -292,6 +303,9 @@ def parse_journal(data: bytes, where: str = "journal") -> Journal:
             break
         kind, payload = data[at + 4], data[at + 5 : end - 4]
         try:
+            count += _steps_in(kind, payload)
+            if count > MOST_STEPS:
+                raise ValueError(f"{count} steps, of which there are {MOST_STEPS} at most")
             for entry in _parse_record(kind, payload, number):
                 if isinstance(entry, Step):
                     if entry.number <= number:
@@ -403,6 +417,11 @@ def _is_tensor(value: Any) -> bool:
 
 def _newer(where: str, found: str, expected: str) -> FormatError:
     return FormatError(where, found, expected, "Install a newer ternarize")
+
+
+def _steps_in(kind: int, payload: bytes) -> int:
+    """How many steps a record says that it has."""
+    return int.from_bytes(payload[:4], "little") if kind == _BLOCK else kind in (_STEP, _FOREIGN)
 
 
 def _parse_record(kind: int, payload: bytes, number: int) -> Iterator[JournalEntry]:

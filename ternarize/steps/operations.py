@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from ternarize.errors import DigestError, OutputError, UsageError
@@ -24,6 +24,7 @@ from ternarize.steps.journal import (
     block_bytes,
     entry_bytes,
     journal_header,
+    parse_journal,
     read_journal,
 )
 from ternarize.steps.replay import Values
@@ -31,25 +32,29 @@ from ternarize.steps.replay import Values
 _IN_BLOCK = 1024  # steps: those of the most perturbations are below the longest record, too
 
 
-def edit(path: str | Path, operation: str, first: int, last: int) -> list[int]:
-    """Append an edit of the steps from first to last; returns the numbers of those there are.
-
-    operation  "mask": leave them out; "negate": go the other way; "restore": as they were
+def edit(path: str | Path, *edits: Edit) -> list[list[int]]:
+    """Append edits, all or none; returns the numbers of the steps that each concerns.
 
     Raises UsageError where there is no such step.
     """
     journal = read_journal(path)
-    numbers = [step.number for step in journal.steps if first <= step.number <= last]
-    if operation not in EDITS:
-        raise UsageError("edit", f"{operation!r}", f"one of {', '.join(EDITS)}")
-    if not numbers:
-        steps = journal.steps
-        there = f"steps from {steps[0].number} to {steps[-1].number}" if steps else "no steps"
-        raise UsageError(path, f"has no step from {first} to {last}, but {there}", "some of them")
+    found = []
+    for each in edits:
+        numbers = [s.number for s in journal.steps if each.first <= s.number <= each.last]
+        if each.operation not in EDITS:
+            raise UsageError("edit", f"{each.operation!r}", f"one of {', '.join(EDITS)}")
+        if not numbers:
+            steps = journal.steps
+            there = f"steps from {steps[0].number} to {steps[-1].number}" if steps else "no steps"
+            what = f"has no step from {each.first} to {each.last}, but {there}"
+            raise UsageError(path, what, "some of them")
+        found.append(numbers)
     with Appender(path, journal.header) as appender:
         # none of later steps, which an edit that goes beyond the last one would concern
-        appender.append(Edit(operation, numbers[0], numbers[-1]))
-    return numbers
+        appender.append(
+            *(Edit(e.operation, n[0], n[-1]) for e, n in zip(edits, found, strict=True))
+        )
+    return found
 
 
 def fork(path: str | Path, new: str | Path, upto: int | None = None) -> Journal:
@@ -117,21 +122,13 @@ def merge(path: str | Path, other: str | Path, new: str | Path) -> Journal:
     return _write(new, first, [entry_bytes(each) for each in entries])
 
 
-@dataclass(frozen=True)
-class Difference:
-    """What two journals have in common, as numbers of steps."""
-
-    common: int
-    first: int
-    second: int
-
-
-def difference(path: str | Path, other: str | Path) -> Difference:
-    """How many steps two journals have in common from their start, and each has besides."""
+def difference(path: str | Path, other: str | Path) -> dict[str, int]:
+    """How many steps two journals have in "common" from their start, and each has besides."""
     first, second = read_journal(path), read_journal(other)
     check_same_start(first, second)
     common = common_steps(first, second)
-    return Difference(common, len(first.steps) - common, len(second.steps) - common)
+    besides = {"first": len(first.steps) - common, "second": len(second.steps) - common}
+    return {"common": common, **besides}
 
 
 def common_steps(first: Journal, second: Journal) -> int:
@@ -195,5 +192,7 @@ def _write(new: str | Path, journal: Journal, records: Sequence[bytes]) -> Journ
     path = Path(new)
     if path.exists() or path.is_symlink():
         raise OutputError(path, "exists already", "a new file", "Name another, or remove it")
-    write_whole(path, journal_header(journal.header) + b"".join(records), f".{os.getpid()}")
-    return read_journal(path)
+    data = journal_header(journal.header) + b"".join(records)
+    made = parse_journal(data, str(path))  # refused before it is written: too many steps of two
+    write_whole(path, data, f".{os.getpid()}")
+    return made

@@ -47,6 +47,7 @@ CODED = 2500  # bytes of a journal by gradients, when none are asked for
 DIRECTIONS = 4096  # that a step draws towards what gradients want
 EXPONENT_RATE = 1.0  # of exponents, in 1/32 of an octave
 _REMEMBERED = 64  # outputs of the teacher
+_STEP_BITS = 64  # that a step may take
 
 
 @dataclass
@@ -147,7 +148,16 @@ def code_journal(
     at = _session(base, training, seed, device, plain=False)
     with Appender(journal, at.header) as appender:
         begun = appender.journal
+        left = bits_left(at.header, begun.steps, nbytes)
         first = _began(begun)
+        if left < _STEP_BITS and first == begun.next_number:
+            taken = nbytes - left // 8
+            raise UsageError(
+                "--bytes",
+                f"{nbytes}, of which header, digest and {len(begun.steps)} steps take {taken}",
+                f"at least {taken + _STEP_BITS // 8}",
+                "Name more",
+            )
         before = at.brought_to([step for step in begun.effective() if step.number < first])
         of_batches = (_taken(at.data.stream, training.batch) for _ in itertools.count())
         rate = EXPONENT_RATE if training.lr is None else training.lr
@@ -163,7 +173,6 @@ def code_journal(
         best = at.held()
         state, steps = at.moved.state, [NO_STEP, *begun.steps]
         state.apply([step for step in begun.effective() if step.number >= first])
-        left = bits_left(at.header, begun.steps, nbytes)
         appender.append(Note({"coded_from": first}))
         for step in coded_steps(state, wanted, steps[-1], begun.next_number, k, left):
             appender.append(step)
