@@ -22,7 +22,15 @@ from ternarize.steps.appender import Appender
 from ternarize.steps.base import opened_state
 from ternarize.steps.checkpoint import replay
 from ternarize.steps.generator import SCALES, TRITS
-from ternarize.steps.journal import NO_STEP, Edit, JournalHeader, Mark, block_bytes, read_journal
+from ternarize.steps.journal import (
+    NO_STEP,
+    Edit,
+    JournalHeader,
+    Mark,
+    Step,
+    block_bytes,
+    read_journal,
+)
 from ternarize.steps.operations import check_digests, compact, edit
 from ternarize.steps.replay import Values
 from ternarize.train.coded import Wanted, coded_steps
@@ -130,8 +138,9 @@ def test_tangents_and_one_gradient_say_the_same_of_every_perturbation(
         monkeypatch.setattr("ternarize.train.probes.lib", None)
     moved, batch = started(), batch_of(1)
     slopes = moved.slopes(target, gradient(moved, loss, batch)[1])
-    one = sums_along(moved, slopes, target, 7, 2, 20)
-    other = by_jvp(moved, loss, batch, target, 7, 2, 20)
+    step = Step(7, target, 2, 1, 20, (), ())
+    one = sums_along(moved, slopes, step)
+    other = by_jvp(moved, loss, batch, step)
     assert one.abs().max() > 1e-3
     assert torch.allclose(one, other, atol=1e-5)
 
@@ -139,8 +148,9 @@ def test_tangents_and_one_gradient_say_the_same_of_every_perturbation(
 def test_forwards_say_nearly_the_same_of_small_moves() -> None:
     moved, batch = started(), batch_of(1, 4096)
     slopes = moved.slopes(SCALES, gradient(moved, loss, batch)[1])
-    one = sums_along(moved, slopes, SCALES, 7, 1, 12)
-    other = by_forwards(moved, loss, batch, SCALES, 7, 1, 1, 12)
+    step = Step(7, SCALES, 1, 1, 12, (), ())
+    one = sums_along(moved, slopes, step)
+    other = by_forwards(moved, loss, batch, step)
     assert torch.allclose(one, other, atol=0.05 * float(one.abs().max()))
 
 
@@ -149,7 +159,7 @@ def test_what_is_at_its_limit_counts_for_nothing_in_that_direction() -> None:
     for trits in moved.state.trits.values():
         trits.fill_(1)
     slopes = {part.name: torch.ones(torch.Size(part.shape).numel()) for part in moved.state.parts}
-    found = sums_along(moved, slopes, TRITS, 0, 1, 50)
+    found = sums_along(moved, slopes, Step(0, TRITS, 1, 1, 50, (), ()))
     assert bool((found <= 0).all()) and bool((found.sum(1) < -100).all())
     assert torch.allclose(found.sum(1), found.sum(1)[:1], atol=40)
 
@@ -210,7 +220,7 @@ def test_candidates_go_downhill_on_the_batch_that_is_probed() -> None:
     moved, batch = started(), batch_of(0, 2048)
     slopes = moved.slopes(TRITS, gradient(moved, loss, batch)[1])
     for step in candidates(moved, loss, batch, VOTES, 4, Ranks()):
-        changes = sums_along(moved, slopes, TRITS, 4, step.bits, step.k)
+        changes = sums_along(moved, slopes, step)
         for chosen, sign in zip(step.chosen, step.signs, strict=True):
             assert changes[chosen, 0 if sign > 0 else 1] < 0
 

@@ -19,6 +19,12 @@ def partial_of(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
+def check_free(output: Path) -> None:
+    """Raise OutputError where something has that name."""
+    if output.exists() or output.is_symlink():
+        raise OutputError(output, "exists already", "a new name", "Remove it, or name another")
+
+
 def cannot_make(path: Path, error: OSError, remedy: str = "Name another output") -> OutputError:
     """What to raise where the place of a result cannot be made."""
     found = f"cannot be made ({error.strerror or error})"

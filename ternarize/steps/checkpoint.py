@@ -22,7 +22,7 @@ from ternarize.files.headers import DTYPE_NAMES, Entry, byte_view, read_bytes, r
 from ternarize.files.json_files import strict_json
 from ternarize.files.metadata import KEY, SCALE_SUFFIX, Record
 from ternarize.files.names import RECORD
-from ternarize.files.outputs import sync_files, write_whole
+from ternarize.files.outputs import check_free, sync_files, write_whole
 from ternarize.files.sums import SUMS, format_sums, listed, sha256
 from ternarize.sources.fetch import fetch_file, split_id
 from ternarize.sources.packed import check_record, open_packed
@@ -59,7 +59,7 @@ def replay(
     where it is damaged, OutputError where the output exists.
     """
     output = Path(output).expanduser()
-    _check_new(output)
+    check_free(output)
     journal = open_journal(path)
     if base is None:
         _write_from_seed(journal, output, upto)
@@ -168,16 +168,11 @@ def write_rows(
     OutputError where the file exists.
     """
     output = Path(output).expanduser()
-    _check_new(output)
+    check_free(output)
     trits, scales = replayed_rows(path, base, name, rows, upto=upto)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(output, save({name: trits, name + SCALE_SUFFIX: scales}), f".{os.getpid()}")
     return _about(open_journal(path), upto)
-
-
-def _check_new(output: Path) -> None:
-    if output.exists() or output.is_symlink():
-        raise OutputError(output, "exists already", "a new name", "Name another, or remove it")
 
 
 def _about(journal: Journal, upto: int | None) -> dict[str, Any]:

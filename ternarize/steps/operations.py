@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ternarize.errors import DigestError, OutputError, UsageError
+from ternarize.errors import DigestError, UsageError
 from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.container import check_data
 from ternarize.files.metadata import Record
-from ternarize.files.outputs import write_whole
+from ternarize.files.outputs import check_free, write_whole
 from ternarize.steps.appender import Appender
 from ternarize.steps.base import check_base, opened_state
 from ternarize.steps.journal import (
@@ -190,8 +190,7 @@ def check_digests(
 def _write(new: str | Path, journal: Journal, records: Sequence[bytes]) -> Journal:
     """A new journal that begins as another one."""
     path = Path(new)
-    if path.exists() or path.is_symlink():
-        raise OutputError(path, "exists already", "a new file", "Name another, or remove it")
+    check_free(path)
     data = journal_header(journal.header) + b"".join(records)
     made = parse_journal(data, str(path))  # refused before it is written: too many steps of two
     write_whole(path, data, f".{os.getpid()}")

@@ -13,7 +13,7 @@ https://doi.org/10.1109/78.258082).
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -71,8 +71,7 @@ def trained_exponents(
     """
     state = moved.state
     real = {p.name: state.values(p, SCALES).flatten().float() for p in state.parts}
-    first = {name: torch.zeros_like(each) for name, each in real.items()}
-    second = {name: torch.zeros_like(each) for name, each in real.items()}
+    optimizer = torch.optim.Adam(list(real.values()), betas=_BETAS, eps=_EPSILON)
     squares = {name: torch.zeros_like(each) for name, each in real.items()}
     for number in range(steps):
         moved.write(real)
@@ -84,15 +83,13 @@ def trained_exponents(
                 "a finite one",
                 "Train with a lower rate, or look after the data",
             )
-        slopes = moved.slopes(SCALES, grads, real)
-        now = rate * 0.5 * (1 + math.cos(math.pi * number / steps))
-        for name, slope in slopes.items():
-            first[name].lerp_(slope, 1 - _BETAS[0])
-            second[name].lerp_(slope.square(), 1 - _BETAS[1])
+        for name, slope in moved.slopes(SCALES, grads, real).items():
+            real[name].grad = slope
             squares[name] += slope.square() / steps
-            mean = first[name] / (1 - _BETAS[0] ** (number + 1))
-            size = (second[name] / (1 - _BETAS[1] ** (number + 1))).sqrt() + _EPSILON
-            real[name].sub_(mean / size, alpha=now).clamp_(-LIMITS[SCALES], LIMITS[SCALES])
+        optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * number / steps))
+        optimizer.step()
+        for each in real.values():
+            each.clamp_(-LIMITS[SCALES], LIMITS[SCALES])
         if heard is not None:
             heard(number, value)
     moved.write()
@@ -139,12 +136,13 @@ def coded_steps(
 def _candidates(state: Values, wanted: Wanted, number: int, k: int, bits: int) -> Iterator[Step]:
     """For each amount and count the directions of which D falls most to second order."""
     slopes, weights = dict[str, Tensor](), dict[str, Tensor]()
+    drawn = Step(number, SCALES, bits, 1, k, (), ())
     for part in state.parts:
         weight = wanted.weight[part.name]
         rest = wanted.values[part.name] - state.values(part, SCALES).view(-1)
         slopes[part.name], weights[part.name] = weight * rest, weight
-    sums = aligned(state, slopes, slopes, SCALES, number, bits, k)[:, 0]
-    curve = aligned(state, weights, {n: -w for n, w in weights.items()}, SCALES, number, bits, k)
+    sums = aligned(state, slopes, slopes, drawn)[:, 0]
+    curve = aligned(state, weights, {n: -w for n, w in weights.items()}, drawn)
     for amount in _AMOUNTS:
         falls = amount * sums.abs() - amount * amount / 2 * curve[:, 0]
         order = falls.argsort(descending=True, stable=True)
@@ -153,4 +151,4 @@ def _candidates(state: Values, wanted: Wanted, number: int, k: int, bits: int) -
                 break
             chosen = order[:count].sort().values
             signs = tuple(sums[chosen].sign().int().tolist())
-            yield Step(number, SCALES, bits, amount, k, tuple(chosen.tolist()), signs)
+            yield replace(drawn, amount=amount, chosen=tuple(chosen.tolist()), signs=signs)

@@ -12,6 +12,7 @@ https://doi.org/10.1109/9.119632.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -55,40 +56,36 @@ def gradient(moved: Moved, loss: ModuleLoss, batch: Any) -> tuple[float, dict[st
     return float(value.detach()), grads
 
 
-def sums_along(
-    moved: Moved, slopes: Mapping[str, Tensor], target: int, number: int, bits: int, k: int
-) -> Tensor:
-    """Sums of slopes over the non-zeros of k perturbations: (k, 2) float64, along and against."""
+def sums_along(moved: Moved, slopes: Mapping[str, Tensor], step: Step) -> Tensor:
+    """Sums of slopes over the non-zeros of perturbations: (k, 2) float64, along and against.
+
+    step  says which: its own choice counts for nothing, here and below
+    """
     up, down = dict[str, Tensor](), dict[str, Tensor]()
     for place in moved.places:
-        can_rise, can_fall = moved.room(place, target)
+        can_rise, can_fall = moved.room(place, step.target)
         name = place.part.name
         up[name], down[name] = slopes[name] * can_rise, slopes[name] * can_fall
-    return aligned(moved.state, up, down, target, number, bits, k)
+    return aligned(moved.state, up, down, step)
 
 
 def aligned(
-    state: Values,
-    up: Mapping[str, Tensor],
-    down: Mapping[str, Tensor],
-    target: int,
-    number: int,
-    bits: int,
-    k: int,
+    state: Values, up: Mapping[str, Tensor], down: Mapping[str, Tensor], step: Step
 ) -> Tensor:
-    """What values gain along each of k perturbations and against it: (k, 2) float64.
+    """What values gain along each perturbation of a step and against it: (k, 2) float64.
 
     up, down  by name of the tensor, flat, float32: what is gained by one more, and lost by one less
     """
-    found = torch.zeros(k, 2, dtype=torch.float64)
+    found = torch.zeros(step.k, 2, dtype=torch.float64)
+    own = state.seed, step.number
     for part in state.parts:
-        more, less, first = up[part.name], down[part.name], part.first(target)
+        more, less, first = up[part.name], down[part.name], part.first(step.target)
         if lib is not None and more.device.type == "cpu":
-            out = torch.empty(k, 2, dtype=torch.float64)
-            lib.align(more, less, first, state.seed, number, bits, target, out, THREADS)
+            out = torch.empty_like(found)
+            lib.align(more, less, first, *own, step.bits, step.target, out, THREADS)
             found += out
             continue
-        cells = state.seed, number, range(k), target, bits, first, first + len(more)
+        cells = *own, range(step.k), step.target, step.bits, first, first + len(more)
         for positions, signs in perturbations(*cells, more.device):
             gained, lost = more[positions].double(), -less[positions].double()
             for side, way in enumerate((signs, -signs)):
@@ -97,9 +94,7 @@ def aligned(
     return found
 
 
-def by_jvp(
-    moved: Moved, loss: ModuleLoss, batch: Any, target: int, number: int, bits: int, k: int
-) -> Tensor:
+def by_jvp(moved: Moved, loss: ModuleLoss, batch: Any, step: Step) -> Tensor:
     """Alignments by forward-mode products: (k, 2) float64, along and against."""
     model = _WithLoss(moved.module, loss)
     names = {place.part.name: f"module.{place.parameter}" for place in moved.places}
@@ -114,12 +109,12 @@ def by_jvp(
         return slope
 
     found = []
-    for first in range(0, k, _TOGETHER):
-        which = range(first, min(k, first + _TOGETHER))
+    for first in range(0, step.k, _TOGETHER):
+        which = range(first, min(step.k, first + _TOGETHER))
         tangents = {}
         for place in moved.places:
-            moves = _dense_moves(moved, place, target, number, bits, which)
-            each = [moved.tangent(place, target, row) for row in moves.flatten(0, 1)]
+            moves = _dense_moves(moved, place, step, which)
+            each = [moved.tangent(place, step.target, row) for row in moves.flatten(0, 1)]
             parameter = moved.parameters[place.part.name]
             tangents[names[place.part.name]] = (
                 torch.stack(each).view(-1, *parameter.shape).to(parameter)
@@ -128,14 +123,12 @@ def by_jvp(
     return torch.cat(found)
 
 
-def _dense_moves(
-    moved: Moved, place: Standing, target: int, number: int, bits: int, which: Sequence[int]
-) -> Tensor:
+def _dense_moves(moved: Moved, place: Standing, step: Step, which: Sequence[int]) -> Tensor:
     """What perturbations do to a tensor's values: (perturbations, 2, n) float32."""
-    part = place.part
-    first, count = part.first(target), moved.state.values(part, target).numel()
+    part, state, target = place.part, moved.state, step.target
+    first, count = part.first(target), state.values(part, target).numel()
     rows = torch.zeros(len(which), count)
-    cells = moved.state.seed, number, which, target, bits, first, first + count
+    cells = state.seed, step.number, which, target, step.bits, first, first + count
     for positions, signs in perturbations(*cells):
         rows.scatter_add_(1, positions, signs.to(rows.dtype))
     up, down = moved.room(place, target)
@@ -144,23 +137,13 @@ def _dense_moves(
 
 
 @torch.no_grad()
-def by_forwards(
-    moved: Moved,
-    loss: ModuleLoss,
-    batch: Any,
-    target: int,
-    number: int,
-    bits: int,
-    amount: int,
-    k: int,
-) -> Tensor:
+def by_forwards(moved: Moved, loss: ModuleLoss, batch: Any, step: Step) -> Tensor:
     """Alignments by moving there: (k, 2) float64, how the loss changes along and against."""
     before = float(loss(moved.module, batch))
-    found = torch.zeros(k, 2, dtype=torch.float64)
-    for i in range(k):
+    found = torch.zeros(step.k, 2, dtype=torch.float64)
+    for i in range(step.k):
         for side, sign in enumerate((1, -1)):
-            step = Step(number, target, bits, amount, k, (i,), (sign,))
-            with tried(moved, step):
+            with tried(moved, replace(step, chosen=(i,), signs=(sign,))):
                 found[i, side] = float(loss(moved.module, batch)) - before
     return found
 

@@ -15,7 +15,7 @@ is ours, and what makes it work (benchmarks/results/steps.md).
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -204,9 +204,8 @@ def candidates(
     moved: Moved, loss: ModuleLoss, batch: Any, votes: Votes, number: int, ranks: Ranks
 ) -> Iterator[Step]:
     """The steps that are tried: for each density and amount those of the largest alignments."""
-    target = target_of(votes.target)
-    amounts = (1,) if target == TRITS else votes.amounts
-    for bits, changes in _alignments(moved, loss, batch, votes, number):
+    for drawn, changes in _alignments(moved, loss, batch, votes, number):
+        amounts = (1,) if drawn.target == TRITS else votes.amounts
         falls, side = ranks.agreed(changes).min(1)
         order = falls.argsort(stable=True)
         order = order[falls[order] < 0]
@@ -218,23 +217,23 @@ def candidates(
             seen.add(count)
             chosen = order[:count].sort().values
             signs = tuple((1 - 2 * side[chosen]).tolist())
-            for amount in amounts:
-                yield Step(number, target, bits, amount, votes.k, tuple(chosen.tolist()), signs)
+            step = replace(drawn, chosen=tuple(chosen.tolist()), signs=signs)
+            yield from (replace(step, amount=amount) for amount in amounts)
 
 
 def _alignments(
     moved: Moved, loss: ModuleLoss, batch: Any, votes: Votes, number: int
-) -> Iterator[tuple[int, Tensor]]:
-    """Alignments (k, 2) for each density; without backward for one of them, in turn."""
+) -> Iterator[tuple[Step, Tensor]]:
+    """A step without a choice and its alignments (k, 2), for each density.
+
+    Without backward for one of the densities, in turn.
+    """
     target = target_of(votes.target)
+    amount = 1 if target == TRITS else votes.amounts[0]
+    each = [Step(number, target, bits, amount, votes.k, (), ()) for bits in votes.bits]
     if votes.probe == "backward":
         slopes = moved.slopes(target, gradient(moved, loss, batch)[1])
-        for bits in votes.bits:
-            yield bits, sums_along(moved, slopes, target, number, bits, votes.k)
+        yield from ((step, sums_along(moved, slopes, step)) for step in each)
         return
-    bits = votes.bits[number % len(votes.bits)]
-    if votes.probe == "jvp":
-        yield bits, by_jvp(moved, loss, batch, target, number, bits, votes.k)
-    else:
-        amount = votes.amounts[0] if target != TRITS else 1
-        yield bits, by_forwards(moved, loss, batch, target, number, bits, amount, votes.k)
+    step = each[number % len(each)]
+    yield step, (by_jvp if votes.probe == "jvp" else by_forwards)(moved, loss, batch, step)

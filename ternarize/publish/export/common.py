@@ -24,7 +24,7 @@ from ternarize.errors import CheckpointError, OutputError
 from ternarize.files import container
 from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.metadata import SCALE_SUFFIX, Record
-from ternarize.files.outputs import cannot_make, partial_of, sync_files, sync_names
+from ternarize.files.outputs import cannot_make, check_free, partial_of, sync_files, sync_names
 from ternarize.sources.packed import open_packed
 from ternarize.trits.base3 import BASE3
 from ternarize.trits.methods import itf
@@ -230,7 +230,7 @@ def fresh_output(packed: PackedCheckpoint, output: Path, *, folder: bool) -> Ite
     """
     source = packed.directory.resolve()
     partial = partial_of(output)
-    _check_free(output)
+    check_free(output)
     if source in output.resolve().parents:
         raise OutputError(
             output,
@@ -250,7 +250,7 @@ def fresh_output(packed: PackedCheckpoint, output: Path, *, folder: bool) -> Ite
     try:
         yield partial
         sync_files(partial)
-        _check_free(output)  # again: a rename would replace what has come in the meantime
+        check_free(output)  # again: a rename would replace what has come in the meantime
         partial.rename(output)
         sync_names(output.parent)
     except OSError as error:
@@ -264,8 +264,3 @@ def fresh_output(packed: PackedCheckpoint, output: Path, *, folder: bool) -> Ite
             shutil.rmtree(partial)
         else:
             partial.unlink(missing_ok=True)
-
-
-def _check_free(output: Path) -> None:
-    if output.exists() or output.is_symlink():
-        raise OutputError(output, "exists already", "a new name", "Remove it or change it")
