@@ -64,7 +64,7 @@ GROUPS = Span(
 )
 COUNT, STEPS = Span(1, MAX_COUNT), Span(0, MAX_COUNT, "{low} to {high} steps")
 SEEDS = Span(0, 2**32 - 1)
-BUDGET_FIELDS = ("tokens", "minutes", "steps")  # the fields of Train that say when it ends
+BUDGETS = ("tokens", "minutes", "steps")  # the fields of Train that say when it ends
 DISTILL_BATCH = 1024  # tokens of a step of --distill
 
 
@@ -181,7 +181,7 @@ class Train:
 
     def __post_init__(self) -> None:
         _check_values(self)
-        if all(getattr(self, name) is None for name in BUDGET_FIELDS):
+        if all(getattr(self, name) is None for name in BUDGETS):
             raise UsageError(
                 "training",
                 "without an end",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ternarize.calibrate.samples import Sample
 from ternarize.errors import CheckpointError
-from ternarize.plans.recipe import BUDGET_FIELDS, Train
+from ternarize.plans.recipe import BUDGETS, Train
 from ternarize.threads import signals_held
 from ternarize.train.state import Progressed, best_file, load_state, save_state
 from ternarize.train.texts import learnt_in, tokens_in
@@ -101,7 +101,7 @@ def train(job: Job, samples: Iterator[Sample]) -> Progressed:
 
 def _note_budget(training: Train, progressed: Progressed) -> None:
     """Follow this budget from now on, if an earlier run had another."""
-    budget = {name: getattr(training, name) for name in BUDGET_FIELDS}
+    budget = {name: getattr(training, name) for name in BUDGETS}
     if not progressed.budgets or progressed.budgets[-1][1] != budget:
         progressed.budgets.append((progressed.step, budget))
         due = math.floor(min(1.0, share_done(training, progressed)) * LOOKS)
