@@ -604,6 +604,23 @@ def test_the_bar_and_its_clock_start_afresh_with_each_stage(
         assert begun == sorted(set(begun))
 
 
+def test_without_a_terminal_long_work_tells_of_itself_in_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal, "err", Console(file=io.StringIO(), force_terminal=False))
+    clock = iter([0.0, 59.0, 61.0, 120.0, 122.0])
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
+    with terminal.progress_bar(quiet=False) as update:
+        assert update is not None
+        for done in range(1, 5):
+            update(done, 8, f"step {done}\x1b[2J", "training")
+    assert capsys.readouterr().err == (
+        "training 25 % step 2\\x1b[2J\ntraining 50 % step 4\\x1b[2J\n"
+    )
+    with terminal.progress_bar(quiet=True) as update:
+        assert update is None
+
+
 def test_of_many_blocks_the_first_the_worst_and_the_last_are_shown() -> None:
     blocks = [{"block": f"h.{i}", "before": 0.5, "after": 0.1 + (i == 7) * 0.2} for i in range(30)]
     labels = [label for label, _ in show.chosen_blocks(blocks)]

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from ternarize.progress import Progress
 from ternarize.threads import signals_held
 
 err = Console(stderr=True)
+LINE_EVERY = 60.0  # seconds between lines of progress where there is no terminal
 
 
 class Terminated(KeyboardInterrupt):
@@ -110,15 +112,30 @@ def in_figures(value: float) -> str:
     return f"{value:,.0f}" if value < 1e15 else f"{value:.3g}"
 
 
+def _in_lines() -> Progress:
+    """What tells in a log how far long work is: nothing of what is done within a minute."""
+    told = time.monotonic()
+
+    def update(done: int, total: int, text: str, stage: str) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told >= LINE_EVERY:
+            told = now
+            share = f"{100 * done / total:.0f} %" if total else "0 %"
+            print(printable(f"{stage} {share} {text}"), file=sys.stderr, flush=True)
+
+    return update
+
+
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Progress | None]:
-    """A bar on stderr with the time left, where stderr is a terminal.
+    """A bar on stderr with the time left; where stderr is no terminal, a line now and then.
 
     Where the stage or the total changes, or less is done than before, the bar and its clock start
     afresh.
     """
     if quiet or not err.is_terminal:
-        yield None
+        yield None if quiet else _in_lines()
         return
     from rich import progress as bars
 

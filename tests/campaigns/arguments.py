@@ -38,6 +38,11 @@ from ternarize.convert.run import convert
 from ternarize.plans.recipe import Recipe
 from ternarize.publish.export import export
 from ternarize.publish.patches import diff_packed
+from ternarize.sources.packed import open_packed
+from ternarize.steps.appender import Appender
+from ternarize.steps.base import base_digest
+from ternarize.steps.generator import SCALES, TRITS
+from ternarize.steps.journal import JournalHeader, Step
 
 from .child import LATE, Child, limit_memory
 from .runs import report, workshop
@@ -51,7 +56,8 @@ NUMBERS = "0 1 2 3 4 16 64 65 128 256 -1 -2 007 1e2 0.5 nan inf -0 x \u0663 1_0"
     " 5 ",
 ]
 HUGE = ["999999999", "9223372036854775808", "1" + "0" * 400, "-" + "9" * 30, "1e999"]
-PLACES = "model packed model.gguf model.patch text.txt empty.txt bytes.txt folder missing".split()
+PLACES = "model packed model.gguf model.patch my.steps text.txt empty.txt bytes.txt".split()
+PLACES += "folder missing".split()
 PLACES += "/dev/null user/name user/name@x a/b/c . .. ~ out out/deeper text.txt/below".split()
 PLACES += ["model/config.json", "model/inside", "", "x" * 300, "nul\ud800", "line\nbreak"]
 TEXTS = "* *.weight lm_head* *up_proj* [ nothing* - -- {0} [red]x[/] %s default self".split()
@@ -63,6 +69,9 @@ RIGHT = {  # by the name of an argument or option: what it mostly is
     "model": ["packed", "packed", "packed64", "tuned"],
     "base": ["packed64"],
     "patch": ["out", "out.patch", "model.patch", "model.patch"],
+    "journal": ["my.steps"],
+    "other": ["my.steps", "seed.steps"],
+    "new": ["out.steps"],
     "output": ["out", "out", "folder/out"],
     "repo": ["user/name"],
     "--source": ["model"],
@@ -72,6 +81,9 @@ RIGHT = {  # by the name of an argument or option: what it mostly is
     "--texts": ["text.txt", "text.txt=2", "self"],
     "--teacher": ["model"],
     "--start": ["packed"],
+    "--base": ["packed64"],
+    "--mask": ["0", "0:9"],
+    "--tensor": ["model.layers.0.mlp.up_proj.weight"],
     "--plot": ["plot.png", "plot.svg"],
     "--min-quality": QUALITY,
     "--head": ["int8", "int4", "keep", "ternary"],
@@ -85,13 +97,23 @@ AMOUNTS += (
     " --tokens --minutes --steps --train-len --batch-size --seq-len --max-tokens --limit --threads"
 )
 COMMANDS = {"convert": 40, "export": 16, "inspect": 10, "verify": 10, "eval": 8, "generate": 8}
-COMMANDS |= {"bench": 3, "push": 5, "train": 6, "diff": 4, "apply": 6}  # how often each
+COMMANDS |= {"bench": 3, "push": 5, "train": 6, "diff": 4, "apply": 6}
+COMMANDS |= {"steps train": 2, "steps replay": 3, "steps edit": 3}
+COMMANDS |= {f"steps {name}": 2 for name in ("log", "fork", "merge", "diff", "compact", "verify")}
+JOURNAL = "place/my.steps"  # written on in its place
+WRITTEN_ON = ("steps train", "steps edit")
+
+NEEDED = {"eval": ["--text"], "export": ["--to"], "generate": ["--prompt"]}
+NEEDED |= {"steps train": ["--texts", "--teacher"], "steps edit": ["--mask"]}
+# where a line has what it writes
+OUTPUT = {"convert": 2, "export": 2, "train": 2, "diff": 3, "apply": 3, "steps train": 3}
+OUTPUT |= {"steps replay": 3, "steps fork": 3, "steps compact": 3, "steps merge": 4}
 
 
 def options_of(document: str) -> dict[str, dict[str, str]]:
     """What CLI.md lists: {command: {argument or option: type, or "" for a switch}}."""
     found: dict[str, dict[str, str]] = {}
-    for part in document.split("\n## `ternarize ")[1:]:
+    for part in re.split(r"\n###? `ternarize ", document)[1:]:
         rows = re.findall(r"^\* `(?:-\w, )?(--)?([\w-]+)(?: (<[^`]*>|[A-Z=|]+))?`:", part, re.M)
         found[part.partition("`")[0]] = {dash + name: kind for dash, name, kind in rows}
     return found
@@ -119,17 +141,20 @@ def random_line(number: int, known: dict[str, dict[str, str]]) -> list[str]:
     options = dict(known[command])
     options.pop("--debug", None)  # a traceback is what it is for
     line = []
-    for name in ("base", "model", "patch", "output", "repo"):
-        if name in options:
-            value = random_value(name, options.pop(name), chance)
-            if command in ("convert", "train") and name == "model" and value.startswith("packed"):
-                value = "model"
-            line += [value] * (chance.random() < 0.95)
-    needed = {"eval": ["--text"], "export": ["--to"], "generate": ["--prompt"]}.get(command, [])
+    for name in [name for name in options if not name.startswith("-")]:
+        value = random_value(name, options.pop(name), chance)
+        if command in ("convert", "train") and name == "model" and value.startswith("packed"):
+            value = "model"
+        if command == "steps train" and name == "model":
+            value = "packed64"
+        line += [value] * (chance.random() < 0.95)
+    needed = NEEDED.get(command, [])
     chosen = [name for name in needed if chance.random() < 0.95]
     chosen += chance.choices(sorted(options), k=chance.choice([0, 1, 1, 2, 2, 3, 5]))
     if "--dataset" in chosen:  # few and short, or it takes minutes
         line += ["--num-samples", chance.choice("3 4 5".split()), "--seq-len", "16"]
+    if command == "steps train":
+        line += ["--attempts", "2", "--perturbations", "16", "--batch", "64", "--train-len", "16"]
     if command == "train":
         line += ["--steps", "2", "--num-samples", "4", "--seq-len", "16"]
     if command == "bench":
@@ -144,7 +169,12 @@ def random_line(number: int, known: dict[str, dict[str, str]]) -> list[str]:
             line.append(random_value(name, options[name], chance))
     if chance.random() < 0.03:
         line.insert(chance.randrange(len(line) + 1), chance.choice([*TEXTS, "--nonsense", "-x"]))
-    return [command, *line]
+    return [*command.split(), *line]
+
+
+def command_of(line: Sequence[str]) -> str:
+    """The command of a line, of two words for journals."""
+    return " ".join(line[:2]) if line[0] == "steps" else line[0]
 
 
 def furnish(place: Path) -> None:
@@ -159,6 +189,15 @@ def furnish(place: Path) -> None:
     export(place / "packed64", place / "model.gguf", "gguf", kind="q2_0")
     convert(model, place / "tuned", Recipe(method="twn", group_size=64))
     diff_packed(place / "packed64", place / "tuned", place / "model.patch")
+    base = base_digest(open_packed(place / "packed64")[1])
+    for name, header in (
+        ("my.steps", JournalHeader(1, base=base)),
+        ("seed.steps", JournalHeader(1, 1 << 30, (("w", (8, 16), -1),))),
+    ):
+        with Appender(place / name, header) as appender:
+            appender.append(Step(0, SCALES, 4, 1, 16, (3, 7), (1, -1)))
+            appender.append(Step(2, TRITS, 6, 1, 9, (4,), (1,)))
+    shutil.copy2(place / "my.steps", place / "kept.steps")
     (place / "text.txt").write_text("The function returns the first of them.\n" * 60)
     (place / "empty.txt").write_text("")
     (place / "recipe.toml").write_text('method = "twn"\ngroup_size = 32\nkeep = ["*up_proj*"]\n')
@@ -193,12 +232,12 @@ def wrong(result: Any) -> str:
 
 def allowed(line: Sequence[str], code: int) -> str:
     """A pattern of the paths that a command line may leave behind."""
-    at = 3 if line[0] in ("diff", "apply") else 2  # of the output
-    writes = line[0] in ("convert", "export", "train", "diff", "apply")
-    if writes and "--dry-run" not in line and len(line) > at:
-        output = re.escape(os.path.normpath(os.path.join("place", line[at])))
+    at, words = OUTPUT.get(command_of(line), 0), [word for word in line if word[:1] != "-"]
+    if at and "--dry-run" not in line and len(words) > at:
+        place = os.path.join("place", words[at])
+        output = re.escape(os.path.normpath(place))
         unfinished = rf"{output}\.partial(/.*)?"
-        parents = [re.escape(str(parent)) for parent in Path("place", line[at]).parents]
+        parents = [re.escape(str(parent)) for parent in Path(place).parents]
         return "|".join([unfinished, *parents, *([] if code else [output, f"{output}/.*"])])
     pictures = [v for o, v in zip(line, line[1:], strict=False) if o == "--plot"]
     return "|".join(re.escape(f"place/{picture}") for picture in pictures[-1:])
@@ -218,6 +257,9 @@ def run_line(
     said = noise.read()
     noise.seek(0)
     noise.truncate()
+    if command_of(line) in WRITTEN_ON and after.get(JOURNAL) != before[JOURNAL]:
+        shutil.copy2("kept.steps", "my.steps")
+        after = listing(Path.cwd().parent)
     changed = [path for path in before if after.get(path) != before[path]]
     new = sorted(after.keys() - before.keys(), reverse=True)  # what is inside comes first
     may = re.compile(allowed(line, result.exit_code), re.DOTALL)
@@ -270,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             answer, died = child.ask(line)
             slowest = max(slowest, time.monotonic() - began)
             code, found = answer or ("stopped", "" if died == LATE and is_large(line) else died)
-            ends[line[0]][code] += 1
+            ends[command_of(line)][code] += 1
             if found:
                 failures.append(f"line {number}: {' '.join(map(ascii, line))}: {found}"[:600])
                 print(failures[-1], file=sys.stderr, flush=True)
