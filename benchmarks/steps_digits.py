@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,19 @@ from common import parser, write_figures
 from torch import Tensor, nn
 
 from ternarize import qat
+from ternarize.measure.report import figure_for
 from ternarize.steps.appender import Appender
 from ternarize.steps.base import opened_state
-from ternarize.steps.journal import Journal, JournalHeader, Step, parse_journal, read_journal
+from ternarize.steps.journal import (
+    NO_STEP,
+    Journal,
+    JournalHeader,
+    Step,
+    bits_in_block,
+    journal_header,
+    parse_journal,
+    read_journal,
+)
 from ternarize.steps.operations import compact
 from ternarize.train.moved import Moved, Standing
 from ternarize.train.ranks import Ranks, ranks_of_launcher
@@ -171,9 +182,10 @@ def show_rules(
     print("|---|---|---|---|---|---|")
     rows: list[dict[str, Any]] = []
     for name, (votes, attempts) in rules.items():
-        found = []
+        found, curves = [], []
         for seed in range(1, seeds + 1):
-            _, moved, seconds, size = run(folder, digits, seed, votes, attempts)
+            journal, moved, seconds, size = run(folder, digits, seed, votes, attempts)
+            curves.append(curve(digits, seed, journal))
             with torch.no_grad():
                 value = float(loss(moved.module, digits.train))
             found.append((accuracy(moved.module, digits.test), value, size, seconds))
@@ -184,8 +196,23 @@ def show_rules(
             f"{mean(losses):.3f} | {mean(sizes):,.0f} | {mean(seconds_):.1f} |",
             flush=True,
         )
-        rows.append({"rule": name, "attempts": attempts, "runs": found})
+        rows.append({"rule": name, "attempts": attempts, "runs": found, "curves": curves})
     return rows
+
+
+def curve(digits: Digits, seed: int, journal: Journal) -> list[tuple[int, int, float]]:
+    """(steps, bytes of the compact journal, test accuracy) of 25 of its beginnings."""
+    header = len(journal_header(journal.header))
+    sizes = [header, *(bits_in_block(b, a) / 8 for a, b in pairwise([NO_STEP, *journal.steps]))]
+    bytes_ = list(accumulate(sizes))
+    count = len(journal.steps)
+    moved, points, last = started(seed), [], 0
+    for each in sorted({round(count * i / 24) for i in range(25)}):
+        moved.state.apply(journal.steps[last:each])
+        moved.write()
+        points.append((each, round(bytes_[each]), accuracy(moved.module, digits.test)))
+        last = each
+    return points
 
 
 def show_baselines(digits: Digits, seeds: int) -> list[dict[str, Any]]:
@@ -353,20 +380,17 @@ def work(exchange: str, path: Path) -> None:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy over bytes of the rules."""
-    from ternarize.measure.report import figure_for
-
-    with figure_for(path, (7, 5)) as figure:
-        axes = figure.subplots()
-        for row in rows:
-            axes.plot(
-                [run[2] for run in row["runs"]],
-                [run[0] for run in row["runs"]],
-                "o",
-                label=row["rule"],
-            )
-        axes.set(xlabel="bytes of the journal", ylabel="test accuracy", xscale="log")
-        axes.legend(fontsize=8)
+    """Accuracy over steps and over bytes, of the first seed of each rule."""
+    with figure_for(path, (8, 8)) as figure:
+        for axes, what, label in zip(
+            figure.subplots(2, 1), (0, 1), ("steps", "bytes of the journal"), strict=True
+        ):
+            for row in rows:
+                points = row["curves"][0]
+                numbers, right = [p[what] for p in points], [p[2] for p in points]
+                axes.plot(numbers, right, ".-", label=row["rule"])
+            axes.set(xlabel=label, ylabel="test accuracy", ylim=(0, 1))
+            axes.legend(fontsize=8)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -33,9 +33,10 @@ from ternarize.train.votes import Votes, first_attempt
 MEASURES = {"kl_divergence": ".4f", "perplexity": ",.2f", "top1_agreement": ".4f"}
 
 
-def show(name: str, size: str, seconds: float, figures: dict[str, Any]) -> None:
-    cells = [f"{figures[key]['value']:{form}}" for key, form in MEASURES.items()]
-    print(f"| {name} | {size} | {' | '.join(cells)} | {seconds:,.0f} |", flush=True)
+def show(row: dict[str, Any]) -> None:
+    cells = [f"{row[key]['value']:{form}}" for key, form in MEASURES.items()]
+    of = f"{row['steps']:,} | {row['bytes']:,}" if row["bytes"] else "|"
+    print(f"| {row['name']} | {of} | {' | '.join(cells)} | {row['seconds']:,.0f} |", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,18 +70,19 @@ def main(argv: list[str] | None = None) -> int:
             return evaluate(packed, source=options.model, text=options.eval, **protocol)
 
         def told(name: str, journal: Path | None, packed: Path, began: float) -> None:
-            seconds, size = time.process_time() - began, ""
+            seconds, size, steps = time.process_time() - began, 0, 0
             if journal is not None:
                 small = journal.with_suffix(".small")
-                size = f"{compact(journal, small).size:,}"
+                made = compact(journal, small)
+                size, steps = made.size, len(made.steps)
                 packed = folder / f"{journal.stem}-replayed"
                 replay(small, base, packed)
-            figures = measured(packed)
-            show(name, size, seconds, figures)
-            rows.append({"name": name, "bytes": size, "seconds": seconds, **figures})
+            row = {"name": name, "bytes": size, "steps": steps, "seconds": seconds}
+            rows.append(row | measured(packed))
+            show(rows[-1])
 
-        print("| journal | bytes | divergence | perplexity | top-1 | CPU s |")
-        print("|---|---|---|---|---|---|")
+        print("| journal | steps | bytes | divergence | perplexity | top-1 | CPU s |")
+        print("|---|---|---|---|---|---|---|")
         told("none: the start", None, base, time.process_time())
         training = Train(
             texts=(str(options.text),),
@@ -120,15 +122,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Divergence over bytes."""
-    with figure_for(path, (7, 5)) as figure:
-        axes = figure.subplots()
-        told = [row for row in rows if row["bytes"]]
-        points = [(int(r["bytes"].replace(",", "")), r["kl_divergence"]["value"]) for r in told]
-        axes.plot([size for size, _ in points], [value for _, value in points], "o-")
-        axes.axhline(rows[0]["kl_divergence"]["value"], linestyle=":", label="the start")
-        axes.set(xlabel="bytes of the journal", ylabel="divergence, nats per token", xscale="log")
-        axes.legend()
+    """Divergence over steps and over bytes."""
+    told = [row for row in rows if row["bytes"]]
+    values = [row["kl_divergence"]["value"] for row in told]
+    with figure_for(path, (8, 8)) as figure:
+        for axes, what in zip(figure.subplots(2, 1), ("steps", "bytes"), strict=True):
+            axes.plot([row[what] for row in told], values, "o-")
+            axes.axhline(rows[0]["kl_divergence"]["value"], linestyle=":", label="the start")
+            axes.set(xlabel=f"{what} of the journal", ylabel="divergence, nats per token")
+            axes.legend()
 
 
 if __name__ == "__main__":

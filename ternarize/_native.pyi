@@ -200,6 +200,43 @@ def int4_product(
 def has_lanes3() -> bool:
     """Whether `products` takes "lanes3" with the instruction set in use."""
 
+def rans_count(bytes: Array, classes: Array, counts: Array, threads: int) -> None:
+    """Set counts (classes, 256) int64 to how often each byte of (rows, width) uint8 occurs.
+
+    classes  (width,) uint8: of the columns
+    """
+
+def rans_encode(
+    bytes: Array,
+    classes: Array,
+    frequencies: Array,
+    chunk_rows: int,
+    out: Array,
+    sizes: Array,
+    threads: int,
+) -> None:
+    """Code rows (rows, width) uint8 in chunks (trits/rans.py), each into its row of `out`.
+
+    frequencies  (classes, 256) uint16, each class adds up to 4096, not 0 where a byte occurs
+    out          (chunks, 32 + 2 min(chunk_rows, rows) width) uint8
+    sizes        (chunks,) int32: bytes that each has taken
+    """
+
+def rans_decode(
+    coded: Array,
+    ends: Array,
+    classes: Array,
+    table: Array,
+    chunk_rows: int,
+    out: Array,
+    threads: int,
+) -> int:
+    """Decode chunks into out (rows, width) uint8; returns the first that is damaged, or -1.
+
+    coded  (n,) uint8; chunk i lies between ends[i] and ends[i + 1] (chunks + 1,) int64
+    table  (classes, 4096) uint32: byte, frequency - 1 (from bit 8), place in its range (bit 20)
+    """
+
 def apply_steps(
     values: Array,
     first: int,

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "cpus/cpus.h"
+#include "entropy/rans.h"
 #include "shared/pool.h"
 #include "steps/steps.h"
 
@@ -118,6 +119,78 @@ void bind_align(Line<const float> up, Line<const float> down, uint64_t first, ui
   expect("out", out, k, 2);
   nb::gil_scoped_release unlocked;
   align(up.data(), down.data(), n, first, seed, number, bits, purpose, k, out.data(), threads);
+}
+
+// What the three functions below have in common, checked.
+Classed classed_of(int64_t rows, int64_t width, int64_t chunk_rows, Line<const uint8_t> classes,
+                   int64_t count) {
+  if (width < 1 || static_cast<int64_t>(classes.shape(0)) != width)
+    fail("classes: expected one for each of " + std::to_string(width) + " columns, at least one.");
+  if (count < 1 || count > 256)
+    fail("there are " + std::to_string(count) + " classes; expected 1 to 256.");
+  for (int64_t col = 0; col < width; ++col)
+    if (classes.data()[col] >= count)
+      fail("classes: column " + std::to_string(col) + " is of one beyond the tables.");
+  if (chunk_rows < 1 || chunk_rows > (int64_t{1} << 30) / width + 1)
+    fail("chunk_rows is " + std::to_string(chunk_rows) + "; expected at least 1, of 1 GiB at most.");
+  return {rows, width, chunk_rows, classes.data(), static_cast<int>(count)};
+}
+
+void bind_rans_count(In<uint8_t> bytes, Line<const uint8_t> classes, Out<int64_t> counts,
+                     int threads) {
+  const auto rows = static_cast<int64_t>(bytes.shape(0));
+  const auto width = static_cast<int64_t>(bytes.shape(1));
+  const auto count = static_cast<int64_t>(counts.shape(0));
+  expect("counts", counts, count, 256);
+  const Classed x = classed_of(rows, width, 1, classes, count);
+  nb::gil_scoped_release unlocked;
+  rans_count(bytes.data(), x, counts.data(), threads);
+}
+
+void bind_rans_encode(In<uint8_t> bytes, Line<const uint8_t> classes, In<uint16_t> frequencies,
+                      int64_t chunk_rows, Out<uint8_t> out, Line<int32_t> sizes, int threads) {
+  const auto rows = static_cast<int64_t>(bytes.shape(0));
+  const auto width = static_cast<int64_t>(bytes.shape(1));
+  const auto count = static_cast<int64_t>(frequencies.shape(0));
+  expect("frequencies", frequencies, count, 256);
+  const Classed x = classed_of(rows, width, chunk_rows, classes, count);
+  for (int64_t which = 0; which < count; ++which) {
+    int64_t total = 0;
+    for (int i = 0; i < 256; ++i) total += frequencies.data()[256 * which + i];
+    if (total != kRansTotal)
+      fail("frequencies of class " + std::to_string(which) + " add up to " +
+           std::to_string(total) + "; expected " + std::to_string(kRansTotal) + ".");
+  }
+  const int64_t slot = kRansHead + 2 * smaller(chunk_rows, rows) * width;
+  expect("out", out, x.chunks(), slot);
+  if (static_cast<int64_t>(sizes.shape(0)) != x.chunks()) fail("sizes: expected one for each chunk.");
+  nb::gil_scoped_release unlocked;
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t col = 0; col < width; ++col)
+      if (frequencies.data()[256 * classes.data()[col] + bytes.data()[row * width + col]] == 0) {
+        nb::gil_scoped_acquire locked;
+        fail("frequencies: a byte that occurs has none.");
+      }
+  rans_encode(bytes.data(), x, frequencies.data(), out.data(), slot, sizes.data(), threads);
+}
+
+int64_t bind_rans_decode(Line<const uint8_t> coded, Line<const int64_t> ends,
+                         Line<const uint8_t> classes, In<uint32_t> table, int64_t chunk_rows,
+                         Out<uint8_t> out, int threads) {
+  const auto rows = static_cast<int64_t>(out.shape(0));
+  const auto width = static_cast<int64_t>(out.shape(1));
+  const auto count = static_cast<int64_t>(table.shape(0));
+  expect("table", table, count, kRansTotal);
+  const Classed x = classed_of(rows, width, chunk_rows, classes, count);
+  const int64_t chunks = x.chunks();
+  if (static_cast<int64_t>(ends.shape(0)) != chunks + 1)
+    fail("ends: expected one more than there are chunks.");
+  const auto size = static_cast<int64_t>(coded.shape(0));
+  for (int64_t i = 0; i <= chunks; ++i)
+    if (ends.data()[i] < 0 || ends.data()[i] > size || (i && ends.data()[i] < ends.data()[i - 1]))
+      fail("ends: expected rising places within what is coded.");
+  nb::gil_scoped_release unlocked;
+  return rans_decode(coded.data(), ends.data(), x, table.data(), out.data(), threads);
 }
 
 int64_t bind_pack(In<int8_t> trits, int64_t group_size, Out<uint8_t> out, int threads) {
@@ -471,6 +544,14 @@ NB_MODULE(_native, m) {
   m.def("align", bind_align, nb::arg("up").noconvert(), nb::arg("down").noconvert(),
         nb::arg("first"), nb::arg("seed"), nb::arg("number"), nb::arg("bits"), nb::arg("purpose"),
         nb::arg("out").noconvert(), nb::arg("threads"));
+  m.def("rans_count", bind_rans_count, nb::arg("bytes").noconvert(),
+        nb::arg("classes").noconvert(), nb::arg("counts").noconvert(), nb::arg("threads"));
+  m.def("rans_encode", bind_rans_encode, nb::arg("bytes").noconvert(),
+        nb::arg("classes").noconvert(), nb::arg("frequencies").noconvert(), nb::arg("chunk_rows"),
+        nb::arg("out").noconvert(), nb::arg("sizes").noconvert(), nb::arg("threads"));
+  m.def("rans_decode", bind_rans_decode, nb::arg("coded").noconvert(),
+        nb::arg("ends").noconvert(), nb::arg("classes").noconvert(), nb::arg("table").noconvert(),
+        nb::arg("chunk_rows"), nb::arg("out").noconvert(), nb::arg("threads"));
   m.def("read_all", bind_read_all, nb::arg("bytes").noconvert(), nb::arg("threads"));
   m.def("dot_peak", bind_dot_peak, nb::arg("rounds"), nb::arg("threads"));
   m.def("cpu", bind_cpu);

@@ -1,0 +1,216 @@
+#include "entropy/rans.h"
+
+#include <mutex>
+#include <vector>
+
+#include "shared/parallel.h"
+
+namespace ternarize {
+
+namespace {
+
+constexpr uint32_t kLeast = 1u << 16;  // of a state; below it takes a word of 16 bits
+
+struct Rows {  // as parallel_for has it: chunks, and about how much there is to do in each
+  int64_t rows;
+  int64_t cols;
+};
+
+Rows work_of(const Classed& x) {
+  return {x.chunks(), 8 * smaller(x.chunk_rows, x.rows) * x.width};  // a byte takes as long as weights
+}
+
+// Columns of one class that are next to each other.
+struct Run {
+  int64_t first;
+  int64_t count;
+};
+
+std::vector<std::vector<Run>> runs_of(const Classed& x) {
+  std::vector<std::vector<Run>> found(static_cast<size_t>(x.count));
+  for (int64_t col = 0; col < x.width; ++col) {
+    auto& runs = found[x.classes[col]];
+    if (!runs.empty() && runs.back().first + runs.back().count == col)
+      ++runs.back().count;
+    else
+      runs.push_back({col, 1});
+  }
+  return found;
+}
+
+int64_t columns(const std::vector<Run>& runs) {
+  int64_t count = 0;
+  for (const Run& run : runs) count += run.count;
+  return count;
+}
+
+// Bytes of a chunk between rows and the order in which they are coded; copy(row's bytes, coded's, count).
+template <class Byte, class Copy>
+void in_order(const Classed& x, const std::vector<std::vector<Run>>& runs, Byte* rows,
+              int64_t count, Copy copy) {
+  int64_t at = 0;
+  for (const auto& of_class : runs)
+    for (int64_t row = 0; row < count; ++row)
+      for (const Run& run : of_class) {
+        copy(rows + row * x.width + run.first, at, static_cast<size_t>(run.count));
+        at += run.count;
+      }
+}
+
+struct Symbol {
+  uint32_t start;
+  uint32_t frequency;
+};
+
+// Codes n bytes from the last to the first; words are put in front of `end`, which is returned.
+uint8_t* put_bytes(const uint8_t* bytes, int64_t n, int64_t place, const Symbol* symbols,
+                   uint32_t* states, uint8_t* end) {
+  for (int64_t i = n - 1; i >= 0; --i) {
+    uint32_t& x = states[(place + i) % kRansLanes];
+    const Symbol s = symbols[bytes[i]];
+    if (x >= static_cast<uint64_t>(s.frequency) << (32 - kRansBits)) {
+      const auto word = static_cast<uint16_t>(x);
+      end -= 2;
+      std::memcpy(end, &word, 2);
+      x >>= 16;
+    }
+    x = (x / s.frequency << kRansBits) + x % s.frequency + s.start;
+  }
+  return end;
+}
+
+// Reads n bytes, the first in the lane of `place`; false where words are missing.
+bool take_bytes(uint8_t* bytes, int64_t n, int64_t place, const uint32_t* table, uint32_t* states,
+                const uint8_t*& at, const uint8_t* end) {
+  constexpr uint32_t kMask = kRansTotal - 1;
+  const auto next = [&](uint32_t x, uint8_t& byte) {
+    const uint32_t entry = table[x & kMask];
+    byte = static_cast<uint8_t>(entry);
+    return ((entry >> 8 & kMask) + 1) * (x >> kRansBits) + (entry >> 20);
+  };
+  int64_t i = 0;
+  const auto one = [&] {
+    uint32_t& x = states[(place + i) % kRansLanes];
+    x = next(x, bytes[i++]);
+    if (x >= kLeast) return true;
+    if (end - at < 2) return false;
+    uint16_t word;
+    std::memcpy(&word, at, 2);
+    at += 2;
+    x = x << 16 | word;
+    return true;
+  };
+  while (i < n && (place + i) % kRansLanes != 0)
+    if (!one()) return false;
+  uint32_t x[kRansLanes];
+  std::memcpy(x, states, sizeof x);
+  for (; i + kRansLanes <= n && end - at >= 2 * kRansLanes; i += kRansLanes) {
+    for (int lane = 0; lane < kRansLanes; ++lane) x[lane] = next(x[lane], bytes[i + lane]);
+    for (int lane = 0; lane < kRansLanes; ++lane) {  // without a branch that nobody can foresee
+      uint16_t word;
+      std::memcpy(&word, at, 2);
+      const bool low = x[lane] < kLeast;
+      x[lane] = low ? x[lane] << 16 | word : x[lane];
+      at += low ? 2 : 0;
+    }
+  }
+  std::memcpy(states, x, sizeof x);
+  while (i < n)
+    if (!one()) return false;
+  return true;
+}
+
+}  // namespace
+
+void rans_count(const uint8_t* bytes, const Classed& x, int64_t* counts, int threads) {
+  std::mutex added;
+  const auto size = static_cast<size_t>(256 * x.count);
+  for (size_t i = 0; i < size; ++i) counts[i] = 0;
+  parallel_for(Rows{x.rows, x.width}, threads, [&](int, int64_t first, int64_t last) {
+    std::vector<int64_t> own(size);
+    for (int64_t row = first; row < last; ++row)
+      for (int64_t col = 0; col < x.width; ++col)
+        ++own[256 * static_cast<size_t>(x.classes[col]) + bytes[row * x.width + col]];
+    const std::lock_guard<std::mutex> alone(added);
+    for (size_t i = 0; i < size; ++i) counts[i] += own[i];
+  });
+}
+
+void rans_encode(const uint8_t* bytes, const Classed& x, const uint16_t* frequencies, uint8_t* out,
+                 int64_t slot, int32_t* sizes, int threads) {
+  const auto runs = runs_of(x);
+  std::vector<Symbol> symbols(static_cast<size_t>(256 * x.count));
+  for (int which = 0; which < x.count; ++which) {
+    uint32_t start = 0;
+    for (int i = 0; i < 256; ++i) {
+      const uint16_t frequency = frequencies[256 * which + i];
+      symbols[static_cast<size_t>(256 * which + i)] = {start, frequency};
+      start += frequency;
+    }
+  }
+  parallel_for(work_of(x), threads, [&](int, int64_t first, int64_t last) {
+    std::vector<uint8_t> ordered(static_cast<size_t>(smaller(x.chunk_rows, x.rows) * x.width));
+    std::vector<uint8_t> words(2 * ordered.size());
+    for (int64_t chunk = first; chunk < last; ++chunk) {
+      const int64_t count = x.rows_of(chunk);
+      in_order(x, runs, bytes + chunk * x.chunk_rows * x.width, count,
+               [&](const uint8_t* row, int64_t at, size_t n) {
+                 std::memcpy(ordered.data() + at, row, n);
+               });
+      uint32_t states[kRansLanes];
+      for (uint32_t& state : states) state = kLeast;
+      uint8_t* const end = words.data() + words.size();
+      uint8_t* begin = end;
+      int64_t place = count * x.width;
+      for (int which = x.count - 1; which >= 0; --which) {
+        const int64_t n = count * columns(runs[static_cast<size_t>(which)]);
+        place -= n;
+        begin = put_bytes(ordered.data() + place, n, place, symbols.data() + 256 * which, states,
+                          begin);
+      }
+      uint8_t* const at = out + chunk * slot;
+      std::memcpy(at, states, kRansHead);
+      std::memcpy(at + kRansHead, begin, static_cast<size_t>(end - begin));
+      sizes[chunk] = static_cast<int32_t>(kRansHead + (end - begin));
+    }
+  });
+}
+
+int64_t rans_decode(const uint8_t* coded, const int64_t* ends, const Classed& x,
+                    const uint32_t* table, uint8_t* bytes, int threads) {
+  const auto runs = runs_of(x);
+  return first_of(work_of(x), threads, [&](int64_t first, int64_t last) {
+    std::vector<uint8_t> ordered(
+        x.count > 1 ? static_cast<size_t>(smaller(x.chunk_rows, x.rows) * x.width) : 0);
+    for (int64_t chunk = first; chunk < last; ++chunk) {
+      const int64_t count = x.rows_of(chunk);
+      uint8_t* const rows = bytes + chunk * x.chunk_rows * x.width;
+      uint8_t* const to = x.count > 1 ? ordered.data() : rows;
+      const uint8_t* at = coded + ends[chunk];
+      const uint8_t* const end = coded + ends[chunk + 1];
+      if (end - at < kRansHead) return chunk;
+      uint32_t states[kRansLanes];
+      std::memcpy(states, at, kRansHead);
+      at += kRansHead;
+      for (const uint32_t state : states)
+        if (state < kLeast) return chunk;
+      int64_t place = 0;
+      for (int which = 0; which < x.count; ++which) {
+        const int64_t n = count * columns(runs[static_cast<size_t>(which)]);
+        if (!take_bytes(to + place, n, place, table + kRansTotal * which, states, at, end))
+          return chunk;
+        place += n;
+      }
+      bool whole = at == end;
+      for (const uint32_t state : states) whole = whole && state == kLeast;
+      if (!whole) return chunk;
+      if (x.count > 1)
+        in_order(x, runs, rows, count, [&](uint8_t* row, int64_t from, size_t n) {
+          std::memcpy(row, ordered.data() + from, n);
+        });
+    }
+    return kNone;
+  });
+}
+
+}  // namespace ternarize

@@ -1,0 +1,281 @@
+"""Rows of bytes in as many bits as their frequencies allow, in chunks that stand by themselves.
+
+    chunk rows, a table for each class of columns, sizes of the chunks; the chunks
+
+Range asymmetric numeral systems (Duda 2013, https://arxiv.org/abs/1311.2540) with eight states of
+32 bits that take turns, words of 16 bits and frequencies in 1/4096 (formats/rans.md). The compiled
+core does what the torch code here does, with the same bytes.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ternarize.errors import FormatError, damaged
+from ternarize.native import lib
+from ternarize.threads import THREADS
+from ternarize.trits.ternary import group_length
+
+LANES, BITS = 8, 12
+TOTAL = 1 << BITS
+LEAST = 1 << 16  # of a state; one below it takes a word
+HEAD = 4 * LANES  # bytes of a chunk in front of its words
+CHUNK = 1 << 16  # bytes of the rows in a chunk, about
+MOST_OF_CHUNK = 1 << 20  # bytes of the rows in a chunk, at most, unless it is one row
+_TOGETHER = 64  # chunks that are coded before they are put behind each other
+
+# reads bytes of a stream: from, how many
+ReadBytes = Callable[[int, int], Tensor]
+
+
+def classes_of_trits(cols: int, group_size: int, planes: int = 1) -> Tensor:
+    """The classes of the columns of packed rows (codec base3), (width,) uint8.
+
+    Bytes with as many trits are of one class; those with the most are of class 0.
+    """
+    length = group_length(cols, group_size)
+    whole, rest = divmod(cols, length)
+    of_group = [min(5, length - at) for at in range(0, length, 5)]
+    held = of_group * whole + [min(5, rest - at) for at in range(0, rest, 5)]
+    held *= planes
+    order = sorted(set(held), reverse=True)
+    return torch.tensor([order.index(count) for count in held], dtype=torch.uint8)
+
+
+def classes_of_items(count: int, size: int) -> Tensor:
+    """The classes of rows of `count` numbers of `size` bytes: first bytes, second bytes, ..."""
+    return torch.arange(size, dtype=torch.uint8).repeat(count)
+
+
+def encode_rows(rows: Tensor, classes: Tensor, threads: int = THREADS) -> Tensor:
+    """Code rows (n, width) uint8; returns a stream (bytes,) uint8.
+
+    classes  (width,) uint8, from 0 on without a gap
+    """
+    if not rows.numel():
+        return torch.empty(0, dtype=torch.uint8)
+    rows = rows.contiguous()
+    frequencies = [_frequencies(each) for each in _counts(rows, classes, threads).tolist()]
+    height = max(1, CHUNK // rows.shape[-1])
+    parts, sizes = list[Tensor](), list[int]()
+    table = torch.tensor(frequencies, dtype=torch.uint16)
+    for at in range(0, len(rows), height * _TOGETHER):
+        chunks = _encoded(rows[at : at + height * _TOGETHER], classes, table, height, threads)
+        parts += chunks
+        sizes += [len(chunk) for chunk in chunks]
+    head = height.to_bytes(4, "little")
+    for each in frequencies:
+        head += sum(1 << i for i, f in enumerate(each) if f).to_bytes(32, "little")
+        head += b"".join(f.to_bytes(2, "little") for f in each if f)
+    head += b"".join(size.to_bytes(4, "little") for size in sizes)
+    return torch.cat([torch.frombuffer(bytearray(head), dtype=torch.uint8), *parts])
+
+
+def decode_rows(
+    read: ReadBytes,
+    nbytes: int,
+    shape: tuple[int, int],
+    classes: Tensor,
+    first: int = 0,
+    stop: int | None = None,
+    threads: int = THREADS,
+) -> Tensor:
+    """Rows [first, stop) of what a stream holds, (stop - first, width) uint8.
+
+    read    bytes of the stream; only those are read that these rows need
+    nbytes  of the stream
+    shape   (rows, width) of all that it holds
+
+    Raises FormatError where it is damaged.
+    """
+    count, width = shape
+    stop = count if stop is None else stop
+    if not count:
+        if nbytes:
+            raise _broken(f"{nbytes} bytes for no rows")
+        return torch.empty(0, width, dtype=torch.uint8)
+    height, table, ends = _read_head(read, nbytes, count, width, classes)
+    if first >= stop:
+        return torch.empty(0, width, dtype=torch.uint8)
+    begin, end = first // height, -(-stop // height)
+    body = read(ends[begin], ends[end] - ends[begin])
+    places = [place - ends[begin] for place in ends[begin : end + 1]]
+    rows = torch.empty(min(count, end * height) - begin * height, width, dtype=torch.uint8)
+    bad = _decoded(body, places, classes, table, height, rows, threads)
+    if bad >= 0:
+        raise _broken(f"chunk {begin + bad} is damaged")
+    return rows[first - begin * height : stop - begin * height]
+
+
+def _broken(found: str) -> FormatError:
+    return damaged("its stream", found, "what formats/rans.md describes")
+
+
+def _counts(rows: Tensor, classes: Tensor, threads: int) -> Tensor:
+    """How often each byte occurs in each class, (classes, 256) int64."""
+    kinds = int(classes.max()) + 1
+    if lib is not None:
+        counts = torch.empty(kinds, 256, dtype=torch.int64)
+        lib.rans_count(rows, classes, counts, threads)
+        return counts
+    of_each = (rows[:, classes == kind].flatten().int() for kind in range(kinds))
+    return torch.stack([torch.bincount(each, minlength=256) for each in of_each])
+
+
+def _frequencies(counts: Sequence[int]) -> list[int]:
+    """Frequencies of 256 bytes that add up to TOTAL, at least 1 where a byte occurs.
+
+    Rounded down, then up again where most was lost; what bytes that hardly occur take beyond their
+    share comes from the most frequent ones. In integers, so that all machines choose alike.
+    """
+    whole = sum(counts)
+    found = [max(1, each * TOTAL // whole) if each else 0 for each in counts]
+    missing = TOTAL - sum(found)
+    lost = sorted(range(256), key=lambda i: (-(counts[i] * TOTAL % whole), i))
+    for i in lost[: max(0, missing)]:
+        found[i] += 1
+    for _ in range(-missing):
+        found[max(range(256), key=lambda i: (found[i], -i))] -= 1
+    return found
+
+
+def _read_head(
+    read: ReadBytes, nbytes: int, count: int, width: int, classes: Tensor
+) -> tuple[int, Tensor, list[int]]:
+    """Rows of a chunk, tables for decoding (classes, TOTAL), where chunks begin and end."""
+    kinds = int(classes.max()) + 1
+    at = 4 + kinds * 544  # of the largest tables
+    head = read(0, min(nbytes, at)).numpy().tobytes()
+    if len(head) < 4:
+        raise _broken(f"it has {nbytes} bytes")
+    height = int.from_bytes(head[:4], "little")
+    if height < 1 or (height > 1 and height * width > MOST_OF_CHUNK):
+        raise _broken(f"chunks of {height} rows of {width} bytes")
+    at, tables = 4, []
+    for _ in range(kinds):
+        mask = int.from_bytes(head[at : at + 32], "little")
+        bytes_ = [i for i in range(256) if mask >> i & 1]
+        ended = at + 32 + 2 * len(bytes_)
+        if ended > len(head):
+            raise _broken("it ends within its tables")
+        numbers = head[at + 32 : ended]
+        found = [int.from_bytes(numbers[i : i + 2], "little") for i in range(0, len(numbers), 2)]
+        if not all(found) or sum(found) != TOTAL:
+            raise _broken(f"frequencies that add up to {sum(found)}, and not to {TOTAL}, or are 0")
+        tables.append(_slots(bytes_, found))
+        at = ended
+    chunks = -(-count // height)
+    if at + 4 * chunks > nbytes:
+        raise _broken(f"{nbytes} bytes for {chunks} chunks")
+    sizes = read(at, 4 * chunks).view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    ends = [at + 4 * chunks, *(at + 4 * chunks + sizes.cumsum(0)).tolist()]
+    if ends[-1] != nbytes:
+        raise _broken(f"chunks up to byte {ends[-1]} of {nbytes}")
+    return height, torch.stack(tables), ends
+
+
+def _slots(bytes_: Sequence[int], frequencies: Sequence[int]) -> Tensor:
+    """For each slot its byte, frequency - 1 and place in the byte's range, (TOTAL,) uint32."""
+    often = torch.tensor(frequencies)
+    starts = often.cumsum(0) - often
+    entry = torch.tensor(bytes_) | (often - 1) << 8
+    own = torch.arange(TOTAL) - starts.repeat_interleave(often)
+    return (entry.repeat_interleave(often) | own << 20).to(torch.uint32)
+
+
+# --- chunks ---
+
+
+def _encoded(
+    rows: Tensor, classes: Tensor, frequencies: Tensor, height: int, threads: int
+) -> list[Tensor]:
+    """Each chunk of some rows, coded."""
+    if lib is None:
+        starts = range(0, len(rows), height)
+        return [_encode_plain(rows[at : at + height], classes, frequencies) for at in starts]
+    chunks = -(-len(rows) // height)
+    slot = HEAD + 2 * min(height, len(rows)) * rows.shape[-1]
+    out = torch.empty(chunks, slot, dtype=torch.uint8)
+    sizes = torch.empty(chunks, dtype=torch.int32)
+    lib.rans_encode(rows, classes, frequencies, height, out, sizes, threads)
+    return [each[:size] for each, size in zip(out, sizes.tolist(), strict=True)]
+
+
+def _decoded(
+    body: Tensor,
+    ends: Sequence[int],
+    classes: Tensor,
+    table: Tensor,
+    height: int,
+    rows: Tensor,
+    threads: int,
+) -> int:
+    """Decode chunks into `rows`; the first that is damaged, or -1."""
+    if lib is not None:
+        places = torch.tensor(ends, dtype=torch.int64)
+        return lib.rans_decode(body, places, classes, table, height, rows, threads)
+    for i, (begin, end) in enumerate(zip(ends, ends[1:], strict=False)):
+        if not _decode_plain(body[begin:end], classes, table, rows[i * height : (i + 1) * height]):
+            return i
+    return -1
+
+
+def _order(classes: Tensor, height: int) -> tuple[Tensor, Tensor]:
+    """Of a chunk's bytes, row-major: in which order they are coded, and the class of each then."""
+    of_all = classes.repeat(height).to(torch.int64)
+    order = of_all.argsort(stable=True)
+    return order, of_all[order]
+
+
+def _encode_plain(rows: Tensor, classes: Tensor, frequencies: Tensor) -> Tensor:
+    """The twin of the compiled core, for one chunk."""
+    order, kinds = _order(classes, len(rows))
+    often = frequencies.to(torch.int64)
+    starts = often.cumsum(1) - often
+    coded = rows.flatten().to(torch.int64)[order]
+    rounds = -(-len(coded) // LANES)
+    states = torch.full((LANES,), LEAST)
+    words, taken = torch.zeros(rounds, LANES, dtype=torch.int64), torch.zeros(rounds, LANES).bool()
+    for turn in range(rounds - 1, -1, -1):
+        part = slice(turn * LANES, min(len(coded), (turn + 1) * LANES))
+        width = part.stop - part.start
+        f, start = often[kinds[part], coded[part]], starts[kinds[part], coded[part]]
+        x = states[:width]
+        full = x >= f << (32 - BITS)
+        words[turn, :width], taken[turn, :width] = x & (LEAST - 1), full
+        x = torch.where(full, x >> 16, x)
+        states[:width] = (x // f << BITS) + x % f + start
+    head = torch.stack([states >> shift & 255 for shift in (0, 8, 16, 24)], 1)
+    tail = torch.stack([words[taken] & 255, words[taken] >> 8], 1)
+    return torch.cat([head.flatten(), tail.flatten()]).to(torch.uint8)
+
+
+def _decode_plain(chunk: Tensor, classes: Tensor, table: Tensor, rows: Tensor) -> bool:
+    """The twin of the compiled core, for one chunk; False where it is damaged."""
+    if len(chunk) < HEAD or (len(chunk) - HEAD) % 2:
+        return False
+    order, kinds = _order(classes, len(rows))
+    wide = chunk.to(torch.int64)
+    weights = torch.tensor([1, 1 << 8, 1 << 16, 1 << 24])
+    states = (wide[:HEAD].view(LANES, 4) * weights).sum(1)
+    if bool((states < LEAST).any()):
+        return False
+    words = (wide[HEAD:].view(-1, 2) * weights[:2]).sum(1)
+    entries, at = table.to(torch.int64), 0
+    found = torch.empty(len(order), dtype=torch.int64)
+    for begin in range(0, len(order), LANES):
+        part = slice(begin, min(len(order), begin + LANES))
+        x = states[: part.stop - begin]
+        entry = entries[kinds[part], x & (TOTAL - 1)]
+        found[part] = entry & 255
+        x = ((entry >> 8 & (TOTAL - 1)) + 1) * (x >> BITS) + (entry >> 20)
+        low = x < LEAST
+        count = int(low.sum())
+        if at + count > len(words):
+            return False
+        x[low] = x[low] << 16 | words[at : at + count]
+        states[: part.stop - begin] = x
+        at += count
+    rows.view(-1)[order] = found.to(torch.uint8)
+    return at == len(words) and bool((states == LEAST).all())
