@@ -609,7 +609,7 @@ def test_without_a_terminal_long_work_tells_of_itself_in_lines(
 ) -> None:
     monkeypatch.setattr(terminal, "err", Console(file=io.StringIO(), force_terminal=False))
     clock = iter([0.0, 59.0, 61.0, 120.0, 122.0])
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr("ternarize.cli.terminal.time.monotonic", lambda: next(clock))
     with terminal.progress_bar(quiet=False) as update:
         assert update is not None
         for done in range(1, 5):

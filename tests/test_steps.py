@@ -317,8 +317,8 @@ def test_the_latest_of_edits_that_overlap_counts(walk: Path) -> None:
             edits.append(Edit(rng.choice(("mask", "negate", "restore")), first, last))
         found = replace(journal, entries=(*edits, *journal.steps))
         for step, operation in zip(found.steps, found.edited, strict=True):
-            last = [e.operation for e in edits if e.first <= step.number <= e.last][-1:]
-            assert [operation or "restore"] == (last or ["restore"])
+            latest = [e.operation for e in edits if e.first <= step.number <= e.last][-1:]
+            assert [operation or "restore"] == (latest or ["restore"])
 
 
 def test_a_journal_that_is_full_is_not_written_on(

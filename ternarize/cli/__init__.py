@@ -16,6 +16,7 @@ Only this room prints, and nothing imports from it; it may import from all other
     generate.py         `ternarize generate`
     bench.py            `ternarize bench`
     push.py             `ternarize push`
+    recode.py           `ternarize recode`
     patches.py          `ternarize diff` and `ternarize apply`
     steps.py            `ternarize steps ...`
     app.py              the program: its commands, signals, errors

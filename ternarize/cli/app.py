@@ -25,6 +25,7 @@ from ternarize.cli.inspect_command import inspect_command
 from ternarize.cli.options import as_given, for_typer
 from ternarize.cli.patches import apply_command, diff_command
 from ternarize.cli.push import push_command
+from ternarize.cli.recode import recode_command
 from ternarize.cli.steps import STEP_COMMANDS
 from ternarize.cli.terminal import Terminated, err, failed, interrupted
 from ternarize.cli.train import train_command
@@ -42,6 +43,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate_command,
     "bench": bench_command,
     "push": push_command,
+    "recode": recode_command,
     "diff": diff_command,
     "apply": apply_command,
 }

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ternarize.errors import FormatError
+from ternarize.files.coded import Coded
 from ternarize.files.headers import (
     DTYPE_NAMES,
     DTYPES,
@@ -31,17 +32,27 @@ from ternarize.files.headers import (
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor of a checkpoint, known by its header: `start` is absolute in `file`."""
+    """A tensor of a checkpoint, known by its header: `start` is absolute in `file`.
+
+    coded, stored  of a tensor that is stored as a stream: how it is read, and bytes of the stream
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     file: str
     start: int = 0
+    coded: Coded | None = None
+    stored: int = 0
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that it takes in its file."""
+        return self.stored if self.coded else self.nbytes
 
     @property
     def nbytes(self) -> int:
@@ -103,6 +114,12 @@ class Checkpoint:
             return self._pickles[info.file][name].reshape(-1)[start:stop]
         if self.stream is not None:
             self.stream.fetch(info.file)
+        if info.coded is not None:
+            width = info.shape[-1]
+            first, last = start // width, -(-stop // width)
+            place = self.directory / info.file, info.start, info.stored
+            rows = info.coded.read(*place, first, last).flatten()
+            return rows[start - first * width : stop - first * width]
         dtype = DTYPES[info.dtype]
         offset, nbytes = info.start + start * dtype.itemsize, (stop - start) * dtype.itemsize
         if buffer is not None and buffer.numel() < nbytes:
@@ -112,7 +129,7 @@ class Checkpoint:
     @property
     def stored_bytes(self) -> int:
         """Bytes of all tensors, as they are stored."""
-        return sum(info.nbytes for info in self.tensors.values())
+        return sum(info.stored_bytes for info in self.tensors.values())
 
     def equal(self, name: str, other: str) -> bool:
         """Whether two tensors are the same, bit for bit; reads them up to where they are not."""

@@ -134,7 +134,10 @@ def _check_tensor(checkpoint: Checkpoint, name: str, record: Record) -> str:
     used = []
     try:
         for offset, size in _whole_rows(info.nbytes, info.shape[-1] if record.shape else None):
-            piece = read_bytes(path, info.start + offset, size)
+            if info.coded is None:
+                piece = read_bytes(path, info.start + offset, size)
+            else:
+                piece = checkpoint.read(name, offset, offset + size)
             sha.update(piece.numpy().data)
             if record.shape is not None:
                 used.append(_nonzero_groups(piece.view(-1, info.shape[-1]), record, threads=1))

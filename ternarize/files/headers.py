@@ -4,8 +4,10 @@ Data is read, not mapped: a file that shrinks under a mapping kills the process,
 count as memory.
 """
 
+import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -102,6 +104,26 @@ def read_header(path: Path) -> Header:
     if 8 + length + end != size:
         raise broken_file(path, f"{size} bytes", f"the {8 + length + end} that the header promises")
     return Header(entries, metadata, 8 + length)
+
+
+def header_json(entries: Mapping[str, Entry], said: Mapping[str, str]) -> bytes:
+    """The JSON header of a safetensors file, without the 8 bytes of its length and without padding.
+
+    entries  in the order of their data
+    said     the metadata
+    """
+    table: dict[str, Any] = {"__metadata__": dict(said)}
+    for name, entry in entries.items():
+        offsets = [entry.start, entry.start + entry.nbytes]
+        table[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
+    return json.dumps(table, separators=(",", ":")).encode()
+
+
+def file_head(entries: Mapping[str, Entry], said: Mapping[str, str]) -> bytes:
+    """All of a safetensors file that comes before its data, which then is aligned."""
+    raw = header_json(entries, said)
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
 
 
 def _parse_entry(path: Path, name: str, value: Any) -> Entry:

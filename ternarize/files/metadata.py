@@ -6,9 +6,10 @@ be ignored and the weight would be random. The file's `__metadata__` holds, unde
 format version, the features a reader must know, and a record for each tensor: logical shape, group
 size, codec, and a SHA-256 of the stored bytes, so that a file proves its own decode.
 
-Five features are written only where they are used: `scale8` (scales in 8 bits), `planes` (a weight
+Six features are written only where they are used: `scale8` (scales in 8 bits), `planes` (a weight
 as the sum of two ternary matrices, whose rows lie one behind the other), `rotation` (a matrix that
-meets rotated inputs), `int8` and `int4` (the codecs of these names).
+meets rotated inputs), `int8` and `int4` (the codecs of these names), `rans` (bytes and scales that
+are coded by their frequencies).
 
 formats/container.md is the definition; here are its shipped writer and reader. Whatever comes from
 a file is checked before it is used: against the headers here, its bytes in container.py.
@@ -24,16 +25,20 @@ from typing import Any
 
 from ternarize.errors import DigestError, FormatError, damaged
 from ternarize.files.checkpoint import Checkpoint, TensorInfo, uncollected
+from ternarize.files.coded import Coded
 from ternarize.files.json_files import strict_json
 from ternarize.trits.base3 import BASE3, packed_width
 from ternarize.trits.int4 import INT4, int4_width
 from ternarize.trits.int8 import INT8
+from ternarize.trits.rans import MOST_OF_CHUNK
 from ternarize.trits.rotation import BLOCKS
 from ternarize.trits.ternary import group_count
 
 FORMAT_VERSION = 1
-SCALE8, PLANES, ROTATION = "scale8", "planes", "rotation"
-FEATURES = frozenset({SCALE8, PLANES, INT8, INT4, ROTATION})  # those that this version can read
+SCALE8, PLANES, ROTATION, RANS = "scale8", "planes", "rotation", "rans"
+FEATURES = frozenset(
+    {SCALE8, PLANES, INT8, INT4, ROTATION, RANS}
+)  # those that this version can read
 KEY = "ternarize"  # in __metadata__, and the quant_method in config.json
 CODECS = {BASE3: "U8", INT8: "I8", INT4: "U8"}  # and the dtype in which each is stored
 SCALE_SUFFIX = "_scale"
@@ -43,7 +48,7 @@ SCALE_DTYPES = {  # of scales that are floating-point numbers; a ternary tensor'
     INT4: ("F16", "F32"),
 }
 LONGEST_GROUP = 2**63 - 1  # one that is longer than this, and so than any row, is the row as well
-_PACKED_MEMBERS = {"shape", "group_size", "codec", "transposed", "planes", "rotation"}
+_PACKED_MEMBERS = {"shape", "group_size", "codec", "transposed", "planes", "rotation", "coding"}
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,8 @@ class Record:
     planes       ternary matrices whose sum is the weight
     rotation     (block, seed) of the rotation of its input (trits/rotation.py); block 0: none
     scale8       its scales are in 8 bits, which their dtype says and no member of the record
+    coded        it is stored as a stream (rans.md)
+    coded_scales the dtype of its scales, if they are stored as a stream, too, which does not say it
     """
 
     sha256: str
@@ -69,6 +76,8 @@ class Record:
     planes: int = 1
     scale8: bool = False
     rotation: tuple[int, int] = (0, 0)
+    coded: bool = False
+    coded_scales: str = ""
 
     @property
     def kind(self) -> str:
@@ -83,6 +92,7 @@ class Record:
         if self.shape is None:
             return set()
         uses = {SCALE8: self.scale8, PLANES: self.planes > 1, ROTATION: self.rotation[0] > 0}
+        uses[RANS] = self.coded
         uses |= {codec: self.codec == codec for codec in (INT8, INT4)}
         return {feature for feature, used in uses.items() if used}
 
@@ -96,6 +106,23 @@ class Record:
         if self.codec != BASE3:
             width = cols if self.codec == INT8 else int4_width(cols, self.group_size)
         return (*stack, rows, width), (*stack, scale_rows, self.planes * groups)
+
+    @property
+    def can_be_coded(self) -> bool:
+        """Whether its rows are short enough to be stored in streams, with scales of any type."""
+        packed, scales = self.stored_shapes()
+        return max(packed[-1], 4 * scales[-1]) <= MOST_OF_CHUNK
+
+    def streams(self, name: str) -> dict[str, Coded]:
+        """How streams are read, by name: of a tensor that is stored as one, and of its scales."""
+        if not self.coded or self.shape is None:
+            return {}
+        packed, scales = self.stored_shapes()
+        trits = self.shape[-1], self.group_size, self.planes
+        found = {name: Coded(CODECS[self.codec], packed, trits)}
+        if self.coded_scales:
+            found[name + SCALE_SUFFIX] = Coded(self.coded_scales, scales)
+        return found
 
 
 def dump_metadata(records: Mapping[str, Record], *, recorded: bool = False) -> dict[str, str]:
@@ -127,6 +154,8 @@ def _members(record: Record) -> dict[str, Any]:
         **({"planes": record.planes} if record.planes > 1 else {}),
         **({"rotation": {"block": block, "seed": seed}} if block else {}),
         **({"transposed": True} if record.transposed else {}),
+        **({"coding": RANS} if record.coded else {}),
+        **({"scale_dtype": record.coded_scales} if record.coded_scales else {}),
         "sha256": record.sha256,
     }
 
@@ -141,6 +170,8 @@ def records_of(checkpoint: Checkpoint, *, whole: bool = True) -> dict[str, Recor
     """The records in a packed checkpoint's metadata, checked against each other and the headers.
 
     whole  False for one shard read by itself: the tensors of other shards are missing
+
+    From here on the checkpoint has what its streams hold in their place.
 
     Raises FormatError: a file without metadata, a version or feature that is not known, a record
     that is malformed or without its tensor, a tensor without a record, or one whose dtype or shape
@@ -157,8 +188,9 @@ def records_of(checkpoint: Checkpoint, *, whole: bool = True) -> dict[str, Recor
             if info is None and _says_packed(value):
                 scales.add(name + SCALE_SUFFIX)  # they may be here, away from their tensor
             if info is not None and info.file == file:  # a copy in another file does not count
-                scale = checkpoint.tensors.get(name + SCALE_SUFFIX)
                 record = _parse_record(f"{file}: {name}", value)
+                _take_streams(name, record, checkpoint)
+                scale = checkpoint.tensors.get(name + SCALE_SUFFIX)
                 if record.shape is not None and scale is not None and scale.dtype == "U8":
                     record = replace(record, scale8=True)
                 records[name] = record
@@ -173,6 +205,34 @@ def records_of(checkpoint: Checkpoint, *, whole: bool = True) -> dict[str, Recor
             what = "is a scale and has a record" if name in scales else "has no record"
             raise damaged(info.file, f"{name} {what}", "one record for each tensor")
     return records
+
+
+def coded_tensors(file: str, metadata: Mapping[str, str]) -> dict[str, Coded]:
+    """The tensors of a file that are stored as streams, by name, scales included."""
+    text = metadata.get(KEY, "")
+    if f'"{RANS}"' not in text:
+        return {}
+    found: dict[str, Coded] = {}
+    for name, value in _parse_metadata(file, metadata)[1].items():
+        found |= _parse_record(f"{file}: {name}", value).streams(name)
+    return found
+
+
+def _take_streams(name: str, record: Record, checkpoint: Checkpoint) -> None:
+    """Put what the streams of a tensor hold in their place; FormatError where they are none."""
+    file = checkpoint.tensors[name].file
+    for each, stream in record.streams(name).items():
+        info = checkpoint.tensors.get(each)
+        if info is None or info.file != file:
+            raise damaged(file, f"{name} is coded and has no {each} beside it")
+        if info.coded == stream:  # taken before
+            continue
+        if info.dtype != "U8" or len(info.shape) != 1:
+            found = f"{each} is {info.dtype} {list(info.shape)}"
+            raise damaged(file, found, "U8 [bytes], as its record says")
+        checkpoint.tensors[each] = replace(
+            info, dtype=stream.dtype, shape=stream.shape, coded=stream, stored=info.nbytes
+        )
 
 
 def _parse_metadata(file: str, metadata: Mapping[str, str]) -> tuple[set[str], dict[str, Any]]:
@@ -326,8 +386,28 @@ def _parse_record(where: str, value: Any) -> Record:
         good = found is not None and codec == BASE3
         need("rotation", good, f"{blocks}, and a seed below 2^32, in codec base3 alone")
         rotation = found or rotation
+    coded, scales = "coding" in value, ""
+    good = value.get("coding") == RANS and codec == BASE3
+    need("coding", not coded or good, "rans, in codec base3 alone")
+    if coded and "scale_dtype" in value:
+        scales = value["scale_dtype"]
+        good = isinstance(scales, str) and scales in (*SCALE_DTYPES[BASE3], "U8")
+        need("scale_dtype", good, "the type of the scales that are coded")
     group_size = min(group_size, LONGEST_GROUP)
-    return Record(sha256, tuple(shape), group_size, codec, transposed, planes, rotation=rotation)
+    record = Record(
+        sha256,
+        tuple(shape),
+        group_size,
+        codec,
+        transposed,
+        planes,
+        rotation=rotation,
+        coded=coded,
+        coded_scales=scales,
+    )
+    if coded and not record.can_be_coded:
+        raise damaged(where, "is coded, with rows that are longer than those can be")
+    return record
 
 
 def _parse_rotation(value: Any, cols: int) -> tuple[int, int] | None:

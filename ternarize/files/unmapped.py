@@ -6,6 +6,7 @@ changed in place changes weights that have been verified. `install` puts `open_f
 for packed files tensors are read into memory of their own, for any other file nothing changes.
 """
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import safetensors
 from torch import Tensor
 
 from ternarize.errors import CheckpointError, FormatError
+from ternarize.files.coded import Coded
 from ternarize.files.headers import DTYPES, Entry, Header, read_bytes, read_header
-from ternarize.files.metadata import KEY
+from ternarize.files.metadata import KEY, coded_tensors
 
 
 def install() -> None:
@@ -41,6 +43,7 @@ class _File:
 
     def __init__(self, path: Path, header: Header) -> None:
         self.path, self.header = path, header
+        self.coded = coded_tensors(path.name, header.metadata)
 
     def __enter__(self) -> "_File":
         return self
@@ -57,8 +60,11 @@ class _File:
     def offset_keys(self) -> list[str]:
         return self.keys()  # they are in the order of their data
 
-    def get_slice(self, name: str) -> "_Slice":
-        return _Slice(self.path, self.header.entries[name], self.header.data_start)
+    def get_slice(self, name: str) -> "_Slice | _StreamSlice":
+        entry, start = self.header.entries[name], self.header.data_start
+        if name in self.coded:
+            return _StreamSlice(self.path, self.coded[name], start + entry.start, entry.nbytes)
+        return _Slice(self.path, entry, start)
 
     def get_tensor(self, name: str) -> Tensor:
         return self.get_slice(name)[...]
@@ -94,3 +100,34 @@ class _Slice:
         part = data[parts]
         # a part of a larger buffer would keep all of it
         return part if part.numel() == data.numel() else part.clone()
+
+
+class _StreamSlice:
+    """A tensor that is stored as a stream, and read when it is indexed."""
+
+    def __init__(self, path: Path, coded: Coded, start: int, nbytes: int) -> None:
+        self.path, self.coded, self.place = path, coded, (start, nbytes)
+
+    def get_shape(self) -> list[int]:
+        return list(self.coded.shape)
+
+    def get_dtype(self) -> str:
+        return self.coded.dtype
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """The whole tensor for `...`, else what the slices leave of it; on the CPU.
+
+        Of a slice of rows, or of matrices of a stack, the chunks of these rows alone are read.
+        """
+        shape = self.coded.shape
+        parts = index if isinstance(index, tuple) else (index,)
+        first, stop, step = 0, math.prod(shape[:-1]), math.prod(shape[1:-1])
+        slices = parts[0] if parts else None
+        if isinstance(slices, slice) and slices.step in (None, 1):
+            chosen = range(shape[0])[slices]
+            first, stop = chosen.start * step, chosen.start * step + len(chosen) * step
+            shape, parts = (len(chosen), *shape[1:]), (slice(None), *parts[1:])
+        # transformers reads several tensors at once, each in a thread of its own
+        rows = self.coded.read(self.path, *self.place, first, stop, threads=1)
+        part = rows.reshape(shape)[parts]
+        return part if part.numel() == rows.numel() else part.clone()

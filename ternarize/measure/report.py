@@ -89,7 +89,7 @@ def _row(packed: Checkpoint, name: str, record: Record, said: dict[str, Any]) ->
             "stored_bytes": info.nbytes,
         }
     scale = packed.tensors[name + SCALE_SUFFIX]
-    size, stored = math.prod(record.shape), info.nbytes + scale.nbytes
+    size, stored = math.prod(record.shape), info.stored_bytes + scale.stored_bytes
     sparsity, error = said.get("sparsity"), said.get("relative_error")
     if not isinstance(sparsity, float):
         sparsity = _count_zeros(packed, name, record) / max(1, size * record.planes)

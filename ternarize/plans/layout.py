@@ -1,6 +1,5 @@
 """A plan as data: what each tensor becomes, and where each byte of the files lies."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +11,7 @@ from torch import Tensor
 from ternarize.errors import CheckpointError, some
 from ternarize.files import metadata
 from ternarize.files.checkpoint import Checkpoint, TensorInfo
-from ternarize.files.headers import DTYPES, MAX_HEADER, Entry
+from ternarize.files.headers import DTYPES, MAX_HEADER, Entry, header_json
 from ternarize.files.metadata import SCALE_SUFFIX, Record
 from ternarize.native import lib
 from ternarize.plans.recipe import GROUP_SIZE, Recipe
@@ -175,14 +174,7 @@ def header_bytes(entries: Mapping[str, Entry], records: Mapping[str, Record]) ->
     entries  name -> where it lies, in the order of the file
     records  name -> what the metadata says of it
     """
-    table: dict[str, Any] = {"__metadata__": metadata.dump_metadata(records, recorded=True)}
-    for name, entry in entries.items():
-        table[name] = {
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
-            "data_offsets": [entry.start, entry.start + entry.nbytes],
-        }
-    return json.dumps(table, separators=(",", ":")).encode()
+    return header_json(entries, metadata.dump_metadata(records, recorded=True))
 
 
 @dataclass

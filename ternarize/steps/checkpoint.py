@@ -18,7 +18,14 @@ from ternarize.errors import OutputError, UsageError
 from ternarize.files import metadata
 from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.container import check_data, digest
-from ternarize.files.headers import DTYPE_NAMES, Entry, byte_view, read_bytes, read_header
+from ternarize.files.headers import (
+    DTYPE_NAMES,
+    Entry,
+    byte_view,
+    file_head,
+    read_bytes,
+    read_header,
+)
 from ternarize.files.json_files import strict_json
 from ternarize.files.metadata import KEY, SCALE_SUFFIX, Record
 from ternarize.files.names import RECORD
@@ -230,7 +237,7 @@ def _copy_file(
     table = dict(header.metadata)
     table |= metadata.dump_metadata(here, recorded=said.get("recorded") is True)
     with output.open("wb") as out:
-        out.write(_file_head(header.entries, table))
+        out.write(file_head(header.entries, table))
         for name, entry in header.entries.items():
             owner = name.removesuffix(SCALE_SUFFIX)
             if name in after:
@@ -293,19 +300,7 @@ def _write_from_seed(journal: Journal, output: Path, upto: int | None) -> None:
         size = tensor.numel() * tensor.element_size()
         entries[name] = Entry(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), at, size)
         at += size
-    head = _file_head(entries, metadata.dump_metadata(records))
+    head = file_head(entries, metadata.dump_metadata(records))
     body = b"".join(byte_view(tensor).numpy().tobytes() for tensor in tensors.values())
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(output, head + body, f".{os.getpid()}")
-
-
-def _file_head(entries: Mapping[str, Entry], said: Mapping[str, str]) -> bytes:
-    """The head of a safetensors file: length, header with its metadata, filling."""
-    table: dict[str, Any] = {"__metadata__": dict(said)}
-    for name, entry in entries.items():
-        offsets = [entry.start, entry.start + entry.nbytes]
-        shape = list(entry.shape)
-        table[name] = {"dtype": entry.dtype, "shape": shape, "data_offsets": offsets}
-    raw = json.dumps(table, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    return len(raw).to_bytes(8, "little") + raw

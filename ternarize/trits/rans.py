@@ -22,7 +22,7 @@ TOTAL = 1 << BITS
 LEAST = 1 << 16  # of a state; one below it takes a word
 HEAD = 4 * LANES  # bytes of a chunk in front of its words
 CHUNK = 1 << 16  # bytes of the rows in a chunk, about
-MOST_OF_CHUNK = 1 << 20  # bytes of the rows in a chunk, at most, unless it is one row
+MOST_OF_CHUNK = 1 << 20  # bytes of the rows in a chunk, at most
 _TOGETHER = 64  # chunks that are coded before they are put behind each other
 
 # reads bytes of a stream: from, how many
@@ -36,11 +36,10 @@ def classes_of_trits(cols: int, group_size: int, planes: int = 1) -> Tensor:
     """
     length = group_length(cols, group_size)
     whole, rest = divmod(cols, length)
-    of_group = [min(5, length - at) for at in range(0, length, 5)]
-    held = of_group * whole + [min(5, rest - at) for at in range(0, rest, 5)]
-    held *= planes
-    order = sorted(set(held), reverse=True)
-    return torch.tensor([order.index(count) for count in held], dtype=torch.uint8)
+    group, last = (torch.arange(n, 0, -5).clamp(max=5) for n in (length, rest))
+    held = torch.cat([group.repeat(whole), last]).repeat(planes)
+    order = sorted(set(held.tolist()), reverse=True)
+    return torch.stack([held == count for count in order]).byte().argmax(0).to(torch.uint8)
 
 
 def classes_of_items(count: int, size: int) -> Tensor:
@@ -150,7 +149,7 @@ def _read_head(
     if len(head) < 4:
         raise _broken(f"it has {nbytes} bytes")
     height = int.from_bytes(head[:4], "little")
-    if height < 1 or (height > 1 and height * width > MOST_OF_CHUNK):
+    if not 1 <= height * width <= MOST_OF_CHUNK:
         raise _broken(f"chunks of {height} rows of {width} bytes")
     at, tables = 4, []
     for _ in range(kinds):
@@ -214,7 +213,7 @@ def _decoded(
     """Decode chunks into `rows`; the first that is damaged, or -1."""
     if lib is not None:
         places = torch.tensor(ends, dtype=torch.int64)
-        return lib.rans_decode(body, places, classes, table, height, rows, threads)
+        return int(lib.rans_decode(body, places, classes, table, height, rows, threads))
     for i, (begin, end) in enumerate(zip(ends, ends[1:], strict=False)):
         if not _decode_plain(body[begin:end], classes, table, rows[i * height : (i + 1) * height]):
             return i
