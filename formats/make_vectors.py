@@ -36,6 +36,7 @@ from typing import Any
 
 import make_patch_vectors
 import make_steps_vectors
+from make_streams import classes_of_row, stream
 
 Row = list[int]
 Files = dict[str, bytes]
@@ -165,6 +166,9 @@ def unrotated(row: list[float], block: int, seed: int) -> list[float]:
 
 
 # Tensors and files
+
+
+WORKED = [[-1, 1, 0, 0, 0, 1, 0, -1, 1, 0, 0, 0], [0] * 6 + [1, 1, 1, 0, 0, -1]]
 
 
 @dataclass
@@ -334,6 +338,44 @@ def packed_case(
     features = {"scale8": dtype == "U8", "planes": count > 1, "rotation": rotation is not None}
     features |= {each: codec == each for each in ("int8", "int4")}
     return Case(tensors, {name: found}, {feature for feature, used in features.items() if used})
+
+
+def coded(
+    case: Case,
+    height: int | None = None,
+    *,
+    scales: bool = True,
+    change: Callable[[bytearray], None] | None = None,
+) -> Case:
+    """Store a ternary tensor as streams, or its trits alone.
+
+    height  rows of a chunk of the trits
+    change  spoils the stream of the trits in place
+    """
+    packed, scale = case.stored
+    assert packed.record is not None
+    shape, group_size = packed.record["shape"], packed.record["group_size"]
+    classes = classes_of_row(shape[-1], group_size, packed.record.get("planes", 1))
+    streams = [bytearray(stream(rows_of(packed), classes, height))]
+    packed.record = {**packed.record, "coding": "rans"}
+    case.features.add("rans")
+    if scales:
+        packed.record["scale_dtype"] = scale.dtype
+        size = len(scale.data) // max(1, math.prod(scale.shape))
+        items = list(range(size)) * scale.shape[-1]
+        streams.append(bytearray(stream(rows_of(scale), items)))
+    if change:
+        change(streams[0])
+    for each, data in zip(case.stored, streams, strict=False):
+        each.dtype, each.shape, each.data = "U8", [len(data)], bytes(data)
+    return case
+
+
+def rows_of(stored: Stored) -> list[bytes]:
+    """The rows of a tensor, as bytes."""
+    count = math.prod(stored.shape[:-1])
+    width = len(stored.data) // max(1, count)
+    return [stored.data[at * width : (at + 1) * width] for at in range(count)]
 
 
 def beside(first: list[Any], second: list[Any]) -> list[Any]:
@@ -662,6 +704,25 @@ def valid_cases() -> dict[str, Case]:
         "int4-experts-tensor": int4("up_proj", [halves_matrix(2, 5, 115), [[0] * 5] * 2], 0),
         "int4-transposed": int4("w.weight", halves_matrix(3, 4, 116), 4, transposed=True),
         "int4-zero-rows": int4("w.weight", [], 3, cols=7),
+        "rans-groups": coded(ternary("w.weight", matrix(9, 40, 200), 8)),
+        "rans-chunks": coded(ternary("w.weight", matrix(9, 40, 201), 8), 2),
+        "rans-short-last-group": coded(ternary("w.weight", matrix(5, 19, 202), 6)),
+        "rans-rows": coded(ternary("w.weight", matrix(4, 33, 203), -1), 1),
+        "rans-tensor": coded(ternary("w.weight", matrix(4, 13, 204), 0)),
+        "rans-scales-apart": coded(ternary("w.weight", matrix(6, 24, 205), 8), scales=False),
+        "rans-scales-f32": coded(ternary("w.weight", matrix(6, 24, 206), 8, dtype="F32")),
+        "rans-scales-bf16": coded(ternary("w.weight", matrix(6, 24, 207), 8, dtype="BF16")),
+        "rans-scales-u8": coded(
+            ternary("w.weight", [[1, 0], [0, -1]], 1, dtype="U8", scales=[1.0, 0, 0, 0.5])
+        ),
+        "rans-experts": coded(ternary("up_proj", [matrix(3, 10, 208), matrix(3, 10, 209)], 5), 2),
+        "rans-planes": coded(two_planes("w.weight", matrix(4, 12, 210), matrix(4, 12, 211), 6), 3),
+        "rans-rotation": coded(ternary("w.weight", matrix(3, 8, 212), -1, rotation=(4, 1))),
+        "rans-transposed": coded(ternary("w.weight", matrix(3, 8, 213), 4, transposed=True)),
+        "rans-one-byte": coded(ternary("w.weight", [[0] * 15] * 70, 5)),
+        "rans-zero-rows": coded(ternary("w.weight", [], 3, cols=7)),
+        "rans-beside-others": base().add(coded(ternary("c.weight", matrix(2, 7, 214), 3))),
+        "rans-worked-example": coded(ternary("w.weight", WORKED, 6), scales=False),
         "int4-worked-example": int4("w.weight", [[-7, 4, 0, -2, 1]], -1, scales=[-0.125]),
         "int4-negative-scales": int4(
             "w.weight", [[-8, 0, 7, 0, 0, 3]] * 2, 3, scales=[-1.0, 0.5, 2.0**-24, -65504.0]
@@ -1171,6 +1232,7 @@ def invalid_tensors() -> Files:
     files["digest-mismatch-int8"] = draft.file()
 
     files |= invalid_int4(spoil)
+    files |= invalid_streams(spoil)
 
     # One bit: the bytes stay valid in every other respect.
     for variant, name, at in (
@@ -1183,6 +1245,95 @@ def invalid_tensors() -> Files:
         draft.data[begin + at] ^= 1
         files[f"digest-mismatch-{variant}"] = draft.file()
     return files
+
+
+def invalid_streams(spoil: Callable[[int, int], Callable[[bytearray], None]]) -> Files:
+    """Files whose tensor is coded and breaks a rule."""
+    files: Files = {}
+    trits = matrix(3, 10, 220)  # two classes of none: all bytes hold five
+
+    def case(**options: Any) -> Case:
+        return coded(ternary("w.weight", trits, 5), 2, **options)
+
+    def put(rule: str, change: Callable[[bytearray], None]) -> None:
+        files[rule] = Draft(case(change=change)).file()
+
+    def cut(left: int) -> Callable[[bytearray], None]:
+        return lambda data: data.__delitem__(slice(left, None))
+
+    def record(rule: str, **members: Any) -> None:
+        draft = Draft(case())
+        draft.records["w.weight"] |= members
+        files[rule] = draft.file()
+
+    record("record-coding-bad", coding="deflate")
+    record("record-coding-bad-scales", scale_dtype="F64")
+    draft = Draft(case())
+    draft.document["features"] = []
+    files["record-coding-bad-unlisted"] = draft.file()
+    draft = Draft(int8("w.weight", [[1, 2, 3]], -1))
+    draft.document["features"] = ["int8", "rans"]
+    draft.records["w.weight"]["coding"] = "rans"
+    files["record-coding-bad-int8"] = draft.file()
+    record("record-coding-bad-long", shape=[1, 5 * 2**20 + 1], group_size=-1)
+
+    tables = len(stream(rows_of(ternary("w.weight", trits, 5).stored[0]), [0, 0], 2))
+    sizes = tables - sum(len(each) for each in parts_of(case()))
+    files["stream-not-u8"] = Draft(replaced(case(), "w.weight", dtype="I8")).file()
+    plain = case()
+    shape = [1, plain.stored[0].shape[0]]
+    files["stream-not-u8-shape"] = Draft(replaced(plain, "w.weight", shape=shape)).file()
+    put("stream-short", cut(3))
+    put("stream-short-table", cut(37))
+    put("stream-short-sizes", cut(sizes - 3))
+    empty = coded(ternary("w.weight", [], 5, cols=10))
+    files["stream-short-rows"] = Draft(replaced(empty, "w.weight", shape=[1], data=b"\0")).file()
+    put("stream-chunk-bad", lambda data: data.__setitem__(slice(0, 4), bytes(4)))
+    put(
+        "stream-chunk-bad-large",
+        lambda data: data.__setitem__(slice(0, 4), (2**19 + 1).to_bytes(4, "little")),
+    )
+    put("stream-frequency-bad", spoil(36, 1))
+
+    def no_frequency(data: bytearray) -> None:
+        first, second = (int.from_bytes(data[at : at + 2], "little") for at in (36, 38))
+        data[36:40] = bytes(2) + (first + second).to_bytes(2, "little")
+
+    put("stream-frequency-bad-zero", no_frequency)
+    put("stream-frequency-bad-none", lambda data: data.__setitem__(slice(4, 36), bytes(32)))
+    put("stream-sizes-bad", spoil(sizes - 8, 0))
+    put("stream-sizes-bad-long", lambda data: data.append(0))
+
+    def moved(data: bytearray) -> None:
+        first, second = (
+            int.from_bytes(data[at : at + 4], "little") for at in (sizes - 8, sizes - 4)
+        )
+        put_ = (20).to_bytes(4, "little") + (first + second - 20).to_bytes(4, "little")
+        data[sizes - 8 : sizes] = put_
+
+    def low(data: bytearray) -> None:
+        data[sizes + 2 : sizes + 4] = bytes(2)
+
+    def left(data: bytearray) -> None:
+        last = int.from_bytes(data[sizes - 4 : sizes], "little") + 2
+        data[sizes - 4 : sizes] = last.to_bytes(4, "little")
+        data += b"\0\0"
+
+    put("stream-damaged", lambda data: data.__setitem__(sizes, data[sizes] ^ 1))
+    put("stream-damaged-size", moved)
+    put("stream-damaged-low", low)
+    put("stream-damaged-left", left)
+    return files
+
+
+def parts_of(case: Case) -> list[bytes]:
+    """The chunks of a coded tensor with two rows in each of them, and three rows."""
+    data = case.stored[0].data
+    at = 4
+    count = sum(bin(byte).count("1") for byte in data[at : at + 32])
+    at += 32 + 2 * count
+    first = int.from_bytes(data[at : at + 4], "little")
+    return [data[at + 8 : at + 8 + first], data[at + 8 + first :]]
 
 
 def invalid_int4(spoil: Callable[[int, int], Callable[[bytearray], None]]) -> Files:

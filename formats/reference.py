@@ -19,7 +19,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,8 +35,9 @@ DTYPE_SIZES = {
     **dict.fromkeys(["U32", "I32", "F32"], 4),
     **dict.fromkeys(["U64", "I64", "F64", "C64"], 8),
 }
-PACKED_MEMBERS = {"shape", "group_size", "codec", "transposed", "planes", "rotation"}
-FEATURES = {"scale8", "planes", "int8", "int4", "rotation"}
+PACKED_MEMBERS = {"shape", "group_size", "codec", "transposed", "planes", "rotation", "coding"}
+FEATURES = {"scale8", "planes", "int8", "int4", "rotation", "rans"}
+MAX_ROW = 2**20  # bytes of a row, or of the rows of a chunk, that is coded
 BLOCKS = {4, 16, 64, 256, 1024}
 TRITS_OF_BYTE = np.array(
     [[code // 3**i % 3 - 1 for i in range(5)] for code in range(243)], dtype=np.int8
@@ -323,6 +324,15 @@ def check_record(name: str, record: Any, features: set[str]) -> bool:
         good = good and "rotation" in features and codec == "base3"
         told = f"{record['rotation']!r}, codec {codec}, features {features}"
         require(good, "record-rotation-bad", f"{name}: rotation is {told}")
+    if "coding" in record:
+        types = {"F16", "BF16", "F32"} | ({"U8"} if "scale8" in features else set())
+        cols, planes = shape[-1], record.get("planes", 1)
+        good = record["coding"] == "rans" and "rans" in features and codec == "base3"
+        good = good and record.get("scale_dtype", "F16") in types
+        numbers = planes * -(-cols // group_length(cols, group_size))
+        good = good and max(planes * packed_width(cols, group_size), 4 * numbers) <= MAX_ROW
+        told = f"{record['coding']!r}, scales {record.get('scale_dtype')!r}, features {features}"
+        require(good, "record-coding-bad", f"{name}: coding is {told}, or its rows are too long")
     return True
 
 
@@ -393,6 +403,110 @@ def unpack_int4(
         refuse_any(filling, "filling-nonzero", f"{name}: the last byte of a group holds 8")
         parts.append(integers[..., :count])
     return np.concatenate(parts, axis=-1)
+
+
+# Streams
+
+
+def classes_of_trits(cols: int, group_size: int, planes: int) -> list[int]:
+    """The class of each byte of a stored row: by how many trits it holds, the most first."""
+    length = group_length(cols, group_size)
+    held = []
+    for start in range(0, cols, length):
+        trits = min(length, cols - start)
+        held += [min(5, trits - at) for at in range(0, trits, 5)]
+    held *= planes
+    order = sorted(set(held), reverse=True)
+    return [order.index(count) for count in held]
+
+
+def read_stream(data: bytes, rows: int, classes: list[int], name: str) -> bytes:
+    """The bytes of a matrix with so many rows, whose columns are of these classes."""
+    if not rows:
+        require(not data, "stream-short", f"{name}: {len(data)} bytes of no rows")
+        return b""
+    width = len(classes)
+    require(len(data) >= 4, "stream-short", f"{name}: {len(data)} bytes")
+    height = int.from_bytes(data[:4], "little")
+    told = f"{name}: chunks of {height} rows of {width} bytes"
+    require(1 <= height * width <= MAX_ROW, "stream-chunk-bad", told)
+    at, tables = 4, []
+    for _ in range(max(classes) + 1):
+        mask = int.from_bytes(data[at : at + 32], "little")
+        found = [byte for byte in range(256) if mask >> byte & 1]
+        end = at + 32 + 2 * len(found)
+        require(end <= len(data), "stream-short", f"{name}: it ends within its tables")
+        often = np.frombuffer(data[at + 32 : end], "<u2").astype(np.int64)
+        good = bool((often > 0).all()) and int(often.sum()) == 4096
+        require(good, "stream-frequency-bad", f"{name}: frequencies add up to {int(often.sum())}")
+        slots = np.repeat(np.arange(len(found)), often)
+        starts = np.cumsum(often) - often
+        table = zip(slots.tolist(), range(4096), strict=True)
+        tables.append([(found[k], int(often[k]), slot - int(starts[k])) for k, slot in table])
+        at = end
+    count = -(-rows // height)
+    require(at + 4 * count <= len(data), "stream-short", f"{name}: no room for {count} sizes")
+    sizes = np.frombuffer(data[at : at + 4 * count], "<u4").tolist()
+    at += 4 * count
+    told = f"{name}: chunks of {sum(sizes)} bytes, {len(data) - at} are left"
+    require(sum(sizes) == len(data) - at, "stream-sizes-bad", told)
+    decoded = bytearray()
+    for index, size in enumerate(sizes):
+        part = min(height, rows - index * height)
+        decoded += read_chunk(data[at : at + size], part, classes, tables, f"{name}, chunk {index}")
+        at += size
+    return bytes(decoded)
+
+
+def read_chunk(
+    data: bytes, rows: int, classes: list[int], tables: list[list[tuple[int, int, int]]], name: str
+) -> bytes:
+    """The bytes of one chunk."""
+    whole = len(data) >= 32 and len(data) % 2 == 0
+    require(whole, "stream-damaged", f"{name}: {len(data)} bytes")
+    states = np.frombuffer(data[:32], "<u4").tolist()
+    words = iter(np.frombuffer(data[32:], "<u2").tolist())
+    require(min(states) >= 2**16, "stream-damaged", f"{name}: a state is below 2^16")
+    decoded, symbol = bytearray(rows * len(classes)), 0
+    for which, table in enumerate(tables):
+        columns = [col for col, of in enumerate(classes) if of == which]
+        for row in range(rows):
+            for col in columns:
+                lane = symbol % 8
+                byte, often, place = table[states[lane] % 4096]
+                decoded[row * len(classes) + col] = byte
+                states[lane] = often * (states[lane] // 4096) + place
+                if states[lane] < 2**16:
+                    word = next(words, None)
+                    require(word is not None, "stream-damaged", f"{name}: a word is missing")
+                    states[lane] = states[lane] * 2**16 + (word or 0)
+                symbol += 1
+    ended = next(words, None) is None and set(states) == {2**16}
+    require(ended, "stream-damaged", f"{name}: it does not end where it begins")
+    return bytes(decoded)
+
+
+def uncoded(
+    name: str, record: dict[str, Any], entry: Entry, data: bytes, scale: Entry, scales: bytes
+) -> tuple[Entry, bytes, Entry, bytes]:
+    """A packed tensor and its scales as they would be stored without a coding."""
+    *lead, cols = record["shape"]
+    group_size, planes = record["group_size"], record.get("planes", 1)
+    good = entry.dtype == "U8" and len(entry.shape) == 1
+    require(good, "stream-not-u8", f"{name}: {entry.dtype} {entry.shape}")
+    classes = classes_of_trits(cols, group_size, planes)
+    data = read_stream(data, math.prod(lead), classes, name)
+    entry = replace(entry, shape=(*lead, len(classes)))
+    dtype = record.get("scale_dtype")
+    if dtype is None:
+        return entry, data, scale, scales
+    good = scale.dtype == "U8" and len(scale.shape) == 1
+    require(good, "stream-not-u8", f"{name}_scale: {scale.dtype} {scale.shape}")
+    groups = -(-cols // group_length(cols, group_size))
+    shape = (*lead[:-1], 1 if group_size == 0 else lead[-1], planes * groups)
+    classes = list(range(DTYPE_SIZES[dtype])) * shape[-1]
+    scales = read_stream(scales, math.prod(shape[:-1]), classes, f"{name}_scale")
+    return entry, data, replace(scale, dtype=dtype, shape=shape), scales
 
 
 def float32(data: bytes, dtype: str, name: str) -> NDArray[np.float32]:
@@ -545,7 +659,13 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Ternary | Integers | Kept]]:
         entry, data = read(name)
         if name in packed:
             allowed, scale = features[places[name][0]], read(f"{name}_scale")
-            yield name, decode_packed(name, records[name], allowed, entry, data, *scale)
+            stored = entry, data, *scale
+            if "coding" in records[name]:
+                beside = places[f"{name}_scale"][0] == places[name][0]
+                good = beside or "scale_dtype" not in records[name]
+                require(good, "stream-not-u8", f"{name}_scale: is in another file")
+                stored = uncoded(name, records[name], *stored)
+            yield name, decode_packed(name, records[name], allowed, *stored)
         else:
             digest = hashlib.sha256(data).hexdigest()
             same = digest == records[name]["sha256"]

@@ -15,7 +15,7 @@ from typing import Any
 
 from ternarize.errors import FormatError, OutputError, UsageError
 from ternarize.files.checkpoint import Checkpoint
-from ternarize.files.metadata import SCALE_SUFFIX, Record
+from ternarize.files.metadata import RANS, SCALE_SUFFIX, Record
 from ternarize.sources.packed import check_record, open_packed
 from ternarize.trits.base3 import unpack
 from ternarize.trits.int4 import INT4, unpack_int4
@@ -97,7 +97,7 @@ def _row(packed: Checkpoint, name: str, record: Record, said: dict[str, Any]) ->
         "name": name,
         "kind": record.kind,
         "shape": list(record.shape),
-        "dtype": f"{record.codec}+{scale.dtype}",
+        "dtype": f"{RANS if record.coded else record.codec}+{scale.dtype}",
         "method": _said_in_words(said.get("method")) if record.kind == "ternary" else record.codec,
         "group_size": record.group_size,
         "planes": record.planes,

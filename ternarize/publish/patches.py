@@ -57,7 +57,7 @@ from ternarize.files.sections import (
 from ternarize.files.sums import SUMS, listed, sha256
 from ternarize.progress import Progress
 from ternarize.publish.export.common import PackedCheckpoint, fresh_output
-from ternarize.sources.packed import open_packed
+from ternarize.sources.packed import check_uncoded, open_packed
 from ternarize.threads import THREADS, in_threads
 from ternarize.trits.base3 import BASE3
 from ternarize.trits.int4 import INT4
@@ -159,7 +159,9 @@ def apply_patch(
 
 
 def _opened(model: str | Path) -> PackedCheckpoint:
-    return PackedCheckpoint(*open_packed(model))
+    packed, records = open_packed(model)
+    check_uncoded(packed, records)
+    return PackedCheckpoint(packed, records)
 
 
 @contextmanager

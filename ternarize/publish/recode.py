@@ -23,7 +23,7 @@ from ternarize.threads import THREADS
 from ternarize.trits.base3 import BASE3
 from ternarize.trits.rans import encode_rows
 
-CODINGS = (RANS, BASE3)
+_CODECS = (RANS, BASE3)
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def recode(
     after, bits a ternary weight. Raises UsageError for another codec, OutputError for an output
     that exists, FormatError where the checkpoint is damaged.
     """
-    if codec not in CODINGS:
-        raise UsageError("--codec", f"{codec!r}", f"one of {', '.join(CODINGS)}")
+    if codec not in _CODECS:
+        raise UsageError("--codec", f"{codec!r}", f"one of {', '.join(_CODECS)}")
     output = Path(output).expanduser()
     packed = open_verified(model)
     checkpoint, records, top = packed.checkpoint, packed.records, packed.directory

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ternarize.errors import FormatError
+from ternarize.errors import FormatError, UsageError
 from ternarize.files import metadata
 from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.json_files import read_json
@@ -36,6 +36,18 @@ def open_packed(model: str | Path) -> tuple[Checkpoint, dict[str, Record]]:
     records = metadata.records_of(packed)
     metadata.check_format(packed)
     return packed, records
+
+
+def check_uncoded(packed: Checkpoint, records: dict[str, Record]) -> None:
+    """Raise UsageError where tensors are stored as streams: what is done with files as they lie."""
+    coded = next((name for name, record in records.items() if record.coded), None)
+    if coded is not None:
+        raise UsageError(
+            packed.directory,
+            f"is coded ({coded})",
+            "tensors in base3",
+            f"Run `ternarize recode {packed.directory} OUTPUT --codec base3` and name that",
+        )
 
 
 def check_record(packed: Checkpoint, records: dict[str, Record]) -> dict[str, Any] | None:

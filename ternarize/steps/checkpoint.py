@@ -32,7 +32,7 @@ from ternarize.files.names import RECORD
 from ternarize.files.outputs import check_free, sync_files, write_whole
 from ternarize.files.sums import SUMS, format_sums, listed, sha256
 from ternarize.sources.fetch import fetch_file, split_id
-from ternarize.sources.packed import check_record, open_packed
+from ternarize.sources.packed import check_record, check_uncoded, open_packed
 from ternarize.steps.base import (
     check_base,
     moved_scales,
@@ -73,6 +73,7 @@ def replay(
         return _about(journal, upto)
     packed, records = open_packed(base)
     check_base(path, journal.header, records)
+    check_uncoded(packed, records)
     check_data(packed, records)
     if packed.directory.resolve() in output.resolve().parents:
         raise OutputError(output, "is within the base", "a place outside", "Name another")

@@ -17,11 +17,11 @@ from ternarize.native import lib
 from ternarize.threads import THREADS
 from ternarize.trits.ternary import group_length
 
-LANES, BITS = 8, 12
-TOTAL = 1 << BITS
-LEAST = 1 << 16  # of a state; one below it takes a word
-HEAD = 4 * LANES  # bytes of a chunk in front of its words
-CHUNK = 1 << 16  # bytes of the rows in a chunk, about
+_LANES, _BITS = 8, 12
+_TOTAL = 1 << _BITS
+_LEAST = 1 << 16  # of a state; one below it takes a word
+_HEAD = 4 * _LANES  # bytes of a chunk in front of its words
+_CHUNK = 1 << 16  # bytes of the rows in a chunk, about
 MOST_OF_CHUNK = 1 << 20  # bytes of the rows in a chunk, at most
 _TOGETHER = 64  # chunks that are coded before they are put behind each other
 
@@ -56,7 +56,7 @@ def encode_rows(rows: Tensor, classes: Tensor, threads: int = THREADS) -> Tensor
         return torch.empty(0, dtype=torch.uint8)
     rows = rows.contiguous()
     frequencies = [_frequencies(each) for each in _counts(rows, classes, threads).tolist()]
-    height = max(1, CHUNK // rows.shape[-1])
+    height = max(1, _CHUNK // rows.shape[-1])
     parts, sizes = list[Tensor](), list[int]()
     table = torch.tensor(frequencies, dtype=torch.uint16)
     for at in range(0, len(rows), height * _TOGETHER):
@@ -123,15 +123,15 @@ def _counts(rows: Tensor, classes: Tensor, threads: int) -> Tensor:
 
 
 def _frequencies(counts: Sequence[int]) -> list[int]:
-    """Frequencies of 256 bytes that add up to TOTAL, at least 1 where a byte occurs.
+    """Frequencies of 256 bytes that add up to _TOTAL, at least 1 where a byte occurs.
 
     Rounded down, then up again where most was lost; what bytes that hardly occur take beyond their
     share comes from the most frequent ones. In integers, so that all machines choose alike.
     """
     whole = sum(counts)
-    found = [max(1, each * TOTAL // whole) if each else 0 for each in counts]
-    missing = TOTAL - sum(found)
-    lost = sorted(range(256), key=lambda i: (-(counts[i] * TOTAL % whole), i))
+    found = [max(1, each * _TOTAL // whole) if each else 0 for each in counts]
+    missing = _TOTAL - sum(found)
+    lost = sorted(range(256), key=lambda i: (-(counts[i] * _TOTAL % whole), i))
     for i in lost[: max(0, missing)]:
         found[i] += 1
     for _ in range(-missing):
@@ -142,7 +142,7 @@ def _frequencies(counts: Sequence[int]) -> list[int]:
 def _read_head(
     read: ReadBytes, nbytes: int, count: int, width: int, classes: Tensor
 ) -> tuple[int, Tensor, list[int]]:
-    """Rows of a chunk, tables for decoding (classes, TOTAL), where chunks begin and end."""
+    """Rows of a chunk, tables for decoding (classes, _TOTAL), where chunks begin and end."""
     kinds = int(classes.max()) + 1
     at = 4 + kinds * 544  # of the largest tables
     head = read(0, min(nbytes, at)).numpy().tobytes()
@@ -160,8 +160,8 @@ def _read_head(
             raise _broken("it ends within its tables")
         numbers = head[at + 32 : ended]
         found = [int.from_bytes(numbers[i : i + 2], "little") for i in range(0, len(numbers), 2)]
-        if not all(found) or sum(found) != TOTAL:
-            raise _broken(f"frequencies that add up to {sum(found)}, and not to {TOTAL}, or are 0")
+        if not all(found) or sum(found) != _TOTAL:
+            raise _broken(f"frequencies that add up to {sum(found)}, and not to {_TOTAL}, or are 0")
         tables.append(_slots(bytes_, found))
         at = ended
     chunks = -(-count // height)
@@ -175,11 +175,11 @@ def _read_head(
 
 
 def _slots(bytes_: Sequence[int], frequencies: Sequence[int]) -> Tensor:
-    """For each slot its byte, frequency - 1 and place in the byte's range, (TOTAL,) uint32."""
+    """For each slot its byte, frequency - 1 and place in the byte's range, (_TOTAL,) uint32."""
     often = torch.tensor(frequencies)
     starts = often.cumsum(0) - often
     entry = torch.tensor(bytes_) | (often - 1) << 8
-    own = torch.arange(TOTAL) - starts.repeat_interleave(often)
+    own = torch.arange(_TOTAL) - starts.repeat_interleave(often)
     return (entry.repeat_interleave(often) | own << 20).to(torch.uint32)
 
 
@@ -194,7 +194,7 @@ def _encoded(
         starts = range(0, len(rows), height)
         return [_encode_plain(rows[at : at + height], classes, frequencies) for at in starts]
     chunks = -(-len(rows) // height)
-    slot = HEAD + 2 * min(height, len(rows)) * rows.shape[-1]
+    slot = _HEAD + 2 * min(height, len(rows)) * rows.shape[-1]
     out = torch.empty(chunks, slot, dtype=torch.uint8)
     sizes = torch.empty(chunks, dtype=torch.int32)
     lib.rans_encode(rows, classes, frequencies, height, out, sizes, threads)
@@ -233,18 +233,19 @@ def _encode_plain(rows: Tensor, classes: Tensor, frequencies: Tensor) -> Tensor:
     often = frequencies.to(torch.int64)
     starts = often.cumsum(1) - often
     coded = rows.flatten().to(torch.int64)[order]
-    rounds = -(-len(coded) // LANES)
-    states = torch.full((LANES,), LEAST)
-    words, taken = torch.zeros(rounds, LANES, dtype=torch.int64), torch.zeros(rounds, LANES).bool()
+    rounds = -(-len(coded) // _LANES)
+    states = torch.full((_LANES,), _LEAST)
+    words = torch.zeros(rounds, _LANES, dtype=torch.int64)
+    taken = torch.zeros_like(words, dtype=torch.bool)
     for turn in range(rounds - 1, -1, -1):
-        part = slice(turn * LANES, min(len(coded), (turn + 1) * LANES))
+        part = slice(turn * _LANES, min(len(coded), (turn + 1) * _LANES))
         width = part.stop - part.start
         f, start = often[kinds[part], coded[part]], starts[kinds[part], coded[part]]
         x = states[:width]
-        full = x >= f << (32 - BITS)
-        words[turn, :width], taken[turn, :width] = x & (LEAST - 1), full
+        full = x >= f << (32 - _BITS)
+        words[turn, :width], taken[turn, :width] = x & (_LEAST - 1), full
         x = torch.where(full, x >> 16, x)
-        states[:width] = (x // f << BITS) + x % f + start
+        states[:width] = (x // f << _BITS) + x % f + start
     head = torch.stack([states >> shift & 255 for shift in (0, 8, 16, 24)], 1)
     tail = torch.stack([words[taken] & 255, words[taken] >> 8], 1)
     return torch.cat([head.flatten(), tail.flatten()]).to(torch.uint8)
@@ -252,24 +253,24 @@ def _encode_plain(rows: Tensor, classes: Tensor, frequencies: Tensor) -> Tensor:
 
 def _decode_plain(chunk: Tensor, classes: Tensor, table: Tensor, rows: Tensor) -> bool:
     """The twin of the compiled core, for one chunk; False where it is damaged."""
-    if len(chunk) < HEAD or (len(chunk) - HEAD) % 2:
+    if len(chunk) < _HEAD or (len(chunk) - _HEAD) % 2:
         return False
     order, kinds = _order(classes, len(rows))
     wide = chunk.to(torch.int64)
     weights = torch.tensor([1, 1 << 8, 1 << 16, 1 << 24])
-    states = (wide[:HEAD].view(LANES, 4) * weights).sum(1)
-    if bool((states < LEAST).any()):
+    states = (wide[:_HEAD].view(_LANES, 4) * weights).sum(1)
+    if bool((states < _LEAST).any()):
         return False
-    words = (wide[HEAD:].view(-1, 2) * weights[:2]).sum(1)
+    words = (wide[_HEAD:].view(-1, 2) * weights[:2]).sum(1)
     entries, at = table.to(torch.int64), 0
     found = torch.empty(len(order), dtype=torch.int64)
-    for begin in range(0, len(order), LANES):
-        part = slice(begin, min(len(order), begin + LANES))
+    for begin in range(0, len(order), _LANES):
+        part = slice(begin, min(len(order), begin + _LANES))
         x = states[: part.stop - begin]
-        entry = entries[kinds[part], x & (TOTAL - 1)]
+        entry = entries[kinds[part], x & (_TOTAL - 1)]
         found[part] = entry & 255
-        x = ((entry >> 8 & (TOTAL - 1)) + 1) * (x >> BITS) + (entry >> 20)
-        low = x < LEAST
+        x = ((entry >> 8 & (_TOTAL - 1)) + 1) * (x >> _BITS) + (entry >> 20)
+        low = x < _LEAST
         count = int(low.sum())
         if at + count > len(words):
             return False
@@ -277,4 +278,4 @@ def _decode_plain(chunk: Tensor, classes: Tensor, table: Tensor, rows: Tensor) -
         states[: part.stop - begin] = x
         at += count
     rows.view(-1)[order] = found.to(torch.uint8)
-    return at == len(words) and bool((states == LEAST).all())
+    return at == len(words) and bool((states == _LEAST).all())

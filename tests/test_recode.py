@@ -1,0 +1,146 @@
+"""`ternarize recode`: the same tensors in fewer bits and back, used wherever packed ones are."""
+
+import json
+from pathlib import Path
+
+import pytest
+import reference
+import tiny_models
+import torch
+from test_steps import EXAMPLE
+from typer.testing import CliRunner
+
+import ternarize
+from ternarize.cli.app import app
+from ternarize.convert.run import convert
+from ternarize.convert.verify import verify
+from ternarize.errors import DigestError, FormatError, OutputError, UsageError
+from ternarize.files.unmapped import open_file
+from ternarize.measure.report import inspect
+from ternarize.plans.recipe import Recipe
+from ternarize.publish.patches import diff_packed
+from ternarize.publish.recode import recode
+from ternarize.sources.packed import open_packed
+from ternarize.steps.appender import Appender
+from ternarize.steps.base import base_digest
+from ternarize.steps.checkpoint import replay
+from ternarize.steps.journal import JournalHeader
+
+WIDE = {"hidden_size": 256, "intermediate_size": 1024}  # large enough that tables pay
+MADE = {
+    "dense": ("llama", Recipe("itf", 32)),
+    "rows": ("llama", Recipe("itf", -1)),
+    "tensors": ("llama", Recipe("itf", 0)),
+    "scales in 8 bits": ("llama", Recipe("itf", 32, scale_bits=8)),
+    "planes": ("llama", Recipe("itf", 32, planes=("*down_proj*", "*.v_proj*"))),
+    "experts": ("mixtral", Recipe("itf", 32)),
+    "head": ("llama_tied", Recipe("twn", 64, head="int8")),
+}
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("recode") / "packed"
+    convert(EXAMPLE, output, Recipe("itf", 128))
+    return output
+
+
+def logits(model: Path) -> torch.Tensor:
+    tokens = torch.arange(1, 17)[None]
+    with torch.no_grad():
+        found: torch.Tensor = ternarize.load(model)(input_ids=tokens).logits
+    return found
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_all_that_was_packed_is_there_in_fewer_bytes_and_comes_back(
+    name: str, tmp_path: Path
+) -> None:
+    kind, recipe = MADE[name]
+    tiny_models.save(kind, tmp_path / "source", **WIDE)
+    before, coded, back = (tmp_path / each for each in ("before", "coded", "back"))
+    convert(tmp_path / "source", before, recipe)
+    told = recode(before, coded)
+    again = recode(coded, back, "base3")
+    _, records = open_packed(coded)
+    assert any(record.coded for record in records.values())
+    assert told["bytes"] < told["bytes_before"] and again["bytes_before"] == told["bytes"]
+    verify(coded, tmp_path / "source")
+    same = json.loads((before / "ternarize.json").read_text())
+    assert json.loads((back / "ternarize.json").read_text()) == same
+    one, other, between = (
+        {name: record.sha256 for name, record in open_packed(each)[1].items()}
+        for each in (before, back, coded)
+    )
+    assert one == other == between
+    assert torch.equal(logits(coded), logits(before))
+    theirs, ours = reference.decode(coded), reference.decode(before)
+    assert {n: reference.describe(n, t) for n, t in theirs.items()} == {
+        n: reference.describe(n, t) for n, t in ours.items()
+    }
+
+
+def test_a_report_counts_the_bytes_of_the_file(packed: Path, tmp_path: Path) -> None:
+    told = recode(packed, tmp_path / "coded")
+    report = inspect(tmp_path / "coded")
+    assert report["totals"]["ternary_bpw"] == told["ternary_bpw"] < 1.75
+    rows = {row["name"]: row for row in report["tensors"]}
+    record = json.loads((tmp_path / "coded" / "ternarize.json").read_text())["tensors"]
+    for name, row in rows.items():
+        assert row["stored_bytes"] == record[name]["stored_bytes"]
+    assert {row["dtype"] for row in rows.values()} >= {"rans+F16"}
+    assert report["totals"]["file_bytes"] == told["bytes"]
+
+
+def test_transformers_reads_rows_of_a_stream_alone(packed: Path, tmp_path: Path) -> None:
+    recode(packed, tmp_path / "coded")
+    file, plain = (open_file(each / "model.safetensors") for each in (tmp_path / "coded", packed))
+    for name in plain.keys():
+        one, other = file.get_slice(name), plain.get_slice(name)
+        assert one.get_shape() == other.get_shape() and one.get_dtype() == other.get_dtype()
+        for index in (..., slice(1, 3), (slice(None), slice(2, 5)), slice(0, 0), slice(-2, None)):
+            if len(one.get_shape()) < 2 and isinstance(index, tuple):
+                continue
+            assert torch.equal(one[index], other[index]), (name, index)
+
+
+def test_damage_is_found_by_the_stream_or_the_digest(packed: Path, tmp_path: Path) -> None:
+    recode(packed, tmp_path / "coded")
+    path = tmp_path / "coded" / "model.safetensors"
+    data, found = path.read_bytes(), set()
+    (tmp_path / "coded" / "SHA256SUMS").unlink()
+    for place in range(len(data) // 2, len(data), len(data) // 40):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 16]) + data[place + 1 :])
+        with pytest.raises(FormatError) as error:
+            verify(tmp_path / "coded")
+        found.add(type(error.value) is DigestError)
+    assert False in found  # streams are damaged before their bytes are
+
+
+def test_what_works_on_files_as_they_lie_asks_for_base3(packed: Path, tmp_path: Path) -> None:
+    coded = tmp_path / "coded"
+    recode(packed, coded)
+    with pytest.raises(UsageError, match=r"is coded .* `ternarize recode .*--codec base3`"):
+        diff_packed(packed, coded, tmp_path / "a.patch")
+    header = JournalHeader(1, base=base_digest(open_packed(coded)[1]))
+    with Appender(tmp_path / "a.steps", header):
+        pass
+    with pytest.raises(UsageError, match=r"is coded"):
+        replay(tmp_path / "a.steps", coded, tmp_path / "replayed")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.steps", "coded"]
+
+
+def test_mistakes_are_one_line_and_leave_nothing(packed: Path, tmp_path: Path) -> None:
+    def said(*words: str) -> str:
+        result = CliRunner().invoke(app, ["recode", *words])
+        assert result.exit_code != 0
+        return result.stderr
+
+    (tmp_path / "there").mkdir()
+    assert "exists already" in said(str(packed), str(tmp_path / "there"))
+    assert "is inside the model" in said(str(packed), str(packed / "within"))
+    assert "a packed checkpoint" in said(str(EXAMPLE), str(tmp_path / "out"))
+    assert "zstd" in said(str(packed), str(tmp_path / "out"), "--codec", "zstd")
+    with pytest.raises(OutputError):
+        recode(packed, tmp_path / "there")
+    assert [each.name for each in tmp_path.iterdir()] == ["there"]
