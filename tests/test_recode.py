@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import reference
@@ -26,7 +27,10 @@ from ternarize.steps.base import base_digest
 from ternarize.steps.checkpoint import replay
 from ternarize.steps.journal import JournalHeader
 
-WIDE = {"hidden_size": 256, "intermediate_size": 1024}  # large enough that tables pay
+WIDE: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+}  # large enough that tables pay
 MADE = {
     "dense": ("llama", Recipe("itf", 32)),
     "rows": ("llama", Recipe("itf", -1)),
