@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ternarize.errors import UsageError, WeightError
-from ternarize.trits.methods import METHODS, absmean, itf, levels, twn
+from ternarize.trits.methods import METHODS, absmean, itf, levels, twn, with_zeros
 from ternarize.trits.methods.grouped import distance, fixed_sum, group_sum
 from ternarize.trits.ternary import Ternary
 
@@ -252,6 +252,38 @@ def test_itf_is_all_but_optimal_on_gaussian_weights(name: str) -> None:
 
 # ------------------------------------------------------------------------------------------------
 # All methods
+
+
+@every_dtype
+@pytest.mark.parametrize("group_size", [-1, 0, 1, 7, 128])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.95, 0.999])
+def test_of_a_share_of_zeros_each_group_has_its_smallest_weights(
+    share: float, group_size: int, kind: str
+) -> None:
+    weight = make_weight("normal", 3, (6, 300), kind)
+    found = with_zeros(share)(weight, group_size)
+    length = 6 * 300 if group_size == 0 else 300 if group_size == -1 else group_size
+    rows = weight.reshape(1, -1) if group_size == 0 else weight
+    trits, scales = found.trits.reshape(rows.shape), found.scales.reshape(len(rows), -1)
+    for row in range(len(rows)):
+        for group, at in enumerate(range(0, rows.shape[1], length)):
+            part = rows[row, at : at + length].double()
+            own = trits[row, at : at + length]
+            zeros = min(round(share * len(part)), len(part) - 1)
+            kept = part.abs().sort().values[zeros:]
+            assert int((own == 0).sum()) >= zeros  # more where magnitudes are equal
+            used = part[own != 0].abs()
+            assert bool((own == part.sign() * (own != 0)).all())
+            assert used.numel() == 0 or used.min() >= kept.min()
+            mean = used.mean() if used.numel() else torch.zeros(())
+            assert math.isclose(scales[row, group], mean, rel_tol=1e-12)
+
+
+def test_a_group_keeps_one_weight_and_of_equal_ones_none() -> None:
+    weight = torch.tensor([[1.0, -2.0, 3.0], [1.0, 1.0, -1.0]])
+    found = with_zeros(0.999)(weight, -1)
+    assert found.trits.tolist() == [[0, 0, 1], [0, 0, 0]]
+    assert found.scales.tolist() == [[3.0], [0.0]]
 
 
 @every_engine

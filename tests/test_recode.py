@@ -84,6 +84,37 @@ def test_all_that_was_packed_is_there_in_fewer_bytes_and_comes_back(
     }
 
 
+def test_many_zeros_make_small_files(tmp_path: Path) -> None:
+    runner = CliRunner()
+    words = ["--method", "itf", "--zeros", "0.9", "--scale-bits", "8", "-q"]
+    for line in (
+        ["convert", str(EXAMPLE), str(tmp_path / "packed"), *words],
+        ["recode", str(tmp_path / "packed"), str(tmp_path / "coded"), "-q"],
+        ["verify", str(tmp_path / "coded"), "--source", str(EXAMPLE), "-q"],
+    ):
+        result = runner.invoke(app, line)
+        assert result.exit_code == 0, result.stderr
+    totals = inspect(tmp_path / "coded")["totals"]
+    assert 0.895 < totals["sparsity"] < 0.905
+    assert totals["ternary_bpw"] < 0.75
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--zeros", "0.5"], "beside absmean"),
+        (["--zeros", "1.5", "--method", "itf"], "0 to 0.999"),
+        (["--zeros", "0.5", "--dataset", "default"], "beside data"),
+    ],
+)
+def test_a_share_of_zeros_that_cannot_be_is_refused(
+    words: list[str], said: str, tmp_path: Path
+) -> None:
+    result = CliRunner().invoke(app, ["convert", str(EXAMPLE), str(tmp_path / "out"), *words])
+    assert result.exit_code == 2 and said in result.stderr, result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_report_counts_the_bytes_of_the_file(packed: Path, tmp_path: Path) -> None:
     told = recode(packed, tmp_path / "coded")
     report = inspect(tmp_path / "coded")

@@ -25,7 +25,7 @@ from ternarize.plans.recipe import GPTQ, WITHOUT_DATA, Recipe
 from ternarize.sources.imports.common import Imported
 from ternarize.trits.int4 import encode_int4, int4_dtype, pack_int4
 from ternarize.trits.int8 import INT8, encode_int8, int8_dtype
-from ternarize.trits.methods import METHODS, levels
+from ternarize.trits.methods import METHODS, levels, with_zeros
 from ternarize.trits.planes import fit_planes, join_planes, measured, pack_planes, squared_error
 from ternarize.trits.rotation import rotate
 from ternarize.trits.scales import store_scales
@@ -185,6 +185,8 @@ def _ternarize(
         return Change(tensor.name, exact, tensor.scale_dtype)
     group_size, dtype = tensor.group_size, DTYPES[tensor.scale_dtype]
     method = METHODS[WITHOUT_DATA if recipe.method == GPTQ else recipe.method]
+    if recipe.zeros is not None:
+        method = with_zeros(recipe.zeros)
     whole = None if solved is None else read_solved(solved[0], tensor.name, solved[1])
     all_scales, nonzero, error, energy = [], 0, 0.0, 0.0
     # what calibration has found is only measured here, where `verify` will do it again

@@ -224,6 +224,12 @@ class Recipe:
         ACTIVATIONS,
     )
     scale_bits: int = option(16, "Bits of a scale: {allowed}; default: {default}.", (16, 8))
+    zeros: float | None = option(
+        None,
+        "Share of zeros of each group, the smallest weights, with twn or itf; default: what comes "
+        "of the method. Of many zeros `ternarize recode` makes a smaller file.",
+        Span(0, 0.999),
+    )
     planes: tuple[str, ...] = option(
         (), "Make tensors that match this glob the sum of two ternary ones."
     )
@@ -248,6 +254,14 @@ class Recipe:
             raise UsageError("method", words, "some with it", "Add `calibrate`, or take another")
         if self.method != GPTQ and self.calibrate is not None:
             raise UsageError("method", words, f"{GPTQ!r} with it", "Take that, or no `calibrate`")
+        if self.zeros is not None and (self.fits or self.method == "absmean"):
+            beside = "data" if self.fits else "absmean, whose scale is the mean of all weights"
+            raise UsageError(
+                "zeros",
+                f"{self.zeros} beside {beside}",
+                "the methods twn and itf without data",
+                "Add --method itf, or leave it out",
+            )
         if self.train is not None:
             self._check_training(self.train)
 

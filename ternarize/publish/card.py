@@ -194,7 +194,7 @@ def command_of(recipe: Recipe, source: str, was_ternary: bool = False) -> str:
     words = ["ternarize", "convert", source, "packed"]
     default = Recipe(group_size=GROUP_SIZE, activations="none", head=KEEP, embeddings=KEEP)
     words += ["--method", recipe.method]
-    for name in ("group_size", "scale_bits", "dtype", "activations", "head", "embeddings"):
+    for name in ("group_size", "zeros", "scale_bits", "dtype", "activations", "head", "embeddings"):
         value = getattr(recipe, name)
         if value is not None and (was_ternary or value != getattr(default, name)):
             words += [_option(name), str(value)]

@@ -7,6 +7,7 @@ list, and what else CONTRIBUTING.md lists.
     absmean.py  the mean magnitude as scale (BitNet b1.58)
     twn.py      a threshold, and the scale that fits best
     itf.py      both in turn, until neither moves
+    shares.py   a share of zeros of one's own
     levels.py   weights that are ternary already
 """
 
@@ -17,9 +18,10 @@ from torch import Tensor
 from ternarize.trits.methods.absmean import absmean
 from ternarize.trits.methods.itf import itf
 from ternarize.trits.methods.levels import levels
+from ternarize.trits.methods.shares import with_zeros
 from ternarize.trits.methods.twn import twn
 from ternarize.trits.ternary import Ternary
 
 METHODS: dict[str, Callable[[Tensor, int], Ternary]] = {"absmean": absmean, "twn": twn, "itf": itf}
 
-__all__ = ["METHODS", "absmean", "itf", "levels", "twn"]
+__all__ = ["METHODS", "absmean", "itf", "levels", "twn", "with_zeros"]
