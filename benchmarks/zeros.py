@@ -3,8 +3,8 @@
     python benchmarks/zeros.py MODEL TEXT [--shares 0.5 0.6 ...] [--group-size N] [--scale-bits N]
         [--seq-len N] [--max-tokens N] [--plot OUT.png] [--json OUT.json]
 
-MODEL is converted without data (`itf`), as it is and with each share of zeros, recoded, and measured
-by `ternarize eval` on TEXT. Bits are those of the files: trits, scales, tables and chunks.
+MODEL is converted without data (`itf`), as it is and with each share of zeros, recoded, and
+measured by `ternarize eval` on TEXT. Bits are those of the files: trits, scales, tables and chunks.
 """
 
 import sys
