@@ -51,6 +51,7 @@ from ternarize.files.headers import DTYPES
 from ternarize.files.sums import SUMS
 from ternarize.plans.recipe import Calibrate, Recipe
 from ternarize.publish.patches import diff_packed
+from ternarize.publish.recode import recode
 from ternarize.sources.packed import open_packed
 from ternarize.steps.appender import Appender
 from ternarize.steps.base import base_digest, opened_state
@@ -181,6 +182,20 @@ def make_models(folder: Path) -> None:
                 how = Calibrate(str(samples), num_samples=12, rotation=16)
                 recipe = replace(recipe, calibrate=how)
             convert(source, folder / name, recipe, threads=1)
+
+
+def wide() -> Any:
+    """Matrices that are large enough for tables of frequencies."""
+    return llama(hidden_size=64, intermediate_size=200)
+
+
+def make_coded(folder: Path) -> None:
+    """A checkpoint whose ternary tensors are streams, with scales of 16 bits."""
+    with tempfile.TemporaryDirectory() as work:
+        save_source(wide(), Path(work) / "source", None, None)
+        recipe = Recipe("itf", 32, zeros=0.9)
+        convert(Path(work) / "source", Path(work) / "packed", recipe, threads=1)
+        recode(Path(work) / "packed", folder, threads=1)
 
 
 def make_kept(path: Path) -> None:
@@ -322,6 +337,7 @@ def describe(path: Path) -> dict[str, list[Any]]:
 def make(folder: Path) -> None:
     """Write all golden checkpoints and their table to an empty folder."""
     make_models(folder)
+    make_coded(folder / "coded")
     make_kept(folder / "kept-types.safetensors")
     tops = sorted(path.name for path in folder.iterdir())
     bases = {name: folder / base if base else None for name, base in JOURNALS.items()}
@@ -337,7 +353,7 @@ def make(folder: Path) -> None:
             for path in paths
         },
         "tensors": {name: describe(folder / name) for name in tops},
-        "logits": {name: logits(folder / name) for name in CASES},
+        "logits": {name: logits(folder / name) for name in (*CASES, "coded")},
         "patches": {n: describe_patch(folder / n, folder / base) for n, base in PATCHES.items()},
         "journals": {name: describe_journal(folder / name, base) for name, base in bases.items()},
     }

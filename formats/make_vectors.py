@@ -168,6 +168,7 @@ def unrotated(row: list[float], block: int, seed: int) -> list[float]:
 # Tensors and files
 
 
+# the matrix of the worked example of rans.md
 WORKED = [[-1, 1, 0, 0, 0, 1, 0, -1, 1, 0, 0, 0], [0] * 6 + [1, 1, 1, 0, 0, -1]]
 
 
@@ -1250,7 +1251,7 @@ def invalid_tensors() -> Files:
 def invalid_streams(spoil: Callable[[int, int], Callable[[bytearray], None]]) -> Files:
     """Files whose tensor is coded and breaks a rule."""
     files: Files = {}
-    trits = matrix(3, 10, 220)  # two classes of none: all bytes hold five
+    trits = matrix(3, 10, 220)  # of one class: all bytes hold five trits
 
     def case(**options: Any) -> Case:
         return coded(ternary("w.weight", trits, 5), 2, **options)
@@ -1308,8 +1309,8 @@ def invalid_streams(spoil: Callable[[int, int], Callable[[bytearray], None]]) ->
         first, second = (
             int.from_bytes(data[at : at + 4], "little") for at in (sizes - 8, sizes - 4)
         )
-        put_ = (20).to_bytes(4, "little") + (first + second - 20).to_bytes(4, "little")
-        data[sizes - 8 : sizes] = put_
+        lengths = (20).to_bytes(4, "little") + (first + second - 20).to_bytes(4, "little")
+        data[sizes - 8 : sizes] = lengths
 
     def low(data: bytearray) -> None:
         data[sizes + 2 : sizes + 4] = bytes(2)

@@ -28,7 +28,7 @@ from ternarize.trits.scales import scale_values
 
 GOLDEN = Path(reference.__file__).parent / "golden"
 # A golden checkpoint is a promise: this digest changes when one is added, and never otherwise.
-SHA256 = "2b6f1bb165858c68cbe21c2039d85cf486a483f72cc92c428abc79042ffb8a2a"
+SHA256 = "75b22ebc4336f3ade469476a74721987848114a15ccceb9d49b1163768c5edb6"
 TABLE: dict[str, Any] = json.loads((GOLDEN / "golden.json").read_text("utf-8"))
 MODELS = sorted(TABLE["logits"])
 
@@ -45,7 +45,7 @@ def test_no_golden_file_has_changed() -> None:
         if path.is_file() and path.name != "golden.json"
     }
     assert found == TABLE["files"]
-    assert sum(path.stat().st_size for path in GOLDEN.rglob("*")) < 300_000
+    assert sum(path.stat().st_size for path in GOLDEN.rglob("*")) < 350_000
 
 
 def test_golden_checkpoints_have_every_feature_of_the_format() -> None:

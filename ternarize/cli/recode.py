@@ -35,6 +35,7 @@ def recode_command(
         return
     stdout().print(
         f"{shown(result['output'])}: {in_bytes(result['bytes_before'])} -> "
-        f"{in_bytes(result['bytes'])}, {result['ternary_bpw']} bits per ternary weight, verified",
+        f"{in_bytes(result['bytes'])}, {result['bpw_before']:.3f} -> {result['ternary_bpw']:.3f} "
+        "bits per ternary weight, verified",
         soft_wrap=True,
     )

@@ -182,7 +182,7 @@ def _again(
         tensor = replace(tensor, group_size=record.group_size, scale_dtype=scale)
         if recipe.calibrate is not None and recipe.calibrate.target_bpw is not None:
             tensor = replace(tensor, planes=record.planes)
-    if tensor.record(record.sha256) != replace(record, coded=False, coded_scales=""):
+    if tensor.record(record.sha256) != record.uncoded():
         return None
     solved = (packed, record) if by_error else None
     result = convert_tensor(source, tensor, recipe, _discard, solved=solved)

@@ -164,13 +164,14 @@ void bind_rans_encode(In<uint8_t> bytes, Line<const uint8_t> classes, In<uint16_
   const int64_t slot = kRansHead + 2 * smaller(chunk_rows, rows) * width;
   expect("out", out, x.chunks(), slot);
   if (static_cast<int64_t>(sizes.shape(0)) != x.chunks()) fail("sizes: expected one for each chunk.");
-  nb::gil_scoped_release unlocked;
   for (int64_t row = 0; row < rows; ++row)
-    for (int64_t col = 0; col < width; ++col)
-      if (frequencies.data()[256 * classes.data()[col] + bytes.data()[row * width + col]] == 0) {
-        nb::gil_scoped_acquire locked;
-        fail("frequencies: a byte that occurs has none.");
-      }
+    for (int64_t col = 0; col < width; ++col) {
+      const int byte = bytes.data()[row * width + col], which = classes.data()[col];
+      if (frequencies.data()[256 * which + byte] == 0)
+        fail("frequencies: byte " + std::to_string(byte) + " of class " + std::to_string(which) +
+             " occurs and has none.");
+    }
+  nb::gil_scoped_release unlocked;
   rans_encode(bytes.data(), x, frequencies.data(), out.data(), slot, sizes.data(), threads);
 }
 

@@ -1,6 +1,6 @@
 """Tensors that a file holds as streams of `trits/rans.py`, and what they are once they are read.
 
-A ternary tensor and its scales are stored so, or neither; formats/rans.md is the definition.
+A ternary tensor is stored so, and its scales with it or not; formats/rans.md is the definition.
 """
 
 import math

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ternarize.errors import DigestError, FormatError, damaged
-from ternarize.files.checkpoint import Checkpoint
+from ternarize.files.checkpoint import Checkpoint, TensorInfo
 from ternarize.files.headers import byte_view, read_bytes
 from ternarize.files.metadata import SCALE_SUFFIX, Record
 from ternarize.threads import THREADS, in_threads
@@ -133,11 +133,13 @@ def _check_tensor(checkpoint: Checkpoint, name: str, record: Record) -> str:
     path = checkpoint.directory / info.file
     used = []
     try:
-        for offset, size in _whole_rows(info.nbytes, info.shape[-1] if record.shape else None):
+        for offset, size in _whole_rows(info, info.shape[-1] if record.shape else None):
             if info.coded is None:
                 piece = read_bytes(path, info.start + offset, size)
-            else:
-                piece = checkpoint.read(name, offset, offset + size)
+            else:  # packed rows, whose numbers are bytes
+                width = info.shape[-1]
+                rows = offset // width, (offset + size) // width
+                piece = info.coded.read(path, info.start, info.stored, *rows, threads=1).flatten()
             sha.update(piece.numpy().data)
             if record.shape is not None:
                 used.append(_nonzero_groups(piece.view(-1, info.shape[-1]), record, threads=1))
@@ -163,10 +165,12 @@ def _check_tensor(checkpoint: Checkpoint, name: str, record: Record) -> str:
     return name
 
 
-def _whole_rows(nbytes: int, row: int | None) -> Iterable[tuple[int, int]]:
-    """Cut `nbytes` into (offset, size) of about _CHECKED bytes, in whole rows of `row` bytes."""
-    step = _CHECKED if not row else max(1, _CHECKED // row) * row
-    return ((at, min(step, nbytes - at)) for at in range(0, nbytes, step))
+def _whole_rows(info: TensorInfo, row: int | None) -> Iterable[tuple[int, int]]:
+    """Cut a tensor's bytes into (offset, size) of about _CHECKED, in whole rows of `row` bytes."""
+    # of a stream each piece asks for its tables again
+    piece = _CHECKED if info.coded is None else 16 * _CHECKED
+    step = piece if not row else max(1, piece // row) * row
+    return ((at, min(step, info.nbytes - at)) for at in range(0, info.nbytes, step))
 
 
 def _check_scales(scales: Tensor, used: Tensor, record: Record) -> None:

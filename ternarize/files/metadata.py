@@ -65,7 +65,7 @@ class Record:
     rotation     (block, seed) of the rotation of its input (trits/rotation.py); block 0: none
     scale8       its scales are in 8 bits, which their dtype says and no member of the record
     coded        it is stored as a stream (rans.md)
-    coded_scales the dtype of its scales, if they are stored as a stream, too, which does not say it
+    coded_scales the dtype of its scales where they are a stream, too, which does not say it; or ""
     """
 
     sha256: str
@@ -106,6 +106,10 @@ class Record:
         if self.codec != BASE3:
             width = cols if self.codec == INT8 else int4_width(cols, self.group_size)
         return (*stack, rows, width), (*stack, scale_rows, self.planes * groups)
+
+    def uncoded(self) -> "Record":
+        """The record of the same tensor without streams."""
+        return replace(self, coded=False, coded_scales="")
 
     @property
     def can_be_coded(self) -> bool:
@@ -167,11 +171,13 @@ def _seal(digest: str) -> str:
 
 @uncollected()
 def records_of(checkpoint: Checkpoint, *, whole: bool = True) -> dict[str, Record]:
-    """The records in a packed checkpoint's metadata, checked against each other and the headers.
+    """The records in a packed checkpoint's metadata, checked; its streams are read from then on.
+
+    They are checked against each other and the headers.
 
     whole  False for one shard read by itself: the tensors of other shards are missing
 
-    From here on the checkpoint has what its streams hold in their place.
+    From here on `checkpoint.tensors` has what streams hold in their place, and `read` gives that.
 
     Raises FormatError: a file without metadata, a version or feature that is not known, a record
     that is malformed or without its tensor, a tensor without a record, or one whose dtype or shape
@@ -386,13 +392,14 @@ def _parse_record(where: str, value: Any) -> Record:
         good = found is not None and codec == BASE3
         need("rotation", good, f"{blocks}, and a seed below 2^32, in codec base3 alone")
         rotation = found or rotation
-    coded, scales = "coding" in value, ""
-    good = value.get("coding") == RANS and codec == BASE3
-    need("coding", not coded or good, "rans, in codec base3 alone")
+    coded = "coding" in value
+    known = value.get("coding") == RANS and codec == BASE3
+    need("coding", not coded or known, "rans, in codec base3 alone")
+    scales: Any = ""
     if coded and "scale_dtype" in value:
         scales = value["scale_dtype"]
-        good = isinstance(scales, str) and scales in (*SCALE_DTYPES[BASE3], "U8")
-        need("scale_dtype", good, "the type of the scales that are coded")
+        of_scales = isinstance(scales, str) and scales in (*SCALE_DTYPES[BASE3], "U8")
+        need("scale_dtype", of_scales, "the type of the scales that are coded")
     group_size = min(group_size, LONGEST_GROUP)
     record = Record(
         sha256,

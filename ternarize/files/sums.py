@@ -107,6 +107,12 @@ def check_sums(directory: Path, needed: Sequence[str], threads: int) -> int | No
 _WAY_OUT = f"Fetch it again; or, if it was changed on purpose, renew or remove {SUMS}"
 
 
+def renew_sums(directory: Path) -> None:
+    """Write SHA256SUMS anew, of the files that are there now."""
+    digests = {name: sha256(directory / name) for name in listed(directory)}
+    (directory / SUMS).write_text(format_sums(digests), "utf-8")
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hex; CheckpointError where it cannot be read."""
     with readable(path):

@@ -8,6 +8,7 @@ for packed files tensors are read into memory of their own, for any other file n
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,7 @@ import safetensors
 from torch import Tensor
 
 from ternarize.errors import CheckpointError, FormatError
-from ternarize.files.coded import Coded
-from ternarize.files.headers import DTYPES, Entry, Header, read_bytes, read_header
+from ternarize.files.headers import DTYPES, Header, read_bytes, read_header
 from ternarize.files.metadata import KEY, coded_tensors
 
 
@@ -60,74 +60,59 @@ class _File:
     def offset_keys(self) -> list[str]:
         return self.keys()  # they are in the order of their data
 
-    def get_slice(self, name: str) -> "_Slice | _StreamSlice":
-        entry, start = self.header.entries[name], self.header.data_start
-        if name in self.coded:
-            return _StreamSlice(self.path, self.coded[name], start + entry.start, entry.nbytes)
-        return _Slice(self.path, entry, start)
+    def get_slice(self, name: str) -> "_Slice":
+        entry, coded = self.header.entries[name], self.coded.get(name)
+        start = self.header.data_start + entry.start
+        if coded is not None:
+            rows = math.prod(coded.shape[1:-1])  # of the stream for one of the first dimension
+            return _Slice(
+                coded.dtype,
+                coded.shape,
+                # transformers reads several tensors at once, each in a thread of its own
+                lambda first, stop: coded.read(
+                    self.path, start, entry.nbytes, first * rows, stop * rows, threads=1
+                ),
+            )
+        nbytes = entry.nbytes // max(1, entry.shape[0] if entry.shape else 1)
+
+        def read(first: int, stop: int) -> Tensor:
+            place = start + first * nbytes, (stop - first) * nbytes
+            return read_bytes(self.path, *place).view(DTYPES[entry.dtype])
+
+        return _Slice(entry.dtype, entry.shape, read)
 
     def get_tensor(self, name: str) -> Tensor:
         return self.get_slice(name)[...]
 
 
 class _Slice:
-    """A tensor that is read when it is indexed."""
+    """A tensor that is read when it is indexed.
 
-    def __init__(self, path: Path, entry: Entry, data_start: int) -> None:
-        self.path, self.entry, self.start = path, entry, data_start + entry.start
+    read  (first, stop) of the first dimension -> these values, flat; of a scalar (0, 1)
+    """
+
+    def __init__(
+        self, dtype: str, shape: tuple[int, ...], read: Callable[[int, int], Tensor]
+    ) -> None:
+        self.dtype, self.shape, self.read = dtype, shape, read
 
     def get_shape(self) -> list[int]:
-        return list(self.entry.shape)
+        return list(self.shape)
 
     def get_dtype(self) -> str:
-        return self.entry.dtype
+        return self.dtype
 
     def __getitem__(self, index: Any) -> Tensor:
         """The whole tensor for `...`, else what the slices leave of it; on the CPU.
 
-        Of a slice of rows these rows alone are read.
+        Of a slice of the first dimension these values alone are read.
         """
-        shape, dtype = self.entry.shape, DTYPES[self.entry.dtype]
-        parts = index if isinstance(index, tuple) else (index,)
-        start, nbytes = self.start, self.entry.nbytes
-        first = parts[0] if shape and shape[0] and parts else None
-        if isinstance(first, slice) and first.step in (None, 1):
-            rows = range(shape[0])[first]
-            row = nbytes // shape[0]
-            start, nbytes = start + rows.start * row, len(rows) * row
+        shape, parts = self.shape, index if isinstance(index, tuple) else (index,)
+        rows = range(shape[0] if shape else 1)
+        if shape and parts and isinstance(parts[0], slice) and parts[0].step in (None, 1):
+            rows = rows[parts[0]]
             shape, parts = (len(rows), *shape[1:]), (slice(None), *parts[1:])
-        data = read_bytes(self.path, start, nbytes).view(dtype).reshape(shape)
+        data = self.read(rows.start, rows.stop).reshape(shape)
         part = data[parts]
         # a part of a larger buffer would keep all of it
         return part if part.numel() == data.numel() else part.clone()
-
-
-class _StreamSlice:
-    """A tensor that is stored as a stream, and read when it is indexed."""
-
-    def __init__(self, path: Path, coded: Coded, start: int, nbytes: int) -> None:
-        self.path, self.coded, self.place = path, coded, (start, nbytes)
-
-    def get_shape(self) -> list[int]:
-        return list(self.coded.shape)
-
-    def get_dtype(self) -> str:
-        return self.coded.dtype
-
-    def __getitem__(self, index: Any) -> Tensor:
-        """The whole tensor for `...`, else what the slices leave of it; on the CPU.
-
-        Of a slice of rows, or of matrices of a stack, the chunks of these rows alone are read.
-        """
-        shape = self.coded.shape
-        parts = index if isinstance(index, tuple) else (index,)
-        first, stop, step = 0, math.prod(shape[:-1]), math.prod(shape[1:-1])
-        slices = parts[0] if parts else None
-        if isinstance(slices, slice) and slices.step in (None, 1):
-            chosen = range(shape[0])[slices]
-            first, stop = chosen.start * step, chosen.start * step + len(chosen) * step
-            shape, parts = (len(chosen), *shape[1:]), (slice(None), *parts[1:])
-        # transformers reads several tensors at once, each in a thread of its own
-        rows = self.coded.read(self.path, *self.place, first, stop, threads=1)
-        part = rows.reshape(shape)[parts]
-        return part if part.numel() == rows.numel() else part.clone()

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -15,7 +15,7 @@ from ternarize.files.headers import DTYPES, Entry, byte_view, file_head, read_by
 from ternarize.files.json_files import read_json, strict_json
 from ternarize.files.metadata import KEY, RANS, SCALE_SUFFIX, Record
 from ternarize.files.names import INDEX, RECORD, SAFETENSORS
-from ternarize.files.sums import SUMS, format_sums, listed, sha256
+from ternarize.files.sums import SUMS, renew_sums
 from ternarize.progress import Progress
 from ternarize.publish.export.common import fresh_output, open_verified
 from ternarize.sources.packed import open_packed
@@ -62,7 +62,12 @@ def recode(
     output = Path(output).expanduser()
     packed = open_verified(model)
     checkpoint, records, top = packed.checkpoint, packed.records, packed.directory
-    weights, bits, done = 0, 0, 0
+    sizes = dict[str, int]()
+
+    def told(name: str) -> None:
+        if progress is not None:
+            progress(len(sizes), len(checkpoint.tensors), name, "coding")
+
     with fresh_output(packed, output, folder=True) as partial:
         shutil.copytree(
             top,
@@ -70,35 +75,32 @@ def recode(
             ignore=lambda at, names: [*checkpoint.files, SUMS] if Path(at) == top else [],
             dirs_exist_ok=True,
         )
-        sizes = dict[str, int]()
         for file in checkpoint.files:
-            own, parts = dict[str, Record](), dict[str, _Part]()
-            scratch = partial / f"{file}.streams"
-            with scratch.open("wb") as streams:
-                for name in (n for n in records if checkpoint.tensors[n].file == file):
-                    own[name], found = _part_of(
-                        checkpoint, name, records[name], codec, streams, threads
-                    )
-                    parts |= found
-                    done += 1
-                    if own[name].kind == "ternary":
-                        weights += _numel(own[name])
-                        bits += 8 * sum(part.nbytes for part in found.values())
-                    if progress is not None:
-                        progress(done, len(records), name, "coding")
-            _write(checkpoint, file, partial / file, own, parts, scratch)
-            sizes |= {name: part.nbytes for name, part in parts.items()}
-            scratch.unlink()
-        _renew(checkpoint, records, sizes, partial)
+            own = {n: r for n, r in records.items() if checkpoint.tensors[n].file == file}
+            sizes |= _recode_file(checkpoint, file, own, codec, partial, threads, told)
+        _renew(records, sizes, partial)
+        if (top / SUMS).is_file():
+            renew_sums(partial)
         made, after = open_packed(partial)
         container.check_data(made, after, threads=threads)
+    ternary = [name for name, record in records.items() if record.kind == "ternary"]
+    bits = 8 * sum(sizes[name] + sizes[name + SCALE_SUFFIX] for name in ternary)
+    weights = sum(_numel(records[name]) for name in ternary)
     return {
         "output": str(output),
         "codec": codec,
         "bytes_before": sum((top / file).stat().st_size for file in checkpoint.files),
         "bytes": sum((output / file).stat().st_size for file in checkpoint.files),
+        "bpw_before": _bits(checkpoint, ternary, weights),
         "ternary_bpw": round(bits / weights, 4) if weights else None,
     }
+
+
+def _bits(checkpoint: Checkpoint, ternary: Iterable[str], weights: int) -> float | None:
+    """Bits a ternary weight as they are stored."""
+    names = [each for name in ternary for each in (name, name + SCALE_SUFFIX)]
+    stored = sum(checkpoint.tensors[each].stored_bytes for each in names)
+    return round(8 * stored / weights, 4) if weights else None
 
 
 def _numel(record: Record) -> int:
@@ -106,18 +108,40 @@ def _numel(record: Record) -> int:
     return math.prod(record.shape)
 
 
+def _recode_file(
+    checkpoint: Checkpoint,
+    file: str,
+    records: Mapping[str, Record],
+    codec: str,
+    folder: Path,
+    threads: int,
+    told: Callable[[str], None],
+) -> dict[str, int]:
+    """Write one file; returns the bytes of its tensors.
+
+    Streams lie beside it until the sizes of all are known.
+    """
+    own, parts = dict[str, Record](), dict[str, _Part]()
+    scratch = folder / f"{file}.streams"
+    with scratch.open("wb") as streams:
+        for name, record in records.items():
+            own[name], found = _part_of(checkpoint, name, record, codec, streams, threads)
+            parts |= found
+            told(name)
+    _write(checkpoint, file, folder / file, own, parts, scratch)
+    scratch.unlink()
+    return {name: part.nbytes for name, part in parts.items()}
+
+
 def _part_of(
     checkpoint: Checkpoint, name: str, record: Record, codec: str, streams: IO[bytes], threads: int
 ) -> tuple[Record, dict[str, _Part]]:
     """A tensor as it is to be stored, with its scales; what is coded is written to `streams`."""
     scales = name + SCALE_SUFFIX
-    record = replace(record, coded=False, coded_scales="")
-    parts = {}
+    record, parts = record.uncoded(), dict[str, _Part]()
     if codec == RANS and record.kind == "ternary" and record.can_be_coded:
-        for each in (name, scales):
-            asked = replace(record, coded=True)
-            if each == scales:
-                asked = replace(asked, coded_scales=checkpoint.tensors[scales].dtype)
+        for each, dtype in ((name, ""), (scales, checkpoint.tensors[scales].dtype)):
+            asked = replace(record, coded=True, coded_scales=dtype)
             coded = asked.streams(name)[each]
             rows = byte_view(checkpoint.read(each)).view(-1, coded.row_bytes)
             data = encode_rows(rows, coded.classes(), threads)
@@ -160,26 +184,18 @@ def _write(
             out.write(data.numpy().data)
 
 
-def _renew(
-    checkpoint: Checkpoint, records: Mapping[str, Record], sizes: Mapping[str, int], output: Path
-) -> None:
-    """Bring what says sizes and digests of files up to date."""
-    tables = {RECORD: read_json(output / RECORD), SAFETENSORS + INDEX: None}
-    record = tables[RECORD]
+def _renew(records: Mapping[str, Record], sizes: Mapping[str, int], output: Path) -> None:
+    """Bring what says sizes of tensors up to date."""
+    record, index = (read_json(output / name) for name in (RECORD, SAFETENSORS + INDEX))
     for name, row in (record or {}).get("tensors", {}).items():
         if name in records and "stored_bytes" in row:
             row["stored_bytes"] = sizes[name] + sizes.get(name + SCALE_SUFFIX, 0)
             if "bpw" in row:
                 weights = max(1, _numel(records[name]))
                 row["bpw"] = round(8 * row["stored_bytes"] / weights, 4)
-    index = read_json(output / (SAFETENSORS + INDEX))
     if index is not None and isinstance(index.get("metadata"), dict):
         index["metadata"]["total_size"] = sum(sizes.values())
-        tables[SAFETENSORS + INDEX] = index
-    for file, table in tables.items():
+    for name, table in ((RECORD, record), (SAFETENSORS + INDEX, index)):
         if table is not None:
             text = json.dumps(table, indent=2, ensure_ascii=False) + "\n"
-            (output / file).write_text(text, "utf-8")
-    if (checkpoint.directory / SUMS).is_file():
-        digests = {name: sha256(output / name) for name in listed(output)}
-        (output / SUMS).write_text(format_sums(digests), "utf-8")
+            (output / name).write_text(text, "utf-8")

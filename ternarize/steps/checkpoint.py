@@ -30,7 +30,7 @@ from ternarize.files.json_files import strict_json
 from ternarize.files.metadata import KEY, SCALE_SUFFIX, Record
 from ternarize.files.names import RECORD
 from ternarize.files.outputs import check_free, sync_files, write_whole
-from ternarize.files.sums import SUMS, format_sums, listed, sha256
+from ternarize.files.sums import SUMS, renew_sums, sha256
 from ternarize.sources.fetch import fetch_file, split_id
 from ternarize.sources.packed import check_record, check_uncoded, open_packed
 from ternarize.steps.base import (
@@ -217,8 +217,7 @@ def _write_packed(
     about = _about(journal, upto)
     _renew_record(packed, records, now, output, about)
     if (packed.directory / SUMS).is_file():
-        digests = {name: sha256(output / name) for name in listed(output)}
-        (output / SUMS).write_text(format_sums(digests), "utf-8")
+        renew_sums(output)
     sync_files(output)
     return about
 

@@ -38,22 +38,21 @@ def edit(path: str | Path, *edits: Edit) -> list[list[int]]:
     Raises UsageError where there is no such step.
     """
     journal = read_journal(path)
-    found = []
+    found, appended = list[list[int]](), list[Edit]()
     for each in edits:
-        numbers = [s.number for s in journal.steps if each.first <= s.number <= each.last]
         if each.operation not in EDITS:
             raise UsageError("edit", f"{each.operation!r}", f"one of {', '.join(EDITS)}")
+        numbers = [s.number for s in journal.steps if each.first <= s.number <= each.last]
         if not numbers:
             steps = journal.steps
             there = f"steps from {steps[0].number} to {steps[-1].number}" if steps else "no steps"
             what = f"has no step from {each.first} to {each.last}, but {there}"
             raise UsageError(path, what, "some of them")
         found.append(numbers)
-    with Appender(path, journal.header) as appender:
         # none of later steps, which an edit that goes beyond the last one would concern
-        appender.append(
-            *(Edit(e.operation, n[0], n[-1]) for e, n in zip(edits, found, strict=True))
-        )
+        appended.append(Edit(each.operation, numbers[0], numbers[-1]))
+    with Appender(path, journal.header) as appender:
+        appender.append(*appended)
     return found
 
 

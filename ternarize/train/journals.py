@@ -47,7 +47,7 @@ CODED = 2500  # bytes of a journal by gradients, when none are asked for
 DIRECTIONS = 4096  # that a step draws towards what gradients want
 EXPONENT_RATE = 1.0  # of exponents, in 1/32 of an octave
 _REMEMBERED = 64  # outputs of the teacher
-_STEP_BITS = 64  # that a step may take
+_STEP_BITS = 64  # room for one step, which takes some 12 bits beside its choice
 
 
 @dataclass

@@ -104,6 +104,7 @@ def _note_budget(training: Train, progressed: Progressed) -> None:
     budget = {name: getattr(training, name) for name in BUDGETS}
     if not progressed.budgets or progressed.budgets[-1][1] != budget:
         progressed.budgets.append((progressed.step, budget))
+        # looks are spread over the new budget, of which fewer may have come due
         due = math.floor(min(1.0, share_done(training, progressed)) * LOOKS)
         progressed.looked = min(progressed.looked, due)
 

@@ -7,6 +7,8 @@ Range asymmetric numeral systems (Duda 2013, https://arxiv.org/abs/1311.2540) wi
 core does what the torch code here does, with the same bytes.
 """
 
+import itertools
+import struct
 from collections.abc import Callable, Sequence
 
 import torch
@@ -56,14 +58,16 @@ def encode_rows(rows: Tensor, classes: Tensor, threads: int = THREADS) -> Tensor
         return torch.empty(0, dtype=torch.uint8)
     rows = rows.contiguous()
     frequencies = [_frequencies(each) for each in _counts(rows, classes, threads).tolist()]
-    height = max(1, _CHUNK // rows.shape[-1])
+    chunk_rows = max(1, _CHUNK // rows.shape[-1])
     parts, sizes = list[Tensor](), list[int]()
     table = torch.tensor(frequencies, dtype=torch.uint16)
-    for at in range(0, len(rows), height * _TOGETHER):
-        chunks = _encoded(rows[at : at + height * _TOGETHER], classes, table, height, threads)
+    for at in range(0, len(rows), chunk_rows * _TOGETHER):
+        chunks = _encoded(
+            rows[at : at + chunk_rows * _TOGETHER], classes, table, chunk_rows, threads
+        )
         parts += chunks
         sizes += [len(chunk) for chunk in chunks]
-    head = height.to_bytes(4, "little")
+    head = chunk_rows.to_bytes(4, "little")
     for each in frequencies:
         head += sum(1 << i for i, f in enumerate(each) if f).to_bytes(32, "little")
         head += b"".join(f.to_bytes(2, "little") for f in each if f)
@@ -94,17 +98,17 @@ def decode_rows(
         if nbytes:
             raise _broken(f"{nbytes} bytes for no rows")
         return torch.empty(0, width, dtype=torch.uint8)
-    height, table, ends = _read_head(read, nbytes, count, width, classes)
+    chunk_rows, table, ends = _read_head(read, nbytes, count, width, classes)
     if first >= stop:
         return torch.empty(0, width, dtype=torch.uint8)
-    begin, end = first // height, -(-stop // height)
+    begin, end = first // chunk_rows, -(-stop // chunk_rows)
     body = read(ends[begin], ends[end] - ends[begin])
     places = [place - ends[begin] for place in ends[begin : end + 1]]
-    rows = torch.empty(min(count, end * height) - begin * height, width, dtype=torch.uint8)
-    bad = _decoded(body, places, classes, table, height, rows, threads)
+    rows = torch.empty(min(count, end * chunk_rows) - begin * chunk_rows, width, dtype=torch.uint8)
+    bad = _decoded(body, places, classes, table, chunk_rows, rows, threads)
     if bad >= 0:
         raise _broken(f"chunk {begin + bad} is damaged")
-    return rows[first - begin * height : stop - begin * height]
+    return rows[first - begin * chunk_rows : stop - begin * chunk_rows]
 
 
 def _broken(found: str) -> FormatError:
@@ -148,9 +152,9 @@ def _read_head(
     head = read(0, min(nbytes, at)).numpy().tobytes()
     if len(head) < 4:
         raise _broken(f"it has {nbytes} bytes")
-    height = int.from_bytes(head[:4], "little")
-    if not 1 <= height * width <= MOST_OF_CHUNK:
-        raise _broken(f"chunks of {height} rows of {width} bytes")
+    chunk_rows = int.from_bytes(head[:4], "little")
+    if not 1 <= chunk_rows * width <= MOST_OF_CHUNK:
+        raise _broken(f"chunks of {chunk_rows} rows of {width} bytes")
     at, tables = 4, []
     for _ in range(kinds):
         mask = int.from_bytes(head[at : at + 32], "little")
@@ -164,14 +168,14 @@ def _read_head(
             raise _broken(f"frequencies that add up to {sum(found)}, and not to {_TOTAL}, or are 0")
         tables.append(_slots(bytes_, found))
         at = ended
-    chunks = -(-count // height)
+    chunks = -(-count // chunk_rows)
     if at + 4 * chunks > nbytes:
         raise _broken(f"{nbytes} bytes for {chunks} chunks")
-    sizes = read(at, 4 * chunks).view(torch.int32).to(torch.int64) & 0xFFFFFFFF
-    ends = [at + 4 * chunks, *(at + 4 * chunks + sizes.cumsum(0)).tolist()]
+    sizes = struct.unpack(f"<{chunks}I", read(at, 4 * chunks).numpy().tobytes())
+    ends = list(itertools.accumulate(sizes, initial=at + 4 * chunks))
     if ends[-1] != nbytes:
         raise _broken(f"chunks up to byte {ends[-1]} of {nbytes}")
-    return height, torch.stack(tables), ends
+    return chunk_rows, torch.stack(tables), ends
 
 
 def _slots(bytes_: Sequence[int], frequencies: Sequence[int]) -> Tensor:
@@ -187,17 +191,17 @@ def _slots(bytes_: Sequence[int], frequencies: Sequence[int]) -> Tensor:
 
 
 def _encoded(
-    rows: Tensor, classes: Tensor, frequencies: Tensor, height: int, threads: int
+    rows: Tensor, classes: Tensor, frequencies: Tensor, chunk_rows: int, threads: int
 ) -> list[Tensor]:
     """Each chunk of some rows, coded."""
     if lib is None:
-        starts = range(0, len(rows), height)
-        return [_encode_plain(rows[at : at + height], classes, frequencies) for at in starts]
-    chunks = -(-len(rows) // height)
-    slot = _HEAD + 2 * min(height, len(rows)) * rows.shape[-1]
+        starts = range(0, len(rows), chunk_rows)
+        return [_encode_plain(rows[at : at + chunk_rows], classes, frequencies) for at in starts]
+    chunks = -(-len(rows) // chunk_rows)
+    slot = _HEAD + 2 * min(chunk_rows, len(rows)) * rows.shape[-1]
     out = torch.empty(chunks, slot, dtype=torch.uint8)
     sizes = torch.empty(chunks, dtype=torch.int32)
-    lib.rans_encode(rows, classes, frequencies, height, out, sizes, threads)
+    lib.rans_encode(rows, classes, frequencies, chunk_rows, out, sizes, threads)
     return [each[:size] for each, size in zip(out, sizes.tolist(), strict=True)]
 
 
@@ -206,23 +210,25 @@ def _decoded(
     ends: Sequence[int],
     classes: Tensor,
     table: Tensor,
-    height: int,
+    chunk_rows: int,
     rows: Tensor,
     threads: int,
 ) -> int:
     """Decode chunks into `rows`; the first that is damaged, or -1."""
     if lib is not None:
         places = torch.tensor(ends, dtype=torch.int64)
-        return int(lib.rans_decode(body, places, classes, table, height, rows, threads))
+        return int(lib.rans_decode(body, places, classes, table, chunk_rows, rows, threads))
     for i, (begin, end) in enumerate(zip(ends, ends[1:], strict=False)):
-        if not _decode_plain(body[begin:end], classes, table, rows[i * height : (i + 1) * height]):
+        if not _decode_plain(
+            body[begin:end], classes, table, rows[i * chunk_rows : (i + 1) * chunk_rows]
+        ):
             return i
     return -1
 
 
-def _order(classes: Tensor, height: int) -> tuple[Tensor, Tensor]:
+def _order(classes: Tensor, chunk_rows: int) -> tuple[Tensor, Tensor]:
     """Of a chunk's bytes, row-major: in which order they are coded, and the class of each then."""
-    of_all = classes.repeat(height).to(torch.int64)
+    of_all = classes.repeat(chunk_rows).to(torch.int64)
     order = of_all.argsort(stable=True)
     return order, of_all[order]
 

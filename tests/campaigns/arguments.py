@@ -97,7 +97,7 @@ AMOUNTS += (
     " --tokens --minutes --steps --train-len --batch-size --seq-len --max-tokens --limit --threads"
 )
 COMMANDS = {"convert": 40, "export": 16, "inspect": 10, "verify": 10, "eval": 8, "generate": 8}
-COMMANDS |= {"bench": 3, "push": 5, "train": 6, "diff": 4, "apply": 6}
+COMMANDS |= {"bench": 3, "push": 5, "train": 6, "diff": 4, "apply": 6, "recode": 4}
 COMMANDS |= {"steps train": 2, "steps replay": 3, "steps edit": 3}
 COMMANDS |= {f"steps {name}": 2 for name in ("log", "fork", "merge", "diff", "compact", "verify")}
 JOURNAL = "place/my.steps"  # written on in its place
@@ -106,7 +106,8 @@ WRITTEN_ON = ("steps train", "steps edit")
 NEEDED = {"eval": ["--text"], "export": ["--to"], "generate": ["--prompt"]}
 NEEDED |= {"steps train": ["--texts", "--teacher"], "steps edit": ["--mask"]}
 # where a line has what it writes
-OUTPUT = {"convert": 2, "export": 2, "train": 2, "diff": 3, "apply": 3, "steps train": 3}
+OUTPUT = {"convert": 2, "export": 2, "train": 2, "recode": 2, "diff": 3, "apply": 3}
+OUTPUT |= {"steps train": 3}
 OUTPUT |= {"steps replay": 3, "steps fork": 3, "steps compact": 3, "steps merge": 4}
 
 

@@ -11,13 +11,13 @@ namespace {
 
 constexpr uint32_t kLeast = 1u << 16;  // of a state; below it takes a word of 16 bits
 
-struct Rows {  // as parallel_for has it: chunks, and about how much there is to do in each
+struct Rows {  // as parallel_for cuts them: chunks, and about how many weights each is worth
   int64_t rows;
   int64_t cols;
 };
 
 Rows work_of(const Classed& x) {
-  return {x.chunks(), 8 * smaller(x.chunk_rows, x.rows) * x.width};  // a byte takes as long as weights
+  return {x.chunks(), 8 * smaller(x.chunk_rows, x.rows) * x.width};  // a coded byte as 8 weights
 }
 
 // Columns of one class that are next to each other.
@@ -102,6 +102,7 @@ bool take_bytes(uint8_t* bytes, int64_t n, int64_t place, const uint32_t* table,
   };
   while (i < n && (place + i) % kRansLanes != 0)
     if (!one()) return false;
+  // While 16 bytes are left, no lane of a round can lack its word.
   uint32_t x[kRansLanes];
   std::memcpy(x, states, sizeof x);
   for (; i + kRansLanes <= n && end - at >= 2 * kRansLanes; i += kRansLanes) {
