@@ -162,7 +162,7 @@ class Journal:
     @cached_property
     def edited(self) -> list[str]:
         """The edit that counts of each step: "mask", "negate", or "" for one as it was written."""
-        # of edits that have begun the latest is on top: each with each would take a made-up file hours
+        # the latest of those that have begun is on top; each with each could take hours
         to_come = sorted(enumerate(self.edits), key=lambda each: each[1].first, reverse=True)
         begun: list[tuple[int, Edit]] = []
         found = []
