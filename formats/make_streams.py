@@ -48,7 +48,7 @@ def stream(rows: Sequence[bytes], classes: Sequence[int], height: int | None = N
     """The stream of a matrix of bytes; height: the rows of a chunk."""
     if not rows:
         return b""
-    height = max(1, 65536 // len(classes)) if height is None else height
+    height = 65536 // len(classes) if height is None else height
     kinds = range(max(classes) + 1)
     counts = [
         Counter(row[c] for row in rows for c, k in enumerate(classes) if k == j) for j in kinds

@@ -37,7 +37,7 @@ DTYPE_SIZES = {
 }
 PACKED_MEMBERS = {"shape", "group_size", "codec", "transposed", "planes", "rotation", "coding"}
 FEATURES = {"scale8", "planes", "int8", "int4", "rotation", "rans"}
-MAX_ROW = 2**20  # bytes of a row, or of the rows of a chunk, that is coded
+MAX_ROW = 2**16  # bytes of a row, or of the rows of a chunk, that is coded
 BLOCKS = {4, 16, 64, 256, 1024}
 TRITS_OF_BYTE = np.array(
     [[code // 3**i % 3 - 1 for i in range(5)] for code in range(243)], dtype=np.int8
@@ -328,7 +328,7 @@ def check_record(name: str, record: Any, features: set[str]) -> bool:
         types = {"F16", "BF16", "F32"} | ({"U8"} if "scale8" in features else set())
         cols, planes = shape[-1], record.get("planes", 1)
         good = record["coding"] == "rans" and "rans" in features and codec == "base3"
-        good = good and record.get("scale_dtype", "F16") in types
+        good = good and record.get("scale_dtype", "F16") in list(types)
         numbers = planes * -(-cols // group_length(cols, group_size))
         good = good and max(planes * packed_width(cols, group_size), 4 * numbers) <= MAX_ROW
         told = f"{record['coding']!r}, scales {record.get('scale_dtype')!r}, features {features}"

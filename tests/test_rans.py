@@ -125,6 +125,14 @@ def with_head(stream: Tensor, height: int) -> Tensor:
     )
 
 
+def head_of(stream: Tensor) -> int:
+    """Where the sizes of a stream of two classes begin."""
+    at = 4
+    for _ in range(2):
+        at += 32 + 2 * sum(int(byte).bit_count() for byte in stream[at : at + 32])
+    return at
+
+
 def test_streams_that_would_take_much_memory_are_refused_at_once() -> None:
     rows, classes = ROWS["groups of 128"]()
     stream = encode_rows(rows, classes)
@@ -133,6 +141,12 @@ def test_streams_that_would_take_much_memory_are_refused_at_once() -> None:
             decoded(with_head(stream, height), rows, classes)
     with pytest.raises(FormatError, match="bytes for .* chunks"):
         decode_rows(reader(stream), len(stream), (1 << 40, rows.shape[1]), classes, 0, 1)
+    # sizes of nothing, which would stand for a million chunks
+    hollow = torch.cat([stream[: head_of(stream)], torch.zeros(4 << 20, dtype=torch.uint8)])
+    with pytest.raises(FormatError, match="a chunk of 0 bytes"):
+        height = int.from_bytes(bytes(stream[:4].tolist()), "little")
+        shape = height << 20, rows.shape[1]
+        decode_rows(reader(hollow), len(hollow), shape, classes)
     with pytest.raises(FormatError, match="bytes for no rows"):
         decode_rows(reader(stream), len(stream), (0, rows.shape[1]), classes)
     with pytest.raises(FormatError, match="it has 2 bytes"):

@@ -1,6 +1,7 @@
 """`ternarize recode`: the same tensors in fewer bits and back, used wherever packed ones are."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import reference
 import tiny_models
 import torch
+from safetensors.torch import load_file, save_file
 from test_steps import EXAMPLE
 from typer.testing import CliRunner
 
@@ -16,6 +18,7 @@ from ternarize.cli.app import app
 from ternarize.convert.run import convert
 from ternarize.convert.verify import verify
 from ternarize.errors import DigestError, FormatError, OutputError, UsageError
+from ternarize.files.headers import read_header
 from ternarize.files.unmapped import open_file
 from ternarize.measure.report import inspect
 from ternarize.plans.recipe import Recipe
@@ -133,7 +136,14 @@ def test_transformers_reads_rows_of_a_stream_alone(packed: Path, tmp_path: Path)
     for name in plain.keys():
         one, other = file.get_slice(name), plain.get_slice(name)
         assert one.get_shape() == other.get_shape() and one.get_dtype() == other.get_dtype()
-        for index in (..., slice(1, 3), (slice(None), slice(2, 5)), slice(0, 0), slice(-2, None)):
+        for index in (
+            ...,
+            slice(1, 3),
+            (slice(None), slice(2, 5)),
+            slice(0, 0),
+            slice(-2, None),
+            slice(3, 1),
+        ):
             if len(one.get_shape()) < 2 and isinstance(index, tuple):
                 continue
             assert torch.equal(one[index], other[index]), (name, index)
@@ -150,6 +160,32 @@ def test_damage_is_found_by_the_stream_or_the_digest(packed: Path, tmp_path: Pat
             verify(tmp_path / "coded")
         found.append(error.value)
     assert any(not isinstance(each, DigestError) for each in found)  # streams come first
+
+
+def test_scales_in_another_shard_stay_there(packed: Path, tmp_path: Path) -> None:
+    apart = tmp_path / "apart"
+    shutil.copytree(packed, apart)
+    (apart / "SHA256SUMS").unlink()
+    (apart / "model.safetensors").unlink()
+    header = read_header(packed / "model.safetensors")
+    tensors = load_file(packed / "model.safetensors")
+    files = {"a.safetensors": {n: t for n, t in tensors.items() if not n.endswith("_scale")}}
+    files["b.safetensors"] = {n: t for n, t in tensors.items() if n.endswith("_scale")}
+    for file, part in files.items():
+        save_file(part, apart / file, header.metadata)
+    places = {name: file for file, part in files.items() for name in part}
+    index = {"metadata": {"total_size": 1}, "weight_map": places}
+    (apart / "model.safetensors.index.json").write_text(json.dumps(index))
+    recode(apart, tmp_path / "coded")
+    assert any(record.coded for record in open_packed(tmp_path / "coded")[1].values())
+    recode(tmp_path / "coded", tmp_path / "back", "base3")
+    for made in ("coded", "back"):
+        index = json.loads((tmp_path / made / "model.safetensors.index.json").read_text())
+        infos = open_packed(tmp_path / made)[0].tensors
+        assert index["weight_map"] == places == {n: info.file for n, info in infos.items()}
+        total = sum(info.stored_bytes for info in infos.values())
+        assert index["metadata"]["total_size"] == total
+        assert torch.equal(logits(tmp_path / made), logits(packed))
 
 
 def test_what_works_on_files_as_they_lie_asks_for_base3(packed: Path, tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ class Checkpoint:
             width = info.shape[-1]
             first, last = start // width, -(-stop // width)
             place = self.directory / info.file, info.start, info.stored
-            rows = info.coded.read(*place, first, last).flatten()
+            rows = info.coded.read(*place, first, last, threads=1).flatten()
             return rows[start - first * width : stop - first * width]
         dtype = DTYPES[info.dtype]
         offset, nbytes = info.start + start * dtype.itemsize, (stop - start) * dtype.itemsize

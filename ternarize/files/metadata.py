@@ -26,11 +26,12 @@ from typing import Any
 from ternarize.errors import DigestError, FormatError, damaged
 from ternarize.files.checkpoint import Checkpoint, TensorInfo, uncollected
 from ternarize.files.coded import Coded
+from ternarize.files.headers import Header
 from ternarize.files.json_files import strict_json
 from ternarize.trits.base3 import BASE3, packed_width
 from ternarize.trits.int4 import INT4, int4_width
 from ternarize.trits.int8 import INT8
-from ternarize.trits.rans import MOST_OF_CHUNK
+from ternarize.trits.rans import CHUNK
 from ternarize.trits.rotation import BLOCKS
 from ternarize.trits.ternary import group_count
 
@@ -115,7 +116,7 @@ class Record:
     def can_be_coded(self) -> bool:
         """Whether its rows are short enough to be stored in streams, with scales of any type."""
         packed, scales = self.stored_shapes()
-        return max(packed[-1], 4 * scales[-1]) <= MOST_OF_CHUNK
+        return max(packed[-1], 4 * scales[-1]) <= CHUNK
 
     def streams(self, name: str) -> dict[str, Coded]:
         """How streams are read, by name: of a tensor that is stored as one, and of its scales."""
@@ -213,14 +214,12 @@ def records_of(checkpoint: Checkpoint, *, whole: bool = True) -> dict[str, Recor
     return records
 
 
-def coded_tensors(file: str, metadata: Mapping[str, str]) -> dict[str, Coded]:
-    """The tensors of a file that are stored as streams, by name, scales included."""
-    text = metadata.get(KEY, "")
-    if f'"{RANS}"' not in text:
-        return {}
+def coded_tensors(file: str, header: Header) -> dict[str, Coded]:
+    """The tensors of a packed file that are stored as streams, by name, scales included."""
     found: dict[str, Coded] = {}
-    for name, value in _parse_metadata(file, metadata)[1].items():
-        found |= _parse_record(f"{file}: {name}", value).streams(name)
+    features, table = _parse_metadata(file, header.metadata)
+    for name in header.entries.keys() & table.keys() if RANS in features else ():
+        found |= _parse_record(f"{file}: {name}", table[name]).streams(name)
     return found
 
 
@@ -233,6 +232,8 @@ def _take_streams(name: str, record: Record, checkpoint: Checkpoint) -> None:
             raise damaged(file, f"{name} is coded and has no {each} beside it")
         if info.coded == stream:  # taken before
             continue
+        if not math.prod(stream.shape[:-1]) and info.nbytes:
+            raise damaged(file, f"{each} has {info.nbytes} bytes of no rows")
         if info.dtype != "U8" or len(info.shape) != 1:
             found = f"{each} is {info.dtype} {list(info.shape)}"
             raise damaged(file, found, "U8 [bytes], as its record says")

@@ -43,7 +43,7 @@ class _File:
 
     def __init__(self, path: Path, header: Header) -> None:
         self.path, self.header = path, header
-        self.coded = coded_tensors(path.name, header.metadata)
+        self.coded = coded_tensors(path.name, header)
 
     def __enter__(self) -> "_File":
         return self
@@ -112,7 +112,7 @@ class _Slice:
         if shape and parts and isinstance(parts[0], slice) and parts[0].step in (None, 1):
             rows = rows[parts[0]]
             shape, parts = (len(rows), *shape[1:]), (slice(None), *parts[1:])
-        data = self.read(rows.start, rows.stop).reshape(shape)
+        data = self.read(rows.start, rows.start + len(rows)).reshape(shape)
         part = data[parts]
         # a part of a larger buffer would keep all of it
         return part if part.numel() == data.numel() else part.clone()

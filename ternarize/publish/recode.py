@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+from ternarize.convert.verify import verify
 from ternarize.errors import UsageError
 from ternarize.files import container, metadata
 from ternarize.files.checkpoint import Checkpoint
@@ -17,7 +18,7 @@ from ternarize.files.metadata import KEY, RANS, SCALE_SUFFIX, Record
 from ternarize.files.names import INDEX, RECORD, SAFETENSORS
 from ternarize.files.sums import SUMS, renew_sums
 from ternarize.progress import Progress
-from ternarize.publish.export.common import fresh_output, open_verified
+from ternarize.publish.export.common import PackedCheckpoint, fresh_output
 from ternarize.sources.packed import open_packed
 from ternarize.threads import THREADS
 from ternarize.trits.base3 import BASE3
@@ -60,7 +61,8 @@ def recode(
     if codec not in _CODECS:
         raise UsageError("--codec", f"{codec!r}", f"one of {', '.join(_CODECS)}")
     output = Path(output).expanduser()
-    packed = open_verified(model)
+    verify(model, threads=threads)
+    packed = PackedCheckpoint(*open_packed(model))
     checkpoint, records, top = packed.checkpoint, packed.records, packed.directory
     sizes = dict[str, int]()
 
@@ -125,35 +127,36 @@ def _recode_file(
     scratch = folder / f"{file}.streams"
     with scratch.open("wb") as streams:
         for name, record in records.items():
-            own[name], found = _part_of(checkpoint, name, record, codec, streams, threads)
+            own[name], found = _coded(checkpoint, name, record, codec, streams, threads)
             parts |= found
             told(name)
+    for name, info in checkpoint.tensors.items():  # scales of other files' tensors among them
+        if info.file == file and name not in parts:
+            parts[name] = _Part(info.dtype, info.shape)
     _write(checkpoint, file, folder / file, own, parts, scratch)
     scratch.unlink()
     return {name: part.nbytes for name, part in parts.items()}
 
 
-def _part_of(
+def _coded(
     checkpoint: Checkpoint, name: str, record: Record, codec: str, streams: IO[bytes], threads: int
 ) -> tuple[Record, dict[str, _Part]]:
-    """A tensor as it is to be stored, with its scales; what is coded is written to `streams`."""
-    scales = name + SCALE_SUFFIX
+    """What of a tensor is to be stored as streams, which are written to `streams`."""
     record, parts = record.uncoded(), dict[str, _Part]()
-    if codec == RANS and record.kind == "ternary" and record.can_be_coded:
-        for each, dtype in ((name, ""), (scales, checkpoint.tensors[scales].dtype)):
-            asked = replace(record, coded=True, coded_scales=dtype)
-            coded = asked.streams(name)[each]
-            rows = byte_view(checkpoint.read(each)).view(-1, coded.row_bytes)
-            data = encode_rows(rows, coded.classes(), threads)
-            if len(data) >= rows.numel():
-                break  # of scales alone there are no streams
-            parts[each] = _Part("U8", (len(data),), streams.tell())
-            streams.write(data.numpy().data)
-            record = asked
-    for each in [name] if record.shape is None else [name, scales]:
-        if each not in parts:
-            info = checkpoint.tensors[each]
-            parts[each] = _Part(info.dtype, info.shape)
+    if codec != RANS or record.kind != "ternary" or not record.can_be_coded:
+        return record, parts
+    scales = checkpoint.tensors[name + SCALE_SUFFIX]
+    beside = scales.file == checkpoint.tensors[name].file  # else they stay as they are
+    for each, dtype in ((name, ""), *([(scales.name, scales.dtype)] if beside else [])):
+        coded = replace(record, coded=True, coded_scales=dtype)
+        stream = coded.streams(name)[each]
+        rows = byte_view(checkpoint.read(each)).view(-1, stream.row_bytes)
+        data = encode_rows(rows, stream.classes(), threads)
+        if len(data) >= rows.numel():
+            break  # of scales alone there are no streams
+        parts[each] = _Part("U8", (len(data),), streams.tell())
+        streams.write(data.numpy().data)
+        record = coded
     return record, parts
 
 
@@ -189,8 +192,9 @@ def _renew(records: Mapping[str, Record], sizes: Mapping[str, int], output: Path
     record, index = (read_json(output / name) for name in (RECORD, SAFETENSORS + INDEX))
     for name, row in (record or {}).get("tensors", {}).items():
         if name in records and "stored_bytes" in row:
-            row["stored_bytes"] = sizes[name] + sizes.get(name + SCALE_SUFFIX, 0)
-            if "bpw" in row:
+            packed = records[name].shape is not None
+            row["stored_bytes"] = sizes[name] + (sizes[name + SCALE_SUFFIX] if packed else 0)
+            if packed:
                 weights = max(1, _numel(records[name]))
                 row["bpw"] = round(8 * row["stored_bytes"] / weights, 4)
     if index is not None and isinstance(index.get("metadata"), dict):

@@ -64,8 +64,8 @@ class Appender:
     def append(self, *entries: JournalEntry) -> None:
         """Add records at once; a digest is on the disk, with all before it, when this returns."""
         data = b"".join(map(entry_bytes, entries))
-        self._steps += sum(isinstance(entry, Step) for entry in entries)
-        if self._steps > MOST_STEPS:
+        steps = self._steps + sum(isinstance(entry, Step) for entry in entries)
+        if steps > MOST_STEPS:
             raise OutputError(
                 self._path, f"has {MOST_STEPS} steps", "fewer", "Fork it, or begin another"
             )
@@ -75,7 +75,7 @@ class Appender:
             except OSError:
                 self._file.truncate(self._size)  # half a record would be damage behind the next
                 raise
-            self._size += len(data)
+            self._size, self._steps = self._size + len(data), steps
         if any(isinstance(entry, Mark) for entry in entries):
             os.fsync(self._file.fileno())
 

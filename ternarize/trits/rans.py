@@ -23,8 +23,7 @@ _LANES, _BITS = 8, 12
 _TOTAL = 1 << _BITS
 _LEAST = 1 << 16  # of a state; one below it takes a word
 _HEAD = 4 * _LANES  # bytes of a chunk in front of its words
-_CHUNK = 1 << 16  # bytes of the rows in a chunk, about
-MOST_OF_CHUNK = 1 << 20  # bytes of the rows in a chunk, at most
+CHUNK = 1 << 16  # bytes of the rows in a chunk, at most
 _TOGETHER = 64  # chunks that are coded before they are put behind each other
 
 # reads bytes of a stream: from, how many
@@ -52,13 +51,14 @@ def classes_of_items(count: int, size: int) -> Tensor:
 def encode_rows(rows: Tensor, classes: Tensor, threads: int = THREADS) -> Tensor:
     """Code rows (n, width) uint8; returns a stream (bytes,) uint8.
 
+    rows     of CHUNK bytes each at most
     classes  (width,) uint8, from 0 on without a gap
     """
     if not rows.numel():
         return torch.empty(0, dtype=torch.uint8)
     rows = rows.contiguous()
     frequencies = [_frequencies(each) for each in _counts(rows, classes, threads).tolist()]
-    chunk_rows = max(1, _CHUNK // rows.shape[-1])
+    chunk_rows = CHUNK // rows.shape[-1]
     parts, sizes = list[Tensor](), list[int]()
     table = torch.tensor(frequencies, dtype=torch.uint16)
     for at in range(0, len(rows), chunk_rows * _TOGETHER):
@@ -153,7 +153,7 @@ def _read_head(
     if len(head) < 4:
         raise _broken(f"it has {nbytes} bytes")
     chunk_rows = int.from_bytes(head[:4], "little")
-    if not 1 <= chunk_rows * width <= MOST_OF_CHUNK:
+    if not 1 <= chunk_rows * width <= CHUNK:
         raise _broken(f"chunks of {chunk_rows} rows of {width} bytes")
     at, tables = 4, []
     for _ in range(kinds):
@@ -172,6 +172,8 @@ def _read_head(
     if at + 4 * chunks > nbytes:
         raise _broken(f"{nbytes} bytes for {chunks} chunks")
     sizes = struct.unpack(f"<{chunks}I", read(at, 4 * chunks).numpy().tobytes())
+    if min(sizes) < _HEAD:  # before there is memory for what they would hold
+        raise _broken(f"a chunk of {min(sizes)} bytes")
     ends = list(itertools.accumulate(sizes, initial=at + 4 * chunks))
     if ends[-1] != nbytes:
         raise _broken(f"chunks up to byte {ends[-1]} of {nbytes}")
