@@ -19,7 +19,7 @@ from typing import Any
 GOLDEN = Path(__file__).parents[2] / "formats" / "golden"
 WEIGHTS = "model.safetensors"
 INDEX = WEIGHTS + ".index.json"
-SEEDS = ("rows", "tensor", "planes-scale8", "rotation", "transposed")  # of one file each
+SEEDS = ("rows", "tensor", "planes-scale8", "rotation", "transposed", "coded")  # of one file each
 ALL = ("load", "verify", "inspect", "export", "reference")
 BYTES = ("load", "verify", "export", "reference")  # those that look at the data, too
 
