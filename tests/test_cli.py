@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -609,7 +610,8 @@ def test_without_a_terminal_long_work_tells_of_itself_in_lines(
 ) -> None:
     monkeypatch.setattr(terminal, "err", Console(file=io.StringIO(), force_terminal=False))
     clock = iter([0.0, 59.0, 61.0, 120.0, 122.0])
-    monkeypatch.setattr("ternarize.cli.terminal.time.monotonic", lambda: next(clock))
+    watch = SimpleNamespace(monotonic=lambda: next(clock))
+    monkeypatch.setattr("ternarize.cli.terminal.time", watch)
     with terminal.progress_bar(quiet=False) as update:
         assert update is not None
         for done in range(1, 5):
