@@ -115,7 +115,7 @@ def options_of(document: str) -> dict[str, dict[str, str]]:
     """What CLI.md lists: {command: {argument or option: type, or "" for a switch}}."""
     found: dict[str, dict[str, str]] = {}
     for part in re.split(r"\n###? `ternarize ", document)[1:]:
-        rows = re.findall(r"^\* `(?:-\w, )?(--)?([\w-]+)(?: (<[^`]*>|[A-Z=|]+))?`:", part, re.M)
+        rows = re.findall(r"^\* `(?:-\w, )?(--)?([\w-]+)(?: (<[^`]*>|[A-Z:=|]+))?`:", part, re.M)
         found[part.partition("`")[0]] = {dash + name: kind for dash, name, kind in rows}
     return found
 
