@@ -119,7 +119,9 @@ def test_a_share_of_zeros_that_cannot_be_is_refused(
 
 
 def test_a_report_counts_the_bytes_of_the_file(packed: Path, tmp_path: Path) -> None:
-    told = recode(packed, tmp_path / "coded")
+    seen: list[int] = []
+    told = recode(packed, tmp_path / "coded", progress=lambda done, *_: seen.append(done))
+    assert seen == list(range(1, len(open_packed(packed)[1]) + 1))
     report = inspect(tmp_path / "coded")
     assert report["totals"]["ternary_bpw"] == told["ternary_bpw"] < 1.75
     rows = {row["name"]: row for row in report["tensors"]}

@@ -1,5 +1,6 @@
 """The tensors of a packed checkpoint in another coding: the same digests, other bytes."""
 
+import itertools
 import json
 import math
 import shutil
@@ -64,11 +65,11 @@ def recode(
     verify(model, threads=threads)
     packed = PackedCheckpoint(*open_packed(model))
     checkpoint, records, top = packed.checkpoint, packed.records, packed.directory
-    sizes = dict[str, int]()
+    sizes, done = dict[str, int](), itertools.count(1)
 
     def told(name: str) -> None:
         if progress is not None:
-            progress(len(sizes), len(checkpoint.tensors), name, "coding")
+            progress(next(done), len(records), name, "coding")
 
     with fresh_output(packed, output, folder=True) as partial:
         shutil.copytree(
@@ -86,7 +87,6 @@ def recode(
         made, after = open_packed(partial)
         container.check_data(made, after, threads=threads)
     ternary = [name for name, record in records.items() if record.kind == "ternary"]
-    bits = 8 * sum(sizes[name] + sizes[name + SCALE_SUFFIX] for name in ternary)
     weights = sum(_numel(records[name]) for name in ternary)
     return {
         "output": str(output),
@@ -94,7 +94,7 @@ def recode(
         "bytes_before": sum((top / file).stat().st_size for file in checkpoint.files),
         "bytes": sum((output / file).stat().st_size for file in checkpoint.files),
         "bpw_before": _bits(checkpoint, ternary, weights),
-        "ternary_bpw": round(bits / weights, 4) if weights else None,
+        "ternary_bpw": _bits(made, ternary, weights),
     }
 
 
