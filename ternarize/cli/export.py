@@ -10,13 +10,14 @@ from ternarize.cli.options import DTYPE_CHOICES, AsJson, Debug, OneOf, PackedArg
 from ternarize.cli.terminal import in_bytes, print_json, progress_bar, shown, stdout
 from ternarize.errors import UsageError
 
-TARGET_NAMES = OneOf(["gguf", "dense", "bitnet", "gemma-int2", "mlx"])
+TARGET_NAMES = OneOf(["gguf", "dense", "bitnet", "gemma-int2", "mlx", "compressed-tensors"])
+_TYPES = {"gguf": ("tq2_0", "tq1_0", "q2_0"), "compressed-tensors": ("int2", "int4")}
 # option: the targets that have it
 ONLY_FOR = {
-    "type": ("gguf",),
+    "type": ("gguf", "compressed-tensors"),
     "kept_type": ("gguf",),
     "no_tokenizer": ("gguf",),
-    "dtype": ("dense", "mlx"),
+    "dtype": ("dense", "mlx", "compressed-tensors"),
 }
 
 
@@ -30,9 +31,10 @@ def export_command(
         typer.Option(
             "--type",
             help="gguf: blocks of ternary weights: tq2_0 and tq1_0 of 256, q2_0 of 64; default: "
-            "tq2_0.",
+            "tq2_0. compressed-tensors: int2, which vLLM runs on CUDA, or int4, on CPUs as well; "
+            "default: int2.",
         ),
-        OneOf(["tq2_0", "tq1_0", "q2_0"]),
+        OneOf([*_TYPES["gguf"], *_TYPES["compressed-tensors"]]),
     ] = None,
     kept_type: Annotated[
         str | None,
@@ -41,7 +43,9 @@ def export_command(
     ] = None,
     no_tokenizer: Annotated[bool, "gguf: no vocabulary, token numbers alone."] = False,
     dtype: Annotated[
-        str | None, "dense, mlx: dtype of floats; default: as in the model.", DTYPE_CHOICES
+        str | None,
+        "dense, mlx, compressed-tensors: dtype of floats; default: as in the model.",
+        DTYPE_CHOICES,
     ] = None,
     allow_requantize: Annotated[
         bool, "Where the target cannot hold what is packed, take the nearest and measure it."
@@ -53,7 +57,8 @@ def export_command(
     """Write a packed checkpoint for another engine.
 
     gguf is for llama.cpp; dense, bitnet and gemma-int2 load in transformers without ternarize; mlx
-    is the affine layout of MLX. What the target cannot carry exactly is refused by name.
+    is the affine layout of MLX, compressed-tensors that of vLLM. What the target cannot carry
+    exactly is refused by name.
 
     Example: ternarize export packed model.gguf --to gguf --type q2_0
     """
@@ -73,6 +78,8 @@ def export_command(
                 f"is for --to {' or '.join(ONLY_FOR[name])}, and this is --to {to}",
                 remedy="Leave it out",
             )
+    if type_ is not None and type_ not in _TYPES[to]:
+        raise UsageError("--type", type_, f"one of {', '.join(_TYPES[to])} with --to {to}")
     if options.pop("no_tokenizer", False):
         options["tokenizer"] = False
     if "type" in options:

@@ -8,6 +8,7 @@ A module for each target, beside what they have in common:
     bitnet.py      transformers' BitLinear
     gemma.py       transformers' QuantizedLinear
     mlx.py         MLX
+    compressed.py  compressed-tensors, for vLLM
     vocabulary.py  the vocabulary of a GGUF file
     gguf.py        llama.cpp
 """
@@ -21,6 +22,7 @@ from ternarize.errors import UsageError
 from ternarize.progress import Progress
 from ternarize.publish.export.bitnet import bitnet_contents
 from ternarize.publish.export.common import open_verified
+from ternarize.publish.export.compressed import compressed_contents
 from ternarize.publish.export.dense import dense_contents
 from ternarize.publish.export.directory import export_directory
 from ternarize.publish.export.gemma import gemma_int2_contents
@@ -33,6 +35,7 @@ TARGETS: dict[str, Callable[..., dict[str, Any]]] = {
     "bitnet": partial(export_directory, bitnet_contents, "bitnet"),
     "gemma-int2": partial(export_directory, gemma_int2_contents, "gemma-int2"),
     "mlx": partial(export_directory, mlx_contents, "mlx"),
+    "compressed-tensors": partial(export_directory, compressed_contents, "compressed-tensors"),
 }
 
 
@@ -49,8 +52,8 @@ def export(
     model    packed directory or Hub id; every digest is checked
     output   file (gguf) or directory that must not exist yet
     to       a name of TARGETS
-    options  of the target's function: allow_requantize (all), dtype (dense, mlx), kind, kept_type
-             and tokenizer (gguf)
+    options  of the target's function: allow_requantize (all), dtype (dense, mlx and
+             compressed-tensors), kind (gguf, compressed-tensors), kept_type and tokenizer (gguf)
 
     Returns {"output", "bytes"} and what the target's function returns: what was written and what
     was lost.

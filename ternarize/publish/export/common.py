@@ -11,7 +11,7 @@ weight, and measured:
 import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,6 +149,21 @@ def carry_or_refit(
     again = itf(packed.dense(name), group_size)
     scales = to_float(again.scales, dtype).to(torch.float64)
     return Ternary(again.trits, scales, group_size)
+
+
+def largest_group(
+    packed: PackedCheckpoint, names: Sequence[str], groups: Sequence[int], dtype: torch.dtype
+) -> tuple[int, list[str]]:
+    """The largest group that holds every tensor exactly, else the smallest; what is lost of each.
+
+    groups  sizes to choose from, the largest first; the smallest divides the columns of all
+    """
+    for group in groups:
+        if all(packed.info(name)[1][-1] % group == 0 for name in names):
+            lost = [carry(packed, name, group, dtype)[1] for name in names]
+            if group == groups[-1] or not any(lost):
+                return group, lost
+    raise AssertionError("the smallest group divides them all")
 
 
 @dataclass

@@ -97,11 +97,10 @@ def target_dtype(packed: PackedCheckpoint, asked: str | None) -> torch.dtype:
     return dtype
 
 
-def split_modules(packed: PackedCheckpoint, losses: Losses) -> tuple[list[str], list[str]]:
-    """Packed tensors that are a linear layer's weight, and the linear layers that are not packed.
+def plain_model(packed: PackedCheckpoint) -> Any:
+    """The floating-point model of a checkpoint, empty, as transformers has it.
 
-    What is packed and is no linear layer's weight (embeddings, experts, heads in int8 or int4) goes
-    into the output in floating point; of ternary ones this is noted as a loss.
+    Raises CheckpointError where transformers does not know its architecture.
     """
     import transformers
 
@@ -118,7 +117,16 @@ def split_modules(packed: PackedCheckpoint, losses: Losses) -> tuple[list[str], 
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
-        model = model_class(config)
+        return model_class(config)
+
+
+def split_modules(packed: PackedCheckpoint, losses: Losses) -> tuple[list[str], list[str]]:
+    """Packed tensors that are a linear layer's weight, and the linear layers that are not packed.
+
+    What is packed and is no linear layer's weight (embeddings, experts, heads in int8 or int4) goes
+    into the output in floating point; of ternary ones this is noted as a loss.
+    """
+    model = plain_model(packed)
     places = locate_tensors(model, packed.records)
     layers = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     plain = {name for name, module in model.named_modules() if type(module) is nn.Linear}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ternarize.files.headers import DTYPE_NAMES
-from ternarize.publish.export.common import Losses, PackedCheckpoint, carry, carry_or_refit
+from ternarize.publish.export.common import Losses, PackedCheckpoint, carry_or_refit, largest_group
 from ternarize.publish.export.directory import (
     Contents,
     DirectoryItem,
@@ -37,7 +37,7 @@ def mlx_contents(packed: PackedCheckpoint, losses: Losses, *, dtype: str | None 
     refuse_activations(packed, losses)
     target = target_dtype(packed, dtype)
     matrices = _matrices(packed, losses)
-    group, lost = _largest_group(packed, matrices, target)
+    group, lost = largest_group(packed, matrices, MLX_GROUPS, target)
     for name, reason in zip(matrices, lost, strict=True):
         losses.add(reason, name)
     losses.stop_unless_allowed(
@@ -95,15 +95,3 @@ def _matrices(packed: PackedCheckpoint, losses: Losses) -> list[str]:
         else:
             matrices.append(name)
     return matrices
-
-
-def _largest_group(
-    packed: PackedCheckpoint, matrices: list[str], dtype: torch.dtype
-) -> tuple[int, list[str]]:
-    """The largest group that holds every matrix exactly, else the smallest; what is lost."""
-    for group in MLX_GROUPS:
-        if all(packed.info(name)[1][-1] % group == 0 for name in matrices):
-            lost = [carry(packed, name, group, dtype)[1] for name in matrices]
-            if group == min(MLX_GROUPS) or not any(lost):
-                return group, lost
-    raise AssertionError("the smallest group divides them all")

@@ -1,0 +1,141 @@
+"""Export to compressed-tensors, format pack-quantized: integers of 2 or 4 bits, scales of groups.
+
+With t the trits and s their scales, b bits:
+
+    <x>.weight_packed I32 [rows, cols b / 32]: word c has columns 32 c / b + {0, 1, ...} from the
+    low bits, as t + 2^(b - 1);  <x>.weight_scale [rows, cols / group] = s;
+    <x>.weight_shape I64 [2]
+
+vLLM reads it without a plug-in, 2 bits on CUDA alone, 4 bits on CPUs too, and holds the scales in
+the dtype that it runs the model in. https://github.com/vllm-project/compressed-tensors
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from ternarize.errors import UsageError
+from ternarize.files.headers import DTYPE_NAMES
+from ternarize.models.places import locate_tensors
+from ternarize.models.skeleton import model_end
+from ternarize.publish.export.common import Losses, PackedCheckpoint, carry_or_refit, largest_group
+from ternarize.publish.export.directory import (
+    Contents,
+    DirectoryItem,
+    directory_items,
+    plain_model,
+    refuse_activations,
+    target_dtype,
+)
+
+_BITS = {"int2": 2, "int4": 4}
+_GROUPS = (128, 64, 32)
+_WEIGHT = ".weight"
+
+
+def compressed_contents(
+    packed: PackedCheckpoint, losses: Losses, *, kind: str = "int2", dtype: str | None = None
+) -> Contents:
+    """A checkpoint for vLLM, and for transformers with the package compressed-tensors.
+
+    kind   of integers: "int2" or "int4"
+    dtype  of scales and of kept floating-point tensors; None: the model's own
+
+    The groups are the largest of 128, 64, 32 that hold every tensor exactly; larger ones are cut, each
+    piece with the same scale. Raises CheckpointError for other groups, rotated inputs, planes, ends
+    and experts that are packed in one piece, for scales that `dtype` cannot hold, and where
+    activations in int8 are on record.
+    """
+    if kind not in _BITS:
+        raise UsageError("type", f"{kind!r}", " or ".join(_BITS))
+    refuse_activations(packed, losses)
+    target, bits = target_dtype(packed, dtype), _BITS[kind]
+    matrices = _matrices(packed, losses)
+    group, lost = largest_group(packed, matrices, _GROUPS, target)
+    for name, reason in zip(matrices, lost, strict=True):
+        losses.add(reason, name)
+    losses.stop_unless_allowed(
+        packed,
+        "Convert the source with --group-size 128 --rotation 0 --head keep, or choose a --dtype.",
+    )
+
+    # the entries of a tensor are made one after the other
+    ternary = lru_cache(maxsize=1)(lambda name: carry_or_refit(packed, name, group, target))
+
+    def parts(name: str) -> list[DirectoryItem]:
+        rows, cols = packed.info(name)[1]
+
+        def words() -> Tensor:
+            return packed_integers(ternary(name).trits, bits)
+
+        def scales() -> Tensor:
+            losses.measure(name, packed.dense(name), ternary(name).dequantize())
+            return ternary(name).scales.to(target)
+
+        return [
+            DirectoryItem(name + "_packed", "I32", (rows, cols * bits // 32), words),
+            DirectoryItem(name + "_scale", DTYPE_NAMES[target], (rows, cols // group), scales),
+            DirectoryItem(name + "_shape", "I64", (2,), lambda: torch.tensor([rows, cols])),
+        ]
+
+    weights = {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": group,
+        "dynamic": False,
+    }
+    all_linear = {"targets": ["Linear"], "format": "pack-quantized", "weights": weights}
+    config = {
+        "dtype": str(target)[6:],
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": all_linear},
+            "ignore": _left_alone(packed, matrices),
+        },
+    }
+    return directory_items(packed, matrices, parts, losses, target), config
+
+
+def packed_integers(trits: Tensor, bits: int) -> Tensor:
+    """Trits (rows, cols) int8 as words (rows, cols bits / 32) int32; see the module's docstring."""
+    per_word = 32 // bits
+    codes = trits.to(torch.int64) + (1 << (bits - 1))
+    words = (codes.view(len(trits), -1, per_word) << torch.arange(0, 32, bits)).sum(-1)
+    return words.to(torch.int32)  # the low 32 bits, as they are
+
+
+def _matrices(packed: PackedCheckpoint, losses: Losses) -> list[str]:
+    """The ternary weights of linear layers, experts by themselves among them; others are noted."""
+    model = plain_model(packed)
+    places = locate_tensors(model, packed.records)
+    modules = dict(model.named_modules())
+    matrices = []
+    for name, record in packed.records.items():
+        if record.shape is None:
+            continue
+        at = places[name].targets[0].rpartition(".")[0]
+        module = modules.get(at)
+        if isinstance(module, nn.Embedding) or (module and module is model_end(model, "head")):
+            losses.add("packed embeddings or output heads", name)
+        elif len(record.shape) != 2 or record.transposed or not name.endswith(_WEIGHT):
+            losses.add("stacks of experts or transposed matrices", name)
+        elif record.shape[-1] % min(_GROUPS):
+            losses.add(f"columns that are no multiple of {min(_GROUPS)}", name)
+        else:
+            matrices.append(name)
+    return matrices
+
+
+def _left_alone(packed: PackedCheckpoint, matrices: list[str]) -> list[str]:
+    """The modules that stay in floating point: what may be a linear layer, and the head."""
+    dense = [
+        name.removesuffix(_WEIGHT)
+        for name in packed.records
+        if name not in matrices and name.endswith(_WEIGHT) and len(packed.info(name)[1]) == 2
+    ]
+    return sorted({*dense, "lm_head"})
