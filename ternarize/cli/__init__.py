@@ -14,6 +14,7 @@ Only this room prints, and nothing imports from it; it may import from all other
     evaluate.py         `ternarize eval`
     export.py           `ternarize export`
     generate.py         `ternarize generate`
+    chat.py             `ternarize chat`
     bench.py            `ternarize bench`
     push.py             `ternarize push`
     recode.py           `ternarize recode`

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from ternarize.cli.bench import bench_command
+from ternarize.cli.chat import chat_command
 from ternarize.cli.convert import convert_command
 from ternarize.cli.evaluate import evaluate_command
 from ternarize.cli.export import export_command
@@ -41,6 +42,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate_command,
     "export": export_command,
     "generate": generate_command,
+    "chat": chat_command,
     "bench": bench_command,
     "push": push_command,
     "recode": recode_command,

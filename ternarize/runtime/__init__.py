@@ -14,5 +14,6 @@ may import transformers, and all rooms above it but for those where sources come
     load.py       `ternarize.load`, and the import hook that registers the plug-in
     decode.py     one token after the other in the compiled core, past transformers' modules
     generate.py   a text continued
+    chat.py       a conversation: what was said, and still fits
     rehearsal.py  whether what a conversion is about to write will load
 """

@@ -8,8 +8,8 @@ characters. What has been given away, joined, is the text that is returned.
 
 import copy
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,10 +23,11 @@ from transformers.generation.streamers import BaseStreamer
 
 from ternarize.errors import UsageError, first_line
 from ternarize.models.reads import beginning, max_positions
-from ternarize.runtime.decode import Decoder, can_decode
+from ternarize.runtime.decode import Decoder, cache_of, can_decode
 
 NEW_TOKENS = 128  # where the model's context has room for them
 CONTEXT_TOKENS = 8  # of the prompt, decoded before the first new token
+FEW_TOKENS = 64  # new ones of a text that goes on, up to which one by one is faster than all anew
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,33 @@ class Generation:
         return (self.new_tokens - 1) / self.seconds if self.seconds > 0 else 0.0
 
 
+@dataclass
+class Memory:
+    """What a model has read of a text that goes on, so that only what is new is read again.
+
+    ids    the tokens that have been read
+    state  what the model keeps of them: a `Decoder`, or the argument of transformers' cache
+    room   how many times the tokens of a call a decoder has room for, so that the next ones fit
+    """
+
+    ids: list[int] = field(default_factory=list)
+    state: Decoder | dict[str, Any] = field(default_factory=dict)
+    room: int = 2
+
+    def read_of(self, ids: list[int]) -> int:
+        """How many of the first of `ids` it holds; of all of them at most all but the last."""
+        same = 0
+        for old, new in zip(self.ids, ids[:-1], strict=False):
+            if old != new:
+                break
+            same += 1
+        return same
+
+
 def generate(
     model: Any,
     tokenizer: Any,
-    prompt: str,
+    prompt: str | Sequence[Mapping[str, str]],
     *,
     max_new_tokens: int | None = None,
     temperature: float = 0.0,
@@ -62,11 +86,13 @@ def generate(
     seed: int | None = None,
     chat: bool = False,
     stream: Callable[[str], None] | None = None,
+    memory: Memory | None = None,
 ) -> Generation:
     """Let a language model continue a prompt.
 
     model           a causal language model of transformers, packed or not
-    prompt          text; empty: begin a document
+    prompt          text; empty: begin a document. Or the messages of a chat, each with "role" and
+                    "content", for the tokenizer's chat template
     max_new_tokens  at most; None: 128, or what the model's context has room for
     temperature     0: always the most likely token (greedy); larger: more random
     top_k           sample from the k most likely tokens
@@ -74,6 +100,8 @@ def generate(
     seed            of the sampling; the caller's random state is left as it was. None: any
     chat            put the prompt as a user's message into the tokenizer's chat template
     stream          called with each new piece of text
+    memory          of the call before, if this text goes on with that one's; it is brought up to
+                    date, and what `stream` raises leaves it usable
 
     Raises UsageError when a value cannot be used, the prompt does not fit the model's context, or
     the model does not generate; UnicodeEncodeError for a prompt that is no text.
@@ -95,7 +123,7 @@ def generate(
         if seed is not None:
             torch.manual_seed(seed)
         begin = time.perf_counter()
-        run(model, batch, settings, pieces)
+        run(model, batch, settings, pieces, memory or Memory(room=1))
         end = time.perf_counter()
     first = pieces.first if pieces.first is not None else end
     return Generation("".join(pieces.given), len(ids), pieces.new, first - begin, end - first)
@@ -179,13 +207,51 @@ def _is_simple(config: GenerationConfig) -> bool:
     )
 
 
-def _by_model(model: Any, ids: torch.Tensor, config: GenerationConfig, streamer: "_Pieces") -> None:
-    mask = torch.ones_like(ids)
-    model.generate(ids, attention_mask=mask, generation_config=config, streamer=streamer)
+def _by_model(
+    model: Any, ids: torch.Tensor, config: GenerationConfig, streamer: "_Pieces", memory: Memory
+) -> None:
+    """model.generate; a memory's cache is used if this text is what it has read, and more."""
+    given: list[int] = ids[0].tolist()
+    goes_on = memory.ids and memory.read_of(given) == len(memory.ids)
+    held = memory.state if goes_on and not isinstance(memory.state, Decoder) else {}
+    memory.ids, memory.state = [], {}  # a cache that is being written is none
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=config,
+        streamer=streamer,
+        return_dict_in_generate=True,
+        **held,
+    )
+    kept = cache_of(out) if isinstance(out, Mapping) else {}
+    for cache in kept.values():
+        layers = getattr(cache, "layers", ())
+        if layers and all(hasattr(layer, "keys") for layer in layers):  # which say what they read
+            read = cache.get_seq_length()
+            memory.ids, memory.state = out.sequences[0, :read].tolist(), kept
+
+
+def _decoder_of(model: Any, ids: torch.Tensor, capacity: int, memory: Memory) -> Decoder:
+    """A decoder that has read `ids`: that of the memory where it has room, or one that has more."""
+    given: list[int] = ids[0].tolist()
+    decoder, same = memory.state, memory.read_of(given)
+    few = len(given) - same <= FEW_TOKENS
+    if not (isinstance(decoder, Decoder) and decoder.capacity >= capacity and few):
+        memory.ids, memory.state = [], {}
+        capacity = min(max_positions(model.config), memory.room * capacity)
+        made = Decoder(model, ids, capacity)
+        memory.ids, memory.state = given, made
+        return made
+    del memory.ids[same:]
+    decoder.position.fill_(same)  # what was read after it is written over
+    for token in given[same:]:
+        decoder.step(torch.tensor([token]))
+        memory.ids.append(token)
+    return decoder
 
 
 def _by_decoder(
-    model: Any, ids: torch.Tensor, config: GenerationConfig, streamer: "_Pieces"
+    model: Any, ids: torch.Tensor, config: GenerationConfig, streamer: "_Pieces", memory: Memory
 ) -> None:
     """What model.generate does with such a config, by ternarize.runtime.decode: the same tokens."""
     warpers: list[Any] = []
@@ -199,7 +265,7 @@ def _by_decoder(
     end = config.eos_token_id
     ends = end if isinstance(end, list) else [end]
     streamer.put(ids)
-    decoder = Decoder(model, ids, ids.shape[1] + config.max_new_tokens)
+    decoder = _decoder_of(model, ids, ids.shape[1] + config.max_new_tokens, memory)
     for left in range(config.max_new_tokens, 0, -1):
         scores = decoder.logits.to(torch.float32)
         for warper in warpers:
@@ -212,6 +278,7 @@ def _by_decoder(
         if left == 1 or token.item() in ends:
             break
         decoder.step(token)
+        memory.ids.append(int(token))
     streamer.end()
 
 
@@ -266,8 +333,12 @@ class _Pieces(BaseStreamer):
         return text
 
 
-def _encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
+def _encode(tokenizer: Any, prompt: str | Sequence[Mapping[str, str]], chat: bool) -> list[int]:
     """Token ids of a prompt, with what the tokenizer or its chat template puts around it."""
+    if not isinstance(prompt, str):
+        for message in prompt:
+            message["content"].encode("utf-8")
+        return encode_chat(tokenizer, list(prompt))
     prompt.encode("utf-8")  # raises where it is no text, which tokenizers do in their own words
     ids: list[int] = (
         encode_chat(tokenizer, [{"role": "user", "content": prompt}])
@@ -283,7 +354,7 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
 
 def encode_chat(
     tokenizer: Any,
-    messages: list[dict[str, Any]],
+    messages: Sequence[Mapping[str, Any]],
     where: object = "chat",
     remedy: str = "Generate without --chat",
 ) -> list[int]:

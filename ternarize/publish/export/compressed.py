@@ -42,9 +42,9 @@ def compressed_contents(
     kind   of integers: "int2" or "int4"
     dtype  of scales and of kept floating-point tensors; None: the model's own
 
-    The groups are the largest of 128, 64, 32 that hold every tensor exactly; larger ones are cut, each
-    piece with the same scale. Raises CheckpointError for other groups, rotated inputs, planes, ends
-    and experts that are packed in one piece, for scales that `dtype` cannot hold, and where
+    The groups are the largest of 128, 64, 32 that hold every tensor exactly; larger ones are cut,
+    each piece with the same scale. Raises CheckpointError for other groups, rotated inputs, planes,
+    packed ends, experts packed in one piece, for scales that `dtype` cannot hold, and where
     activations in int8 are on record.
     """
     if kind not in _BITS:
