@@ -2,12 +2,12 @@
 
 import signal
 
-from ternarize.threads import end_at_once, is_ours
+from ternarize.threads import ENDING, end_at_once, is_ours
 
 
 def main() -> None:
     """Entry point. Until a command runs, which ends in order, a signal ends it at once."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in ENDING:
         if is_ours(number):
             signal.signal(number, end_at_once)
     from ternarize.cli.app import app  # what it imports takes a while, too

@@ -22,6 +22,12 @@ _Result = TypeVar("_Result")
 # processors that this process may use: threads where nobody says how many
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 TICK = 0.1  # seconds that a signal may have to wait
+# what asks a program to end, where the system has it: Ctrl-C, kill, a terminal that is closed
+ENDING = tuple(
+    signal.Signals[name]
+    for name in ("SIGINT", "SIGTERM", "SIGHUP")
+    if name in signal.Signals.__members__
+)
 
 _handlers: dict[int, Any] = {}  # of the signals that are held
 _came: list[int] = []
@@ -39,7 +45,8 @@ def end_at_once(number: int, frame: FrameType | None) -> None:
 def is_ours(number: int) -> bool:
     """Whether a signal does what it does by itself, or what we have set: not what others asked for.
 
-    A shell starts programs in the background with SIGINT ignored, and means it.
+    A shell starts programs in the background with SIGINT ignored, nohup with SIGHUP, and they mean
+    it.
     """
     ours = (signal.SIG_DFL, signal.default_int_handler, end_at_once)
     return signal.getsignal(number) in ours
@@ -58,7 +65,7 @@ def restore_signals(handlers: Mapping[int, Any]) -> None:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Keep SIGINT and SIGTERM back until the end, or until `let_through`.
+    """Keep signals that end a program back until the end, or until `let_through`.
 
     Only those that have a handler in Python, and in the main thread. It can be nested.
     """
@@ -69,7 +76,7 @@ def signals_held() -> Iterator[None]:
     _raised = _ending = False
     _came.clear()
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in ENDING:
             handler = signal.getsignal(number)
             if callable(handler) and handler is not _hold:
                 _handlers[number] = handler

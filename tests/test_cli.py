@@ -32,6 +32,7 @@ from ternarize.cli.export import TARGET_NAMES
 from ternarize.plans import recipe as recipes
 from ternarize.plans.recipe import GPTQ, Calibrate, Recipe, open_recipe, read_recipe
 from ternarize.publish.export import TARGETS
+from ternarize.threads import ENDING
 from ternarize.trits.int4 import INT4
 from ternarize.trits.int8 import INT8
 from ternarize.trits.methods import METHODS
@@ -187,7 +188,7 @@ def test_debug_shows_where_an_error_came_from(tmp_path: Path) -> None:
     assert result.exit_code == 1 and type(result.exception).__name__ == "CheckpointError"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", ENDING)
 def test_a_signal_before_a_command_runs_ends_the_program_in_one_word(number: int) -> None:
     code = (
         "import os, sys; from ternarize.__main__ import main\n"
@@ -200,11 +201,11 @@ def test_a_signal_before_a_command_runs_ends_the_program_in_one_word(number: int
     assert (done.returncode, done.stderr) == (128 + number, "interrupted\n")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", ENDING)
 def test_a_signal_exits_with_128_and_its_number_and_says_how_to_go_on(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(each) for each in ENDING]
 
     def interrupt(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), number)
@@ -213,9 +214,24 @@ def test_a_signal_exits_with_128_and_its_number_and_says_how_to_go_on(
     monkeypatch.setattr("ternarize.convert.run.convert_tensor", interrupt)
     result = run("convert", source, tmp_path / "packed")
     assert result.exit_code == 128 + number
-    assert before == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    assert before == [signal.getsignal(each) for each in ENDING]
     assert "same command goes on" in result.stderr
     assert not (tmp_path / "packed").exists()
+
+
+def test_under_nohup_a_terminal_may_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+
+    def close(*_: Any, **__: Any) -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return {"measured": False, "why": "", "command": None}
+
+    monkeypatch.setattr("ternarize.convert.check.check_conversion", close)
+    try:
+        ok("convert", EXAMPLE, tmp_path / "packed")
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_names_that_the_recipe_writes_down_without_torch_are_those_of_what_it_names() -> None:

@@ -1,11 +1,14 @@
 """`ternarize train` as a command: options, what it prints and logs, signals."""
 
+import fcntl
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from importlib import import_module
@@ -14,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from test_cli import ok, run
 from test_train_run import assert_same, source_of, text_of
 
@@ -261,6 +265,35 @@ def test_signals_stop_a_training_that_then_goes_on(
     assert steps[0] > 1 and steps[-1] == 400
     convert(source, tmp_path / "whole", found)
     assert_same(output, tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed_stops_a_training_whose_state_is_kept(
+    llama: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, text = llama
+    command = [sys.executable, "-m", "ternarize", "train", str(source), str(tmp_path / "packed")]
+    command += options(text, "--steps", "4000")
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        command,
+        stdin=theirs,
+        stderr=theirs,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"},
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(theirs, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    said = b""
+    while b"step 3" not in said:  # in the bar
+        said += os.read(ours, 4096)
+    os.close(ours)
+    assert process.wait(timeout=120) == 128 + signal.SIGHUP
+    with safe_open(
+        tmp_path / "packed.partial" / ".calibration" / "training" / state.STATE, framework="pt"
+    ) as file:
+        assert 3 <= json.loads(file.metadata()["facts"])["progressed"]["step"] < 4000
+    assert not list(tmp_path.glob("*.lock"))
 
 
 def given_of(text: Path) -> dict[str, Any]:

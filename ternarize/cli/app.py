@@ -1,7 +1,7 @@
 """The program: its commands, and what all of them do about signals, errors and other libraries.
 
 Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 failed, 2 usage,
-130 interrupted, 143 terminated.
+130 interrupted, 143 terminated, 129 its terminal closed.
 """
 
 import functools
@@ -31,7 +31,7 @@ from ternarize.cli.steps import STEP_COMMANDS
 from ternarize.cli.terminal import Terminated, err, failed, interrupted
 from ternarize.cli.train import train_command
 from ternarize.cli.verify import verify_command
-from ternarize.threads import is_ours, restore_signals
+from ternarize.threads import ENDING, is_ours, restore_signals
 from ternarize.version import __version__
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -60,19 +60,33 @@ steps = typer.Typer(name="steps", help="Keep the steps of a training instead of 
 
 
 def _terminate(number: int, frame: object) -> None:
-    raise Terminated
+    raise Terminated(number)
+
+
+def _once(handler: Callable[[int, object], None]) -> Callable[[int, object], None]:
+    """A handler that acts on the first signal alone: a terminal that closes may send several."""
+    came = False
+
+    def act(number: int, frame: object) -> None:
+        nonlocal came
+        if not came:
+            came = True
+            handler(number, frame)
+
+    return act
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM are exceptions, which put in order what has begun.
+    """Inside, signals that end a program are exceptions, which put in order what has begun.
 
     torch is imported before: its C++ loses what is raised while it imports, or aborts on it.
     """
     import torch  # noqa: F401
     import transformers.modeling_utils  # noqa: F401
 
-    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _terminate}
+    handlers: dict[int, Any] = dict.fromkeys(ENDING, _once(_terminate))
+    handlers |= {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _terminate}
     before: dict[int, Any] = {}
     try:
         for number, handler in handlers.items():

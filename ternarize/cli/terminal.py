@@ -2,10 +2,11 @@
 
 import json
 import math
+import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import typer
@@ -21,13 +22,18 @@ LINE_EVERY = 60.0  # seconds between lines of progress where there is no termina
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came: as Ctrl-C, so that locks are released and what is done is kept."""
+    """SIGTERM or SIGHUP came: as Ctrl-C, so that locks are released and what is done is kept."""
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__()
+        self.number = number
 
 
 def interrupted(stop: KeyboardInterrupt, words: str) -> typer.Exit:
     """Say what is interrupted; the exit that ends the command, with the code of its signal."""
-    err.print(f"interrupted{words}", soft_wrap=True)
-    return typer.Exit(143 if isinstance(stop, Terminated) else 130)
+    with suppress(OSError):  # where nobody looks any more
+        err.print(f"interrupted{words}", soft_wrap=True)
+    return typer.Exit(128 + (stop.number if isinstance(stop, Terminated) else signal.SIGINT))
 
 
 def failed(error: Exception, as_json: bool = False, **besides: Any) -> typer.Exit:
@@ -168,5 +174,5 @@ def progress_bar(quiet: bool) -> Iterator[Progress | None]:
 
         yield update
     finally:
-        with signals_held():
+        with signals_held(), suppress(OSError):  # of a terminal that is closed
             bar.stop()
