@@ -35,6 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "steps of 1,024 tokens": {"batch": 1024},
     "steps of 16,384 tokens": {"batch": 16384},
     "adafactor": {"optimizer": "adafactor"},
+    "recomputed": {"recompute": True},
     "windows of 512": {"train_len": 512},
     "towards the text": {"objective": "text"},
 }

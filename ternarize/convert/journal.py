@@ -18,7 +18,7 @@ from ternarize.errors import OutputError
 from ternarize.files.headers import read_bytes
 from ternarize.files.outputs import write_whole
 from ternarize.plans.layout import PIECE, Plan, Shard, TensorPlan
-from ternarize.plans.recipe import BUDGETS
+from ternarize.plans.recipe import CHANGEABLE
 
 
 @dataclass
@@ -143,7 +143,7 @@ def _without_budget(identity: dict[str, Any]) -> dict[str, Any]:
     """An identity but for when its training ends."""
     recipe = dict(identity.get("recipe", {}))
     if recipe.get("train"):
-        recipe["train"] = {n: v for n, v in recipe["train"].items() if n not in BUDGETS}
+        recipe["train"] = {n: v for n, v in recipe["train"].items() if n not in CHANGEABLE}
     return {**identity, "recipe": recipe}
 
 

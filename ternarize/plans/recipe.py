@@ -65,6 +65,7 @@ GROUPS = Span(
 COUNT, STEPS = Span(1, MAX_COUNT), Span(0, MAX_COUNT, "{low} to {high} steps")
 SEEDS = Span(0, 2**32 - 1)
 BUDGETS = ("tokens", "minutes", "steps")  # the fields of Train that say when it ends
+CHANGEABLE = (*BUDGETS, "recompute")  # and all that may change while a training goes on
 DISTILL_BATCH = 1024  # tokens of a step of --distill
 
 
@@ -165,6 +166,11 @@ class Train:
         "adamw",
         "{allowed}: 8 more bytes for each trained weight, or next to none. Default: {default}.",
         ("adamw", "adafactor"),
+    )
+    recompute: bool = option(
+        False,
+        "Work activations out again in the backward pass: less memory, longer steps, the same "
+        "within rounding.",
     )
     all_weights: bool = option(
         False, "Train what is kept as well: embeddings, head, every dense matrix."

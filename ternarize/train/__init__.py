@@ -9,6 +9,7 @@ conversion writes.
     texts.py       documents of any number -> samples without end, and those that are kept apart
     sources.py     the samples of a training, for each kind of model and text
     students.py    the two models, and how their outputs are compared
+    recompute.py   blocks that run again in the backward pass, for less memory
     state.py       how far a training is, on the disk
     loop.py        samples, loss, step; looks at held-out text; what a broken run goes on from
     objectives.py  the loss of samples, by kind of model and objective

@@ -27,6 +27,7 @@ from ternarize.sources.packed import open_packed
 from ternarize.train.loop import Job, train
 from ternarize.train.objectives import first_error, held_loss, objective
 from ternarize.train.optimizer import make_optimizer
+from ternarize.train.recompute import recompute_blocks
 from ternarize.train.sources import Data, data_of
 from ternarize.train.state import Progressed
 from ternarize.train.students import Pair, make_pair, teacher_folder
@@ -91,6 +92,8 @@ def train_model(
     activations = plan.recipe.activations or "none"
     scale = "absmean" if plan.recipe.method == "absmean" else "learned"
     pair = make_pair(blocks, begun, by_name, training, scale, activations, device)
+    if training.recompute:
+        recompute_blocks(pair.student, blocks.paths)
     if training.from_scratch:
         rate = SCRATCH_RATE if training.lr is None else training.lr
         groups = parameter_groups(pair.student, rate, weight_decay=SCRATCH_DECAY)
