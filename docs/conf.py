@@ -19,6 +19,7 @@ docs/training
 docs/formats
 docs/imports
 docs/exports
+docs/serving
 docs/speed
 docs/steps
 docs/patches

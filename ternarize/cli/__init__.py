@@ -15,6 +15,7 @@ Only this room prints, and nothing imports from it; it may import from all other
     export.py           `ternarize export`
     generate.py         `ternarize generate`
     chat.py             `ternarize chat`
+    serve.py            `ternarize serve`
     bench.py            `ternarize bench`
     push.py             `ternarize push`
     recode.py           `ternarize recode`

@@ -27,6 +27,7 @@ from ternarize.cli.options import as_given, for_typer
 from ternarize.cli.patches import apply_command, diff_command
 from ternarize.cli.push import push_command
 from ternarize.cli.recode import recode_command
+from ternarize.cli.serve import serve_command
 from ternarize.cli.steps import STEP_COMMANDS
 from ternarize.cli.terminal import Terminated, err, failed, interrupted
 from ternarize.cli.train import train_command
@@ -43,6 +44,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": export_command,
     "generate": generate_command,
     "chat": chat_command,
+    "serve": serve_command,
     "bench": bench_command,
     "push": push_command,
     "recode": recode_command,
