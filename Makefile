@@ -83,7 +83,7 @@ test-oldest: $(OLDEST)/.stamp
 	HF_HUB_OFFLINE=1 PYTHONPATH=. OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(SUITE) \
 		-k "not deepseek and not compile and not two_processes and not cli_md \
 			and not fine-tuning" \
-		$(patsubst %,tests/test_%.py,cli evaluate hub load terminal)
+		$(patsubst %,tests/test_%.py,cli evaluate hub load)
 
 $(OLDEST)/.stamp: pyproject.toml constraints-oldest.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)

@@ -17,11 +17,21 @@ from ternarize.errors import SelectionError
 from ternarize.runtime.plugin import quantizer as plugin
 
 ROOT = Path(__file__).parents[1]
-# tied Conv1D, fused experts, encoder-decoder, image and text, state space
-OFTEN = ("gpt2", "mixtral", "t5", "qwen2_vl", "mamba")
-# dense, vision, audio; a subclass of nn.Linear, one expert alone, a matrix that loading cuts in
-# two, infinite buffers
-SELDOM = ("llama", "vit", "whisper", "falcon", "hunyuan_v1_moe", "molmo2", "gemma4_audio")
+# tied Conv1D, fused experts, state space
+OFTEN = ("gpt2", "mixtral", "mamba")
+# encoder-decoder, image and text; dense, vision, audio; a subclass of nn.Linear, one expert alone,
+# a matrix that loading cuts in two, infinite buffers
+SELDOM = (
+    "t5",
+    "qwen2_vl",
+    "llama",
+    "vit",
+    "whisper",
+    "falcon",
+    "hunyuan_v1_moe",
+    "molmo2",
+    "gemma4_audio",
+)
 HEADLESS = ("vit", "mamba", "gemma4_audio")  # or with a head that cannot be packed
 
 

@@ -7,6 +7,7 @@ from test_campaign_kill import campaign, needs_linux
 
 
 @needs_linux
+@pytest.mark.slow
 def test_conversions_give_the_same_bytes(tmp_path: Path) -> None:
     options = ("--repeat", "1", "--sources", "tied", "--recipes", "1", "--calibrated", "0")
     rows = campaign("determinism", tmp_path / "out.json", *options)

@@ -88,7 +88,10 @@ OPTIONS: dict[str, tuple[str | Path, ...]] = {
 RUN_A_MODEL = ["generate", "eval"]
 
 
-@pytest.mark.parametrize("command", OPTIONS)
+# those that run a model are alike
+@pytest.mark.parametrize(
+    "command", [c if c == "eval" else pytest.param(c, marks=pytest.mark.slow) for c in OPTIONS]
+)
 def test_warnings_of_other_libraries_reach_neither_stdout_nor_stderr_and_errors_do(
     packed: Path, command: str
 ) -> None:
