@@ -23,6 +23,7 @@ from ternarize.files.metadata import SCALE_SUFFIX, Record, dump_metadata, record
 from ternarize.files.outputs import write_whole
 from ternarize.plans.layout import TensorPlan
 from ternarize.qat.rounding import Form
+from ternarize.trits.base3 import BASE3
 from ternarize.trits.methods import levels
 from ternarize.trits.ternary import Ternary
 
@@ -118,6 +119,7 @@ def write_solved(
     tensors: Mapping[str, TensorPlan],
     values: Mapping[str, tuple[Tensor, ...]],
     about: Mapping[str, str],
+    ends: Mapping[str, tuple[Tensor, Tensor]] = {},  # noqa: B006
 ) -> None:
     """Write tensors as they will be stored, under the source's names, as a packed file.
 
@@ -125,6 +127,8 @@ def write_solved(
     values   parameter of the model -> its planes: ternary already where the plan says so, else one
              dense tensor
     about    what is to stand in the metadata
+    ends     heads and embeddings in 8 or 4 bits, by tensor of the source: numbers int8 (rows, cols)
+             and scales in their dtype
     """
     disk: dict[str, list[Tensor]] = {}
     for plane in range(2):
@@ -145,6 +149,12 @@ def write_solved(
         else:
             stored[name] = planes[0].to(DTYPES[plan.dtype]).contiguous()
             records[name] = Record(container.digest(stored[name]))
+    for name, (numbers, scales) in ends.items():
+        codec, group_size = tensors[name].choice.codec, tensors[name].group_size
+        stored[name] = container.encode_numbers(numbers.cpu(), codec, group_size)
+        stored[name + SCALE_SUFFIX] = scales.cpu()
+        digest = container.digest(stored[name], stored[name + SCALE_SUFFIX])
+        records[name] = tensors[name].record(digest)
     write_whole(file, save(stored, dump_metadata(records) | dict(about)))
 
 
@@ -157,16 +167,25 @@ def open_solved(file: Path) -> Checkpoint:
 
 def read_solved(packed: Checkpoint, name: str, record: Record) -> tuple[Ternary, ...]:
     """The planes of one ternary tensor of a block's file."""
-    trits, scales = (
-        packed.read(n).reshape(packed.tensors[n].shape) for n in (name, name + SCALE_SUFFIX)
-    )
-    return container.decode_planes(trits, scales, record)
+    return container.decode_planes(*_read_pair(packed, name), record)
+
+
+def read_numbers(packed: Checkpoint, name: str, record: Record) -> tuple[Tensor, Tensor]:
+    """The numbers, int8, of one tensor in 8 or 4 bits, and its scales in their dtype."""
+    return container.decode_numbers(*_read_pair(packed, name), record)
+
+
+def _read_pair(packed: Checkpoint, name: str) -> tuple[Tensor, Tensor]:
+    """A packed tensor and its scales, as they are stored."""
+    pair = (name, name + SCALE_SUFFIX)
+    stored, scales = (packed.read(n).reshape(packed.tensors[n].shape) for n in pair)
+    return stored, scales
 
 
 def read_planes(file: Path) -> dict[str, tuple[Tensor, ...]]:
     """A block's file: the planes of its tensors, float32, as the source has them.
 
-    Rotated matrices are left as they are stored.
+    Rotated matrices are left as they are stored; those in 8 or 4 bits are left out.
     """
     packed = open_solved(file)
     tensors: dict[str, tuple[Tensor, ...]] = {}
@@ -174,6 +193,8 @@ def read_planes(file: Path) -> dict[str, tuple[Tensor, ...]]:
         if record.shape is None:
             value = packed.read(name).reshape(packed.tensors[name].shape)
             tensors[name] = (value.to(torch.float32),)
+            continue
+        if record.codec != BASE3:
             continue
         dense = [t.dequantize(torch.float32) for t in read_solved(packed, name, record)]
         tensors[name] = tuple(
@@ -193,7 +214,7 @@ def sum_planes(planes: Sequence[Tensor]) -> Tensor:
 def form_of(plan: TensorPlan) -> Form:
     """How a tensor that is planned so is stored."""
     layout = plan.group_size, plan.choice.transposed, *plan.rotation
-    return Form(*layout, scale_dtype=plan.scale_dtype)
+    return Form(*layout, scale_dtype=plan.scale_dtype, codec=plan.choice.codec)
 
 
 def _exact(name: str, plan: TensorPlan, value: Tensor) -> Ternary:

@@ -176,6 +176,8 @@ def _tensor_record(
         return row
     size = max(1, tensor.info.numel)
     row["method"] = tensor.choice.codec
+    if result.calibrated and not tensor.ternary:
+        row["fitted"] = True
     if tensor.ternary:
         row["method"] = recipe.method
         if result.lossless:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ternarize.calibrate.solved import Solved, read_solved
+from ternarize.calibrate.solved import Solved, read_numbers, read_solved
 from ternarize.errors import UsageError, WeightError
+from ternarize.files import container
 from ternarize.files.checkpoint import Checkpoint, TensorInfo
 from ternarize.files.headers import DTYPE_NAMES, DTYPES, byte_view
 from ternarize.files.metadata import SCALE_SUFFIX
@@ -23,8 +24,6 @@ from ternarize.plans.layout import PIECE, TensorPlan, logical
 from ternarize.plans.lossless import exact_groups, not_lossless
 from ternarize.plans.recipe import GPTQ, WITHOUT_DATA, Recipe
 from ternarize.sources.imports.common import Imported
-from ternarize.trits.int4 import encode_int4, int4_dtype, pack_int4
-from ternarize.trits.int8 import INT8, encode_int8, int8_dtype
 from ternarize.trits.methods import METHODS, levels, with_zeros
 from ternarize.trits.planes import fit_planes, join_planes, measured, pack_planes, squared_error
 from ternarize.trits.rotation import rotate
@@ -83,7 +82,7 @@ def convert_tensor(
         if not tensor.packed:
             return _keep(source, tensor, entries, solved)
         if not tensor.ternary:
-            return _round(source, tensor, entries, device)
+            return _round(source, tensor, entries, device, solved)
         return _ternarize(source, tensor, recipe, entries, device, solved)
     except WeightError:
         raise not_finite(source, tensor.info) from None
@@ -139,20 +138,26 @@ def _cast(piece: Tensor, dtype: torch.dtype, tensor: TensorPlan) -> Tensor:
 
 
 def _round(
-    source: Checkpoint, tensor: TensorPlan, entries: _Entries, device: str
+    source: Checkpoint, tensor: TensorPlan, entries: _Entries, device: str, solved: Solved | None
 ) -> Result | Change:
-    group_size, dtype = tensor.group_size, DTYPES[tensor.scale_dtype]
-    int8 = tensor.choice.codec == INT8
-    needed, encode = (int8_dtype, encode_int8) if int8 else (int4_dtype, encode_int4)
+    group_size, dtype, codec = tensor.group_size, DTYPES[tensor.scale_dtype], tensor.choice.codec
+    needed, encode = container.ROUNDED[codec]
+    cols = max(1, tensor.shape[-1])
+    trained = None if solved is None else read_numbers(solved[0], tensor.name, solved[1])
+    if trained is not None and trained[1].dtype != dtype:
+        return Change(tensor.name, group_size, DTYPE_NAMES[trained[1].dtype])
     all_scales, error, energy = [], 0.0, 0.0
-    for weight, _, _ in _weights(source, tensor, device):
+    for weight, start, stop in _weights(source, tensor, device if trained is None else "cpu"):
+        if trained is not None:
+            q, scales = (each[start // cols : stop // cols] for each in trained)
         # a piece that float16 cannot serve: all scales of the tensor become float32
-        if needed(weight, group_size).itemsize > dtype.itemsize:
+        elif needed(weight, group_size).itemsize > dtype.itemsize:
             return Change(tensor.name, group_size, "F32")
-        q, scales = encode(weight, group_size, dtype)
+        else:
+            q, scales = encode(weight, group_size, dtype)
         parts = squared_error(weight, scaled(q, scales.double(), group_size), group_size)
         error, energy = error + parts[0], energy + parts[1]
-        entries.add(tensor.name, q if int8 else pack_int4(q, group_size))
+        entries.add(tensor.name, container.encode_numbers(q, codec, group_size))
         all_scales.append(scales.reshape(-1).cpu())
     stored = torch.cat(all_scales) if all_scales else torch.empty(0, dtype=dtype)
     entries.add(tensor.name + SCALE_SUFFIX, stored)
@@ -163,6 +168,7 @@ def _round(
         group_size,
         squared_error=error,
         energy=energy,
+        calibrated=trained is not None,
     )
 
 

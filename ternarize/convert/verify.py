@@ -8,8 +8,9 @@ What calibration has found cannot be derived again without its data, which may b
 take hours. Of such a checkpoint each tensor is compared as far as it can be:
 
     converted again   what calibration left alone: kept, int8, int4, lossless, `itf` as fallback
-    by its error      calibrated trits: sum (W - W')^2 / sum W^2 against the source's W, rotated as
-                      on record, must be the relative error on record
+    by its error      calibrated trits, and trained heads and embeddings in 8 or 4 bits:
+                      sum (W - W')^2 / sum W^2 against the source's W, rotated as on record, must be
+                      the relative error on record
     in shape alone    biases and norms that calibration has fitted
 
 The error tells any other source from the true one, since W' is fixed by its digest and the figure
@@ -156,8 +157,8 @@ def _way_to_compare(tensor: TensorPlan, record: Record, row: dict[str, Any], rec
     # what saw too few tokens is not calibrated, but may be rotated, which plain conversions are not
     if tensor.ternary and (row.get("method") == recipe.method or record.rotation[0]):
         return ERROR
-    if not tensor.packed and row.get("fitted") is True:
-        return SHAPE
+    if not tensor.ternary and row.get("fitted") is True:
+        return ERROR if tensor.packed else SHAPE
     return AGAIN
 
 
@@ -175,7 +176,7 @@ def _again(
     by_error  with the packed checkpoint in the place of what calibration has found, to measure how
               far its trits are from the weights: the figure is then the same by construction
     """
-    if by_error:
+    if by_error and tensor.ternary:
         tensor = calibrated_plan(tensor, recipe)
     if tensor.packed and record.shape is not None:
         scale = packed.tensors[tensor.name + SCALE_SUFFIX].dtype

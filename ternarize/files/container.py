@@ -17,13 +17,23 @@ from ternarize.files.headers import byte_view, read_bytes
 from ternarize.files.metadata import SCALE_SUFFIX, Record
 from ternarize.threads import THREADS, in_threads
 from ternarize.trits.base3 import BASE3, unpack, used_groups
-from ternarize.trits.int4 import INT4, dequantize_int4, int4_used
-from ternarize.trits.int8 import INT8, dequantize_int8, int8_used
+from ternarize.trits.int4 import (
+    INT4,
+    dequantize_int4,
+    encode_int4,
+    int4_dtype,
+    int4_used,
+    pack_int4,
+    unpack_int4,
+)
+from ternarize.trits.int8 import INT8, dequantize_int8, encode_int8, int8_dtype, int8_used
 from ternarize.trits.planes import join_planes, pack_planes, split_planes
 from ternarize.trits.rotation import unrotate
 from ternarize.trits.scales import scale_values, store_scales
 from ternarize.trits.ternary import Ternary
 
+# codec -> the dtype that the scales of a weight need; numbers and scales of it, without data
+ROUNDED = {INT8: (int8_dtype, encode_int8), INT4: (int4_dtype, encode_int4)}
 _CHECKED = 1 << 22  # bytes read and hashed at a time
 
 
@@ -65,6 +75,23 @@ def decode_planes(packed: Tensor, scales: Tensor, record: Record) -> tuple[Terna
         Ternary(unpack(trits, record.shape[-1], record.group_size), scale, record.group_size)
         for trits, scale in zip(matrices, values, strict=True)
     )
+
+
+def decode_numbers(packed: Tensor, scales: Tensor, record: Record) -> tuple[Tensor, Tensor]:
+    """The numbers behind stored bytes of int8 or int4, int8 (..., rows, cols), and the scales.
+
+    packed, scales, and what is raised: as of `decode`. `encode_numbers` is the inverse.
+    """
+    assert record.shape is not None and record.codec != BASE3
+    _check_scales(scales, _nonzero_groups(packed, record), record)
+    if record.codec == INT8:
+        return packed, scales
+    return unpack_int4(packed, record.shape[-1], record.group_size), scales
+
+
+def encode_numbers(numbers: Tensor, codec: str, group_size: int) -> Tensor:
+    """Numbers, int8 (..., rows, cols), as the codec int8 or int4 stores them."""
+    return numbers if codec == INT8 else pack_int4(numbers, group_size)
 
 
 def dequantize(packed: Tensor, scales: Tensor, record: Record) -> Tensor:

@@ -1,8 +1,12 @@
-"""Modules whose weights are latent: trained as they are, read as ternary ones.
+"""Modules whose weights are latent: trained as they are, read as ternary ones, or in 8 or 4 bits.
 
 A module keeps its class's ways, the names of its parameters and its hooks; its class becomes a
 subclass of itself (`qat_class`), so that an optimizer, DDP, FSDP2, PEFT and a state dict see an
 ordinary model. Learned scales are one more parameter beside each weight, `weight_log_scale`.
+
+Of a head and an embedding in 8 or 4 bits the numbers may stay, and their scales alone be trained:
+the parameter is then int8. int4 in a file has scales of either sign, and numbers -8..7; here scales
+are positive, and the numbers of a group -8..7 or -7..8.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,19 +20,24 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ternarize.errors import UsageError
+from ternarize.files.headers import DTYPES
 from ternarize.models.skeleton import is_linear
 from ternarize.qat.rounding import (
     FLOOR,
     RANGES,
     Form,
+    numbers_of,
     rounded_inputs,
     scales_of,
+    stepped,
     stored_scales,
     ternarized,
     trits_of,
 )
+from ternarize.trits.base3 import BASE3
+from ternarize.trits.int4 import INT4
 from ternarize.trits.rotation import unrotate
-from ternarize.trits.ternary import largest_of_groups
+from ternarize.trits.ternary import largest_of_groups, scaled, split_groups
 
 LOG_SCALE = "_log_scale"  # after the weight's name
 SCHEDULED = ("blend", "sharpness", "threshold")
@@ -57,7 +66,7 @@ class Qat(nn.Module):
         return _empty, self.made_of, self.__getstate__()  # type: ignore[no-untyped-call]
 
     def latent(self, name: str) -> Tensor:
-        """The trained weight, (..., rows, cols) float32.
+        """The trained weight, (..., rows, cols) float32; int8 where it is numbers that stay.
 
         Raises UsageError where it was cast: trits of other weights than those would be trained.
         """
@@ -66,7 +75,7 @@ class Qat(nn.Module):
     def _whole(self, name: str) -> Tensor:
         parameter = self._parameters[name]
         assert parameter is not None
-        if parameter.dtype != torch.float32:
+        if parameter.dtype not in (torch.float32, torch.int8):
             raise UsageError(
                 f"{type(self).__name__}.{name}",
                 f"is {str(parameter.dtype)[6:]}",
@@ -91,8 +100,26 @@ class Qat(nn.Module):
         form = self.forms[name]
         return form.turn(self.read(self.latent(name), self.scales(name), form))
 
+    def rows(self, name: str, ids: Tensor, padding: int | None = None) -> Tensor:
+        """Some rows of a matrix as a forward uses them: of those alone they are worked out.
+
+        ids      of the rows, int64 of any shape; (..., cols) is returned
+        padding  the one that gets no gradient
+        """
+        form = self.forms[name]
+        latent = F.embedding(ids, self.latent(name), padding)
+        if form.scale == "learned":  # its logarithms are looked up, the rest is theirs alone
+            log_scale = self._whole(name + LOG_SCALE)
+            some = F.embedding(ids, log_scale) if log_scale.shape[-2] > 1 else log_scale
+            return self.read(latent, stored_scales(some.exp(), form.scale_dtype), form)
+        scales = self.scales(name)
+        scales = F.embedding(ids, scales) if scales.shape[-2] > 1 else scales
+        return self.read(latent, scales, form)
+
     def read(self, latent: Tensor, scales: Tensor, form: Form) -> Tensor:
         """Latent rows as a forward uses them: (..., rows, cols)."""
+        if form.codec != BASE3:
+            return stepped(latent, scales, form, self.compute_dtype)
         scalars = self.blend, self.sharpness if self.training else None, self.threshold
         if not form.block:
             return ternarized(latent, scales, form, *scalars, dtype=self.compute_dtype)
@@ -105,6 +132,30 @@ class Qat(nn.Module):
         with torch.no_grad():
             form, latent, scales = self.forms[name], self.latent(name), self.scales(name)
             return trits_of(latent, scales, form.group_size, self.threshold), scales
+
+    @torch.no_grad()
+    def numbers_and_scales(self, name: str) -> tuple[Tensor, Tensor]:
+        """The same of a matrix in 8 or 4 bits, as the file has them: zeros alone have scale 0."""
+        form, scales = self.forms[name], self.scales(name)
+        numbers = numbers_of(self.latent(name), scales, form)
+        groups = split_groups(numbers, form.group_size)
+        scales = scales * groups.ne(0).any(-1)
+        if form.codec == INT4:
+            side = torch.where((groups == 8).any(-1), -1, 1)
+            scales, groups = scales * side, groups * side.to(torch.int8).unsqueeze(-1)
+        numbers = groups.flatten(-2)[..., : numbers.shape[-1]].contiguous()
+        return numbers, scales.to(DTYPES[form.scale_dtype])
+
+    def set_numbers(self, name: str, numbers: Tensor, scales: Tensor) -> None:
+        """Put numbers and scales as in a file in the place of a weight in 8 or 4 bits.
+
+        A latent weight becomes what they stand for; numbers that stay, the numbers.
+        """
+        form, wide = self.forms[name], scales.to(torch.float32)
+        weight = scaled(numbers, wide.sign().to(torch.int8), form.group_size)
+        if self.latent(name).dtype != torch.int8:
+            weight = scaled(weight, wide.abs(), form.group_size)
+        self.put(name, form.turn(weight), wide.abs())
 
     def set_stored(self, name: str, stored: Tensor) -> None:
         """Put s t, in the parameter's orientation and the space of the file, in the weight's place.
@@ -122,22 +173,25 @@ class Qat(nn.Module):
     def put(self, name: str, weight: Tensor, scales: Tensor, *, learning: bool = True) -> None:
         """Put a latent weight in, and its scales where they are parameters: in all that share it.
 
-        weight    in the parameter's shape, in the space of the file
+        weight    in the parameter's shape, in the space of the file; int8: numbers that stay
         scales    (..., rows, groups); where some are beyond the dtype that the file was to have, it
                   gets a wider one
         learning  whether new scales are trained
         """
         before, log_scale = self._parameters[name], self._parameters.get(name + LOG_SCALE)
         assert before is not None
-        wide, scales = (t.to(before.device, torch.float32) for t in (weight, scales))
+        scales = scales.to(before.device, torch.float32)
+        dtype = torch.int8 if weight.dtype == torch.int8 else torch.float32
+        wide = weight.to(before.device, dtype)
         used = scales > 0  # a group of zeros alone gets a usual scale, by which it can leave them
         usual = scales.sum() / used.sum().clamp(min=1) if bool(used.any()) else scales.new_ones(())
         scales = torch.where(used, scales, usual).clamp(min=FLOOR)
         latent = before
-        if before.dtype == torch.float32 and before.requires_grad:
+        if before.dtype == dtype and (before.requires_grad or dtype == torch.int8):
             before.copy_(wide)
         else:
-            latent = nn.Parameter(wide.clone(memory_format=torch.contiguous_format))
+            wide = wide.clone(memory_format=torch.contiguous_format)
+            latent = nn.Parameter(wide, requires_grad=dtype == torch.float32)
         if log_scale is None:
             log_scale = nn.Parameter(scales.log(), requires_grad=learning)
         else:
@@ -155,7 +209,7 @@ class Qat(nn.Module):
     def extra_repr(self) -> str:
         inherited = super().extra_repr()
         forms = ", ".join(
-            f"{n}: {f.scale} in groups of {f.group_size}" for n, f in self.forms.items()
+            f"{n}: {f.codec}, {f.scale} in groups of {f.group_size}" for n, f in self.forms.items()
         )
         return f"{inherited}, {forms}, activations={self.activations}"
 
@@ -179,11 +233,8 @@ class QatEmbedding(Qat):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        table, scales = self._whole("weight"), self.scales("weight")
-        rows = F.embedding(input, table, self.padding_idx)  # type: ignore[arg-type]
-        if scales.shape[-2] > 1:
-            scales = F.embedding(input, scales)
-        weight = self.read(rows, scales, self.forms["weight"])
+        padding: Any = self.padding_idx
+        weight = self.rows("weight", input, padding)
         scale = getattr(self, "embed_scale", None)
         if scale is None:
             return weight

@@ -192,6 +192,28 @@ def begin(model: nn.Module, name: str, weight: Tensor, stored: Tensor | None = N
     module.put(leaf, form.turn(wide), scales)
 
 
+def begin_numbers(
+    model: nn.Module, name: str, numbers: Tensor, scales: Tensor, weight: Tensor | None = None
+) -> None:
+    """Put the numbers of a weight in 8 or 4 bits in, and its scales, which are learned.
+
+    name     of the parameter, whose module is a latent one
+    numbers  int8 (rows, cols), and scales (rows, groups) of either sign, as in a file
+    weight   dense, in the parameter's shape: becomes a latent one, moved to where it rounds to the
+             numbers; None: the numbers stay
+    """
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    assert isinstance(module, Qat)
+    form, size = module.forms[leaf], scales.to(torch.float32).abs()
+    sided = scaled(numbers, scales.sign().to(torch.int8), form.group_size)
+    if weight is not None:
+        wide = form.turn(weight.detach().to(torch.float32))
+        level = spread_scales(size, wide.shape[-1], form.group_size).clamp(min=FLOOR)
+        sided = level * (sided + (wide / level - sided).clamp(-MARGIN, MARGIN))
+    module.put(leaf, form.turn(sided), size)
+
+
 def _chosen(model: nn.Module, recipe: Recipe) -> dict[str, bool]:
     """What a conversion would make ternary: parameter of the model -> whether it is transposed."""
     own = dict(model.named_parameters(remove_duplicate=False))

@@ -1,4 +1,4 @@
-"""A latent weight V read as a ternary one, with gradients.
+"""A latent weight V read as a ternary one, or one of 8 or 4 bits, with gradients.
 
     forward    W' = s t,      t = sign(V) where |V| > s / 2, else 0
     backward   d W'/d V = 1,  d W'/d s = t - (V / s where |V / s| < 1.5, else 0)
@@ -14,6 +14,10 @@ the same. What else there is:
     blend b     W = (1 - b) V + b W', from a dense model (b = 0) to a ternary one (b = 1)
     threshold h t = sign(V) where |V| > h s, for a share of zeros of one's own; else 1/2
 
+In 8 or 4 bits (`stepped`) W' = s q with q = clip(round(V / s), low, high); d W'/d V = 1 and
+d W'/d s = q - V / s, but 0 and q where V / s is beyond low or high. Where q are numbers that stay,
+d W'/d s = q.
+
 Sources: straight-through, https://arxiv.org/abs/1308.3432; learned step sizes, LSQ,
 https://arxiv.org/abs/1902.08153, eq. 3; absmean scales, BitNet b1.58,
 https://arxiv.org/abs/2402.17764, eq. 1-3; least-squares scales, ternary weight networks,
@@ -26,6 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ternarize.trits.base3 import BASE3
+from ternarize.trits.int8 import INT8
 from ternarize.trits.rotation import unrotate
 from ternarize.trits.ternary import split_groups
 
@@ -51,6 +57,7 @@ class Form:
     scale       where the scale comes from: SCALE_RULES
     estimator   of the gradient: ESTIMATORS
     scale_dtype of the file: "F16", "F32" or "U8" (8 bits)
+    codec       "base3" (ternary); "int8" or "int4", whose scales are learned, without a rotation
     """
 
     group_size: int
@@ -60,6 +67,7 @@ class Form:
     scale: str = "learned"
     estimator: str = "clipped"
     scale_dtype: str = "F16"
+    codec: str = BASE3
 
     def turn(self, parameter: Tensor) -> Tensor:
         """Between the parameter's orientation and (..., rows, cols)."""
@@ -135,6 +143,43 @@ def ternarized(
     arguments = (latent, scales, blend, sharpness, threshold, form.group_size, clipped, dtype)
     result: Tensor = _Ternarized.apply(*arguments)  # type: ignore[no-untyped-call]
     return result
+
+
+def stepped(
+    latent: Tensor, scales: Tensor, form: Form, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """W' of a weight in 8 or 4 bits, with the gradients of the module's docstring.
+
+    latent     (..., rows, cols) float32; or int8, the numbers themselves (`numbers_of`), which stay
+    scales     (..., rows, groups) float32, positive, as stored but for their signs
+
+    Returns (..., rows, cols) of `dtype`.
+    """
+    groups, level = split_groups(latent, form.group_size), scales.unsqueeze(-1)
+    numbers = groups.to(level.dtype)
+    if latent.dtype != torch.int8:
+        inside = _clipped(groups, level, form.codec)
+        numbers = _straight(inside, inside.detach().round())
+    return (numbers * level).flatten(-2)[..., : latent.shape[-1]].to(dtype)
+
+
+def numbers_of(latent: Tensor, scales: Tensor, form: Form) -> Tensor:
+    """The numbers q that a forward of `stepped` uses, (..., rows, cols) int8."""
+    if latent.dtype == torch.int8:
+        return latent
+    groups = split_groups(latent, form.group_size)
+    inside = _clipped(groups, scales.unsqueeze(-1), form.codec)
+    return inside.round_().flatten(-2)[..., : latent.shape[-1]].to(torch.int8)
+
+
+def _clipped(groups: Tensor, level: Tensor, codec: str) -> Tensor:
+    """V / s within the numbers of a codec: of int4 there is one more on the side of the largest."""
+    if codec == INT8:
+        return (groups / level).clamp(-127, 127)
+    low, high = groups.detach().aminmax(dim=-1, keepdim=True)
+    up = high > -low
+    ratio: Tensor = (groups / level).clamp(torch.where(up, -7.0, -8.0), torch.where(up, 8.0, 7.0))
+    return ratio
 
 
 def rounded_inputs(x: Tensor) -> Tensor:

@@ -131,19 +131,26 @@ def parameter_groups(
 
     lr        of latent weights; with `relative` in units of a weight's mean scale (0.005: a trit
               takes some hundred steps of Adam), for which each weight gets a group of its own
-    scale_lr  of log-scales, None: lr / 4 with `relative`, else lr
+    scale_lr  of log-scales, None: lr / 4 with `relative`, else lr; lr where the numbers stay, of
+              which nothing else moves
     other_lr  of norms, biases and what else is trained, None: the same as of scales; with
               `relative` in units of a parameter's root mean square
     weight_decay  of latent weights (and of other matrices) until a share `decay_until` of the
               steps, as BitNet has it (a `Schedule` among the callbacks ends it, or `end_decay`);
               never of scales, norms and biases. 0 to fine-tune: it pulls towards zero trits
     """
+    alone_lr = lr if scale_lr is None else scale_lr
     scale_lr = (lr / 4 if relative else lr) if scale_lr is None else scale_lr
     other_lr = scale_lr if other_lr is None else other_lr
     latents: dict[int, float] = {}
+    alone = set[int]()
     with torch.no_grad():
         for _, module in latent_modules(model):
             for name in module.forms:
+                weight = module._parameters[name]
+                if weight is not None and not weight.is_floating_point():
+                    alone.add(id(module._parameters[name + LOG_SCALE]))
+                    continue
                 unit = float(module.scales(name).mean()) if relative else 1.0
                 latents[id(module._parameters[name])] = unit
     groups: dict[tuple[float, float], dict[str, Any]] = {}
@@ -154,7 +161,7 @@ def parameter_groups(
         if id(parameter) in latents:
             rate = lr * latents[id(parameter)]
         elif name.endswith(LOG_SCALE):
-            rate, decay = scale_lr, 0.0
+            rate, decay = alone_lr if id(parameter) in alone else scale_lr, 0.0
         else:
             unit = float(parameter.detach().float().square().mean().sqrt()) + 1e-4
             rate = other_lr * (unit if relative else 1.0)

@@ -17,6 +17,7 @@ https://doi.org/10.1109/TNN.2007.912312. Source of the loss: knowledge distillat
 https://arxiv.org/abs/1503.02531, at temperature 1.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,12 +35,15 @@ class Head:
 
     weight  (words, n), bias (words,) or None
     cap     0: none
+    rows    gives the rows of some words (ids, or None: all), where a weight is rounded whenever it
+            is used: `of` asks for them
     """
 
     weight: Tensor
     bias: Tensor | None = None
     factor: float = 1.0
     cap: float = 0.0
+    rows: Callable[[Tensor | None], Tensor] | None = None
 
     def logits(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
         """(tokens, n) -> (tokens, words) float32; products in `dtype`."""
@@ -57,10 +61,12 @@ class Head:
 
     def of(self, words: "Words") -> "Head":
         """The head for some words alone."""
-        if words.ids is None:
+        if words.ids is None and self.rows is None:
             return self
-        bias = None if self.bias is None else self.bias[words.ids]
-        return Head(self.weight[words.ids], bias, self.factor, self.cap)
+        some = slice(None) if words.ids is None else words.ids
+        bias = None if self.bias is None else self.bias[some]
+        weight = self.weight[some] if self.rows is None else self.rows(words.ids)
+        return Head(weight, bias, self.factor, self.cap)
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,8 @@ class _InPieces(torch.autograd.Function):
         student, teacher = heads
         loss, same = hidden.new_zeros((), dtype=torch.float64), 0
         of_hidden = torch.empty_like(hidden)
-        of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        wide = torch.float32  # in which gradients of 16-bit rows are added up, too
+        of_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         of_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         count = max(1, len(hidden))
         for start in range(0, len(hidden), _PIECE):

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ternarize.calibrate.blocks import Blocks
 from ternarize.calibrate.pipeline import Calibrated, environments_of, quality_of
-from ternarize.calibrate.solved import Solved, open_solved, read_planes, write_solved
+from ternarize.calibrate.solved import Solved, open_solved, read_numbers, read_planes, write_solved
 from ternarize.errors import UsageError
 from ternarize.files import metadata
+from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.headers import stamp
 from ternarize.files.metadata import SCALE_SUFFIX
 from ternarize.plans.layout import Plan, TensorPlan
@@ -32,6 +33,7 @@ from ternarize.train.sources import Data, data_of
 from ternarize.train.state import Progressed
 from ternarize.train.students import Pair, make_pair, teacher_folder
 from ternarize.train.texts import batch_of
+from ternarize.trits.base3 import BASE3
 from ternarize.trits.ternary import scaled
 
 _TICKS = 1000  # of progress
@@ -108,7 +110,8 @@ def train_model(
     loss = objective(pair, data.common, data.first, training.seed, data.pad, sigma)
 
     def keep(file: Path, loss: float) -> None:
-        write_solved(file, blocks, by_name, stored_of(pair), {"held": json.dumps(loss)})
+        values, ends = stored_of(pair, blocks)
+        write_solved(file, blocks, by_name, values, {"held": json.dumps(loss)}, ends)
 
     def told(step: int, done: float, figures: Mapping[str, float]) -> None:
         if progress is not None:
@@ -132,7 +135,7 @@ def train_model(
     best = open_solved(progressed.best_file(place))
     records = metadata.records_of(best)
     record = calibrated.record if calibrated else {}
-    _take_best(pair, blocks, progressed.best_file(place))
+    _take_best(pair, blocks, best)
     described = _described(progressed, data, pair) | {
         "environments": environments,
         "quality": _quality(pair, data),
@@ -152,14 +155,16 @@ def _of_packed(start: str, tensors: Sequence[TensorPlan]) -> Calibrated:
     for tensor in tensors:
         record = records.get(tensor.name)
         kind = tensor.becomes
-        if not tensor.tied_to and (record is None or record.kind != kind):
+        end = tensor.packed and not tensor.ternary
+        usable = (kind, "kept") if end else (kind,)  # what is dense is rounded from the source
+        if not tensor.tied_to and (record is None or record.kind not in usable):
             raise UsageError(
                 start,
                 f"{tensor.name} is {record.kind if record else 'not'} there",
                 f"{kind}, as it is to be",
                 "Start from a conversion of this model with the same options",
             )
-        if record is not None and record.shape is not None and tensor.ternary:
+        if record is not None and record.shape is not None and tensor.packed:
             scale = packed.tensors[tensor.name + SCALE_SUFFIX].dtype
             tensor = replace(
                 tensor,
@@ -175,17 +180,33 @@ def _of_packed(start: str, tensors: Sequence[TensorPlan]) -> Calibrated:
     return Calibrated(begun, relaid, {})
 
 
-def stored_of(pair: Pair) -> dict[str, tuple[Tensor, ...]]:
-    """What is to be stored of the student, by parameter: ternary matrices, and vectors."""
+def stored_of(
+    pair: Pair, blocks: Blocks
+) -> tuple[dict[str, tuple[Tensor, ...]], dict[str, tuple[Tensor, Tensor]]]:
+    """What is to be stored of the student.
+
+    Returns, by parameter, ternary matrices and vectors; and by tensor of the source the numbers and
+    scales of ends in 8 or 4 bits. What several parameters share is there once, as in the source.
+    """
     found: dict[str, tuple[Tensor, ...]] = {}
+    ends: dict[str, tuple[Tensor, Tensor]] = {}
+    names = {p: name for name, place in blocks.places.items() for p in place.parameters}
+    latents = set[int]()
     with torch.no_grad():
         for path, module in latent_modules(pair.student):
             for leaf, form in module.forms.items():
-                found[f"{path}.{leaf}"] = (_stored(module, leaf, form),)
+                name = f"{path}.{leaf}"
+                latents.add(id(module._parameters[leaf]))
+                if name not in names:
+                    continue
+                if form.codec == BASE3:
+                    found[name] = (_stored(module, leaf, form),)
+                else:
+                    ends[names[name]] = module.numbers_and_scales(leaf)
         for name, parameter in pair.trained().items():
-            if name not in found and not name.endswith(LOG_SCALE):
+            if id(parameter) not in latents and not name.endswith(LOG_SCALE):
                 found[name] = (parameter.detach().clone(),)
-    return found
+    return found, ends
 
 
 def _stored(module: Any, leaf: str, form: Form) -> Tensor:
@@ -203,15 +224,20 @@ def _known(data: Data, pair: Pair, device: str, training: Train) -> dict[str, An
     return {**data.about, **models, "device": device, "computed_in": str(pair.dtype)[6:]}
 
 
-def _take_best(pair: Pair, blocks: Blocks, best: Path) -> None:
+def _take_best(pair: Pair, blocks: Blocks, best: Checkpoint) -> None:
     """Put the best state into the student, for its figures."""
-    values = read_planes(best)
+    (file,) = best.files
+    values = read_planes(best.directory / file)
     own = dict(pair.student.named_parameters(remove_duplicate=False))
     forms = {
         f"{path}.{leaf}": (module, leaf)
         for path, module in latent_modules(pair.student)
         for leaf in module.forms
     }
+    for name, record in metadata.records_of(best).items():
+        if record.shape is not None and record.codec != BASE3:
+            module, leaf = forms[blocks.places[name].parameters[0]]
+            module.set_numbers(leaf, *read_numbers(best, name, record))
     with torch.no_grad():
         for name, value in blocks.as_parameters({n: p[0] for n, p in values.items()}).items():
             if name in forms:

@@ -4,10 +4,15 @@ Both are loaded by transformers from the source. What the student does not train
 teacher: an embedding of 168 million weights is in memory once. The teacher's matrices stay in the
 dtype of the source and are widened when they are used; a processor without fast 16-bit products
 computes in float32, all others in bfloat16.
+
+Of a head and an embedding that will be in 8 or 4 bits the student has the numbers, and learns their
+scales; with all weights, latent weights as of ternary matrices. Whatever it is, a latent head or
+embedding is rounded in the rows that a step looks up, and in the words that its loss looks at.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,24 +21,22 @@ import transformers
 from torch import Tensor, nn
 
 from ternarize.calibrate.blocks import Blocks
-from ternarize.calibrate.solved import Solved, read_solved, sum_planes
+from ternarize.calibrate.solved import Solved, form_of, read_numbers, read_solved, sum_planes
 from ternarize.errors import CheckpointError, UsageError
 from ternarize.files.checkpoint import Checkpoint
-from ternarize.files.headers import DTYPES
+from ternarize.files.container import ROUNDED
 from ternarize.models.configuration import open_config, usable
 from ternarize.models.reads import CAUSAL, kind_of, vocabulary_size
 from ternarize.models.skeleton import model_end
 from ternarize.plans.layout import TensorPlan, logical
 from ternarize.plans.recipe import Train
 from ternarize.qat.modules import Qat, latent_modules
-from ternarize.qat.prepare import begin, insert
+from ternarize.qat.prepare import begin, begin_numbers, insert
 from ternarize.qat.rounding import Form
 from ternarize.sources.checkpoint import locate
-from ternarize.train.losses import Head
-from ternarize.trits.int4 import INT4, encode_int4
-from ternarize.trits.int8 import INT8, encode_int8
+from ternarize.train.losses import Head, Words
+from ternarize.trits.base3 import BASE3
 from ternarize.trits.rotation import unrotate
-from ternarize.trits.ternary import scaled
 
 CLOSE = 1e-3  # of logits from hidden states, relative to their size, in float32
 
@@ -114,14 +117,8 @@ def make_pair(
         teacher = open_model(teacher_folder(directory, training), device)
         if training.teacher is None:
             _share(student, teacher)
-    _make_ternary(student, blocks, begun, tensors, scale, activations, dtype)
-    rounded = {
-        parameter
-        for name, plan in tensors.items()
-        if plan.packed and not plan.ternary
-        for parameter in blocks.places[name].parameters
-    }
-    _choose_trained(student, training.all_weights, rounded)
+    _make_latent(student, blocks, begun, tensors, scale, activations, dtype, training.all_weights)
+    _choose_trained(student, training.all_weights)
     for model in (student, teacher):
         if model is not None:
             widen(model, dtype)
@@ -167,7 +164,7 @@ def _share(student: Any, teacher: Any) -> None:
         parameter.data = theirs[name].data
 
 
-def _make_ternary(
+def _make_latent(
     student: Any,
     blocks: Blocks,
     begun: Mapping[str, Solved],
@@ -175,26 +172,33 @@ def _make_ternary(
     scale: str,
     activations: str,
     dtype: torch.dtype,
+    all_weights: bool,
 ) -> None:
     """Give the student latent weights, and the others the values that they will have."""
-    ternary = {n: t for n, t in tensors.items() if t.ternary and not t.tied_to and t.planes == 1}
-    stored, dense = _values(blocks, begun, tensors, ternary)
-    forms: dict[str, Form] = {}
-    for name, plan in ternary.items():
-        for parameter in blocks.places[name].parameters:
-            forms[parameter] = Form(
-                plan.group_size,
-                plan.choice.transposed,
-                *plan.rotation,
-                scale=scale,
-                estimator="ste" if scale == "absmean" else "clipped",
-                scale_dtype=plan.scale_dtype,
-            )
+    packed = {n: t for n, t in tensors.items() if t.packed and not t.tied_to and t.planes == 1}
+    ternary = {name: plan for name, plan in packed.items() if plan.ternary}
+    stored, dense = _values(blocks, begun, ternary)
     own = dict(student.named_parameters(remove_duplicate=False))
+    estimator = "ste" if scale == "absmean" else "clipped"
+    forms: dict[str, Form] = {}
+    begins: dict[str, TensorPlan] = {}
+    tied: dict[int, list[str]] = {}
+    for name, parameter in own.items():
+        tied.setdefault(id(parameter), []).append(name)
+    for plan in packed.values():
+        form = replace(form_of(plan), estimator=estimator)
+        form = replace(form, scale=scale) if plan.ternary else form
+        for name in blocks.places[plan.name].parameters:
+            begins[name] = plan
+            forms |= dict.fromkeys(tied[id(own[name])], form)
     insert(student, forms, activations)
-    for name in forms:
+    for name, plan in begins.items():
         weight = own[name].detach()
-        begin(student, name, weight, stored=stored.get(name))
+        if plan.ternary:
+            begin(student, name, weight, stored=stored.get(name))
+        else:
+            numbers = _numbers_of_end(blocks.source, plan, begun.get(plan.name))
+            begin_numbers(student, name, *numbers, weight if all_weights else None)
     for name, value in dense.items():
         own[name].data = value.to(own[name].device)
     for _, module in latent_modules(student):
@@ -202,15 +206,12 @@ def _make_ternary(
 
 
 def _values(
-    blocks: Blocks,
-    begun: Mapping[str, Solved],
-    tensors: Mapping[str, TensorPlan],
-    ternary: Mapping[str, TensorPlan],
+    blocks: Blocks, begun: Mapping[str, Solved], ternary: Mapping[str, TensorPlan]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """By parameter, in its orientation: s t of what is trained, and what the others are.
 
-    s t is in the space of the file; others are what the model multiplies by: sums of planes, ends
-    rounded to 8 or 4 bits, vectors that were fitted.
+    s t is in the space of the file; others are what the model multiplies by: sums of planes,
+    vectors that were fitted.
     """
     stored: dict[str, Tensor] = {}
     dense: dict[str, Tensor] = {}
@@ -218,40 +219,47 @@ def _values(
         if record.shape is None:
             dense[name] = packed.read(name).reshape(packed.tensors[name].shape).to(torch.float32)
             continue
+        if record.codec != BASE3:
+            continue
         planes = [t.dequantize(torch.float32) for t in read_solved(packed, name, record)]
         total = sum_planes(planes)
         if name not in ternary and record.rotation[0]:
             total = unrotate(total, *record.rotation)
         turned = total.transpose(-1, -2).contiguous() if record.transposed else total
         (stored if name in ternary else dense)[name] = turned
-    for name, plan in tensors.items():
-        if plan.packed and not plan.ternary and not plan.tied_to:
-            dense[name] = _rounded_end(blocks.source, plan)
     return blocks.as_parameters(stored), blocks.as_parameters(dense)
 
 
-def _rounded_end(source: Checkpoint, plan: TensorPlan) -> Tensor:
-    """A head or embedding as it will be when it is rounded to 8 or 4 bits."""
-    encode = {INT8: encode_int8, INT4: encode_int4}[plan.choice.codec]
-    whole = source.read(plan.name, 0, plan.info.numel)
-    numbers, scales = encode(logical(whole, plan), plan.group_size, DTYPES[plan.scale_dtype])
-    weight = scaled(numbers, scales.to(torch.float32), plan.group_size)
-    weight = weight.t() if plan.choice.transposed else weight
-    return weight.reshape(plan.info.shape).contiguous()
+def _numbers_of_end(
+    source: Checkpoint, plan: TensorPlan, begun: Solved | None
+) -> tuple[Tensor, Tensor]:
+    """The numbers of a head or embedding in 8 or 4 bits, int8 (rows, cols), and its scales.
 
-
-def _choose_trained(student: Any, all_weights: bool, rounded: set[str]) -> None:
-    """Latent weights, scales and vectors are trained, in float32; other matrices if asked for.
-
-    rounded  parameters that will be in 8 or 4 bits: they stay
+    Those that it has got before, or what a conversion makes of the source.
     """
+    if begun is not None:
+        return read_numbers(begun[0], plan.name, begun[1])
+    needed, encode = ROUNDED[plan.choice.codec]
+    dtype = torch.float16
+
+    def pieces() -> Iterator[Tensor]:
+        return (logical(source.read(plan.name, *piece), plan) for piece in plan.pieces())
+
+    for piece in pieces():
+        dtype = torch.promote_types(dtype, needed(piece, plan.group_size))
+    parts = [encode(piece, plan.group_size, dtype) for piece in pieces()]
+    return torch.cat([q for q, _ in parts]), torch.cat([scales for _, scales in parts])
+
+
+def _choose_trained(student: Any, all_weights: bool) -> None:
+    """Latent weights, scales and vectors are trained, in float32; other matrices if asked for."""
     latents = {
         id(module._parameters[leaf])
         for _, module in latent_modules(student)
         for leaf in module.forms
     }
     for name, parameter in student.named_parameters():
-        if not parameter.is_floating_point() or name in rounded:
+        if not parameter.is_floating_point():
             continue
         if all_weights or parameter.ndim == 1 or id(parameter) in latents or "_log_scale" in name:
             parameter.data = parameter.data.to(torch.float32, copy=True)
@@ -314,14 +322,20 @@ def _heads(pair: Pair) -> tuple[Head, Head] | None:
         cap = getattr(config, "final_logit_softcapping", None) or 0.0
         weight = module._parameters["weight"]
         assert weight is not None
-        head = Head(weight, module.bias, float(factor), float(cap))
+        rows = partial(_rows_of, module) if isinstance(module, Qat) else None
+        head = Head(weight, module.bias, float(factor), float(cap), rows)
         ids = torch.arange(8, device=weight.device)[None] % max(1, pair.vocabulary)
         with torch.no_grad(), pair.autocast():
             whole = model(input_ids=ids, use_cache=False).logits[0].float()
-            pieces = head.logits(pair.hidden(model, {"input_ids": ids})[0], pair.dtype)
+            pieces = head.of(Words()).logits(pair.hidden(model, {"input_ids": ids})[0], pair.dtype)
         size = float(whole.abs().max())
         loose = CLOSE if pair.dtype == torch.float32 else 0.05
         if not torch.allclose(whole, pieces, atol=loose * size, rtol=0):
             return None
         found.append(head)
     return found[0], found[1]
+
+
+def _rows_of(head: Qat, ids: Tensor | None) -> Tensor:
+    """The rows of a latent head for some words, or for all."""
+    return head.rounded("weight") if ids is None else head.rows("weight", ids)
