@@ -95,6 +95,28 @@ def assert_measured(directory: Path, seen: Seen) -> None:
             assert float((ours - measured).abs().max() / measured.abs().max()) < 1e-4
 
 
+def test_the_last_samples_go_through_the_head_one_batch_after_the_other(
+    llama: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits are large: those of one batch, of both streams, are there at a time."""
+    heads = list[int]()
+
+    class Counted(run.Calibration):
+        def run(self) -> Iterator[tuple[int, Any, Any]]:
+            model: Any = self.blocks.model
+            runs = list[int]()
+            model.lm_head.register_forward_hook(lambda *_: runs.append(1))
+            for result in super().run():
+                heads.append(len(runs))
+                yield result
+
+    monkeypatch.setattr(pipeline, "Calibration", Counted)
+    monkeypatch.setattr(pipeline, "TOKENS_IN_BATCH", 1)
+    source, data = llama
+    convert(source, tmp_path / "packed", calibrating.recipe(data))
+    assert heads == [2 * (batch + 1) for batch in range(len(heads))] and len(heads) > 1
+
+
 def ternary_rows(record: dict[str, Any]) -> dict[str, Any]:
     return {n: row for n, row in record["tensors"].items() if row["becomes"] == "ternary"}
 
