@@ -6,8 +6,8 @@ With t the trits and s their scales, b bits:
     low bits, as t + 2^(b - 1);  <x>.weight_scale [rows, cols / group] = s;
     <x>.weight_shape I64 [2]
 
-vLLM reads it without a plug-in, 2 bits on CUDA alone, 4 bits also on CPUs with AVX-512, and holds the
-scales in the dtype that it runs the model in. https://github.com/vllm-project/compressed-tensors
+vLLM reads it without a plug-in, 2 bits on CUDA alone, 4 bits also on CPUs with AVX-512; it holds
+the scales in the dtype that it runs the model in. https://github.com/vllm-project/compressed-tensors
 """
 
 from functools import lru_cache
