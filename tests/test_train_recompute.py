@@ -1,4 +1,4 @@
-"""Blocks that run again in the backward pass: the same gradients from less memory."""
+"""The memory of a training: what a plan says of it, and blocks that run again for less of it."""
 
 import copy
 import dataclasses
@@ -13,10 +13,16 @@ from test_train_run import recipe_of, source_of, text_of
 from torch import Tensor, nn
 
 from ternarize import qat
+from ternarize.calibrate.blocks import Blocks
 from ternarize.calibrate.lanes import hidden_of
 from ternarize.convert.run import convert
 from ternarize.errors import UsageError
+from ternarize.plans.plan import make_plan
+from ternarize.train.objectives import objective
+from ternarize.train.optimizer import make_optimizer
 from ternarize.train.recompute import recompute_blocks
+from ternarize.train.run import open_training
+from ternarize.train.students import make_pair
 
 
 def gradients(model: Any, inputs: dict[str, Tensor]) -> tuple[list[Tensor], int]:
@@ -106,6 +112,34 @@ def test_a_training_that_was_broken_off_may_go_on_with_less_memory(
     assert wrapped == ["model.layers.0", "model.layers.1"]
     one, other = (tmp_path / name / "model.safetensors" for name in ("packed", "whole"))
     assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"optimizer": "adafactor"}, {"objective": "text"}, {"all_weights": True}],
+    ids=str,
+)
+def test_a_plan_says_what_a_training_will_hold(options: dict[str, Any], tmp_path: Path) -> None:
+    source = source_of("llama", tmp_path / "source", torch.bfloat16)
+    text = text_of(tmp_path / "text.txt", 60)
+    plan = make_plan(source, recipe_of(text, group_size=-1, **options))
+    training = plan.recipe.training
+    assert training is not None
+    data = open_training(plan)
+    blocks = Blocks(plan.source, [t.name for t in plan.tensors if t.ternary])
+    tensors = {t.name: t for t in plan.tensors}
+    pair = make_pair(blocks, {}, tensors, training, "learned", "none", "cpu")
+    groups = [{"params": list(pair.trained().values()), "lr": 1e-3}]
+    optimizer = make_optimizer(groups, training.optimizer)
+    loss, _ = objective(pair, data.common, 1, 0, 0, 1.0)(data.held[:4])
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    models = [model for model in (pair.student, pair.teacher) if model is not None]
+    held = [parameter for model in models for parameter in model.parameters()]
+    held += [p.grad for p in pair.trained().values() if p.grad is not None]
+    held += [v for own in optimizer.state.values() for v in own.values() if isinstance(v, Tensor)]
+    storages = {s.data_ptr(): s.nbytes() for s in (each.untyped_storage() for each in held)}
+    assert sum(storages.values()) == pytest.approx(plan.train_memory(), rel=0.04)
 
 
 def test_a_model_without_blocks_is_refused() -> None:

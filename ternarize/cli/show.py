@@ -174,13 +174,16 @@ def show_plan(table: dict[str, Any], with_recipe: bool) -> None:
     ratio = table["source_bytes"] / max(1, table["packed_bytes"])
     calibrate = table["recipe"]["calibrate"]
     besides = " (calibration takes more)" if calibrate else ""
+    training = ""
+    if table["train_memory_bytes"]:
+        training = f"{in_bytes(table['train_memory_bytes'])} beside activations to train, "
     source, packed, converting, loading = (
         in_bytes(table[f"{name}_bytes"])
         for name in ("source", "packed", "convert_memory", "load_memory")
     )
     out.print(
         f"{source} -> {packed} ({ratio:.2f} times smaller); memory: about {converting} to "
-        f"convert{besides}, {loading} to load"
+        f"convert{besides}, {training}{loading} to load"
     )
     if with_recipe:
         out.print(f"recipe: {shown(_options(table['recipe']))}", soft_wrap=True)

@@ -227,6 +227,26 @@ class Plan:
         dense = max((math.prod(t.shape[-2:]) * 4 for t in whole), default=0)
         return self.packed_bytes() + dense
 
+    def train_memory(self) -> int:
+        """What a training of the whole model holds beside activations, bytes by count; 0: none.
+
+        Of all that is trained a weight in float32, its gradient, and with adamw two moments; of the
+        source what is stored of the rest, and of all of it where it is the teacher. (Scales, and
+        a teacher of its own, are not counted.)
+        """
+        training = self.recipe.training
+        if training is None:
+            return 0
+        trained = [
+            t.info
+            for t in self.tensors
+            if (t.ternary and t.planes == 1) or len(t.shape) == 1 or training.all_weights
+            if not t.tied_to
+        ]
+        each = 16 if training.optimizer == "adamw" else 8
+        shared = 0 if training.objective == "distill" else sum(info.nbytes for info in trained)
+        return each * sum(info.numel for info in trained) + self.source.stored_bytes - shared
+
     def remarks(self) -> list[str]:
         """The notes, and in a last one what is left out of the source's folder."""
         left = [name for name in self.left_out if name != "README.md"]  # cards are written anew
@@ -242,6 +262,7 @@ class Plan:
             "packed_bytes": self.packed_bytes(),
             "convert_memory_bytes": self.convert_memory(),
             "load_memory_bytes": self.load_memory(),
+            "train_memory_bytes": self.train_memory(),
             "notes": self.notes,
             "missing": self.missing,
             "copied": self.copied,
