@@ -34,7 +34,8 @@ class Child:
         if self.process is None:
             context = multiprocessing.get_context("fork")
             self.pipe, other = context.Pipe()
-            self.process = context.Process(target=self.work, args=(other, self.given))
+            # a daemon: a failure of ours does not wait for it
+            self.process = context.Process(target=self.work, args=(other, self.given), daemon=True)
             self.process.start()
             other.close()
         try:
