@@ -1,7 +1,7 @@
 """What rounding the output head and the token embedding alone costs a language model.
 
-    python benchmarks/quality_ends.py MODEL TEXT [--only NAME ...] [--seq-len N] [--max-tokens N]
-        [--sizes] [--json OUT.json]
+    python benchmarks/quality_ends.py MODEL TEXT [--calibrate TEXT] [--only NAME ...] [--seq-len N]
+        [--max-tokens N] [--sizes] [--json OUT.json]
     python benchmarks/quality_ends.py MODEL --errors
 
 MODEL is a checkpoint in which the two are tied, with its tokenizer; TEXT a file whose documents
@@ -9,10 +9,15 @@ stand apart by lines `<|doc|>`. Nothing else of the model is rounded, in float32
 tensor is encoded and decoded as a conversion does it, and the model compared with itself as it was,
 by the protocol of `ternarize eval` (4,096 tokens, windows of 512 that begin with what the tokenizer
 puts in front). The rows "head alone" and "embedding alone" give it to one of the two and leave the
-other. --sizes also prints what the whole model takes with each of the choices of `--embeddings`
-(`itf` in groups of 128), as planned: bytes, bits a parameter, times smaller. --errors
-reads no text: it prints the relative squared error of a twentieth of the rows by ways to spend 4
-bits.
+other. --calibrate adds rows in which 4 bits are chosen by what the head meets on another text: H,
+the second moments of the last hidden states of 16,384 tokens. "weighted": the scale of each group
+has the least squared error weighted by the diagonal of H. "compensated": column after column, what
+the rounding of a weight misses is made up for by the weights to its right, as in GPTQ
+(https://arxiv.org/abs/2210.17323), by H + d I with d its mean diagonal: the embedding, which meets
+no such inputs, is to lose nothing. --sizes also prints what the whole model takes with each of the
+choices of `--embeddings` (`itf` in groups of 128), as planned: bytes, bits a parameter, times
+smaller. --errors reads no text: it prints the relative squared error of a twentieth of the rows by
+ways to spend 4 bits.
 """
 
 import math
@@ -33,12 +38,13 @@ from ternarize.plans.plan import make_plan
 from ternarize.plans.recipe import ENDS, Recipe
 from ternarize.sources.checkpoint import open_checkpoint
 from ternarize.trits.base3 import packed_width
-from ternarize.trits.int4 import dequantize_int4, encode_int4, pack_int4
+from ternarize.trits.int4 import INT4_GROUP_SIZE, dequantize_int4, encode_int4, pack_int4
 from ternarize.trits.int8 import dequantize_int8, rows_to_int8
 from ternarize.trits.methods import itf
 from ternarize.trits.scales import scale_values, store_scales
-from ternarize.trits.ternary import scaled
+from ternarize.trits.ternary import scaled, split_groups
 
+CALIBRATED = 16384  # tokens
 PIECE = 8192  # rows at a time
 BOTH, HEAD, EMBEDDING = "", ", head alone", ", embedding alone"
 MEASURES = {"perplexity": ".2f", "kl_divergence": ".4f", "top1_agreement": ".4f"}
@@ -94,16 +100,100 @@ ROWS = {name: (name, BOTH) for name in CODECS} | {
 }
 
 
+def moments(model: Path, text: Path, seq_len: int, lm: Any) -> Tensor:
+    """The mean of h h^T over the last hidden states h of a text, (n, n)."""
+    work = open_evaluation(model, None, text, seq_len, CALIBRATED)
+    total, count = torch.zeros(()), 0
+    with torch.inference_mode():
+        for window in torch.split(torch.as_tensor(work.ids), 1):
+            hidden: Tensor = lm.base_model(input_ids=window, use_cache=False)[0][0]
+            total, count = total + hidden.T @ hidden, count + len(hidden)
+    return (total / count).clone()
+
+
+def best_scales(weight: Tensor, weights: Tensor) -> Tensor:
+    """Of thirteen scales of each group the one of the least weighted error, (rows, groups)."""
+    groups, by = (split_groups(each, INT4_GROUP_SIZE) for each in (weight, weights))
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    most, least = torch.where(high > -low, -high, -low), torch.full_like(low, torch.inf)
+    best = torch.zeros_like(low)
+    for steps in (6 + n / 4 for n in range(13)):
+        scale = (most / steps).half().float()
+        exact = groups / torch.where(scale == 0, 1, scale)
+        error = ((exact.round().clamp(-8, 7) - exact) * scale).square().mul(by)
+        error = error.sum(-1, keepdim=True)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return best.squeeze(-1)
+
+
+def as_weighted(weight: Tensor, seen: Tensor) -> Rounded:
+    """int4 in groups of 32, by scales that `seen`, (n, n), weighs."""
+
+    def rows(first: int, last: int) -> Tensor:
+        part = weight[first:last].float()
+        scale = best_scales(part, seen.diag()).unsqueeze(-1)
+        exact = split_groups(part, INT4_GROUP_SIZE) / torch.where(scale == 0, 1, scale)
+        return (exact.round().clamp(-8, 7) * scale).flatten(-2)
+
+    return Rounded(as_int4_bytes(weight), rows)
+
+
+def as_compensated(weight: Tensor, seen: Tensor) -> Rounded:
+    """int4 in groups of 32, its scales as without data, each column's error made up for."""
+    cols = weight.shape[1]
+    damped = seen.double() + seen.double().diag().mean() * torch.eye(cols, dtype=torch.float64)
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True).float()
+
+    def rows(first: int, last: int) -> Tensor:
+        left = weight[first:last].float().T.contiguous()  # a column is a row here
+        scales = best_scales(left.T.contiguous(), torch.ones(cols)).T
+        for at in range(cols):
+            scale = scales[at // INT4_GROUP_SIZE]
+            exact = left[at] / torch.where(scale == 0, 1, scale)
+            rounded = exact.round().clamp(-8, 7) * scale
+            off = (left[at] - rounded) / upper[at, at]
+            left[at] = rounded
+            left[at + 1 :].addr_(upper[at, at + 1 :], off, alpha=-1)
+        return left.T
+
+    return Rounded(as_int4_bytes(weight), rows)
+
+
+def as_int4_bytes(weight: Tensor) -> int:
+    """What int4 in groups of 32 takes, of rows that are whole groups."""
+    return weight.numel() // 2 + weight.numel() // INT4_GROUP_SIZE * 2
+
+
+SEEN = {"weighted": as_weighted, "compensated": as_compensated}
+
+
 def measure(
-    model: Path, text: Path, names: list[str], seq_len: int, max_tokens: int
+    model: Path,
+    text: Path,
+    names: list[str],
+    seq_len: int,
+    max_tokens: int,
+    calibration: Path | None,
 ) -> list[dict[str, Any]]:
     """The figures of the rows: the source's logits of a window are made once for all of them."""
     work = open_evaluation(model, None, text, seq_len, max_tokens)
     (lm,) = work.load("cpu", torch.float32)
+    if calibration is not None:
+        seen = moments(model, calibration, seq_len, lm)
+        for way, rounding in SEEN.items():
+            CODECS[f"int4, groups of 32, {way}"] = partial(rounding, seen=seen)
+            added = {f"int4, groups of 32, {way}{ends}": ends for ends in (BOTH, HEAD, EMBEDDING)}
+            ROWS.update({n: (f"int4, groups of 32, {way}", ends) for n, ends in added.items()})
+            names = [*names, *added]
     head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
     source = embedding.weight.detach()
     assert head.weight is embedding.weight, "the head and the embedding are not tied"
     forms = {codec: CODECS[codec](source) for codec in {ROWS[name][0] for name in names}}
+    for codec, form in forms.items():  # worked out once, not in every window
+        if codec.endswith(tuple(SEEN)):
+            whole = torch.empty_like(source)
+            fill(whole, form)
+            forms[codec] = Rounded(form.nbytes, partial(_part_of, whole))
     buffer = nn.Parameter(torch.empty_like(source), requires_grad=False)
     kept, rows = head.weight, {name: dict[str, Any]() for name in names}
     columns: dict[str, list[list[float]]] = {name: [] for name in names}
@@ -127,6 +217,10 @@ def measure(
             file=sys.stderr,
         )
     return list(rows.values())
+
+
+def _part_of(whole: Tensor, first: int, last: int) -> Tensor:
+    return whole[first:last]
 
 
 @torch.inference_mode()
@@ -252,6 +346,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("model", type=Path, help="checkpoint directory")
     arguments.add_argument("text", type=Path, nargs="?", help="text to measure on")
+    arguments.add_argument("--calibrate", type=Path, help="text to round by")
     arguments.add_argument("--errors", action="store_true", help="of 4 bits, and nothing else")
     arguments.add_argument("--only", nargs="*", choices=ROWS, default=list(ROWS), help="rows")
     arguments.add_argument("--seq-len", type=int, default=512, help="tokens of a window")
@@ -263,7 +358,8 @@ def main() -> None:
         return errors(args.model)
     rows = []
     if args.only:
-        rows = measure(args.model, args.text, args.only, args.seq_len, args.max_tokens)
+        given = (args.seq_len, args.max_tokens, args.calibrate)
+        rows = measure(args.model, args.text, args.only, *given)
         print(markdown(rows), flush=True)
     found = sizes(args.model) if args.sizes else []
     for row in found:

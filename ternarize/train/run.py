@@ -157,10 +157,13 @@ def _of_packed(start: str, tensors: Sequence[TensorPlan]) -> Calibrated:
         kind = tensor.becomes
         end = tensor.packed and not tensor.ternary
         usable = (kind, "kept") if end else (kind,)  # what is dense is rounded from the source
-        if not tensor.tied_to and (record is None or record.kind not in usable):
+        found = record.kind if record else "not"
+        if end and record and record.shape and record.group_size == 0:  # no conversion writes that
+            found = f"{found} with one scale"
+        if not tensor.tied_to and found not in usable:
             raise UsageError(
                 start,
-                f"{tensor.name} is {record.kind if record else 'not'} there",
+                f"{tensor.name} is {found} there",
                 f"{kind}, as it is to be",
                 "Start from a conversion of this model with the same options",
             )
