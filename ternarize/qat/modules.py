@@ -9,7 +9,7 @@ the parameter is then int8. int4 in a file has scales of either sign, and number
 are positive, and the numbers of a group -8..7 or -7..8.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -285,6 +285,19 @@ def make_latent(module: nn.Module, forms: Mapping[str, Form], activations: str) 
     latent.forms, latent.activations, latent.sharing = dict(forms), activations, {}
     for name in SCHEDULED:
         module.register_buffer(name, None, persistent=False)
+
+
+@torch.no_grad()
+def make_dense(modules: Iterable[Qat]) -> None:
+    """Let modules multiply by what their weights are rounded to now, once and for all."""
+    made: dict[int, nn.Parameter] = {}
+    for module in modules:
+        for leaf in module.forms:
+            latent = id(module._parameters[leaf])  # those that share it still hold it
+            if latent not in made:
+                made[latent] = nn.Parameter(module.rounded(leaf), requires_grad=False)
+            module._parameters[leaf] = made[latent]
+        module.__class__ = module.made_of[1]  # type: ignore[assignment]
 
 
 def latent_modules(model: nn.Module) -> Iterator[tuple[str, Qat]]:

@@ -20,7 +20,7 @@ from ternarize.files.metadata import SCALE_SUFFIX
 from ternarize.plans.layout import Plan, TensorPlan
 from ternarize.plans.recipe import Train
 from ternarize.progress import Progress
-from ternarize.qat.modules import LOG_SCALE, latent_modules
+from ternarize.qat.modules import LOG_SCALE, latent_modules, make_dense
 from ternarize.qat.rounding import Form
 from ternarize.qat.schedule import end_decay, parameter_groups
 from ternarize.sources.checkpoint import locate
@@ -228,7 +228,7 @@ def _known(data: Data, pair: Pair, device: str, training: Train) -> dict[str, An
 
 
 def _take_best(pair: Pair, blocks: Blocks, best: Checkpoint) -> None:
-    """Put the best state into the student, for its figures."""
+    """Put the best state into the student, for its figures; it is trained no more."""
     (file,) = best.files
     values = read_planes(best.directory / file)
     own = dict(pair.student.named_parameters(remove_duplicate=False))
@@ -248,6 +248,9 @@ def _take_best(pair: Pair, blocks: Blocks, best: Checkpoint) -> None:
                 module.set_stored(leaf, value)
             else:
                 own[name].copy_(value)
+    inside = [module for _, module in latent_modules(pair.student)]
+    ends = [m for m in inside if all(form.codec != BASE3 for form in m.forms.values())]
+    make_dense(ends)  # a head is used whole, for every sample
 
 
 def _described(progressed: Progressed, data: Data, pair: Pair) -> dict[str, Any]:
