@@ -225,6 +225,19 @@ def test_candidates_go_downhill_on_the_batch_that_is_probed() -> None:
             assert changes[chosen, 0 if sign > 0 else 1] < 0
 
 
+def test_without_backward_a_density_stays_until_it_does_not_help(tmp_path: Path) -> None:
+    votes = Votes("trits", 8, (2, 4, 6), (0.5,), probe="forwards")
+    path = tmp_path / "a.steps"
+    trained(path, 40, votes)
+    journal = read_journal(path)
+    taken = {step.number: step.bits for step in journal.steps}
+    vain = 0
+    for number in range(40):
+        assert taken.get(number, votes.bits[vain % 3]) == votes.bits[vain % 3]
+        vain += number not in taken
+    assert 1 <= vain < 40 and len(set(taken.values())) > 1
+
+
 @pytest.mark.parametrize(
     "given",
     [

@@ -288,7 +288,7 @@ def make_latent(module: nn.Module, forms: Mapping[str, Form], activations: str) 
 
 
 @torch.no_grad()
-def make_dense(modules: Iterable[Qat]) -> None:
+def hold_dense(modules: Iterable[Qat]) -> None:
     """Let modules multiply by what their weights are rounded to now, once and for all."""
     made: dict[int, nn.Parameter] = {}
     for module in modules:

@@ -7,7 +7,7 @@ from typing import Any
 from ternarize.models.reads import max_positions
 from ternarize.runtime.generate import Generation, Memory, encode_chat, generate
 
-REMEDY = "Continue a text instead: ternarize generate"
+_REMEDY = "Continue a text instead: ternarize generate"
 Message = dict[str, str]
 
 
@@ -17,7 +17,7 @@ def opening(tokenizer: Any, system: str) -> list[Message]:
     Raises UsageError where the tokenizer has no chat template, or one that does not take them.
     """
     messages = [{"role": "system", "content": system}] if system else []
-    encode_chat(tokenizer, [*messages, {"role": "user", "content": "?"}], remedy=REMEDY)
+    encode_chat(tokenizer, [*messages, {"role": "user", "content": "?"}], remedy=_REMEDY)
     return messages
 
 
@@ -94,4 +94,4 @@ class Conversation:
         return found
 
     def _tokens(self, said: list[Message]) -> int:
-        return len(encode_chat(self.tokenizer, [*self.start, *said], remedy=REMEDY))
+        return len(encode_chat(self.tokenizer, [*self.start, *said], remedy=_REMEDY))

@@ -20,7 +20,7 @@ from ternarize.files.metadata import SCALE_SUFFIX
 from ternarize.plans.layout import Plan, TensorPlan
 from ternarize.plans.recipe import Train
 from ternarize.progress import Progress
-from ternarize.qat.modules import LOG_SCALE, latent_modules, make_dense
+from ternarize.qat.modules import LOG_SCALE, hold_dense, latent_modules
 from ternarize.qat.rounding import Form
 from ternarize.qat.schedule import end_decay, parameter_groups
 from ternarize.sources.checkpoint import locate
@@ -250,7 +250,7 @@ def _take_best(pair: Pair, blocks: Blocks, best: Checkpoint) -> None:
                 own[name].copy_(value)
     inside = [module for _, module in latent_modules(pair.student)]
     ends = [m for m in inside if all(form.codec != BASE3 for form in m.forms.values())]
-    make_dense(ends)  # a head is used whole, for every sample
+    hold_dense(ends)  # a head is used whole, for every sample
 
 
 def _described(progressed: Progressed, data: Data, pair: Pair) -> dict[str, Any]:

@@ -128,9 +128,10 @@ def train_votes(
     taken, last = 0, journal.steps[-1] if journal.steps else NO_STEP
     left = bits_left(journal.header, journal.steps, votes.nbytes) if votes.nbytes else math.inf
     number = first_attempt(journal)
+    vain = number - len(journal.steps)
     while number < attempts and left > 0:
         probed, deciding = batches(number)
-        found, value = best_step(moved, loss, probed, deciding, votes, number, ranks)
+        found, value = best_step(moved, loss, probed, deciding, votes, number, ranks, vain)
         if not math.isfinite(value):
             raise CheckpointError(
                 journal.path,
@@ -147,6 +148,8 @@ def train_votes(
             moved.state.apply([step])
             moved.write()
             taken, last = taken + 1, step
+        else:
+            vain += 1
         note = Note({"attempt": number, "loss": round(value, 6)})
         append(*([step] if step else []), note)
         number += 1
@@ -181,12 +184,17 @@ def best_step(
     votes: Votes,
     number: int,
     ranks: Ranks,
+    vain: int = 0,
 ) -> tuple[Step | None, float]:
-    """The candidate with the largest gain, None where none has any; and the loss then."""
+    """The candidate with the largest gain, None where none has any; and the loss then.
+
+    vain  attempts before it that found none: without backward, one density is tried until it does
+          not help, then the next
+    """
     with torch.no_grad():
         before = ranks.mean(float(loss(moved.module, deciding)))
     chosen, most, after = None, 0.0, before
-    for step in candidates(moved, loss, probed, votes, number, ranks):
+    for step in candidates(moved, loss, probed, votes, number, ranks, vain):
         with torch.no_grad(), tried(moved, step):
             value = ranks.mean(float(loss(moved.module, deciding)))
         gain = (before - value) / bits_of(step) ** votes.thrift
@@ -201,10 +209,16 @@ def bits_of(step: Step) -> int:
 
 
 def candidates(
-    moved: Moved, loss: ModuleLoss, batch: Any, votes: Votes, number: int, ranks: Ranks
+    moved: Moved,
+    loss: ModuleLoss,
+    batch: Any,
+    votes: Votes,
+    number: int,
+    ranks: Ranks,
+    vain: int = 0,
 ) -> Iterator[Step]:
     """The steps that are tried: for each density and amount those of the largest alignments."""
-    for drawn, changes in _alignments(moved, loss, batch, votes, number):
+    for drawn, changes in _alignments(moved, loss, batch, votes, number, vain):
         amounts = (1,) if drawn.target == TRITS else votes.amounts
         falls, side = ranks.agreed(changes).min(1)
         order = falls.argsort(stable=True)
@@ -222,11 +236,12 @@ def candidates(
 
 
 def _alignments(
-    moved: Moved, loss: ModuleLoss, batch: Any, votes: Votes, number: int
+    moved: Moved, loss: ModuleLoss, batch: Any, votes: Votes, number: int, vain: int
 ) -> Iterator[tuple[Step, Tensor]]:
     """A step without a choice and its alignments (k, 2), for each density.
 
-    Without backward for one of the densities, in turn.
+    Without backward, where each takes two forwards for a perturbation, for one of them: the first
+    until a step of it is taken no more, then the next, and so around.
     """
     target = target_of(votes.target)
     amount = 1 if target == TRITS else votes.amounts[0]
@@ -235,5 +250,5 @@ def _alignments(
         slopes = moved.slopes(target, gradient(moved, loss, batch)[1])
         yield from ((step, sums_along(moved, slopes, step)) for step in each)
         return
-    step = each[number % len(each)]
+    step = each[vain % len(each)]
     yield step, (by_jvp if votes.probe == "jvp" else by_forwards)(moved, loss, batch, step)
