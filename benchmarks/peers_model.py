@@ -218,7 +218,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     heads = ["bpw", "MB", "perplexity", "KL, nats per token", "top-1 agreement", "seconds"]
     lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for row in rows:
-        cells = [row["name"], f"{row['bpw']:.4g}", f"{row['megabytes']:.1f}"]
+        cells = [row["name"], f"{row['bpw']:.5g}", f"{row['megabytes']:.1f}"]
         cells += [cell(row[name], style) for name, style in MEASURES.items()]
         lines.append(f"| {' | '.join([*cells, format(row['seconds'], '.0f')])} |")
     return "\n".join(lines)
