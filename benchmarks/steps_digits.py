@@ -75,11 +75,11 @@ RULES: dict[str, tuple[Votes, int]] = {
 NO_BACKWARD: dict[str, tuple[Votes, int]] = {
     "tangents (jvp)": (
         Votes(k=64, bits=(8, 10, 12), shares=(0.2, 0.06, 0.02), thrift=0.0, probe="jvp"),
-        250,
+        350,
     ),
     "forwards alone": (
         Votes(k=64, bits=(8, 10, 12), shares=(0.2, 0.06, 0.02), thrift=0.0, probe="forwards"),
-        250,
+        350,
     ),
     "backward, for comparison": (
         Votes(k=64, bits=(8, 10, 12), shares=(0.2, 0.06, 0.02), thrift=0.0),
