@@ -83,10 +83,20 @@ def test_what_was_read_is_not_read_again(name: str, monkeypatch: pytest.MonkeyPa
     assert sum(seen) < 15  # an answer of 6 tokens, and the message; before were more than 30
 
 
-def test_a_new_beginning_forgets_all(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_cache_that_the_model_s_settings_ask_for_is_left_to_them(cache: str) -> None:
+    model, tokenizer = model_of("gemma3_text"), tokenizer_of()
+    expected = talk(Conversation(model, tokenizer, []), TURNS)
+    model.generation_config.cache_implementation = cache
+    conversation = Conversation(model, tokenizer, [])
+    assert talk(conversation, TURNS) == expected and not conversation.memory.ids
+
+
+def test_a_new_beginning_forgets_all() -> None:
     conversation = Conversation(model_of("llama"), tokenizer_of(), [])
     first = talk(conversation, TURNS)
     conversation.clear()
+    assert not conversation.memory.ids
     assert talk(conversation, TURNS) == first
 
 
@@ -144,6 +154,16 @@ def test_a_model_without_a_template_is_sent_to_generate() -> None:
         opening(tokenizer_of(ROLES + "{% endif %}{% endfor %}"), "w5")
 
 
+def test_a_template_that_leaves_out_what_is_said_is_refused() -> None:
+    users = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    parts = "{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %} w9"
+    assert opening(tokenizer_of(users), "") == []
+    with pytest.raises(UsageError, match="leaves the system message out"):
+        opening(tokenizer_of(users), "w5")
+    with pytest.raises(UsageError, match="leaves messages out"):
+        opening(tokenizer_of(parts), "")
+
+
 # --- the command ---------------------------------------------------------------------------------
 
 
@@ -178,6 +198,9 @@ def test_as_json_an_answer_is_an_object_on_a_line(packed: Path) -> None:
 
 def test_what_is_no_text_or_too_long_is_one_line(packed: Path) -> None:
     assert "input: is not UTF-8; expected text." in chat(packed, b"w5\n\xff\xfe\n").stderr
+    conversation = Conversation(model_of("llama"), tokenizer_of(), [])
+    with pytest.raises(UnicodeEncodeError):  # what the C locale makes of such bytes
+        conversation.answer("\udcff", max_new_tokens=2)
     found = chat(packed, b"w5 " * 300 + b"\n")
     assert found.exit_code == 2 and found.stderr.count("\n") == 1
 

@@ -10,7 +10,7 @@ import pytest
 import tiny_models
 import torch
 from test_cli import run
-from torch import Tensor
+from torch import Tensor, nn
 
 from ternarize.convert.run import convert
 from ternarize.errors import CheckpointError, UsageError
@@ -109,9 +109,36 @@ def test_what_it_cannot_hold_is_refused_by_name(
     assert export(model, tmp_path / "out", TO, allow_requantize=True)["lost"]
 
 
-def test_fused_experts_and_turned_matrices_are_refused(packed: Packed, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="stacks of experts or transposed matrices in 8"):
-        export(packed(32, "gpt2"), tmp_path / "out", TO)
+@pytest.mark.parametrize(("name", "count"), [("gpt2", 8), ("gpt_oss", 4)])
+def test_turned_matrices_and_experts_in_one_piece_are_refused(
+    packed: Packed, tmp_path: Path, name: str, count: int
+) -> None:
+    why = f"stacks of experts or transposed matrices in {count} tensors"
+    with pytest.raises(CheckpointError, match=why):
+        export(packed(32, name), tmp_path / "out", TO)
+
+
+def test_what_is_kept_is_named_as_on_disk_and_as_in_the_model(
+    packed: Packed, tmp_path: Path
+) -> None:
+    export(packed(32, "gemma3", keep=("*vision*", "*down_proj*")), tmp_path / "out", TO)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    ignored = config["quantization_config"]["ignore"]
+    kept = [n for n in packing.read_checkpoint(tmp_path / "out") if "vision" in n and ".fc1.w" in n]
+    assert kept and all(n.removesuffix(".weight") in ignored for n in kept)
+    model = tiny_models.build("gemma3")
+    linear = [n for n, m in model.named_modules() if "vision" in n and isinstance(m, nn.Linear)]
+    assert linear and set(linear) <= set(ignored)
+
+
+@pytest.mark.parametrize("keep", ["*q_proj*", "*up_proj*"])
+def test_parts_of_what_vllm_joins_are_all_packed_or_none(
+    packed: Packed, tmp_path: Path, keep: str
+) -> None:
+    with pytest.raises(CheckpointError, match="parts of what vLLM joins, of which others are kept"):
+        export(packed(32, keep=(keep,)), tmp_path / "out", TO)
+    whole = packed(32, keep=("*self_attn*",))
+    assert export(whole, tmp_path / "out", TO)["exact"]
 
 
 def test_scales_that_the_dtype_does_not_hold_are_refused(packed: Packed, tmp_path: Path) -> None:

@@ -39,23 +39,27 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(packed: Path) -> Iterator[str]:
-    """The address of a server in a process of its own."""
+def server(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server in a process of its own, started where other code has its names."""
+    place = tmp_path_factory.mktemp("place")
+    for name in ("uvicorn", "ternarize"):
+        (place / f"{name}.py").write_text("raise SystemExit('not this one')\n")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     given = ["serve", str(packed), "--port", str(port), "--dtype", "float32"]
+    said = (place / "said").open("w")
     process = subprocess.Popen(
-        [sys.executable, "-m", "ternarize", *given],
+        [str(Path(sys.executable).with_name("ternarize")), *given],
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+        stderr=said,
+        cwd=place,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     address = f"http://localhost:{port}"
     try:
         for _ in range(240):
-            assert process.poll() is None, process.communicate()[1][-2000:]
+            assert process.poll() is None, (place / "said").read_text()[-2000:]
             try:
                 urllib.request.urlopen(f"{address}/health", timeout=5)
                 break
@@ -64,7 +68,8 @@ def server(packed: Path) -> Iterator[str]:
         yield address
     finally:
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        process.wait(timeout=60)
+        said.close()
 
 
 def written(packed: Path, prompt: Any) -> str:

@@ -50,18 +50,20 @@ def chat_command(
     """Talk with a packed model that was made for chat.
 
     Each line is a message; the model remembers those before. /new begins anew, /exit or the end of
-    the input ends. Ctrl-C ends an answer. In a pipe, each line of the input is answered; with
-    --json, by an object on a line.
+    the input (Ctrl-D) ends. Ctrl-C ends an answer, or drops a line. In a pipe, each line of the
+    input is answered; with --json, by an object on a line.
 
     Example: echo "What is a trit?" | ternarize chat packed
     """
     from ternarize.models.reads import open_tokenizer
     from ternarize.runtime.chat import Conversation, opening
+    from ternarize.runtime.generate import check_sampling
     from ternarize.runtime.load import load
     from ternarize.sources.checkpoint import locate
 
     directory = locate(model)
     tokenizer = open_tokenizer(directory)
+    check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
     start = opening(tokenizer, system)
     loaded = load(
         directory, device=device, dtype=dtype, activations=activations, head=head, steps=steps
@@ -106,6 +108,11 @@ def _messages() -> Iterator[str]:
             return
         except UnicodeDecodeError:
             raise UsageError("input", "is not UTF-8", "text") from None
+        except KeyboardInterrupt as stop:
+            if isinstance(stop, Terminated) or not terminal:
+                raise
+            print()  # the line is dropped
+            continue
         if line == EXIT:
             return
         if line:
@@ -125,9 +132,10 @@ def _answer(
     except KeyboardInterrupt as stop:
         if isinstance(stop, Terminated) or not sys.stdin.isatty():
             raise
-        print()
+        if not as_json:
+            print()
         return None
-    except TernarizeError as error:
+    except (TernarizeError, UnicodeEncodeError) as error:
         if not sys.stdin.isatty():
             raise
         failed(error, as_json)

@@ -45,4 +45,5 @@ def serve_command(
         )
     arguments = ["serve", str(directory), "--host", host, "--port", str(port)]
     arguments += ["--device", device or "cpu", *(["--dtype", dtype] if dtype else [])]
-    os.execv(sys.executable, [sys.executable, "-c", _PROGRAM, *arguments])
+    # -P: nothing is imported from where it is started
+    os.execv(sys.executable, [sys.executable, "-P", "-c", _PROGRAM, *arguments])

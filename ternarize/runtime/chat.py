@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ternarize.errors import UsageError
 from ternarize.models.reads import max_positions
 from ternarize.runtime.generate import Generation, Memory, encode_chat, generate
 
@@ -17,7 +18,19 @@ def opening(tokenizer: Any, system: str) -> list[Message]:
     Raises UsageError where the tokenizer has no chat template, or one that does not take them.
     """
     messages = [{"role": "system", "content": system}] if system else []
-    encode_chat(tokenizer, [*messages, {"role": "user", "content": "?"}], remedy=_REMEDY)
+    yes, no = ({"role": "user", "content": content} for content in ("yes", "no"))
+    encode_chat(tokenizer, [*messages, yes], remedy=_REMEDY)
+
+    def shown(*said: Message) -> str:
+        text: str = tokenizer.apply_chat_template(list(said), tokenize=False)
+        return text
+
+    left_out = "messages" if shown(yes) == shown(no) else ""
+    if messages and shown(*messages, yes) == shown(yes):
+        left_out = "the system message"
+    if left_out:
+        found = f"the tokenizer's chat template leaves {left_out} out"
+        raise UsageError("chat", found, "one that takes them as plain text", _REMEDY)
     return messages
 
 
@@ -56,15 +69,18 @@ class Conversation:
         max_new_tokens  at most; fewer where the model's context ends before
         options         of `generate`
 
-        The oldest messages are forgotten where, with them, less than a quarter of the context (or
-        less than `max_new_tokens`) were left for the answer. Raises what `generate` raises; nothing
-        is said then.
+        Where less than a quarter of the context (or than `max_new_tokens`) is left for the answer,
+        the oldest messages are forgotten until half of it is. Raises what `generate` raises;
+        nothing is said then.
         """
         context = max_positions(self.model.config)
         wanted = min(max_new_tokens, context // 4)
         said = [*self.said, {"role": "user", "content": text}]
-        while (room := context - self._tokens(said)) < wanted and len(said) > 2:
-            said = said[2:]
+        room = context - self._tokens(said)
+        if room < wanted:
+            while room < context // 2 and len(said) > 2:
+                said = said[2:]
+                room = context - self._tokens(said)
         forgotten = len(self.said) + 1 - len(said)
         pieces: list[str] = []
 
@@ -88,7 +104,8 @@ class Conversation:
                 **options,
             )
         except KeyboardInterrupt:
-            take()
+            if pieces:
+                take()
             raise
         take()
         return found

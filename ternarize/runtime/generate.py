@@ -27,7 +27,8 @@ from ternarize.runtime.decode import Decoder, cache_of, can_decode
 
 NEW_TOKENS = 128  # where the model's context has room for them
 CONTEXT_TOKENS = 8  # of the prompt, decoded before the first new token
-FEW_TOKENS = 64  # new ones of a text that goes on, up to which one by one is faster than all anew
+# new ones of a text that goes on, up to which one by one is faster than all anew; a quarter of more
+FEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Generation:
     """A generated text and what it took.
 
     text            without the prompt and without special tokens
-    prompt_tokens   read at once, in `prompt_seconds` (until the first new token was there)
+    prompt_tokens   of the whole prompt; what was not read before, in `prompt_seconds` (until the
+                    first new token was there)
     new_tokens      generated, an end token included; all but the first in `seconds`
     """
 
@@ -106,7 +108,7 @@ def generate(
     Raises UsageError when a value cannot be used, the prompt does not fit the model's context, or
     the model does not generate; UnicodeEncodeError for a prompt that is no text.
     """
-    _check_options(max_new_tokens, temperature, top_k, top_p, seed)
+    check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
     check_continues(model)
     ids = _encode(tokenizer, prompt, chat)
     new_tokens = _room(model, len(ids), max_new_tokens)
@@ -215,15 +217,17 @@ def _by_model(
     goes_on = memory.ids and memory.read_of(given) == len(memory.ids)
     held = memory.state if goes_on and not isinstance(memory.state, Decoder) else {}
     memory.ids, memory.state = [], {}  # a cache that is being written is none
+    config.return_dict_in_generate = True
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         generation_config=config,
         streamer=streamer,
-        return_dict_in_generate=True,
         **held,
     )
-    kept = cache_of(out) if isinstance(out, Mapping) else {}
+    # a cache that the model's settings ask for is made for one text, and cannot be given
+    free = getattr(config, "cache_implementation", None) is None
+    kept = cache_of(out) if free and isinstance(out, Mapping) else {}
     for cache in kept.values():
         layers = getattr(cache, "layers", ())
         if layers and all(hasattr(layer, "keys") for layer in layers):  # which say what they read
@@ -235,7 +239,7 @@ def _decoder_of(model: Any, ids: torch.Tensor, capacity: int, memory: Memory) ->
     """A decoder that has read `ids`: that of the memory where it has room, or one that has more."""
     given: list[int] = ids[0].tolist()
     decoder, same = memory.state, memory.read_of(given)
-    few = len(given) - same <= FEW_TOKENS
+    few = len(given) - same <= max(FEW_TOKENS, same // 4)
     if not (isinstance(decoder, Decoder) and decoder.capacity >= capacity and few):
         memory.ids, memory.state = [], {}
         capacity = min(max_positions(model.config), memory.room * capacity)
@@ -336,8 +340,6 @@ class _Pieces(BaseStreamer):
 def _encode(tokenizer: Any, prompt: str | Sequence[Mapping[str, str]], chat: bool) -> list[int]:
     """Token ids of a prompt, with what the tokenizer or its chat template puts around it."""
     if not isinstance(prompt, str):
-        for message in prompt:
-            message["content"].encode("utf-8")
         return encode_chat(tokenizer, list(prompt))
     prompt.encode("utf-8")  # raises where it is no text, which tokenizers do in their own words
     ids: list[int] = (
@@ -363,8 +365,11 @@ def encode_chat(
     messages       objects with "role" and "content"
     where, remedy  of the error
 
-    Raises UsageError where there is no template, or it fails.
+    Raises UsageError where there is no template, or it fails; UnicodeEncodeError for what is no
+    text.
     """
+    for message in messages:
+        str(message.get("content")).encode("utf-8")
     if not getattr(tokenizer, "chat_template", None):
         found = "the tokenizer has no chat template"
         raise UsageError(where, found, "a model made for chat", remedy)
@@ -399,13 +404,14 @@ def _room(model: Any, prompt: int, new: int | None) -> int:
     return new or min(NEW_TOKENS, context - prompt)
 
 
-def _check_options(
+def check_sampling(
     max_new_tokens: int | None,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
     seed: int | None,
 ) -> None:
+    """Raise UsageError for an option of `generate` whose value cannot be used."""
     for name, value, good, expected in (
         ("new tokens", max_new_tokens, max_new_tokens is None or max_new_tokens > 0, "at least 1"),
         ("temperature", temperature, 0 <= temperature < float("inf"), "0 (greedy) or more"),

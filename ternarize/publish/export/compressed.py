@@ -6,18 +6,20 @@ With t the trits and s their scales, b bits:
     low bits, as t + 2^(b - 1);  <x>.weight_scale [rows, cols / group] = s;
     <x>.weight_shape I64 [2]
 
-vLLM reads it without a plug-in, 2 bits on CUDA alone, 4 bits also on CPUs with AVX-512; it holds
-the scales in the dtype that it runs the model in. https://github.com/vllm-project/compressed-tensors
+vLLM reads it without a plug-in, by its source 2 bits on CUDA alone (experts not) and 4 bits also on
+CPUs with AVX-512; it holds the scales in the dtype that it runs the model in. https://github.com/vllm-project/compressed-tensors
 """
 
+from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ternarize.errors import UsageError
 from ternarize.files.headers import DTYPE_NAMES
-from ternarize.models.places import locate_tensors
+from ternarize.models.places import Place, locate_tensors
 from ternarize.models.skeleton import model_end
 from ternarize.publish.export.common import Losses, PackedCheckpoint, carry_or_refit, largest_group
 from ternarize.publish.export.directory import (
@@ -32,6 +34,7 @@ from ternarize.publish.export.directory import (
 _BITS = {"int2": 2, "int4": 4}
 _GROUPS = (128, 64, 32)
 _WEIGHT = ".weight"
+_JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
 def compressed_contents(
@@ -51,13 +54,16 @@ def compressed_contents(
         raise UsageError("type", f"{kind!r}", " or ".join(_BITS))
     refuse_activations(packed, losses)
     target, bits = target_dtype(packed, dtype), _BITS[kind]
-    matrices = _matrices(packed, losses)
+    model = plain_model(packed)
+    places = locate_tensors(model, packed.records)
+    matrices = _matrices(packed, model, places, losses)
     group, lost = largest_group(packed, matrices, _GROUPS, target)
     for name, reason in zip(matrices, lost, strict=True):
         losses.add(reason, name)
     losses.stop_unless_allowed(
         packed,
-        "Convert the source with --group-size 128 --rotation 0 --head keep, or choose a --dtype.",
+        "Convert the source with --group-size 128 --rotation 0 --head keep --embeddings keep, "
+        "--keep what it has no room for, or choose a --dtype.",
     )
 
     # the entries of a tensor are made one after the other
@@ -95,7 +101,7 @@ def compressed_contents(
             "format": "pack-quantized",
             "quantization_status": "compressed",
             "config_groups": {"group_0": all_linear},
-            "ignore": _left_alone(packed, matrices),
+            "ignore": _left_alone(packed, matrices, places),
         },
     }
     return directory_items(packed, matrices, parts, losses, target), config
@@ -109,10 +115,10 @@ def packed_integers(trits: Tensor, bits: int) -> Tensor:
     return words.to(torch.int32)  # the low 32 bits, as they are
 
 
-def _matrices(packed: PackedCheckpoint, losses: Losses) -> list[str]:
+def _matrices(
+    packed: PackedCheckpoint, model: Any, places: Mapping[str, Place], losses: Losses
+) -> list[str]:
     """The ternary weights of linear layers, experts by themselves among them; others are noted."""
-    model = plain_model(packed)
-    places = locate_tensors(model, packed.records)
     modules = dict(model.named_modules())
     matrices = []
     for name, record in packed.records.items():
@@ -128,14 +134,29 @@ def _matrices(packed: PackedCheckpoint, losses: Losses) -> list[str]:
             losses.add(f"columns that are no multiple of {min(_GROUPS)}", name)
         else:
             matrices.append(name)
+    for name in matrices:
+        if any(other in packed.records and other not in matrices for other in _joined(name)):
+            losses.add("parts of what vLLM joins, of which others are kept,", name)
     return matrices
 
 
-def _left_alone(packed: PackedCheckpoint, matrices: list[str]) -> list[str]:
-    """The modules that stay in floating point: what may be a linear layer, and the head."""
-    dense = [
-        name.removesuffix(_WEIGHT)
-        for name in packed.records
-        if name not in matrices and name.endswith(_WEIGHT) and len(packed.info(name)[1]) == 2
-    ]
-    return sorted({*dense, "lm_head"})
+def _joined(name: str) -> list[str]:
+    """The weights that vLLM makes one matrix with this one, which have to be stored alike."""
+    *before, leaf, weight = name.split(".")
+    parts = next((parts for parts in _JOINED if leaf in parts), ())
+    return [".".join([*before, part, weight]) for part in parts]
+
+
+def _left_alone(
+    packed: PackedCheckpoint, matrices: list[str], places: Mapping[str, Place]
+) -> list[str]:
+    """The modules that stay in floating point: what may be a linear layer, and the head.
+
+    By their names on disk, which vLLM renames, and by those in the model, as transformers asks.
+    """
+    names = {"lm_head"}
+    for name in packed.records:
+        if name not in matrices and len(packed.info(name)[1]) == 2:
+            known = [each for each in (name, *places[name].targets) if each.endswith(_WEIGHT)]
+            names.update(each.removesuffix(_WEIGHT) for each in known)
+    return sorted(names)
