@@ -26,9 +26,11 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def head_of(seed: int, width: int = WIDTH, *, bias: bool = False, **more: float) -> Head:
+def head_of(
+    seed: int, width: int = WIDTH, *, bias: bool = False, factor: float = 1.0, cap: float = 0.0
+) -> Head:
     weight = random(WORDS, width, seed=seed)
-    return Head(weight, random(WORDS, seed=seed + 1) if bias else None, **more)
+    return Head(weight, random(WORDS, seed=seed + 1) if bias else None, factor, cap)
 
 
 def plain_logits(hidden: Tensor, head: Head, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -107,6 +107,7 @@ def test_a_training_that_was_broken_off_may_go_on_with_less_memory(
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "packed", recipe, log=stop)
     assert not wrapped
+    assert recipe.train is not None
     less = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, recompute=True))
     convert(source, tmp_path / "packed", less)
     assert wrapped == ["model.layers.0", "model.layers.1"]
