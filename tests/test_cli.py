@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -188,6 +189,18 @@ def test_debug_shows_where_an_error_came_from(tmp_path: Path) -> None:
     assert result.exit_code == 1 and type(result.exception).__name__ == "CheckpointError"
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Signals that end a program do so, also where the tests themselves run under nohup."""
+    ignored = [number for number in ENDING if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("number", ENDING)
 def test_a_signal_before_a_command_runs_ends_the_program_in_one_word(number: int) -> None:
     code = (
@@ -201,6 +214,7 @@ def test_a_signal_before_a_command_runs_ends_the_program_in_one_word(number: int
     assert (done.returncode, done.stderr) == (128 + number, "interrupted\n")
 
 
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("number", ENDING)
 def test_a_signal_exits_with_128_and_its_number_and_says_how_to_go_on(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import packing
 import pytest
 import torch
 from test_train_run import (  # noqa: F401
@@ -243,3 +244,21 @@ def test_a_training_can_begin_where_the_head_is_dense(
             convert(source, tmp_path / "other", recipe_of(text, start=str(start), **options))
     with pytest.raises(UsageError, match=r"lm_head.weight is kept there; expected ternary"):
         convert(source, tmp_path / "other", recipe_of(text, start=str(first), head="ternary"))
+
+
+@pytest.mark.slow
+def test_what_an_earlier_training_moved_is_where_the_next_begins(
+    llama: tuple[Path, Path],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    source, text = llama
+    first, second = tmp_path / "first", tmp_path / "second"
+    convert(source, first, recipe_of(text, all_weights=True))
+    convert(source, second, recipe_of(text, start=str(first), steps=1, lr=0.0))
+    before, after = (packing.read_checkpoint(each) for each in (first, second))
+    name = "model.embed_tokens.weight"
+    assert not torch.equal(before[name], packing.read_checkpoint(source)[name])
+    assert torch.equal(after[name], before[name])
+    ends = {"head": "int4", "embeddings": "int4"}
+    with pytest.raises(UsageError, match=r"weight is kept, as it was trained, there"):
+        convert(source, tmp_path / "other", recipe_of(text, start=str(first), **ends))

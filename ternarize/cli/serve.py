@@ -22,9 +22,9 @@ def serve_command(
 ) -> None:
     """Serve a packed model by the OpenAI API, with the server of transformers.
 
-    It takes the place of this process: `transformers serve`, with packed checkpoints. Needs
-    transformers' extra: pip install "ternarize[serve]". For many users at once, export the model to
-    compressed-tensors and let vLLM serve it.
+    It takes the place of this process: `transformers serve`, with packed checkpoints. Needs the
+    extra serve of ternarize. For many users at once, export the model to compressed-tensors and let
+    vLLM serve it.
 
     Example: ternarize serve packed --port 8000
     """

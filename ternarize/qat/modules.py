@@ -110,7 +110,8 @@ class Qat(nn.Module):
         latent = F.embedding(ids, self.latent(name), padding)
         if form.scale == "learned":  # its logarithms are looked up, the rest is theirs alone
             log_scale = self._whole(name + LOG_SCALE)
-            some = F.embedding(ids, log_scale) if log_scale.shape[-2] > 1 else log_scale
+            few = log_scale.shape[-2] == 1
+            some = log_scale if few else F.embedding(ids, log_scale, padding)
             return self.read(latent, stored_scales(some.exp(), form.scale_dtype), form)
         scales = self.scales(name)
         scales = F.embedding(ids, scales) if scales.shape[-2] > 1 else scales

@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 
 from ternarize.errors import UsageError
 from ternarize.qat.modules import LOG_SCALE, SCHEDULED, Qat, latent_modules
+from ternarize.trits.base3 import BASE3
 from ternarize.trits.ternary import split_groups
 
 SHARP = 60.0  # k of the soft rounding at its end, from where on it is hard
@@ -129,8 +130,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups for an optimizer: latent weights, their scales, and all others that are trained.
 
-    lr        of latent weights; with `relative` in units of a weight's mean scale (0.005: a trit
-              takes some hundred steps of Adam), for which each weight gets a group of its own
+    lr        of latent weights; with `relative` in units of a ternary weight's mean scale (0.005: a
+              trit takes some hundred steps of Adam), for which each gets a group of its own
     scale_lr  of log-scales, None: lr / 4 with `relative`, else lr; lr where the numbers stay, of
               which nothing else moves
     other_lr  of norms, biases and what else is trained, None: the same as of scales; with
@@ -151,6 +152,8 @@ def parameter_groups(
                 if weight is not None and not weight.is_floating_point():
                     alone.add(id(module._parameters[name + LOG_SCALE]))
                     continue
+                if relative and module.forms[name].codec != BASE3:
+                    continue  # a step of its numbers is no measure of what it may move
                 unit = float(module.scales(name).mean()) if relative else 1.0
                 latents[id(module._parameters[name])] = unit
     groups: dict[tuple[float, float], dict[str, Any]] = {}

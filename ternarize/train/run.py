@@ -24,7 +24,7 @@ from ternarize.qat.modules import LOG_SCALE, hold_dense, latent_modules
 from ternarize.qat.rounding import Form
 from ternarize.qat.schedule import end_decay, parameter_groups
 from ternarize.sources.checkpoint import locate
-from ternarize.sources.packed import open_packed
+from ternarize.sources.packed import check_record, open_packed
 from ternarize.train.loop import Job, train
 from ternarize.train.objectives import first_error, held_loss, objective
 from ternarize.train.optimizer import make_optimizer
@@ -150,16 +150,20 @@ def _of_packed(start: str, tensors: Sequence[TensorPlan]) -> Calibrated:
     Raises UsageError where it has another tensor than the plan.
     """
     packed, records = open_packed(start)
+    rows = (check_record(packed, records) or {"tensors": {}})["tensors"]
     begun: dict[str, Solved] = {}
     relaid = []
     for tensor in tensors:
         record = records.get(tensor.name)
+        fitted = rows.get(tensor.name, {}).get("fitted") is True
         kind = tensor.becomes
         end = tensor.packed and not tensor.ternary
         usable = (kind, "kept") if end else (kind,)  # what is dense is rounded from the source
         found = record.kind if record else "not"
         if end and record and record.shape and record.group_size == 0:  # no conversion writes that
             found = f"{found} with one scale"
+        if end and found == "kept" and fitted:  # rounding would be of the source
+            found = "kept, as it was trained,"
         if not tensor.tied_to and found not in usable:
             raise UsageError(
                 start,
@@ -177,8 +181,9 @@ def _of_packed(start: str, tensors: Sequence[TensorPlan]) -> Calibrated:
                 rotation=record.rotation,
             )
             begun[tensor.name] = packed, record
-        elif record is not None and record.shape is None and len(tensor.shape) == 1:
-            begun[tensor.name] = packed, record  # a vector that may have been fitted
+        elif record is not None and record.shape is None and not tensor.choice.bound:
+            if len(tensor.shape) == 1 or fitted:  # it may not be that of the source
+                begun[tensor.name] = packed, record
         relaid.append(tensor)
     return Calibrated(begun, relaid, {})
 
@@ -193,7 +198,12 @@ def stored_of(
     """
     found: dict[str, tuple[Tensor, ...]] = {}
     ends: dict[str, tuple[Tensor, Tensor]] = {}
-    names = {p: name for name, place in blocks.places.items() for p in place.parameters}
+    names = {
+        parameter: name
+        for name, place in blocks.places.items()
+        for parameter in place.parameters
+        if parameter not in blocks.tied
+    }
     latents = set[int]()
     with torch.no_grad():
         for path, module in latent_modules(pair.student):
