@@ -15,6 +15,11 @@ from ternarize.cli.options import (
     RunActivations,
     RunDtype,
     RunHead,
+    RunSteps,
+    SamplingSeed,
+    Temperature,
+    TopK,
+    TopP,
 )
 from ternarize.cli.terminal import Terminated, advise, failed, print_json
 from ternarize.errors import TernarizeError, UsageError
@@ -32,15 +37,13 @@ def chat_command(
     *,
     system: Annotated[str, "What the model is told before all else."] = "",
     max_new_tokens: Annotated[int, "Most tokens of an answer."] = ANSWER_TOKENS,
-    temperature: Annotated[float, "0: always the likeliest token."] = 0.0,
-    top_k: Annotated[int | None, "Sample from the k likeliest."] = None,
-    top_p: Annotated[float | None, "Sample from probability p."] = None,
-    seed: Annotated[int | None, "Of the sampling."] = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: SamplingSeed = None,
     activations: RunActivations = None,
     head: RunHead = None,
-    steps: Annotated[
-        str | None, "Journal of steps of this checkpoint, to be applied: file or Hub id."
-    ] = None,
+    steps: RunSteps = None,
     device: Device = None,
     dtype: RunDtype = None,
     as_json: AsJson = False,

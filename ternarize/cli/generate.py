@@ -12,6 +12,11 @@ from ternarize.cli.options import (
     RunActivations,
     RunDtype,
     RunHead,
+    RunSteps,
+    SamplingSeed,
+    Temperature,
+    TopK,
+    TopP,
 )
 from ternarize.cli.terminal import advise, print_json
 
@@ -23,16 +28,14 @@ def generate_command(
     max_new_tokens: Annotated[
         int | None, "Stop after these; default: 128, or the room there is."
     ] = None,
-    temperature: Annotated[float, "0: always the likeliest token."] = 0.0,
-    top_k: Annotated[int | None, "Sample from the k likeliest."] = None,
-    top_p: Annotated[float | None, "Sample from probability p."] = None,
-    seed: Annotated[int | None, "Of the sampling."] = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: SamplingSeed = None,
     chat: Annotated[bool, "Put the prompt into the chat template."] = False,
     activations: RunActivations = None,
     head: RunHead = None,
-    steps: Annotated[
-        str | None, "Journal of steps of this checkpoint, to be applied: file or Hub id."
-    ] = None,
+    steps: RunSteps = None,
     device: Device = None,
     dtype: RunDtype = None,
     as_json: AsJson = False,

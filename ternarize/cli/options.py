@@ -32,6 +32,13 @@ RunHead = Annotated[
     "Round an output head that was kept; default: as in the checkpoint.",
     OneOf(["int8"]),
 ]
+RunSteps = Annotated[
+    str | None, "Journal of steps of this checkpoint, to be applied: file or Hub id."
+]
+Temperature = Annotated[float, "0: always the likeliest token."]
+TopK = Annotated[int | None, "Sample from the k likeliest."]
+TopP = Annotated[float | None, "Sample from probability p."]
+SamplingSeed = Annotated[int | None, "Of the sampling."]
 RecipeName = Annotated[
     str | None,
     typer.Option(
