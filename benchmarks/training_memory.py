@@ -37,7 +37,7 @@ from ternarize.plans.plan import make_plan
 from ternarize.plans.recipe import Recipe, Train
 from ternarize.qat.schedule import parameter_groups
 from ternarize.sources.checkpoint import open_checkpoint
-from ternarize.train.loop import Job, train
+from ternarize.train.loop import Job, tokens_at_once, train
 from ternarize.train.objectives import objective
 from ternarize.train.optimizer import make_optimizer
 from ternarize.train.recompute import recompute_blocks
@@ -92,6 +92,7 @@ def row_of(name: str, model: Path, text: Path, steps: int, part: int) -> dict[st
             keep=lambda file, loss: None,
             known={},
             told=lambda step, done, figures: clock(1),
+            part=tokens_at_once("cpu"),
             at=lambda done: clock(-1 if done < 1 else 0),
         )
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew

@@ -156,6 +156,12 @@ class Train:
         Span(2, MAX_COUNT),
     )
     batch: int = option(4096, "Tokens of a step; default: {default}.", COUNT)
+    micro_batch: int | None = option(
+        None,
+        "Tokens of a step that go through the model at a time: fewer need less memory; default: "
+        "2048, on a GPU 16384.",
+        COUNT,
+    )
     lr: float | None = option(
         None,
         "Rate of the weights at its highest, in units of their scales (from scratch: as it is); "

@@ -20,9 +20,8 @@ from ternarize.errors import CheckpointError
 from ternarize.plans.recipe import BUDGETS, Train
 from ternarize.threads import signals_held
 from ternarize.train.state import Progressed, best_file, load_state, save_state
-from ternarize.train.texts import learnt_in, tokens_in
+from ternarize.train.texts import ahead, learnt_in, tokens_in
 
-_PART = 2048  # tokens that go through the model at a time
 WARM = 0.02  # share of the budget in which rates go up
 CLIP = 1.0  # largest norm of the gradient
 LOOKS = 10  # at held-out text, spread evenly over the budget
@@ -46,6 +45,7 @@ class Job:
     keep        write what is stored of the state now into a file, with its held-out loss
     known       what must be the same when a training goes on
     told        what to show after each step
+    part        tokens that go through the model at a time
     at          what changes with the share that is done, before each step and at the end
     """
 
@@ -58,6 +58,7 @@ class Job:
     keep: Callable[[Path, float], None]
     known: Mapping[str, Any]
     told: Told
+    part: int
     at: Callable[[float], None]
 
 
@@ -70,6 +71,11 @@ def train(job: Job, samples: Iterator[Sample]) -> Progressed:
     _note_budget(job.training, progressed)
     for _ in range(progressed.samples):
         next(samples)
+    with ahead(samples) as found:
+        return _go_on(job, progressed, found)
+
+
+def _go_on(job: Job, progressed: Progressed, samples: Iterator[Sample]) -> Progressed:
     rates = [group["lr"] for group in job.optimizer.param_groups]
 
     def save() -> None:
@@ -160,7 +166,7 @@ def _step(
     whole = max(1, sum(map(learnt_in, taken)))
     job.optimizer.zero_grad()
     total, figures = 0.0, dict[str, float]()
-    for part in in_parts(taken):
+    for part in in_parts(taken, job.part):
         loss, beside = job.loss(part)
         share = sum(map(learnt_in, part)) / whole
         (loss * share).backward()  # type: ignore[no-untyped-call]
@@ -184,11 +190,16 @@ def _step(
     return total, figures
 
 
-def in_parts(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
-    """Samples in lists of about _PART tokens, those of alike lengths together."""
+def tokens_at_once(device: str) -> int:
+    """How many tokens go through a model at a time where nobody says it."""
+    return 2048 if device == "cpu" else 16384
+
+
+def in_parts(samples: Sequence[Sample], most: int) -> Iterator[list[Sample]]:
+    """Samples in lists of at most so many tokens, or of one; those of alike lengths together."""
     part: list[Sample] = []
     for sample in sorted(samples, key=tokens_in):
-        if part and sum(map(tokens_in, part)) + tokens_in(sample) > _PART:
+        if part and sum(map(tokens_in, part)) + tokens_in(sample) > most:
             yield part
             part = []
         part.append(sample)

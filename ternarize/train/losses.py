@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PIECE = 256  # tokens whose logits are in memory at a time
+_PIECE, _ON_A_GPU = 256, 2048  # tokens whose logits are in memory at a time
 ALL_WORDS = 1 << 16  # a vocabulary of up to so many words is used whole
 OTHERS = 8192  # words sampled from those that a step does not name
 
@@ -147,14 +147,16 @@ class _InPieces(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         student, teacher = heads
-        loss, same = hidden.new_zeros((), dtype=torch.float64), 0
+        loss = hidden.new_zeros((), dtype=torch.float64)
+        same = hidden.new_zeros((), dtype=torch.int64)  # a GPU is not waited for
+        piece = _PIECE if hidden.device.type == "cpu" else _ON_A_GPU
         of_hidden = torch.empty_like(hidden)
         wide = torch.float32  # in which gradients of 16-bit rows are added up, too
         of_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         of_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         count = max(1, len(hidden))
-        for start in range(0, len(hidden), _PIECE):
-            part = slice(start, start + _PIECE)
+        for start in range(0, len(hidden), piece):
+            part = slice(start, start + piece)
             logits = student.logits(hidden[part], dtype)
             log_q = _log_softmax(logits, words)
             if target is not None:
@@ -162,13 +164,13 @@ class _InPieces(torch.autograd.Function):
                 p = log_p.exp()
                 each = torch.where(p > 0, p * (log_p - log_q), 0)  # words that a model rules out
                 loss += each.sum(dtype=torch.float64)
-                same += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+                same += (log_p.argmax(-1) == log_q.argmax(-1)).sum()
                 slope = log_q.exp_().sub_(p)
             else:
                 assert following is not None
                 right = following[part].unsqueeze(-1)
                 loss -= log_q.gather(-1, right).sum(dtype=torch.float64)
-                same += int((log_q.argmax(-1) == right.squeeze(-1)).sum())
+                same += (log_q.argmax(-1) == right.squeeze(-1)).sum()
                 slope = log_q.exp_()
                 slope.scatter_add_(-1, right, -torch.ones_like(right, dtype=slope.dtype))
             slope = student.before(slope, logits) / count
@@ -179,7 +181,7 @@ class _InPieces(torch.autograd.Function):
             if of_bias is not None:
                 of_bias += slope.sum(0)
         ctx.save_for_backward(of_hidden, of_weight, of_bias)
-        agreement = hidden.new_tensor(same / count, dtype=torch.float32)
+        agreement = (same.to(torch.float64) / count).to(torch.float32)
         ctx.mark_non_differentiable(agreement)
         return (loss / count).to(torch.float32), agreement
 

@@ -44,27 +44,30 @@ def objective(
     return loss
 
 
-def first_error(pair: Pair, samples: Sequence[Sample], pad: int) -> float:
-    """The size of the error of outputs that are no words, at the start; 1 of all others."""
+def first_error(pair: Pair, samples: Sequence[Sample], pad: int, part: int) -> float:
+    """The size of the error of outputs that are no words, at the start; 1 of all others.
+
+    part  tokens that go through the model at a time, here and below
+    """
     if pair.heads is not None:
         return 1.0
     with torch.no_grad():
         errors = []
-        for part in in_parts(samples):
-            found, target = _outputs(pair, batch_of(part, pad))
+        for some in in_parts(samples, part):
+            found, target = _outputs(pair, batch_of(some, pad))
             if found.shape[-1] == pair.vocabulary:
                 return 1.0
             errors.append(float(F.mse_loss(found, target)))
     return max(1e-12, math.sqrt(sum(errors) / len(errors)))
 
 
-def held_loss(loss: Objective, samples: Sequence[Sample]) -> float:
+def held_loss(loss: Objective, samples: Sequence[Sample], part: int) -> float:
     """The loss on held-out samples, without gradients; over the same words at every look."""
     total, count = 0.0, 0
     with torch.no_grad():
-        for part in in_parts(samples):
-            tokens = sum(map(learnt_in, part))
-            total, count = total + float(loss(part)[0]) * tokens, count + tokens
+        for some in in_parts(samples, part):
+            tokens = sum(map(learnt_in, some))
+            total, count = total + float(loss(some)[0]) * tokens, count + tokens
     return total / max(1, count)
 
 

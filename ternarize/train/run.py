@@ -25,7 +25,7 @@ from ternarize.qat.rounding import Form
 from ternarize.qat.schedule import end_decay, parameter_groups
 from ternarize.sources.checkpoint import locate
 from ternarize.sources.packed import check_record, open_packed
-from ternarize.train.loop import Job, train
+from ternarize.train.loop import Job, tokens_at_once, train
 from ternarize.train.objectives import first_error, held_loss, objective
 from ternarize.train.optimizer import make_optimizer
 from ternarize.train.recompute import recompute_blocks
@@ -106,7 +106,8 @@ def train_model(
     place.mkdir(parents=True, exist_ok=True)
 
     environments = environments_of(folder, device)
-    sigma = first_error(pair, data.held, data.pad)
+    part = training.micro_batch or tokens_at_once(device)
+    sigma = first_error(pair, data.held, data.pad, part)
     loss = objective(pair, data.common, data.first, training.seed, data.pad, sigma)
 
     def keep(file: Path, loss: float) -> None:
@@ -125,10 +126,11 @@ def train_model(
         pair.trained(),
         make_optimizer(groups, training.optimizer),
         loss,
-        lambda: held_loss(loss, data.held),
+        lambda: held_loss(loss, data.held, part),
         keep,
         _known(data, pair, device, training),
         told,
+        part,
         lambda done: end_decay(job.optimizer, done),
     )
     progressed = train(job, data.stream)

@@ -5,10 +5,14 @@ pass begins, with another shuffle. Several texts are mixed sample by sample, by 
 of it depends on the seed alone, so a run that goes on skips the samples that it has had.
 """
 
+import contextlib
 import itertools
 import os
+import queue
 import random
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -19,9 +23,11 @@ from ternarize.calibrate.data import IDS
 from ternarize.calibrate.samples import Cut, Finish, Sample
 from ternarize.calibrate.texts import Document
 from ternarize.errors import UsageError
+from ternarize.threads import TICK
 
 STRETCH = 1 << 22  # characters whose samples are shuffled together
 APART = 1 << 16  # characters of documents kept apart that are cut together
+AHEAD = 1024  # samples that are made before they are asked for
 OTHER_TOKENS = 256  # that a sample without token ids counts for
 IGNORED = -100  # a label that counts for nothing, as transformers has it
 
@@ -122,6 +128,45 @@ def mixed(streams: Sequence[tuple[Iterator[Sample], float]], seed: int) -> Itera
     weights = [weight for _, weight in streams]
     while True:
         yield next(rng.choices(each, weights)[0])
+
+
+@contextmanager
+def ahead(samples: Iterator[Sample]) -> Iterator[Iterator[Sample]]:
+    """Let a thread make the next samples while others are used: a GPU need not wait for words.
+
+    What it raises is raised where the sample is asked for.
+    """
+    made: queue.Queue[Sample | BaseException] = queue.Queue(AHEAD)
+    ended = threading.Event()
+
+    def put(one: Sample | BaseException) -> None:
+        while not ended.is_set():
+            with contextlib.suppress(queue.Full):
+                return made.put(one, timeout=TICK)
+
+    def make() -> None:
+        try:
+            for sample in samples:
+                put(sample)
+                if ended.is_set():
+                    return
+        except BaseException as error:  # of the user's text: for who asks for the sample
+            put(error)
+
+    def take() -> Iterator[Sample]:
+        while True:
+            one = made.get()
+            if isinstance(one, BaseException):
+                raise one
+            yield one
+
+    thread = threading.Thread(target=make, name="samples", daemon=True)
+    thread.start()
+    try:
+        yield take()
+    finally:
+        ended.set()
+        thread.join()
 
 
 def tokens_in(sample: Sample) -> int:
