@@ -20,6 +20,7 @@ from torch import Tensor
 from ternarize.calibrate.apart import divide_text
 from ternarize.measure.documents import SEPARATOR
 from ternarize.models.reads import beginning, open_tokenizer
+from ternarize.runtime.decode import cache_of
 from ternarize.train.students import fast_dtype, open_model
 
 
@@ -39,10 +40,10 @@ def beginnings(text: Path, tokenizer: Any, count: int, length: int, seed: int) -
 @torch.inference_mode()
 def go_on(model: Any, ids: Tensor, length: int, never: list[int]) -> Tensor:
     """(n, k) -> (n, length): drawn at temperature 1; the words of `never` are not written."""
-    step, memory = ids, None
+    step, memory = ids, dict[str, Any]()
     while ids.shape[1] < length:
-        output = model(input_ids=step, past_key_values=memory, use_cache=True, logits_to_keep=1)
-        memory, logits = output.past_key_values, output.logits[:, -1].float()
+        output = model(input_ids=step, use_cache=True, logits_to_keep=1, **memory)
+        memory, logits = cache_of(output), output.logits[:, -1].float()
         logits[:, never] = -torch.inf
         # the largest of p / e with e drawn from an exponential is a draw from p
         step = (logits.softmax(-1) / torch.empty_like(logits).exponential_()).argmax(-1, True)

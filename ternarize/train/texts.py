@@ -160,13 +160,11 @@ def ahead(samples: Iterator[Sample]) -> Iterator[Iterator[Sample]]:
                 raise one
             yield one
 
-    thread = threading.Thread(target=make, name="samples", daemon=True)
-    thread.start()
+    threading.Thread(target=make, name="samples", daemon=True).start()
     try:
         yield take()
     finally:
-        ended.set()
-        thread.join()
+        ended.set()  # it ends before its next sample; who interrupts does not wait for that
 
 
 def tokens_in(sample: Sample) -> int:
