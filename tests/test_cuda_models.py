@@ -22,6 +22,7 @@ from ternarize.train import loop
 from ternarize.train.journals import train_journal
 from ternarize.train.votes import Votes
 
+GPU = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 
@@ -52,10 +53,10 @@ def logits_of(model: Any) -> torch.Tensor:
 def test_a_gpu_finds_the_trits_of_a_processor(
     method: str, llama: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    for device in ("cpu", "cuda"):
-        convert(llama[0], tmp_path / device, Recipe(method, 32), device=device)
-        verify(tmp_path / device)
-    ours, theirs = trits_of(tmp_path / "cpu"), trits_of(tmp_path / "cuda")
+    for name, device in (("cpu", "cpu"), ("gpu", GPU)):
+        convert(llama[0], tmp_path / name, Recipe(method, 32), device=device)
+        verify(tmp_path / name)
+    ours, theirs = trits_of(tmp_path / "cpu"), trits_of(tmp_path / "gpu")
     assert ours.keys() == theirs.keys() and ours
     for name, packed in ours.items():  # sums have another order: a weight at the edge may turn
         assert float((packed != theirs[name]).float().mean()) < 0.005, name
@@ -64,12 +65,12 @@ def test_a_gpu_finds_the_trits_of_a_processor(
 def test_a_model_is_calibrated_on_a_gpu(llama: tuple[Path, Path], tmp_path: Path) -> None:
     source, text = llama
     quality = {}
-    for device in ("cpu", "cuda"):
+    for name, device in (("cpu", "cpu"), ("gpu", GPU)):
         recipe = calibrating.recipe(text, num_samples=8)
-        record = convert(source, tmp_path / device, recipe, device=device)
-        verify(tmp_path / device)
-        quality[device] = record["calibration"]["quality"]["kl_divergence"]["value"]
-    assert quality["cuda"] == pytest.approx(quality["cpu"], rel=0.15)
+        record = convert(source, tmp_path / name, recipe, device=device)
+        verify(tmp_path / name)
+        quality[name] = record["calibration"]["quality"]["kl_divergence"]["value"]
+    assert quality["gpu"] == pytest.approx(quality["cpu"], rel=0.15)
 
 
 def test_a_model_is_trained_on_a_gpu_and_goes_on_after_a_break(
@@ -84,10 +85,10 @@ def test_a_model_is_trained_on_a_gpu_and_goes_on_after_a_break(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert(source, tmp_path / "packed", recipe, device="cuda", progress=stop)
+        convert(source, tmp_path / "packed", recipe, device=GPU, progress=stop)
     steps: list[int] = []
     record = convert(
-        source, tmp_path / "packed", recipe, device="cuda", log=lambda at, _: steps.append(at)
+        source, tmp_path / "packed", recipe, device=GPU, log=lambda at, _: steps.append(at)
     )
     assert steps == list(range(10, 25))
     looks = dict(map(tuple, record["training"]["held_out"]))
@@ -102,8 +103,8 @@ def test_a_gpu_computes_what_a_processor_computes(
 ) -> None:
     convert(llama[0], tmp_path / "packed", Recipe("itf", **{"group_size": 32, **options}))
     ours = load(tmp_path / "packed", dtype=torch.float32)
-    theirs = load(tmp_path / "packed", dtype=torch.float32, device="cuda")
-    moved = load(tmp_path / "packed", dtype=torch.float32).to("cuda")
+    theirs = load(tmp_path / "packed", dtype=torch.float32, device=GPU)
+    moved = load(tmp_path / "packed", dtype=torch.float32).to(GPU)
     expected = logits_of(ours)
     for model in (theirs, moved):
         assert torch.allclose(logits_of(model), expected, rtol=1e-3, atol=1e-3)
@@ -128,9 +129,9 @@ def test_a_journal_of_a_gpu_is_replayed_by_a_processor(
     votes = Votes(target, 64, (4, 8), (0.5, 0.1, 0.02), (4,), probe=probe)
     training = Train(texts=(str(text),), teacher=str(source), steps=6, batch=256, train_len=16)
     journal = tmp_path / "a.steps"
-    told = train_journal(tmp_path / "packed", journal, training, votes, device="cuda")
+    told = train_journal(tmp_path / "packed", journal, training, votes, device=GPU)
     assert told["attempts"] == 6
     replay(journal, tmp_path / "packed", tmp_path / "replayed")  # digests of its marks are checked
-    directly = load(tmp_path / "packed", steps=journal, dtype=torch.float32, device="cuda")
+    directly = load(tmp_path / "packed", steps=journal, dtype=torch.float32, device=GPU)
     replayed = load(tmp_path / "replayed", dtype=torch.float32)
     assert torch.allclose(logits_of(directly), logits_of(replayed), rtol=1e-3, atol=1e-3)
