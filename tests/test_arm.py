@@ -16,7 +16,10 @@ HERE = Path(__file__).parent
 HOST, CROSS, QEMU = "g++", "aarch64-linux-gnu-g++", "qemu-aarch64"
 MISSING = [tool for tool in (HOST, CROSS, QEMU) if shutil.which(tool) is None]
 
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"without {', '.join(MISSING)}")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING), reason=f"without {', '.join(MISSING)}"),
+]
 
 
 def build(
@@ -57,7 +60,6 @@ def test_the_same_bits_as_on_this_machine(tmp_path: Path) -> None:
     assert output(*emulator("cortex-a57"), there) == ["portable", want]
 
 
-@pytest.mark.slow
 def test_no_access_out_of_bounds(tmp_path: Path) -> None:
     flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     # as in test_kernels.py, the functions for weights are not what this is about

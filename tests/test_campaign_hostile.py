@@ -12,7 +12,7 @@ GROUPS = 25  # rows of the table that the sample has to reach
 
 def test_hostile_files_are_refused_in_one_line_and_crash_nothing(tmp_path: Path) -> None:
     table = tmp_path / "table.json"
-    options = ["--count", "60", "--sample", "10", "--seed", "0", "--json", str(table)]
+    options = ["--count", "30", "--sample", "6", "--seed", "0", "--json", str(table)]
     found = subprocess.run(
         [sys.executable, "-m", "tests.campaigns.hostile", *options],
         cwd=ROOT,

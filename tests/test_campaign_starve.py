@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from test_campaign_kill import campaign, needs_linux
 
-OFTEN = ("room", "permission", "workers")
+OFTEN = ("room", "permission")
 
 
 @needs_linux

@@ -376,23 +376,26 @@ def test_bytes_do_not_depend_on_the_number_of_threads(
 
 
 def test_bytes_are_the_same_without_native_code(llama: Path, tmp_path: Path) -> None:
+    run_convert(llama, tmp_path / "torch", *METHODS, TERNARIZE_NATIVE="0")
     for method in METHODS:
         convert(llama, tmp_path / method, Recipe(method))
-        run_convert(llama, tmp_path / f"{method}-torch", method, TERNARIZE_NATIVE="0")
-        assert digest_of(tmp_path / method) == digest_of(tmp_path / f"{method}-torch")
+        assert digest_of(tmp_path / method) == digest_of(tmp_path / "torch" / method)
 
 
-def run_convert(source: Path, output: Path, method: str = "absmean", **env: str) -> None:
-    subprocess.run(command(source, output, method), env={**os.environ, **env}, check=True)
+def run_convert(source: Path, output: Path, *methods: str, **env: str) -> None:
+    done = command(source, output, *methods)
+    subprocess.run(done, env={**os.environ, **env}, check=True)
 
 
-def command(source: Path, output: Path, method: str = "absmean") -> list[str]:
+def command(source: Path, output: Path, *methods: str) -> list[str]:
+    """Convert by absmean; or, given methods, by each into a folder of its name in `output`."""
     code = (
         "import sys; from ternarize.convert.run import convert; "
         "from ternarize.plans.recipe import Recipe; "
-        "convert(sys.argv[1], sys.argv[2], Recipe(sys.argv[3]))"
+        "source, output, *methods = sys.argv[1:]; "
+        "[convert(source, f'{output}/{m}', Recipe(m)) for m in methods] or convert(source, output)"
     )
-    return [sys.executable, "-c", code, str(source), str(output), method]
+    return [sys.executable, "-c", code, str(source), str(output), *methods]
 
 
 class Break(Exception):

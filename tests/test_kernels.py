@@ -791,7 +791,7 @@ def test_no_access_out_of_bounds(tmp_path: Path) -> None:
     for name in ("avx2", "avx512"):
         if options.pop(f"cpus/{name}.cpp", None) is not None:
             options["cpus/cpus.cpp"].append(f"-Dk{name.capitalize()}=kPortable")
-    build = ["g++", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    build = ["g++", "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     main = str(HERE / "sanitized_kernels.cpp")
     objects = core_sources.compile_all(tmp_path, build, options | {main: []})
     program = str(tmp_path / "sanitized")
