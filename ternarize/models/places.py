@@ -149,7 +149,12 @@ def with_dense_turned(converter: Any) -> Any:
         return converter
     operations = [UnlessPacked(op) if turns_if_needed(op) else op for op in converter.operations]
     sources, targets = converter._original_source_patterns, converter._original_target_patterns
-    return converter.copy(sources, targets, operations=operations)
+    if hasattr(converter, "copy"):
+        return converter.copy(sources, targets, operations=operations)
+    copied = WeightConverter(sources, targets, operations=operations)  # transformers < 5.20
+    copied.scope_prefix = converter.scope_prefix
+    copied.base_model_prefix = converter.base_model_prefix
+    return copied
 
 
 def scales_led_astray(

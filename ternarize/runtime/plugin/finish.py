@@ -1,7 +1,8 @@
 """After the fill: a model to be used, packed or made dense again."""
 
 import functools
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,31 @@ from ternarize.runtime.modules.embedding import PackedEmbedding, dense_embedding
 from ternarize.runtime.modules.experts import TernaryExperts, dense_experts
 from ternarize.runtime.modules.linear import TernaryLinear
 from ternarize.runtime.packed import Scale, packed_modules
+
+
+def dtypes_of_kept(model: Any) -> dict[str, torch.dtype]:
+    """By name, the dtype that each floating-point parameter of a model that is empty is to have."""
+    scales = {
+        f"{path}.{n}{SCALE_SUFFIX}" for path, m in packed_modules(model).items() for n in m.layouts
+    }
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and name not in scales:
+            plan = model._get_dtype_plan(parameter.dtype)
+            planned = (plan[key] for key in plan if re.search(key.replace("*", ".*"), name))
+            found[name] = next(planned, parameter.dtype)
+    return found
+
+
+def cast_kept(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Give parameters the dtypes that they are to have: what transformers < 5.21 leaves undone.
+
+    It leaves a tensor whose name on disk is another in the dtype of the file.
+    """
+    for name, dtype in dtypes.items():
+        parameter = model.get_parameter(name)
+        if parameter.dtype != dtype and not parameter.is_meta:
+            parameter.data = parameter.data.to(dtype)
 
 
 def zero_missing_biases(model: Any, missing: Iterable[str]) -> None:

@@ -87,6 +87,7 @@ class TernarizeQuantizer(HfQuantizer):
     stamps: dict[Path, list[int]]  # of the files, before they were looked at
     source_transposed: dict[str, bool]
     to_round: set[str]  # parameters of the head that become int8 once they are loaded
+    kept_dtypes: dict[str, torch.dtype]  # of the parameters that are not packed
     scale_names: dict[str, str]  # names of scales that transformers' renamings miss -> parameters
 
     def __init__(self, quantization_config: TernarizeConfig, **kwargs: Any) -> None:
@@ -139,6 +140,7 @@ class TernarizeQuantizer(HfQuantizer):
         Raises FormatError where the tensors do not fit the model, or do not fill it.
         """
         from ternarize.models.places import locate_tensors, scales_led_astray, ties
+        from ternarize.runtime.plugin.finish import dtypes_of_kept
         from ternarize.runtime.plugin.int8_head import head_to_round
         from ternarize.runtime.plugin.prepare import check_beside, check_complete, insert_modules
 
@@ -152,6 +154,8 @@ class TernarizeQuantizer(HfQuantizer):
         self.to_round -= self.source_transposed.keys()  # packed in the checkpoint already
         self.scale_names = scales_led_astray(model, sources, SCALE_SUFFIX)
         check_beside(model, self.missing)
+        # transformers with `get_new_dtype` asks for the dtype of what is kept by itself
+        self.kept_dtypes = {} if hasattr(self, "get_new_dtype") else dtypes_of_kept(model)
         filled = locate_tensors(model, names, self)
         check_complete(model, filled, self.missing)
         return filled
@@ -168,6 +172,7 @@ class TernarizeQuantizer(HfQuantizer):
         if self.to_round:
             round_head(model, self.to_round)
             self.source_transposed |= dict.fromkeys(self.to_round, False)
+        finish.cast_kept(model, self.kept_dtypes)
         finish.zero_missing_biases(model, self.missing)
         finish.check_filled(model)
         if self.quantization_config.dequantize:
@@ -194,8 +199,11 @@ class TernarizeQuantizer(HfQuantizer):
         make_dense(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         return model
 
-    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
-        """Send scales through the conversions of tensors that are not called `weight`, too."""
+    def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
+        """Send scales through the conversions of tensors that are not called `weight`, too.
+
+        model  given by transformers >= 5.20 alone
+        """
         from transformers.core_model_loading import WeightConverter
 
         from ternarize.models.places import ScaleRenaming, with_dense_turned
@@ -207,7 +215,7 @@ class TernarizeQuantizer(HfQuantizer):
         # of two with one pattern, ours comes first; the other is for scales of another kind
         taken: set[tuple[str | None, str]] = set()
         conversions = []
-        for each in base.update_weight_conversions(weight_conversions, model):
+        for each in base.update_weight_conversions(weight_conversions, *model):
             here = each.source_patterns if isinstance(each, WeightConverter) else ()
             patterns = {(getattr(each, "scope_prefix", None), pattern) for pattern in here}
             if taken.isdisjoint(patterns):
