@@ -85,3 +85,13 @@ def signs(cols: int, seed: int) -> Tensor:
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     high = (z ^ (z >> np.uint64(31))) >> np.uint64(63)
     return torch.from_numpy(1.0 - 2.0 * high.astype(np.float64))
+
+
+def rotation_from(rotation: tuple[int, int], first: int) -> tuple[int, int]:
+    """The rotation of the columns from `first` on, as (block, seed): its signs are the later ones.
+
+    The state of SplitMix64 goes up by a constant, so that a later part of its numbers is what
+    another seed begins with.
+    """
+    block, seed = rotation
+    return (block, (seed + first * _STEP) % 2**64) if block else rotation
