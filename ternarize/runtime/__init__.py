@@ -5,6 +5,8 @@ processor multiplies them; a dense weight is made for the length of one product,
 may import transformers, and all rooms above it but for those where sources come from.
 
     kernels.py    the compiled core's products, memory and threads; products' definition in torch
+    triton_kernels.py   the kernels for GPUs, where Triton is installed
+    tiles.py      ternary weights on a GPU: their layout, and the product from it
     forms.py      in which form a packed parameter is held: its layout, columns, lanes; and dense
     products.py   y = x W^T by what serves the weight, the input and the device
     packed.py     what packed modules have in common

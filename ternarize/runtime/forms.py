@@ -3,7 +3,7 @@
     stored  the bytes of the file: (rows, width) with scales (scale_rows, groups). Works on every
             device. On the CPU the compiled core multiplies int8 and int4 weights so.
     lanes   the run-time layout of kernels.py, a flat tensor, with scales in the same order. The
-            compiled core multiplies ternary weights so, on the CPU.
+            compiled core multiplies ternary weights so, on the CPU. On a GPU tiles.py's.
 
 `Layout.lanes` says which it is. Either becomes a dense matrix where a product needs one.
 """
@@ -20,6 +20,7 @@ from ternarize.errors import UsageError
 from ternarize.native import lib
 from ternarize.plans.recipe import ACTIVATIONS
 from ternarize.runtime import kernels
+from ternarize.runtime.tiles import TILES, fits_tiles, from_tiles, to_tiles
 from ternarize.trits import base3, int4, int8
 from ternarize.trits.base3 import BASE3
 from ternarize.trits.int4 import INT4
@@ -35,7 +36,7 @@ _PART = 1 << 22  # weights that are dense at a time
 class Lanes:
     """A run-time layout, and what it does not say about the stored form.
 
-    form         "lanes2" or "lanes3"
+    form         "lanes2" or "lanes3", or "tiles" on a GPU
     rows         of the matrix
     scale_rows   rows of its stored scales
     scale_dtype  of its stored scales
@@ -153,6 +154,10 @@ def _from_lanes(
         return torch.stack([p for p, _ in pairs]), torch.stack([s for _, s in pairs])
     groups = group_count(cols, group_size)
     planes, scales = [], []
+    if lanes.form == TILES:
+        planes = [from_tiles(p, lanes.rows, cols, group_size) for p in packed.chunk(layout.planes)]
+        scales = [part.view(groups, lanes.scale_rows).T for part in scale.chunk(layout.planes)]
+        return torch.cat(planes, 1), torch.cat(scales, 1).contiguous()
     for part in packed.chunk(layout.planes):
         planes.append(kernels.from_lanes(part, lanes.rows, cols, group_size, lanes.form))
     for part in scale.chunk(layout.planes):
@@ -170,7 +175,7 @@ def lanes_form(
     """The lanes of a stored parameter, its scales, and the layout that says so.
 
     packed, scale  as in `stored_form`
-    memory         (`lanes_size`,) uint8, where the lanes are to be
+    memory         (`lanes_size`,) uint8, where the lanes are to be; tiles have their own
     """
     *stack, rows, _ = packed.shape
     form, cols, group_size = kernels.best_form(), layout.cols, layout.group_size
@@ -178,6 +183,11 @@ def lanes_form(
         [plane for matrix in t.flatten(0, -3) for plane in matrix.chunk(layout.planes, -1)]
         for t in (packed.unsqueeze(0), scale.unsqueeze(0))
     )
+    if packed.device.type == "cuda":
+        held = replace(layout, lanes=Lanes(TILES, rows, scale.shape[-2], scale.dtype))
+        tiles = torch.cat([to_tiles(plane, cols, group_size) for plane in planes])
+        by_group = torch.cat([part.T.flatten() for part in parts])
+        return tiles.view(*stack, -1), by_group.view(*stack, -1), held
     for plane, out in zip(planes, memory.chunk(len(planes)), strict=True):
         kernels.to_lanes(plane.contiguous(), cols, group_size, form, out=out)
     scales = torch.cat([kernels.scale_lanes(part, rows, form) for part in parts])
@@ -186,19 +196,29 @@ def lanes_form(
 
 
 def lanes_size(packed: Tensor, layout: Layout) -> int:
-    """Bytes of a stored parameter's lanes."""
+    """Bytes of a stored parameter's lanes in memory that is given to them."""
     *stack, rows, _ = packed.shape
+    if packed.device.type == "cuda":
+        return 0
     size, _, _ = kernels.lanes_shape(kernels.best_form(), rows, layout.cols, layout.group_size)
     return math.prod(stack) * layout.planes * size
 
 
 def fits_lanes(packed: Any, scale: Any, layout: Layout) -> bool:
-    """Whether the compiled core can multiply a stored parameter once it is in lanes."""
+    """Whether there are kernels for a stored parameter once it is in lanes."""
     return (
         layout.codec == BASE3
         and layout.lanes is None
         and packed.numel() > 0
-        and _fits_core(packed, scale, layout)
+        and (_fits_core(packed, scale, layout) or _fits_gpu(packed, scale, layout))
+    )
+
+
+def _fits_gpu(packed: Any, scale: Any, layout: Layout) -> bool:
+    return (
+        not hasattr(packed, "to_local")
+        and packed.device == scale.device
+        and fits_tiles(packed.device, layout.cols, layout.group_size, layout.activations)
     )
 
 

@@ -74,6 +74,7 @@ def load(
     quantization = _quantization(directory)
 
     from ternarize.models.configuration import usable
+    from ternarize.runtime.packed import use_lanes
     from ternarize.trits.ternary import check_device
 
     if isinstance(device, str) and device != "auto":
@@ -90,6 +91,7 @@ def load(
         model: PreTrainedModel = model_class.from_pretrained(directory, config=config, **kwargs)
     if device is not None and "device_map" not in kwargs:
         model.to(device)  # type: ignore[arg-type]
+        use_lanes(model)  # what had none on the CPU
     return model
 
 

@@ -1,8 +1,8 @@
 """What packed modules have in common: parameters that change their form.
 
 `use_lanes` turns the stored form into lanes, a module at a time, once a model is loaded. Only
-`Packed` knows: whatever leaves a module (state_dict, a pickle, another device) is in the stored
-form, and so is a state_dict that is loaded.
+`Packed` knows: whatever leaves a module (state_dict, a pickle) is in the stored form, and so is a
+state_dict that is loaded. Moved to another kind of device, lanes become the lanes of that one.
 """
 
 from collections.abc import Callable
@@ -88,14 +88,17 @@ class Packed(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Packed":
         """Move, but never cast the scales: model.to(bfloat16) would change every weight."""
-        if fn(torch.empty(0, dtype=torch.uint8)).device.type != "cpu":
-            self.use_stored()
+        here = next((self.held(name).device for name in self.layouts), torch.device("cpu"))
+        there = fn(torch.empty(0, dtype=torch.uint8, device=here)).device
+        had_lanes = there.type != here.type and self.use_stored()
         before = {f"{name}_scale": self.held(f"{name}_scale").data for name in self.layouts}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, scale in before.items():
             after = self.held(name)
             if after.dtype != scale.dtype:
                 after.data = scale.to(after.device)
+        if had_lanes:
+            self.use_lanes()
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -2,10 +2,10 @@
 
     W = scale * trit, a sum of two such, or scale * integer (int8, int4)
 
-The kernels (kernels.py) multiply lanes, int8 and int4 weights without W, on the CPU. What they do
-not serve (other devices, parts of a tensor, ternary parameters that modules share, float64 inputs)
-goes the dense way: W, of int4 a part of it, is dequantized for the length of one product and never
-kept.
+The kernels (kernels.py) multiply lanes, int8 and int4 weights without W, on the CPU, and others
+(tiles.py) ternary weights on a GPU. What they do not serve (other devices, parts of a tensor,
+ternary parameters that modules share, float64 inputs) goes the dense way: W, of int4 a part of it,
+is dequantized for the length of one product and never kept.
 
 With activations "int8" the input of each product is rounded to 8 bits per token (`rounded_linear`).
 """
@@ -27,6 +27,7 @@ from ternarize.runtime.forms import (
     parts_of,
 )
 from ternarize.runtime.kernels import CORE_DTYPES
+from ternarize.runtime.tiles import TILES, compiled_product_of_tiles, product_of_tiles
 from ternarize.trits.int4 import INT4
 from ternarize.trits.int8 import INT8
 from ternarize.trits.rotation import rotate
@@ -70,6 +71,9 @@ def _turned(x: Any, layout: Layout) -> Tensor:
 def _product(
     x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, layout: Layout
 ) -> Tensor:
+    lanes = layout.lanes
+    if lanes is not None and lanes.form == TILES and x.dtype in CORE_DTYPES:
+        return _by_tiles(x, packed, scale, bias, layout, lanes)
     if x.dtype in CORE_DTYPES and x.device.type == "cpu":
         if layout.lanes is not None:
             return _by_lanes(x, packed, scale, bias, layout, layout.lanes)
@@ -180,10 +184,29 @@ def _by_stored(
     return (y if bias is None else y + bias).to(x.dtype)
 
 
+def _by_tiles(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, layout: Layout, lanes: Lanes
+) -> Tensor:
+    """`_by_lanes` on a GPU."""
+    if x.shape[-1] != layout.cols:
+        raise UsageError("input", f"{x.shape[-1]} columns; the layer has {layout.cols}")
+    x = _autocast(x, layout)
+    wide = bias is not None or layout.planes > 1
+    multiply = compiled_product_of_tiles if torch.compiler.is_compiling() else product_of_tiles
+    shape = lanes.rows, lanes.scale_rows, layout.group_size, layout.activations == "int8", wide
+    y: Tensor | None = None
+    for plane, scales in zip(packed.chunk(layout.planes), scale.chunk(layout.planes), strict=True):
+        part = multiply(x, plane, scales, *shape)
+        y = part if y is None else y + part
+    assert y is not None
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
 def _autocast(x: Tensor, layout: Layout) -> Tensor:
     """x as F.linear would take it; what is to be rounded to 8 bits stays as it is."""
-    if layout.activations == "none" and torch.is_autocast_enabled("cpu"):
-        return x.to(torch.get_autocast_dtype("cpu"))
+    device = x.device.type
+    if layout.activations == "none" and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
     return x
 
 

@@ -1,0 +1,158 @@
+"""Ternary weights on a GPU: their run-time layout ("tiles"), and y = x W^T from it.
+
+    word    16 bits: eight fields of 2 bits, the lowest first; a field is a trit as a number of two
+            bits with a sign (-1 is 11)
+    block   256 columns of all rows: (rows, 32) words. Field j of word i is column 32 j + i
+
+A matrix is its blocks one behind the other, so that what a program reads lies together, padded
+with zero trits to whole blocks: 2 bits a weight. Scales lie beside it as (groups, scale_rows), in
+the dtype in which they are stored. `to_tiles` makes it from stored bytes, `from_tiles` gives those
+back.
+
+The product is triton_kernels.py's, where Triton is installed and a layout is served (`fits_tiles`).
+"""
+
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ternarize.errors import FormatError
+from ternarize.runtime.kernels import LONGEST_SUM
+from ternarize.trits import base3
+from ternarize.trits.ternary import group_count
+
+TILES = "tiles"
+_FIELDS, _WORDS = 8, 32  # of a word; of a row of a block
+_COLS = _FIELDS * _WORDS  # of a block
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed; torch brings it where it is built for CUDA."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def fits_tiles(device: torch.device, cols: int, group_size: int, activations: str) -> bool:
+    """Whether products from tiles are served: on a GPU with Triton, groups of whole fields.
+
+    Groups of any multiple of 32 weights, or one group in a row. Of activations in 8 bits, whose
+    sums are exact for a group, of 32, 64, 128 and 256 weights, or one of at most LONGEST_SUM.
+    """
+    if device.type != "cuda" or not has_triton() or cols == 0:
+        return False
+    if torch.cuda.get_device_capability(device) < (8, 0):  # bfloat16
+        return False
+    if activations == "int8":
+        one = not 0 < group_size < cols
+        return cols <= LONGEST_SUM if one else group_size in (32, 64, 128, 256)
+    return not 0 < group_size < cols or group_size % _WORDS == 0
+
+
+def tiles_size(rows: int, cols: int) -> int:
+    """Bytes of a matrix in tiles."""
+    return 2 * -(-cols // _COLS) * rows * _WORDS
+
+
+def to_tiles(packed: Tensor, cols: int, group_size: int) -> Tensor:
+    """The run-time layout of stored bytes.
+
+    packed  (rows, packed_width) uint8, as in base3.unpack
+
+    Returns (`tiles_size`,) uint8 on the same device. Raises FormatError as base3.unpack does.
+    """
+    rows, blocks = packed.shape[0], -(-cols // _COLS)
+    trits = base3.unpack(packed, cols, group_size)
+    trits = torch.nn.functional.pad(trits, (0, blocks * _COLS - cols))
+    fields = trits.view(rows, blocks, _FIELDS, _WORDS)
+    words = torch.zeros((rows, blocks, _WORDS), dtype=torch.int16, device=packed.device)
+    for j in range(_FIELDS):
+        words |= (fields[:, :, j] & 3).to(torch.int16) << 2 * j
+    return words.transpose(0, 1).contiguous().view(torch.uint8).flatten()
+
+
+def from_tiles(tiles: Tensor, rows: int, cols: int, group_size: int) -> Tensor:
+    """The stored bytes (rows, packed_width) of `to_tiles`.
+
+    Raises FormatError on another size or dtype, and on a field that holds no trit.
+    """
+    size = tiles_size(rows, cols)
+    if tiles.dtype != torch.uint8 or tiles.shape != (size,):
+        raise FormatError(
+            "tiles",
+            f"{tuple(tiles.shape)} {tiles.dtype}",
+            f"({size},) torch.uint8 for {rows} x {cols} weights",
+        )
+    words = words_of(tiles, rows)
+    fields = [(words << 14 - 2 * j) >> 14 for j in range(_FIELDS)]  # signs are shifted in
+    trits = torch.stack([field.to(torch.int8) for field in fields], 2)
+    trits = trits.permute(1, 0, 2, 3).reshape(rows, -1)[:, :cols].contiguous()
+    if bool((trits == -2).any()):
+        raise FormatError(
+            "tiles",
+            "a field holds no trit",
+            remedy="The memory was overwritten: load the model again",
+        )
+    return base3.pack(trits, group_size)
+
+
+def words_of(tiles: Tensor, rows: int) -> Tensor:
+    """Tiles as words: (blocks, rows, 32) int16."""
+    return tiles.view(torch.int16).view(-1, rows, _WORDS)
+
+
+def product_of_tiles(
+    x: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    rows: int,
+    scale_rows: int,
+    group_size: int,
+    rounded: bool,
+    wide: bool,
+) -> Tensor:
+    """y = x W^T from tiles.
+
+    x           (..., cols) float32, bfloat16 or float16 on a GPU
+    tiles       (bytes,) uint8, of `to_tiles`
+    scales      (groups * scale_rows,) float, or uint8 codes; scale_rows divides rows
+    group_size  as in ternarize.trits.ternary, of a layout that `fits_tiles`
+    rounded     whether each token is rounded to 8 bits: then y is what kernels.product_of_trits
+                gives, bit for bit
+    wide        y in float32, not in x's dtype
+
+    Returns (..., rows). Sums are in float32 and have one order for a number of tokens.
+    """
+    from ternarize.runtime.triton_kernels import multiply_tiles
+
+    cols = x.shape[-1]
+    y = x.new_empty((*x.shape[:-1], rows), dtype=torch.float32 if wide else x.dtype)
+    if y.numel():
+        by_group = scales.view(group_count(cols, group_size), scale_rows)
+        flat = x.detach().reshape(-1, cols).contiguous()
+        with torch.cuda.device(x.device):  # Triton launches on the current one
+            words = words_of(tiles, rows)
+            multiply_tiles(flat, words, by_group, y.view(-1, rows), group_size, rounded)
+    return y
+
+
+# As products._compiled_multiply: for torch.compile alone, which cannot look into it.
+compiled_product_of_tiles: Any = torch.library.custom_op(
+    "ternarize::tiles_product", product_of_tiles, mutates_args=(), device_types="cuda"
+)
+
+
+@compiled_product_of_tiles.register_fake  # type: ignore[untyped-decorator]
+def _(
+    x: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    rows: int,
+    scale_rows: int,
+    group_size: int,
+    rounded: bool,
+    wide: bool,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows), dtype=torch.float32 if wide else x.dtype)
