@@ -165,6 +165,16 @@ def test_models_of_tensors_are_trained_and_saved(name: str, tmp_path: Path, seen
     assert min(held) < held[0]
 
 
+def test_all_rows_of_a_file_are_trained_on_but_those_that_choose_and_report(tmp_path: Path) -> None:
+    source = calibrating.save("vit", tmp_path / "source")
+    data = calibrating.data("vit", tmp_path, 400)
+    found = sources.data_of(source, Train(texts=(str(data),), steps=1), Calibrate(num_samples=8))
+    assert len(found.held) == len(found.report) == 32
+    some = [next(found.stream)["pixel_values"].numpy().tobytes() for _ in range(2 * 336)]
+    apart = {each["pixel_values"].numpy().tobytes() for each in (*found.held, *found.report)}
+    assert len(set(some)) == 336 and len(apart) == 64 and apart.isdisjoint(some)
+
+
 def test_a_head_without_words_is_trained_on_what_it_gives(tmp_path: Path, seen: Seen) -> None:
     config: Any = tiny_models.CONFIGS["bert_classifier"]()
     transformers.BertForPreTraining(config).save_pretrained(tmp_path / "source")

@@ -32,7 +32,7 @@ from ternarize.models.reads import (
     open_tokenizer,
     vocabulary_size,
 )
-from ternarize.plans.recipe import Calibrate, Train
+from ternarize.plans.recipe import MAX_COUNT, Calibrate, Train
 from ternarize.train.losses import ALL_WORDS
 from ternarize.train.texts import (
     IGNORED,
@@ -188,19 +188,25 @@ def _samples_of_text(
 
 
 def _rows(reader: _Reader, name: str) -> list[list[Sample]]:
-    """Three sets of samples as they are: tensors of a file, or what the model itself writes."""
+    """Three sets of samples as they are: tensors of a file, or what the model itself writes.
+
+    All rows of a file train but those few that choose, and that give the figures.
+    """
     calibration = reader.calibration or Calibrate(seed=reader.training.seed)
     length = reader.length or calibration.seq_len
     own = replace(calibration, dataset=name, text_column=None, seq_len=length)
+    if name != SELF:
+        own = replace(own, num_samples=MAX_COUNT)
     samples = samples_of(reader.directory, own, trained=True)
-    return [
+    train, held, report = (
         [
             {name: value[row] for name, value in batch.items()}
             for batch in batches
             for row in range(len(next(iter(batch.values()))))
         ]
         for batches in (samples.batches, samples.heldout, samples.report)
-    ]
+    )
+    return [[*train, *held[HELD:], *report[REPORT:]], held[:HELD], report[:REPORT]]
 
 
 def _put_back(streams: list[tuple[Iterator[Sample], float]], count: int) -> list[Sample]:
