@@ -1,5 +1,8 @@
 """`ternarize convert`."""
 
+import os
+import re
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +14,7 @@ from ternarize.cli.show import (
     show_calibration,
     show_check,
     show_hints,
+    show_part,
     show_plan,
     show_totals,
     show_training,
@@ -39,6 +43,15 @@ def convert_command(
     allow_missing: Annotated[
         bool, "Convert a source that lacks weights of its model; loading makes them up."
     ] = False,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N|auto",
+            help="Convert the I-th of N parts, beside other processes or machines; auto: by the "
+            "variables of torchrun or SLURM.",
+        ),
+    ] = None,
+    finish: Annotated[bool, "Put together what all parts have converted."] = False,
     device: Device = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Tensors worked on at once.")] = None,
     no_check: Annotated[
@@ -57,6 +70,9 @@ def convert_command(
     those texts, and the result is measured on texts put aside. Interrupted, the same command goes
     on; OUTPUT appears when all of it is verified.
 
+    Without data, several processes or machines can share the work: each runs the same command with
+    its --part, in any order, and then one runs it with --finish.
+
     Without data, a language model or text encoder that fits into memory beside its source is then
     measured against it on a little text, where that takes about a minute; of larger ones the
     command that does it is printed. The figures are printed alone (with --json as "check"), and
@@ -70,14 +86,17 @@ def convert_command(
     start = Recipe() if recipe is None else open_recipe(recipe)
     chosen = with_options(start, given, bool(min_quality))
     bounds = read_bounds(min_quality or [])
+    from ternarize.convert.parts import check_parts
     from ternarize.convert.run import check_bounds
     from ternarize.convert.run import convert as run
     from ternarize.threads import THREADS
 
     check_bounds(chosen, bounds)
+    chosen_part = None if part is None else part_of_text(part, os.environ)
+    check_parts(chosen, chosen_part, finish=finish)
     if dry_run:
-        named = recipe is not None
-        _dry_run(model, chosen, allow_missing, as_json=as_json, debug=debug, named=named)
+        named, parted = recipe is not None, chosen_part and (*chosen_part, stream)
+        _dry_run(model, chosen, allow_missing, parted, as_json=as_json, debug=debug, named=named)
         return
     if chosen.fits:
         device = device or fastest_device(quiet)
@@ -92,7 +111,17 @@ def convert_command(
             min_quality=bounds,
             stream=stream,
             allow_missing=allow_missing,
+            part=chosen_part,
+            finish=finish,
         )
+    if chosen_part is not None:
+        if as_json:
+            print_json({"output": str(output), **record})
+        else:
+            show_part(record)
+        if not (as_json or quiet):
+            advise("when all parts have ended, once: the same with --finish in the place of --part")
+        return
     wanted = not (quiet or no_check)
     if as_json:
         measured = {"check": _measured(record, model, output, stream)} if wanted else {}
@@ -176,11 +205,76 @@ def read_bounds(asked: list[str]) -> dict[str, float]:
     return bounds
 
 
+def part_of_text(text: str, environment: Mapping[str, str]) -> tuple[int, int]:
+    """The value of --part: "2/3" -> (2, 3); of "auto", what a launcher has set for this process."""
+    if text == "auto":
+        return _launched(environment)
+    numbers = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    if numbers is None:
+        raise UsageError(
+            "--part", f"{text!r}", "I/N, or auto under torchrun or SLURM", "Write for instance 2/8"
+        )
+    return int(numbers[1]), int(numbers[2])
+
+
+def _launched(environment: Mapping[str, str]) -> tuple[int, int]:
+    """The part of a process that torchrun or SLURM has started.
+
+    torchrun's word is taken first, since SLURM may have started torchrun; of SLURM that of a step's
+    tasks or of an array's jobs, whichever there are several of.
+    """
+
+    def number(name: str) -> int | None:
+        text = environment.get(name, "")
+        return int(text) if re.fullmatch(r"\d{1,9}", text) else None
+
+    rank, count = number("RANK"), number("WORLD_SIZE")
+    if rank is not None and count is not None:
+        return rank + 1, count
+    found = []
+    task, tasks = number("SLURM_PROCID"), number("SLURM_NTASKS")
+    if task is not None and tasks is not None:
+        found.append((task + 1, tasks))
+    job, jobs, first, last = (
+        number(f"SLURM_ARRAY_TASK_{each}") for each in ("ID", "COUNT", "MIN", "MAX")
+    )
+    if job is not None and jobs is not None and first is not None and last is not None:
+        step = (last - first) // max(1, jobs - 1) or 1
+        if last - first != (jobs - 1) * step or (job - first) % step:
+            raise UsageError(
+                "--part", f"auto, and SLURM_ARRAY_TASK_ID={job}", "even steps", "Say --part I/N"
+            )
+        found.append(((job - first) // step + 1, jobs))
+    several = [each for each in found if each[1] > 1]
+    if len(several) > 1:
+        said = f"auto, and SLURM has an array of {jobs} jobs with {tasks} tasks each"
+        raise UsageError("--part", said, "one of the two", "Say --part I/N")
+    if not found:
+        raise UsageError(
+            "--part",
+            "auto, and neither RANK and WORLD_SIZE nor those of SLURM are set",
+            "a process that torchrun or SLURM has started",
+            "Say --part I/N",
+        )
+    return (several or found)[0]
+
+
 def _dry_run(
-    model: str, recipe: Recipe, allow_missing: bool, *, as_json: bool, debug: bool, named: bool
+    model: str,
+    recipe: Recipe,
+    allow_missing: bool,
+    parted: tuple[int, int, bool] | None,
+    *,
+    as_json: bool,
+    debug: bool,
+    named: bool,
 ) -> None:
-    """Print the plan, with the options of a `named` recipe; then, if it would be refused, why."""
+    """Print the plan, with the options of a `named` recipe; then, if it would be refused, why.
+
+    parted  of a part: I, N, and whether its source is streamed
+    """
     from ternarize.convert.run import checked
+    from ternarize.plans.parts import part_table
     from ternarize.plans.plan import make_plan
 
     plan = make_plan(model, recipe, config_only=True)
@@ -190,6 +284,9 @@ def _dry_run(
     except TernarizeError as error:  # of which the plan tells the reasons
         refused = error
     table = plan.to_dict()
+    if parted is not None:
+        index, count, streamed = parted
+        table["part"] = part_table(plan, (index, count), cut=not streamed)
     if refused and as_json and not debug:
         raise failed(refused, as_json, **table)
     if as_json:

@@ -193,6 +193,20 @@ def show_plan(table: dict[str, Any], with_recipe: bool) -> None:
         out.print(f"left out: {shown(name)}")
     for note in table["notes"]:
         out.print(f"note: {shown(note)}")
+    if "part" in table:
+        show_part(table["part"])
+        files = Table("file", "tensors", "of", "read", "written", box=None)
+        for row in table["part"]["files"]:
+            sizes = in_bytes(row["source_bytes"]), in_bytes(row["packed_bytes"])
+            files.add_row(shown(row["file"]), str(row["tensors"]), str(row["of"]), *sizes)
+        out.print(files)
+
+
+def show_part(found: dict[str, Any]) -> None:
+    """A line of what one of several processes reads and writes."""
+    (index, count), files = found["part"], found["files"]
+    read, written = in_bytes(found["source_bytes"]), in_bytes(found["packed_bytes"])
+    print(f"part {index}/{count}: {read} of {len(files)} files -> {written}")
 
 
 def _rows(tensors: list[dict[str, Any]]) -> Table:

@@ -8,6 +8,7 @@ may import from all rooms but `publish` and `cli`.
     journal.py    which tensors are done, and how a second run takes them up
     limits.py     memory, threads and room on the disk
     record.py     what is written beside the weights: ternarize.json, config.json, index
+    parts.py      several processes at one conversion, and all put together
     run.py        plan -> calibrate -> train -> shards -> record -> verify -> rename
     scratch.py    a model drawn at random, then trained and packed
     trained.py    a model that was trained with `ternarize.qat`, packed as it is

@@ -6,18 +6,20 @@ of layout (a Change). A Result counts only if the bytes in the shard have the di
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from torch import Tensor
+
 from ternarize.calibrate.pipeline import Calibrated
 from ternarize.convert.tensor import Change, Result
-from ternarize.convert.workplace import JOURNAL, STREAMED, changed, not_ours
+from ternarize.convert.workplace import JOURNAL, PARTS, STREAMED, changed, not_ours
 from ternarize.errors import OutputError
 from ternarize.files.headers import read_bytes
 from ternarize.files.outputs import write_whole
-from ternarize.plans.layout import PIECE, Plan, Shard, TensorPlan
+from ternarize.plans.layout import PIECE, Shard, TensorPlan
 from ternarize.plans.recipe import CHANGEABLE
 
 
@@ -91,15 +93,27 @@ def _digests(path: Path, shard: Shard, results: dict[str, Result]) -> Iterator[t
     done = [tensor for tensor in shard.tensors if tensor.name in results]
     if not done or not path.is_file() or path.stat().st_size != shard.nbytes():
         return
-    layout, base = shard.layout(), shard.data_start()
-    for tensor in done:
+    for tensor, pieces in stored_pieces(path, shard, done):
         sha = hashlib.sha256()
+        for _, _, piece in pieces:
+            sha.update(piece.numpy().data)
+        yield tensor.name, sha.hexdigest()
+
+
+def stored_pieces(
+    path: Path, shard: Shard, tensors: Sequence[TensorPlan]
+) -> Iterator[tuple[TensorPlan, Iterator[tuple[str, int, Tensor]]]]:
+    """The bytes of some tensors of a shard, piece by piece: (entry, byte offset in it, uint8)."""
+    layout, base = shard.layout(), shard.data_start()
+
+    def pieces(tensor: TensorPlan) -> Iterator[tuple[str, int, Tensor]]:
         for name, _, _ in tensor.stored():
             start, nbytes = base + layout[name].start, layout[name].nbytes
             for at in range(0, nbytes, PIECE):
-                piece = read_bytes(path, start + at, min(PIECE, nbytes - at))
-                sha.update(piece.numpy().data)
-        yield tensor.name, sha.hexdigest()
+                yield name, at, read_bytes(path, start + at, min(PIECE, nbytes - at))
+
+    for tensor in tensors:
+        yield tensor, pieces(tensor)
 
 
 def note(state: State, journal: TextIO, entry: Result | Change) -> None:
@@ -109,34 +123,52 @@ def note(state: State, journal: TextIO, entry: Result | Change) -> None:
     journal.flush()
 
 
-def resume(plan: Plan, partial: Path, own: dict[str, Any]) -> State:
+def resume(shards: Sequence[Shard], partial: Path, own: dict[str, Any]) -> State:
     """Take up what an earlier run has left, or begin; raises OutputError if it is another's.
 
     A training may go on with another budget: what was packed after it ended is then done again.
 
-    own  the `identity` of this conversion
+    shards  what is to be written there, as it is planned
+    own     the `identity` of this conversion
     """
     path = partial / JOURNAL
-    lines = _lines(path)
-    if lines and _without_budget(lines[0]) != _without_budget(own):
-        raise _of_another(partial, lines[0], own)
-    if lines and lines[0] != own:
-        del lines[1:]
-    if not lines:
-        ours = (path.name, path.with_suffix(".new").name, STREAMED)
+    if not _lines(path):
+        ours = (path.name, path.with_suffix(".new").name, STREAMED, PARTS)
         found = [p.name for p in partial.iterdir() if p.name not in ours]
         if found:  # the journal is written before anything else, so this is not ours
             raise not_ours(partial, found[0])
-    entries = [Result(**line) if "sha256" in line else Change(**line) for line in lines[1:]]
-    state = State(list(plan.shards), set(range(len(plan.shards))))
-    for entry in entries:
-        state.take(entry)
-    state.forget_unwritten(partial)
-    changes = [asdict(entry) for entry in entries if isinstance(entry, Change)]
-    done = [asdict(result) for result in state.results.values()]
-    text = "".join(json.dumps(line) + "\n" for line in [own, *changes, *done])
+    state, changes = read_state(shards, partial, own)
+    lines = [own, *map(asdict, changes), *map(asdict, state.results.values())]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
     write_whole(path, text.encode())
     return state
+
+
+def read_state(
+    shards: Sequence[Shard],
+    partial: Path,
+    own: dict[str, Any],
+    names: Collection[str] | None = None,
+) -> tuple[State, list[Change]]:
+    """How far the conversion in a folder is, and all changes of layout that it has made.
+
+    names  tensors whose bytes are worth a look: of no others there are results; None: all
+
+    The other arguments, and what is raised, as of `resume`. Nothing is written.
+    """
+    first, *lines = _lines(partial / JOURNAL) or [own]
+    if _without_budget(first) != _without_budget(own):
+        raise _of_another(partial, first, own)
+    if first != own:
+        lines = []
+    entries = [Result(**line) if "sha256" in line else Change(**line) for line in lines]
+    state = State(list(shards), set(range(len(shards))))
+    for entry in entries:
+        state.take(entry)
+    if names is not None:
+        state.results = {name: each for name, each in state.results.items() if name in names}
+    state.forget_unwritten(partial)
+    return state, [entry for entry in entries if isinstance(entry, Change)]
 
 
 def _without_budget(identity: dict[str, Any]) -> dict[str, Any]:

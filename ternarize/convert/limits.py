@@ -2,13 +2,13 @@
 
 import math
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from ternarize.convert.workplace import STREAMED
 from ternarize.errors import OutputError
-from ternarize.files.outputs import partial_of
-from ternarize.plans.layout import Plan
+from ternarize.plans.layout import Plan, Shard
 
 # of each thread, for its stack and its arena of malloc: they take addresses, hardly memory
 ADDRESSES = 72 << 20
@@ -62,18 +62,22 @@ def memory_left() -> tuple[float, float]:
 STATE_BYTES = 12  # for each trained weight: itself, and two moments of its gradient
 
 
-def check_disk(plan: Plan, output: Path) -> None:
-    """Raise OutputError where the disk has too little room for the result and the way to it."""
-    partial = partial_of(output)
-    parent = next(p for p in output.resolve().parents if p.exists())
+def check_disk(plan: Plan, partial: Path, shards: Sequence[Shard]) -> None:
+    """Raise OutputError where the disk has too little room for the result and the way to it.
+
+    partial  where the result grows
+    shards   what is written there: those of the plan, or those of a part
+    """
+    parent = next(p for p in partial.resolve().parents if p.exists())
     have = shutil.disk_usage(parent).free
     if partial.is_dir():
         ours = [f for f in partial.rglob("*") if f.is_file() and STREAMED not in f.parts]
         have += sum(f.stat().st_size for f in ours)
     small = sum((plan.source.directory / f).stat().st_size for f in plan.copied)
-    need = plan.packed_bytes() + small + (1 << 20)
+    need = sum(shard.nbytes() for shard in shards if shard.tensors) + small + (1 << 20)
     if plan.source.stream is not None:
-        need += plan.source.stream.room()
+        read = zip(plan.source.files, shards, strict=True)
+        need += plan.source.stream.room([file for file, shard in read if shard.tensors])
     calibration = plan.recipe.calibrate
     ternary = [t for t in plan.tensors if t.ternary]
     if calibration is not None:  # the blocks, as each stage leaves them, until all is complete

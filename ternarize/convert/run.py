@@ -8,7 +8,8 @@ The layout is known before the first weight is read, so tensors can be worked on
 by any number of threads with the same bytes as result, the plan's sizes are exact, and the disk is
 asked for its space at the start. Work happens in OUTPUT.partial (`workplace`), beside a journal of
 the tensors that are done; a second run of the same command checks those against their digests and
-goes on. The final name appears by one rename, when everything has been verified.
+goes on. The final name appears by one rename, when everything has been verified. Several processes
+can have a part of the tensors each (`parts`); what comes after the shards is then done once.
 """
 
 import math
@@ -26,6 +27,7 @@ from torch import Tensor
 from ternarize.calibrate.pipeline import Calibrated, calibrate
 from ternarize.convert.journal import State, note, resume
 from ternarize.convert.limits import check_disk, threads_that_fit
+from ternarize.convert.parts import check_parts, count_others, may_cut, put_together, shards_of_part
 from ternarize.convert.record import write_small_files
 from ternarize.convert.tensor import Change, Result, convert_tensor, not_finite
 from ternarize.convert.workplace import (
@@ -33,12 +35,15 @@ from ternarize.convert.workplace import (
     JOURNAL,
     STREAMED,
     changed,
+    check_parts_ended,
     check_place,
     claim,
     exclusive,
     finished,
     has_blocks,
     identity,
+    part_at_work,
+    part_folder,
     remove,
     stamps,
     streamed_source,
@@ -60,6 +65,7 @@ from ternarize.files.sums import SUMS, format_sums, listed, sha256
 from ternarize.measure.figures import FIGURES, check_quality
 from ternarize.plans.layout import Plan, Shard, TensorPlan, header_bytes
 from ternarize.plans.lossless import check_lossless, exact_groups, own_groups
+from ternarize.plans.parts import PartNumber, part_table
 from ternarize.plans.plan import calibrated_plan, make_plan, refuse_empty
 from ternarize.plans.recipe import GPTQ, Recipe
 from ternarize.progress import Progress
@@ -83,6 +89,8 @@ def convert(
     allow_missing: bool = False,
     log: Log | None = None,
     forms: Mapping[str, Form] = {},  # noqa: B006
+    part: PartNumber | None = None,
+    finish: bool = False,
 ) -> dict[str, Any]:
     """Convert a checkpoint into a packed one, and return its record.
 
@@ -105,6 +113,9 @@ def convert(
     log       called after each step of training with (step, figures by name)
     forms     parameter of the model -> its groups and rotation, of a source whose weights are
               ternary, and rotated, as a training has left them
+    part      (i, n): convert the i-th of n parts alone, counted from 1, beside other processes or
+              machines that have the others; what is returned is then as of `plans.parts.part_table`
+    finish    put together what parts have done, all of it; without it the rest is converted here
 
     Raises UsageError for options that cannot be used, CheckpointError (WeightError) or FormatError
     for a source that cannot be read or converted, SelectionError where no rule says what becomes of
@@ -115,6 +126,7 @@ def convert(
     """
     bounds = min_quality or {}
     check_bounds(recipe, bounds)
+    check_parts(recipe, part, finish=finish)
     if stream and recipe.fits:
         raise UsageError(
             "--stream",
@@ -124,24 +136,29 @@ def convert(
         )
     output = Path(os.path.expanduser(output))
     partial, device = partial_of(output), check_device(device)
+    place = partial if part is None else part_folder(partial, part)
 
     def planned(folder: Path | None = None) -> Plan:
         plan = checked(make_plan(model, recipe, stream=folder), allow_missing)
         plan.shards = [_formed(shard, forms) for shard in plan.shards]
-        _check_output(plan, output)
+        _check_output(plan, output, part)
         return plan
 
     def run(plan: Plan) -> dict[str, Any]:
-        work = _Work(plan, partial, max(1, threads), device, progress, log)
-        record = finished(output) or _carry_out(work, output, bounds)
+        work = _Work(plan, place, max(1, threads), device, progress, log)
+        if part is not None:
+            return _carry_out_part(work, output, part)
+        check_parts_ended(partial)
+        record = finished(output) or _carry_out(work, output, bounds, finish=finish)
         return {**record, "notes": plan.remarks()}
 
+    alone = exclusive(partial) if part is None else part_at_work(partial, part)
     if stream:  # one file at a time, already when the headers are fetched
-        with exclusive(partial), streamed_source(partial) as folder:
+        with alone, streamed_source(place) as folder:
             return run(planned(folder))
     plan = planned()
-    with exclusive(partial):
-        _check_output(plan, output)  # again: another conversion may just have ended
+    with alone:
+        _check_output(plan, output, part)  # again: another conversion may just have ended
         return run(plan)
 
 
@@ -197,14 +214,20 @@ def check_bounds(recipe: Recipe, bounds: Mapping[str, float]) -> None:
             )
 
 
-def _check_output(plan: Plan, output: Path) -> None:
-    check_place(plan, output)
-    check_disk(plan, output)
+def _check_output(plan: Plan, output: Path, part: PartNumber | None) -> None:
+    check_place(plan, output, part)
+    if part is None:
+        check_disk(plan, partial_of(output), plan.shards)
+    else:
+        check_disk(plan, part_folder(partial_of(output), part), shards_of_part(plan, part))
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What a conversion is given: what becomes of what, where, and by what means."""
+    """What a conversion is given: what becomes of what, where, and by what means.
+
+    partial  the place of work: of all, or of a part
+    """
 
     plan: Plan
     partial: Path
@@ -214,20 +237,44 @@ class _Work:
     log: Log | None = None
 
 
-def _carry_out(work: _Work, output: Path, bounds: Mapping[str, float]) -> dict[str, Any]:
+def _carry_out_part(work: _Work, output: Path, part: PartNumber) -> dict[str, Any]:
+    """Convert the tensors of a part that are not done yet; returns what all of it is."""
+    plan, place = work.plan, work.partial
+    table = part_table(plan, part, cut=may_cut(plan))
+    if output.exists():  # of this plan, and only to be tidied up: nothing is left to convert
+        return table
+    work = replace(work, threads=threads_that_fit(plan, work.threads))
+    claim(place)
+    with _told(work):
+        known, before = identity(plan), stamps(plan)
+        state = resume(shards_of_part(plan, part), place, known)
+        count_others(plan, partial_of(output), place, known, state)
+        state.unsealed = {index for index in state.unsealed if state.undone(index)}
+        for index, file in enumerate(plan.source.files):
+            if plan.source.stream is not None and index not in state.unsealed:
+                plan.source.stream.release(file)  # which was fetched to see what is tied
+        _convert_shards(work, state, seal=False)
+        _check_unchanged(plan, before)
+    return table
+
+
+def _carry_out(
+    work: _Work, output: Path, bounds: Mapping[str, float], *, finish: bool
+) -> dict[str, Any]:
     """Convert into OUTPUT.partial and rename it to `output`; returns the record."""
     plan, partial = work.plan, work.partial
     if not plan.recipe.fits:  # of what calibration needs there is no prediction
         work = replace(work, threads=threads_that_fit(plan, work.threads))
     claim(partial)
-    with _told(work):
-        known = identity(plan)
-        state = resume(plan, partial, known)
+    with _told(work, keep=finish):
+        known, before = identity(plan), stamps(plan)
+        state = resume(plan.shards, partial, known)
+        put_together(plan, partial, known, state, all_done=finish)
         if plan.recipe.fits:
             _fit(work, state, bounds)
         _convert_shards(work, state)
         record = write_small_files(plan, state, partial)
-        _check_unchanged(plan, known["source"])
+        _check_unchanged(plan, before)
         _verify(work, state)
         if (partial / STREAMED).exists():  # of this stream, or of an earlier one that was killed
             shutil.rmtree(partial / STREAMED)
@@ -238,15 +285,18 @@ def _carry_out(work: _Work, output: Path, bounds: Mapping[str, float]) -> dict[s
 
 
 @contextmanager
-def _told(work: _Work) -> Iterator[None]:
-    """Tell in one line what goes wrong; remove what has been done where it is of no more use."""
+def _told(work: _Work, *, keep: bool = False) -> Iterator[None]:
+    """Tell in one line what goes wrong; remove what has been done where it is of no more use.
+
+    keep  whatever happens: it is what others have done
+    """
     source, partial = work.plan.source, work.partial
     try:
         yield
     except (CheckpointError, FormatError, UsageError) as error:
         # a disk or the Hub may come back, bad weights do not; calibrated blocks are worth keeping
         useless = isinstance(error, WeightError) or not has_blocks(partial)
-        if useless and not isinstance(error.__cause__, OSError):
+        if useless and not keep and not isinstance(error.__cause__, OSError):
             remove(partial)
         raise
     except OSError as error:
@@ -308,8 +358,11 @@ def _fit(work: _Work, state: State, bounds: Mapping[str, float]) -> None:
     state.forget_unwritten(work.partial)  # what was packed before a break, in this layout, counts
 
 
-def _convert_shards(work: _Work, state: State) -> None:
-    """Convert and seal the shards in their order, again where the layout has changed since."""
+def _convert_shards(work: _Work, state: State, *, seal: bool = True) -> None:
+    """Convert and seal the shards in their order, again where the layout has changed since.
+
+    seal  write their headers, which need what came of all tensors
+    """
     stream = work.plan.source.stream
     with (work.partial / JOURNAL).open("a", encoding="utf-8") as journal:
         while state.unsealed:
@@ -322,7 +375,8 @@ def _convert_shards(work: _Work, state: State) -> None:
             while changes := _convert_shard(work, state, index, journal):
                 for change in changes:
                     note(state, journal, change)
-            _write_header(work.partial, state.shards[index], state.results)
+            if seal:
+                _write_header(work.partial, state.shards[index], state.results)
             state.unsealed.remove(index)
             if stream is not None:
                 stream.release(file)
@@ -359,7 +413,7 @@ def _convert_shard(work: _Work, state: State, index: int, journal: TextIO) -> li
             return convert_tensor(plan.source, tensor, plan.recipe, write, work.device, found)
 
     changes = []
-    done, total = state.bytes_done(), sum(t.info.nbytes for t in plan.tensors)
+    done, total = state.bytes_done(), sum(t.info.nbytes for t in state.tensors)
     with thread_pool(work.threads) as pool:
         futures = {pool.submit(one, tensor): tensor for tensor in state.undone(index)}
         for future in _as_they_end(futures):

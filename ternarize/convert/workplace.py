@@ -6,13 +6,16 @@ OUTPUT.partial/        the result as it grows; it gets its final name when all i
                        to go, so that what a break leaves can be told from others' folders
   .calibration/        blocks that are calibrated, and how far a training is
   .source/             the shard of a source that is streamed
+  .parts/I-of-N/       what one of several processes has converted (`convert --part`): a place of
+                       work like this one, with a journal and a lock of its own
 """
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,18 +27,25 @@ from ternarize.files.headers import stamp
 from ternarize.files.names import RECORD
 from ternarize.files.outputs import cannot_make, partial_of, sync_names
 from ternarize.plans.layout import Plan
+from ternarize.plans.parts import PartNumber
 from ternarize.sources.imports.common import Imported
+from ternarize.sources.origin import hub_commit
 from ternarize.version import __version__
 
 CALIBRATION = ".calibration"
 STREAMED = ".source"
+PARTS = ".parts"
 JOURNAL = ".journal.jsonl"  # a dot: nothing copied from the source has such a name
+WAIT = 10.0  # seconds that a part waits for others that begin
 
 
 @contextmanager
-def exclusive(partial: Path) -> Iterator[None]:
-    """Keep other conversions from the same output; raises OutputError if one is at work."""
-    lock = FileLock(partial.with_name(partial.name + ".lock"), timeout=0)
+def exclusive(partial: Path, wait: float = 0) -> Iterator[None]:
+    """Keep other conversions from the same output; raises OutputError if one is at work.
+
+    wait  seconds that it may be at work yet
+    """
+    lock = FileLock(partial.with_name(partial.name + ".lock"), timeout=wait)
     made = [folder for folder in partial.parents if not folder.exists()]
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -53,6 +63,48 @@ def exclusive(partial: Path) -> Iterator[None]:
         with suppress(OSError):  # a lock that nobody holds may stay: the next one takes it
             Path(lock.lock_file).unlink()
         lock.release()
+
+
+def part_folder(partial: Path, part: PartNumber) -> Path:
+    """The place of work of a part."""
+    return partial / PARTS / f"{part[0]}-of-{part[1]}"
+
+
+def part_folders(partial: Path) -> dict[PartNumber, Path]:
+    """The places of work of all parts that have begun, of whatever number."""
+    found = {}
+    for folder in (partial / PARTS).glob("*-of-*"):
+        numbers = re.fullmatch(r"(\d+)-of-(\d+)", folder.name)
+        if numbers and folder.is_dir():
+            found[int(numbers[1]), int(numbers[2])] = folder
+    return dict(sorted(found.items(), key=lambda item: item[0][::-1]))
+
+
+@contextmanager
+def part_at_work(partial: Path, part: PartNumber) -> Iterator[None]:
+    """Keep others from a part; raises OutputError where it, or what needs all parts, is at work.
+
+    A part begins under the lock of the whole: who has that, and finds no part at work, is alone.
+    """
+    place = part_folder(partial, part)
+    try:
+        with ExitStack() as stack:
+            with exclusive(partial, WAIT):
+                claim(partial)
+                stack.enter_context(exclusive(place))
+            yield
+    finally:
+        if not place.exists():  # nothing came of it, and nothing is left
+            with suppress(OutputError, OSError), exclusive(partial):
+                place.parent.rmdir()  # unless there are others
+                _remove_unused(partial)
+
+
+def check_parts_ended(partial: Path) -> None:
+    """Raise OutputError where a part is at work; to be asked by who has the lock of the whole."""
+    for folder in part_folders(partial).values():
+        with exclusive(folder):
+            pass
 
 
 def claim(partial: Path) -> None:
@@ -85,12 +137,17 @@ def streamed_source(partial: Path) -> Iterator[Path]:
         yield partial / STREAMED
     finally:
         shutil.rmtree(partial / STREAMED, ignore_errors=True)
-        if partial.is_dir() and os.listdir(partial) == [JOURNAL]:
-            if (partial / JOURNAL).stat().st_size == 0:
-                shutil.rmtree(partial)
+        _remove_unused(partial)
 
 
-def check_place(plan: Plan, output: Path) -> None:
+def _remove_unused(partial: Path) -> None:
+    """Remove a place of work where nothing has been done."""
+    if partial.is_dir() and os.listdir(partial) == [JOURNAL]:
+        if (partial / JOURNAL).stat().st_size == 0:
+            shutil.rmtree(partial)
+
+
+def check_place(plan: Plan, output: Path, part: PartNumber | None = None) -> None:
     """Raise OutputError for an output in the source, or one that is there, unless of this plan."""
     source, target = plan.source.directory.resolve(), output.resolve()
     partial = partial_of(output).resolve()
@@ -106,7 +163,10 @@ def check_place(plan: Plan, output: Path) -> None:
             "Name another output",
         )
     if (output.exists() or output.is_symlink()) and not _is_of(plan, output):
-        raise OutputError(output, "exists already", "a new directory", "Remove it or name another")
+        remedy = "Remove it or name another"
+        if part is not None:
+            remedy = "If its parts have been put together, nothing is left to do; else name another"
+        raise OutputError(output, "exists already", "a new directory", remedy)
 
 
 def _is_of(plan: Plan, folder: Path) -> bool:
@@ -118,8 +178,17 @@ def _is_of(plan: Plan, folder: Path) -> bool:
 
 
 def identity(plan: Plan) -> dict[str, Any]:
-    """What tells a conversion from others, in the first line of its journal."""
-    table = {"ternarize": __version__, "recipe": asdict(plan.recipe), "source": stamps(plan)}
+    """What tells a conversion from others, in the first line of its journal.
+
+    Of a source on the Hub its commit is among it, not when its files came here: they are the same
+    on every machine.
+    """
+    alone = isinstance(plan.source, Imported) and plan.source.alone
+    hub = None if alone or plan.source.stream else hub_commit(plan.model, plan.source)
+    source = stamps(plan)
+    if hub is not None:
+        source = [[*each[:2], hub["commit"]] for each in source]
+    table = {"ternarize": __version__, "recipe": asdict(plan.recipe), "source": source}
     found: dict[str, Any] = json.loads(json.dumps(table))  # tuples are lists there
     return found
 

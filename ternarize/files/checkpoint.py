@@ -8,7 +8,7 @@ import gc
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -68,8 +68,8 @@ class Stream(Protocol):
     def stamps(self) -> list[list[Any]]:
         """What tells whether the source is still the same."""
 
-    def room(self) -> int:
-        """Bytes that will yet be taken beside what is here."""
+    def room(self, names: Collection[str]) -> int:
+        """Bytes that these files, one at a time, will yet take beside what is here."""
 
     def fetch(self, name: str) -> None:
         """Have a file on the disk."""

@@ -13,4 +13,5 @@ may import `models` and `sources`, and what is above them.
     lossless.py     the groups in which weights that are ternary already lose nothing
     copied.py       the small files: what is copied, and what is left out
     plan.py         a checkpoint and a recipe -> the plan
+    parts.py        which tensors each of several processes converts
 """

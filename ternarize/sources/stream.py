@@ -8,6 +8,7 @@ import hashlib
 import os
 import shutil
 import threading
+from collections.abc import Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -85,12 +86,10 @@ class HubStream:
             stamps.append(["config.json", len(data), hashlib.sha256(data).hexdigest()])
         return stamps
 
-    def room(self) -> int:
-        """Bytes that will yet be taken beside what is here: those of the largest file."""
+    def room(self, names: Collection[str]) -> int:
+        """Bytes that these files will yet take beside what is here: those of the largest."""
         with self._lock:
-            return max(
-                (n for name, (n, _) in self.files.items() if name not in self._here), default=0
-            )
+            return max((self.files[n][0] for n in names if n not in self._here), default=0)
 
     def fetch(self, name: str) -> None:
         """Have a file on the disk, with the bytes that its digest promises."""
