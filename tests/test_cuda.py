@@ -5,7 +5,7 @@ tests/test_triton.py has what can be tested without one.
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -113,7 +113,7 @@ def layer(planes: int = 1, bias: bool = False, activations: str = "none") -> Ter
     made.weight.data, made.weight_scale.data = torch.cat(packed, 1), torch.cat(scales, 1)
     if bias:
         made.bias.data = torch.randn(300, dtype=torch.bfloat16)
-    return made
+    return made.requires_grad_(False)
 
 
 @pytest.mark.parametrize(("planes", "bias"), [(1, False), (1, True), (2, False), (2, True)])
@@ -163,20 +163,22 @@ def test_gradients_flow_through_tiles() -> None:
 
 
 @pytest.mark.parametrize("activations", ["none", "int8"])
-def test_a_model_writes_what_it_writes_on_the_cpu(tmp_path: Path, activations: str) -> None:
+def test_a_model_does_what_it_does_on_the_cpu(tmp_path: Path, activations: str) -> None:
     convert(TINY, tmp_path / "packed", Recipe(group_size=64))
-    ids = torch.tensor([[1, 5, 9, 20, 3]])
-    found = []
+    ids, found, texts = torch.tensor([[1, 5, 9, 20, 3]]), [], []
     for device in ("cpu", "cuda"):
         model = ternarize.load(
             tmp_path / "packed", device=device, dtype=torch.float32, activations=activations
         )
         forms = {form(each) for each in model.modules() if isinstance(each, TernaryLinear)}
         assert device == "cpu" or forms == {TILES}
-        given = ids.to(device)
-        generate: Any = model.generate
-        tokens = generate(
-            given, attention_mask=torch.ones_like(given), max_new_tokens=24, do_sample=False
-        )
-        found.append(tokens.cpu())
-    assert torch.equal(*found)
+        given, generate = ids.to(device), cast(Any, model.generate)
+        with torch.inference_mode():
+            found.append(model(given).logits.cpu())
+        mask = torch.ones_like(given)
+        texts.append(generate(given, attention_mask=mask, max_new_tokens=24, do_sample=False).cpu())
+    error = (found[1] - found[0]).norm() / found[0].norm()
+    if activations == "none":
+        assert float(error) < 1e-5 and torch.equal(*texts)
+    else:  # a difference of 1e-7 in an input can be one of 1 % in what it is rounded to
+        assert float(error) < 0.02

@@ -122,10 +122,10 @@ class Packed(nn.Module):
         """As `use_stored`, with nothing in it: for what is about to be overwritten."""
         stored = self._lanes()
         for name, layout in stored.items():
-            lanes, stack = self.layouts[name].lanes, tuple(self.held(name).shape[:-1])
+            lanes, held = self.layouts[name].lanes, self.held(name)
             assert lanes is not None
-            shape = (*stack, lanes.rows)
-            packed, scale = empty_parameters(shape, layout, lanes.scale_rows, lanes.scale_dtype)
+            shape, kind = (*held.shape[:-1], lanes.rows), (lanes.scale_rows, lanes.scale_dtype)
+            packed, scale = empty_parameters(shape, layout, *kind, held.device)
             self._hold(name, packed.data, scale.data, layout)
         return bool(stored)
 
