@@ -10,13 +10,16 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_cli import run
+from transformers.utils.import_utils import is_serve_available
 
 import ternarize
+from ternarize.cli import serve
 from ternarize.cli.serve import serve_command
 from ternarize.convert.run import convert
 from ternarize.errors import TernarizeError, UsageError
@@ -38,8 +41,18 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.fixture(scope="module")
-def server(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+VLLM = find_spec("vllm") is not None
+HERE = {"transformers": is_serve_available(), "vllm": VLLM}
+SERVERS = [
+    pytest.param(name, marks=pytest.mark.skipif(not here, reason=f"{name} cannot serve here"))
+    for name, here in HERE.items()
+]
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def server(
+    request: pytest.FixtureRequest, packed: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
     """The address of a server in a process of its own, started where other code has its names."""
     place = tmp_path_factory.mktemp("place")
     for name in ("uvicorn", "ternarize"):
@@ -48,13 +61,14 @@ def server(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     given = ["serve", str(packed), "--port", str(port), "--dtype", "float32"]
+    given += ["--engine", "transformers"] if VLLM and request.param != "vllm" else []
     said = (place / "said").open("w")
     process = subprocess.Popen(
         [str(Path(sys.executable).with_name("ternarize")), *given],
         stdout=subprocess.DEVNULL,
         stderr=said,
         cwd=place,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
     )
     address = f"http://localhost:{port}"
     try:
@@ -111,6 +125,11 @@ def test_what_cannot_be_served_is_one_line(packed: Path, monkeypatch: pytest.Mon
     assert found.exit_code == 1 and found.stderr.count("\n") == 1
     with pytest.raises(UsageError, match="--port: 0; expected 1 to 65535"):
         serve_command(str(packed), port=0)
+    with pytest.raises(UsageError, match="--device: cpu; expected none with vLLM"):
+        serve_command(str(packed), engine="vllm", device="cpu")
+    monkeypatch.setattr(serve, "find_spec", lambda name: None)
+    with pytest.raises(TernarizeError, match="vLLM is not installed. Run: pip install vllm"):
+        serve_command(str(packed), engine="vllm")
     used: Any = importlib.import_module("transformers.utils.import_utils")
     monkeypatch.setattr(used, "is_serve_available", lambda: False)
     with pytest.raises(TernarizeError, match=r"pip install \"ternarize\[serve\]\""):
