@@ -22,6 +22,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+import triton  # type: ignore[import-not-found]
 from common import parser, write_figures
 from torch import Tensor
 from torch.nn import functional as F
@@ -48,6 +49,8 @@ TRIED[1] += [(16, 16, 2, 8, 2), (4, 32, 2, 8, 3), (4, 16, 2, 4, 4)]
 TRIED[16] += [(4, 32, 16, 8, 3), (0, 64, 16, 4, 4)]
 TRIED[64] += [(0, 64, 16, 4, 4)]
 TRIED[4096] += [(0, 128, 128, 4, 2), (0, 128, 64, 4, 2)]
+# of one token rounded to 8 bits
+TRIED_IN_ORDER = [(0, 32, 16, 2, 4), (0, 16, 16, 1, 4), (0, 64, 16, 4, 4), (0, 32, 16, 1, 4)]
 
 
 def seconds(calls: Sequence[Callable[[], object]]) -> float:
@@ -170,22 +173,26 @@ def show(row: dict[str, Any]) -> None:
 
 
 def sweep(weights: Weights) -> list[dict[str, Any]]:
-    found = []
-    for tokens, shapes in TRIED.items():
-        x = torch.randn(tokens, weights.cols, device="cuda").to(weights.dtype)
+    cases = [(tokens, shape, False) for tokens, shapes in TRIED.items() for shape in shapes]
+    return [tried(weights, *case) for case in [*cases, *((1, s, True) for s in TRIED_IN_ORDER)]]
+
+
+def tried(weights: Weights, tokens: int, shape: tuple[int, ...], rounded: bool) -> dict[str, Any]:
+    generator = torch.Generator("cuda").manual_seed(tokens)
+    x = torch.randn(tokens, weights.cols, device="cuda", generator=generator).to(weights.dtype)
+    found: dict[str, Any] = {"rows": weights.rows, "tokens": tokens, "int8": rounded}
+    found["shape"] = shape
+    cells = [f"{weights.rows} x {weights.cols}", f"{tokens}{' int8' * rounded}", str(shape)]
+    try:
+        taken, size, y = ours(weights, x, rounded, shape)
         right = weights.right(x)
-        for shape in shapes:
-            cells = [f"{weights.rows} x {weights.cols}", str(tokens), str(shape)]
-            try:
-                taken, size, y = ours(weights, x, False, shape)
-            except Exception as error:  # too much memory for this processor: others go on
-                print("| " + " | ".join([*cells, f"{error!r:.60}", ""]) + " |", flush=True)
-                continue
-            off = float((y.double() - right).norm() / right.norm())
-            numbers = {"us": taken * 1e6, "GB/s": size / taken / 1e9, "error": off}
-            found.append({"rows": weights.rows, "tokens": tokens, "shape": shape, **numbers})
-            cells += [f"{taken * 1e6:.1f}", f"{size / taken / 1e9:.0f}", f"{off:.1e}"]
-            print("| " + " | ".join(cells) + " |", flush=True)
+        error = float((y.double() - right).norm() / right.norm())
+        found |= {"us": taken * 1e6, "GB/s": size / taken / 1e9, "error": error}
+        cells += [f"{taken * 1e6:.1f}", f"{size / taken / 1e9:.0f}", f"{error:.1e}"]
+    except triton.runtime.errors.OutOfResources as problem:  # shared memory: said, and others go on
+        found["problem"] = str(problem)
+        cells += [found["problem"], "", ""]
+    print("| " + " | ".join(cells) + " |", flush=True)
     return found
 
 
