@@ -17,6 +17,7 @@ import torch
 from filelock import FileLock
 from hub import Hub
 from safetensors.torch import load_file, save_file
+from test_campaign_kill import campaign, needs_linux
 from test_convert import digest_of
 from test_hub import client, hub, sharded  # noqa: F401
 from typer.testing import CliRunner
@@ -395,6 +396,7 @@ def test_who_comes_when_all_is_done_is_told_so(
     [
         ({"part": (0, 2)}, "--part: 0/2; expected I/N with 1 <= I <= N"),
         ({"part": (3, 2)}, "--part: 3/2"),
+        ({"part": (1, 100_000)}, "N <= 99999"),
         ({"part": (1, 2), "finish": True}, "one of the two"),
         ({"part": (1, 2), "recipe": Recipe("gptq", calibrate=Calibrate())}, "Leave out --part, or"),
         (
@@ -409,6 +411,16 @@ def test_what_cannot_be_divided_is_refused(
     with pytest.raises(UsageError, match=words):
         convert(tmp_path / "source", tmp_path / "packed", **more)
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.slow
+@needs_linux
+def test_parts_that_are_killed_are_completed_to_the_same_bytes(tmp_path: Path) -> None:
+    """A small sample of tests/campaigns/parts.py."""
+    options = ("--sources", "tied", "--count", "3", "--every", "29")
+    random, boundary = campaign("parts", tmp_path / "out.json", *options)
+    assert random["passed"] == random["tried"] and random["killed"] == 3
+    assert boundary["passed"] == boundary["tried"] == boundary["killed"] >= 6
 
 
 # --- from the Hub ------------------------------------------------------------------------------

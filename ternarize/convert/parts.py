@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 from ternarize.convert.journal import State, note, read_state, stored_pieces
 from ternarize.convert.tensor import Change
-from ternarize.convert.workplace import JOURNAL, PARTS, part_folders
+from ternarize.convert.workplace import JOURNAL, MOST_PARTS, PARTS, part_folders
 from ternarize.errors import OutputError, UsageError, some
 from ternarize.files.outputs import reserve, sync_files, sync_names, write_at
 from ternarize.plans.layout import Plan, Shard, TensorPlan
@@ -31,9 +31,9 @@ def check_parts(recipe: Recipe, part: PartNumber | None, *, finish: bool) -> Non
     option = "--finish" if part is None else "--part"
     if part is not None and finish:
         raise UsageError("--part", "with --finish", "one of the two", "Finish after all parts")
-    if part is not None and not 1 <= part[0] <= part[1]:
-        found = f"{part[0]}/{part[1]}"
-        raise UsageError("--part", found, "I/N with 1 <= I <= N", "Count the parts from 1")
+    if part is not None and not 1 <= part[0] <= part[1] <= MOST_PARTS:
+        found, expected = f"{part[0]}/{part[1]}", f"I/N with 1 <= I <= N <= {MOST_PARTS}"
+        raise UsageError("--part", found, expected, "Count the parts from 1")
     if (finish or part is not None) and recipe.fits:
         raise UsageError(
             option,

@@ -35,6 +35,7 @@ from ternarize.version import __version__
 CALIBRATION = ".calibration"
 STREAMED = ".source"
 PARTS = ".parts"
+MOST_PARTS = 99_999
 JOURNAL = ".journal.jsonl"  # a dot: nothing copied from the source has such a name
 WAIT = 10.0  # seconds that a part waits for others that begin
 
@@ -74,7 +75,7 @@ def part_folders(partial: Path) -> dict[PartNumber, Path]:
     """The places of work of all parts that have begun, of whatever number."""
     found = {}
     for folder in (partial / PARTS).glob("*-of-*"):
-        numbers = re.fullmatch(r"(\d+)-of-(\d+)", folder.name)
+        numbers = re.fullmatch(r"(\d{1,5})-of-(\d{1,5})", folder.name)
         if numbers and folder.is_dir():
             found[int(numbers[1]), int(numbers[2])] = folder
     return dict(sorted(found.items(), key=lambda item: item[0][::-1]))

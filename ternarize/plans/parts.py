@@ -2,7 +2,7 @@
 
 Every process works that out by itself, from the plan alone: nothing is sent between them. They get
 whole files, the largest first, each to the part that has least; as long as a part would get clearly
-more than its share, the largest file that it has is cut and given out tensor by tensor.
+more than its share, more of the largest files are cut and given out tensor by tensor.
 """
 
 import heapq
@@ -22,27 +22,26 @@ def names_of_parts(plan: Plan, count: int, *, cut: bool) -> list[set[str]]:
 
     cut  whether a file may be cut: not one that each part would have to fetch whole
     """
-    pieces = [each for each in map(_stored, plan.shards) if each]
-    most = _UNEVEN * sum(map(_bytes, pieces)) / count
+    files = sorted(map(_stored, plan.shards), key=_bytes, reverse=True)
+    most = _UNEVEN * sum(map(_bytes, files)) / count
+    cuts = 0  # doubled, since there may be thousands of files
     while True:
-        held = _spread(pieces, count)
-        fullest = max(held, key=lambda inside: sum(map(_bytes, inside)))
-        files = [piece for piece in fullest if len(piece) > 1]
-        if not cut or not files or sum(map(_bytes, fullest)) <= most:
-            return [{t.name for piece in inside for t in piece} for inside in held]
-        largest = max(files, key=_bytes)
-        pieces = [piece for piece in pieces if piece is not largest] + [[t] for t in largest]
+        singles = [[tensor] for file in files[:cuts] for tensor in file]
+        held, fullest = _spread([*singles, *files[cuts:]], count)
+        if not cut or cuts >= len(files) or fullest <= most:
+            return held
+        cuts = max(1, 2 * cuts)
 
 
-def _spread(pieces: Iterable[list[TensorPlan]], count: int) -> list[list[list[TensorPlan]]]:
-    """Give out pieces, the largest first, each to the part that has least."""
-    held: list[list[list[TensorPlan]]] = [[] for _ in range(count)]
+def _spread(pieces: Iterable[list[TensorPlan]], count: int) -> tuple[list[set[str]], int]:
+    """Give out pieces, the largest first, each to the part that has least; and the most of one."""
+    held: list[set[str]] = [set() for _ in range(count)]
     loads = [(0, index) for index in range(count)]
     for piece in sorted(pieces, key=_bytes, reverse=True):
         load, index = loads[0]
-        held[index].append(piece)
+        held[index].update(tensor.name for tensor in piece)
         heapq.heapreplace(loads, (load + _bytes(piece), index))
-    return held
+    return held, max(load for load, _ in loads)
 
 
 def _stored(shard: Shard) -> list[TensorPlan]:
