@@ -26,8 +26,9 @@ from ternarize.cli.app import app
 from ternarize.cli.convert import part_of_text
 from ternarize.convert import parts, workplace
 from ternarize.convert import run as pipeline
+from ternarize.convert.journal import State
 from ternarize.convert.run import convert
-from ternarize.convert.tensor import convert_tensor
+from ternarize.convert.tensor import Change, convert_tensor
 from ternarize.convert.workplace import JOURNAL
 from ternarize.errors import OutputError, UsageError, WeightError
 from ternarize.files.names import INDEX, SAFETENSORS
@@ -194,6 +195,21 @@ def test_what_needs_another_layout_in_one_part_is_the_same_in_all(
     assert calls  # again, with the scales of the others
     assert all("layers.0" in name and name[-9:] in ("w1.weight", "w3.weight") for name in calls)
     assert digest_of(tmp_path / "packed") == digest_of(tmp_path / "whole")
+
+
+def test_layouts_that_several_parts_ask_for_give_the_same_in_any_order(made: Any) -> None:
+    plan = make_plan(made("moe")[0], Recipe(scale_bits=8))
+    experts = [t.name for t in plan.tensors if "layers.0" in t.name and t.name[-9:-7] == "w1"]
+    finer, wide = Change(experts[0], 64, "U8"), Change(experts[1], 128, "F32")
+    layouts = []
+    for order in ((finer, wide), (wide, finer)):
+        state = State(list(plan.shards), set())
+        for change in order:
+            state.take(change)
+        layouts.append({t.name: (t.group_size, t.scale_dtype) for t in state.tensors})
+    assert layouts[0] == layouts[1]
+    found = [layouts[0][name] for name in experts]
+    assert found == [(64, "F16"), (128, "F32"), (128, "F16"), (128, "F16")]
 
 
 # --- who does what -----------------------------------------------------------------------------

@@ -57,6 +57,9 @@ class State:
             self.results[entry.name] = entry
             return
         asking = next(t for t in self.tensors if t.name == entry.name)
+        if entry.scale_dtype == "U8":  # whichever of a parameter's tensors asks first
+            if any(t.scale_dtype != "U8" and _fused(t, asking) for t in self.tensors):
+                entry = replace(entry, scale_dtype="F16")
         for index, shard in enumerate(self.shards):
             tensors = tuple(_relaid(t, asking, entry) for t in shard.tensors)
             if tensors != shard.tensors:
@@ -82,10 +85,15 @@ def _relaid(tensor: TensorPlan, asking: TensorPlan, change: Change) -> TensorPla
     """
     if tensor.name == asking.name:
         return replace(tensor, group_size=change.group_size, scale_dtype=change.scale_dtype)
-    fused = not set(tensor.choice.parameters).isdisjoint(asking.choice.parameters)
-    if fused and tensor.scale_dtype == "U8" and change.scale_dtype != "U8":
+    if _fused(tensor, asking) and tensor.scale_dtype == "U8" and change.scale_dtype != "U8":
         return replace(tensor, scale_dtype="F16")
     return tensor
+
+
+def _fused(tensor: TensorPlan, other: TensorPlan) -> bool:
+    """Whether two ternary tensors load into one parameter."""
+    shared = not set(tensor.choice.parameters).isdisjoint(other.choice.parameters)
+    return tensor.ternary and tensor.name != other.name and shared
 
 
 def _digests(path: Path, shard: Shard, results: dict[str, Result]) -> Iterator[tuple[str, str]]:
