@@ -132,6 +132,7 @@ def test_a_layer_computes_what_a_dense_one_does(planes: int, bias: bool) -> None
     module.use_lanes()
     assert form(module) == TILES
     assert float((module(x) - right).norm() / right.norm()) < 2.0**-8
+    assert torch.equal(module.dequantized(torch.float64), dense)
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, stored[name]), name
     buffer = io.BytesIO()

@@ -20,14 +20,14 @@ from ternarize.errors import UsageError
 from ternarize.native import lib
 from ternarize.plans.recipe import ACTIVATIONS
 from ternarize.runtime import kernels
-from ternarize.runtime.tiles import TILES, fits_tiles, from_tiles, to_tiles
+from ternarize.runtime.tiles import TILES, fits_tiles, from_tiles, to_tiles, trits_of_tiles
 from ternarize.trits import base3, int4, int8
 from ternarize.trits.base3 import BASE3
 from ternarize.trits.int4 import INT4
 from ternarize.trits.int8 import INT8
 from ternarize.trits.rotation import unrotate
-from ternarize.trits.scales import scale_codes
-from ternarize.trits.ternary import group_count, group_length
+from ternarize.trits.scales import scale_codes, scale_values
+from ternarize.trits.ternary import group_count, group_length, scaled
 
 _PART = 1 << 22  # weights that are dense at a time
 
@@ -111,6 +111,8 @@ def dense_matrix(packed: Any, scale: Any, layout: Layout, dtype: torch.dtype) ->
         part = dense_matrix(packed.to_local(), scale.to_local(), layout, dtype)
         whole: Tensor = packed.from_local(part, packed.device_mesh, packed.placements)
         return whole
+    if layout.lanes is not None and layout.lanes.form == TILES:
+        return _dense_tiles(packed, scale, layout, layout.lanes).to(dtype)
     packed, scale = stored_form(packed, scale, layout)
     if layout.codec == INT8:
         return int8.dequantize_int8(packed, scale, layout.group_size, dtype)
@@ -118,6 +120,19 @@ def dense_matrix(packed: Any, scale: Any, layout: Layout, dtype: torch.dtype) ->
     if layout.codec == INT4:
         return int4.dequantize_int4(packed, scale, cols, layout.group_size, dtype)
     return base3.dequantize_base3(packed, scale, cols, layout.group_size, dtype, planes=planes)
+
+
+def _dense_tiles(packed: Tensor, scale: Tensor, layout: Layout, lanes: Lanes) -> Tensor:
+    """`dense_matrix` in float32, as base3.dequantize_base3 computes it."""
+    groups = group_count(layout.cols, layout.group_size)
+    dense: Tensor | None = None
+    for part, by in zip(packed.chunk(layout.planes), scale.chunk(layout.planes), strict=True):
+        trits = trits_of_tiles(part, lanes.rows, layout.cols)
+        plain = scale_values(by.view(groups, lanes.scale_rows).T)
+        plane = scaled(trits, plain, layout.group_size)
+        dense = plane if dense is None else dense + plane
+    assert dense is not None
+    return dense
 
 
 def parts_of(packed: Any, scale: Any, layout: Layout) -> Iterator[tuple[Any, Any]]:

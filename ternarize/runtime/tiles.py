@@ -85,10 +85,7 @@ def from_tiles(tiles: Tensor, rows: int, cols: int, group_size: int) -> Tensor:
             f"{tuple(tiles.shape)} {tiles.dtype}",
             f"({size},) torch.uint8 for {rows} x {cols} weights",
         )
-    words = words_of(tiles, rows)
-    fields = [(words << 14 - 2 * j) >> 14 for j in range(_FIELDS)]  # signs are shifted in
-    trits = torch.stack([field.to(torch.int8) for field in fields], 2)
-    trits = trits.permute(1, 0, 2, 3).reshape(rows, -1)[:, :cols].contiguous()
+    trits = trits_of_tiles(tiles, rows, cols)
     if bool((trits == -2).any()):
         raise FormatError(
             "tiles",
@@ -96,6 +93,14 @@ def from_tiles(tiles: Tensor, rows: int, cols: int, group_size: int) -> Tensor:
             remedy="The memory was overwritten: load the model again",
         )
     return base3.pack(trits, group_size)
+
+
+def trits_of_tiles(tiles: Tensor, rows: int, cols: int) -> Tensor:
+    """The trits (rows, cols) int8 of tiles, not checked: nothing waits for a GPU."""
+    words = words_of(tiles, rows)
+    fields = [(words << 14 - 2 * j) >> 14 for j in range(_FIELDS)]  # signs are shifted in
+    trits = torch.stack([field.to(torch.int8) for field in fields], 2)
+    return trits.permute(1, 0, 2, 3).reshape(rows, -1)[:, :cols].contiguous()
 
 
 def words_of(tiles: Tensor, rows: int) -> Tensor:
