@@ -9,12 +9,16 @@ import importlib.util
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from ternarize.errors import FormatError
+from ternarize.runtime import products, tiles
 from ternarize.runtime.tiles import from_tiles, tiles_size, to_tiles, words_of
 from ternarize.trits import base3
 
@@ -153,3 +157,30 @@ def test_products_in_the_interpreter() -> None:
 @with_triton
 def test_kernels_compile_for_processors_that_are_not_here() -> None:
     run(COMPILED)
+
+
+@pytest.mark.parametrize("what", ["right", "off", "broken"])
+def test_kernels_that_are_not_right_on_a_gpu_are_told_of_and_left(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def product(x: Tensor, words: Tensor, scales: Tensor, *rest: Any) -> Any:
+        if what == "broken":
+            raise RuntimeError("no kernel image is available")
+        rows, _, group_size, rounded, _ = rest
+        trits = tiles.trits_of_tiles(words, rows, x.shape[1])
+        wide = scales.view(-1, rows).T.repeat_interleave(group_size, 1).float()
+        multiply = products.rounded_linear if rounded else torch.nn.functional.linear
+        return multiply(x.float(), trits * wide) * (1.05 if what == "off" else 1)
+
+    monkeypatch.setattr(tiles, "product_of_tiles", product)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A GPU")
+    tiles.are_right.cache_clear()
+    device = torch.device("cpu")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = [tiles.are_right(device, rounded) for rounded in (False, True, False)]
+    tiles.are_right.cache_clear()
+    assert found == [what == "right"] * 3
+    words = {"right": [], "off": ["off by 5.0%"] * 2, "broken": ["no kernel image"] * 2}[what]
+    assert len(said) == len(words)
+    assert all(word in str(each.message) for word, each in zip(words, said, strict=True))

@@ -14,12 +14,13 @@ The product is triton_kernels.py's, where Triton is installed and a layout is se
 
 import functools
 import importlib.util
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ternarize.errors import FormatError
+from ternarize.errors import FormatError, first_line, is_no_memory
 from ternarize.runtime.kernels import LONGEST_SUM
 from ternarize.trits import base3
 from ternarize.trits.ternary import group_count
@@ -27,6 +28,7 @@ from ternarize.trits.ternary import group_count
 TILES = "tiles"
 _FIELDS, _WORDS = 8, 32  # of a word; of a row of a block
 _COLS = _FIELDS * _WORDS  # of a block
+_LOOSE = 0.01  # an error that rounding explains: of torch's products, in 10 bits where it may
 
 
 @functools.cache
@@ -45,10 +47,52 @@ def fits_tiles(device: torch.device, cols: int, group_size: int, activations: st
         return False
     if torch.cuda.get_device_capability(device) < (8, 0):  # bfloat16
         return False
+    one = not 0 < group_size < cols
     if activations == "int8":
-        one = not 0 < group_size < cols
-        return cols <= LONGEST_SUM if one else group_size in (32, 64, 128, 256)
-    return not 0 < group_size < cols or group_size % _WORDS == 0
+        fits = cols <= LONGEST_SUM if one else group_size in (32, 64, 128, 256)
+    else:
+        fits = one or group_size % _WORDS == 0
+    return fits and are_right(device, activations == "int8")
+
+
+@functools.cache
+def are_right(device: torch.device, rounded: bool) -> bool:
+    """Whether a device's products from tiles are those of torch: tried once in a process.
+
+    What a compiler makes of kernels for a GPU that they have never run on nobody knows before.
+    Where they are not right, a warning says so, and weights go the dense way.
+    """
+    try:
+        worst = max(_error(device, rounded, tokens) for tokens in (1, 40))
+        found = "" if worst < _LOOSE else f"are off by {worst:.1%}"
+    except Exception as error:  # of a compiler, a driver or a launch: they have no common class
+        if is_no_memory(error):
+            raise
+        found = f"fail ({type(error).__name__}: {first_line(error)})"
+    if found:
+        warnings.warn(
+            f"{torch.cuda.get_device_name(device)}: the kernels for trits {found}; weights are "
+            "dequantized for each product instead, which is slower. Please report it.",
+            stacklevel=2,
+        )
+    return not found
+
+
+def _error(device: torch.device, rounded: bool, tokens: int) -> float:
+    """The largest error of a small product in bfloat16, by the largest of its numbers."""
+    from ternarize.runtime.products import rounded_linear
+
+    rows, cols, size = 64, 512, 128
+    numbers = torch.arange(rows * cols, device=device).view(rows, cols)
+    trits = ((numbers * 7919) % 3 - 1).to(torch.int8)
+    scales = 0.5 + (torch.arange(rows * cols // size, device=device) % 7) / 8
+    by_group = scales.view(cols // size, rows).to(torch.float16)
+    x = torch.sin(numbers.flatten()[: tokens * cols]).view(tokens, cols).to(torch.bfloat16)
+    weight = trits * by_group.T.repeat_interleave(size, 1).to(torch.float32)
+    tiles = to_tiles(base3.pack(trits, size), cols, size)
+    y = product_of_tiles(x, tiles, by_group.flatten(), rows, rows, size, rounded, True)
+    expected = rounded_linear(x.float(), weight) if rounded else x.float() @ weight.T
+    return float((y - expected).abs().max() / expected.abs().max())
 
 
 def tiles_size(rows: int, cols: int) -> int:
