@@ -297,27 +297,26 @@ def test_bytes_of_a_part_that_are_lost_are_asked_for_again(dense: Any, tmp_path:
     assert digest_of(tmp_path / "packed") == expected
 
 
-@pytest.mark.parametrize("step", ["_copy", "note", "sync_names"])
+@pytest.mark.parametrize(("step", "times"), [("_copy", 0), ("note", 1), ("rmtree", 0)])
 def test_putting_together_is_broken_off_and_goes_on(
-    step: str, dense: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: str, times: int, dense: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, expected = dense
     for index in (1, 2):
         convert(source, tmp_path / "packed", part=(index, 2))
-    calls, real = converted(monkeypatch), getattr(parts, step)
-    for times in (0, 1) if step == "_copy" else (1,):
-        with monkeypatch.context() as patch:
-            left = [times]
+    where: Any = shutil if step == "rmtree" else parts
+    calls, real, left = converted(monkeypatch), getattr(where, step), [times]
 
-            def dying(*args: Any, left: list[int] = left) -> Any:
-                if not left[0]:
-                    raise Break
-                left[0] -= 1
-                return real(*args)
+    def dying(*args: Any) -> Any:
+        if not left[0]:
+            raise Break
+        left[0] -= 1
+        return real(*args)
 
-            patch.setattr(parts, step, dying)
-            with pytest.raises(Break):
-                convert(source, tmp_path / "packed", finish=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(where, step, dying)
+        with pytest.raises(Break):
+            convert(source, tmp_path / "packed", finish=True)
     convert(source, tmp_path / "packed", part=(1, 2))  # who is started again finds it done
     convert(source, tmp_path / "packed", finish=True)
     assert digest_of(tmp_path / "packed") == expected and not calls

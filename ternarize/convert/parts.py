@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 from ternarize.convert.journal import State, note, read_state, stored_pieces
 from ternarize.convert.tensor import Change
-from ternarize.convert.workplace import JOURNAL, MOST_PARTS, PARTS, part_folders
+from ternarize.convert.workplace import JOURNAL, MOST_PARTS, PARTS, part_folders, remove
 from ternarize.errors import OutputError, UsageError, some
 from ternarize.files.outputs import reserve, sync_files, sync_names, write_at
 from ternarize.plans.layout import Plan, Shard, TensorPlan
@@ -105,7 +105,7 @@ def put_together(
             for index in range(len(plan.shards)):
                 _take_file(state, partial, theirs, folder, index, journal)
             sync_names(partial)
-            shutil.rmtree(folder)
+            remove(folder)
     shutil.rmtree(partial / PARTS, ignore_errors=True)  # locks of processes that were killed
 
 

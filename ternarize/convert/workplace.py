@@ -240,7 +240,9 @@ def finished(output: Path) -> dict[str, Any] | None:
 
 
 def remove(partial: Path) -> None:
-    """Remove an unfinished conversion, its journal last."""
+    """Remove an unfinished conversion, its journal last; those of its parts likewise."""
+    for folder in part_folders(partial).values():
+        remove(folder)
     for path in partial.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
