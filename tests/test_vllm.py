@@ -218,7 +218,8 @@ MODELS = {
     "one scale for all, a part kept, ternary head": example(
         Recipe("itf", 0, keep=("*layers.0*v_proj*",), head="ternary")
     ),
-    "rotated": random("qwen3", turned=True, head_dim=32),
+    "activations in int8": example(Recipe("itf", 64, activations="int8", head="ternary")),
+    "rotated": random("qwen3", turned=True, head_dim=32, intermediate_size=128),
     "untied": random("llama", head_dim=32),
     "experts": random("qwen3_moe", head_dim=32, moe_intermediate_size=48),
     "rotated experts": random("qwen3_moe", turned=True, head_dim=32, moe_intermediate_size=48),

@@ -6,6 +6,7 @@ taken for something else: it is refused.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from ternarize.errors import FormatError, UsageError
 from ternarize.files import container
 from ternarize.files.checkpoint import Checkpoint
-from ternarize.files.metadata import KEY, Record
+from ternarize.files.headers import DTYPES
+from ternarize.files.metadata import KEY, SCALE_SUFFIX, Record
 from ternarize.models.places import filled_alone
 from ternarize.models.skeleton import skeleton_of
 from ternarize.publish.vllm.experts import PackedExpertsMethod
@@ -87,10 +89,12 @@ class VllmConfiguration(QuantizationConfig):  # type: ignore[misc]
             container.check_data(packed, records)
             _verified.add(packed.directory)
         for name, record in records.items():
-            shape = record.shape or packed.tensors[name].shape
+            info, scale = packed.tensors[name], packed.tensors.get(name + SCALE_SUFFIX)
+            dtypes = DTYPES[info.dtype], DTYPES[(scale or info).dtype]
+            shape = record.shape or info.shape
             layout = None if record.shape is None else layout_of(record, self.activations)
             if len(shape) > 1:
-                self.stored[name] = LayerTensor(name, shape[-2], layout)
+                self.stored[name] = LayerTensor(name, shape[-2], layout, dtypes)
         text = None if hf_config is None else hf_config.get_text_config()
         self.tied = bool(getattr(text, "tie_word_embeddings", False))
         self.embedding = _embedding(packed, records)
@@ -152,8 +156,14 @@ class VllmConfiguration(QuantizationConfig):  # type: ignore[misc]
                 return PackedVocabularyMethod(check, None, False, True) if found else None
         else:
             found = self._packed([name])
-        ends = head or self.tied
-        return PackedVocabularyMethod(check, found[0], not head, ends) if found else None
+        if not found:
+            return None
+        (stored,), ends = found, head or self.tied
+        assert stored.layout is not None
+        whole = replace(stored, layout=replace(stored.layout, activations="none"))
+        return PackedVocabularyMethod(
+            check, whole, not head, ends
+        )  # inputs of ends stay as they are
 
     def _of_experts(self, layer: Any, path: str) -> Any:
         names = dict(_names_of_experts(layer, path))

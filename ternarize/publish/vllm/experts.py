@@ -57,10 +57,11 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
 
     def create_weights(self, layer: Any, *sizes: Any, **others: Any) -> None:
         self.layer_name = layer.layer_name
+        dtypes = next(iter(self.stored.values())).dtypes
         for name in _HALVES:
-            for leaf in LEAVES:
-                take = self._taker(layer, leaf)
-                brought = Brought(data=torch.empty(0), weight_loader=take)
+            for leaf, dtype in zip(LEAVES, dtypes, strict=True):
+                take, empty = self._taker(layer, leaf), torch.empty(0, dtype=dtype)
+                brought = Brought(data=empty, weight_loader=take)
                 layer.register_parameter(f"{name}_{leaf}", brought)
 
     def _taker(self, layer: Any, leaf: str) -> Callable[..., bool]:

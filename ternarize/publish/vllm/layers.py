@@ -41,11 +41,13 @@ class LayerTensor:
     name    in the checkpoint
     rows    of the tensor
     layout  None where it is kept in floating point
+    dtypes  of it and of its scales in the file
     """
 
     name: str
     rows: int
     layout: Layout | None
+    dtypes: tuple[torch.dtype, torch.dtype]
 
 
 class Brought(BasevLLMParameter):  # type: ignore[misc]
@@ -114,8 +116,10 @@ def empty_parameters_of(
         else:
             loader(parameter, loaded, *shard)
 
-    for leaf in LEAVES:
-        layer.register_parameter(leaf, Brought(data=torch.empty(0), weight_loader=take))
+    # in the dtypes of the file: vLLM warns of others
+    for leaf, dtype in zip(LEAVES, stored[0].dtypes, strict=True):
+        empty = torch.empty(0, dtype=dtype)
+        layer.register_parameter(leaf, Brought(data=empty, weight_loader=take))
 
 
 def _meant(layer: Any, stored: Sequence[LayerTensor], shard: Any = None) -> LayerTensor:
