@@ -68,6 +68,8 @@ def seconds_of(work: list[dict[str, Any]], source: Path, output: Path, method: s
 def one_round(source: Path, work: Path, method: str, counts: list[int]) -> dict[str, Any]:
     """Seconds of one process alone, and of each number of parts: side by side, and to finish."""
     alone = work / "alone"
+    for left in (*work.glob("alone*"), *work.glob("parts*")):  # of a run that was broken off
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
     row: dict[str, Any] = {"alone": seconds_of([{}], source, alone, method)}
     for count in counts:
         output = work / "parts"

@@ -11,16 +11,15 @@ one in another file is stored that loads into the same parameter: such a one is 
 """
 
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from ternarize.convert.journal import State, note, read_state, stored_pieces
 from ternarize.convert.tensor import Change
-from ternarize.convert.workplace import JOURNAL, MOST_PARTS, PARTS, part_folders, remove
+from ternarize.convert.workplace import JOURNAL, MOST_PARTS, part_folders
 from ternarize.errors import OutputError, UsageError, some
-from ternarize.files.outputs import reserve, sync_files, sync_names, write_at
+from ternarize.files.outputs import reserve, write_at
 from ternarize.plans.layout import Plan, Shard, TensorPlan
 from ternarize.plans.parts import PartNumber, names_of_parts, shards_of
 from ternarize.plans.recipe import Recipe
@@ -82,12 +81,13 @@ def _places(plan: Plan, partial: Path) -> Iterator[tuple[Path, list[Shard]]]:
 def put_together(
     plan: Plan, partial: Path, own: dict[str, Any], state: State, *, all_done: bool
 ) -> None:
-    """Bring what the parts have done into OUTPUT.partial and its journal, and remove them.
+    """Bring what the parts have done into OUTPUT.partial and its journal.
 
     state     of the whole
     all_done  raise OutputError, and leave all as it is, where a tensor has not been converted yet
 
-    The other arguments as of `count_others`. It can be broken off anywhere, and done again.
+    The other arguments as of `count_others`. It can be broken off anywhere, and done again: a part
+    keeps what is copied until the whole is on the disk (`remove_parts`).
     """
     found: list[tuple[Path, State]] = []
     changes: list[Change] = []
@@ -104,9 +104,6 @@ def put_together(
         for folder, theirs in found:
             for index in range(len(plan.shards)):
                 _take_file(state, partial, theirs, folder, index, journal)
-            sync_names(partial)
-            remove(folder)
-    shutil.rmtree(partial / PARTS, ignore_errors=True)  # locks of processes that were killed
 
 
 def _refuse_missing(plan: Plan, partial: Path, missing: set[str]) -> None:
@@ -130,10 +127,7 @@ def _refuse_missing(plan: Plan, partial: Path, missing: set[str]) -> None:
 def _take_file(
     state: State, partial: Path, theirs: State, folder: Path, index: int, journal: TextIO
 ) -> None:
-    """Take what a part has of a file into the whole: the file itself, if all of it is there.
-
-    A journal never has what the disk has not, and a part keeps its bytes until the whole has them.
-    """
+    """Take what a part has of a file into the whole: the file itself, if all of it is there."""
     shard, their = state.shards[index], theirs.shards[index]
     planned = {t.name: t for t in shard.tensors}
     ready = [t for t in their.tensors if t.name in theirs.results and t == planned[t.name]]
@@ -144,11 +138,10 @@ def _take_file(
     is_whole = ready == [t for t in shard.tensors if not t.tied_to]
     if not is_whole:
         _copy(source, their, target, shard, taken)
-        sync_files(target)
     for tensor in taken:
         note(state, journal, theirs.results[tensor.name])
-    os.fsync(journal.fileno())
-    if is_whole:  # if this is not reached, the journal's digests say so
+    if is_whole:  # the part will not know of it any more: if this is not reached, digests say so
+        os.fsync(journal.fileno())
         source.replace(target)
 
 

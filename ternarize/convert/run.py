@@ -45,6 +45,7 @@ from ternarize.convert.workplace import (
     part_at_work,
     part_folder,
     remove,
+    remove_parts,
     stamps,
     streamed_source,
     tidy,
@@ -63,6 +64,7 @@ from ternarize.files.checkpoint import open_files
 from ternarize.files.outputs import partial_of, reserve, sync_files, write_at
 from ternarize.files.sums import SUMS, format_sums, listed, sha256
 from ternarize.measure.figures import FIGURES, check_quality
+from ternarize.plans.judge import Verdict
 from ternarize.plans.layout import Plan, Shard, TensorPlan, header_bytes
 from ternarize.plans.lossless import check_lossless, exact_groups, own_groups
 from ternarize.plans.parts import PartNumber, part_table
@@ -89,6 +91,7 @@ def convert(
     allow_missing: bool = False,
     log: Log | None = None,
     forms: Mapping[str, Form] = {},  # noqa: B006
+    verdicts: Mapping[str, Verdict] | None = None,
     part: PartNumber | None = None,
     finish: bool = False,
 ) -> dict[str, Any]:
@@ -113,6 +116,7 @@ def convert(
     log       called after each step of training with (step, figures by name)
     forms     parameter of the model -> its groups and rotation, of a source whose weights are
               ternary, and rotated, as a training has left them
+    verdicts  on the tensors, where the source is the state dict of a module that is at hand
     part      (i, n): convert the i-th of n parts alone, counted from 1, beside other processes or
               machines that have the others; what is returned is then as of `plans.parts.part_table`
     finish    put together what parts have done, all of it; without it the rest is converted here
@@ -139,7 +143,7 @@ def convert(
     place = partial if part is None else part_folder(partial, part)
 
     def planned(folder: Path | None = None) -> Plan:
-        plan = checked(make_plan(model, recipe, stream=folder), allow_missing)
+        plan = checked(make_plan(model, recipe, stream=folder, verdicts=verdicts), allow_missing)
         plan.shards = [_formed(shard, forms) for shard in plan.shards]
         _check_output(plan, output, part)
         return plan
@@ -276,6 +280,7 @@ def _carry_out(
         record = write_small_files(plan, state, partial)
         _check_unchanged(plan, before)
         _verify(work, state)
+        remove_parts(partial)
         if (partial / STREAMED).exists():  # of this stream, or of an earlier one that was killed
             shutil.rmtree(partial / STREAMED)
         sync_files(partial, but=[shard.file for shard in state.shards])

@@ -241,14 +241,21 @@ def finished(output: Path) -> dict[str, Any] | None:
 
 def remove(partial: Path) -> None:
     """Remove an unfinished conversion, its journal last; those of its parts likewise."""
-    for folder in part_folders(partial).values():
-        remove(folder)
+    remove_parts(partial)
     for path in partial.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
         elif path.name != JOURNAL:
             path.unlink()
     shutil.rmtree(partial)
+
+
+def remove_parts(partial: Path) -> None:
+    """Remove what all parts have done, and the locks of those that were killed."""
+    for folder in part_folders(partial).values():
+        remove(folder)
+    if (partial / PARTS).is_dir():
+        shutil.rmtree(partial / PARTS)
 
 
 def has_blocks(partial: Path) -> bool:
