@@ -48,7 +48,9 @@ from ternarize.runtime.load import install_hook, load
 from ternarize.version import __version__
 
 if TYPE_CHECKING:
+    from ternarize.convert.module import pack_module
     from ternarize.publish.patches import apply_patch, diff_packed
+    from ternarize.runtime.load_module import load_module
     from ternarize.runtime.modules.linear import TernaryLinear
     from ternarize.runtime.plugin.quantizer import TernarizeConfig
     from ternarize.trits.ternary import Ternary
@@ -70,6 +72,8 @@ __all__ = [
     "apply_patch",
     "diff_packed",
     "load",
+    "load_module",
+    "pack_module",
 ]
 
 _LATER = {
@@ -78,6 +82,8 @@ _LATER = {
     "Ternary": "trits.ternary",
     "apply_patch": "publish.patches",
     "diff_packed": "publish.patches",
+    "load_module": "runtime.load_module",
+    "pack_module": "convert.module",
 }
 
 

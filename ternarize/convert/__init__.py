@@ -12,6 +12,7 @@ may import from all rooms but `publish` and `cli`.
     run.py        plan -> calibrate -> train -> shards -> record -> verify -> rename
     scratch.py    a model drawn at random, then trained and packed
     trained.py    a model that was trained with `ternarize.qat`, packed as it is
+    module.py     a module of torch's that is none of transformers', packed
     verify.py     proof that a packed checkpoint is whole, and what its source gives
     check.py      how far a result made without data is from its source, measured at once
 """

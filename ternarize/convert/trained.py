@@ -54,7 +54,7 @@ def pack_trained(
         for leaf, form in module.forms.items()
     }
     _check(model, forms)
-    state = _dense_state(model)
+    state = dense_state(model)
     if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
         return {}
     output = Path(output).expanduser()
@@ -96,11 +96,16 @@ def _check(model: nn.Module, forms: dict[str, Form]) -> None:
             "a model of transformers",
             "Call model.unload() for the model beneath them"
             if hasattr(model, "peft_config")
-            else "Read its trits with module.trits_and_scales(name)",
+            else "Use ternarize.pack_module, which takes any module",
         )
+    check_ended(model)
+
+
+def check_ended(model: nn.Module) -> None:
+    """Raise UsageError for a model in the midst of a `Schedule`, which is not ternary yet."""
     if any(module.blend is not None for _, module in latent_modules(model)):
         raise UsageError(
-            name,
+            type(model).__name__,
             "is still partly dense: its Schedule has not come to its end",
             "ternary weights",
             "Call schedule.at(1), or train to the end",
@@ -130,7 +135,7 @@ def _recipe(model: Any, forms: dict[str, Form], dtype: str | None) -> Recipe:
 
 
 @torch.no_grad()
-def _dense_state(model: nn.Module) -> dict[str, Tensor]:
+def dense_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict with s t, float32, for latent weights; without their learned scales."""
     state: dict[str, Tensor] = {}
     latents = {

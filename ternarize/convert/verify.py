@@ -32,8 +32,9 @@ from ternarize.files import container
 from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.json_files import read_json
 from ternarize.files.metadata import SCALE_SUFFIX, Record
-from ternarize.files.names import RECORD
+from ternarize.files.names import MODULE, RECORD
 from ternarize.files.sums import check_sums
+from ternarize.plans.judge_module import verdicts_on_record
 from ternarize.plans.layout import TensorPlan
 from ternarize.plans.plan import calibrated_plan, make_plan
 from ternarize.plans.recipe import Recipe, read_recipe
@@ -110,7 +111,9 @@ def _compare(
             "Verify without --source",
         )
     recipe = read_recipe(table)
-    plan = make_plan(source, recipe, for_record=True)
+    of_module = MODULE in (packed.config or {})  # its class is not at hand: the record says what
+    verdicts = verdicts_on_record(table["tensors"]) if of_module else None
+    plan = make_plan(source, recipe, for_record=True, verdicts=verdicts)
     planned = {t.name: t for t in plan.tensors if not t.tied_to}
     if planned.keys() != records.keys():
         name = sorted(planned.keys() ^ records.keys())[0]

@@ -10,6 +10,7 @@ from ternarize.errors import FormatError
 
 RECORD = "ternarize.json"
 CARD = "README.md"
+MODULE = "module"  # in config.json: the class of a module that is none of transformers'
 STEPS_FILE = "journal.steps"  # of a repository that holds one
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"

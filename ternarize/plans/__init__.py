@@ -7,6 +7,7 @@ may import `models` and `sources`, and what is above them.
     recipe.py       the options of a conversion, each declared once
     judge.py        what a tensor is, by the module that will run: its default
     judge_names.py  the same where no class of model is known
+    judge_module.py  the same of a module of torch's, which is at hand
     rules.py        options on tensors as rules, first match wins; checks of them, of fused tensors
     choose.py       default and rules -> the choice for each tensor
     layout.py       a plan as data: what each tensor becomes, and where its bytes lie

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ternarize.errors import SelectionError
 from ternarize.models.skeleton import Equal, all_equal, skeleton_of
 from ternarize.plans.judge import End, Verdict, judge_by_skeleton, judge_ends
 from ternarize.plans.judge_names import judge_by_names
@@ -23,6 +24,7 @@ def select(
     dense: Mapping[str, str] = {},  # noqa: B006
     equal: Equal = all_equal,
     shared: bool = True,
+    verdicts: Mapping[str, Verdict] | None = None,
 ) -> list[Choice]:
     """Decide for every tensor of a checkpoint what becomes of it.
 
@@ -34,16 +36,20 @@ def select(
             have not, are not tied
     shared  whether weights that blocks share may be ternary; calibration, which goes from block to
             block, has no place for them
+    verdicts  of a module that is at hand (`plans.judge_module`), which no config.json describes
 
     Returns one Choice per tensor, in the order of `shapes`.
     Raises SelectionError where no rule says what to do with a large weight or which way round it
     lies, and where its shape is not the architecture's; and what `check_together` raises.
     """
-    skeleton = skeleton_of(shapes, config, equal)
-    if isinstance(skeleton, str):
-        verdicts, copies = judge_by_names(shapes), {}
-    else:
+    skeleton = skeleton_of(shapes, config, equal) if verdicts is None else "a module is at hand"
+    copies: dict[str, str] = {}
+    if not isinstance(skeleton, str):
         verdicts, copies = judge_by_skeleton(shapes, skeleton, shared), skeleton.copies()
+    elif verdicts is None:
+        verdicts = judge_by_names(shapes)
+    elif unknown := shapes.keys() - verdicts.keys():
+        raise SelectionError(min(unknown), "is no tensor of the module", "its tensors alone")
     asked = any(rule.of_end for rule in rules)
     ends = judge_ends(shapes, skeleton) if asked else {}
     matches = {rule: rule.matches(shapes, ends) for rule in rules}

@@ -21,7 +21,7 @@ from ternarize.models.skeleton import (
 )
 from ternarize.plans.choose import TIED_ENDS, select
 from ternarize.plans.copied import not_read, small_files
-from ternarize.plans.judge import judge_ends
+from ternarize.plans.judge import Verdict, judge_ends
 from ternarize.plans.layout import Plan, Shard, TensorPlan
 from ternarize.plans.lossless import check_lossless, own_groups
 from ternarize.plans.recipe import GROUP_SIZE, KEEP, KEPT_DTYPES, TERNARY, Recipe
@@ -43,6 +43,7 @@ def make_plan(
     config_only: bool = False,
     stream: Path | None = None,
     for_record: bool = False,
+    verdicts: Mapping[str, Verdict] | None = None,
 ) -> Plan:
     """Lay out a conversion from headers, without reading weights (except to compare tied copies).
 
@@ -50,6 +51,7 @@ def make_plan(
     config_only  a config.json without weights is enough: names and shapes come from the skeleton
     stream       folder to fetch weight files to, one by one, when they are read; see `HubStream`
     for_record   the conversion is on record, which says the groups: no weight is looked at for that
+    verdicts     on the tensors, of a module that is at hand; see `select`
 
     Raises CheckpointError, FormatError, SelectionError, UsageError.
     """
@@ -70,8 +72,10 @@ def make_plan(
         dense=_dense(source),
         equal=equal,
         shared=not recipe.fits,
+        verdicts=verdicts,
     )
-    notes += [*source.notes, *_remarks(source, choices)]
+    why = why_no_skeleton(source.config) if verdicts is None else None
+    notes += [*source.notes, *_remarks(source, choices, why)]
     tensors = [_plan_tensor(source.tensors[each.name], each, recipe) for each in choices]
     if recipe.group_size is None:
         tensors = own_groups(source, tensors, tensors, read=here)
@@ -112,7 +116,7 @@ def _imagine(source: Checkpoint, model: str | Path) -> str:
 
 def _check_calibrated(source: Checkpoint, model: str | Path) -> None:
     """Raise UsageError or CheckpointError where calibration has nothing to fit or to run."""
-    if isinstance(source, Imported):
+    if isinstance(source, Imported) and source.group_sizes:
         raise UsageError(
             model,
             f"is ternary already ({source.format})",
@@ -152,18 +156,21 @@ def _settled(
 
 def _dense(source: Checkpoint) -> dict[str, str]:
     """Weights that a ternary source has in floating point -> why they stay so by default."""
-    if not isinstance(source, Imported):
+    if not isinstance(source, Imported) or not source.group_sizes:
         return {}
     names = source.tensors.keys() - source.group_sizes.keys()
     return dict.fromkeys(names, f"not ternary at the source ({source.format})")
 
 
-def _remarks(source: Checkpoint, choices: Iterable[Choice]) -> list[str]:
-    """What is to be said of a source and of how its tensors were chosen."""
+def _remarks(source: Checkpoint, choices: Iterable[Choice], why: str | None) -> list[str]:
+    """What is to be said of a source and of how its tensors were chosen.
+
+    why  names and shapes have decided, if they have
+    """
     notes = []
-    if isinstance(source, Imported):
+    if isinstance(source, Imported) and source.group_sizes:
         notes.append(f"ternary already ({source.format}): packed without loss")
-    if why := why_no_skeleton(source.config):
+    if why:
         notes.append(
             f"no skeleton of the model ({why}): chosen by names and shapes, and not tried whether "
             "the result loads"

@@ -14,6 +14,7 @@ may import transformers, and all rooms above it but for those where sources come
     adapters.py   PEFT's adapters beside packed layers
     plugin/       what transformers calls to load and to save
     load.py       `ternarize.load`, and the import hook that registers the plug-in
+    load_module.py   `ternarize.load_module`: into a module that is none of transformers'
     decode.py     one token after the other in the compiled core, past transformers' modules
     generate.py   a text continued
     chat.py       a conversation: what was said, and still fits

@@ -98,6 +98,7 @@ def load(
 def _quantization(directory: Path) -> dict[str, Any]:
     """The quantization_config of a packed checkpoint."""
     from ternarize.files.json_files import read_config
+    from ternarize.files.names import MODULE
 
     table, where = read_config(directory), directory / "config.json"
     if table is None:
@@ -116,6 +117,13 @@ def _quantization(directory: Path) -> dict[str, Any]:
             "no quantization_config" if given is None else method,
             "quant_method 'ternarize'",
             "Pack the model with `ternarize convert`, or load it with transformers",
+        )
+    if (module := table.get(MODULE)) is not None:
+        raise FormatError(
+            directory,
+            f"holds a module {module!r:.80}, which is none of transformers'",
+            "a model of transformers",
+            "Build the module, and call ternarize.load_module(directory, module)",
         )
     activations = quantization.get("activations", "none")
     if activations not in ("none", "int8"):

@@ -1,0 +1,139 @@
+"""A packed checkpoint loaded into a module of torch's that is none of transformers'.
+
+The user builds the module, with memory or on meta. Its linear layers whose weights are packed are
+replaced by ours, and everything is filled by name: nothing is renamed, and nothing may be missing.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ternarize.errors import FormatError, UsageError, some
+from ternarize.files import container
+from ternarize.files.checkpoint import Checkpoint
+from ternarize.files.headers import stamp
+from ternarize.files.metadata import Record
+from ternarize.models.skeleton import is_linear
+from ternarize.plans.judge_module import holders_of, stored_names
+from ternarize.runtime.modules.linear import TernaryLinear
+from ternarize.runtime.packed import use_lanes
+from ternarize.runtime.plugin.prepare import layout_of, packed_sources
+from ternarize.sources.packed import open_packed
+
+_Module = TypeVar("_Module", bound=nn.Module)
+_REMEDY = "Build the module that was packed, with the same options"
+
+
+def load_module(
+    directory: str | Path, module: _Module, *, activations: str | None = None, verify: bool = True
+) -> _Module:
+    """Load what `ternarize.pack_module` has written into a module of the same class, in place.
+
+    directory    packed, or a Hub id
+    module       built as the one that was packed; on meta, or with weights, which are replaced
+    activations  "none" or "int8"; None: as on record
+    verify       check every code, padding, scale and SHA-256 before anything is loaded
+
+    Linear layers whose weights are packed become `TernaryLinear`, in every place where the module
+    has them (hooks on them are not taken over). Tensors have the dtypes of the file, and lie on the
+    module's own device, of a module on meta on the CPU. Returns the module.
+
+    Raises FormatError where a name or a shape is not the module's, or the file is damaged;
+    UsageError where a buffer that is stored nowhere is on meta. The module is then as it was.
+    """
+    packed, records = open_packed(directory)
+    _check_fit(module, packed, records)
+    if activations is None:
+        activations = (packed.config or {})["quantization_config"].get("activations", "none")
+    if verify:
+        container.check_data(packed, records)
+    tensors = [*module.parameters(), *module.buffers()]
+    device = next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))
+    values = {name: packed.read(name).reshape(info.shape) for name, info in packed.tensors.items()}
+    for file, before in packed.stamps.items():
+        if stamp(packed.directory / file) != before:
+            found = "changed while it was loaded"
+            raise FormatError(file, found, "a file at rest", "Load it again")
+    _replace_linears(module, packed, records, activations)
+    _fill(module, values)
+    module.to(device)
+    use_lanes(module)
+    return module
+
+
+def _check_fit(module: nn.Module, packed: Checkpoint, records: Mapping[str, Record]) -> None:
+    """Raise FormatError or UsageError unless the records' tensors are those of the module."""
+    kind = type(module).__name__
+    state = module.state_dict(keep_vars=True)
+    stored = {first: state[first] for first in stored_names(module).values()}
+    if lacking := [name for name in stored if name not in records]:
+        found = f"lacks {some(lacking)}, which {kind} needs"
+        raise FormatError(packed.directory, found, "every tensor of the module", _REMEDY)
+    if strange := [name for name in records if name not in stored]:
+        found = f"holds {some(strange)}, which {kind} does not have"
+        raise FormatError(packed.directory, found, "tensors of the module alone", _REMEDY)
+    holders = holders_of(module)
+    for name, tensor in stored.items():
+        record, path = records[name], name.rpartition(".")[0]
+        shape, owner = record.shape, module.get_submodule(path)
+        cls: type = type(owner)
+        if shape is None:
+            shape = packed.tensors[name].shape
+        elif record.transposed or not path or not is_linear(cls):
+            found = f"is packed, and in {kind} it is of a {cls.__name__}"
+            raise FormatError(name, found, "a weight of a linear layer", _REMEDY)
+        elif holders[id(tensor)] != {id(owner)}:
+            found = f"is packed, and in {kind} several modules share it"
+            raise FormatError(name, found, "a weight of one module", _REMEDY)
+        if shape != tuple(tensor.shape):
+            found = f"is {list(shape)}; in {kind} it is {list(tensor.shape)}"
+            raise FormatError(name, found, "the same shape", _REMEDY)
+    for name, buffer in module.named_buffers():
+        if buffer.is_meta and name not in state:
+            raise UsageError(
+                name,
+                f"is a buffer of {kind} on meta that is not in its state dict",
+                "one that the class has filled",
+                "Build the module with memory, or fill the buffer first",
+            )
+
+
+def _replace_linears(
+    module: nn.Module, packed: Checkpoint, records: Mapping[str, Record], activations: str
+) -> None:
+    """Put an empty packed layer wherever the module has a linear one whose weight is packed."""
+    for name, source in packed_sources(packed, records).items():
+        old: Any = module.get_submodule(name.rpartition(".")[0])
+        layout = layout_of(source.record, activations)
+        new = TernaryLinear(
+            old.in_features,
+            old.out_features,
+            old.bias is not None,
+            scale_dtype=source.scale_dtype,
+            device="meta",
+            dtype=old.weight.dtype,
+            **layout.options,
+        )
+        if old.bias is not None:
+            new.bias = old.bias
+        new.train(old.training)
+        for parent in list(module.modules()):
+            for leaf, child in parent._modules.items():
+                if child is old:
+                    setattr(parent, leaf, new)
+
+
+def _fill(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Give a module the tensors that are stored; names of one tensor stay names of one."""
+    names = stored_names(module)
+    state = module.state_dict(keep_vars=True)
+    filled = {
+        first: nn.Parameter(values[first], requires_grad=state[first].requires_grad)
+        if isinstance(state[first], nn.Parameter)
+        else values[first]
+        for first in names.values()
+    }
+    module.load_state_dict({name: filled[first] for name, first in names.items()}, assign=True)
