@@ -72,13 +72,15 @@ def server(
     )
     address = f"http://localhost:{port}"
     try:
-        for _ in range(240):
+        for _ in range(1200 if request.param == "vllm" else 240):  # vLLM compiles the model first
             assert process.poll() is None, (place / "said").read_text()[-2000:]
             try:
                 urllib.request.urlopen(f"{address}/health", timeout=5)
                 break
             except (urllib.error.URLError, OSError):
                 time.sleep(0.5)
+        else:
+            pytest.fail((place / "said").read_text()[-2000:])
         yield address
     finally:
         process.send_signal(signal.SIGINT)

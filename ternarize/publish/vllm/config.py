@@ -117,6 +117,11 @@ class VllmConfiguration(QuantizationConfig):  # type: ignore[misc]
             return PackedLinearMethod(check, found) if found else KeptLinearMethod(check)
         return None
 
+    def get_checkpoint_weight_mapper(self) -> Any:
+        """What vLLM asks for once all layers are there and before it loads: the time to check."""
+        self.check_all_taken()
+        return QuantizationConfig.get_checkpoint_weight_mapper()
+
     def check_all_taken(self) -> None:
         """Raise UsageError where a packed tensor belongs to no layer of vLLM's model."""
         if self.unasked and get_pp_group().world_size == 1:
