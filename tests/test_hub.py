@@ -1124,6 +1124,20 @@ def test_modules_beside_a_model_come_from_the_hub_and_go_there(
     assert (fetched / dense).read_bytes() == (sentences / dense).read_bytes()
 
 
+def test_a_transformer_in_a_folder_of_its_own_comes_from_the_hub(
+    client: Hub, sentences: Path, tmp_path: Path
+) -> None:
+    files = files_of(sentences)
+    backbone = {name: files.pop(name) for name in ("config.json", "model.safetensors")}
+    files |= {f"0_Transformer/{name}": data for name, data in backbone.items()}
+    modules = [{"idx": 0, "path": "0_Transformer"}, {"idx": 1, "path": "2_Dense"}]
+    client.put("user/sentences", {**files, "modules.json": json.dumps(modules).encode()})
+    record = convert("user/sentences", tmp_path / "packed", Recipe("itf", 32))
+    commit = client.repos["user/sentences"].refs["main"]
+    assert record["source"]["hub"] == {"id": "user/sentences", "commit": commit}
+    assert (tmp_path / "packed" / "2_Dense" / "model.safetensors").is_file()
+
+
 def test_a_folder_and_a_variant_of_a_repository_are_loaded(
     client: Hub, packed: Path, tmp_path: Path
 ) -> None:

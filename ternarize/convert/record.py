@@ -16,6 +16,7 @@ from ternarize.files import metadata
 from ternarize.files.metadata import FORMAT_VERSION
 from ternarize.files.names import INDEX, RECORD, SAFETENSORS
 from ternarize.measure.documents import DEFAULT
+from ternarize.plans.copied import BESIDE
 from ternarize.plans.layout import Plan, TensorPlan, recorded_group_size
 from ternarize.plans.recipe import GPTQ, WITHOUT_DATA, Recipe
 from ternarize.sources.fetch import split_id
@@ -28,9 +29,12 @@ def write_small_files(plan: Plan, state: State, folder: Path) -> dict[str, Any]:
     """Write all but the weights into `folder`; returns the record."""
     source = plan.source
     for name in plan.copied:
-        target = folder / name
+        target = folder / name.removeprefix(BESIDE)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source.directory / name, target)
+        if name == f"{BESIDE}modules.json":
+            _write_modules(source.directory / name, target)
+        else:
+            shutil.copyfile(source.directory / name, target)
     # tokenizer files that an import makes; those of the source itself come first
     its_own = {"tokenizer.json", "tokenizer.model"} & set(plan.copied)
     made = source.made if isinstance(source, Imported) and not its_own else {}
@@ -45,6 +49,13 @@ def write_small_files(plan: Plan, state: State, folder: Path) -> dict[str, Any]:
         text = json.dumps(table, indent=2, ensure_ascii=False) + "\n"
         (folder / name).write_text(text, "utf-8")
     return record
+
+
+def _write_modules(source: Path, target: Path) -> None:
+    """Write the modules of sentence-transformers with the first, the transformer, at the top."""
+    first, *others = json.loads(source.read_text("utf-8"))
+    text = json.dumps([{**first, "path": ""}, *others], indent=2, ensure_ascii=False) + "\n"
+    target.write_text(text, "utf-8")
 
 
 def _index(plan: Plan, state: State) -> dict[str, Any]:
@@ -98,7 +109,7 @@ def make_record(plan: Plan, state: State) -> dict[str, Any]:
     source = plan.source
     alone = isinstance(source, Imported) and source.alone
     hub = None if alone else hub_commit(plan.model, source)
-    card = {} if alone else read_card(source.directory)
+    card = {} if alone else read_card(plan.folder)
     calibration, calibrated = plan.recipe.calibrate, state.calibrated
     uncalibrated: Collection[str] = ()
     # what calibration has not seen may have been trained since

@@ -150,7 +150,7 @@ def _remove_unused(partial: Path) -> None:
 
 def check_place(plan: Plan, output: Path, part: PartNumber | None = None) -> None:
     """Raise OutputError for an output in the source, or one that is there, unless of this plan."""
-    source, target = plan.source.directory.resolve(), output.resolve()
+    source, target = plan.folder.resolve(), output.resolve()
     partial = partial_of(output).resolve()
     # the conversion of a file may lie beside it
     alone = isinstance(plan.source, Imported) and plan.source.alone

@@ -10,9 +10,9 @@ may import `models` and `sources`, and what is above them.
     judge_module.py  the same of a module of torch's, which is at hand
     rules.py        options on tensors as rules, first match wins; checks of them, of fused tensors
     choose.py       default and rules -> the choice for each tensor
+    copied.py       the small files: what is copied, and what is left out
     layout.py       a plan as data: what each tensor becomes, and where its bytes lie
     lossless.py     the groups in which weights that are ternary already lose nothing
-    copied.py       the small files: what is copied, and what is left out
     plan.py         a checkpoint and a recipe -> the plan
     parts.py        which tensors each of several processes converts
 """

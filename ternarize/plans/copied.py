@@ -7,8 +7,9 @@ from pathlib import Path
 
 from ternarize.errors import some
 from ternarize.files.checkpoint import Checkpoint
-from ternarize.files.names import COPIED, RECORD, WEIGHTS, is_within, module_folders
+from ternarize.files.names import CARD, COPIED, RECORD, WEIGHTS, is_within, module_folders
 
+BESIDE = "../"  # of a file around the transformer of sentence-transformers
 _MODEL = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)")
 _OWN_INDEX = re.compile(r"[^/]+\.index(\.\w+)?\.json")  # the result has one of its own, if any
 
@@ -61,6 +62,26 @@ def small_files(directory: Path, read: Sequence[str]) -> tuple[list[str], list[s
             ours = path.suffix in COPIED or path.name.upper().startswith(("LICENSE", "NOTICE"))
             (copied if ours else left_out).append(name)
     return copied, left_out
+
+
+def files_beside(directory: Path, own: Iterable[str]) -> tuple[list[str], list[str]]:
+    """What belongs to a transformer in a folder of sentence-transformers (0_Transformer).
+
+    directory  of the transformer, below the folder whose modules.json names it first
+    own        names of the transformer's own files, which come before others
+
+    Returns what is copied and what is left out, as `small_files`, with names that begin with
+    BESIDE; nothing where there is no such folder around it.
+    """
+    top = directory.parent
+    if module_folders(top)[:1] != [directory.name]:
+        return [], []
+    taken = {*own, "config.json"}
+    copied, left_out = (
+        [BESIDE + name for name in names if name != CARD and not is_within(name, [directory.name])]
+        for names in small_files(top, [])
+    )
+    return [name for name in copied if name.removeprefix(BESIDE) not in taken], left_out
 
 
 def not_read(source: Checkpoint, left_out: Iterable[str]) -> list[str]:

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from ternarize.files.checkpoint import Checkpoint, TensorInfo
 from ternarize.files.headers import DTYPES, MAX_HEADER, Entry, header_json
 from ternarize.files.metadata import SCALE_SUFFIX, Record
 from ternarize.native import lib
+from ternarize.plans.copied import BESIDE
 from ternarize.plans.recipe import GROUP_SIZE, Recipe
 from ternarize.plans.rules import Choice
 from ternarize.threads import THREADS
@@ -193,6 +195,12 @@ class Plan:
     @property
     def tensors(self) -> list[TensorPlan]:
         return [tensor for shard in self.shards for tensor in shard.tensors]
+
+    @property
+    def folder(self) -> Path:
+        """All of the source: the folder around a transformer whose modules lie beside it."""
+        beside = any(name.startswith(BESIDE) for name in self.copied)
+        return self.source.directory.parent if beside else self.source.directory
 
     def packed_bytes(self) -> int:
         """Bytes of all weight files of the result."""

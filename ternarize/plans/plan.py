@@ -1,5 +1,6 @@
 """The plan of a conversion, made from headers, or from config.json alone."""
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -20,7 +21,7 @@ from ternarize.models.skeleton import (
     why_no_skeleton,
 )
 from ternarize.plans.choose import TIED_ENDS, select
-from ternarize.plans.copied import not_read, small_files
+from ternarize.plans.copied import files_beside, not_read, small_files
 from ternarize.plans.judge import Verdict, judge_ends
 from ternarize.plans.layout import Plan, Shard, TensorPlan
 from ternarize.plans.lossless import check_lossless, own_groups
@@ -85,6 +86,9 @@ def make_plan(
     alone = isinstance(source, Imported) and source.alone  # what lies around it can be anything
     copied, left_out = ([], []) if alone else small_files(source.directory, source.files)
     notes += not_read(source, left_out)
+    if not alone and source.directory.resolve() != Path(os.path.expanduser(model)).resolve():
+        beside = files_beside(source.directory, [*copied, *source.files])
+        copied, left_out = copied + beside[0], left_out + beside[1]
     return Plan(source, str(model), recipe, _shards(source, tensors), copied, left_out, notes)
 
 
@@ -116,11 +120,12 @@ def _imagine(source: Checkpoint, model: str | Path) -> str:
 
 def _check_calibrated(source: Checkpoint, model: str | Path) -> None:
     """Raise UsageError or CheckpointError where calibration has nothing to fit or to run."""
-    if isinstance(source, Imported) and source.group_sizes:
+    if isinstance(source, Imported):
+        ternary = source.group_sizes
         raise UsageError(
             model,
-            f"is ternary already ({source.format})",
-            "weights that calibration can fit",
+            f"is ternary already ({source.format})" if ternary else f"is {source.format}",
+            "weights that calibration can fit, in a checkpoint that transformers loads",
             "Leave out --dataset and --method gptq",
         )
     if why := why_no_skeleton(source.config):

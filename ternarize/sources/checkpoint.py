@@ -9,7 +9,7 @@ from typing import Any
 from ternarize.errors import CheckpointError, FormatError, UsageError
 from ternarize.files.checkpoint import Checkpoint, open_files
 from ternarize.files.json_files import read_config, read_json
-from ternarize.files.names import INDEX, PICKLE, SAFETENSORS, WEIGHTS
+from ternarize.files.names import INDEX, PICKLE, SAFETENSORS, WEIGHTS, module_folders
 from ternarize.sources.fetch import fetch, split_id
 
 
@@ -121,6 +121,9 @@ def locate(
 ) -> Path:
     """The directory of a checkpoint: a path as it is, a Hub id (user/name[@revision]) fetched.
 
+    In a folder of sentence-transformers that is where its transformer is: 0_Transformer, if there
+    is nothing at the top.
+
     subfolder, variant  as from_pretrained of transformers has them
 
     Only weights, JSON, tokenizer and code files are fetched, safetensors rather than pickles, and
@@ -133,7 +136,7 @@ def locate(
             raise CheckpointError(
                 model, f"has no folder {subfolder!r}", "one with a checkpoint", "Check the name"
             )
-        return Path(path, subfolder)
+        return _transformer(Path(path, subfolder))
     if os.path.exists(path):
         raise CheckpointError(
             model,
@@ -154,6 +157,19 @@ def locate(
         raise UsageError(
             model, f"names a revision, and so does revision={revision!r}", remedy="Name one"
         )
-    return fetch(
+    found = fetch(
         repo, revision or at, config_only=config_only, subfolder=subfolder, variant=variant
     )
+    return _transformer(found)
+
+
+def _transformer(directory: Path) -> Path:
+    """The folder of the transformer, where sentence-transformers has it in one of its own.
+
+    Its modules.json names it first (0_Transformer), and there are no weights around it.
+    """
+    if any((directory / main).is_file() for main in _MAIN):
+        return directory
+    first = directory.joinpath(*module_folders(directory)[:1])
+    whole = (first / "config.json").is_file()
+    return first if whole and any((first / main).is_file() for main in _MAIN) else directory

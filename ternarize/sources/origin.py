@@ -10,6 +10,7 @@ from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.names import CARD
 from ternarize.sources.fetch import split_id
 
+SNAPSHOTS = "snapshots"  # what the Hub's client calls the folder of a repository's commits
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
 
@@ -58,4 +59,5 @@ def hub_commit(model: str | Path, source: Checkpoint) -> dict[str, str] | None:
     named = split_id(str(model))
     if named is None or source.directory == Path(os.path.expanduser(model)):
         return None
-    return {"id": named[0], "commit": source.directory.name}
+    top = source.directory  # or above it: the transformer of sentence-transformers has a folder
+    return {"id": named[0], "commit": (top if top.parent.name == SNAPSHOTS else top.parent).name}
