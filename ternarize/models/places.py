@@ -151,7 +151,7 @@ def with_dense_turned(converter: Any) -> Any:
     sources, targets = converter._original_source_patterns, converter._original_target_patterns
     if hasattr(converter, "copy"):
         return converter.copy(sources, targets, operations=operations)
-    copied = WeightConverter(sources, targets, operations=operations)  # transformers < 5.20
+    copied = WeightConverter(sources, targets, operations=operations)  # transformers < 5.21
     copied.scope_prefix = converter.scope_prefix
     copied.base_model_prefix = converter.base_model_prefix
     return copied

@@ -202,7 +202,7 @@ class TernarizeQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
         """Send scales through the conversions of tensors that are not called `weight`, too.
 
-        model  given by transformers >= 5.20 alone
+        model  given by transformers >= 5.21 alone
         """
         from transformers.core_model_loading import WeightConverter
 
