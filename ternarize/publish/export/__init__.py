@@ -10,6 +10,7 @@ A module for each target, beside what they have in common:
     mlx.py         MLX
     compressed.py  compressed-tensors, for vLLM
     vocabulary.py  the vocabulary of a GGUF file
+    modelfile.py   an Ollama Modelfile beside it
     gguf.py        llama.cpp
 """
 
@@ -53,7 +54,8 @@ def export(
     output   file (gguf) or directory that must not exist yet
     to       a name of TARGETS
     options  of the target's function: allow_requantize (all), dtype (dense, mlx and
-             compressed-tensors), kind (gguf, compressed-tensors), kept_type and tokenizer (gguf)
+             compressed-tensors), kind (gguf, compressed-tensors), kept_type, tokenizer and
+             modelfile (gguf)
 
     Returns {"output", "bytes"} and what the target's function returns: what was written and what
     was lost.
