@@ -17,6 +17,7 @@ ONLY_FOR = {
     "type": ("gguf", "compressed-tensors"),
     "kept_type": ("gguf",),
     "no_tokenizer": ("gguf",),
+    "modelfile": ("gguf",),
     "dtype": ("dense", "mlx", "compressed-tensors"),
 }
 
@@ -42,6 +43,9 @@ def export_command(
         OneOf(["f16", "bf16", "f32", "q8_0"]),
     ] = None,
     no_tokenizer: Annotated[bool, "gguf: no vocabulary, token numbers alone."] = False,
+    modelfile: Annotated[
+        bool, "gguf: an Ollama Modelfile beside it, NAME.Modelfile for NAME.gguf."
+    ] = False,
     dtype: Annotated[
         str | None,
         "dense, mlx, compressed-tensors: dtype of floats; default: as in the model.",
@@ -68,6 +72,7 @@ def export_command(
         "type": type_,
         "kept_type": kept_type,
         "no_tokenizer": no_tokenizer or None,
+        "modelfile": modelfile or None,
         "dtype": dtype,
     }
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

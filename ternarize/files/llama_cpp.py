@@ -8,8 +8,9 @@ neighbour. Where transformers has a head's rows as (2, dim / 2), llama.cpp has t
 import importlib
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -49,107 +50,138 @@ WHOLE_WORDS = ("llama-bpe",)
 SPACE = "\u2581"
 PREPEND = [{"type": "Prepend", "prepend": SPACE}]
 REPLACE = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
+NO_SPLIT = {
+    "type": "Split",
+    "pattern": {"String": " "},
+    "behavior": "MergedWithPrevious",
+    "invert": False,
+}
 
 
-# what a block's tensors are called: llama.cpp's name -> that of transformers
-_IN_BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+# what gguf's tables do not have of BitNet: our name -> llama.cpp's
+_BITNET = {
+    "lm_head": "output",
+    "self_attn.attn_sub_norm": "attn_sub_norm",
+    "mlp.ffn_sub_norm": "ffn_sub_norm",
 }
-_QK_NORM = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_SUB_NORM = {"attn_sub_norm": "self_attn.attn_sub_norm", "ffn_sub_norm": "mlp.ffn_sub_norm"}
-
-
-# {} is the number of an expert
-_MIXTRAL = {
-    "ffn_gate_inp": "block_sparse_moe.gate",
-    "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
-    "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
-    "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
-}
-_EXPERTS = {
-    "ffn_gate_inp": "mlp.gate",
-    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
-    "ffn_down_exps": "mlp.experts.{}.down_proj",
-    "ffn_up_exps": "mlp.experts.{}.up_proj",
-}
-_SHARED = {
-    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
-    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
-    "ffn_down_shexp": "mlp.shared_expert.down_proj",
-    "ffn_up_shexp": "mlp.shared_expert.up_proj",
-}
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
 @dataclass(frozen=True)
 class Architecture:
     """An architecture as llama.cpp and as transformers call it.
 
-    name      llama.cpp's
-    names     of the tensors of a block, beyond those that all have
-    config    what its config.json says and its file does not
-    permuted  rows of q_proj and k_proj are reordered in files
-    int8      was trained with activations rounded to int8
+    name        llama.cpp's
+    config      what its config.json says and its file does not
+    table       whose names of tensors it has in the package `gguf`; "": its own
+    names       of tensors beyond those
+    activation  of its feed-forward layers, as transformers calls it
+    permuted    rows of q_proj and k_proj are reordered in files
+    int8        was trained with activations rounded to int8
+    shifted     files have the weights of norms with 1 added, as they are multiplied
+    windows     every sixth layer sees all, others a window: of all others llama.cpp has no windows
     """
 
     name: str
     model_type: str
     model_class: str
-    names: Mapping[str, str]
     config: Mapping[str, Any]
+    table: str = ""
+    names: Mapping[str, str] = field(default_factory=dict)
+    activation: str = "silu"
     permuted: bool = False
     int8: bool = False
-
-    def to_transformers(self, name: str) -> tuple[str, str] | None:
-        """The name of a tensor of a file in transformers, and what it is called in a block here.
-
-        Of a stack of experts the name has {} for the number. None where it is not known.
-        """
-        match = re.fullmatch(r"(?:blk\.(\d{1,5})\.)?([a-z_]+)\.(weight|bias)", name)
-        table = _TOP if match and match[1] is None else {**_IN_BLOCK, **self.names}
-        if match is None or match[2] not in table:
-            return None
-        prefix = "" if match[1] is None else f"model.layers.{int(match[1])}."
-        return f"{prefix}{table[match[2]]}.{match[3]}", match[2]
+    shifted: bool = False
+    windows: bool = False
 
     def to_llama_cpp(self, name: str) -> str | None:
-        """The inverse, of a name with {} for the number of an expert.
+        """What a file calls a tensor of transformers, whose name has {} for the number of an
+        expert; None where it has no such tensor.
 
         Checkpoints of the model without its head leave "model." out.
         """
-        match = re.fullmatch(r"(?:model\.)?(?:layers\.(\d+)\.)?(.+)\.(weight|bias)", name)
+        match = re.fullmatch(r"(?:model\.)?(?:layers\.(\d{1,5})\.)?(.+)\.(weight|bias)", name)
         if match is None:
             return None
-        # Mixtral's experts have the names of all others, too
-        tables = [_TOP] if match[1] is None else [_EXPERTS, _IN_BLOCK, self.names]
-        found = {v.removeprefix("model."): k for table in tables for k, v in table.items()}
-        prefix = "" if match[1] is None else f"blk.{match[1]}."
-        ours = found.get(match[2])
+        inner = match[2].replace(".{}.", ".")  # of all experts it is one tensor
+        ours = self.names.get(inner) or _in_table(
+            self.table or self.name, match[1] is not None, inner
+        )
+        prefix = "" if match[1] is None else f"blk.{int(match[1])}."
         return None if ours is None else f"{prefix}{ours}.{match[3]}"
 
+    def to_transformers(self, names: Iterable[str]) -> dict[str, str]:
+        """What a file has of a checkpoint's tensors -> what transformers calls it.
 
-LLAMA = Architecture("llama", "llama", "LlamaForCausalLM", {}, {}, permuted=True)
-MIXTRAL = Architecture("llama", "mixtral", "MixtralForCausalLM", _MIXTRAL, {}, permuted=True)
-QWEN2 = Architecture("qwen2", "qwen2", "Qwen2ForCausalLM", {}, {})
-QWEN3 = Architecture("qwen3", "qwen3", "Qwen3ForCausalLM", _QK_NORM, {})
-QWEN2_MOE = Architecture(
-    "qwen2moe", "qwen2_moe", "Qwen2MoeForCausalLM", _EXPERTS | _SHARED, {"norm_topk_prob": False}
-)
-QWEN3_MOE = Architecture(
-    "qwen3moe", "qwen3_moe", "Qwen3MoeForCausalLM", _EXPERTS | _QK_NORM, {"norm_topk_prob": True}
+        names  of all tensors of the checkpoint; of stacks of experts the name has {} for the number
+        """
+        whole = dict.fromkeys(re.sub(r"(\.experts\.)\d+\.", r"\1{}.", name) for name in names)
+        found = {self.to_llama_cpp(name): name for name in whole}
+        return {theirs: name for theirs, name in found.items() if theirs is not None}
+
+
+@cache
+def _in_table(architecture: str, in_block: bool, name: str) -> str | None:
+    """The name in llama.cpp of a module of transformers, by the table of the package `gguf`."""
+    names = _table(architecture)
+    if in_block:
+        found = names.get_name(f"model.layers.0.{name}")
+        return None if found is None else str(found).removeprefix("blk.0.")
+    found = names.get_name(f"model.{name}") or names.get_name(name)
+    return None if found is None else str(found)
+
+
+@cache
+def _table(architecture: str) -> Any:
+    gguf = import_gguf()
+    number = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
+    return gguf.get_tensor_name_map(number, 1)
+
+
+LLAMA = Architecture("llama", "llama", "LlamaForCausalLM", {}, permuted=True)
+MIXTRAL = Architecture("llama", "mixtral", "MixtralForCausalLM", {}, permuted=True)
+QWEN2 = Architecture("qwen2", "qwen2", "Qwen2ForCausalLM", {})
+QWEN3 = Architecture("qwen3", "qwen3", "Qwen3ForCausalLM", {})
+QWEN2_MOE = Architecture("qwen2moe", "qwen2_moe", "Qwen2MoeForCausalLM", {"norm_topk_prob": False})
+QWEN3_MOE = Architecture("qwen3moe", "qwen3_moe", "Qwen3MoeForCausalLM", {"norm_topk_prob": True})
+PHI3 = Architecture("phi3", "phi3", "Phi3ForCausalLM", {})
+GEMMA3 = Architecture(
+    "gemma3",
+    "gemma3_text",
+    "Gemma3ForCausalLM",
+    {},
+    activation="gelu_pytorch_tanh",
+    shifted=True,
+    windows=True,
 )
 # BitNet b1.58 2B4T; bitnet.cpp's converters call it bitnet-25, too
 BITNET = Architecture(
-    "bitnet-b1.58", "bitnet", "BitNetForCausalLM", _SUB_NORM, {"hidden_act": "relu2"}, int8=True
+    "bitnet-b1.58",
+    "bitnet",
+    "BitNetForCausalLM",
+    {},
+    table="bitnet",
+    names=_BITNET,
+    activation="relu2",
+    int8=True,
 )
+WINDOWS = 6  # of Gemma 3's layers, each sixth sees all
+LOCAL_BASE = 10000.0  # of the rope of its other layers, which files do not say
+_SCALED_BY_WIDTH = 62  # layers of Gemma 3 27B, by which llama.cpp knows it
+
+
+def gemma_scalar(config: Mapping[str, Any]) -> int:
+    """query_pre_attn_scalar, whose root llama.cpp divides queries by: files do not say it."""
+    if config["num_hidden_layers"] == _SCALED_BY_WIDTH:
+        return int(config["hidden_size"] // config["num_attention_heads"])
+    return int(config["head_dim"])
+
+
+def gemma_layer_types(layers: int) -> list[str]:
+    """What of the text each layer of Gemma 3 sees, as config.json says it."""
+    return [
+        "sliding_attention" if (layer + 1) % WINDOWS else "full_attention"
+        for layer in range(layers)
+    ]
 
 
 def import_gguf() -> Any:

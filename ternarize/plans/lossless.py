@@ -90,11 +90,12 @@ def finer(group_size: int) -> tuple[int, ...]:
 
 def check_lossless(source: Checkpoint, tensors: Iterable[TensorPlan], group_size: int) -> None:
     """Raise CheckpointError where ternary weights would lose something in these groups."""
-    tried = (group_size,) if isinstance(source, Imported) else finer(group_size)
+    imported = isinstance(source, Imported) and source.group_sizes
+    tried = (group_size,) if imported else finer(group_size)
     for tensor in tensors:
         if not tensor.ternary or tensor.tied_to:
             continue
-        if isinstance(source, Imported):
+        if isinstance(source, Imported) and source.group_sizes:
             own = source.group_sizes.get(tensor.name)
         else:
             own = _coarsest(source, tensor)

@@ -21,15 +21,21 @@ from torch import Tensor
 from ternarize.errors import CheckpointError, UsageError, WeightError
 from ternarize.files.headers import DTYPES, byte_view
 from ternarize.files.llama_cpp import (
+    GEMMA3,
     LLAMA,
+    LOCAL_BASE,
     MIXTRAL,
+    PHI3,
     QWEN2,
     QWEN3,
     QWEN3_MOE,
     Architecture,
+    gemma_layer_types,
+    gemma_scalar,
     import_gguf,
     rope_factors,
 )
+from ternarize.files.outputs import check_free
 from ternarize.progress import Progress
 from ternarize.publish.export import vocabulary
 from ternarize.publish.export.common import (
@@ -41,6 +47,7 @@ from ternarize.publish.export.common import (
     fresh_output,
     model_config,
 )
+from ternarize.publish.export.modelfile import modelfile_of, write_modelfile
 from ternarize.trits import ggml
 from ternarize.trits.int4 import INT4, unpack_int4
 from ternarize.trits.scales import scale_values
@@ -48,7 +55,7 @@ from ternarize.trits.ternary import Ternary
 
 KEPT_TYPES = {"f16": "F16", "bf16": "BF16", "f32": "F32", "q8_0": "Q8_0"}
 EXPORTED = {
-    **{each.model_class: each for each in (LLAMA, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE)},
+    **{each.model_class: each for each in (LLAMA, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, PHI3, GEMMA3)},
     "MistralForCausalLM": LLAMA,
 }
 _CONVERTER = "Export it to dense, and use llama.cpp's own converter"
@@ -75,6 +82,7 @@ def export_gguf(
     kind: str = "tq2_0",
     kept_type: str | None = None,
     tokenizer: bool = True,
+    modelfile: bool = False,
     allow_requantize: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -83,6 +91,7 @@ def export_gguf(
     kind              type of ternary tensors, a name of ggml.TYPES
     kept_type         type of kept matrices, a name of KEPT_TYPES; None: as they are
     tokenizer         False writes no vocabulary; such a file can be run on token numbers alone
+    modelfile         write an Ollama Modelfile beside it (modelfile.py)
     allow_requantize  ternarize again what the type cannot hold, and measure
 
     Returns what was written, and what was lost (`Losses.report`). Raises CheckpointError for an
@@ -94,6 +103,10 @@ def export_gguf(
         raise UsageError("type", f"{kind!r}", f"one of {', '.join(ggml.TYPES)}")
     if kept_type is not None and kept_type not in KEPT_TYPES:
         raise UsageError("kept type", f"{kept_type!r}", f"one of {', '.join(KEPT_TYPES)}")
+    if modelfile and not tokenizer:
+        raise UsageError("modelfile", "no tokenizer", "one, whose template it is made of")
+    if modelfile:
+        check_free(modelfile_of(output))
     config = model_config(packed)
     architecture = _architecture(packed, config)
     losses = Losses(kind.upper(), allow_requantize)
@@ -111,7 +124,7 @@ def export_gguf(
     total, done = sum(item.nbytes for item in items), 0
     for item in items:
         writer.add_tensor_info(item.name, item.shape, np.dtype(np.void), item.nbytes, item.type)
-    _write_metadata(gguf, writer, packed, config, kind)
+    _write_metadata(gguf, writer, packed, config, architecture, kind)
     with fresh_output(packed, output, folder=False) as partial:
         try:
             writer.write_header_to_file(partial)
@@ -126,14 +139,21 @@ def export_gguf(
                     progress(done, total, item.name, "writing")
         finally:
             writer.close()
+    if modelfile:
+        notes += write_modelfile(packed.directory, output)
     return {"to": "gguf", "type": kind, "tensors": len(items), "notes": notes, **losses.report()}
 
 
 def _advice(packed: PackedCheckpoint, kind: str) -> str:
-    record = [r for r in packed.records.values() if r.kind == "ternary"]
-    if kind != "q2_0" and all(r.planes == 1 and not r.rotation[0] for r in record):
-        return "Use --type q2_0, or convert the source with --group-size 256."
-    return "Convert the source with --group-size 256 and, if it is calibrated, --rotation 0."
+    ternary = [r for r in packed.records.values() if r.kind == "ternary"]
+    wide = all(r.shape is None or r.shape[-1] % 256 == 0 for r in ternary)
+    if kind != "q2_0" and all(r.planes == 1 and not r.rotation[0] for r in ternary):
+        return "Use --type q2_0" + (
+            ", or convert the source with --group-size 256." if wide else "."
+        )
+    groups = "--group-size 256" if wide else "--type q2_0, and convert it with --group-size 64"
+    verb = "Convert the source with" if wide else "Use"
+    return f"{verb} {groups} and, if it is calibrated, --rotation 0."
 
 
 def _architecture(packed: PackedCheckpoint, config: Any) -> Architecture:
@@ -142,13 +162,15 @@ def _architecture(packed: PackedCheckpoint, config: Any) -> Architecture:
     if names[0] not in EXPORTED:
         known = f"one of {', '.join(EXPORTED)}"
         raise CheckpointError(where, f"architecture {names[0]}", known, _CONVERTER)
-    rope = config.rope_parameters
+    architecture = EXPORTED[names[0]]
     # llama.cpp refuses a file of qwen3 that has these biases
     biased = names[0].startswith("Qwen3") and getattr(config, "attention_bias", False)
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    rope = _rope(config)
     unknown = [
         f"{key} {value!r}"
         for key, value, known in (
-            ("hidden_act", config.hidden_act, ("silu",)),
+            ("hidden_act", activation, (architecture.activation,)),
             ("rope_type", rope.get("rope_type", "default"), ("default", "linear", "llama3")),
             ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), (1.0,)),
             ("use_sliding_window", getattr(config, "use_sliding_window", False), (False, None)),
@@ -157,12 +179,37 @@ def _architecture(packed: PackedCheckpoint, config: Any) -> Architecture:
             ("norm_topk_prob", getattr(config, "norm_topk_prob", True), (True,)),
             ("decoder_sparse_step", getattr(config, "decoder_sparse_step", 1), (1,)),
             ("mlp_only_layers", getattr(config, "mlp_only_layers", None) or [], ([],)),
+            *(_of_gemma(config) if architecture.windows else ()),
         )
         if value not in known
     ]
     if unknown:
         raise CheckpointError(where, ", ".join(unknown), "the plain architecture", _CONVERTER)
-    return EXPORTED[names[0]]
+    return architecture
+
+
+def _of_gemma(config: Any) -> list[tuple[str, Any, tuple[Any, ...]]]:
+    """What llama.cpp takes for granted of Gemma 3: (name, what it is, what it must be)."""
+    local = config.rope_parameters["sliding_attention"]
+    scalar = gemma_scalar(config.to_dict())
+    pattern = gemma_layer_types(config.num_hidden_layers)
+    return [
+        ("attention_bias", config.attention_bias, (False,)),
+        ("layer_types", config.layer_types, (pattern,)),
+        ("query_pre_attn_scalar", config.query_pre_attn_scalar, (scalar,)),
+        ("rope_type of windows", local.get("rope_type", "default"), ("default",)),
+        ("rope_theta of windows", local["rope_theta"], (LOCAL_BASE,)),
+        ("attn_logit_softcapping", config.attn_logit_softcapping, (None,)),
+        ("final_logit_softcapping", config.final_logit_softcapping, (None,)),
+        ("use_bidirectional_attention", config.use_bidirectional_attention, (False,)),
+    ]
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    """rope_parameters, of those layers that see all where layers differ."""
+    rope: dict[str, Any] = config.rope_parameters
+    rope = rope.get("full_attention", rope)
+    return rope
 
 
 def _head_dim(config: Any) -> int:
@@ -171,7 +218,12 @@ def _head_dim(config: Any) -> int:
 
 
 def _write_metadata(
-    gguf: Any, writer: Any, packed: PackedCheckpoint, config: Any, kind: str
+    gguf: Any,
+    writer: Any,
+    packed: PackedCheckpoint,
+    config: Any,
+    architecture: Architecture,
+    kind: str,
 ) -> None:
     """The keys that llama.cpp reads for a decoder of LLaMA's kind, and those about the model."""
     counts = writer.get_total_parameter_count()
@@ -182,8 +234,11 @@ def _write_metadata(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(ggml.TYPES[kind].file_type)
     length, window = config.max_position_embeddings, getattr(config, "sliding_window", None)
-    # llama.cpp has no window in these architectures: within one, nothing is missing
-    writer.add_context_length(min(length, window) if window else length)
+    # where llama.cpp has no windows: within one, nothing is missing
+    cut = window and not architecture.windows
+    writer.add_context_length(min(length, window) if cut else length)
+    if architecture.windows or architecture is PHI3:
+        writer.add_sliding_window(window or 0)
     writer.add_vocab_size(config.vocab_size)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -199,7 +254,7 @@ def _write_metadata(
     writer.add_key_length(_head_dim(config))
     writer.add_value_length(_head_dim(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    rope = config.rope_parameters
+    rope = _rope(config)
     writer.add_rope_dimension_count(_head_dim(config))
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope.get("rope_type") == "linear":
@@ -216,7 +271,7 @@ def _gguf_items(
     losses: Losses,
 ) -> list[GgufItem]:
     items = []
-    factors = rope_factors(config.rope_parameters, _head_dim(config))
+    factors = rope_factors(_rope(config), _head_dim(config))
     if factors is not None:
         shape, read = tuple(factors.shape), partial(byte_view, factors)
         number = ggml.FLOATS["F32"]
@@ -235,6 +290,9 @@ def _gguf_items(
                 f"a plain {config.architectures[0]}",
                 _CONVERTER,
             )
+        if architecture.shifted and name.endswith("norm.weight"):
+            items.append(_shifted_norm(packed, name, new, losses))
+            continue
         order = _order(name, config) if architecture.permuted else None
         item = _item(packed, name, new, order, kind, kept_type, losses)
         if expert is None:
@@ -243,6 +301,18 @@ def _gguf_items(
             stacks.setdefault(new, {})[int(expert[2])] = item
     items += [_stack(packed, config, new, found) for new, found in stacks.items()]
     return items
+
+
+def _shifted_norm(packed: PackedCheckpoint, name: str, new: str, losses: Losses) -> GgufItem:
+    """The weights of a norm that multiplies by 1 + w, as llama.cpp has them: 1 + w in float32."""
+    shape = packed.info(name)[1]
+
+    def read() -> Tensor:
+        weight = packed.kept(name).to(torch.float32)
+        losses.measure(name, weight, (weight + 1) - 1)
+        return byte_view(weight + 1)
+
+    return GgufItem(new, ggml.FLOATS["F32"], shape, math.prod(shape) * 4, read)
 
 
 def _stack(

@@ -88,6 +88,8 @@ def _space_prefix(directory: Path, definition: dict[str, Any]) -> tuple[bool, li
     """
     normalizer, pre = definition["normalizer"] or {}, definition["pre_tokenizer"] or {}
     steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    if pre == llama_cpp.NO_SPLIT and steps == llama_cpp.REPLACE:
+        pre = {}  # Gemma's split at spaces, of which none is left
     if not pre and steps in (llama_cpp.PREPEND + llama_cpp.REPLACE, llama_cpp.REPLACE):
         return bool(steps != llama_cpp.REPLACE), []
     plain = pre.get("type") == "Metaspace" and pre.get("split") is False

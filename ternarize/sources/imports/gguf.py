@@ -54,23 +54,25 @@ def open_gguf(path: Path, layout: str | None = None, alone: bool = True) -> Impo
     arch, config = gguf_config(path.name, keys, {tensor.name: tensor for tensor in stored})
     kinds = {tensor.ternary for tensor in stored if tensor.ternary}
     _check_types(path.name, kinds, layout)
+    expected = {name: shape for name, (_, shape) in skeleton_shapes(config).items()}
+    names = arch.to_transformers(expected)
     tensors: dict[str, TensorInfo] = {}
     decode: dict[str, Decode] = {}
     group_sizes: dict[str, int] = {}
     for tensor in stored:
-        for logical in _logical(tensor, arch, config, layout):
+        for logical in _logical(tensor, names, arch, config, layout):
             name, dtype = logical.name, DTYPE_NAMES[logical.dtype]
             tensors[name] = TensorInfo(name, dtype, logical.shape, tensor.path.name)
             decode[name] = logical.rows
             if logical.group_size is not None:
                 group_sizes[name] = logical.group_size
-    _check_whole(path, config, tensors)
+    _check_whole(path, expected, tensors)
     files, notes = tokenizer_files(path.name, keys, config["vocab_size"])
     notes += _rounding(stored)
     int8 = "i2_s" in kinds or arch.int8
-    if not int8:
+    if kinds and not int8:
         notes.append(_NOT_ROUNDED)
-    types = ", ".join(sorted(kind.upper() for kind in kinds))
+    types = ", ".join(sorted(kind.upper() for kind in kinds)) or "no ternary weights"
     return Imported(
         path.parent,
         config,
@@ -89,14 +91,7 @@ def open_gguf(path: Path, layout: str | None = None, alone: bool = True) -> Impo
 
 
 def _check_types(where: str, kinds: set[str], layout: str | None) -> None:
-    """Raise unless a file has ternary weights, and a layout is named where they are in I2_S."""
-    if not kinds:
-        raise CheckpointError(
-            where,
-            "has no weights in TQ1_0, TQ2_0, Q2_0 or I2_S",
-            "some",
-            "Convert an ordinary model from its maker's checkpoint",
-        )
+    """Raise unless a layout is named exactly where weights are in I2_S."""
     if "i2_s" in kinds and layout is None:
         raise UsageError(
             where,
@@ -132,16 +127,19 @@ class _Logical:
 
 
 def _logical(
-    tensor: GgufTensor, arch: Architecture, config: Mapping[str, Any], layout: str | None
+    tensor: GgufTensor,
+    names: Mapping[str, str],
+    arch: Architecture,
+    config: Mapping[str, Any],
+    layout: str | None,
 ) -> Iterator[_Logical]:
     """What a stored tensor is in transformers: itself, each of its experts, or nothing."""
     if tensor.name == "rope_freqs.weight":
         return
-    named = arch.to_transformers(tensor.name)
-    if named is None:
+    if tensor.name not in names:
         what = f"{tensor.name:.80} is not known in this architecture"
         raise not_known(tensor.path.name, what, f"a plain {arch.model_class}")
-    name, kind = named
+    name, kind = names[tensor.name], tensor.name.split(".")[-2]
     in_blocks = torch.float32 if tensor.ternary in (None, "i2_s") else torch.float16
     dtype, shape = tensor.dtype or in_blocks, tensor.shape
     base = _decoder(tensor, layout)
@@ -166,6 +164,8 @@ def _logical(
         if shape[0] != heads * dim:
             raise _misshapen(tensor, f"{heads} heads of {dim}")
         base = _halves(base, dim) if len(shape) == 2 else _halves_of_bias(base, dim)
+    if arch.shifted and name.endswith("norm.weight"):
+        dtype, base = torch.float32, _less_one(base)
     yield _Logical(name, shape, dtype, base, group_size)
 
 
@@ -271,9 +271,14 @@ def _halves_of_bias(base: Decode, dim: int) -> Decode:
     )
 
 
-def _check_whole(path: Path, config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
-    """Raise FormatError unless a checkpoint of this config.json has these tensors, so shaped."""
-    expected = {name: shape for name, (_, shape) in skeleton_shapes(config).items()}
+def _less_one(base: Decode) -> Decode:
+    return lambda first, last: base(first, last).to(torch.float32) - 1
+
+
+def _check_whole(
+    path: Path, expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorInfo]
+) -> None:
+    """Raise FormatError unless a file has the tensors that are expected, so shaped."""
     for name in sorted(expected.keys() | tensors.keys()):
         found = tensors[name].shape if name in tensors else None
         if expected.get(name) != found:

@@ -14,20 +14,24 @@ from ternarize.errors import CheckpointError
 from ternarize.files.gguf import GgufTensor
 from ternarize.files.llama_cpp import (
     BITNET,
+    GEMMA3,
     LLAMA,
+    LOCAL_BASE,
     MIXTRAL,
+    PHI3,
     QWEN2,
     QWEN2_MOE,
     QWEN3,
     QWEN3_MOE,
+    WINDOWS,
     Architecture,
+    gemma_layer_types,
+    gemma_scalar,
     rope_factors,
 )
 
-ARCHITECTURES = {
-    **{each.name: each for each in (LLAMA, QWEN2, QWEN3, QWEN2_MOE, QWEN3_MOE, BITNET)},
-    "bitnet-25": BITNET,
-}
+_KNOWN = (LLAMA, QWEN2, QWEN3, QWEN2_MOE, QWEN3_MOE, GEMMA3, PHI3, BITNET)
+ARCHITECTURES = {**{each.name: each for each in _KNOWN}, "bitnet-25": BITNET}
 # keys of an architecture that say nothing about what the model computes, or what is known from the
 # tensors
 _IDLE = {
@@ -136,24 +140,48 @@ def _config(
         "max_position_embeddings": keys.need("context_length"),
         "rms_norm_eps": _short(keys.need("attention.layer_norm_rms_epsilon", float)),
         "tie_word_embeddings": "output.weight" not in tensors,
-        "hidden_act": "silu",
+        "hidden_act": arch.activation,
         **arch.config,
     }
-    if arch is QWEN2_MOE:
+    if arch in (QWEN2_MOE, PHI3):
         del config["head_dim"]
     config |= _feed_forward(keys, arch, tensors)
     if arch is LLAMA:
         config["attention_bias"] = "blk.0.attn_q.bias" in tensors
         config["mlp_bias"] = "blk.0.ffn_down.bias" in tensors
     config["rope_parameters"] = _rope(keys, head_dim, tensors)
+    if arch is GEMMA3:
+        config |= _gemma(keys, config)
     for name, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         number = common.get(f"tokenizer.ggml.{theirs}_token_id")
         if type(number) is int and number < config["vocab_size"]:
             config[f"{name}_token_id"] = number
+    if arch is PHI3:
+        config["sliding_window"] = keys.get("attention.sliding_window", 0) or None
+        config.setdefault("pad_token_id", None)  # by default one of its own vocabulary
     dtype = tensors["token_embd.weight"].dtype or torch.float32
     config["dtype"] = str(dtype).removeprefix("torch.")
     keys.close()
     return config
+
+
+def _gemma(keys: _Keys, config: dict[str, Any]) -> dict[str, Any]:
+    """What Gemma 3's config.json has beyond others: two kinds of layers, each with its rope."""
+    window = keys.get("attention.sliding_window", 0)
+    if keys.get("attention.sliding_window_pattern", WINDOWS) != WINDOWS:
+        raise keys.wrong("another pattern of windows", f"each layer that {WINDOWS} divides without")
+    layers = config["num_hidden_layers"]
+    local = _short(keys.get("rope.freq_base_swa", LOCAL_BASE, float))
+    return {
+        "hidden_activation": config.pop("hidden_act"),
+        "query_pre_attn_scalar": gemma_scalar(config),
+        "layer_types": gemma_layer_types(layers) if window else ["full_attention"] * layers,
+        "rope_parameters": {
+            "full_attention": config["rope_parameters"],
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+        },
+        **({"sliding_window": window} if window else {}),
+    }
 
 
 def _short(value: float) -> float:
