@@ -314,6 +314,15 @@ def test_a_damaged_layer_can_be_loaded_again() -> None:
     assert layer.layouts["weight"].lanes is not None
 
 
+def test_a_state_dict_of_another_size_is_refused_and_changes_nothing() -> None:
+    layer = in_lanes(layer_of(32))
+    other = {name: tensor[1:] for name, tensor in layer.state_dict().items()}
+    with pytest.raises(RuntimeError, match="size mismatch for weight_scale"):
+        layer.load_state_dict(other)
+    assert layer.layouts["weight"].lanes is not None
+    assert same_bytes(layer, in_lanes(layer_of(32)))
+
+
 def test_an_input_of_another_width_is_refused() -> None:
     layer = in_lanes(layer_of(32))
     with pytest.raises(UsageError, match="input: 199 columns; the layer has 200"):

@@ -2,7 +2,7 @@
 
 `use_lanes` turns the stored form into lanes, a module at a time, once a model is loaded. Only
 `Packed` knows: whatever leaves a module (state_dict, a pickle) is in the stored form, and so is a
-state_dict that is loaded. Moved to another kind of device, lanes become the lanes of that one.
+state_dict that is loaded. Moved to another device, lanes become those that it has kernels for.
 """
 
 from collections.abc import Callable
@@ -90,7 +90,7 @@ class Packed(nn.Module):
         """Move, but never cast the scales: model.to(bfloat16) would change every weight."""
         here = next((self.held(name).device for name in self.layouts), torch.device("cpu"))
         there = fn(torch.empty(0, dtype=torch.uint8, device=here)).device
-        had_lanes = there.type != here.type and self.use_stored()
+        had_lanes = there != here and self.use_stored()
         before = {f"{name}_scale": self.held(f"{name}_scale").data for name in self.layouts}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, scale in before.items():
@@ -109,13 +109,17 @@ class Packed(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         leaves = [leaf for name in self.layouts for leaf in (name, f"{name}_scale")]
         given = [leaf for leaf in leaves if prefix + leaf in state_dict]
-        had_lanes = False
+        before, layouts, had_lanes = dict(self._parameters), self.layouts, False
         if len(given) == len(leaves):
             had_lanes = self._forget_lanes()
         elif given:
             had_lanes = self.use_stored()
+        errors = len(args[-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if had_lanes:
+        if had_lanes and len(args[-1]) > errors:  # what is refused (a size) has filled nothing
+            self._parameters.update(before)
+            self.layouts = layouts
+        elif had_lanes:
             self.use_lanes()
 
     def _forget_lanes(self) -> bool:
