@@ -17,9 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ternarize.errors import FormatError
+from ternarize.errors import FormatError, UsageError
 from ternarize.runtime import products, tiles
-from ternarize.runtime.tiles import from_tiles, tiles_size, to_tiles, words_of
+from ternarize.runtime.forms import Lanes, Layout
+from ternarize.runtime.tiles import TILES, from_tiles, tiles_size, to_tiles, words_of
 from ternarize.trits import base3
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +50,14 @@ def test_overwritten_tiles_are_refused() -> None:
     tiles[0] = 0b10
     with pytest.raises(FormatError, match="a field holds no trit"):
         from_tiles(tiles, 2, 64, 32)
+
+
+def test_an_input_on_another_device_is_refused() -> None:
+    held = Layout(64, 32, lanes=Lanes(TILES, 2, 2, torch.float16))
+    there = torch.empty(tiles_size(2, 64), dtype=torch.uint8, device="meta")
+    scale = torch.empty(4, dtype=torch.float16, device="meta")
+    with pytest.raises(UsageError, match="on cpu; the layer is on meta"):
+        products.product(torch.ones(1, 64), there, scale, None, held)
 
 
 INTERPRETED = """

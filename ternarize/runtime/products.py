@@ -190,6 +190,8 @@ def _by_tiles(
     """`_by_lanes` on a GPU."""
     if x.shape[-1] != layout.cols:
         raise UsageError("input", f"{x.shape[-1]} columns; the layer has {layout.cols}")
+    if x.device != packed.device:  # a kernel would read the memory of another GPU
+        raise UsageError("input", f"on {x.device}; the layer is on {packed.device}")
     x = _autocast(x, layout)
     wide = bias is not None or layout.planes > 1
     multiply = compiled_product_of_tiles if torch.compiler.is_compiling() else product_of_tiles
