@@ -173,6 +173,14 @@ def test_all_rows_of_a_file_are_trained_on_but_those_that_choose_and_report(tmp_
     some = [next(found.stream)["pixel_values"].numpy().tobytes() for _ in range(2 * 336)]
     apart = {each["pixel_values"].numpy().tobytes() for each in (*found.held, *found.report)}
     assert len(set(some)) == 336 and len(apart) == 64 and apart.isdisjoint(some)
+    before = pipeline.samples_of(source, Calibrate(str(data), num_samples=333), trained=True)
+    fitted = {
+        row.numpy().tobytes()
+        for batch in (*before.batches, *before.heldout)
+        for row in batch["pixel_values"]
+    }
+    assert len(fitted) == 366
+    assert fitted.isdisjoint(each["pixel_values"].numpy().tobytes() for each in found.report)
 
 
 def test_a_head_without_words_is_trained_on_what_it_gives(tmp_path: Path, seen: Seen) -> None:

@@ -190,7 +190,8 @@ def _samples_of_text(
 def _rows(reader: _Reader, name: str) -> list[list[Sample]]:
     """Three sets of samples as they are: tensors of a file, or what the model itself writes.
 
-    All rows of a file train but those few that choose, and that give the figures.
+    All rows of a file train but those few that choose, and that give the figures: the last of their
+    order, of which a calibration, which takes fewer, has the first.
     """
     calibration = reader.calibration or Calibrate(seed=reader.training.seed)
     length = reader.length or calibration.seq_len
@@ -206,7 +207,7 @@ def _rows(reader: _Reader, name: str) -> list[list[Sample]]:
         ]
         for batches in (samples.batches, samples.heldout, samples.report)
     )
-    return [[*train, *held[HELD:], *report[REPORT:]], held[:HELD], report[:REPORT]]
+    return [[*train, *held[:-HELD], *report[:-REPORT]], held[-HELD:], report[-REPORT:]]
 
 
 def _put_back(streams: list[tuple[Iterator[Sample], float]], count: int) -> list[Sample]:
