@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from ternarize.train import texts
 from ternarize.train.sources import _with_answers
 from ternarize.train.texts import (
     IGNORED,
+    ahead,
     batch_of,
     kept_apart,
     learnt_in,
@@ -293,6 +295,28 @@ def test_samples_as_they_are_come_in_another_order_each_time() -> None:
     every = [{"input_ids": torch.tensor([index, 0])} for index in range(20)]
     found = names(repeated(every, 3), 40)
     assert sorted(found[:20]) == sorted(found[20:]) and found[:20] != found[20:]
+
+
+def test_samples_made_ahead_come_in_order_and_so_does_what_breaks_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def samples() -> Iterator[Sample]:
+        for index in range(5):
+            yield {"input_ids": torch.tensor([index, 0])}
+        raise UsageError("text.txt", "is gone")
+
+    monkeypatch.setattr(texts, "AHEAD", 2)
+    with ahead(samples()) as found:
+        assert [int(next(found)["input_ids"][0]) for _ in range(5)] == [0, 1, 2, 3, 4]
+        with pytest.raises(UsageError, match="is gone"):
+            next(found)
+
+
+def test_no_sample_is_made_any_longer_once_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "AHEAD", 1)
+    with ahead(repeated([{"input_ids": torch.tensor([1, 0])}], 0)) as found:
+        next(found)
+    assert "samples" not in [thread.name for thread in threading.enumerate()]
 
 
 # --- mixtures ------------------------------------------------------------------------------------

@@ -160,11 +160,15 @@ def ahead(samples: Iterator[Sample]) -> Iterator[Iterator[Sample]]:
                 raise one
             yield one
 
-    threading.Thread(target=make, name="samples", daemon=True).start()
+    thread = threading.Thread(target=make, name="samples", daemon=True)
+    thread.start()
     try:
         yield take()
     finally:
-        ended.set()  # it ends before its next sample; who interrupts does not wait for that
+        ended.set()
+        # one that is within torch when the interpreter ends aborts the process. A stretch of text
+        # may take seconds: who interrupts does not wait for that
+        thread.join(2 * TICK)
 
 
 def tokens_in(sample: Sample) -> int:
