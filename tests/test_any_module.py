@@ -161,8 +161,7 @@ class Reader(nn.Module):
 
 @torch.no_grad()
 def test_weights_that_other_code_reads_are_kept(tmp_path: Path) -> None:
-    net = Reader()
-    record = ternarize.pack_module(net, tmp_path / "packed")
+    record = ternarize.pack_module(Reader(), tmp_path / "packed")
     reasons = {name: row["reason"] for name, row in record["tensors"].items()}
     assert ternary(tmp_path / "packed") == ["called.weight"]
     assert reasons["read.weight"] == "read directly by Reader"

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ternarize.convert.run import convert
-from ternarize.convert.trained import check_ended, dense_state
+from ternarize.convert.trained import check_ended, dense_state, inner_model
 from ternarize.errors import OutputError, SelectionError, UsageError
 from ternarize.files.headers import DTYPE_NAMES
 from ternarize.files.names import MODULE, SAFETENSORS
@@ -47,7 +47,7 @@ def pack_module(
 ) -> dict[str, Any]:
     """Write the state dict of any module as a packed checkpoint, and return its record.
 
-    module       of torch's; as `ternarize.qat.prepare` has made it and training has left it, its
+    module       of torch's, also compiled or in DDP; as `ternarize.qat.prepare` has made it, its
                  trits and scales are those of its forward; as `load_module` has, those of the file
     output       directory that must not exist yet; its parents are made
     method       "itf", "twn" or "absmean"
@@ -66,6 +66,7 @@ def pack_module(
     WeightError and OutputError as `convert` does, the first also for a state dict that holds more
     than tensors.
     """
+    module = inner_model(module)
     name = type(module).__name__
     check_ended(module)
     forms = _forms(module)

@@ -47,7 +47,7 @@ def pack_trained(
     Raises UsageError for a model that is not prepared, or in the midst of a `Schedule`; OutputError
     where `output` exists; and what `convert` raises.
     """
-    model = _unwrapped(model)
+    model = inner_model(model)
     forms = {
         f"{path}.{leaf}": form
         for path, module in latent_modules(model)
@@ -70,7 +70,7 @@ def pack_trained(
         return convert(folder, output, recipe, threads=threads, forms=forms)
 
 
-def _unwrapped(model: Any) -> nn.Module:
+def inner_model(model: Any) -> nn.Module:
     """The model that torch.compile or DDP has wrapped."""
     wrappers = (torch._dynamo.OptimizedModule, nn.parallel.DistributedDataParallel)
     while isinstance(model, wrappers):

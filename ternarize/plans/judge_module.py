@@ -68,9 +68,9 @@ def judge_module(module: nn.Module, smallest: int = SMALLEST) -> dict[str, Verdi
     verdicts = {}
     for name in dict.fromkeys(stored_names(module).values()):
         path, _, leaf = name.rpartition(".")
-        owner = modules[path]
+        owner = modules.get(path, module)  # another: what a module's own hooks have made
         kind: type = type(owner)
-        weight = owner._parameters.get(leaf)
+        weight = owner._parameters.get(leaf) if path in modules else None
         count, why = 0, f"{leaf} of a {kind.__name__}"
         if leaf == "weight" and weight is not None and is_linear(kind):
             count, why = weight.numel(), barred.get(path, "")

@@ -75,19 +75,21 @@ def _check_fit(module: nn.Module, packed: Checkpoint, records: Mapping[str, Reco
     if strange := [name for name in records if name not in stored]:
         found = f"holds {some(strange)}, which {kind} does not have"
         raise FormatError(packed.directory, found, "tensors of the module alone", _REMEDY)
-    holders = holders_of(module)
+    holders, modules = holders_of(module), dict(module.named_modules(remove_duplicate=False))
     for name, tensor in stored.items():
         record, path = records[name], name.rpartition(".")[0]
-        shape, owner = record.shape, module.get_submodule(path)
-        cls: type = type(owner)
+        shape = record.shape
         if shape is None:
             shape = packed.tensors[name].shape
-        elif record.transposed or not path or not is_linear(cls):
-            found = f"is packed, and in {kind} it is of a {cls.__name__}"
-            raise FormatError(name, found, "a weight of a linear layer", _REMEDY)
-        elif holders[id(tensor)] != {id(owner)}:
-            found = f"is packed, and in {kind} several modules share it"
-            raise FormatError(name, found, "a weight of one module", _REMEDY)
+        else:
+            owner = modules.get(path)
+            cls: type = type(owner)
+            if record.transposed or not path or not is_linear(cls):
+                found = f"is packed, and in {kind} it is of a {cls.__name__}"
+                raise FormatError(name, found, "a weight of a linear layer", _REMEDY)
+            if holders[id(tensor)] != {id(owner)}:
+                found = f"is packed, and in {kind} several modules share it"
+                raise FormatError(name, found, "a weight of one module", _REMEDY)
         if shape != tuple(tensor.shape):
             found = f"is {list(shape)}; in {kind} it is {list(tensor.shape)}"
             raise FormatError(name, found, "the same shape", _REMEDY)
