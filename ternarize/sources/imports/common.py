@@ -35,7 +35,8 @@ class Imported(Checkpoint):
     raw          the checkpoint as it is stored; None where a reader needs none
     decode       logical name -> how its rows are read; other tensors are read from `raw`
     group_sizes  logical name -> the groups in which it is ternary at the source, as in `Ternary`;
-                 a weight that is not here is dense at the source, and stays so
+                 a weight that is not here is dense at the source, and stays so; with none at all it
+                 is an ordinary checkpoint in a format of others
     activations  what the model was trained with: "none", or "int8" per token
     alone        whether the small files beside the weights are not the model's
     made         small files that the reader makes, unless they are there: name -> content

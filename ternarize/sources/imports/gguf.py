@@ -1,4 +1,4 @@
-"""Ternary models of llama.cpp and bitnet.cpp: GGUF files.
+"""GGUF files: ternary models of llama.cpp and bitnet.cpp, and others.
 
     TQ1_0, TQ2_0    256 weights, one float16 scale
     Q2_0            64 weights, one float16 scale; it could say 2 d as well, and is refused where
@@ -9,6 +9,7 @@
 Other tensors are decoded by the package `gguf`, or are floats already; they stay dense. Names and
 config.json become those of transformers, for the architectures of gguf_config.py; what else a file
 holds is refused. Rows of q_proj and k_proj come back into transformers' order (see llama_cpp.py).
+A file without ternary weights is an ordinary model in another form: what is decoded is ternarized.
 """
 
 import math
