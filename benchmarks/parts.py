@@ -6,7 +6,8 @@ WORK_DIRECTORY needs about 3 GB free. In each round one process converts a synth
 BF16 checkpoint alone; then each of --counts of processes does its part of it side by side, and one
 puts them together; every process has one thread. The source is one file, or (--files N) several.
 Seconds are those of `convert()` in processes that have imported torch and transformers, and begin
-together; figures are medians, ratios are taken round by round, and the bytes are compared.
+together; processor time is the most that one of them took, which machines of their own would wait
+for. Figures are medians, ratios are taken round by round, and the bytes are compared.
 """
 
 import json
@@ -32,14 +33,16 @@ torch.set_num_threads(1)
 source, output, method, more = sys.argv[1:]
 print("ready", flush=True)
 sys.stdin.readline()
-start = time.perf_counter()
+start = time.process_time()
 convert(source, output, Recipe(method), threads=1, **json.loads(more))
-print(time.perf_counter() - start)
+print(time.process_time() - start)
 """
 
 
-def seconds_of(work: list[dict[str, Any]], source: Path, output: Path, method: str) -> float:
-    """Seconds from the common start of some processes to the end of the last."""
+def times_of(
+    work: list[dict[str, Any]], source: Path, output: Path, method: str
+) -> dict[str, float]:
+    """From the common start of some processes to the end of the last; processor time, the most."""
     processes = []
     for more in work:
         words = [str(source), str(output), method, json.dumps(more)]
@@ -59,23 +62,23 @@ def seconds_of(work: list[dict[str, Any]], source: Path, output: Path, method: s
         assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
-    for process in processes:
-        process.communicate()
-        assert process.returncode == 0
-    return time.perf_counter() - start
+    said = [process.communicate()[0] for process in processes]
+    seconds = time.perf_counter() - start
+    assert not any(process.returncode for process in processes)
+    return {"seconds": seconds, "processor": max(map(float, said))}
 
 
 def one_round(source: Path, work: Path, method: str, counts: list[int]) -> dict[str, Any]:
-    """Seconds of one process alone, and of each number of parts: side by side, and to finish."""
+    """Times of one process alone, and of each number of parts: side by side, and to finish."""
     alone = work / "alone"
     for left in (*work.glob("alone*"), *work.glob("parts*")):  # of a run that was broken off
         shutil.rmtree(left) if left.is_dir() else left.unlink()
-    row: dict[str, Any] = {"alone": seconds_of([{}], source, alone, method)}
+    row: dict[str, Any] = {"alone": times_of([{}], source, alone, method)}
     for count in counts:
         output = work / "parts"
         parts = [{"part": [index, count]} for index in range(1, count + 1)]
-        side = seconds_of(parts, source, output, method)
-        finish = seconds_of([{"finish": True}], source, output, method)
+        side = times_of(parts, source, output, method)
+        finish = times_of([{"finish": True}], source, output, method)
         assert (output / SUMS).read_bytes() == (alone / SUMS).read_bytes()
         row[str(count)] = {"parts": side, "finish": finish}
         shutil.rmtree(output)
@@ -105,18 +108,22 @@ def main() -> None:
             rounds.append(row)
     files = len(list(source.glob("*.safetensors")))
     print(f"{size / 1e9:.2f} GB of BF16 in {files} files, {method}, one thread a process\n")
-    print("| | side by side, s | --finish, s | together, s | times as fast as one process |")
-    print("|---|---|---|---|---|")
-    alone = statistics.median(row["alone"] for row in rounds)
-    print(f"| one process, no parts | {alone:.2f} | | {alone:.2f} | 1 |")
-    for count in map(str, options.counts):
-        parts, finish = (
-            statistics.median(row[count][each] for row in rounds) for each in ("parts", "finish")
-        )
-        whole = [row[count]["parts"] + row[count]["finish"] for row in rounds]
-        ratio = statistics.median(row["alone"] / w for row, w in zip(rounds, whole, strict=True))
-        middle = statistics.median(whole)
-        print(f"| {count} parts | {parts:.2f} | {finish:.2f} | {middle:.2f} | {ratio:.2f} |")
+    for kind in ("seconds", "processor"):
+        print(f"| {kind} | parts | --finish | together | times as fast as one process |")
+        print("|---|---|---|---|---|")
+        alone = statistics.median(row["alone"][kind] for row in rounds)
+        print(f"| one process, no parts | | | {alone:.2f} | 1 |")
+        for count in map(str, options.counts):
+            side, finish = (
+                statistics.median(row[count][each][kind] for row in rounds)
+                for each in ("parts", "finish")
+            )
+            whole = [row[count]["parts"][kind] + row[count]["finish"][kind] for row in rounds]
+            pairs = zip(rounds, whole, strict=True)
+            ratio = statistics.median(row["alone"][kind] / both for row, both in pairs)
+            middle = statistics.median(whole)
+            print(f"| {count} parts | {side:.2f} | {finish:.2f} | {middle:.2f} | {ratio:.2f} |")
+        print()
     write_figures(options.json, __file__, {"source_bytes": size, "files": files, "rounds": rounds})
 
 
