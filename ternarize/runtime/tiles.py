@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ternarize.errors import FormatError, first_line, is_no_memory
-from ternarize.runtime.kernels import LONGEST_SUM
+from ternarize.runtime.kernels import LONGEST_SUM, quantize
 from ternarize.trits import base3
 from ternarize.trits.ternary import group_count
 
@@ -80,8 +80,6 @@ def are_right(device: torch.device, rounded: bool) -> bool:
 
 def _error(device: torch.device, rounded: bool, tokens: int) -> float:
     """The largest error of a small product in bfloat16, by the largest of its numbers."""
-    from ternarize.runtime.products import rounded_linear
-
     rows, cols, size = 64, 512, 128
     numbers = torch.arange(rows * cols, device=device).view(rows, cols)
     trits = ((numbers * 7919) % 3 - 1).to(torch.int8)
@@ -91,7 +89,9 @@ def _error(device: torch.device, rounded: bool, tokens: int) -> float:
     weight = trits * by_group.T.repeat_interleave(size, 1).to(torch.float32)
     tiles = to_tiles(base3.pack(trits, size), cols, size)
     y = product_of_tiles(x, tiles, by_group.flatten(), rows, rows, size, rounded, True)
-    expected = rounded_linear(x.float(), weight) if rounded else x.float() @ weight.T
+    inputs, factor = quantize(x, "int8") if rounded else (x, None)
+    expected = inputs.to(torch.float32) @ weight.T
+    expected = expected if factor is None else expected * factor.unsqueeze(-1)
     return float((y - expected).abs().max() / expected.abs().max())
 
 

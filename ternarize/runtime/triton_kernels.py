@@ -24,15 +24,15 @@ import triton.language as tl  # type: ignore[import-not-found]
 from torch import Tensor
 from triton.runtime import JITFunction  # type: ignore[import-not-found]
 
-FIELD = 32  # columns of a field
-BLOCK = 8 * FIELD  # columns of a word of 16 bits, eight fields
+_FIELD = 32  # columns of a field
+_BLOCK = 8 * _FIELD  # columns of a word of 16 bits, eight fields
 # How programs share the work, by the most tokens that it is for: (blocks side by side, 0: `wide`;
 # rows, tokens, warps, stages of loads)
 SHAPES = {2: (8, 16, 2, 8, 2), 4: (8, 16, 4, 8, 2), 8: (8, 16, 8, 8, 2), 16: (8, 16, 16, 8, 2)}
 SHAPES |= {32: (0, 64, 32, 4, 3), 64: (0, 64, 64, 4, 3), 256: (0, 64, 128, 4, 3)}
 MANY = (0, 128, 128, 8, 3)
 IN_ORDER = (0, 32, 16, 2, 4)  # few rounded tokens, several groups
-SMALL = (0, 64, 32, 4, 2), (0, 64, 16, 4, 2)  # where memory is short
+_SMALL = (0, 64, 32, 4, 2), (0, 64, 16, 4, 2)  # where memory is short
 
 # Numbers that a kernel is not compiled anew for
 VARYING = ["tokens", "blocks", "groups", "group"]
@@ -212,9 +212,9 @@ def parts_of_block(cols: int, group_size: int, rounded: bool) -> int | None:
     """
     if not 0 < group_size < cols:
         return 0
-    if group_size % FIELD:
+    if group_size % _FIELD:
         return None
-    fields = group_size // FIELD
+    fields = group_size // _FIELD
     parts = next(parts for parts in (1, 2, 4, 8) if fields % (8 // parts) == 0)
     return None if rounded and fields * parts != 8 else parts
 
@@ -242,7 +242,7 @@ def multiply_tiles(
     """Set y to x W^T.
 
     x        (tokens, cols) float32, bfloat16 or float16, contiguous
-    words    (blocks, rows, FIELD) int16
+    words    (blocks, rows, 32) int16
     scales   (groups, scale_rows) float, or uint8 codes; scale_rows divides rows
     y        (tokens, rows) float
     rounded  whether each token is rounded to 8 bits
@@ -252,7 +252,7 @@ def multiply_tiles(
     """
     (tokens, cols), (blocks, rows, _), (groups, scale_rows) = x.shape, words.shape, scales.shape
     parts = parts_of_block(cols, group_size, rounded)
-    assert parts is not None and blocks == -(-cols // BLOCK)
+    assert parts is not None and blocks == -(-cols // _BLOCK)
     interpreted = not isinstance(_narrow, JITFunction)
     dtype: Any = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
     dtype = tl.int8 if rounded else dtype[x.dtype]
@@ -282,16 +282,16 @@ def _shape(tokens: int, size: int, alone: bool, device: torch.device) -> tuple[i
         return IN_ORDER
     best = next((shape for most, shape in SHAPES.items() if tokens <= most), MANY)
     if size == 4 and not best[0]:  # three products, whose registers would not suffice
-        best = SMALL[0]
-    shapes = (shape for shape in (best, *SMALL) if _bytes(shape, size) <= _memory(device))
-    return next(shapes, SMALL[-1])
+        best = _SMALL[0]
+    shapes = (shape for shape in (best, *_SMALL) if _bytes(shape, size) <= _memory(device))
+    return next(shapes, _SMALL[-1])
 
 
 def _bytes(shape: tuple[int, ...], size: int) -> int:
     """Of memory that a program's inputs take, and about those of its words."""
     side, rows, tokens, _, stages = shape
     buffers = stages - 1 if side else stages
-    return buffers * max(1, side) * (BLOCK * tokens * size + 2 * FIELD * rows)
+    return buffers * max(1, side) * (_BLOCK * tokens * size + 2 * _FIELD * rows)
 
 
 @functools.cache
