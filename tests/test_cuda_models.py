@@ -104,7 +104,8 @@ def test_a_gpu_computes_what_a_processor_computes(
     convert(llama[0], tmp_path / "packed", Recipe("itf", **{"group_size": 32, **options}))
     ours = load(tmp_path / "packed", dtype=torch.float32)
     theirs = load(tmp_path / "packed", dtype=torch.float32, device=GPU)
-    moved = load(tmp_path / "packed", dtype=torch.float32).to(GPU)
+    moved: Any = load(tmp_path / "packed", dtype=torch.float32)
+    moved = moved.to(GPU)
     expected = logits_of(ours)
     for model in (theirs, moved):
         assert torch.allclose(logits_of(model), expected, rtol=1e-3, atol=1e-3)
@@ -112,9 +113,10 @@ def test_a_gpu_computes_what_a_processor_computes(
     again = ternarize.load(tmp_path / "saved", dtype=torch.float32)
     assert torch.equal(logits_of(again), expected)
     ids = torch.arange(3, 9)[None]
+    models: list[Any] = [ours, theirs, moved]
     written = [
         model.generate(ids.to(model.device), max_new_tokens=12, do_sample=False).cpu()
-        for model in (ours, theirs, moved)
+        for model in models
     ]
     assert torch.equal(written[0], written[1]) and torch.equal(written[0], written[2])
 
