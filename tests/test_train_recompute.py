@@ -115,6 +115,24 @@ def test_a_training_that_was_broken_off_may_go_on_with_less_memory(
     assert one.read_bytes() == other.read_bytes()
 
 
+def test_fewer_tokens_at_a_time_can_be_chosen_after_a_break(tmp_path: Path) -> None:
+    source, text = source_of("llama", tmp_path / "source"), text_of(tmp_path / "text.txt", 60)
+    recipe = recipe_of(text, steps=4)
+    whole = convert(source, tmp_path / "whole", recipe)
+
+    def stop(step: int, figures: object) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "packed", recipe, log=stop)
+    assert recipe.train is not None
+    less = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, micro_batch=16))
+    record = convert(source, tmp_path / "packed", less)
+    looks = [dict(map(tuple, each["training"]["held_out"])) for each in (whole, record)]
+    assert looks[0] == pytest.approx(looks[1], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"optimizer": "adafactor"}, {"objective": "text"}, {"all_weights": True}],

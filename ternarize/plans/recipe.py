@@ -65,7 +65,11 @@ GROUPS = Span(
 COUNT, STEPS = Span(1, MAX_COUNT), Span(0, MAX_COUNT, "{low} to {high} steps")
 SEEDS = Span(0, 2**32 - 1)
 BUDGETS = ("tokens", "minutes", "steps")  # the fields of Train that say when it ends
-CHANGEABLE = (*BUDGETS, "recompute")  # and all that may change while a training goes on
+CHANGEABLE = (
+    *BUDGETS,
+    "recompute",
+    "micro_batch",
+)  # and all that may change while a training goes on
 DISTILL_BATCH = 1024  # tokens of a step of --distill
 
 

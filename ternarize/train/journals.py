@@ -33,7 +33,7 @@ from ternarize.steps.journal import (
     parse_journal,
 )
 from ternarize.train.coded import coded_steps, trained_exponents
-from ternarize.train.loop import Objective, tokens_at_once
+from ternarize.train.loop import Objective
 from ternarize.train.moved import Moved, Standing
 from ternarize.train.objectives import held_loss, labels_of, objective
 from ternarize.train.ranks import Ranks
@@ -240,7 +240,7 @@ def _session(base: str | Path, training: Train, seed: int, device: str, *, plain
         data,
         moved,
         lambda _, samples: of_samples(samples)[0],
-        lambda: held_loss(of_samples, data.report, tokens_at_once(device)),
+        lambda: held_loss(of_samples, data.report),
     )
 
 

@@ -17,6 +17,9 @@ from ternarize.train.losses import Head, Words, choose_words, divergence, text_l
 from ternarize.train.students import Pair
 from ternarize.train.texts import IGNORED, batch_of, learnt_in
 
+# tokens at a time without gradients; looks of all micro-batches are over the same words so
+_LOOKED_AT = 2048
+
 
 def objective(
     pair: Pair, common: Tensor, first: int, seed: int, pad: int, sigma: float
@@ -44,16 +47,13 @@ def objective(
     return loss
 
 
-def first_error(pair: Pair, samples: Sequence[Sample], pad: int, part: int) -> float:
-    """The size of the error of outputs that are no words, at the start; 1 of all others.
-
-    part  tokens that go through the model at a time, here and below
-    """
+def first_error(pair: Pair, samples: Sequence[Sample], pad: int) -> float:
+    """The size of the error of outputs that are no words, at the start; 1 of all others."""
     if pair.heads is not None:
         return 1.0
     with torch.no_grad():
         errors = []
-        for some in in_parts(samples, part):
+        for some in in_parts(samples, _LOOKED_AT):
             found, target = _outputs(pair, batch_of(some, pad))
             if found.shape[-1] == pair.vocabulary:
                 return 1.0
@@ -61,11 +61,11 @@ def first_error(pair: Pair, samples: Sequence[Sample], pad: int, part: int) -> f
     return max(1e-12, math.sqrt(sum(errors) / len(errors)))
 
 
-def held_loss(loss: Objective, samples: Sequence[Sample], part: int) -> float:
+def held_loss(loss: Objective, samples: Sequence[Sample]) -> float:
     """The loss on held-out samples, without gradients; over the same words at every look."""
     total, count = 0.0, 0
     with torch.no_grad():
-        for some in in_parts(samples, part):
+        for some in in_parts(samples, _LOOKED_AT):
             tokens = sum(map(learnt_in, some))
             total, count = total + float(loss(some)[0]) * tokens, count + tokens
     return total / max(1, count)

@@ -106,8 +106,7 @@ def train_model(
     place.mkdir(parents=True, exist_ok=True)
 
     environments = environments_of(folder, device)
-    part = training.micro_batch or tokens_at_once(device)
-    sigma = first_error(pair, data.held, data.pad, part)
+    sigma = first_error(pair, data.held, data.pad)
     loss = objective(pair, data.common, data.first, training.seed, data.pad, sigma)
 
     def keep(file: Path, loss: float) -> None:
@@ -126,11 +125,11 @@ def train_model(
         pair.trained(),
         make_optimizer(groups, training.optimizer),
         loss,
-        lambda: held_loss(loss, data.held, part),
+        lambda: held_loss(loss, data.held),
         keep,
         _known(data, pair, device, training),
         told,
-        part,
+        training.micro_batch or tokens_at_once(device),
         lambda done: end_decay(job.optimizer, done),
     )
     progressed = train(job, data.stream)
