@@ -372,17 +372,24 @@ def test_a_part_that_fails_takes_nothing_from_others_and_leaves_nothing(
     assert os.listdir(tmp_path / "packed.partial" / ".parts") == ["1-of-2"]
 
 
-def test_parts_of_other_options_are_not_mixed(dense: Any, tmp_path: Path) -> None:
-    source, _ = dense
+def test_parts_of_other_options_are_not_mixed_and_a_mistaken_one_is_in_nobodys_way(
+    dense: Any, tmp_path: Path
+) -> None:
+    source, expected = dense
     convert(source, tmp_path / "packed", part=(1, 2))
     for more in ({"part": (2, 2)}, {"finish": True}, {}):
         with pytest.raises(OutputError, match="1-of-2: holds an unfinished .* with other options"):
             convert(source, tmp_path / "packed", Recipe("twn"), **more)
-    shutil.rmtree(tmp_path / "packed.partial")
+    convert(source, tmp_path / "packed", part=(2, 2))
+    convert(source, tmp_path / "packed", finish=True)
+    assert digest_of(tmp_path / "packed") == expected
+
+
+def test_a_folder_of_somebody_elses_gets_no_parts(dense: Any, tmp_path: Path) -> None:
     (tmp_path / "packed.partial").mkdir()
     (tmp_path / "packed.partial" / "mine").write_text("precious")
     with pytest.raises(OutputError, match="is no unfinished conversion"):
-        convert(source, tmp_path / "packed", part=(1, 2))
+        convert(dense[0], tmp_path / "packed", part=(1, 2))
     assert os.listdir(tmp_path / "packed.partial") == ["mine"]
 
 

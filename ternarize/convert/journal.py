@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ternarize.calibrate.pipeline import Calibrated
 from ternarize.convert.tensor import Change, Result
-from ternarize.convert.workplace import JOURNAL, PARTS, STREAMED, changed, not_ours
+from ternarize.convert.workplace import JOURNAL, PARTS, STREAMED, changed, not_ours, part_folders
 from ternarize.errors import OutputError
 from ternarize.files.headers import read_bytes
 from ternarize.files.outputs import write_whole
@@ -164,11 +164,7 @@ def read_state(
 
     The other arguments, and what is raised, as of `resume`. Nothing is written.
     """
-    first, *lines = _lines(partial / JOURNAL) or [own]
-    if _without_budget(first) != _without_budget(own):
-        raise _of_another(partial, first, own)
-    if first != own:
-        lines = []
+    lines = _own_lines(partial, own)
     entries = [Result(**line) if "sha256" in line else Change(**line) for line in lines]
     state = State(list(shards), set(range(len(shards))))
     for entry in entries:
@@ -177,6 +173,31 @@ def read_state(
         state.results = {name: each for name, each in state.results.items() if name in names}
     state.forget_unwritten(partial)
     return state, [entry for entry in entries if isinstance(entry, Change)]
+
+
+def check_same(partial: Path, own: dict[str, Any]) -> None:
+    """Raise OutputError where anything in OUTPUT.partial is of another conversion.
+
+    own  the `identity` of this one
+
+    To be asked before a journal is written: one with options that were a mistake would stand in the
+    way of all others.
+    """
+    for folder in (partial, *part_folders(partial).values()):
+        _own_lines(folder, own)
+
+
+def _own_lines(partial: Path, own: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries of the journal in a folder, if any; none of a training with another budget.
+
+    own  the `identity` of this conversion
+
+    Raises OutputError where the journal is one of another conversion.
+    """
+    first, *lines = _lines(partial / JOURNAL) or [own]
+    if _without_budget(first) != _without_budget(own):
+        raise _of_another(partial, first, own)
+    return lines if first == own else []
 
 
 def _without_budget(identity: dict[str, Any]) -> dict[str, Any]:

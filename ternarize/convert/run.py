@@ -25,7 +25,7 @@ from typing import Any, TextIO
 from torch import Tensor
 
 from ternarize.calibrate.pipeline import Calibrated, calibrate
-from ternarize.convert.journal import State, note, resume
+from ternarize.convert.journal import State, check_same, note, resume
 from ternarize.convert.limits import check_disk, threads_that_fit
 from ternarize.convert.parts import check_parts, count_others, may_cut, put_together, shards_of_part
 from ternarize.convert.record import write_small_files
@@ -251,6 +251,7 @@ def _carry_out_part(work: _Work, output: Path, part: PartNumber) -> dict[str, An
     claim(place)
     with _told(work):
         known, before = identity(plan), stamps(plan)
+        check_same(partial_of(output), known)
         state = resume(shards_of_part(plan, part), place, known)
         count_others(plan, partial_of(output), place, known, state)
         state.unsealed = {index for index in state.unsealed if state.undone(index)}
@@ -272,6 +273,7 @@ def _carry_out(
     claim(partial)
     with _told(work, keep=finish):
         known, before = identity(plan), stamps(plan)
+        check_same(partial, known)
         state = resume(plan.shards, partial, known)
         put_together(plan, partial, known, state, all_done=finish)
         if plan.recipe.fits:
