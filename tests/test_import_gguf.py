@@ -180,6 +180,16 @@ def test_a_file_without_ternary_weights_is_an_ordinary_model(tmp_path: Path) -> 
         make_plan(tmp_path / "plain.gguf", Recipe("gptq", 64, calibrate=Calibrate("x.txt")))
 
 
+def test_gemma_computes_in_float32_where_its_file_has_float16(tmp_path: Path) -> None:
+    """Gemma 3's activations go beyond float16, in which transformers would compute."""
+    source = exporting.make_source(tmp_path / "source", CONFIGS["gemma3"]())
+    convert(source, tmp_path / "packed", Recipe("absmean", 256))
+    export(tmp_path / "packed", tmp_path / "m.gguf", "gguf", kept_type="f16", allow_requantize=True)
+    found = open_source(tmp_path / "m.gguf")
+    assert found.tensors["model.embed_tokens.weight"].dtype == "F16"
+    assert found.config is not None and found.config["dtype"] == "float32"
+
+
 # --- files made here -----------------------------------------------------------------------------
 
 BITNET = transformers.BitNetConfig(

@@ -153,6 +153,8 @@ def test_a_template_says_what_the_tokenizers_says(
         (LAST_ALONE, False, "does more than to stand around messages"),
         (CHATML, True, "does more than to stand around messages"),  # the engine's <bos> is not its
         (CHATML.replace("<|im_end|>", "\u200b"), False, "characters that a Modelfile cannot say"),
+        # ...{{{ .System }} is no action of Go's
+        (CHATML.replace("\n", "{{ '{' }}"), False, "characters that a Modelfile cannot say"),
         (CHATML.replace("<|im_end|>", "{{ '{' }}{"), False, "cannot say"),
     ],
 )

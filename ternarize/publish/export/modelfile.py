@@ -188,7 +188,8 @@ def _asked(write: Any, form: ChatForm) -> list[tuple[Messages, str | None]]:
 def _plain(text: str) -> bool:
     """Whether a Modelfile, and Go's templates, keep a text as it is."""
     printable = all(each.isprintable() or each in "\n\t" for each in text)
-    return printable and not any(each in text for each in ("{{", '"""'))
+    # with a brace at the end, the ones that follow it would begin earlier
+    return printable and not any(each in text for each in ("{{", '"""')) and text[-1:] != "{"
 
 
 def _settings(directory: Path) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def _rounding(stored: list[GgufTensor]) -> list[str]:
     counts = ", ".join(
         f"{count} tensors in {kinds(number).name}" for number, count in rounded.items()
     )
-    note = f"rounded in the file, and kept as they are decoded, in float32: {counts}"
+    note = f"rounded in the file, and taken as they are decoded, in float32: {counts}"
     return [note] if counts else []
 
 

@@ -160,6 +160,8 @@ def _config(
         config["sliding_window"] = keys.get("attention.sliding_window", 0) or None
         config.setdefault("pad_token_id", None)  # by default one of its own vocabulary
     dtype = tensors["token_embd.weight"].dtype or torch.float32
+    if arch is GEMMA3 and dtype == torch.float16:
+        dtype = torch.float32  # its activations go beyond float16; llama.cpp's are float32
     config["dtype"] = str(dtype).removeprefix("torch.")
     keys.close()
     return config
