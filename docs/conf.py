@@ -13,6 +13,7 @@ CONTENTS = """
 :hidden:
 
 docs/convert
+docs/modules
 docs/evaluate
 docs/calibration
 docs/training
