@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 import transformers
 
-from ternarize.errors import OutputError
+from ternarize.errors import FormatError, OutputError
 from ternarize.publish.export.modelfile import chat_form, write_modelfile
 
 CHATML = (
@@ -143,6 +143,9 @@ def test_a_template_says_what_the_tokenizers_says(
     ]
     with pytest.raises(OutputError, match="expected a new file"):
         write_modelfile(tmp_path, tmp_path / "my model.gguf")
+    (tmp_path / "generation_config.json").write_text("{oops")
+    with pytest.raises(FormatError, match="generation_config.json: not valid JSON"):
+        write_modelfile(tmp_path, tmp_path / "another.gguf")
 
 
 @pytest.mark.parametrize(

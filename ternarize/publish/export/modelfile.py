@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ternarize.errors import OutputError
+from ternarize.files.json_files import read_json
 from ternarize.models.reads import open_tokenizer
 
 # a key of generation_config.json -> the parameter
@@ -84,7 +85,7 @@ def write_modelfile(directory: Path, gguf_file: Path) -> list[str]:
     directory  of the packed checkpoint: its tokenizer and generation_config.json are asked
 
     Returns notes: what of the template could not be said. Raises OutputError where the name is
-    taken or cannot be written.
+    taken or cannot be written, FormatError for a generation_config.json that is none.
     """
     tokenizer = open_tokenizer(directory)
     form, notes = chat_form(tokenizer)
@@ -193,9 +194,7 @@ def _plain(text: str) -> bool:
 
 
 def _settings(directory: Path) -> dict[str, Any]:
-    path = directory / "generation_config.json"
-    found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    return found if isinstance(found, dict) else {}
+    return read_json(directory / "generation_config.json") or {}
 
 
 def _stops(tokenizer: Any, settings: dict[str, Any], form: ChatForm | None) -> list[str]:
