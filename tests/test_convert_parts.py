@@ -157,6 +157,13 @@ def test_what_a_part_has_done_stays_done_whatever_the_number_of_parts(
     assert digest_of(output) == expected
 
 
+def test_a_finish_before_any_part_leaves_nothing_behind(dense: Any, tmp_path: Path) -> None:
+    source, _ = dense
+    with pytest.raises(OutputError, match="Run --part I/N, each of N"):
+        convert(source, tmp_path / "packed", Recipe("twn"), finish=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_finish_the_rest_is_converted_here(dense: Any, tmp_path: Path) -> None:
     source, expected = dense
     convert(source, tmp_path / "packed", part=(2, 3))

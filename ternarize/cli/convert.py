@@ -87,8 +87,8 @@ def convert_command(
     chosen = with_options(start, given, bool(min_quality))
     bounds = read_bounds(min_quality or [])
     from ternarize.convert.parts import check_parts
-    from ternarize.convert.run import check_bounds
     from ternarize.convert.run import convert as run
+    from ternarize.measure.figures import check_bounds
     from ternarize.threads import THREADS
 
     check_bounds(chosen, bounds)

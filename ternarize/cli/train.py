@@ -57,8 +57,9 @@ def train_command(
     start = Recipe() if recipe is None else open_recipe(recipe)
     chosen = training_recipe(start, given, named=recipe is not None)
     bounds = read_bounds(min_quality or [])
-    from ternarize.convert.run import check_bounds, convert
+    from ternarize.convert.run import convert
     from ternarize.convert.scratch import train_from_scratch
+    from ternarize.measure.figures import check_bounds
     from ternarize.train.logs import logging_to
 
     check_bounds(chosen, bounds)

@@ -106,6 +106,13 @@ def put_together(
                 _take_file(state, partial, theirs, folder, index, journal)
 
 
+def refuse_nothing(plan: Plan, partial: Path) -> None:
+    """Raise OutputError where there is nothing to be put together, before anything is written."""
+    journal = partial / JOURNAL
+    if not part_folders(partial) and not (journal.is_file() and journal.stat().st_size):
+        _refuse_missing(plan, partial, {t.name for t in plan.tensors if not t.tied_to})
+
+
 def _refuse_missing(plan: Plan, partial: Path, missing: set[str]) -> None:
     """Raise OutputError, with the parts to be run again, where tensors are not converted yet."""
     if not missing:

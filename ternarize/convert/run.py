@@ -12,7 +12,6 @@ goes on. The final name appears by one rename, when everything has been verified
 can have a part of the tensors each (`parts`); what comes after the shards is then done once.
 """
 
-import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -27,7 +26,14 @@ from torch import Tensor
 from ternarize.calibrate.pipeline import Calibrated, calibrate
 from ternarize.convert.journal import State, check_same, note, resume
 from ternarize.convert.limits import check_disk, threads_that_fit
-from ternarize.convert.parts import check_parts, count_others, may_cut, put_together, shards_of_part
+from ternarize.convert.parts import (
+    check_parts,
+    count_others,
+    may_cut,
+    put_together,
+    refuse_nothing,
+    shards_of_part,
+)
 from ternarize.convert.record import write_small_files
 from ternarize.convert.tensor import Change, Result, convert_tensor, not_finite
 from ternarize.convert.workplace import (
@@ -63,13 +69,13 @@ from ternarize.files import container, metadata
 from ternarize.files.checkpoint import open_files
 from ternarize.files.outputs import partial_of, reserve, sync_files, write_at
 from ternarize.files.sums import SUMS, format_sums, listed, sha256
-from ternarize.measure.figures import FIGURES, check_quality
+from ternarize.measure.figures import check_bounds, check_quality
 from ternarize.plans.judge import Verdict
 from ternarize.plans.layout import Plan, Shard, TensorPlan, header_bytes
 from ternarize.plans.lossless import check_lossless, exact_groups, own_groups
 from ternarize.plans.parts import PartNumber, part_table
 from ternarize.plans.plan import calibrated_plan, make_plan, refuse_empty
-from ternarize.plans.recipe import GPTQ, Recipe
+from ternarize.plans.recipe import Recipe
 from ternarize.progress import Progress
 from ternarize.qat.rounding import Form
 from ternarize.runtime.rehearsal import rehearse
@@ -199,25 +205,6 @@ def checked(plan: Plan, allow_missing: bool) -> Plan:
     return plan
 
 
-def check_bounds(recipe: Recipe, bounds: Mapping[str, float]) -> None:
-    """Raise UsageError for a bound that no figure of the conversion would be compared with."""
-    if bounds and not recipe.fits:
-        raise UsageError(
-            "min quality",
-            f"{', '.join(bounds)}, and method {recipe.method!r} measures nothing",
-            f"{GPTQ!r}, which calibrates",
-            "Use it, or leave the bound out",
-        )
-    for name, bound in bounds.items():
-        if name not in FIGURES or not math.isfinite(bound):
-            raise UsageError(
-                "min quality",
-                f"{name}={bound}",
-                f"a number for one of {', '.join(FIGURES)}",
-                "Use for instance kl_divergence=0.2",
-            )
-
-
 def _check_output(plan: Plan, output: Path, part: PartNumber | None) -> None:
     check_place(plan, output, part)
     if part is None:
@@ -270,6 +257,8 @@ def _carry_out(
     plan, partial = work.plan, work.partial
     if not plan.recipe.fits:  # of what calibration needs there is no prediction
         work = replace(work, threads=threads_that_fit(plan, work.threads))
+    if finish:
+        refuse_nothing(plan, partial)
     claim(partial)
     with _told(work, keep=finish):
         known, before = identity(plan), stamps(plan)

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ternarize.errors import CheckpointError, QualityError
+from ternarize.errors import CheckpointError, QualityError, UsageError
+from ternarize.plans.recipe import GPTQ, Recipe
 
 Figure = dict[str, float | None]  # "value", "standard_error" (None of a single window)
 
@@ -97,3 +98,22 @@ def check_quality(
         if (value > bound if most else value < bound) or math.isnan(value):
             expected = f"at {'most' if most else 'least'} {bound}"
             raise QualityError(name, f"{value:.4f} {of}", expected, remedy)
+
+
+def check_bounds(recipe: Recipe, bounds: Mapping[str, float]) -> None:
+    """Raise UsageError for a bound that no figure of the conversion would be compared with."""
+    if bounds and not recipe.fits:
+        raise UsageError(
+            "min quality",
+            f"{', '.join(bounds)}, and method {recipe.method!r} measures nothing",
+            f"{GPTQ!r}, which calibrates",
+            "Use it, or leave the bound out",
+        )
+    for name, bound in bounds.items():
+        if name not in FIGURES or not math.isfinite(bound):
+            raise UsageError(
+                "min quality",
+                f"{name}={bound}",
+                f"a number for one of {', '.join(FIGURES)}",
+                "Use for instance kl_divergence=0.2",
+            )
