@@ -40,6 +40,7 @@ from .runs import (
     make_source,
     preloaded,
     report,
+    row_of,
     stamp,
     warm_up,
     workshop,
@@ -372,16 +373,8 @@ def _written(old: bytes, at: int, data: bytes) -> bytes:
 
 
 def _row(trial: Trial, kind: str, count: int, failures: list[str], **more: int) -> dict[str, Any]:
-    passed = count - len(failures)
     options = "calibrated" if "--dataset" in trial.options else ""
-    return {
-        "source": f"{trial.name} {options}".strip(),
-        "kind": kind,
-        "tried": count,
-        "passed": passed,
-        **more,
-        "failures": failures,
-    }
+    return row_of(f"{trial.name} {options}".strip(), kind, count, failures, **more)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,6 +32,7 @@ from .runs import (
     make_source,
     preloaded,
     report,
+    row_of,
     stamp,
     start,
     warm_up,
@@ -126,7 +127,9 @@ def random_kills(trial: Divided, count: int, chance: random.Random) -> dict[str,
         if wrong := trial.wrong(again):
             failures.append(f"{trial.name} kill {tried}, {victim} of {first}, {again}: {wrong}")
         trial.clear()
-    return _row(trial, "random", tried, failures, killed=hit, finishing=finals, other_n=others)
+    return row_of(
+        trial.name, "random", tried, failures, killed=hit, finishing=finals, other_n=others
+    )
 
 
 def boundary_kills(trial: Divided, every: int) -> dict[str, Any]:
@@ -156,19 +159,7 @@ def boundary_kills(trial: Divided, every: int) -> dict[str, Any]:
                 call = f"{calls[at - 1][0]} {Path(calls[at - 1][1]).name}"
                 failures.append(f"{trial.name} {what} killed before call {at}, {call}: {wrong}")
             trial.clear()
-    return _row(trial, "boundary", tried, failures, killed=hit)
-
-
-def _row(trial: Divided, kind: str, tried: int, failures: list[str], **more: int) -> dict[str, Any]:
-    passed = tried - len(failures)
-    return {
-        "source": trial.name,
-        "kind": kind,
-        "tried": tried,
-        "passed": passed,
-        **more,
-        "failures": failures,
-    }
+    return row_of(trial.name, "boundary", tried, failures, killed=hit)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

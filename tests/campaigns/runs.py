@@ -292,6 +292,19 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def row_of(source: str, kind: str, tried: int, failures: list[str], **more: int) -> dict[str, Any]:
+    """What a campaign says of its tries of one kind on one source."""
+    passed = tried - len(failures)
+    return {
+        "source": source,
+        "kind": kind,
+        "tried": tried,
+        "passed": passed,
+        **more,
+        "failures": failures,
+    }
+
+
 def report(
     what: str,
     rows: Sequence[dict[str, Any]],
