@@ -107,7 +107,7 @@ def test_a_packed_module_is_inspected_and_verified(net: Net, packed: Path, tmp_p
     assert [name for name, row in rows.items() if row["kind"] == "ternary"] == sorted(NAMES)
     reasons = {name: row["reason"] for name, row in rows.items() if row["kind"] == "kept"}
     assert reasons["stem.0.weight"] == "weight of a Conv2d"
-    assert reasons["words.weight"] == "weight of a Embedding"
+    assert reasons["words.weight"] == "shared by modules"
     assert "head.weight" not in rows  # stored once
     found = verify(packed)
     assert found["ternary"] == 4 and found["listed"] == 3

@@ -7,6 +7,7 @@ into is loaded by `ternarize.runtime.load_module`.
 import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,12 @@ from ternarize.plans.recipe import Recipe
 from ternarize.plans.rules import rules_of
 from ternarize.qat.modules import latent_modules
 from ternarize.qat.rounding import Form
+from ternarize.runtime.forms import dense_weight
+from ternarize.runtime.modules.embedding import PackedEmbedding
 from ternarize.runtime.modules.linear import TernaryLinear
 from ternarize.runtime.packed import packed_modules
 from ternarize.threads import THREADS
+from ternarize.trits.base3 import BASE3
 
 
 def pack_module(
@@ -39,6 +43,7 @@ def pack_module(
     group_size: int | None = None,
     keep: Sequence[str] = (),
     include: Sequence[str] = (),
+    embeddings: str | None = None,
     smallest: int = SMALLEST,
     scale_bits: int = 16,
     activations: str | None = None,
@@ -54,14 +59,16 @@ def pack_module(
     group_size   weights per scale; -1: one group per row; 0: one scale per tensor; None: 128, of
                  weights that are ternary already their own
     keep         globs on names of the state dict (with .weight): linear weights that stay
-    include      likewise: those of fewer weights than `smallest`, which become ternary all the same
-    smallest     weights of a linear layer that becomes ternary by default
+    include      likewise: those of fewer weights than `smallest`, which become ternary all the
+                 same, and tables (nn.Embedding, nn.EmbeddingBag)
+    embeddings   what becomes of tables that no glob names: "ternary", "int8", "int4"; None: kept
+    smallest     weights of a linear layer that becomes ternary by default, and of such a table
     scale_bits   of a scale: 16 or 8
     activations  recorded for the loader: "int8" or "none"; None: as the module was trained, or none
     dtype        of what is kept: float32, float16, bfloat16; None: as the module has it
 
-    Of a module with latent or packed weights it is these that are packed, and nothing else.
-    Convolutions and embeddings are kept, as all that is no linear layer (`plans.judge_module` has
+    Of a module with latent or packed weights it is these that are packed, and nothing else but
+    tables, by `embeddings`. Convolutions are kept, as all that is neither (`plans.judge_module` has
     the reasons). A tensor with several names is stored once. Raises UsageError, SelectionError,
     WeightError and OutputError as `convert` does, the first also for a state dict that holds more
     than tensors.
@@ -81,6 +88,7 @@ def pack_module(
         group_size,
         keep=tuple(keep),
         include=tuple(include),
+        embeddings=embeddings,
         scale_bits=scale_bits,
         activations=activations,
         dtype=dtype,
@@ -88,12 +96,12 @@ def pack_module(
     state = _state(module, verdicts)
     shapes = {each: tuple(tensor.shape) for each, tensor in state.items()}
     choices = select(shapes, None, rules_of(recipe), verdicts=verdicts)
-    if not any(choice.ternary for choice in choices):
+    if not any(choice.codec for choice in choices):
         raise SelectionError(
             name,
             f"none of its {len(choices)} tensors becomes ternary",
             f"linear layers of {smallest} weights or more",
-            "Name others with include, or keep less",
+            "Name others with include, or keep less; tables are packed by embeddings",
         )
     output = Path(output).expanduser()
     if output.exists():
@@ -114,8 +122,8 @@ def _forms(module: nn.Module) -> dict[str, Form]:
     }
     for path, packed in packed_modules(module).items():
         for leaf, layout in packed.layouts.items():
-            plain = isinstance(packed, TernaryLinear) and layout.codec == "base3"
-            if not plain or layout.planes > 1 or layout.rotation[0]:
+            plain = isinstance(packed, (TernaryLinear, PackedEmbedding))
+            if not plain or layout.codec != BASE3 or layout.planes > 1 or layout.rotation[0]:
                 raise UsageError(
                     f"{path}.{leaf}",
                     "is packed in a form that `pack_module` does not write",
@@ -132,17 +140,19 @@ def _as_it_is(name: str, verdict: Verdict, forms: dict[str, Form]) -> Verdict:
     """The verdict where the module itself says what is ternary."""
     if name in forms:
         return Verdict(True, "ternary in the module", possible=True, parameters=(name,))
-    return Verdict(False, verdict.reason, parameters=(name,), bound=verdict.bound)
+    return replace(verdict, ternary=False, possible=False)
 
 
 @torch.no_grad()
 def _state(module: nn.Module, verdicts: dict[str, Verdict]) -> dict[str, Tensor]:
     """What is stored, by name, dense, on the CPU, and no memory twice."""
     given = dense_state(module)
-    packed: Any  # linear layers: `_forms` has seen to that
+    packed: Any  # linear layers and tables: `_forms` has seen to that
     for path, packed in packed_modules(module).items():
         del given[f"{path}.weight_scale"]
-        given[f"{path}.weight"] = packed.dequantized(torch.float32)
+        weight, scale = packed.pair("weight")
+        layout = packed.layouts["weight"]
+        given[f"{path}.weight"] = dense_weight(weight, scale, layout, torch.float32)
     state, seen = {}, set[int]()
     for name in (each for each in verdicts if each in given):
         if given[name].is_meta:

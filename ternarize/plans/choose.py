@@ -42,7 +42,8 @@ def select(
     Raises SelectionError where no rule says what to do with a large weight or which way round it
     lies, and where its shape is not the architecture's; and what `check_together` raises.
     """
-    skeleton = skeleton_of(shapes, config, equal) if verdicts is None else "a module is at hand"
+    at_hand = verdicts is not None
+    skeleton = "a module is at hand" if at_hand else skeleton_of(shapes, config, equal)
     copies: dict[str, str] = {}
     if not isinstance(skeleton, str):
         verdicts, copies = judge_by_skeleton(shapes, skeleton, shared), skeleton.copies()
@@ -52,6 +53,8 @@ def select(
         raise SelectionError(min(unknown), "is no tensor of the module", "its tensors alone")
     asked = any(rule.of_end for rule in rules)
     ends = judge_ends(shapes, skeleton) if asked else {}
+    if asked and at_hand:
+        ends["embeddings"] = _tables(verdicts, rules)
     matches = {rule: rule.matches(shapes, ends) for rule in rules}
     split = [names for rule, names in matches.items() if rule.choice == TWO_PLANES]
     choices: dict[str, Choice] = {}
@@ -71,6 +74,15 @@ def select(
         )
     check_together(matches, verdicts, ends, choices)
     return list(choices.values())
+
+
+def _tables(verdicts: Mapping[str, Verdict], rules: Sequence[Rule]) -> End:
+    """What --embeddings means in a module that is at hand: its tables that no glob names."""
+    globs = [rule for rule in rules if not rule.of_end]
+    named = {name for rule in globs for name in rule.matches(verdicts, {})}
+    tables = {name for name, verdict in verdicts.items() if verdict.table} - named
+    barred = "" if tables else "the module has no large table that no glob names"
+    return End(frozenset(tables), barred)
 
 
 def _decide(

@@ -52,6 +52,7 @@ class Verdict:
     """What becomes of one tensor by default.
 
     possible  --include may make it ternary
+    table     --embeddings speaks of it; said of a module's tables alone (plans/judge_module.py)
     error     the parts of an error after `where`; stops the conversion unless --keep speaks of it
 
     The others as of a `Choice`.
@@ -64,6 +65,7 @@ class Verdict:
     parameters: tuple[str, ...] = ()
     error: tuple[str, ...] = ()
     bound: bool = False
+    table: bool = False
 
 
 @dataclass(frozen=True)

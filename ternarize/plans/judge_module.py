@@ -5,7 +5,9 @@ by the type of its module, as in judge.py. Ternary by default: the weights of li
 not small. Which of them is an output head, or stands outside of repeated blocks, nothing shows:
 --keep says it. Kept, with the reason:
 
-    <name> of a <Class>                of Conv2d, say, or Embedding: not a linear layer
+    <name> of a <Class>                of Conv2d, say: not a linear layer. Of Embedding and
+                                       EmbeddingBag tables, which --embeddings packs
+    rows changed by max_norm           of a table, by looking them up
     fewer than <n> weights             little is saved, and heads are often small
     shared by modules                  both must stay one float parameter
     read directly by <Class>           code that takes `self.x.weight` would find packed bytes there
@@ -29,6 +31,7 @@ SMALLEST = 1 << 14  # weights of a layer that becomes ternary by default
 # their fast paths hand the weights of their children to torch's own kernels
 _READ_BY_TORCH = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TABLES = (nn.Embedding, nn.EmbeddingBag)
 
 
 def stored_names(module: nn.Module) -> dict[str, str]:
@@ -58,7 +61,8 @@ def holders_of(module: nn.Module) -> dict[int, set[int]]:
 def judge_module(module: nn.Module, smallest: int = SMALLEST) -> dict[str, Verdict]:
     """The verdict on each tensor of a module's state dict, under the name by which it is stored.
 
-    smallest  weights of a linear layer that becomes ternary by default; --include takes others
+    smallest  weights of a linear layer that becomes ternary by default, and of a table of which
+              --embeddings speaks; --include takes others
 
     Raises UsageError for what is no tensor.
     """
@@ -72,15 +76,23 @@ def judge_module(module: nn.Module, smallest: int = SMALLEST) -> dict[str, Verdi
         kind: type = type(owner)
         weight = owner._parameters.get(leaf) if path in modules else None
         count, why = 0, f"{leaf} of a {kind.__name__}"
-        if leaf == "weight" and weight is not None and is_linear(kind):
+        linear, table = is_linear(kind), isinstance(owner, TABLES)
+        if leaf == "weight" and weight is not None and (linear or table):
             count, why = weight.numel(), barred.get(path, "")
-            if len(holders[id(weight)]) > 1:
+            if getattr(owner, "max_norm", None) is not None:
+                why = "rows changed by max_norm"
+            elif len(holders[id(weight)]) > 1:
                 why = "shared by modules"
             elif weight.dtype not in _DTYPES:
                 why = str(weight.dtype)[6:]
         if why or not count:
             bound = weight is None  # a buffer, where infinity is a value like others
             verdicts[name] = Verdict(False, why or "empty", parameters=(name,), bound=bound)
+        elif table:
+            large = count >= smallest
+            reason = f"{leaf} of a {kind.__name__}"
+            reason += "" if large else f", fewer than {smallest} weights"
+            verdicts[name] = Verdict(False, reason, True, parameters=(name,), table=large)
         else:
             small = f"fewer than {smallest} weights" if count < smallest else ""
             reason = small or "linear layer"
@@ -100,6 +112,7 @@ def verdicts_on_record(rows: Mapping[str, Any]) -> dict[str, Verdict]:
             possible=True,
             parameters=(name,),
             bound=True,
+            table=str(row.get("reason")).startswith("--embeddings "),
         )
         for name, row in rows.items()
     }

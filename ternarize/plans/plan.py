@@ -12,7 +12,7 @@ from typing import Any
 from ternarize.errors import CheckpointError, SelectionError, UsageError
 from ternarize.files import metadata
 from ternarize.files.checkpoint import Checkpoint, TensorInfo
-from ternarize.files.names import SAFETENSORS
+from ternarize.files.names import MODULE, SAFETENSORS
 from ternarize.models.skeleton import (
     END_NAMES,
     Equal,
@@ -236,8 +236,12 @@ def calibrated_plan(tensor: TensorPlan, recipe: Recipe) -> TensorPlan:
 
 
 def refuse_empty(plan: Plan) -> None:
-    """Raise SelectionError where nothing becomes ternary, with the reasons."""
-    if any(t.ternary for t in plan.tensors):
+    """Raise SelectionError where nothing becomes ternary, with the reasons.
+
+    Of a module, whose tables may be all that was asked for, where nothing is packed.
+    """
+    of_module = MODULE in (plan.source.config or {})
+    if any(t.ternary or (of_module and t.packed) for t in plan.tensors):
         return
     if plan.recipe.keep:
         raise SelectionError(

@@ -34,6 +34,7 @@ from ternarize.qat.rounding import (
     ternarized,
     trits_of,
 )
+from ternarize.runtime.products import gather_bags
 from ternarize.trits.base3 import BASE3
 from ternarize.trits.int4 import INT4
 from ternarize.trits.rotation import unrotate
@@ -242,6 +243,24 @@ class QatEmbedding(Qat):
         return weight * (scale.to(weight.dtype) if isinstance(scale, Tensor) else scale)
 
 
+class QatEmbeddingBag(Qat):
+    """Sums, means or largest of rows of an embedding: worked out of those rows alone."""
+
+    def forward(
+        self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
+    ) -> Tensor:
+        bag: Any = self
+        return gather_bags(
+            lambda ids: self.rows("weight", ids),
+            input,
+            offsets=offsets,
+            mode=bag.mode,
+            per_sample_weights=per_sample_weights,
+            include_last_offset=bag.include_last_offset,
+            padding_idx=bag.padding_idx,
+        )
+
+
 class QatOther(Qat):
     """A module whose own forward reads its weights, such as fused experts (experts, rows, cols)."""
 
@@ -273,6 +292,10 @@ def mixin_of(module: nn.Module) -> type[Qat]:
     cls: Any = type(module)
     if is_linear(cls) or cls is Conv1D:
         return QatLinear
+    if getattr(module, "scale_grad_by_freq", False):
+        return QatOther  # rows that are looked up by themselves do not show how often they are
+    if cls.forward is nn.EmbeddingBag.forward:
+        return QatEmbeddingBag
     plain = cls.forward is nn.Embedding.forward
     return QatEmbedding if plain or hasattr(module, "embed_scale") else QatOther
 

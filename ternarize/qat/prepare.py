@@ -20,6 +20,9 @@ from ternarize.errors import SelectionError, UsageError
 from ternarize.files.headers import DTYPE_NAMES
 from ternarize.models.skeleton import model_end, skeleton_shapes
 from ternarize.plans.choose import select
+from ternarize.plans.judge import Verdict
+from ternarize.plans.judge_module import TABLES, judge_module
+from ternarize.plans.judge_names import judge_by_names
 from ternarize.plans.recipe import ACTIVATIONS, GROUP_SIZE, KEEP, TERNARY, Recipe, read_recipe
 from ternarize.plans.rules import rules_of
 from ternarize.qat.modules import (
@@ -61,14 +64,15 @@ def prepare(
     """Make the linear layers that `convert` would take trainable as ternary ones, in place.
 
     model        of transformers, dense and in floating point; or any module, whose linear layers in
-                 repeated blocks are known by their names
+                 repeated blocks are known by their names, and embeddings by their type
     group_size   weights per scale; -1: one group per row; 0: one scale per tensor
     scale        "learned", "absmean" (BitNet b1.58) or "least-squares"
     estimator    of the gradient: "ste", "clipped", or "tanh", which a `Schedule` sharpens
     activations  "int8": inputs of these layers are rounded to 8 bits per token, too; or "none"
     scale_bits   of a stored scale, to which it is rounded in every forward: 16 or 8; scales that
                  the dtype does not hold at the start get a wider one, as in a conversion
-    keep, include, head, embeddings   as of `convert`; the ends "keep" or "ternary"
+    keep, include, head, embeddings   as of `convert`; the ends "keep" or "ternary". Of any module
+                 `embeddings` takes the tables that `pack_module` would take
     start        packed checkpoint of this model: its trits and learned scales, and what stands
                  beside them. What is ternary, groups, bits of scales and rotation are the
                  checkpoint's, whatever else is said here
@@ -218,6 +222,7 @@ def _chosen(model: nn.Module, recipe: Recipe) -> dict[str, bool]:
     """What a conversion would make ternary: parameter of the model -> whether it is transposed."""
     own = dict(model.named_parameters(remove_duplicate=False))
     config: dict[str, Any] | None = None
+    verdicts: dict[str, Verdict] | None = None
     if isinstance(model, PreTrainedModel):
         config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
         config.pop("quantization_config", None)
@@ -225,11 +230,15 @@ def _chosen(model: nn.Module, recipe: Recipe) -> dict[str, bool]:
     else:  # attention of torch reads its weights as they lie
         raw = [f"{p}." for p, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
         shapes = {n: tuple(p.shape) for n, p in own.items() if not n.startswith(tuple(raw))}
+        verdicts = judge_by_names(shapes)
+        if recipe.embeddings == TERNARY or recipe.include:
+            by_type = judge_module(model).items()
+            verdicts |= {n: each for n, each in by_type if n in shapes and _is_table(model, n)}
     same: dict[int, list[str]] = {}
     for name, parameter in own.items():
         same.setdefault(id(parameter), []).append(name)
     found: dict[str, bool] = {}
-    for choice in select(shapes, config, rules_of(recipe)):
+    for choice in select(shapes, config, rules_of(recipe), verdicts=verdicts):
         for filled in (choice.parameters or (choice.name,)) if choice.ternary else ():
             if not own[filled].is_floating_point():
                 dtype = str(own[filled].dtype)[6:]
@@ -243,6 +252,11 @@ def _chosen(model: nn.Module, recipe: Recipe) -> dict[str, bool]:
             "Name weights with include, or keep less",
         )
     return found
+
+
+def _is_table(model: nn.Module, name: str) -> bool:
+    path, _, leaf = name.rpartition(".")
+    return leaf == "weight" and isinstance(model.get_submodule(path), TABLES)
 
 
 def _begin_packed(

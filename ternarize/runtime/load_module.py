@@ -1,10 +1,12 @@
 """A packed checkpoint loaded into a module of torch's that is none of transformers'.
 
 The user builds the module, with memory or on meta. Its linear layers whose weights are packed are
-replaced by ours, and everything is filled by name: nothing is renamed, and nothing may be missing.
+replaced by ours, embeddings made ours as they stand, and everything is filled by name: nothing is
+renamed, and nothing may be missing.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,10 +16,11 @@ from torch import Tensor, nn
 from ternarize.errors import FormatError, UsageError, some
 from ternarize.files import container
 from ternarize.files.checkpoint import Checkpoint
-from ternarize.files.headers import stamp
+from ternarize.files.headers import DTYPES, stamp
 from ternarize.files.metadata import Record
 from ternarize.models.skeleton import is_linear
-from ternarize.plans.judge_module import holders_of, stored_names
+from ternarize.plans.judge_module import TABLES, holders_of, stored_names
+from ternarize.runtime.modules.embedding import packed_embedding
 from ternarize.runtime.modules.linear import TernaryLinear
 from ternarize.runtime.packed import use_lanes
 from ternarize.runtime.plugin.prepare import layout_of, packed_sources
@@ -38,8 +41,10 @@ def load_module(
     verify       check every code, padding, scale and SHA-256 before anything is loaded
 
     Linear layers whose weights are packed become `TernaryLinear`, in every place where the module
-    has them (hooks on them are not taken over). Tensors have the dtypes of the file, and lie on the
-    module's own device, of a module on meta on the CPU. Returns the module.
+    has them (hooks on them are not taken over). Of packed embeddings the rows are dequantized that
+    are looked up, to the dtype of what is kept, if that is one, else to the module's own. Tensors
+    have the dtypes of the file, and lie on the module's own device, of a module on meta on the CPU.
+    Returns the module.
 
     Raises FormatError where a name or a shape is not the module's, or the file is damaged;
     UsageError where a buffer that is stored nowhere is on meta. The module is then as it was.
@@ -57,7 +62,7 @@ def load_module(
         if stamp(packed.directory / file) != before:
             found = "changed while it was loaded"
             raise FormatError(file, found, "a file at rest", "Load it again")
-    _replace_linears(module, packed, records, activations)
+    _insert(module, packed, records, activations)
     _fill(module, values)
     module.to(device)
     use_lanes(module)
@@ -84,9 +89,9 @@ def _check_fit(module: nn.Module, packed: Checkpoint, records: Mapping[str, Reco
         else:
             owner = modules.get(path)
             cls: type = type(owner)
-            if record.transposed or not path or not is_linear(cls):
+            if record.transposed or not path or not (is_linear(cls) or issubclass(cls, TABLES)):
                 found = f"is packed, and in {kind} it is of a {cls.__name__}"
-                raise FormatError(name, found, "a weight of a linear layer", _REMEDY)
+                raise FormatError(name, found, "a weight of a linear layer or a table", _REMEDY)
             if holders[id(tensor)] != {id(owner)}:
                 found = f"is packed, and in {kind} several modules share it"
                 raise FormatError(name, found, "a weight of one module", _REMEDY)
@@ -103,13 +108,21 @@ def _check_fit(module: nn.Module, packed: Checkpoint, records: Mapping[str, Reco
             )
 
 
-def _replace_linears(
+def _insert(
     module: nn.Module, packed: Checkpoint, records: Mapping[str, Record], activations: str
 ) -> None:
-    """Put an empty packed layer wherever the module has a linear one whose weight is packed."""
+    """Put an empty packed layer wherever the module has one whose weight is packed."""
+    kept = {DTYPES[packed.tensors[n].dtype] for n, each in records.items() if each.shape is None}
+    floats = {dtype for dtype in kept if dtype.is_floating_point}
     for name, source in packed_sources(packed, records).items():
         old: Any = module.get_submodule(name.rpartition(".")[0])
         layout = layout_of(source.record, activations)
+        if isinstance(old, TABLES):
+            layout = replace(layout, activations="none")
+            rows = 1 if layout.group_size == 0 else old.num_embeddings
+            dtype = next(iter(floats)) if len(floats) == 1 else None
+            packed_embedding(old, layout, rows, source.scale_dtype, dtype)
+            continue
         new = TernaryLinear(
             old.in_features,
             old.out_features,

@@ -10,6 +10,7 @@ is dequantized for the length of one product and never kept.
 With activations "int8" the input of each product is rounded to 8 bits per token (`rounded_linear`).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -149,6 +150,24 @@ def gather(
     rows = F.embedding(flat, packed)
     scales = scale if scale.shape[0] == 1 else F.embedding(flat, scale)
     return dense_weight(rows, scales, layout, dtype).view(*ids.shape, layout.cols)
+
+
+def gather_bags(look_up: Callable[[Tensor], Tensor], ids: Tensor, **options: Any) -> Tensor:
+    """What `F.embedding_bag(ids, W, **options)` gives, of the rows alone that are looked up.
+
+    look_up  (n,) ids -> (n, cols), those rows of W
+    ids      as of F.embedding_bag, (n,) or (bags, n)
+    options  the others that it has, without max_norm; sparse and scale_grad_by_freq say nothing
+    """
+    count, padding = ids.numel(), options.get("padding_idx")
+    rows = look_up(ids.reshape(-1))
+    own = torch.arange(count, device=ids.device, dtype=ids.dtype).view(ids.shape)
+    if padding is not None:  # one more row, which no bag counts
+        own = torch.where(ids == padding, count, own)
+        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[-1])])
+        options["padding_idx"] = count
+    options |= {"sparse": False, "scale_grad_by_freq": False}
+    return F.embedding_bag(own, rows, **options)
 
 
 # --- by the compiled core ------------------------------------------------------------------------

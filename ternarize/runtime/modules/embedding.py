@@ -1,4 +1,4 @@
-"""Token embeddings with a packed weight: only the rows that are looked up are dequantized."""
+"""Embeddings with a packed weight: only the rows that are looked up are dequantized."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from ternarize.runtime.products import gather
 
 
 class PackedEmbedding(Mixed):
-    """A token embedding with a packed weight; mixed into the model's own class.
+    """An embedding with a packed weight; mixed into the model's own class, of nn.EmbeddingBag too.
 
     The class's forward runs as it was written: Gemma's multiplies the rows by a constant.
 
@@ -46,9 +46,16 @@ class PackedEmbedding(Mixed):
 
 
 def packed_embedding(
-    module: nn.Embedding, layout: Layout, scale_rows: int, scale_dtype: torch.dtype
+    module: nn.Embedding | nn.EmbeddingBag,
+    layout: Layout,
+    scale_rows: int,
+    scale_dtype: torch.dtype,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Turn an embedding into one with a packed weight, in place, still empty."""
+    """Turn an embedding into one with a packed weight, in place, still empty.
+
+    dtype  of the rows that are looked up; None: that of the weight
+    """
     dense, shape = module.weight, (module.num_embeddings,)
     stored = empty_parameters(shape, layout, scale_rows, scale_dtype, dense.device)
     embedding: Any = module
@@ -56,7 +63,7 @@ def packed_embedding(
     for parameter in stored:
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
     # on the CPU even of a model on meta: there is nothing to load, and nothing to move
-    like = torch.empty(0, dtype=dense.dtype, device="cpu")
+    like = torch.empty(0, dtype=dtype or dense.dtype, device="cpu")
     module.register_buffer("weight_like", like, persistent=False)
     dense_class: type = type(module)
     embedding.__class__ = mixed_class(PackedEmbedding, dense_class)

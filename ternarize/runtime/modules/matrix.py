@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ternarize.errors import UsageError
 from ternarize.runtime.forms import Layout, dense_weight, stored_form
 from ternarize.runtime.packed import Packed
-from ternarize.runtime.products import gather, product
+from ternarize.runtime.products import gather, gather_bags, product
 
 _TIMES = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
 
@@ -75,10 +75,10 @@ class PackedMatrix:
     scale   (experts, scale_rows, groups) or (scale_rows, groups); of lanes as `packed`
     dtype   of the dense tensor that it stands for
 
-    `F.linear(x, m[expert])` and `x @ m[expert]` run `product`, `F.embedding(ids, m)` runs `gather`;
-    any other use is served with the dense tensor: right for every model, if slow where all experts
-    are used at once. Rounded activations need to see the product, and are refused where it is out
-    of sight.
+    `F.linear(x, m[expert])` and `x @ m[expert]` run `product`, `F.embedding(ids, m)` runs `gather`,
+    `F.embedding_bag(ids, m)` `gather_bags`; any other use is served with the dense tensor: right
+    for every model, if slow where all experts are used at once. Rounded activations need to see
+    the product, and are refused where it is out of sight.
     """
 
     packed: Tensor
@@ -107,6 +107,16 @@ class PackedMatrix:
             return torch.stack([self[expert].dense() for expert in range(len(self.packed))])
         dense = dense_weight(self.packed, self.scale, self.layout, self.dtype)
         return dense.T.contiguous() if self.layout.transposed else dense
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        stored = stored_form(self.packed, self.scale, self.layout)
+        return gather(ids, *stored, replace(self.layout, lanes=None), self.dtype)
+
+    def _bags(self, ids: Tensor, options: dict[str, Any]) -> Tensor:
+        padding = options.get("padding_idx")
+        if padding is not None and padding < 0:
+            options = {**options, "padding_idx": padding + self.shape[0]}
+        return gather_bags(self._rows, ids, **options)
 
     def _exposed(self) -> Tensor:
         if self.layout.activations != "none":
@@ -141,7 +151,7 @@ class PackedMatrix:
             if not matrix.stack and (func in _TIMES if transposed else func is F.linear):
                 bias = args[2] if len(args) > 2 else kwargs.get("bias")
                 return product(x, matrix.packed, matrix.scale, bias, matrix.layout)
-            if func is F.embedding and not matrix.stack:
+            if func in (F.embedding, F.embedding_bag) and not matrix.stack:
                 if len(args) > 3 or kwargs.get("max_norm") is not None:
                     raise UsageError(
                         "max_norm",
@@ -149,8 +159,7 @@ class PackedMatrix:
                         "none",
                         "Convert with --embeddings keep",
                     )
-                stored = stored_form(matrix.packed, matrix.scale, matrix.layout)
-                return gather(x, *stored, replace(matrix.layout, lanes=None), matrix.dtype)
+                return matrix._rows(x) if func is F.embedding else matrix._bags(x, kwargs)
         return func(*_densified(args), **_densified(kwargs))
 
 
