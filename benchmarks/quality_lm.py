@@ -35,10 +35,14 @@ def recipes(text: Path) -> dict[str, Recipe]:
     """The rows of the table: name -> recipe; calibrated ones on `text`."""
 
     def gptq(
-        group_size: int = 128, scale_bits: int = 16, samples: int = SAMPLES, **options: Any
+        group_size: int = 128,
+        scale_bits: int = 16,
+        samples: int = SAMPLES,
+        fold: bool = False,
+        **options: Any,
     ) -> Recipe:
         how = Calibrate(str(text), samples, SEQ_LEN, **options)
-        return Recipe("gptq", group_size, scale_bits=scale_bits, calibrate=how)
+        return Recipe("gptq", group_size, scale_bits=scale_bits, fold=fold, calibrate=how)
 
     return {
         "absmean tensor": Recipe("absmean", 0),
@@ -52,6 +56,11 @@ def recipes(text: Path) -> dict[str, Recipe]:
         "gptq 128": gptq(128),
         "gptq 64, 8-bit scales": gptq(64, 8),
         "gptq 128, not rotated": gptq(128, rotation=0),
+        "gptq 256, not rotated": gptq(256, rotation=0),
+        "gptq 256, folded": gptq(256, fold=True),
+        "gptq 64, not rotated": gptq(64, rotation=0),
+        "gptq 64, folded": gptq(64, fold=True),
+        "gptq 64": gptq(64),
         "gptq budget 1.75": gptq(128, target_bpw=1.75),
         "gptq budget 2": gptq(128, target_bpw=2.0),
         "gptq 128, reconstruct": gptq(128, reconstruct=150),

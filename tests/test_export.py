@@ -475,12 +475,13 @@ def test_what_blocks_cannot_hold_is_refused_before_anything_is_written(
     packed: Callable[..., Path], tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError, match=r"groups of 128, .* in 14 tensors .*--type q2_0"):
-        export(packed(128), tmp_path / "m.gguf", "gguf")
+        export(packed(128), tmp_path / "m.gguf", "gguf", kind="tq2_0")
     assert not any(tmp_path.iterdir())
 
 
 def test_what_a_loss_costs_is_measured(packed: Callable[..., Path], tmp_path: Path) -> None:
-    report = export(packed(128), tmp_path / "m.gguf", "gguf", allow_requantize=True)
+    options: dict[str, Any] = {"kind": "tq2_0", "allow_requantize": True}
+    report = export(packed(128), tmp_path / "m.gguf", "gguf", **options)
     assert not report["exact"] and len(report["errors"]) == 7
     _, tensors = read_gguf(tmp_path / "m.gguf")
     stored = packing.read_checkpoint(packed(128))

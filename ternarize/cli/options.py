@@ -61,14 +61,17 @@ def recipe_parameters(*, training: bool) -> Iterator[inspect.Parameter]:
     """
     own = sorted(fields(Recipe), key=lambda each: each.name in ("dtype", "activations"))
     first = fields(Train) if training else ()
-    names = {"distill"} if training else set[str]()
+    names = {"distill", "fold"} if training else set[str]()
     for each in [*first, *own, *fields(Calibrate)]:
         if each.name in names or not each.metadata:
             continue  # seen, or a part itself
         names.add(each.name)
         kinds, allowed = get_args(each.type) or (each.type,), each.metadata["allowed"]
         kind: Any = list[str] if ... in kinds else kinds[0]
-        about = typer.Option(help=each.metadata["help"], metavar=each.metadata["metavar"])
+        names_given = [each.metadata["name"]] if each.metadata["name"] else []
+        about = typer.Option(
+            *names_given, help=each.metadata["help"], metavar=each.metadata["metavar"]
+        )
         marks = [OneOf(allowed)] if kind is str and allowed else []
         annotation = Annotated[kind | None, about, *marks]
         yield inspect.Parameter(

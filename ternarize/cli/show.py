@@ -231,7 +231,11 @@ def _options(recipe: dict[str, Any]) -> str:
     for name, value in (recipe | (recipe["calibrate"] or {})).items():
         if name != "calibrate" and value is not None:
             each = value if isinstance(value, list | tuple) else [value]
-            words += [f"--{name.replace('_', '-')} {shlex.quote(str(item))}" for item in each]
+            option = "for" if name == "engine" else name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{option if value else f'no-{option}'}")
+            else:
+                words += [f"--{option} {shlex.quote(str(item))}" for item in each]
     return " ".join(words)
 
 
@@ -310,12 +314,14 @@ def show_hints(
     """What to expect of the result, and what to do next; `found`: what was checked, if it was."""
     error = report["totals"]["relative_error"]
     methods = {row["method"] for row in report["tensors"] if row["kind"] == "ternary"}
-    own = f"ternarize eval {shlex.quote(str(output))} --source {shlex.quote(model)} --text FILE"
+    heard = "recordings" in ((report["calibration"] or {}).get("data") or {})
+    what, kind = ("--audio FOLDER", "speech") if heard else ("--text FILE", "text")
+    own = f"ternarize eval {shlex.quote(str(output))} --source {shlex.quote(model)} {what}"
     if methods == {"lossless"}:
         err.print("The source was ternary already: packed without loss.")
     elif report["calibration"] is not None or report["training"] is not None:
         advise(
-            "\nThese figures are on text like that of the calibration. Measure on your own:\n  "
+            f"\nThese figures are on {kind} like that of the calibration. Measure on your own:\n  "
             + own
         )
     elif error is not None:

@@ -164,6 +164,11 @@ BITNET = Architecture(
     activation="relu2",
     int8=True,
 )
+# class of transformers -> its architecture, of which files are written
+EXPORTED = {
+    **{each.model_class: each for each in (LLAMA, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, PHI3, GEMMA3)},
+    "MistralForCausalLM": LLAMA,
+}
 WINDOWS = 6  # of Gemma 3's layers, each sixth sees all
 LOCAL_BASE = 10000.0  # of the rope of its other layers, which files do not say
 _SCALED_BY_WIDTH = 62  # layers of Gemma 3 27B, by which llama.cpp knows it

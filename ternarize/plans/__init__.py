@@ -13,6 +13,7 @@ may import `models` and `sources`, and what is above them.
     copied.py       the small files: what is copied, and what is left out
     layout.py       a plan as data: what each tensor becomes, and where its bytes lie
     lossless.py     the groups in which weights that are ternary already lose nothing
+    engine.py       what files of an engine hold, of a conversion that is made for it
     plan.py         a checkpoint and a recipe -> the plan
     parts.py        which tensors each of several processes converts
 """

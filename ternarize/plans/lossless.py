@@ -8,6 +8,7 @@ from ternarize.errors import CheckpointError
 from ternarize.files.checkpoint import Checkpoint
 from ternarize.plans.layout import TensorPlan, logical
 from ternarize.plans.recipe import GROUP_SIZE
+from ternarize.sources.folded import Folded
 from ternarize.sources.imports.common import Imported
 from ternarize.trits.methods import levels
 
@@ -105,6 +106,20 @@ def check_lossless(source: Checkpoint, tensors: Iterable[TensorPlan], group_size
             continue
         if not any(is_lossless(source, tensor, each) for each in tried):
             raise not_lossless(source, tensor, group_size, own)
+
+
+def refuse_ternary(source: Folded, tensors: Iterable[TensorPlan]) -> None:
+    """Raise CheckpointError for a weight that is ternary, and would not be once it is rotated."""
+    assert source.raw is not None
+    for tensor in tensors:
+        if tensor.ternary and tensor.name in source.raw.tensors:
+            if _coarsest(source.raw, tensor) is not None:
+                raise CheckpointError(
+                    f"{tensor.info.file}: {tensor.name}",
+                    "is ternary already, and would not be once a rotation is folded into it",
+                    "a weight that is not",
+                    "Leave out --fold (--no-fold with --for)",
+                )
 
 
 def not_lossless(

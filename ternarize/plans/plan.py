@@ -22,11 +22,13 @@ from ternarize.models.skeleton import (
 )
 from ternarize.plans.choose import TIED_ENDS, select
 from ternarize.plans.copied import files_beside, not_read, small_files
+from ternarize.plans.engine import check_engine, check_held, group_for
 from ternarize.plans.judge import Verdict, judge_ends
 from ternarize.plans.layout import Plan, Shard, TensorPlan
-from ternarize.plans.lossless import check_lossless, own_groups
-from ternarize.plans.recipe import GROUP_SIZE, KEEP, KEPT_DTYPES, TERNARY, Recipe
+from ternarize.plans.lossless import check_lossless, own_groups, refuse_ternary
+from ternarize.plans.recipe import GROUP_SIZE, KEEP, KEPT_DTYPES, LARGEST_ROTATION, TERNARY, Recipe
 from ternarize.plans.rules import Choice, check_fused, rules_of
+from ternarize.sources.folded import Folded, folded
 from ternarize.sources.imports import open_source
 from ternarize.sources.imports.common import Imported
 from ternarize.trits.int4 import INT4, INT4_GROUP_SIZE
@@ -56,6 +58,13 @@ def make_plan(
 
     Raises CheckpointError, FormatError, SelectionError, UsageError.
     """
+    if recipe.fold and stream is not None:
+        raise UsageError(
+            "--stream",
+            "with --fold, which needs the gains of norms, wherever they lie",
+            "one of the two",
+            "Leave out --stream",
+        )
     source = open_source(model, config_only=config_only, stream=stream)
     _refuse_quantized(source)
     # weights can be looked at without a download, and have to be
@@ -63,6 +72,11 @@ def make_plan(
     notes = [] if source.tensors else [_imagine(source, model)]
     if recipe.fits:
         _check_calibrated(source, model)
+    if recipe.engine is not None:
+        check_engine(model, source.config, recipe)
+    recipe = replace(recipe, fold=_folds(recipe))
+    if recipe.fold:
+        source = folded(source, recipe.calibrate.seed if recipe.calibrate else 0)
     shapes = {name: info.shape for name, info in source.tensors.items()}
     equal = cache(source.equal)
     recipe = _settled(recipe, source, shapes, equal)
@@ -75,14 +89,21 @@ def make_plan(
         shared=not recipe.fits,
         verdicts=verdicts,
     )
+    if recipe.group_size is None and (recipe.fits or (recipe.engine and not _is_ternary(source))):
+        group_size = group_for(choices) if recipe.engine else GROUP_SIZE
+        recipe = replace(recipe, group_size=group_size)
     why = why_no_skeleton(source.config) if verdicts is None else None
     notes += [*source.notes, *_remarks(source, choices, why)]
     tensors = [_plan_tensor(source.tensors[each.name], each, recipe) for each in choices]
+    if here and isinstance(source, Folded):
+        refuse_ternary(source, tensors)
     if recipe.group_size is None:
         tensors = own_groups(source, tensors, tensors, read=here)
     elif here and not recipe.fits:
         check_lossless(source, tensors, recipe.group_size)
     check_fused(((t.choice, t.form) for t in tensors), "Name one --group-size")
+    if recipe.engine is not None:
+        check_held(tensors, recipe)
     alone = isinstance(source, Imported) and source.alone  # what lies around it can be anything
     copied, left_out = ([], []) if alone else small_files(source.directory, source.files)
     notes += not_read(source, left_out)
@@ -137,15 +158,25 @@ def _check_calibrated(source: Checkpoint, model: str | Path) -> None:
         )
 
 
+def _folds(recipe: Recipe) -> bool:
+    """Whether a rotation is folded into the weights, where nothing is said of it."""
+    fitted = recipe.calibrate is not None and recipe.training is None
+    return recipe.engine is not None and fitted if recipe.fold is None else recipe.fold
+
+
 def _settled(
     recipe: Recipe, source: Checkpoint, shapes: Mapping[str, tuple[int, ...]], equal: Equal
 ) -> Recipe:
-    """The recipe, with the source's word on what it leaves open; group sizes stay open."""
+    """The recipe, with the source's word on what it leaves open; group sizes stay open.
+
+    A rotation at run time is none where the engine has none, or one is folded into the weights.
+    """
     found: dict[str, Any] = {"head": recipe.head or KEEP, "embeddings": recipe.embeddings or KEEP}
     if recipe.activations is None:
         found["activations"] = source.activations if isinstance(source, Imported) else "none"
-    if recipe.fits and recipe.group_size is None:
-        found["group_size"] = GROUP_SIZE
+    if recipe.calibrate is not None and recipe.calibrate.rotation is None:
+        largest = 0 if recipe.engine or recipe.fold else LARGEST_ROTATION
+        found["calibrate"] = replace(recipe.calibrate, rotation=largest)
     unsaid = [end for end in END_NAMES if getattr(recipe, end) is None]
     if isinstance(source, Imported) and unsaid:
         ends = judge_ends(shapes, skeleton_of(shapes, source.config, equal))
@@ -157,6 +188,11 @@ def _settled(
             if tensors and not kept and tensors <= source.ternary_ends:
                 found[end] = TERNARY
     return replace(recipe, **found)
+
+
+def _is_ternary(source: Checkpoint) -> bool:
+    """Whether it is in a format of ternary weights."""
+    return isinstance(source, Imported) and bool(source.group_sizes)
 
 
 def _dense(source: Checkpoint) -> dict[str, str]:
@@ -231,6 +267,7 @@ def calibrated_plan(tensor: TensorPlan, recipe: Recipe) -> TensorPlan:
     """The plan of a tensor that calibration finds: its inputs are rotated."""
     if recipe.calibrate is None:  # trained from what `itf` gives
         return tensor
+    assert recipe.calibrate.rotation is not None, "of a recipe that is settled"
     block = block_size(tensor.shape[-1], recipe.calibrate.rotation)
     return replace(tensor, rotation=(block, recipe.calibrate.seed if block else 0))
 

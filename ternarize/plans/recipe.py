@@ -23,6 +23,9 @@ GPTQ = "gptq"  # the calibrated method
 WITHOUT_DATA = "itf"  # the method of what a calibrated conversion cannot calibrate
 MAX_COUNT = 2**31 - 1  # samples, steps, tokens: what is made of them fits in 64 bits
 KEPT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+LLAMA_CPP = "llama.cpp"
+ENGINES = (LLAMA_CPP,)  # what --for may name
+LARGEST_ROTATION = 256  # largest block of the rotation of inputs, where nothing else is said
 
 
 @dataclass(frozen=True)
@@ -45,16 +48,19 @@ def option(
     text: str,
     allowed: Span | tuple[Any, ...] | None = None,
     metavar: str | None = None,
+    name: str | None = None,
 ) -> Any:
     """The field of an option.
 
     text     the help; may have {default} and {allowed} in it
     allowed  what its value may be, besides None where its type has that
     metavar  the word for its value in the help, where that is not its type
+    name     of the option on the command line, where that is not the field's
     """
     words = " or ".join(map(str, allowed)) if isinstance(allowed, tuple) else str(allowed)
     text = text.format(default=default, allowed=words)
-    return field(default=default, metadata={"help": text, "allowed": allowed, "metavar": metavar})
+    about = {"help": text, "allowed": allowed, "metavar": metavar, "name": name}
+    return field(default=default, metadata=about)
 
 
 GROUPS = Span(
@@ -95,9 +101,10 @@ class Calibrate:
         0, "Of the choice of samples, of rotation and training; default: {default}.", SEEDS
     )
     text_column: str | None = option(None, "Column of the texts; default: text or messages.")
-    rotation: int = option(
-        256,
-        "Largest block of the rotation of inputs, a power of 4; 0: none; default: {default}.",
+    rotation: int | None = option(
+        None,
+        "Largest block of the rotation of inputs at run time, a power of 4; 0: none, as with --for "
+        f"and --fold; else default: {LARGEST_ROTATION}.",
         (0, 4, 16, 64, 256, 1024),
     )
     reconstruct: int = option(
@@ -260,6 +267,18 @@ class Recipe:
         "head.",
         ENDS,
     )
+    engine: str | None = option(
+        None,
+        "Choose what files of {allowed} hold (groups, a rotation that folds and leaves nothing for "
+        "run time), and refuse what they do not.",
+        ENGINES,
+        name="--for",
+    )
+    fold: bool | None = option(
+        None,
+        "Rotate what goes from layer to layer, and the heads of values, by other weights: nothing "
+        "of it is left for run time. Default: with --for and --dataset, where the model allows it.",
+    )
     calibrate: Calibrate | None = None
     train: Train | None = None
 
@@ -277,6 +296,13 @@ class Recipe:
                 f"{self.zeros} beside {beside}",
                 "the methods twn and itf without data",
                 "Add --method itf, or leave it out",
+            )
+        if self.fold and self.training is not None:
+            raise UsageError(
+                "fold",
+                "beside a training, which begins with the weights of the source as they are",
+                "one of the two",
+                "Leave out --fold, or the training",
             )
         if self.train is not None:
             self._check_training(self.train)

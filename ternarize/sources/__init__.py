@@ -10,4 +10,5 @@ trits/, files/ and models/ and what all rooms share.
     packed.py      packed checkpoints and their record
     origin.py      where a checkpoint came from
     imports/       ternary models of others
+    folded.py      a checkpoint with a rotation in its weights
 """

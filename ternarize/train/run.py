@@ -17,6 +17,7 @@ from ternarize.files import metadata
 from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.headers import stamp
 from ternarize.files.metadata import SCALE_SUFFIX
+from ternarize.plans.engine import check_held
 from ternarize.plans.layout import Plan, TensorPlan
 from ternarize.plans.recipe import Train
 from ternarize.progress import Progress
@@ -89,6 +90,8 @@ def train_model(
     if training.start is not None:
         calibrated = _of_packed(training.start, tensors)
         tensors = calibrated.tensors
+        if plan.recipe.engine is not None:
+            check_held(tensors, plan.recipe)
     begun = calibrated.solved if calibrated else {}
     by_name = {t.name: t for t in tensors}
     activations = plan.recipe.activations or "none"
@@ -151,7 +154,15 @@ def _of_packed(start: str, tensors: Sequence[TensorPlan]) -> Calibrated:
     Raises UsageError where it has another tensor than the plan.
     """
     packed, records = open_packed(start)
-    rows = (check_record(packed, records) or {"tensors": {}})["tensors"]
+    table = check_record(packed, records) or {}
+    rows = table.get("tensors", {})
+    if table.get("recipe", {}).get("fold"):
+        raise UsageError(
+            start,
+            "was converted with --fold, so that its weights are others than the source's, rotated",
+            "a start whose weights stand for those of the source",
+            "Start from a conversion without --fold",
+        )
     begun: dict[str, Solved] = {}
     relaid = []
     for tensor in tensors:

@@ -87,6 +87,21 @@ def signs(cols: int, seed: int) -> Tensor:
     return torch.from_numpy(1.0 - 2.0 * high.astype(np.float64))
 
 
+def turn(x: Tensor, sign: Tensor, block: int) -> Tensor:
+    """R^T x for vectors x (..., cols), float64, with any power of two as the block.
+
+    sign  (cols,) float64
+
+    By sums and differences in one order, which give the same bits on all machines.
+    """
+    x, step = x * sign, 1
+    while step < block:
+        first, second = torch.unflatten(x, -1, (-1, 2, step)).unbind(-2)
+        x = torch.stack([first + second, first - second], -2).flatten(-3)
+        step *= 2
+    return x / math.sqrt(block)
+
+
 def rotation_from(rotation: tuple[int, int], first: int) -> tuple[int, int]:
     """The rotation of the columns from `first` on, as (block, seed): its signs are the later ones.
 

@@ -21,14 +21,9 @@ from torch import Tensor
 from ternarize.errors import CheckpointError, UsageError, WeightError
 from ternarize.files.headers import DTYPES, byte_view
 from ternarize.files.llama_cpp import (
-    GEMMA3,
-    LLAMA,
+    EXPORTED,
     LOCAL_BASE,
-    MIXTRAL,
     PHI3,
-    QWEN2,
-    QWEN3,
-    QWEN3_MOE,
     Architecture,
     gemma_layer_types,
     gemma_scalar,
@@ -54,10 +49,7 @@ from ternarize.trits.scales import scale_values
 from ternarize.trits.ternary import Ternary
 
 KEPT_TYPES = {"f16": "F16", "bf16": "BF16", "f32": "F32", "q8_0": "Q8_0"}
-EXPORTED = {
-    **{each.model_class: each for each in (LLAMA, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, PHI3, GEMMA3)},
-    "MistralForCausalLM": LLAMA,
-}
+DEFAULT_TYPES = ("tq2_0", "q2_0")  # the first is smaller, faster, and known to older engines
 _CONVERTER = "Export it to dense, and use llama.cpp's own converter"
 
 
@@ -79,7 +71,7 @@ def export_gguf(
     packed: PackedCheckpoint,
     output: Path,
     *,
-    kind: str = "tq2_0",
+    kind: str | None = None,
     kept_type: str | None = None,
     tokenizer: bool = True,
     modelfile: bool = False,
@@ -88,7 +80,8 @@ def export_gguf(
 ) -> dict[str, Any]:
     """Write a packed language model as one GGUF file.
 
-    kind              type of ternary tensors, a name of ggml.TYPES
+    kind              type of ternary tensors, a name of ggml.TYPES; None: the first of
+                      DEFAULT_TYPES that holds them all
     kept_type         type of kept matrices, a name of KEPT_TYPES; None: as they are
     tokenizer         False writes no vocabulary; such a file can be run on token numbers alone
     modelfile         write an Ollama Modelfile beside it (modelfile.py)
@@ -99,7 +92,7 @@ def export_gguf(
     where gguf is not installed; OutputError where the file cannot be put.
     """
     gguf = import_gguf()
-    if kind not in ggml.TYPES:
+    if kind is not None and kind not in ggml.TYPES:
         raise UsageError("type", f"{kind!r}", f"one of {', '.join(ggml.TYPES)}")
     if kept_type is not None and kept_type not in KEPT_TYPES:
         raise UsageError("kept type", f"{kept_type!r}", f"one of {', '.join(KEPT_TYPES)}")
@@ -109,11 +102,9 @@ def export_gguf(
         check_free(modelfile_of(output))
     config = model_config(packed)
     architecture = _architecture(packed, config)
-    losses = Losses(kind.upper(), allow_requantize)
-    for name, record in packed.records.items():
-        if record.kind == "ternary":
-            losses.add(carry(packed, name, ggml.TYPES[kind].block, torch.float16)[1], name)
-    losses.stop_unless_allowed(packed, _advice(packed, kind))
+    asked = kind
+    kind, losses = _chosen(packed, asked, allow_requantize)
+    losses.stop_unless_allowed(packed, _advice(packed, asked))
     writer = gguf.GGUFWriter(None, architecture.name)
     notes: list[str] = []
     if tokenizer:
@@ -144,16 +135,28 @@ def export_gguf(
     return {"to": "gguf", "type": kind, "tensors": len(items), "notes": notes, **losses.report()}
 
 
-def _advice(packed: PackedCheckpoint, kind: str) -> str:
+def _chosen(
+    packed: PackedCheckpoint, kind: str | None, allow_requantize: bool
+) -> tuple[str, Losses]:
+    """The type of ternary tensors, and what is lost in it: if nothing holds them, of the first."""
+    tried = []
+    for each in DEFAULT_TYPES if kind is None else (kind,):
+        losses = Losses(each.upper(), allow_requantize)
+        for name, record in packed.records.items():
+            if record.kind == "ternary":
+                losses.add(carry(packed, name, ggml.TYPES[each].block, torch.float16)[1], name)
+        tried.append((each, losses))
+        if not losses.reasons:
+            return each, losses
+    return tried[0]
+
+
+def _advice(packed: PackedCheckpoint, asked: str | None) -> str:
+    """asked  the type of ternary tensors, if one was named"""
     ternary = [r for r in packed.records.values() if r.kind == "ternary"]
-    wide = all(r.shape is None or r.shape[-1] % 256 == 0 for r in ternary)
-    if kind != "q2_0" and all(r.planes == 1 and not r.rotation[0] for r in ternary):
-        return "Use --type q2_0" + (
-            ", or convert the source with --group-size 256." if wide else "."
-        )
-    groups = "--group-size 256" if wide else "--type q2_0, and convert it with --group-size 64"
-    verb = "Convert the source with" if wide else "Use"
-    return f"{verb} {groups} and, if it is calibrated, --rotation 0."
+    plain = all(r.planes == 1 and not r.rotation[0] for r in ternary)
+    other = "Use --type q2_0, or convert" if plain and asked not in (None, "q2_0") else "Convert"
+    return f"{other} the source with --for llama.cpp, which chooses what such a file holds."
 
 
 def _architecture(packed: PackedCheckpoint, config: Any) -> Architecture:

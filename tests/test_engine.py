@@ -1,0 +1,120 @@
+"""`convert --for llama.cpp`: what comes of it is exported with nothing left over, or refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+import transformers
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from ternarize.cli.app import app
+from ternarize.convert.run import convert
+from ternarize.errors import TernarizeError
+from ternarize.plans.plan import make_plan
+from ternarize.plans.recipe import LLAMA_CPP, Calibrate, Recipe, open_recipe
+from ternarize.publish.export import export
+
+SIZES: dict[str, Any] = {**tiny_models.TEXT, "num_key_value_heads": 4, "head_dim": 64}
+
+
+def make_source(directory: Path, **sizes: Any) -> Path:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{**SIZES, **sizes}, architectures=["LlamaForCausalLM"])
+    transformers.LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """256 divides all widths."""
+    folder = tmp_path_factory.mktemp("wide") / "source"
+    return make_source(folder, hidden_size=256, intermediate_size=512)
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 divides all widths, and 256 not all."""
+    folder = tmp_path_factory.mktemp("narrow") / "source"
+    return make_source(folder, hidden_size=128, intermediate_size=192)
+
+
+def test_groups_are_those_of_the_widest_blocks_that_hold_all(
+    wide: Path, narrow: Path, tmp_path: Path
+) -> None:
+    for source, group_size, kind in ((wide, 256, "TQ2_0"), (narrow, 64, "Q2_0")):
+        packed = tmp_path / f"{kind}-packed"
+        record = convert(source, packed, Recipe("itf", engine=LLAMA_CPP))
+        assert record["recipe"]["group_size"] == group_size
+        assert (record["recipe"]["engine"], record["recipe"]["fold"]) == (LLAMA_CPP, False)
+        report = export(packed, tmp_path / f"{kind}.gguf", "gguf", tokenizer=False)
+        assert report["exact"] and report["type"] == kind.lower()
+        again = make_plan(source, open_recipe(str(packed / "ternarize.json")))
+        assert again.recipe.group_size == group_size
+
+
+def test_smaller_groups_may_be_asked_for(wide: Path, tmp_path: Path) -> None:
+    convert(wide, tmp_path / "packed", Recipe("itf", 64, engine=LLAMA_CPP, head="ternary"))
+    report = export(tmp_path / "packed", tmp_path / "m.gguf", "gguf", tokenizer=False)
+    assert report["exact"] and report["type"] == "q2_0"
+
+
+def test_a_calibrated_model_is_folded_and_leaves_nothing_for_run_time(
+    narrow: Path, tmp_path: Path
+) -> None:
+    ids = torch.randint(3, 140, (14, 24), generator=torch.Generator().manual_seed(1))
+    save_file({"input_ids": ids}, tmp_path / "data.safetensors")
+    data = Calibrate(str(tmp_path / "data.safetensors"), num_samples=10)
+    record = convert(narrow, tmp_path / "packed", Recipe("gptq", engine=LLAMA_CPP, calibrate=data))
+    recipe = record["recipe"]
+    assert (recipe["fold"], recipe["calibrate"]["rotation"], recipe["group_size"]) == (True, 0, 64)
+    assert not any("rotation" in row for row in record["tensors"].values())
+    assert record["calibration"]["quality"]
+    assert export(tmp_path / "packed", tmp_path / "m.gguf", "gguf", tokenizer=False)["exact"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--group-size", "32"], "--group-size: 32, and files of llama.cpp cannot hold"),
+        (["--planes", "*q_proj*"], r"--planes: \*q_proj\*, and files of llama.cpp"),
+        (["--dataset", "default", "--rotation", "64"], "--rotation: 64, and files of llama.cpp"),
+        (
+            ["--dataset", "default", "--target-bpw", "2"],
+            "--target-bpw: 2.0, and files of llama.cpp",
+        ),
+    ],
+)
+def test_what_a_file_cannot_hold_is_refused_by_name(
+    options: list[str], said: str, wide: Path, tmp_path: Path
+) -> None:
+    asked = ["convert", str(wide), str(tmp_path / "out"), "--for", "llama.cpp", *options]
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 2 and not any(tmp_path.iterdir())
+    assert re.search(said, re.sub(r"\s+", " ", result.stderr))
+
+
+def test_widths_and_architectures_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    odd = make_source(tmp_path / "odd", hidden_size=72, intermediate_size=128)
+    with pytest.raises(TernarizeError, match=r"72 columns, which blocks of llama.cpp do not"):
+        convert(odd, tmp_path / "out", Recipe("itf", engine=LLAMA_CPP))
+    kept = Recipe("itf", engine=LLAMA_CPP, keep=("*[qkv]_proj*", "*gate*", "*up*"))
+    convert(odd, tmp_path / "kept", kept)
+    tiny_models.save("bert", tmp_path / "bert")
+    with pytest.raises(TernarizeError, match=r"of which no file of llama.cpp is written \(--for\)"):
+        convert(tmp_path / "bert", tmp_path / "out", Recipe("itf", engine=LLAMA_CPP))
+
+
+def test_a_plan_says_what_was_chosen(wide: Path) -> None:
+    asked = ["convert", str(wide), "out", "--for", "llama.cpp", "--dry-run", "--dataset", "default"]
+    table = json.loads(CliRunner().invoke(app, [*asked, "--json"]).stdout)
+    assert (table["recipe"]["group_size"], table["recipe"]["fold"]) == (256, True)
+    assert table["recipe"]["calibrate"]["rotation"] == 0
+    without = json.loads(CliRunner().invoke(app, [*asked, "--no-fold", "--json"]).stdout)
+    assert without["recipe"]["fold"] is False
