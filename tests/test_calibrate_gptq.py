@@ -255,7 +255,23 @@ def test_a_metric_holds_its_factor_and_gives_the_hessian_back(centred: bool) -> 
     assert inputs.order is not None
     assert inputs.order.equal(order)
     assert inputs.hessian is plain  # in place
-    assert torch.allclose(plain, expected, rtol=1e-5, atol=1e-3)
+    left = plain.clone()
+    with Metric(inputs, centred=centred):  # of another matrix with the same inputs
+        assert plain.equal(left)
+    with Metric(inputs, centred=False):
+        assert torch.allclose(plain, expected, rtol=1e-5, atol=1e-3)
+
+
+def test_a_hessian_is_symmetric_to_the_last_bit_once_it_is_sorted() -> None:
+    """So the first matrix that is solved with it sees the same bits as the next."""
+    _, x = problem(1, 200, 900)
+    inputs = moments(x, None).inputs
+    assert inputs.hessian is not None
+    inputs.hessian += 1e-3 * torch.randn(200, 200)
+    upper = inputs.hessian.triu().clone()
+    order = inputs.sort()
+    assert inputs.hessian.equal(inputs.hessian.T)
+    assert inputs.hessian.diagonal().equal(upper.diagonal()[order])
 
 
 def test_matrices_that_share_inputs_are_solved_as_if_they_did_not() -> None:

@@ -320,7 +320,8 @@ from pathlib import Path
 from test_steps_training import HEADER, batch_of, loss, started
 from ternarize.steps.appender import Appender
 from ternarize.steps.journal import parse_journal, read_journal
-from ternarize.train.ranks import Ranks, ranks_of_launcher
+from ternarize.calibrate.ranks import ranks_of_launcher
+from ternarize.train.ranks import Ranks
 from ternarize.train.votes import Votes, first_attempt, train_votes
 
 torch.set_num_threads(1)

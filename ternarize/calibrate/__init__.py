@@ -17,9 +17,11 @@ plans, and nothing of the files that a conversion writes.
     sweep.py        columns rounded one by one, each making up for the errors before it
     gptq.py         one matrix solved: its target, trits, scales
     reconstruct.py  several matrices trained together by gradient
+    ranks.py        several processes: who has what, and what they tell each other
     lanes.py        the two streams of every batch: the source model, and the packed one
     solved.py       the files of blocks that are done
-    solve_block.py  one block: moments of its inputs, then each of its matrices
+    collect.py      the moments of a group's matrices, from all processes at those that solve them
+    solve_block.py  one block: its groups one after the other, each of their matrices solved
     training.py     a window of blocks, trained as each one is solved
     run.py          the loop over all blocks
     pipeline.py     what a conversion calls: data, then budget, then blocks, then figures

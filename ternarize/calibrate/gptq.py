@@ -92,6 +92,7 @@ class Solution:
              of the rows that `probe_rows` gives
     plain    the same for `itf` without statistics
     calibrated  False: too few tokens for statistics
+    tokens   that the matrix saw
     """
 
     planes: tuple[Ternary, ...]
@@ -99,6 +100,7 @@ class Solution:
     error: float
     plain: float
     calibrated: bool = True
+    tokens: int = 0
 
 
 def probe_rows(rows: int) -> Tensor:
@@ -156,7 +158,7 @@ def solve(
     if bias and train.inputs.tokens >= MIN_TOKENS:
         missed = total - _sum_of_planes(found).double() @ train.inputs.total
         fitted = (missed / train.inputs.tokens).float()
-    return Solution(found, fitted, error, plain_error, calibrated)
+    return Solution(found, fitted, error, plain_error, calibrated, train.inputs.tokens)
 
 
 @dataclass(frozen=True)

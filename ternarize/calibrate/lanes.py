@@ -13,9 +13,13 @@ KINDS_OF_SAMPLES = ("train", "held", "report")
 
 @dataclass
 class Lane:
-    """The two forwards of one batch, and what they wait with (a Call, or the final output)."""
+    """The two forwards of one batch, and what they wait with (a Call, or the final output).
+
+    index  of the batch among all of its kind, also those that other processes have
+    """
 
     kind: str
+    index: int
     batch: Batch
     forwards: tuple[Forward, Forward]
     waiting: list[Any] = field(default_factory=list)

@@ -27,7 +27,8 @@ class Metric:
     unit     mean H_jj
     ridge    as it is now: lambda or a damping
 
-    As a context it gives the Hessian back as it was, but sorted.
+    As a context it gives the Hessian back as it was, but sorted, and about the mean if that was
+    asked for: another matrix with the same inputs, which asks for the same, finds the same bits.
     """
 
     def __init__(self, inputs: Inputs, *, centred: bool) -> None:
@@ -36,10 +37,10 @@ class Metric:
         self.back = self.order.argsort()
         assert inputs.hessian is not None
         self.matrix = inputs.hessian
-        self.mean: Tensor | None = None
-        if centred:
-            self.mean = (inputs.total / inputs.tokens**0.5)[self.order].float()
-            self.matrix.addr_(self.mean, self.mean, alpha=-1)
+        if centred != inputs.centred:
+            mean = (inputs.total / inputs.tokens**0.5)[self.order].float()
+            self.matrix.addr_(mean, mean, alpha=-1 if centred else 1)
+            inputs.centred = centred
         self.diagonal = self.matrix.diagonal().clone()
         self.unit = float(self.diagonal.mean())
         self.ridge = 0.0
@@ -53,8 +54,6 @@ class Metric:
 
     def __exit__(self, *_: object) -> None:
         self.restore(0.0)
-        if self.mean is not None:
-            self.matrix.addr_(self.mean, self.mean)
 
     def restore(self, ridge: float) -> None:
         """Have M in all of the matrix. ridge: in units of the mean H_jj."""

@@ -22,6 +22,7 @@ class Inputs:
     total    (cols,) float64  sum x
     tokens   how many
     order    of the Hessian's rows and columns after `sort`, smallest diagonal element first
+    centred  whether the Hessian has been taken about the mean since (metric.py)
     """
 
     hessian: Tensor | None
@@ -29,6 +30,7 @@ class Inputs:
     kept: list[Tensor] = field(default_factory=list)
     tokens: int = 0
     order: Tensor | None = None
+    centred: bool = False
 
     @classmethod
     def empty(
@@ -51,6 +53,13 @@ class Inputs:
             self.hessian.addmm_(some.T, some)
         self.kept.clear()
 
+    def fold(self, other: "Inputs") -> None:
+        """Add the sums over other tokens; both have a Hessian."""
+        assert self.hessian is not None and other.hessian is not None
+        self.hessian += other.hessian
+        self.total += other.total
+        self.tokens += other.tokens
+
     def product(self, matrix: Tensor) -> Tensor:
         """sum (W x) x^T for W (rows, cols) float32; not after `sort`."""
         assert self.order is None
@@ -68,7 +77,11 @@ class Inputs:
         return sum(float(part.sum(dtype=torch.float64)) for part in parts)
 
     def sort(self) -> Tensor:
-        """Put the Hessian, in place, into the order of its diagonal; returns the order (cols,)."""
+        """Put the Hessian, in place, into the order of its diagonal; returns the order (cols,).
+
+        It is made symmetric to the last bit, so that it is the same for the first matrix that is
+        solved with it as for later ones.
+        """
         assert self.hessian is not None
         if self.order is None:
             self.order = self.hessian.diagonal().argsort(stable=True)
@@ -77,6 +90,11 @@ class Inputs:
                 for first in range(0, len(lines), step):
                     some = lines[first : first + step]
                     some.copy_(some.index_select(1, self.order))
+            for first in range(0, len(self.order), step):
+                some = self.hessian[first : first + step]
+                corner = some[:, first : first + step]
+                corner.copy_(corner.triu() + corner.triu(1).T)
+                some[:, :first] = self.hessian[:first, first : first + step].T
         return self.order
 
 
@@ -108,3 +126,10 @@ class Moments:
         self.target.addmm_(y.T, x)
         self.total += y.sum(0, dtype=torch.float64)
         self.energy += float(y.square().sum(dtype=torch.float64))
+
+    def fold(self, other: "Moments") -> None:
+        """Add the sums over other tokens, but for those of the inputs."""
+        assert self.target is not None and other.target is not None
+        self.target += other.target
+        self.total += other.total
+        self.energy += other.energy

@@ -1,5 +1,6 @@
 """The calibrated part of a conversion: data, budget, block loop, and the figures at the end."""
 
+import hashlib
 import json
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,10 +17,11 @@ from torch import Tensor
 from ternarize.calibrate.budget import allocate, count_forms
 from ternarize.calibrate.data import MAX_SEQ_LEN, Samples, read
 from ternarize.calibrate.inputs import Generate
+from ternarize.calibrate.ranks import World
 from ternarize.calibrate.run import Calibration
 from ternarize.calibrate.solved import Solved, open_solved
 from ternarize.calibrate.texts import SELF
-from ternarize.errors import CheckpointError, OutputError
+from ternarize.errors import CheckpointError, OutputError, UsageError
 from ternarize.files import metadata
 from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.outputs import write_whole
@@ -33,6 +35,7 @@ from ternarize.plans.recipe import Calibrate
 from ternarize.progress import Progress
 from ternarize.runtime.decode import cache_of
 from ternarize.trits.scales import scale_values, store_scales
+from ternarize.version import __version__
 
 TOKENS_IN_BATCH = 4096
 BUDGET, INPUTS, ENVIRONMENTS = "budget.json", "inputs.json", "environments.json"
@@ -60,6 +63,28 @@ class Calibrated:
         return found
 
 
+def join(plan: Plan, world: World, *, needed: bool = True) -> bool:
+    """Whether the processes of a world are to call `calibrate`; the first one says it: `needed`.
+
+    Raises UsageError in all where one of them has another recipe or source than the first.
+    """
+    tensors = {t.name: (t.info.dtype, t.info.shape) for t in plan.tensors}
+    text = json.dumps([__version__, asdict(plan.recipe), tensors], sort_keys=True)
+    own = hashlib.sha256(text.encode()).hexdigest()
+    known = world.firsts(own if needed else None)
+    if known is None:
+        return False
+    with world.agreed():
+        if known != own:
+            raise UsageError(
+                f"rank {world.rank}",
+                "has another source, other options or another version than rank 0",
+                "the same in all",
+                "Start all by one command",
+            )
+    return True
+
+
 def calibrate(
     plan: Plan,
     tensors: Sequence[TensorPlan],
@@ -67,24 +92,33 @@ def calibrate(
     *,
     device: str = "cpu",
     progress: Progress | None = None,
+    world: World | None = None,
 ) -> Calibrated:
     """Calibrate the ternary tensors of a plan.
 
     tensors  the plan's, those that are not to be calibrated marked as kept
     folder   for the files of the blocks; what is there from a run that was broken off is used
+    world    the processes that share the work, each of which calls this; of their tensors those of
+             the first count, and each of the others has an empty folder of its own
 
     Raises UsageError for data that cannot be used, CheckpointError for a model that cannot be run.
     """
     calibration = plan.recipe.calibrate
     assert calibration is not None
-    trained = plan.recipe.training is not None
-    samples = samples_of(plan.source.directory, calibration, trained=trained)
-    _check_same(folder, {"data": samples.digest, "device": device})
-    environments = environments_of(folder, device)
-    if calibration.target_bpw is not None:
-        tensors = _budget(
-            plan.source, tensors, samples, calibration.target_bpw, folder, device, progress
-        )
+    world = world or World()
+    environments = world.all(_environment(device))
+    samples: Samples | None = None
+    with world.agreed():
+        if world.rank == 0:
+            trained = plan.recipe.training is not None
+            samples = samples_of(plan.source.directory, calibration, trained=trained)
+            _check_same(folder, {"data": samples.digest, "device": device})
+            environments = _note_environments(folder, environments)
+            bpw = calibration.target_bpw
+            if bpw is not None:
+                tensors = _budget(plan.source, tensors, samples, bpw, folder, device, progress)
+    samples, tensors = world.firsts((samples, tensors))
+    assert samples is not None
     bits = plan.recipe.scale_bits
 
     def rounding(scales: Tensor) -> Tensor:
@@ -102,6 +136,7 @@ def calibrate(
         seed=calibration.seed,
         device=device,
         progress=progress,
+        world=world,
     )
     learn = {"train": samples.batches, "held": samples.heldout}
     with _exact_products():
@@ -186,8 +221,12 @@ def environments_of(folder: Path, device: str) -> list[dict[str, Any]]:
 
     As far as it can be told: the same bytes are promised on the same machine alone.
     """
-    known: list[dict[str, Any]] = _left_at(folder / ENVIRONMENTS) or []
-    own = {
+    return _note_environments(folder, [_environment(device)])
+
+
+def _environment(device: str) -> dict[str, Any]:
+    """What the sums of this process depend on beside its input."""
+    return {
         "device": device,
         "machine": platform.machine(),
         "processor": torch.cuda.get_device_name(device)
@@ -197,8 +236,13 @@ def environments_of(folder: Path, device: str) -> list[dict[str, Any]]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    if own not in known:
-        known.append(own)
+
+
+def _note_environments(folder: Path, now: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    known: list[dict[str, Any]] = _left_at(folder / ENVIRONMENTS) or []
+    new = [own for at, own in enumerate(now) if own not in known and own not in now[:at]]
+    if new:
+        known += new
         _leave(folder / ENVIRONMENTS, known)
     return known
 
@@ -275,8 +319,10 @@ def _budget(
 def _quality(run: Calibration, samples: Samples) -> dict[str, Figure]:
     """Run the calibration, and measure the packed model against the source on the report set."""
     model = run.blocks.model
-    outputs = ((samples.report[index], *pair) for index, *pair in run.run())
-    return quality_of(type(model), model.config, outputs, samples.first)
+    compare = partial(_compared, kind_of(type(model), model.config), samples.first)
+    own = [(index, compare(samples.report[index], *pair)) for index, *pair in run.run()]
+    found = sorted(sum(run.world.all(own), []), key=lambda each: each[0])
+    return _figures([each for _, each in found])
 
 
 def quality_of(
@@ -293,18 +339,34 @@ def quality_of(
     Language models: perplexity of both, KL divergence, top-1 agreement, as `evaluate` defines them.
     Others: cosine of the pooled embeddings (encoders), or of all outputs.
     """
-    words = kind_of(model_class, config) in (CAUSAL, ENCODER_DECODER)
-    rows, cosines = [], []
-    for batch, float_output, packed_output in outputs:
-        ids = batch.get("decoder_input_ids", batch.get("input_ids"))
-        both = [each for each in (packed_output, float_output) if each is not None]
-        if words and getattr(packed_output, "logits", None) is not None and ids is not None:
-            for row in range(len(ids)):
-                logits = [output.logits[row, :-1] for output in both]
-                rows.append(compare_logits(logits, ids[row], first))
-        else:
-            ours, theirs = (pool(output[0], batch.get("attention_mask")) for output in both)
-            cosines.append((ours * theirs).sum(-1))
+    compare = partial(_compared, kind_of(model_class, config), first)
+    return _figures([compare(*each) for each in outputs])
+
+
+# of a batch: for each sample what `summarize` takes, or its cosine
+_Compared = tuple[list[Any], Tensor | None]
+
+
+def _compared(
+    kind: str, first: int, batch: Mapping[str, Tensor], float_output: Any, packed_output: Any
+) -> _Compared:
+    """What the figures need of both outputs for a batch."""
+    ids = batch.get("decoder_input_ids", batch.get("input_ids"))
+    both = [each for each in (packed_output, float_output) if each is not None]
+    words = kind in (CAUSAL, ENCODER_DECODER)
+    if words and getattr(packed_output, "logits", None) is not None and ids is not None:
+        rows = []
+        for row in range(len(ids)):
+            logits = [output.logits[row, :-1] for output in both]
+            rows.append(compare_logits(logits, ids[row], first))
+        return rows, None
+    ours, theirs = (pool(output[0], batch.get("attention_mask")) for output in both)
+    return [], (ours * theirs).sum(-1)
+
+
+def _figures(found: Sequence[_Compared]) -> dict[str, Figure]:
+    rows = [row for each, _ in found for row in each]
     if rows:
         return summarize(torch.tensor(rows, dtype=torch.float64).T)
+    cosines = [each for _, each in found if each is not None]
     return {"cosine": mean_of(torch.cat(cosines).double())}

@@ -9,6 +9,7 @@ done is written to a file (solved.py), from which a run that was broken off goes
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ import torch
 from torch import nn
 
 from ternarize.calibrate.blocks import Batch, Blocks, Call, patched
+from ternarize.calibrate.collect import LoadedBlock
 from ternarize.calibrate.gptq import Rounding
 from ternarize.calibrate.lanes import FLOAT, KINDS_OF_SAMPLES, PACKED, Lane, hidden_of
-from ternarize.calibrate.solve_block import LoadedBlock, held_error, solve_block, without_data
+from ternarize.calibrate.ranks import World
+from ternarize.calibrate.solve_block import held_error, solve_block, without_data
 from ternarize.calibrate.solved import SolvedBlocks
 from ternarize.calibrate.training import Window
 from ternarize.errors import CheckpointError
@@ -65,6 +68,8 @@ class Calibration:
     folder   where the blocks' files are; files of an earlier run are used
     steps    of training for each block; 0: none
     window   blocks trained together
+    world    the processes that share the work; each but the first has a folder of its own, in which
+             it keeps what the first tells it
     """
 
     def __init__(
@@ -80,35 +85,44 @@ class Calibration:
         seed: int = 0,
         device: str = "cpu",
         progress: Progress | None = None,
+        world: World | None = None,
     ) -> None:
+        self.world = world or World()
+        assert self.world.size == 1 or not steps
         self.source, self.folder, self.rounding = source, folder, rounding
         self.steps, self.seed, self.progress = steps, seed, progress
         self.blocks = Blocks(source, [t.name for t in tensors if t.ternary], device)
         self.solved = SolvedBlocks(folder, self.blocks, tensors)
+        self.counts = {kind: len(sets.get(kind, ())) for kind in KINDS_OF_SAMPLES}
         self.lanes = [
-            Lane(kind, batch, (self.blocks.start(batch), self.blocks.start(batch)))
+            Lane(kind, index, batch, (self.blocks.start(batch), self.blocks.start(batch)))
             for kind in KINDS_OF_SAMPLES
-            for batch in sets.get(kind, ())
+            for index, batch in enumerate(sets.get(kind, ()))
+            if self.world.rank_of(kind, index) == self.world.rank
         ]
         self.window = Window(self.solved, self.lanes, window if steps else 1)
         self.reports: list[BlockReport] = []
         self.done: list[str] = []
 
     def run(self) -> Iterator[tuple[int, Any, Any]]:
-        """Calibrate every block; yields (index, float output, packed output) of report batches."""
+        """Calibrate every block; yields (index, float output, packed output) of report batches.
+
+        Of those that this process has.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         report = [lane for lane in self.lanes if lane.kind == "report"]
         try:
-            for lane in self.lanes:
-                lane.waiting = [forward.resume() for forward in lane.forwards]
+            with self.world.agreed():
+                for lane in self.lanes:
+                    lane.waiting = [forward.resume() for forward in lane.forwards]
             while len(self.done) < len(self.blocks.paths):
                 self._step()
             for lane in self.lanes:
                 if lane.kind != "report":
                     _stop(lane)
                     lane.waiting.clear()
-            for index, lane in enumerate(report):
-                yield index, *(self._finish(lane, stream) for stream in (FLOAT, PACKED))
+            for lane in report:
+                yield lane.index, *(self._finish(lane, stream) for stream in (FLOAT, PACKED))
         finally:
             for lane in self.lanes:
                 _stop(lane)
@@ -118,32 +132,50 @@ class Calibration:
         path = self._waiting_at()
         again = path in self.done
         self._tick(0.0, path)
-        with self.blocks.loaded(path) as block:
-            targets = [self.blocks.run(lane.waiting[FLOAT]) for lane in self.lanes]
-            self._check_finite(path, targets)
-            self._check_repeats(path, targets[0])
+        with ExitStack() as stack:
+            with self.world.agreed():
+                block = stack.enter_context(self.blocks.loaded(path))
+                targets = [self.blocks.run(lane.waiting[FLOAT]) for lane in self.lanes]
+                self._check_finite(path, targets)
+                if targets:
+                    self._check_repeats(path, targets[0])
             if not again:
-                if path not in self.solved.files():
+                if self.world.firsts(path not in self.solved.files()):
                     self._make(path, block, targets)
+                self._give_round(path)
                 self.reports.append(BlockReport(**self.solved.report(path)))
-            with patched(block, self.solved.parts(path).patch()):
-                outputs = [self.blocks.run(lane.waiting[PACKED]) for lane in self.lanes]
-            self._check_finite(path, outputs)
+            with self.world.agreed():
+                with patched(block, self.solved.parts(path).patch()):
+                    outputs = [self.blocks.run(lane.waiting[PACKED]) for lane in self.lanes]
+                self._check_finite(path, outputs)
         if not again:
             self.window.remember(path, outputs)
             self.done.append(path)
         over = len(self.done) == len(self.blocks.paths)
-        for lane, target, output in zip(self.lanes, targets, outputs, strict=True):
-            reply = (target, output)
-            if over:  # what is left of a forward may give large logits: later, one after the other
-                lane.waiting = [_Reply(each) for each in reply]
-                continue
-            lane.waiting = [f.resume(r) for f, r in zip(lane.forwards, reply, strict=True)]
+        with self.world.agreed():
+            for lane, target, output in zip(self.lanes, targets, outputs, strict=True):
+                reply = (target, output)
+                if over:  # what is left of a forward may give large logits: later, one by one
+                    lane.waiting = [_Reply(each) for each in reply]
+                    continue
+                lane.waiting = [f.resume(r) for f, r in zip(lane.forwards, reply, strict=True)]
+
+    def _give_round(self, path: str) -> None:
+        """Have the first process's file of a block in all of them."""
+        if self.world.size == 1:
+            return
+        own = None if self.world.rank else self.solved.files()[path]
+        given = ("", b"") if own is None else (own.name, own.read_bytes())
+        name, data = self.world.firsts(given, "files")
+        if own is None:
+            (self.folder / name).write_bytes(data)
 
     def _make(self, path: str, block: nn.Module, targets: Sequence[Any]) -> None:
         """Ternarize a block, train its window, write the files."""
         index, share = self.blocks.paths.index(path), 0.5 if self.steps else 1.0
-        loaded = LoadedBlock(path, block, self.blocks, self.solved.plans, self.lanes)
+        loaded = LoadedBlock(
+            path, block, self.blocks, self.solved.plans, self.lanes, self.counts, self.world
+        )
         before = held_error(loaded, without_data(loaded), targets)
         parts, matrices, unseen = solve_block(
             loaded, self.rounding, lambda f, what: self._tick(share * f, what)
@@ -158,6 +190,8 @@ class Calibration:
                 path, block, parts, targets, self.steps, self.seed + index, progress
             )
         after = held_error(loaded, state[path].patch(), targets)
+        if self.world.rank:
+            return
         for name, other in state.items():
             if name != path:
                 file = self.solved.file(self.blocks.paths.index(name), index)
@@ -181,7 +215,8 @@ class Calibration:
 
     def _waiting_at(self) -> str:
         """The block at which all forwards wait."""
-        paths = {c.block if isinstance(c, Call) else None for x in self.lanes for c in x.waiting}
+        own = {c.block if isinstance(c, Call) else None for x in self.lanes for c in x.waiting}
+        paths = set[str | None]().union(*self.world.all(own))
         path = paths.pop() if len(paths) == 1 else None
         if path is None:
             raise self._unfit(

@@ -16,7 +16,7 @@ ternarized stream and y', r' the product and terms in the float stream, the targ
     y = y' + r' - r        and its statistics are        H = sum x x^T,  Y = sum y x^T
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -235,11 +235,20 @@ class Group:
 
     products  how many products with them a forward makes; 0: depends on the data
     sums      how many sums have been made when their last terms have been added
+    alike     a number for each weight: those with the same have the same inputs throughout
     """
 
     names: tuple[str, ...]
     products: int
     sums: int
+    alike: tuple[int, ...] = ()
+
+    def lead(self, name: str, among: Container[str]) -> str:
+        """The first weight, among some, that has the same inputs as this one."""
+        if self.stack:
+            return name
+        number = dict(zip(self.names, self.alike, strict=True))
+        return next(n for n in self.names if n in among and number[n] == number[name])
 
     @property
     def stack(self) -> bool:
@@ -278,5 +287,7 @@ def sequential_groups(trace: Trace, weights: Mapping[str, Tensor]) -> list[Group
         own = [p for p in trace.products if p.name in names]
         stack = any(weights[n].ndim == 3 or n in routed for n in names)
         last = max((p.sums for p in own), default=0)
-        groups.append(Group(tuple(names), 0 if stack else len(own), last))
+        sources = [[p.source for p in own if p.name == name] for name in names]
+        alike = tuple(map(sources.index, sources))
+        groups.append(Group(tuple(names), 0 if stack else len(own), last, alike))
     return groups

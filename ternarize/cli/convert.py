@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,7 +72,8 @@ def convert_command(
     on; OUTPUT appears when all of it is verified.
 
     Without data, several processes or machines can share the work: each runs the same command with
-    its --part, in any order, and then one runs it with --finish.
+    its --part, in any order, and then one runs it with --finish. With --dataset, those that
+    torchrun starts calibrate together; the first of them writes and prints.
 
     Without data, a language model or text encoder that fits into memory beside its source is then
     measured against it on a little text, where that takes about a minute; of larger ones the
@@ -86,7 +88,8 @@ def convert_command(
     start = Recipe() if recipe is None else open_recipe(recipe)
     chosen = with_options(start, given, bool(min_quality))
     bounds = read_bounds(min_quality or [])
-    from ternarize.convert.parts import check_parts
+    from ternarize.calibrate.ranks import ranks_launched
+    from ternarize.convert.parts import check_parts, check_ranks
     from ternarize.convert.run import convert as run
     from ternarize.measure.figures import check_bounds
     from ternarize.threads import THREADS
@@ -98,22 +101,30 @@ def convert_command(
         named, parted = recipe is not None, chosen_part and (*chosen_part, stream)
         _dry_run(model, chosen, allow_missing, parted, as_json=as_json, debug=debug, named=named)
         return
-    if chosen.fits:
-        device = device or fastest_device(quiet)
-    with progress_bar(quiet) as update:
-        record = run(
-            model,
-            output,
-            chosen,
-            threads=threads or THREADS,
-            device=device,
-            progress=update,
-            min_quality=bounds,
-            stream=stream,
-            allow_missing=allow_missing,
-            part=chosen_part,
-            finish=finish,
-        )
+    if part is None and not finish:
+        check_ranks(chosen, ranks_launched())
+    with _ranks(chosen) as world:
+        if world.rank:
+            as_json, quiet = False, True
+        if chosen.fits:
+            device = device or fastest_device(quiet)
+        with progress_bar(quiet) as update:
+            record = run(
+                model,
+                output,
+                chosen,
+                threads=threads or THREADS,
+                device=device,
+                progress=update,
+                min_quality=bounds,
+                stream=stream,
+                allow_missing=allow_missing,
+                part=chosen_part,
+                finish=finish,
+                world=world,
+            )
+    if world.rank:
+        return
     if chosen_part is not None:
         if as_json:
             print_json({"output": str(output), **record})
@@ -139,6 +150,25 @@ def convert_command(
         found = _measured(record, model, output, stream) if wanted else None
         show_check(found)
         show_hints(model, output, report, found)
+
+
+@contextmanager
+def _ranks(recipe: Recipe) -> Iterator[Any]:
+    """The processes that calibrate together; those beside the first end without a word."""
+    from ternarize.calibrate.ranks import World, ranks_of_launcher
+
+    if not recipe.fits:
+        yield World()
+        return
+    rank = 0
+    try:
+        with ranks_of_launcher() as world:
+            rank = world.rank
+            yield world
+    except (TernarizeError, KeyboardInterrupt) as error:
+        if rank:
+            raise typer.Exit(1) from error
+        raise
 
 
 def with_options(recipe: Recipe, given: dict[str, Any], bounded: bool) -> Recipe:

@@ -93,9 +93,9 @@ def steps_train(
     Example: ternarize steps train packed my.steps --texts default --teacher examples/tiny-llama
     --attempts 2 --batch 512 --bytes 300
     """
+    from ternarize.calibrate.ranks import ranks_of_launcher
     from ternarize.plans.recipe import Train
     from ternarize.train.journals import CODED, DIRECTIONS, code_journal, train_journal
-    from ternarize.train.ranks import ranks_of_launcher
     from ternarize.train.votes import DENSITIES, VOTED, Votes
 
     training = Train(

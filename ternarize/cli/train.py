@@ -57,12 +57,15 @@ def train_command(
     start = Recipe() if recipe is None else open_recipe(recipe)
     chosen = training_recipe(start, given, named=recipe is not None)
     bounds = read_bounds(min_quality or [])
+    from ternarize.calibrate.ranks import ranks_launched
+    from ternarize.convert.parts import check_ranks
     from ternarize.convert.run import convert
     from ternarize.convert.scratch import train_from_scratch
     from ternarize.measure.figures import check_bounds
     from ternarize.train.logs import logging_to
 
     check_bounds(chosen, bounds)
+    check_ranks(chosen, ranks_launched())
     scratch = chosen.train is not None and chosen.train.from_scratch
     where = device or fastest_device(quiet)
     with progress_bar(quiet) as update, logging_to(report_to or [], output) as log:

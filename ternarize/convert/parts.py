@@ -42,6 +42,25 @@ def check_parts(recipe: Recipe, part: PartNumber | None, *, finish: bool) -> Non
         )
 
 
+def check_ranks(recipe: Recipe, count: int) -> None:
+    """Raise UsageError for what several processes that talk to each other cannot do together."""
+    if count == 1:
+        return
+    found = f"{count} processes, "
+    fits = recipe.calibrate
+    if not recipe.fits:
+        remedy = "Add --part auto, and run it once more with --finish, without torchrun"
+        raise UsageError("torchrun", f"{found}and a conversion without data", "parts", remedy)
+    if recipe.training or fits is None:
+        option, remedy = "a training", "Start it without torchrun"
+        if fits is not None and fits.distill:
+            option, remedy = "--distill", "Leave out --distill, or torchrun"
+        raise UsageError("torchrun", f"{found}and {option}", "a calibration alone", remedy)
+    if fits.reconstruct:
+        remedy = "Leave out --reconstruct, or torchrun"
+        raise UsageError("torchrun", f"{found}and --reconstruct", "a calibration alone", remedy)
+
+
 def may_cut(plan: Plan) -> bool:
     """Whether files are cut: not those that each part would have to fetch whole."""
     return plan.source.stream is None

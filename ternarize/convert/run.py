@@ -19,15 +19,18 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TextIO
 
 from torch import Tensor
 
-from ternarize.calibrate.pipeline import Calibrated, calibrate
+from ternarize.calibrate.pipeline import Calibrated, calibrate, join
+from ternarize.calibrate.ranks import World
 from ternarize.convert.journal import State, check_same, note, resume
 from ternarize.convert.limits import check_disk, threads_that_fit
 from ternarize.convert.parts import (
     check_parts,
+    check_ranks,
     count_others,
     may_cut,
     put_together,
@@ -100,6 +103,7 @@ def convert(
     verdicts: Mapping[str, Verdict] | None = None,
     part: PartNumber | None = None,
     finish: bool = False,
+    world: World | None = None,
 ) -> dict[str, Any]:
     """Convert a checkpoint into a packed one, and return its record.
 
@@ -126,6 +130,8 @@ def convert(
     part      (i, n): convert the i-th of n parts alone, counted from 1, beside other processes or
               machines that have the others; what is returned is then as of `plans.parts.part_table`
     finish    put together what parts have done, all of it; without it the rest is converted here
+    world     processes that calibrate together, each of which calls this, and the first of which
+              writes; what is returned in the others is {}
 
     Raises UsageError for options that cannot be used, CheckpointError (WeightError) or FormatError
     for a source that cannot be read or converted, SelectionError where no rule says what becomes of
@@ -137,6 +143,8 @@ def convert(
     bounds = min_quality or {}
     check_bounds(recipe, bounds)
     check_parts(recipe, part, finish=finish)
+    world = world or World()
+    check_ranks(recipe, world.size)
     if stream and recipe.fits:
         raise UsageError(
             "--stream",
@@ -151,15 +159,18 @@ def convert(
     def planned(folder: Path | None = None) -> Plan:
         plan = checked(make_plan(model, recipe, stream=folder, verdicts=verdicts), allow_missing)
         plan.shards = [_formed(shard, forms) for shard in plan.shards]
-        _check_output(plan, output, part)
+        if world.rank == 0:
+            _check_output(plan, output, part)
         return plan
 
     def run(plan: Plan) -> dict[str, Any]:
-        work = _Work(plan, place, max(1, threads), device, progress, log)
+        work = _Work(plan, place, max(1, threads), device, progress, log, world)
         if part is not None:
             return _carry_out_part(work, output, part)
         check_parts_ended(partial)
-        record = finished(output) or _carry_out(work, output, bounds, finish=finish)
+        record = finished(output)
+        join(plan, world, needed=record is None)
+        record = record or _carry_out(work, output, bounds, finish=finish)
         return {**record, "notes": plan.remarks()}
 
     alone = exclusive(partial) if part is None else part_at_work(partial, part)
@@ -167,6 +178,11 @@ def convert(
         with alone, streamed_source(place) as folder:
             return run(planned(folder))
     plan = planned()
+    if world.rank:
+        if join(plan, world):
+            with TemporaryDirectory(prefix="ternarize-") as folder:
+                calibrate(plan, (), Path(folder), device=device, world=world)
+        return {}
     with alone:
         _check_output(plan, output, part)  # again: another conversion may just have ended
         return run(plan)
@@ -225,7 +241,8 @@ class _Work:
     threads: int
     device: str
     progress: Progress | None
-    log: Log | None = None
+    log: Log | None
+    world: World
 
 
 def _carry_out_part(work: _Work, output: Path, part: PartNumber) -> dict[str, Any]:
@@ -338,7 +355,7 @@ def _fit(work: _Work, state: State, bounds: Mapping[str, float]) -> None:
     try:
         data = open_training(plan) if plan.recipe.training else None
         if plan.recipe.calibrate:
-            found = calibrate(plan, tensors, folder, **where)
+            found = calibrate(plan, tensors, folder, world=work.world, **where)
         if data is not None:
             begun = tensors if found is None else found.tensors
             found = train_model(plan, data, begun, folder, found, log=work.log, **where)

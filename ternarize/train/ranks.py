@@ -5,20 +5,16 @@ or their votes on them in trits, and the losses of candidates; the first one's r
 apply, so that no rounding can drive them apart, and digests are compared.
 """
 
-import datetime
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ternarize.calibrate.ranks import others_gone
 from ternarize.errors import CheckpointError, UsageError
 from ternarize.trits.base3 import pack, unpack
 
 EXCHANGES = ("alignments", "votes")
-_WAIT = datetime.timedelta(minutes=30)  # for a process that works
+_REMEDY = "Start all again: the journal goes on behind its last record"
 
 
 class Ranks:
@@ -47,7 +43,7 @@ class Ranks:
         trits = torch.where(strong & (falls < 0), 1 - 2 * side, 0).to(torch.int8)
         own = pack(trits[None], -1)
         each = [torch.empty_like(own) for _ in range(self.count)]
-        with _others_gone():
+        with others_gone(_REMEDY):
             dist.all_gather(each, own)
         self.sent += own.numel()
         votes = sum(unpack(one, len(trits), -1)[0].to(changes.dtype) for one in each)
@@ -61,7 +57,7 @@ class Ranks:
         return float(self._mean(torch.tensor([value], dtype=torch.float64)))
 
     def _mean(self, values: Tensor) -> Tensor:
-        with _others_gone():
+        with others_gone(_REMEDY):
             dist.all_reduce(values)
         self.sent += values.numel() * values.element_size()
         return values / self.count
@@ -71,7 +67,7 @@ class Ranks:
         if self.count == 1:
             return data
         size = torch.tensor([len(data)])
-        with _others_gone():
+        with others_gone(_REMEDY):
             dist.broadcast(size, 0)
             body = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8).clone()
             if self.rank:
@@ -92,31 +88,3 @@ class Ranks:
                 "the same in all",
                 "Start again: the journal is as the first process has it",
             )
-
-
-@contextmanager
-def _others_gone() -> Iterator[None]:
-    """Inside, another process that has died is an error of one line."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise CheckpointError(
-            "another process",
-            f"is gone ({str(error).splitlines()[0]:.100})",
-            "all of them to the end",
-            "Start all again: the journal goes on behind its last record",
-        ) from error
-
-
-@contextmanager
-def ranks_of_launcher() -> Iterator[None]:
-    """Inside, the processes of torchrun know each other; without it there is one."""
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_available()
-    if alone or dist.is_initialized():
-        yield
-        return
-    dist.init_process_group("gloo", timeout=_WAIT)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()

@@ -1,0 +1,75 @@
+"""What each of several processes does in test_calibrate_ranks.py: conversions, or a command.
+
+    python tests/calibrating_ranks.py FILE      with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT
+
+FILE is JSON: {"jobs": [[source, output, data, options], ...], "die": [rank, solved], "cli": [...]}.
+The process of that rank ends at once when it has solved so many matrices of the last job.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import calibrating
+import torch
+
+from ternarize.calibrate import gptq, pipeline, solve_block
+from ternarize.calibrate.ranks import World, ranks_of_launcher
+from ternarize.cli.app import app
+from ternarize.convert.run import convert
+
+# few candidates for each matrix, and batches of one sample, so that there are several
+QUICK: list[tuple[Any, str, Any]] = [
+    (gptq, "ROUNDS", 1),
+    (gptq, "SWEEPS", 1),
+    (gptq, "DAMPINGS", (0.1,)),
+    (gptq, "PULLS", (0.3,)),
+    (pipeline, "TOKENS_IN_BATCH", 1),
+]
+
+
+def converted(job: list[Any], world: World | None = None) -> None:
+    """One conversion: [source, output, data, options]."""
+    source, output, data, options = job
+    convert(source, output, calibrating.recipe(Path(data), **options), world=world)
+
+
+def dying(solve: Callable[..., Any], left: int) -> Callable[..., Any]:
+    def solved(*args: Any, **options: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            os._exit(9)
+        return solve(*args, **options)
+
+    return solved
+
+
+def world_rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def main(file: Path) -> None:
+    asked = json.loads(file.read_text("utf-8"))
+    rank, solved = asked.get("die", (-1, 0))
+    for module, name, value in QUICK:
+        setattr(module, name, value)
+    torch.set_num_threads(1)
+    last: Any = dying(solve_block.solve, solved) if world_rank() == rank else solve_block.solve
+    if "cli" in asked:
+        solve_block.solve = last
+        app(asked["cli"])
+    with ranks_of_launcher() as world:
+        for job in asked["jobs"]:
+            if job is asked["jobs"][-1]:
+                solve_block.solve = last
+            converted(job, world)
+            told = file.with_suffix(f".{world.rank}")
+            told.write_text(json.dumps(world.sent))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
