@@ -91,6 +91,33 @@ def distance(
     and the number of trits that are not zero.
     """
 
+def read_latent(
+    latent: Array, scales: Array, group_size: int, out: Array, kind: Kind, threads: int
+) -> None:
+    """Set out (rows, cols), of `kind`, to s t: t = sign(v) where |v| > s / 2, else 0 of that sign.
+
+    latent  (rows, cols) float32, v
+    scales  (rows, groups) float32, s; group_size is not 0
+    """
+
+def latent_gradients(
+    latent: Array,
+    scales: Array,
+    group_size: int,
+    given: Array,
+    kind: Kind,
+    edge: float,
+    to_latent: Array,
+    to_scales: Array,
+    threads: int,
+) -> None:
+    """Of the gradient g by `out` of `read_latent`, given (rows, cols) of `kind`: what is below it.
+
+    to_latent  (rows, cols) float32, written: g where |v / s| < edge, else 0
+    to_scales  (rows, groups) float32, written: the sum of t g - (v / s) to_latent over a group, in
+               16 lanes first
+    """
+
 def lanes_shape(form: Form, rows: int, cols: int, group_size: int) -> tuple[int, int, int]:
     """Of a run-time layout (csrc/pack/lanes.h): its bytes, its blocks of rows, the rows of a block.
 

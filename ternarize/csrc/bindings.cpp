@@ -289,6 +289,38 @@ nb::tuple bind_distance(Dense<nb::ro> weights, const std::string& kind_name, int
   return nb::make_tuple(sum.error, sum.energy, sum.nonzero);
 }
 
+// The groups of latent weights and their scales, checked.
+Layout latent_layout(const In<float>& latent, const In<float>& scales, int64_t group_size) {
+  const Layout x = layout_of_matrix(latent, group_size);
+  if (group_size == 0) fail("group_size is 0; expected -1 or more: scales of groups or rows.");
+  expect("scales", scales, x.rows, x.groups);
+  return x;
+}
+
+void bind_read_latent(In<float> latent, In<float> scales, int64_t group_size, Dense<> out,
+                      const std::string& kind_name, int threads) {
+  const Kind kind = kind_of(kind_name);
+  const Layout x = latent_layout(latent, scales, group_size);
+  expect("out", out, x.rows, x.cols);
+  expect_kind("out", out, kind);
+  nb::gil_scoped_release unlocked;
+  read_latent(kind, x, latent.data(), scales.data(), out.data(), threads);
+}
+
+void bind_latent_gradients(In<float> latent, In<float> scales, int64_t group_size,
+                           Dense<nb::ro> given, const std::string& kind_name, float edge,
+                           Out<float> to_latent, Out<float> to_scales, int threads) {
+  const Kind kind = kind_of(kind_name);
+  const Layout x = latent_layout(latent, scales, group_size);
+  expect("given", given, x.rows, x.cols);
+  expect_kind("given", given, kind);
+  expect("to_latent", to_latent, x.rows, x.cols);
+  expect("to_scales", to_scales, x.rows, x.groups);
+  nb::gil_scoped_release unlocked;
+  latent_gradients(kind, x, latent.data(), scales.data(), given.data(), edge, to_latent.data(),
+                   to_scales.data(), threads);
+}
+
 // ---------------------------------------------------------------------------------------------
 // Products
 
@@ -508,6 +540,13 @@ NB_MODULE(_native, m) {
   m.def("distance", bind_distance, nb::arg("weights").noconvert(), nb::arg("kind"),
         nb::arg("group_size"), nb::arg("trits").noconvert(), nb::arg("scales").noconvert(),
         nb::arg("threads"));
+  m.def("read_latent", bind_read_latent, nb::arg("latent").noconvert(),
+        nb::arg("scales").noconvert(), nb::arg("group_size"), nb::arg("out").noconvert(),
+        nb::arg("kind"), nb::arg("threads"));
+  m.def("latent_gradients", bind_latent_gradients, nb::arg("latent").noconvert(),
+        nb::arg("scales").noconvert(), nb::arg("group_size"), nb::arg("given").noconvert(),
+        nb::arg("kind"), nb::arg("edge"), nb::arg("to_latent").noconvert(),
+        nb::arg("to_scales").noconvert(), nb::arg("threads"));
   m.def("lanes_shape", bind_lanes_shape, nb::arg("form"), nb::arg("rows"), nb::arg("cols"),
         nb::arg("group_size"));
   m.def("ask_for_large_pages", bind_ask_for_large_pages, nb::arg("bytes").noconvert());

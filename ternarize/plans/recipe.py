@@ -75,6 +75,7 @@ CHANGEABLE = (
     *BUDGETS,
     "recompute",
     "micro_batch",
+    "compile",
 )  # and all that may change while a training goes on
 DISTILL_BATCH = 1024  # tokens of a step of --distill
 
@@ -188,6 +189,11 @@ class Train:
         False,
         "Work activations out again in the backward pass: less memory, longer steps, the same "
         "within rounding.",
+    )
+    compile: bool = option(
+        False,
+        "Compile the blocks of both models (torch.compile): shorter steps after a minute or two, "
+        "the same within rounding. On a CPU it needs a C++ compiler.",
     )
     all_weights: bool = option(
         False, "Train what is kept as well: embeddings, head, every dense matrix."

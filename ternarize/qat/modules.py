@@ -125,8 +125,12 @@ class Qat(nn.Module):
         scalars = self.blend, self.sharpness if self.training else None, self.threshold
         if not form.block:
             return ternarized(latent, scales, form, *scalars, dtype=self.compute_dtype)
+        # s t with scales of 8 bits is exact in bfloat16, whose products are added up in float32
+        exact = form.scale_dtype == "U8" and scalars[:2] == (None, None)
+        narrow = exact and self.compute_dtype == torch.bfloat16
+        dtype = torch.bfloat16 if narrow else torch.float32
         with torch.autocast(latent.device.type, enabled=False):
-            weight = ternarized(latent, scales, form, *scalars)
+            weight = ternarized(latent, scales, form, *scalars, dtype=dtype)
             return unrotate(weight, form.block, form.seed).to(self.compute_dtype)
 
     def trits_and_scales(self, name: str) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ternarize import native
 from ternarize.trits.base3 import BASE3
 from ternarize.trits.int8 import INT8
 from ternarize.trits.rotation import unrotate
@@ -40,6 +41,7 @@ ESTIMATORS = ("ste", "clipped", "tanh")
 EDGE = 1.5  # |V / s| from which V is beyond the last level
 FLOOR = 1e-30  # the least scale: one is divided by it
 FITS = 3  # rounds of the least-squares scale, which settles after few
+KERNEL_KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # the scales that a file of a dtype holds with all digits
 RANGES = {
     "F16": (2.0**-14, 65504.0),
@@ -140,6 +142,9 @@ def ternarized(
     Returns (..., rows, cols) of `dtype`, in the space of the file (rotated, if it is).
     """
     clipped = form.estimator == "clipped"
+    if blend is None and sharpness is None and threshold is None:
+        plain: Tensor = _Plain.apply(latent, scales, form.group_size, clipped, dtype)  # type: ignore[no-untyped-call]
+        return plain
     arguments = (latent, scales, blend, sharpness, threshold, form.group_size, clipped, dtype)
     result: Tensor = _Ternarized.apply(*arguments)  # type: ignore[no-untyped-call]
     return result
@@ -226,6 +231,90 @@ def _soft(ratio: Tensor, sharpness: Tensor, threshold: Tensor | None) -> tuple[T
     at = 0.5 if threshold is None else threshold
     low, high = torch.tanh(sharpness * (ratio - at)), torch.tanh(sharpness * (ratio + at))
     return (low + high) / 2, sharpness * (2 - low * low - high * high) / 2
+
+
+# Operators of their own, in one pass over memory where the core is there: what a compiler makes of
+# their formulas takes several times as long, since a scale belongs to many weights.
+@torch.library.custom_op("ternarize::read_latent", mutates_args=())
+def _read_latent(latent: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+    """s t of latent weights by the plain rule, (..., rows, cols) of `dtype`."""
+    if native.lib is None or not _has_kernel(latent, scales, group_size, dtype):
+        groups, level = split_groups(latent, group_size), scales.unsqueeze(-1)
+        value = _hard(groups, level, None).mul_(level)
+        return value.flatten(-2)[..., : latent.shape[-1]].to(dtype, copy=True)
+    out = torch.empty_like(latent, dtype=dtype)
+    rows, levels = latent.flatten(0, -2), scales.flatten(0, -2).contiguous()
+    kind, threads = KERNEL_KINDS[dtype], torch.get_num_threads()
+    native.lib.read_latent(rows, levels, group_size, out.flatten(0, -2), kind, threads)
+    return out
+
+
+@_read_latent.register_fake
+def _(latent: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+    return latent.new_empty(latent.shape, dtype=dtype)
+
+
+@torch.library.custom_op("ternarize::latent_gradients", mutates_args=())
+def _latent_gradients(
+    given: Tensor, latent: Tensor, scales: Tensor, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """Of a gradient by s t: that by latent weights, clipped, and that by scales; both float32."""
+    if native.lib is None or not _has_kernel(latent, scales, group_size, given.dtype):
+        groups, level = split_groups(latent, group_size), scales.unsqueeze(-1)
+        above, ratio = split_groups(given, group_size), groups / level
+        inner = ratio.abs().lt_(EDGE).mul_(above)
+        to_scales = _hard(groups, level, None).mul_(above).addcmul_(ratio, inner, value=-1).sum(-1)
+        if to_scales.shape != scales.shape:  # one scale for the whole matrix
+            to_scales = to_scales.sum((-1, -2), keepdim=True)
+        return inner.flatten(-2)[..., : latent.shape[-1]].contiguous(), to_scales
+    to_latent, to_scales = torch.empty_like(latent), torch.empty(scales.shape)
+    rows, levels = latent.flatten(0, -2), scales.flatten(0, -2).contiguous()
+    whole = given.contiguous().flatten(0, -2)
+    outs = to_latent.flatten(0, -2), to_scales.flatten(0, -2)
+    kind, threads = KERNEL_KINDS[given.dtype], torch.get_num_threads()
+    native.lib.latent_gradients(rows, levels, group_size, whole, kind, EDGE, *outs, threads)
+    return to_latent, to_scales
+
+
+@_latent_gradients.register_fake
+def _(given: Tensor, latent: Tensor, scales: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    like = torch.contiguous_format
+    return torch.empty_like(latent, memory_format=like), torch.empty_like(
+        scales, memory_format=like
+    )
+
+
+def _has_kernel(latent: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype) -> bool:
+    """Whether the core has an operator for such weights."""
+    usual = latent.dtype == scales.dtype == torch.float32 and dtype in KERNEL_KINDS
+    of_groups = group_size != 0 and latent.shape[:-1] == scales.shape[:-1]
+    return usual and of_groups and latent.device.type == "cpu" and latent.is_contiguous()
+
+
+class _Plain(torch.autograd.Function):
+    """`ternarized` by the plain rule: no blend, nothing soft, no threshold of its own."""
+
+    @staticmethod
+    def forward(
+        latent: Tensor, scales: Tensor, group_size: int, clipped: bool, dtype: torch.dtype
+    ) -> Tensor:
+        found: Tensor = _read_latent(latent, scales, group_size, dtype)
+        return found
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.group_size, ctx.clipped = inputs[2:4]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        latent, scales = ctx.saved_tensors
+        to_latent, to_scales = grads[0], None
+        if ctx.clipped or ctx.needs_input_grad[1]:
+            to_latent, to_scales = _latent_gradients(grads[0], latent, scales, ctx.group_size)
+        if not ctx.clipped:
+            to_latent = grads[0].to(latent.dtype)
+        return to_latent, to_scales if ctx.needs_input_grad[1] else None, None, None, None
 
 
 class _Ternarized(torch.autograd.Function):

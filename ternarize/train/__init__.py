@@ -10,6 +10,7 @@ conversion writes.
     sources.py     the samples of a training, for each kind of model and text
     students.py    the two models, and how their outputs are compared
     recompute.py   blocks that run again in the backward pass, for less memory
+    compiled.py    blocks compiled by torch, for shorter steps
     state.py       how far a training is, on the disk
     loop.py        samples, loss, step; looks at held-out text; what a broken run goes on from
     objectives.py  the loss of samples, by kind of model and objective

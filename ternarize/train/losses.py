@@ -19,6 +19,7 @@ https://arxiv.org/abs/1503.02531, at temperature 1.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -106,7 +107,13 @@ def choose_words(named: Tensor, vocabulary: int, generator: torch.Generator) -> 
 
 
 def divergence(
-    hidden: Tensor, target: Tensor, heads: tuple[Head, Head], words: Words, dtype: torch.dtype
+    hidden: Tensor,
+    target: Tensor,
+    heads: tuple[Head, Head],
+    words: Words,
+    dtype: torch.dtype,
+    *,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """KL(teacher || student), and how often both find the same word likeliest.
 
@@ -114,10 +121,12 @@ def divergence(
     target  (tokens, m) of the teacher
     heads   of student and teacher, for `words` (`Head.of`)
     dtype   of the products
+    compiled  whether torch compiles what is done to the logits
 
     Returns two scalars, means over the tokens.
     """
-    return _apply(hidden, heads[0].weight, heads[0].bias, target, None, heads, words, dtype)
+    end = heads[0].weight, heads[0].bias
+    return _apply(hidden, *end, target, None, heads, words, dtype, compiled)
 
 
 def text_loss(
@@ -125,7 +134,7 @@ def text_loss(
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the next token (tokens,) int64, and how often it was the likeliest."""
     right = words.position(following)
-    return _apply(hidden, head.weight, head.bias, None, right, (head, head), words, dtype)
+    return _apply(hidden, head.weight, head.bias, None, right, (head, head), words, dtype, False)
 
 
 def _apply(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -145,8 +154,10 @@ class _InPieces(torch.autograd.Function):
         heads: tuple[Head, Head],
         words: Words,
         dtype: torch.dtype,
+        compiled: bool,
     ) -> tuple[Tensor, Tensor]:
         student, teacher = heads
+        towards = _compiled() if compiled else _piece
         loss = hidden.new_zeros((), dtype=torch.float64)
         same = hidden.new_zeros((), dtype=torch.int64)  # a GPU is not waited for
         piece = _PIECE if hidden.device.type == "cpu" else _ON_A_GPU
@@ -158,28 +169,20 @@ class _InPieces(torch.autograd.Function):
         for start in range(0, len(hidden), piece):
             part = slice(start, start + piece)
             logits = student.logits(hidden[part], dtype)
-            log_q = _log_softmax(logits, words)
             if target is not None:
-                log_p = _log_softmax(teacher.logits(target[part], dtype), words)
-                p = log_p.exp()
-                each = torch.where(p > 0, p * (log_p - log_q), 0)  # words that a model rules out
-                loss += each.sum(dtype=torch.float64)
-                same += (log_p.argmax(-1) == log_q.argmax(-1)).sum()
-                slope = log_q.exp_().sub_(p)
+                others = teacher.logits(target[part], dtype)
+                found = towards(student, logits, others, words.log_weight, count, dtype)
             else:
                 assert following is not None
-                right = following[part].unsqueeze(-1)
-                loss -= log_q.gather(-1, right).sum(dtype=torch.float64)
-                same += (log_q.argmax(-1) == right.squeeze(-1)).sum()
-                slope = log_q.exp_()
-                slope.scatter_add_(-1, right, -torch.ones_like(right, dtype=slope.dtype))
-            slope = student.before(slope, logits) / count
-            narrow = slope.to(dtype)
+                found = _piece_of_text(student, logits, following[part], words, count, dtype)
+            loss += found[0]
+            same += found[1]
+            narrow = found[2]
             of_hidden[part] = (narrow @ weight.to(dtype)).to(hidden.dtype)
             if of_weight is not None:
                 of_weight += narrow.T @ hidden[part].to(dtype)
             if of_bias is not None:
-                of_bias += slope.sum(0)
+                of_bias += narrow.sum(0, dtype=of_bias.dtype)
         ctx.save_for_backward(of_hidden, of_weight, of_bias)
         agreement = (same.to(torch.float64) / count).to(torch.float32)
         ctx.mark_non_differentiable(agreement)
@@ -191,10 +194,44 @@ class _InPieces(torch.autograd.Function):
             each * grads[0].to(each.dtype) if each is not None else None
             for each in ctx.saved_tensors
         ]
-        return *own, None, None, None, None, None
+        return *own, None, None, None, None, None, None
 
 
-def _log_softmax(logits: Tensor, words: Words) -> Tensor:
-    if words.log_weight is not None:
-        logits = logits + words.log_weight
-    return logits.log_softmax(-1)
+def _piece(
+    head: Head,
+    logits: Tensor,
+    others: Tensor,
+    log_weight: Tensor | None,
+    count: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of some tokens' logits and the teacher's: the divergence, float64, how often the likeliest
+    word is the same, and the gradient by h W^T + b of the mean over `count` tokens, of `dtype`."""
+    log_q, log_p = _log_softmax(logits, log_weight), _log_softmax(others, log_weight)
+    p = log_p.exp()
+    each = torch.where(p > 0, p * (log_p - log_q), 0)  # words that a model rules out
+    same = (log_p.argmax(-1) == log_q.argmax(-1)).sum()
+    slope = head.before(log_q.exp_().sub_(p), logits) / count
+    return each.sum(dtype=torch.float64), same, slope.to(dtype)
+
+
+@cache
+def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """`_piece` in fewer passes over what has the size of logits; their number changes each time."""
+    return torch.compile(_piece, dynamic=True)
+
+
+def _piece_of_text(
+    head: Head, logits: Tensor, following: Tensor, words: Words, count: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same towards the next tokens, which are given as places among the words."""
+    log_q, right = _log_softmax(logits, words.log_weight), following.unsqueeze(-1)
+    loss = -log_q.gather(-1, right).sum(dtype=torch.float64)
+    same = (log_q.argmax(-1) == following).sum()
+    slope = log_q.exp_()
+    slope.scatter_add_(-1, right, -torch.ones_like(right, dtype=slope.dtype))
+    return loss, same, (head.before(slope, logits) / count).to(dtype)
+
+
+def _log_softmax(logits: Tensor, log_weight: Tensor | None) -> Tensor:
+    return (logits if log_weight is None else logits + log_weight).log_softmax(-1)

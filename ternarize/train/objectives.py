@@ -86,7 +86,7 @@ def _by_words(
         return loss, {"right": float(same)}
     with torch.no_grad():
         target = pair.hidden(pair.teacher, batch)[:, :-1][used]
-    loss, same = divergence(hidden, target, heads, words, pair.dtype)
+    loss, same = divergence(hidden, target, heads, words, pair.dtype, compiled=pair.compiled)
     return loss, {"top-1": float(same)}
 
 

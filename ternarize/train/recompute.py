@@ -34,9 +34,14 @@ def recompute_blocks(model: Any, paths: Sequence[str]) -> None:
             "a list of them (nn.ModuleList), which run twice one after the other",
             "Leave it out",
         )
-    for module in model.modules():
-        if hasattr(module, "config"):  # parts of a model may have one of their own
-            module.config.use_cache = False  # which would grow each time a block runs
+    without_cache(model)  # which would grow each time a block runs
     for path in paths:
         block = model.get_submodule(path)
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def without_cache(model: Any) -> None:
+    """Let a model keep no keys and values, in place: a training reads texts whole."""
+    for module in model.modules():
+        if hasattr(module, "config"):  # parts of a model may have one of their own
+            module.config.use_cache = False

@@ -26,6 +26,7 @@ from ternarize.qat.rounding import Form
 from ternarize.qat.schedule import end_decay, parameter_groups
 from ternarize.sources.checkpoint import locate
 from ternarize.sources.packed import check_record, open_packed
+from ternarize.train.compiled import compile_blocks
 from ternarize.train.loop import Job, tokens_at_once, train
 from ternarize.train.objectives import first_error, held_loss, objective
 from ternarize.train.optimizer import make_optimizer
@@ -99,6 +100,10 @@ def train_model(
     pair = make_pair(blocks, begun, by_name, training, scale, activations, device)
     if training.recompute:
         recompute_blocks(pair.student, blocks.paths)
+    if training.compile:
+        models = [model for model in (pair.student, pair.teacher) if model is not None]
+        compile_blocks(models, blocks.paths, device)
+        pair.compiled = True
     if training.from_scratch:
         rate = SCRATCH_RATE if training.lr is None else training.lr
         groups = parameter_groups(pair.student, rate, weight_decay=SCRATCH_DECAY)

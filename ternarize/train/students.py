@@ -49,6 +49,7 @@ class Pair:
     kind     of the model, as models/reads.py has them
     heads    of student and teacher, where logits can be made of hidden states piece by piece
     dtype    of products
+    compiled whether torch compiles the loss
     """
 
     student: Any
@@ -57,6 +58,7 @@ class Pair:
     heads: tuple[Head, Head] | None
     dtype: torch.dtype
     vocabulary: int
+    compiled: bool = False
 
     @classmethod
     def of(cls, student: Any, teacher: Any, dtype: torch.dtype) -> Self:

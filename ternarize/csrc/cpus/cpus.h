@@ -1,11 +1,12 @@
 // cpus/: the instruction sets. Which of them this CPU has, the choice of one, and the functions for
 // weights of each: portable.cpp, avx2.cpp and avx512.cpp compile weights.h, which has those of pack/,
-// ternarize/ and decode/. Those of multiply/ have their own files there.
+// ternarize/, latent/ and decode/. Those of multiply/ have their own files there.
 //
 // A choice holds for all threads; a call that is under way may still use the one before.
 #pragma once
 
 #include "decode/decode.h"
+#include "latent/latent.h"
 #include "multiply/multiply.h"
 #include "pack/pack.h"
 #include "ternarize/ternarize.h"
@@ -16,6 +17,7 @@ namespace ternarize {
 struct Kernels {
   Packing packing;
   Ternarizing ternarizing[3];
+  Latent latent[3];
   Decoding decoding[3];
 };
 
