@@ -14,6 +14,7 @@ CONTENTS = """
 
 docs/convert
 docs/modules
+docs/images
 docs/evaluate
 docs/calibration
 docs/training

@@ -231,6 +231,7 @@ def packed_case(
     scales: list[float] | None = None,
     transposed: bool = False,
     rotation: tuple[int, int] | None = None,
+    kernel: list[int] | None = None,
     change_packed: Callable[[bytearray], None] | None = None,
 ) -> Case:
     """Make a packed tensor and its scale companion.
@@ -238,6 +239,7 @@ def packed_case(
     planes         one matrix, or two of trits: rows, or experts of rows; `cols` where there is no
                    row to count
     rotation       block and seed, if the planes are those of a rotated matrix
+    kernel         sizes of the kernels that are the rows, if they are some
     scales         as they lie; by default `some_scale` where a group is not all zero, else 0
     change_packed  spoils the packed bytes in place before the digest is taken
     """
@@ -287,6 +289,8 @@ def packed_case(
         record["rotation"] = {"block": rotation[0], "seed": rotation[1]}
     if transposed:
         record["transposed"] = True
+    if kernel:
+        record["kernel"] = kernel
     record["sha256"] = sha256(bytes(packed), scale_bytes)
 
     weights, turned = bytearray(), []
@@ -311,6 +315,8 @@ def packed_case(
         "group_size": group_size,
         "transposed": transposed,
     }
+    if kernel:
+        found["kernel"] = kernel
     if codec == "base3":
         if count > 1:
             found["planes"] = count
@@ -338,6 +344,7 @@ def packed_case(
     tensors[0].record = record
     features = {"scale8": dtype == "U8", "planes": count > 1, "rotation": rotation is not None}
     features |= {each: codec == each for each in ("int8", "int4")}
+    features["kernel"] = kernel is not None
     return Case(tensors, {name: found}, {feature for feature, used in features.items() if used})
 
 
@@ -739,6 +746,24 @@ def valid_cases() -> dict[str, Case]:
         "int4-beside-others": base().add(
             int8("c.weight", [[1, -2, 3]], -1), int4("d.weight", [[1, -2, 3]], -1)
         ),
+        "kernel-3x3": ternary("conv.weight", matrix(3, 18, 300), 8, kernel=[2, 3, 3]),
+        "kernel-1x1": ternary("conv.weight", matrix(2, 6, 301), -1, kernel=[6, 1, 1]),
+        "kernel-of-one-dimension": ternary("conv.weight", matrix(2, 12, 302), 6, kernel=[4, 3]),
+        "kernel-tensor": ternary("conv.weight", matrix(3, 12, 303), 0, kernel=[3, 2, 2]),
+        "kernel-zero-rows": ternary("conv.weight", [], 3, cols=12, kernel=[3, 2, 2]),
+        "kernel-scales-u8": ternary(
+            "conv.weight", matrix(2, 8, 304), -1, dtype="U8", scales=[0.5, 0.875], kernel=[2, 2, 2]
+        ),
+        "kernel-planes": two_planes(
+            "conv.weight", matrix(2, 8, 305), matrix(2, 8, 306), 4, kernel=[2, 2, 2]
+        ),
+        "kernel-rotation": ternary(
+            "conv.weight", matrix(2, 16, 307), 8, kernel=[4, 2, 2], rotation=(16, 3)
+        ),
+        "kernel-beside-others": base().add(
+            ternary("conv.weight", matrix(2, 8, 308), 8, kernel=[2, 2, 2])
+        ),
+        "rans-kernel": coded(ternary("conv.weight", matrix(9, 18, 309), 6, kernel=[2, 3, 3])),
         "kept": kept_tensors(),
         "no-tensors": Case(),
         "mixed": base(),
@@ -799,6 +824,8 @@ def valid_files() -> Files:
     files["features-unused-rotation"] = draft.file()
     draft.document["features"] = ["int4"]
     files["features-unused-int4"] = draft.file()
+    draft.document["features"] = ["kernel"]
+    files["features-unused-kernel"] = draft.file()
 
     draft = Draft(ternary("w.weight", matrix(1, 4, 102), -1, rotation=(4, 0)))
     cases["unknown-members-rotation"] = Case(
@@ -1064,6 +1091,41 @@ def invalid_records() -> Files:
     draft.document["features"] = ["rotation"]
     draft.records["norm.weight"]["rotation"] = {"block": 4, "seed": 0}
     files["record-unknown-codec-rotation"] = draft.file()
+
+    def kernel_change(variant: str, value: Any, **options: Any) -> None:
+        draft = Draft(ternary("w.weight", matrix(1, 12, 310), -1, kernel=[3, 2, 2]))
+        draft.records["w.weight"]["kernel"] = value
+        draft.document.update(options)
+        files[f"record-kernel-bad-{variant}"] = draft.file()
+
+    kernel_change("product", [3, 2, 3])
+    kernel_change("one-size", [12])
+    kernel_change("four-sizes", [3, 2, 2, 1])
+    kernel_change("empty", [])
+    kernel_change("zero", [0, 2, 2])
+    kernel_change("negative", [-3, -2, 2])
+    kernel_change("float", [3.0, 2, 2])
+    kernel_change("bool", [12, True, True])
+    kernel_change("string", "3x2x2")
+    kernel_change("number", 12)
+    kernel_change("null", None)
+    kernel_change("unlisted", [3, 2, 2], features=["int8", "planes", "scale8"])
+    draft = Draft(ternary("w.weight", matrix(1, 12, 310), -1, transposed=True))
+    draft.document["features"] = ["kernel"]
+    draft.records["w.weight"]["kernel"] = [3, 2, 2]
+    files["record-kernel-bad-transposed"] = draft.file()
+    draft = Draft(int8("w.weight", [[1, -2, 3, 4]], -1))
+    draft.document["features"] = ["int8", "kernel"]
+    draft.records["w.weight"]["kernel"] = [1, 2, 2]
+    files["record-kernel-bad-int8"] = draft.file()
+    draft = Draft(ternary("w.weight", [matrix(8, 6, 111)], -1))
+    draft.document["features"] = ["kernel"]
+    draft.records["w.weight"]["kernel"] = [2, 3]
+    files["record-kernel-bad-experts"] = draft.file()
+    draft = Draft(base())
+    draft.document["features"] = ["kernel"]
+    draft.records["norm.weight"]["kernel"] = [2, 3]
+    files["record-unknown-codec-kernel"] = draft.file()
 
     digest = Draft(base()).records["w.weight"]["sha256"]
     record_change("record-sha256-bad-short", "sha256", digest[:-1])
@@ -1369,7 +1431,8 @@ def invalid_int4(spoil: Callable[[int, int], Callable[[bytearray], None]]) -> Fi
     put("scale-negative-zero-int4-unused", int4("w.weight", zeros, 0, scales=[-0.0]))
     change("scale-inf-int4", -1, scales=[1.0, -math.inf])
     change("scale-nan-int4", -1, scales=[1.0, math.nan])
-    for key, value in (("planes", 2), ("rotation", {"block": 4, "seed": 0})):
+    forms = {"planes": 2, "rotation": {"block": 4, "seed": 0}, "kernel": [2, 2]}
+    for key, value in forms.items():
         case = int4("w.weight", [[1, 2, 3, 4]], -1)
         draft = Draft(case)
         draft.records["w.weight"][key] = value

@@ -36,7 +36,8 @@ DTYPE_SIZES = {
     **dict.fromkeys(["U64", "I64", "F64", "C64"], 8),
 }
 PACKED_MEMBERS = {"shape", "group_size", "codec", "transposed", "planes", "rotation", "coding"}
-FEATURES = {"scale8", "planes", "int8", "int4", "rotation", "rans"}
+PACKED_MEMBERS |= {"kernel"}
+FEATURES = {"scale8", "planes", "int8", "int4", "rotation", "rans", "kernel"}
 MAX_ROW = 2**16  # bytes of a row, or of the rows of a chunk, that is coded
 BLOCKS = {4, 16, 64, 256, 1024}
 TRITS_OF_BYTE = np.array(
@@ -84,7 +85,7 @@ class Ternary:
     """trits (..., rows, planes x cols) int8; scales (..., rows or 1, planes x groups), widened
     without rounding. Of two planes, a row of the second is behind that of the first.
 
-    rotation is None, or block and seed."""
+    rotation is None, or block and seed. kernel is that of a convolution's weights, or ()."""
 
     trits: NDArray[np.int8]
     scales: NDArray[np.float32]
@@ -93,16 +94,18 @@ class Ternary:
     transposed: bool
     planes: int
     rotation: tuple[int, int] | None = None
+    kernel: tuple[int, ...] = ()
 
     def dequantize(self) -> NDArray[np.float32]:
         """The weights (..., rows, cols) float32: those stored, of a rotated tensor turned back.
 
-        The rotation is undone in float64 and the result rounded to float32.
+        The rotation is undone in float64 and the result rounded to float32. Of a convolution they
+        are (rows, *kernel).
         """
-        stored = self.stored()
-        if self.rotation is None:
-            return stored
-        return unrotate(stored.astype(np.float64), *self.rotation).astype(np.float32)
+        weights = self.stored()
+        if self.rotation is not None:
+            weights = unrotate(weights.astype(np.float64), *self.rotation).astype(np.float32)
+        return weights.reshape(len(weights), *self.kernel) if self.kernel else weights
 
     def stored(self) -> NDArray[np.float32]:
         """scale * trit, (..., rows, cols) float32: exact, for a trit is -1, 0 or +1.
@@ -324,6 +327,11 @@ def check_record(name: str, record: Any, features: set[str]) -> bool:
         good = good and "rotation" in features and codec == "base3"
         told = f"{record['rotation']!r}, codec {codec}, features {features}"
         require(good, "record-rotation-bad", f"{name}: rotation is {told}")
+    if "kernel" in record:
+        good = is_kernel(record["kernel"], shape) and "transposed" not in record
+        good = good and "kernel" in features and codec == "base3"
+        told = f"{record['kernel']!r}, shape {shape}, codec {codec}, features {features}"
+        require(good, "record-kernel-bad", f"{name}: kernel is {told}")
     if "coding" in record:
         types = {"F16", "BF16", "F32"} | ({"U8"} if "scale8" in features else set())
         cols, planes = shape[-1], record.get("planes", 1)
@@ -334,6 +342,13 @@ def check_record(name: str, record: Any, features: set[str]) -> bool:
         told = f"{record['coding']!r}, scales {record.get('scale_dtype')!r}, features {features}"
         require(good, "record-coding-bad", f"{name}: coding is {told}, or its rows are too long")
     return True
+
+
+def is_kernel(value: object, shape: list[int]) -> bool:
+    """True for two or three integers >= 1 whose product is the columns of a matrix."""
+    if not isinstance(value, list) or len(value) not in (2, 3) or len(shape) != 2:
+        return False
+    return all(is_size(n) and n >= 1 for n in value) and math.prod(value) == shape[-1]
 
 
 def is_rotation(value: object, cols: int) -> bool:
@@ -606,7 +621,8 @@ def decode_packed(
     rotation = None
     if "rotation" in record:
         rotation = record["rotation"]["block"], record["rotation"]["seed"]
-    return Ternary(numbers, values, scale.dtype, group_size, transposed, planes, rotation)
+    kernel = tuple(record.get("kernel", ()))
+    return Ternary(numbers, values, scale.dtype, group_size, transposed, planes, rotation, kernel)
 
 
 # Files and directories

@@ -213,7 +213,9 @@ def test_what_cannot_be_packed_is_refused_and_leaves_nothing(net: Net, tmp_path:
 
     refused(SelectionError, "Net: none of its 19 tensors becomes ternary", net, keep=["blocks.*"])
     refused(SelectionError, r"--keep 'block\.\*': matches no tensor", net, keep=["block.*"])
-    refused(SelectionError, "cannot be one: weight of a Conv2d", net, include=["stem.0.weight"])
+    refused(
+        SelectionError, "cannot be one: weight of a BatchNorm2d", net, include=["stem.1.weight"]
+    )
     refused(SelectionError, "none of its 2 tensors", nn.Linear(200, 200))
     with torch.device("meta"):
         refused(UsageError, "is on meta", Net())

@@ -91,6 +91,7 @@ def assert_is(expected: dict[str, Any], found: Stored, checkpoint: Checkpoint, n
     assert record.group_size == expected["group_size"]
     assert record.planes == expected.get("planes", 1)
     assert record.transposed == expected["transposed"]
+    assert list(record.kernel) == expected.get("kernel", [])
     if record.kind == "int8":
         assert data.tolist() == expected["weights"]
     elif record.kind == "int4":

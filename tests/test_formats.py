@@ -71,7 +71,8 @@ def assert_content(
             assert list(tensor.shape) == want["shape"]
             assert tensor.data.hex() == want["data"]
             continue
-        assert list(tensor.dequantize().shape) == want["shape"]
+        kernel = want.get("kernel", want["shape"][-1:])
+        assert list(tensor.dequantize().shape) == [*want["shape"][:-1], *kernel]
         assert tensor.group_size == want["group_size"]
         assert tensor.transposed == want["transposed"]
         if isinstance(tensor, reference.Integers):

@@ -200,13 +200,14 @@ def _uncalibrated(loaded: LoadedBlock, unseen: Mapping[str, Mapping[int, int]]) 
     for name, experts in unseen.items():
         # a tensor of numbers goes the way of the weights, to find where each matrix comes from
         weight = loaded.weight(name)
-        count = torch.full((len(weight) if weight.ndim == 3 else 1, 1, 1), -1.0)
+        count = torch.full((len(weight) if weight.ndim == 3 else 1,), -1.0)
         for expert, tokens in experts.items():
             count[expert] = tokens
-        counts[f"{loaded.path}.{name}"] = count.expand(-1, *weight.shape[-2:]).reshape(weight.shape)
+        each = count.view(-1, *(1,) * (weight.ndim - 1))
+        counts[f"{loaded.path}.{name}"] = each.expand(weight.shape).contiguous()
     found = {}
     for name, value in loaded.blocks.on_disk(counts).items():
         for expert, one in enumerate(value if value.ndim == 3 else value[None]):
-            if float(one[0, 0]) >= 0:
-                found[name if value.ndim < 3 else f"{name}[{expert}]"] = int(one[0, 0])
+            if (tokens := int(one.flatten()[0])) >= 0:
+                found[f"{name}[{expert}]" if value.ndim == 3 else name] = tokens
     return found

@@ -197,9 +197,7 @@ def read_planes(file: Path) -> dict[str, tuple[Tensor, ...]]:
         if record.codec != BASE3:
             continue
         dense = [t.dequantize(torch.float32) for t in read_solved(packed, name, record)]
-        tensors[name] = tuple(
-            t.transpose(-1, -2).contiguous() if record.transposed else t for t in dense
-        )
+        tensors[name] = tuple(container.as_source(t, record) for t in dense)
     return tensors
 
 
@@ -214,12 +212,12 @@ def sum_planes(planes: Sequence[Tensor]) -> Tensor:
 def form_of(plan: TensorPlan) -> Form:
     """How a tensor that is planned so is stored."""
     layout = plan.group_size, plan.choice.transposed, *plan.rotation
-    return Form(*layout, scale_dtype=plan.scale_dtype, codec=plan.choice.codec)
+    dtype, codec = plan.scale_dtype, plan.choice.codec
+    return Form(*layout, scale_dtype=dtype, codec=codec, kernel=plan.kernel)
 
 
 def _exact(name: str, plan: TensorPlan, value: Tensor) -> Ternary:
     """A tensor of the source's shape whose values are ternary already, as trits and scales."""
-    logical = value.transpose(-1, -2) if plan.choice.transposed else value
-    ternary = levels(logical.contiguous(), plan.group_size)
+    ternary = levels(form_of(plan).turn(value).contiguous(), plan.group_size)
     assert ternary is not None, f"{name} is not ternary"
     return ternary

@@ -1,9 +1,10 @@
 """What a block's weights are multiplied by, and what is added to their products.
 
 `Trace` watches one forward of a block. It recognises a product with a weight by the weight's
-memory, so it needs no list of module types: linear layers, GPT-2's transposed ones, and experts
-that are slices of a stack all end in a product of torch. Weights that are multiplied by the same
-input form a sequential group ([q k v], [gate up]); groups follow each other as they are run.
+memory, so it needs no list of module types: linear layers, GPT-2's transposed ones, convolutions
+(of the patches that their kernels meet), and experts that are slices of a stack all end in a
+product of torch. Weights that are multiplied by the same input form a sequential group ([q k v],
+[gate up]); groups follow each other as they are run.
 
 It also follows a product into the sums that it enters, usually the residual stream: in
 
@@ -24,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from ternarize.runtime.unfold import as_pair, padded_as_told, patches_of
 
 
 @dataclass
@@ -60,6 +63,8 @@ _MATMUL = {
     Tensor.__matmul__,
 }
 _ADDMM = {torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm}
+_CONVOLVE = {F.conv2d, torch.conv2d}
+_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 
 # in the order in which they are given by position
@@ -119,6 +124,9 @@ class Trace(TorchFunctionMode):
         if func in _LINEAR or func in _MATMUL or func in _ADDMM:
             self._close(args)
             self._multiply(func, args, kwargs, result)
+        elif func in _CONVOLVE:
+            self._close(args)
+            self._convolve(dict(zip(_CONVOLUTION, args, strict=False)) | kwargs, result)
         elif (func in _SAME or func in _MUL) and args and isinstance(result, Tensor):
             self._follow(func, args, result)
         elif isinstance(result, Tensor):
@@ -145,6 +153,22 @@ class Trace(TorchFunctionMode):
             self.products.append(Product(name, expert, x, result, bias, source=source))
             if whole.ndim == 2:
                 self._marked[id(result)] = (result, [self.products[-1]])
+        self._check()
+
+    def _convolve(self, given: Mapping[str, Any], result: Tensor) -> None:
+        """A convolution is the product of its patches; with its bias no sum is followed."""
+        name = self._names.get(given["weight"].untyped_storage().data_ptr())
+        if name is None:
+            return
+        images, kernel = given["input"], as_pair(given["weight"].shape[2:])
+        stride, dilation = (as_pair(given.get(each, 1)) for each in ("stride", "dilation"))
+        around = padded_as_told(images, given.get("padding", 0), kernel, dilation)
+        x = patches_of(around, kernel, stride, dilation)
+        # the same images in other patches are other inputs
+        place = images.data_ptr(), images._version, images.numel(), *around.shape[-2:]
+        source = (*place, *kernel, *stride, *dilation)
+        y = torch.movedim(result, 1, -1)
+        self.products.append(Product(name, 0, x, y, given.get("bias"), source))
         self._check()
 
     def _keep(self, changed: Any) -> None:

@@ -28,6 +28,7 @@ from ternarize.plans.rules import rules_of
 from ternarize.qat.modules import latent_modules
 from ternarize.qat.rounding import Form
 from ternarize.runtime.forms import dense_weight
+from ternarize.runtime.modules.convolution import TernaryConv2d
 from ternarize.runtime.modules.embedding import PackedEmbedding
 from ternarize.runtime.modules.linear import TernaryLinear
 from ternarize.runtime.packed import packed_modules
@@ -68,10 +69,10 @@ def pack_module(
     dtype        of what is kept: float32, float16, bfloat16; None: as the module has it
 
     Of a module with latent or packed weights it is these that are packed, and nothing else but
-    tables, by `embeddings`. Convolutions are kept, as all that is neither (`plans.judge_module` has
-    the reasons). A tensor with several names is stored once. Raises UsageError, SelectionError,
-    WeightError and OutputError as `convert` does, the first also for a state dict that holds more
-    than tensors.
+    tables, by `embeddings`. Convolutions are packed where they are most of the weights
+    (`plans.judge_module` has the reasons). A tensor with several names is stored once. Raises
+    UsageError, SelectionError, WeightError and OutputError as `convert` does, the first also for a
+    state dict that holds more than tensors.
     """
     module = inner_model(module)
     name = type(module).__name__
@@ -122,7 +123,7 @@ def _forms(module: nn.Module) -> dict[str, Form]:
     }
     for path, packed in packed_modules(module).items():
         for leaf, layout in packed.layouts.items():
-            plain = isinstance(packed, (TernaryLinear, PackedEmbedding))
+            plain = isinstance(packed, (TernaryLinear, TernaryConv2d, PackedEmbedding))
             if not plain or layout.codec != BASE3 or layout.planes > 1 or layout.rotation[0]:
                 raise UsageError(
                     f"{path}.{leaf}",
@@ -132,14 +133,17 @@ def _forms(module: nn.Module) -> dict[str, Form]:
                 )
             scale = packed.state_dict()[f"{leaf}_scale"]
             name = DTYPE_NAMES[scale.dtype]
-            forms[f"{path}.{leaf}"] = Form(layout.group_size, scale_dtype=name)
+            form = Form(layout.group_size, scale_dtype=name, kernel=layout.kernel)
+            forms[f"{path}.{leaf}"] = form
     return forms
 
 
 def _as_it_is(name: str, verdict: Verdict, forms: dict[str, Form]) -> Verdict:
     """The verdict where the module itself says what is ternary."""
     if name in forms:
-        return Verdict(True, "ternary in the module", possible=True, parameters=(name,))
+        why = "ternary in the module"
+        kernels = forms[name].kernel != ()
+        return Verdict(True, why, possible=True, parameters=(name,), convolution=kernels)
     return replace(verdict, ternary=False, possible=False)
 
 
@@ -147,12 +151,13 @@ def _as_it_is(name: str, verdict: Verdict, forms: dict[str, Form]) -> Verdict:
 def _state(module: nn.Module, verdicts: dict[str, Verdict]) -> dict[str, Tensor]:
     """What is stored, by name, dense, on the CPU, and no memory twice."""
     given = dense_state(module)
-    packed: Any  # linear layers and tables: `_forms` has seen to that
+    packed: Any  # linear layers, convolutions and tables: `_forms` has seen to that
     for path, packed in packed_modules(module).items():
         del given[f"{path}.weight_scale"]
         weight, scale = packed.pair("weight")
         layout = packed.layouts["weight"]
-        given[f"{path}.weight"] = dense_weight(weight, scale, layout, torch.float32)
+        dense = dense_weight(weight, scale, layout, torch.float32)
+        given[f"{path}.weight"] = dense.unflatten(1, layout.kernel) if layout.kernel else dense
     state, seen = {}, set[int]()
     for name in (each for each in verdicts if each in given):
         if given[name].is_meta:

@@ -198,6 +198,8 @@ def _tensor_record(
     row["group_size"] = result.group_size
     if tensor.planes > 1:
         row["planes"] = tensor.planes
+    if tensor.kernel:
+        row["kernel"] = True
     if tensor.rotation[0]:
         row["rotation"] = tensor.rotation[0]
     row["bpw"] = round(row["stored_bytes"] * 8 / size, 4)

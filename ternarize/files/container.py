@@ -125,6 +125,15 @@ def dequantize(packed: Tensor, scales: Tensor, record: Record) -> Tensor:
     return (torch.stack(parts) if parts else torch.empty(0)).view(record.shape)
 
 
+def as_source(weight: Tensor, record: Record) -> Tensor:
+    """A packed tensor's weight, dense, as its source has it: turned, or as kernels."""
+    if record.shape is None:
+        return weight
+    if record.transposed:
+        return weight.transpose(-1, -2).contiguous()
+    return weight.reshape(record.dense_shape)
+
+
 def _nonzero_groups(packed: Tensor, record: Record, threads: int = THREADS) -> Tensor:
     """Check stored rows (..., width); returns (..., planes * groups): which groups are not zero."""
     assert record.shape is not None

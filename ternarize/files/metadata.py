@@ -6,10 +6,10 @@ be ignored and the weight would be random. The file's `__metadata__` holds, unde
 format version, the features a reader must know, and a record for each tensor: logical shape, group
 size, codec, and a SHA-256 of the stored bytes, so that a file proves its own decode.
 
-Six features are written only where they are used: `scale8` (scales in 8 bits), `planes` (a weight
+Seven features are written only where they are used: `scale8` (scales in 8 bits), `planes` (a weight
 as the sum of two ternary matrices, whose rows lie one behind the other), `rotation` (a matrix that
 meets rotated inputs), `int8` and `int4` (the codecs of these names), `rans` (bytes and scales that
-are coded by their frequencies).
+are coded by their frequencies), `kernel` (a matrix whose rows are the kernels of a convolution).
 
 formats/container.md is the definition; here are its shipped writer and reader. Whatever comes from
 a file is checked before it is used: against the headers here, its bytes in container.py.
@@ -36,9 +36,9 @@ from ternarize.trits.rotation import BLOCKS
 from ternarize.trits.ternary import group_count
 
 FORMAT_VERSION = 1
-SCALE8, PLANES, ROTATION, RANS = "scale8", "planes", "rotation", "rans"
+SCALE8, PLANES, ROTATION, RANS, KERNEL = "scale8", "planes", "rotation", "rans", "kernel"
 FEATURES = frozenset(
-    {SCALE8, PLANES, INT8, INT4, ROTATION, RANS}
+    {SCALE8, PLANES, INT8, INT4, ROTATION, RANS, KERNEL}
 )  # those that this version can read
 KEY = "ternarize"  # in __metadata__, and the quant_method in config.json
 CODECS = {BASE3: "U8", INT8: "I8", INT4: "U8"}  # and the dtype in which each is stored
@@ -50,6 +50,7 @@ SCALE_DTYPES = {  # of scales that are floating-point numbers; a ternary tensor'
 }
 LONGEST_GROUP = 2**63 - 1  # one that is longer than this, and so than any row, is the row as well
 _PACKED_MEMBERS = {"shape", "group_size", "codec", "transposed", "planes", "rotation", "coding"}
+_PACKED_MEMBERS |= {"kernel"}
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Record:
     scale8       its scales are in 8 bits, which their dtype says and no member of the record
     coded        it is stored as a stream (rans.md)
     coded_scales the dtype of its scales where they are a stream, too, which does not say it; or ""
+    kernel       of a convolution: (in, height, width), of which cols is the product: the source
+                 stores the matrix as (rows, *kernel); () of other matrices
     """
 
     sha256: str
@@ -79,6 +82,7 @@ class Record:
     rotation: tuple[int, int] = (0, 0)
     coded: bool = False
     coded_scales: str = ""
+    kernel: tuple[int, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -93,9 +97,15 @@ class Record:
         if self.shape is None:
             return set()
         uses = {SCALE8: self.scale8, PLANES: self.planes > 1, ROTATION: self.rotation[0] > 0}
-        uses[RANS] = self.coded
+        uses |= {RANS: self.coded, KERNEL: self.kernel != ()}
         uses |= {codec: self.codec == codec for codec in (INT8, INT4)}
         return {feature for feature, used in uses.items() if used}
+
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """The shape of the weight that a packed tensor stands for, not transposed."""
+        assert self.shape is not None
+        return (*self.shape[:-1], *self.kernel) if self.kernel else self.shape
 
     def stored_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of the packed tensor and of its scales."""
@@ -159,6 +169,7 @@ def _members(record: Record) -> dict[str, Any]:
         **({"planes": record.planes} if record.planes > 1 else {}),
         **({"rotation": {"block": block, "seed": seed}} if block else {}),
         **({"transposed": True} if record.transposed else {}),
+        **({"kernel": list(record.kernel)} if record.kernel else {}),
         **({"coding": RANS} if record.coded else {}),
         **({"scale_dtype": record.coded_scales} if record.coded_scales else {}),
         "sha256": record.sha256,
@@ -393,6 +404,10 @@ def _parse_record(where: str, value: Any) -> Record:
         good = found is not None and codec == BASE3
         need("rotation", good, f"{blocks}, and a seed below 2^32, in codec base3 alone")
         rotation = found or rotation
+    kernel: Any = value.get("kernel", [])
+    fits = _is_kernel(kernel, shape) and not transposed and codec == BASE3
+    told = f"sizes of {shape[-1]} weights in all, of a matrix in codec base3"
+    need("kernel", "kernel" not in value or fits, told)
     coded = "coding" in value
     known = value.get("coding") == RANS and codec == BASE3
     need("coding", not coded or known, "rans, in codec base3 alone")
@@ -412,6 +427,7 @@ def _parse_record(where: str, value: Any) -> Record:
         rotation=rotation,
         coded=coded,
         coded_scales=scales,
+        kernel=tuple(kernel),
     )
     if coded and not record.can_be_coded:
         raise damaged(where, "is coded, with rows that are longer than those can be")
@@ -425,6 +441,13 @@ def _parse_rotation(value: Any, cols: int) -> tuple[int, int] | None:
         if known and type(seed) is int and 0 <= seed < 2**32:
             return block, seed
     return None
+
+
+def _is_kernel(kernel: Any, shape: list[int]) -> bool:
+    """Whether the rows of a matrix can be kernels of (in, width) or (in, height, width)."""
+    if not isinstance(kernel, list) or len(kernel) not in (2, 3) or len(shape) != 2:
+        return False
+    return all(type(n) is int and n >= 1 for n in kernel) and math.prod(kernel) == shape[-1]
 
 
 def _is_matrix(shape: Any) -> bool:

@@ -134,6 +134,17 @@ class Skeleton:
         return found
 
     @cached_property
+    def convolutional(self) -> bool:
+        """Whether most weights are those of convolutions that can run as ternary."""
+        kernels = sum(
+            module.weight.numel()
+            for path, module in self.modules.items()
+            if is_convolution(module) and path in self.inside and path not in self.foreign
+        )
+        matrices = {id(p): p.numel() for p in self.model.parameters() if p.ndim > 1}
+        return 2 * kernels > sum(matrices.values())
+
+    @cached_property
     def expert_counts(self) -> set[int]:
         """Every number in the configuration that counts experts."""
         configs = (self.model.config, text_config(self.model.config))
@@ -218,6 +229,19 @@ def is_linear(cls: type) -> bool:
             return torch.allclose(y, nn.functional.linear(x, probe.weight, probe.bias))
     except Exception:  # it needs more than a weight and a bias, or returns no tensor
         return False
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether a module is a plain two-dimensional convolution, every output of all inputs.
+
+    Not a subclass that does something else with its weight, or in its forward. With several groups
+    (depthwise ones among them) an output sees a part of the inputs, which no row of a matrix does.
+    """
+    if not isinstance(module, nn.Conv2d) or module.groups != 1:
+        return False
+    cls: Any = type(module)
+    plain: Any = nn.Conv2d
+    return cls.forward is plain.forward and cls._conv_forward is plain._conv_forward
 
 
 def model_end(model: Any, which: str) -> nn.Module | None:

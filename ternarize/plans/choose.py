@@ -71,6 +71,7 @@ def select(
             verdict.parameters,
             copies.get(name, ""),
             verdict.bound,
+            verdict.convolution,
         )
     check_together(matches, verdicts, ends, choices)
     return list(choices.values())

@@ -7,9 +7,12 @@ applies when it loads the checkpoint, so the verdict is about the module that wi
 what its name looks like, and a model released tomorrow needs no entry in a table.
 
 Ternary by default: the weights of linear layers and of experts inside the repeated blocks (below an
-`nn.ModuleList` of modules that have children). Kept by default, with the reason:
+`nn.ModuleList` of modules that have children), and those of two-dimensional convolutions there if
+they are most of the model's weights. Kept by default, with the reason:
 
-    embedding, norm, bias, convolution, buffer
+    embedding, norm, bias, buffer
+    convolution                        where they are not most of the weights, and always those of
+                                       one or three dimensions, in groups, or transposed
     router                             small, and one wrong choice costs a whole expert
     output head                        the last layer; its error reaches the logits undamped
     outside the repeated blocks        poolers, classifiers, projections: few weights, much harm
@@ -39,12 +42,13 @@ from transformers.pytorch_utils import Conv1D
 from ternarize.errors import some
 from ternarize.models.configuration import text_config
 from ternarize.models.places import Place, bars_rows, turns_if_needed
-from ternarize.models.skeleton import END_NAMES, Skeleton, is_linear
+from ternarize.models.skeleton import END_NAMES, Skeleton, is_convolution, is_linear
 from ternarize.models.source_code import reads_transposed
 
 LARGE = 2**20  # elements; an unexplained weight of this size stops the conversion
 LINEAR = "linear in a repeated block"
 EXPERTS = "experts in a repeated block"
+CONVOLUTION = "convolution in a repeated block"
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Verdict:
     error: tuple[str, ...] = ()
     bound: bool = False
     table: bool = False
+    convolution: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,11 +135,13 @@ def _judge_alone(parameter: str, skeleton: Skeleton) -> Verdict:
     cls: type = type(module)
     transposed: bool | None = isinstance(module, Conv1D)
     linear = leaf == "weight" and (transposed or is_linear(cls))
+    kernels = leaf == "weight" and is_convolution(module)
     experts = weight.ndim == 3 and "expert" in f"{path}.{cls.__name__}".lower()
-    if reason := _why_never(parameter, linear or experts, skeleton):
+    if reason := _why_never(parameter, linear or experts or kernels, skeleton):
         return Verdict(False, reason)
     # What follows can run as ternary; the reasons against it are judgement.
     against = _first(
+        (kernels and not skeleton.convolutional, "convolution"),
         (path in skeleton.heads, "output head"),
         (path in skeleton.foreign, "encoder of another modality"),
         (path not in skeleton.inside, "outside the repeated blocks"),
@@ -150,7 +157,8 @@ def _judge_alone(parameter: str, skeleton: Skeleton) -> Verdict:
         return Verdict(False, "unknown orientation", error=error)
     if transposed is None:
         return Verdict(False, against)
-    return Verdict(not against, against or (EXPERTS if experts else LINEAR), True, transposed)
+    reason = EXPERTS if experts else CONVOLUTION if kernels else LINEAR
+    return Verdict(not against, against or reason, True, transposed, convolution=kernels)
 
 
 def _why_never(parameter: str, multiplied: bool, skeleton: Skeleton) -> str:
@@ -169,7 +177,7 @@ def _why_never(parameter: str, multiplied: bool, skeleton: Skeleton) -> str:
         (isinstance(module, nn.Embedding), "embedding"),
         ("norm" in kind, "norm"),
         (leaf.endswith("bias"), "bias"),
-        (isinstance(module, nn.modules.conv._ConvNd), "convolution"),
+        (not multiplied and isinstance(module, nn.modules.conv._ConvNd), "convolution"),
         (attention, "part of nn.MultiheadAttention"),
         (not multiplied and path in skeleton.heads, "output head"),
         (not multiplied and router, "router"),

@@ -2,11 +2,14 @@
 
 There is no config.json, and no class of transformers that would say more: a linear weight is known
 by the type of its module, as in judge.py. Ternary by default: the weights of linear layers that are
-not small. Which of them is an output head, or stands outside of repeated blocks, nothing shows:
---keep says it. Kept, with the reason:
+not small; and likewise those of two-dimensional convolutions, but for the first one, where they are
+most of the module's weights. Which is an output head, or stands outside of repeated blocks, nothing
+shows: --keep says it. Kept, with the reason:
 
-    <name> of a <Class>                of Conv2d, say: not a linear layer. Of Embedding and
+    <name> of a <Class>                of Conv1d, say: not a linear layer; of a Conv2d in groups, or
+                                       beside more weights of other layers. Of Embedding and
                                        EmbeddingBag tables, which --embeddings packs
+    the first convolution              few weights, which meet the image itself
     rows changed by max_norm           of a table, by looking them up
     fewer than <n> weights             little is saved, and heads are often small
     shared by modules                  both must stay one float parameter
@@ -23,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ternarize.errors import UsageError
-from ternarize.models.skeleton import is_linear
+from ternarize.models.skeleton import is_convolution, is_linear
 from ternarize.models.source_code import raw_reads
 from ternarize.plans.judge import Verdict
 
@@ -69,6 +72,7 @@ def judge_module(module: nn.Module, smallest: int = SMALLEST) -> dict[str, Verdi
     modules = dict(module.named_modules(remove_duplicate=False))
     holders = holders_of(module)
     barred = {**_reads(modules), "": "the module itself"}
+    against = _against_convolutions(module)
     verdicts = {}
     for name in dict.fromkeys(stored_names(module).values()):
         path, _, leaf = name.rpartition(".")
@@ -77,7 +81,8 @@ def judge_module(module: nn.Module, smallest: int = SMALLEST) -> dict[str, Verdi
         weight = owner._parameters.get(leaf) if path in modules else None
         count, why = 0, f"{leaf} of a {kind.__name__}"
         linear, table = is_linear(kind), isinstance(owner, TABLES)
-        if leaf == "weight" and weight is not None and (linear or table):
+        kernels = is_convolution(owner)
+        if leaf == "weight" and weight is not None and (linear or table or kernels):
             count, why = weight.numel(), barred.get(path, "")
             if getattr(owner, "max_norm", None) is not None:
                 why = "rows changed by max_norm"
@@ -95,9 +100,23 @@ def judge_module(module: nn.Module, smallest: int = SMALLEST) -> dict[str, Verdi
             verdicts[name] = Verdict(False, reason, True, parameters=(name,), table=large)
         else:
             small = f"fewer than {smallest} weights" if count < smallest else ""
-            reason = small or "linear layer"
-            verdicts[name] = Verdict(not small, reason, possible=True, parameters=(name,))
+            small = (against.get(id(owner), "") if kernels else "") or small
+            reason = small or ("convolution" if kernels else "linear layer")
+            verdicts[name] = Verdict(
+                not small, reason, possible=True, parameters=(name,), convolution=kernels
+            )
     return verdicts
+
+
+def _against_convolutions(module: nn.Module) -> dict[int, str]:
+    """Identity of each convolution that stays by default -> why."""
+    found = [each for each in module.modules() if is_convolution(each)]
+    weights = {id(p): p.numel() for p in module.parameters() if p.ndim > 1}
+    kernels = sum({id(each.weight): each.weight.numel() for each in found}.values())
+    if 2 * kernels <= sum(weights.values()):
+        return {id(each): "weight of a Conv2d" for each in found}
+    convolutions = (each for each in module.modules() if isinstance(each, nn.Conv2d))
+    return {id(next(convolutions)): "the first convolution"}
 
 
 def verdicts_on_record(rows: Mapping[str, Any]) -> dict[str, Verdict]:
@@ -113,6 +132,7 @@ def verdicts_on_record(rows: Mapping[str, Any]) -> dict[str, Verdict]:
             parameters=(name,),
             bound=True,
             table=str(row.get("reason")).startswith("--embeddings "),
+            convolution=row.get("kernel") is True,
         )
         for name, row in rows.items()
     }

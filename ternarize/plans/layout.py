@@ -29,7 +29,8 @@ SHOWN_FILES = 8  # in a note; the plan lists all
 class TensorPlan:
     """One tensor of the source and what it becomes.
 
-    shape        logical shape: (rows, cols) or (experts, rows, cols) if packed, else as stored
+    shape        logical shape: (rows, cols) or (experts, rows, cols) if packed, else as stored; of
+                 a convolution (out, in * height * width)
     group_size   as in ternarize.trits.ternary
     dtype        of a kept tensor
     tied_to      the tensor of which this one is a copy; then nothing is stored
@@ -63,6 +64,11 @@ class TensorPlan:
     @property
     def packed(self) -> bool:
         return self.choice.codec != ""
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Sizes of the kernels that are the rows of a packed matrix; () of others."""
+        return self.info.shape[1:] if self.packed and self.choice.convolution else ()
 
     @property
     def form(self) -> str:
@@ -121,6 +127,7 @@ class TensorPlan:
             self.planes,
             scale8=self.scale_dtype == "U8",
             rotation=self.rotation,
+            kernel=self.kernel,
         )
 
 

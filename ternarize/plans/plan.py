@@ -1,5 +1,6 @@
 """The plan of a conversion, made from headers, or from config.json alone."""
 
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -224,6 +225,8 @@ def _plan_tensor(info: TensorInfo, choice: Choice, recipe: Recipe) -> TensorPlan
     shape = info.shape
     if choice.codec and choice.transposed:
         shape = (*shape[:-2], shape[-1], shape[-2])
+    elif choice.codec and choice.convolution:
+        shape = (shape[0], math.prod(shape[1:]))
     if choice.codec and info.dtype not in _TERNARIZABLE:
         raise CheckpointError(
             info.file,
@@ -265,8 +268,8 @@ def _shards(source: Checkpoint, tensors: Iterable[TensorPlan]) -> list[Shard]:
 
 def calibrated_plan(tensor: TensorPlan, recipe: Recipe) -> TensorPlan:
     """The plan of a tensor that calibration finds: its inputs are rotated."""
-    if recipe.calibrate is None:  # trained from what `itf` gives
-        return tensor
+    if recipe.calibrate is None or tensor.kernel:
+        return tensor  # trained from what `itf` gives; or met by an input as often as it has places
     assert recipe.calibrate.rotation is not None, "of a recipe that is settled"
     block = block_size(tensor.shape[-1], recipe.calibrate.rotation)
     return replace(tensor, rotation=(block, recipe.calibrate.seed if block else 0))

@@ -109,6 +109,7 @@ class Choice:
                 packed in the same way
     copy_of     the tensor with the same values to which it is tied, which alone is stored; or ""
     bound       it is a buffer of the class, in which infinity is a value like others
+    convolution its rows are kernels: (out, in, height, width) on disk
     """
 
     name: str
@@ -120,6 +121,7 @@ class Choice:
     parameters: tuple[str, ...] = ()
     copy_of: str = ""
     bound: bool = False
+    convolution: bool = False
 
     @property
     def ternary(self) -> bool:

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ternarize.errors import UsageError
 from ternarize.files.headers import DTYPES
-from ternarize.models.skeleton import is_linear
+from ternarize.models.skeleton import is_convolution, is_linear
 from ternarize.qat.rounding import (
     FLOOR,
     RANGES,
@@ -35,6 +35,7 @@ from ternarize.qat.rounding import (
     trits_of,
 )
 from ternarize.runtime.products import gather_bags
+from ternarize.runtime.unfold import as_images, padded, patches_of
 from ternarize.trits.base3 import BASE3
 from ternarize.trits.int4 import INT4
 from ternarize.trits.rotation import unrotate
@@ -232,6 +233,24 @@ class QatLinear(Qat):
         return F.linear(input, self.forms["weight"].turn(weight), self.bias)
 
 
+class QatConv2d(Qat):
+    """A two-dimensional convolution of torch, whose kernels are the rows of a matrix."""
+
+    bias: Tensor | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        plain: Any = self
+        weight = self.rounded("weight")
+        if self.activations == "none":
+            found: Tensor = plain._conv_forward(input, weight, self.bias)
+            return found
+        # each patch is rounded by itself, as a packed convolution does it
+        sizes = (plain.kernel_size, plain.stride, plain.dilation)
+        patches = patches_of(padded(input if input.ndim == 4 else input[None], plain), *sizes)
+        rows = F.linear(rounded_inputs(patches), weight.flatten(1), self.bias)
+        return as_images(rows) if input.ndim == 4 else as_images(rows)[0]
+
+
 class QatEmbedding(Qat):
     """A token embedding: of the rows that are looked up alone the weight is worked out.
 
@@ -296,6 +315,8 @@ def mixin_of(module: nn.Module) -> type[Qat]:
     cls: Any = type(module)
     if is_linear(cls) or cls is Conv1D:
         return QatLinear
+    if is_convolution(module):
+        return QatConv2d
     if getattr(module, "scale_grad_by_freq", False):
         return QatOther  # rows that are looked up by themselves do not show how often they are
     if cls.forward is nn.EmbeddingBag.forward:

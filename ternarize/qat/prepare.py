@@ -24,7 +24,7 @@ from ternarize.plans.judge import Verdict
 from ternarize.plans.judge_module import TABLES, judge_module
 from ternarize.plans.judge_names import judge_by_names
 from ternarize.plans.recipe import ACTIVATIONS, GROUP_SIZE, KEEP, TERNARY, Recipe, read_recipe
-from ternarize.plans.rules import rules_of
+from ternarize.plans.rules import Choice, rules_of
 from ternarize.qat.modules import (
     LOG_SCALE,
     Qat,
@@ -105,9 +105,17 @@ def prepare(
         recipe = _begin_packed(model, start, form, activations, recipe)
     else:
         form = replace(form, scale_dtype="U8" if scale_bits == 8 else "F16")
-        turned = _chosen(model, recipe)
-        insert(model, {n: replace(form, transposed=t) for n, t in turned.items()}, activations)
-        for name in turned:
+        chosen = _chosen(model, recipe)
+        forms = {
+            name: replace(
+                form,
+                transposed=choice.transposed,
+                kernel=choice.shape[1:] if choice.convolution else (),
+            )
+            for name, choice in chosen.items()
+        }
+        insert(model, forms, activations)
+        for name in chosen:
             begin(model, name, model.get_parameter(name))
     model.ternarize_recipe = recipe  # type: ignore[assignment]  # by which `pack` chooses again
     return model
@@ -218,8 +226,8 @@ def begin_numbers(
     module.put(leaf, form.turn(sided), size)
 
 
-def _chosen(model: nn.Module, recipe: Recipe) -> dict[str, bool]:
-    """What a conversion would make ternary: parameter of the model -> whether it is transposed."""
+def _chosen(model: nn.Module, recipe: Recipe) -> dict[str, Choice]:
+    """What a conversion would make ternary: parameter of the model -> the choice that says so."""
     own = dict(model.named_parameters(remove_duplicate=False))
     config: dict[str, Any] | None = None
     verdicts: dict[str, Verdict] | None = None
@@ -231,19 +239,20 @@ def _chosen(model: nn.Module, recipe: Recipe) -> dict[str, bool]:
         raw = [f"{p}." for p, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
         shapes = {n: tuple(p.shape) for n, p in own.items() if not n.startswith(tuple(raw))}
         verdicts = judge_by_names(shapes)
+        by_type = {n: each for n, each in judge_module(model).items() if n in shapes}
+        verdicts |= {n: each for n, each in by_type.items() if each.convolution}
         if recipe.embeddings == TERNARY or recipe.include:
-            by_type = judge_module(model).items()
-            verdicts |= {n: each for n, each in by_type if n in shapes and _is_table(model, n)}
+            verdicts |= {n: each for n, each in by_type.items() if _is_table(model, n)}
     same: dict[int, list[str]] = {}
     for name, parameter in own.items():
         same.setdefault(id(parameter), []).append(name)
-    found: dict[str, bool] = {}
+    found: dict[str, Choice] = {}
     for choice in select(shapes, config, rules_of(recipe), verdicts=verdicts):
         for filled in (choice.parameters or (choice.name,)) if choice.ternary else ():
             if not own[filled].is_floating_point():
                 dtype = str(own[filled].dtype)[6:]
                 raise UsageError(filled, f"is {dtype}", "floating point", "Load a dense model")
-            found |= dict.fromkeys(same[id(own[filled])], choice.transposed)
+            found |= dict.fromkeys(same[id(own[filled])], choice)
     if not found:
         raise SelectionError(
             type(model).__name__,
@@ -289,6 +298,10 @@ def _begin_packed(
         else:  # biases and norms that were fitted; a head in 8 bits, which will be again
             dense.data.copy_(values[name])
             dense.requires_grad_(dense.requires_grad and name not in forms)
+    kept = model.state_dict()
+    for name, buffer in model.named_buffers():  # running means of norms
+        if name in kept and name in values:
+            buffer.copy_(values[name])
     sizes = {each.group_size for each in ternary.values()}
     return replace(recipe, group_size=sizes.pop() if len(sizes) == 1 else None)
 
@@ -300,6 +313,7 @@ def _values_of(start: str | Path) -> tuple[dict[str, Tensor], dict[str, Form | N
     """
     model = load(start)
     values = {n: p.data for n, p in model.named_parameters(remove_duplicate=False)}
+    values |= dict(model.named_buffers(remove_duplicate=False))
     forms: dict[str, Form | None] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, Packed):
@@ -314,7 +328,9 @@ def _values_of(start: str | Path) -> tuple[dict[str, Tensor], dict[str, Form | N
             read = dense_matrix if ternary else dense_weight
             stack = [packed, scales] if packed.ndim == 3 else [packed[None], scales[None]]
             parts = [read(p, s, layout, torch.float32) for p, s in zip(*stack, strict=True)]
-            value = torch.stack(parts).reshape(*packed.shape[:-1], layout.cols)
+            value = torch.stack(parts).reshape(
+                *packed.shape[:-1], *(layout.kernel or (layout.cols,))
+            )
             values[name] = value.transpose(-1, -2) if layout.transposed else value
             # matrices with a scale each that the model fuses: each row gets its own
             several = layout.group_size == 0 and scales.shape[-2] > 1
@@ -327,6 +343,7 @@ def _values_of(start: str | Path) -> tuple[dict[str, Tensor], dict[str, Form | N
                     layout.transposed,
                     *layout.rotation,
                     scale_dtype=dtype if dtype in RANGES else "F32",
+                    kernel=layout.kernel,
                 )
             )
     return values, forms

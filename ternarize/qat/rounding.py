@@ -60,6 +60,7 @@ class Form:
     estimator   of the gradient: ESTIMATORS
     scale_dtype of the file: "F16", "F32" or "U8" (8 bits)
     codec       "base3" (ternary); "int8" or "int4", whose scales are learned, without a rotation
+    kernel      of a convolution, whose parameter is (rows, *kernel); () of others
     """
 
     group_size: int
@@ -70,9 +71,13 @@ class Form:
     estimator: str = "clipped"
     scale_dtype: str = "F16"
     codec: str = BASE3
+    kernel: tuple[int, ...] = ()
 
     def turn(self, parameter: Tensor) -> Tensor:
         """Between the parameter's orientation and (..., rows, cols)."""
+        if self.kernel:
+            flat = parameter.ndim == 2
+            return parameter.unflatten(1, self.kernel) if flat else parameter.flatten(1)
         return parameter.transpose(-1, -2) if self.transposed else parameter
 
     def parameter(self, stored: Tensor) -> Tensor:

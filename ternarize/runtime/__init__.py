@@ -10,7 +10,8 @@ may import transformers, and all rooms above it but for those where sources come
     forms.py      in which form a packed parameter is held: its layout, columns, lanes; and dense
     products.py   y = x W^T by what serves the weight, the input and the device
     packed.py     what packed modules have in common
-    modules/      linear layers, fused experts, token embeddings
+    unfold.py     the patches of images that a convolution multiplies
+    modules/      linear layers, convolutions, fused experts, token embeddings
     adapters.py   PEFT's adapters beside packed layers
     plugin/       what transformers calls to load and to save
     load.py       `ternarize.load`, and the import hook that registers the plug-in

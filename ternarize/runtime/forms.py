@@ -59,6 +59,7 @@ class Layout:
     codec        "base3", "int8" or "int4"
     planes       ternary matrices whose sum is the weight
     rotation     (block, seed): the matrix stands for W R, and meets R^T x; block 0: none
+    kernel       of a convolution, whose weight is (rows, *kernel); () of others
     lanes        None where the parameter is held in its stored form
     """
 
@@ -69,6 +70,7 @@ class Layout:
     codec: str = BASE3
     planes: int = 1
     rotation: tuple[int, int] = (0, 0)
+    kernel: tuple[int, ...] = ()
     lanes: Lanes | None = None
 
     def __post_init__(self) -> None:
@@ -85,7 +87,7 @@ class Layout:
     @property
     def options(self) -> dict[str, Any]:
         """What `TernaryLinear` is told of it by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)[1:-1]}
+        return {field.name: getattr(self, field.name) for field in fields(self)[1:-2]}
 
     def width(self, cols: int | None = None) -> int:
         """Elements of a packed row; `cols` for a part of it."""

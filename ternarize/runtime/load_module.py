@@ -1,8 +1,8 @@
 """A packed checkpoint loaded into a module of torch's that is none of transformers'.
 
-The user builds the module, with memory or on meta. Its linear layers whose weights are packed are
-replaced by ours, embeddings made ours as they stand, and everything is filled by name: nothing is
-renamed, and nothing may be missing.
+The user builds the module, with memory or on meta. Its linear layers and convolutions whose weights
+are packed are replaced by ours, embeddings made ours as they stand, and everything is filled by
+name: nothing is renamed, and nothing may be missing.
 """
 
 from collections.abc import Mapping
@@ -18,8 +18,9 @@ from ternarize.files import container
 from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.headers import DTYPES, stamp
 from ternarize.files.metadata import Record
-from ternarize.models.skeleton import is_linear
+from ternarize.models.skeleton import is_convolution, is_linear
 from ternarize.plans.judge_module import TABLES, holders_of, stored_names
+from ternarize.runtime.modules.convolution import TernaryConv2d
 from ternarize.runtime.modules.embedding import packed_embedding
 from ternarize.runtime.modules.linear import TernaryLinear
 from ternarize.runtime.packed import use_lanes
@@ -89,9 +90,13 @@ def _check_fit(module: nn.Module, packed: Checkpoint, records: Mapping[str, Reco
         else:
             owner = modules.get(path)
             cls: type = type(owner)
-            if record.transposed or not path or not (is_linear(cls) or issubclass(cls, TABLES)):
+            fits, what = is_linear(cls) or issubclass(cls, TABLES), "linear layer or a table"
+            if record.kernel:
+                fits, what = owner is not None and is_convolution(owner), "convolution"
+            if record.transposed or not path or not fits:
                 found = f"is packed, and in {kind} it is of a {cls.__name__}"
-                raise FormatError(name, found, "a weight of a linear layer or a table", _REMEDY)
+                raise FormatError(name, found, f"a weight of a {what}", _REMEDY)
+            shape = record.dense_shape
             if holders[id(tensor)] != {id(owner)}:
                 found = f"is packed, and in {kind} several modules share it"
                 raise FormatError(name, found, "a weight of one module", _REMEDY)
@@ -123,15 +128,20 @@ def _insert(
             dtype = next(iter(floats)) if len(floats) == 1 else None
             packed_embedding(old, layout, rows, source.scale_dtype, dtype)
             continue
-        new = TernaryLinear(
-            old.in_features,
-            old.out_features,
-            old.bias is not None,
-            scale_dtype=source.scale_dtype,
-            device="meta",
-            dtype=old.weight.dtype,
-            **layout.options,
-        )
+        new: Any
+        if layout.kernel:
+            rows = 1 if layout.group_size == 0 else old.out_channels
+            new = TernaryConv2d(old, layout, rows, source.scale_dtype, "meta")
+        else:
+            new = TernaryLinear(
+                old.in_features,
+                old.out_features,
+                old.bias is not None,
+                scale_dtype=source.scale_dtype,
+                device="meta",
+                dtype=old.weight.dtype,
+                **layout.options,
+            )
         if old.bias is not None:
             new.bias = old.bias
         new.train(old.training)

@@ -24,7 +24,7 @@ from ternarize.calibrate.blocks import Blocks
 from ternarize.calibrate.solved import Solved, form_of, read_numbers, read_solved, sum_planes
 from ternarize.errors import CheckpointError, UsageError
 from ternarize.files.checkpoint import Checkpoint
-from ternarize.files.container import ROUNDED
+from ternarize.files.container import ROUNDED, as_source
 from ternarize.models.configuration import open_config, usable
 from ternarize.models.reads import CAUSAL, kind_of, vocabulary_size
 from ternarize.models.skeleton import model_end
@@ -227,8 +227,7 @@ def _values(
         total = sum_planes(planes)
         if name not in ternary and record.rotation[0]:
             total = unrotate(total, *record.rotation)
-        turned = total.transpose(-1, -2).contiguous() if record.transposed else total
-        (stored if name in ternary else dense)[name] = turned
+        (stored if name in ternary else dense)[name] = as_source(total, record)
     return blocks.as_parameters(stored), blocks.as_parameters(dense)
 
 

@@ -34,7 +34,7 @@ WORDS += [
     "1",
 ]
 WORDS += ["ternary", "kept", "tied", "scale8", "planes", "rotation", "shape", "sha256", "\n", "C:"]
-KEYS = "shape group_size codec planes rotation transposed sha256 block seed features".split()
+KEYS = "shape group_size codec planes rotation transposed kernel sha256 block seed features".split()
 KEYS += "format_version tensors dtype data_offsets weight_map quantization_config recipe".split()
 KEYS += "quant_method calibration becomes data quality forms blocks metadata total_size".split()
 TEXTS = [
@@ -348,7 +348,7 @@ def _reshape(table: Any, rng: random.Random) -> None:
     record["shape"] = [*stack, rng.randrange(4), cols]
     record["group_size"] = rng.choice([-1, 0, 1, 2, 3, 4, 5, 6, 7, 64, cols, cols + 1, 2**62])
     features = []
-    for key in ("planes", "rotation", "transposed"):
+    for key in ("planes", "rotation", "transposed", "kernel"):
         record.pop(key, None)
     record["codec"] = rng.choice(["base3", "base3", "base3", "int8", "int4"])
     if record["codec"] != "base3":
@@ -362,6 +362,10 @@ def _reshape(table: Any, rng: random.Random) -> None:
         features.append("rotation")
     if rng.random() < 0.2:
         record["transposed"] = True
+    elif record["codec"] == "base3" and not stack and rng.random() < 0.2:
+        low = rng.choice([n for n in (1, 2, 3, 5) if cols % n == 0])
+        record["kernel"] = [cols // low, low]
+        features.append("kernel")
     if isinstance(table, dict) and isinstance(table.get("features"), list):
         table["features"] = sorted({*map(str, table["features"]), *features})
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ternarize.errors import CheckpointError, UsageError, WeightError
+from ternarize.files.container import as_source
 from ternarize.files.headers import DTYPE_NAMES, DTYPES, byte_view
 from ternarize.files.names import INDEX, RECORD, SAFETENSORS
 from ternarize.models.configuration import config_dtype
@@ -190,6 +191,8 @@ def dense_item(
     assert dtype is not None
     if record.transposed:
         shape = (*shape[:-2], shape[-1], shape[-2])
+    if record.shape is not None and record.kernel:
+        shape = record.dense_shape
 
     def read() -> Tensor:
         dense = packed.kept(name) if record.shape is None else packed.dense(name)
@@ -202,7 +205,7 @@ def dense_item(
                 remedy="Use --dtype bfloat16 or float32",
             )
         losses.measure(name, dense, cast)
-        return cast.transpose(-1, -2).contiguous() if record.transposed else cast
+        return as_source(cast, record)
 
     return DirectoryItem(name, DTYPE_NAMES[dtype], shape, read)
 

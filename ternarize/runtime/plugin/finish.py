@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from ternarize.errors import UsageError
 from ternarize.files.metadata import SCALE_SUFFIX
 from ternarize.runtime.forms import check_part
+from ternarize.runtime.modules.convolution import TernaryConv2d, dense_convolution
 from ternarize.runtime.modules.embedding import PackedEmbedding, dense_embedding
 from ternarize.runtime.modules.experts import TernaryExperts, dense_experts
 from ternarize.runtime.modules.linear import TernaryLinear
@@ -105,6 +106,8 @@ def make_dense(model: Any, dtype: torch.dtype | None = None) -> None:
             dense_experts(module, dtype or model.dtype)
         elif isinstance(module, PackedEmbedding):
             dense_embedding(module, dtype or model.dtype)
+        elif isinstance(module, TernaryConv2d):
+            model.set_submodule(name, dense_convolution(module, dtype or model.dtype))
         elif isinstance(module, TernaryLinear):
             model.set_submodule(name, _dense_linear(module, dtype or model.dtype))
     tied = model.all_tied_weights_keys

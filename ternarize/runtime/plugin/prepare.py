@@ -16,8 +16,9 @@ from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.headers import DTYPES
 from ternarize.files.metadata import SCALE_SUFFIX, Record
 from ternarize.models.places import Place, bars_rows, missing_parameters, turns_if_needed
-from ternarize.models.skeleton import END_NAMES, is_linear, model_end
+from ternarize.models.skeleton import END_NAMES, is_convolution, is_linear, model_end
 from ternarize.runtime.forms import Layout
+from ternarize.runtime.modules.convolution import TernaryConv2d
 from ternarize.runtime.modules.embedding import packed_embedding
 from ternarize.runtime.modules.experts import ternary_experts
 from ternarize.runtime.modules.linear import TernaryLinear
@@ -144,15 +145,20 @@ def _described(model: Any, target: str, filling: Filling, activations: str) -> D
     _check_conversion(filling, getattr(module, leaf).numel())
     if any(map(turns_if_needed, filling.place.operations)):
         layout = replace(layout, transposed=bool(getattr(module, "is_transposed", False)))
+    kernel = dense[1:] if is_convolution(module) else ()
     logical = (*dense[:-2], dense[-1], dense[-2]) if layout.transposed else dense
+    if kernel:
+        logical = (dense[0], math.prod(kernel))
     whole = filling.place.converter is None  # else it may be a part, or the whole of two
     wrong = layout.cols != logical[-1] or (whole and first.shape != logical)
     if len(dense) == 2 and layout.transposed != isinstance(module, Conv1D):
         wrong = True
-    matrix = _is_linear_module(module) or isinstance(module, nn.Embedding)
+    wrong = wrong or layout.kernel != kernel
+    matrix = _is_linear_module(module) or isinstance(module, nn.Embedding) or kernel
     if wrong or not (matrix or len(dense) == 3):
+        found = first.record.dense_shape
         raise first.misfit(
-            f"is {list(first.shape)}{', transposed' if layout.transposed else ''}; {target} is "
+            f"is {list(found)}{', transposed' if layout.transposed else ''}; {target} is "
             f"{list(dense)} in a {type(module).__name__}, which it does not fit",
             remedy="Check that config.json belongs to the weights",
         )
@@ -190,7 +196,7 @@ def layout_of(record: Record, activations: str) -> Layout:
     assert record.shape is not None
     rounded = activations if record.codec == BASE3 else "none"
     described = record.group_size, record.transposed, rounded, record.codec, record.planes
-    return Layout(record.shape[-1], *described, record.rotation)
+    return Layout(record.shape[-1], *described, record.rotation, record.kernel)
 
 
 def _stacked(place: Place) -> int:
@@ -235,6 +241,8 @@ def _insert_module(model: Any, path: str, parameters: Mapping[str, Described]) -
     module = model.get_submodule(path)
     if isinstance(module, nn.Embedding):
         packed_embedding(module, *parameters["weight"])
+    elif is_convolution(module):
+        model.set_submodule(path, TernaryConv2d(module, *parameters["weight"]))
     elif _is_linear_module(module):
         layout, scale_rows, dtype = parameters["weight"]
         packed = TernaryLinear(

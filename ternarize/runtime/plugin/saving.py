@@ -50,6 +50,7 @@ def saved_records(model: Any, transposed: Mapping[str, bool]) -> dict[str, Recor
                 layout.planes,
                 scale8=scale.dtype == torch.uint8,
                 rotation=layout.rotation,
+                kernel=layout.kernel,
             )
     scales = {name + SCALE_SUFFIX for name in records}
     kept = tensors.keys() - records.keys() - scales

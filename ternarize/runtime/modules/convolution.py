@@ -1,0 +1,90 @@
+"""Two-dimensional convolutions with a packed weight, multiplied as linear layers are."""
+
+import torch
+from torch import Tensor, nn
+
+from ternarize.runtime.forms import Layout, dense_weight
+from ternarize.runtime.packed import Packed, empty_parameters
+from ternarize.runtime.products import product
+from ternarize.runtime.unfold import as_images, as_pair, padded, patches_of
+
+
+class TernaryConv2d(Packed, nn.Conv2d):
+    """A two-dimensional convolution with a packed weight, whose rows are its kernels.
+
+    weight        (out_channels, width) uint8, as `Layout.width` counts; or in lanes
+    weight_scale  (scale_rows, planes * groups) float, or uint8 codes; or in lanes
+    bias          (out_channels,) or None
+
+    Every output sees all inputs (groups 1). With activations "int8" each patch is rounded to 8 bits
+    by itself, as a token of a linear layer is.
+
+    Made empty, of a dense one that says its sizes, to be filled from a file: see `ternarize.load`.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Conv2d,
+        layout: Layout,
+        scale_rows: int,
+        scale_dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # not nn.Conv2d's, which would draw a dense weight
+        for name in (*nn.Conv2d.__constants__, "_reversed_padding_repeated_twice"):
+            if hasattr(dense, name):
+                setattr(self, name, getattr(dense, name))
+        self.transposed = False
+        self.layouts = {"weight": layout}
+        self.weight, self.weight_scale = empty_parameters(
+            (dense.out_channels,), layout, scale_rows, scale_dtype, device
+        )
+        bias = dense.bias
+        if bias is not None:
+            bias = nn.Parameter(torch.empty(bias.shape, device=device, dtype=bias.dtype))
+        self.register_parameter("bias", bias)
+        self.train(dense.training)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The dense weight (out_channels, in_channels, height, width)."""
+        layout = self.layouts["weight"]
+        dense = dense_weight(self.held("weight"), self.weight_scale, layout, dtype)
+        return dense.reshape(len(dense), *layout.kernel)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(n, in_channels, height, width) float -> (n, out_channels, ...); or without n."""
+        if input.ndim == 3:
+            return self(input[None])[0]  # type: ignore[no-any-return]
+        images = padded(input, self)
+        sizes = (as_pair(each) for each in (self.kernel_size, self.stride, self.dilation))
+        patches = patches_of(images, *sizes)
+        layout = self.layouts["weight"]
+        return as_images(
+            product(patches, self.held("weight"), self.weight_scale, self.bias, layout)
+        )
+
+    def extra_repr(self) -> str:
+        layout = self.layouts["weight"]
+        return (
+            f"{super().extra_repr()}, group_size={layout.group_size}, "
+            f"activations={layout.activations}"
+        )
+
+
+def dense_convolution(module: TernaryConv2d, dtype: torch.dtype) -> nn.Conv2d:
+    """The convolution that the architecture has in the place of a packed one."""
+    with torch.device("meta"):
+        dense = nn.Conv2d(
+            module.in_channels,
+            module.out_channels,
+            as_pair(module.kernel_size),
+            as_pair(module.stride),
+            module.padding if isinstance(module.padding, str) else as_pair(module.padding),
+            as_pair(module.dilation),
+            bias=module.bias is not None,
+            padding_mode=module.padding_mode,
+        )
+    dense.weight = nn.Parameter(module.dequantized(dtype))
+    if module.bias is not None:
+        dense.bias = nn.Parameter(module.bias.detach().to(dtype))
+    return dense.train(module.training)
