@@ -30,6 +30,7 @@ from ternarize.sources.checkpoint import open_checkpoint
 START = "start"
 VARIANTS: dict[str, dict[str, Any]] = {
     "as it is": {},
+    "compiled": {"compile": True},
     "rate 0.003": {"lr": 0.003},
     "rate 0.012": {"lr": 0.012},
     "steps of 1,024 tokens": {"batch": 1024},
