@@ -16,6 +16,7 @@ docs/convert
 docs/modules
 docs/images
 docs/evaluate
+docs/speech
 docs/calibration
 docs/training
 docs/formats

@@ -476,7 +476,6 @@ def test_a_longer_line_is_cut_to_what_the_encoder_takes(bert: Path, tmp_path: Pa
     ("name", "what"),
     [
         ("t5", "encoder-decoder"),
-        ("whisper", "encoder-decoder"),
         ("vit", "images or audio"),
         ("clip", "several modalities"),
         ("bert_classifier", "another head"),

@@ -393,9 +393,11 @@ def test_samples_of_different_lengths_are_filled_up_and_masked() -> None:
     assert "attention_mask" not in batch_of([one, one], 0)
 
 
-def test_samples_without_tokens_count_for_some() -> None:
+def test_samples_count_for_their_tokens_and_for_what_is_no_text() -> None:
     image = {"pixel_values": torch.zeros(3, 8, 8)}
     assert tokens_in(image) == texts.OTHER_TOKENS
     assert batch_of([image, image], 0)["pixel_values"].shape == (2, 3, 8, 8)
     both = {"input_ids": torch.zeros(5), "decoder_input_ids": torch.zeros(3)}
     assert tokens_in(both) == 8
+    heard = {"input_features": torch.zeros(4, 9), "decoder_input_ids": torch.zeros(3)}
+    assert tokens_in(heard) == 3 + texts.OTHER_TOKENS

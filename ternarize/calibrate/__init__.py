@@ -8,6 +8,7 @@ plans, and nothing of the files that a conversion writes.
     samples.py      documents -> three sets of samples, for each kind of model
     apart.py        documents of a text that a training keeps apart
     inputs.py       samples without documents: rows of tensors, what the model itself writes
+    speech.py       recordings of a folder -> windows that a model hears, and their words
     data.py         from a recipe's data set to batches
     blocks.py       a model run block by block, with one block's weights in memory
     budget.py       group sizes and planes of matrices for given bits, and how many got which

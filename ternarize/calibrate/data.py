@@ -18,6 +18,7 @@ from torch import Tensor
 from ternarize.calibrate.apart import open_training_part
 from ternarize.calibrate.inputs import Generate, let_write, own_beginning, read_tensors
 from ternarize.calibrate.samples import Sample, cutter, divide
+from ternarize.calibrate.speech import Ear, read_speech
 from ternarize.calibrate.texts import SELF, check_no_column, open_texts, read_texts
 from ternarize.errors import UsageError
 from ternarize.files.headers import byte_view
@@ -30,6 +31,7 @@ from ternarize.models.reads import (
     check_ids,
     check_seq_len,
     frame,
+    hears,
     kind_of,
     longest_text,
     max_positions,
@@ -88,6 +90,7 @@ def read(
     model_class: Any,
     tokenizer: Any | None,
     generate: Generate | None,
+    ear: Ear | None = None,
     batch_size: int,
     trained: bool = False,
 ) -> Samples:
@@ -99,6 +102,7 @@ def read(
     tokenizer    of the model; None where it has none
     generate     samples from the source model at temperature 1, for "self":
                  (prompt (n, p) int64, length, generator) -> (n, length) int64, prompt included
+    ear          the source that hears a folder of audio files; None of any other data set
     batch_size   samples of a batch
     trained      a training follows: documents that it keeps apart are left out
 
@@ -113,6 +117,8 @@ def read(
     rng = random.Random(f"ternarize {calibration.seed}")
     if Path(calibration.dataset).suffix == ".safetensors":
         found = _from_tensors(calibration, model_class)
+    elif ear is not None:
+        found = _from_speech(calibration, ear, rng)
     elif kind_of(model_class, config) == TENSORS:
         raise _reads_no_text(calibration.dataset, model_class)
     elif calibration.dataset == SELF:
@@ -123,10 +129,11 @@ def read(
     check_ids([t for row in ids for t in row if t.numel()], config, calibration.dataset)
     padder = tokenizer if found.padded else None
     batches, heldout, report = (_batch(each, batch_size, padder, rng) for each in found.sets)
-    tokens = sum(t.numel() for row in ids[: len(found.sets[0])] for t in row)
+    tokens = sum(map(_tokens_of, found.sets[0]))
     digest = digest_of(found.sets)
     description = _describe(calibration, found, tokens, digest, tokenizer)
-    first = max(1, len(found.prefix)) if kind_of(model_class, config) == CAUSAL else 1
+    begun = kind_of(model_class, config) == CAUSAL or ear is not None
+    first = max(1, len(found.prefix)) if begun else 1
     return Samples(batches, heldout, report, first, tokens, digest, description)
 
 
@@ -136,13 +143,27 @@ def _from_tensors(calibration: Calibrate, model_class: Any) -> _Found:
     return _Found(sets, Path(calibration.dataset).name, None, [], False, [], {})
 
 
+def _from_speech(calibration: Calibrate, ear: Ear, rng: random.Random) -> _Found:
+    check_no_column(calibration.text_column, calibration.dataset)
+    heard = read_speech(calibration, ear, rng)
+    name = Path(calibration.dataset).expanduser().resolve().name
+    return _Found(heard.sets, name, heard.length, heard.starts, False, [], heard.more)
+
+
+def _tokens_of(sample: Sample) -> int:
+    """Token ids of a sample, without those that only fill it up."""
+    if "decoder_attention_mask" in sample:
+        return int(sample["decoder_attention_mask"].sum())
+    return sum(sample[name].numel() for name in IDS if name in sample)
+
+
 def _reads_no_text(dataset: str, model_class: Any) -> UsageError:
     names = ", ".join(arguments(model_class)[:4])
     return UsageError(
         dataset,
         f"{model_class.__name__} does not read text alone",
         f"a .safetensors file with tensors named as its forward names them ({names}, ...), a "
-        "sample per row",
+        f"sample per row{', or a folder of audio files' if hears(model_class) else ''}",
         "Make one",
     )
 

@@ -35,8 +35,9 @@ class Lane:
 
 
 def mask_of(batch: Batch) -> Tensor | None:
-    """Which tokens count; of an encoder-decoder, whose two sides differ, all."""
-    return None if "decoder_input_ids" in batch else batch.get("attention_mask")
+    """Which tokens count; of an encoder-decoder those of the decoder, whose mask is as long."""
+    side = "decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask"
+    return batch.get(side)
 
 
 def tokens_of(values: Tensor, mask: Tensor | None) -> Tensor:

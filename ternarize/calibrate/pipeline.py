@@ -20,6 +20,7 @@ from ternarize.calibrate.inputs import Generate
 from ternarize.calibrate.ranks import World
 from ternarize.calibrate.run import Calibration
 from ternarize.calibrate.solved import Solved, open_solved
+from ternarize.calibrate.speech import ear_for
 from ternarize.calibrate.texts import SELF
 from ternarize.errors import CheckpointError, OutputError, UsageError
 from ternarize.files import metadata
@@ -262,12 +263,14 @@ def samples_of(directory: Path, calibration: Calibrate, *, trained: bool) -> Sam
             remedy="Convert it without --dataset, or install the version that has the class",
         )
     length = calibration.seq_len or MAX_SEQ_LEN
+    tokenizer = open_tokenizer(directory) if has_tokenizer(directory) else None
     return read(
         calibration,
         config=config,
         model_class=model_class,
-        tokenizer=open_tokenizer(directory) if has_tokenizer(directory) else None,
+        tokenizer=tokenizer,
         generate=_writer(directory, model_class) if calibration.dataset == SELF else None,
+        ear=ear_for(calibration.dataset, directory, model_class, tokenizer),
         batch_size=max(1, TOKENS_IN_BATCH // length),
         trained=trained,
     )
@@ -353,12 +356,14 @@ def _compared(
     """What the figures need of both outputs for a batch."""
     ids = batch.get("decoder_input_ids", batch.get("input_ids"))
     both = [each for each in (packed_output, float_output) if each is not None]
-    words = kind in (CAUSAL, ENCODER_DECODER)
+    mask = batch.get("decoder_attention_mask")  # of decoders that write what is heard
+    words = kind in (CAUSAL, ENCODER_DECODER) or mask is not None
     if words and getattr(packed_output, "logits", None) is not None and ids is not None:
         rows = []
         for row in range(len(ids)):
-            logits = [output.logits[row, :-1] for output in both]
-            rows.append(compare_logits(logits, ids[row], first))
+            end = ids.shape[1] if mask is None else int(mask[row].sum())
+            logits = [output.logits[row, : end - 1] for output in both]
+            rows.append(compare_logits(logits, ids[row, :end], first))
         return rows, None
     ours, theirs = (pool(output[0], batch.get("attention_mask")) for output in both)
     return [], (ours * theirs).sum(-1)

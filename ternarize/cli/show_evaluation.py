@@ -28,6 +28,27 @@ def show_evaluation(result: dict[str, Any], examples: int) -> None:
         _show_writing(result["writing"], examples)
 
 
+def show_speech(result: dict[str, Any], examples: int) -> None:
+    """The figures of `evaluate_speech`, and at most so many recordings, spread over them."""
+    show_measures({name: each for name, each in result.items() if is_measure(each)})
+    stdout().print(
+        f"{result['files']:,} recordings, {result['seconds'] / 60:.1f} minutes, "
+        f"{result['words']:,} words, {result['normalizer']} normalizer, {result['dtype']} on "
+        f"{result['device']}"
+    )
+    texts = result["texts"]
+    number = min(examples, len(texts))
+    lines = []
+    for each in (texts[at * len(texts) // number] for at in range(number)):
+        said = "" if each["said"] is None else f": {_beginning(each['said'])}"
+        lines.append(f"{each['file']}{said}")
+        lines += [
+            f"  {name}: {_beginning(each[name])}" for name in ("source", "packed") if name in each
+        ]
+    if lines:
+        show_lines(lines)
+
+
 def _show_texts(texts: list[dict[str, Any]], measures: list[str]) -> None:
     """A row for each text, called by its file's name, or by its path where others have that too."""
     names = [Path(each["text"]).name for each in texts]

@@ -9,6 +9,8 @@ Nothing here changes a model or writes a checkpoint. Models are loaded as users 
     prompts.py          what a model is to write after, from a text or a file
     writing.py          what it writes: loops, repetitions, ends and right answers
     measured.py         a checkpoint that is to be measured, packed or not, and its model
+    audio.py            a folder of speech: recordings, transcripts, and what a model hears
+    speech.py           what a recogniser writes of what it hears: word error rates
     evaluate.py         a packed model against its source, on texts and in what it writes
     tasks.py            tasks of the lm-evaluation-harness
     bench.py            tokens per second, and bytes of weights against the speed of memory

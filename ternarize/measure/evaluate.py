@@ -17,12 +17,13 @@ from ternarize.errors import UsageError
 from ternarize.measure.documents import DEFAULT, cut_windows, own_text, read_documents
 from ternarize.measure.encoders import encode_lines, line_cosines, summarize_cosines
 from ternarize.measure.language_models import MAX_BATCH, summarize, window_columns
-from ternarize.measure.measured import Measured, compute_dtype, shared_tokenizer
+from ternarize.measure.measured import Measured, compute_dtype, open_pair, shared_tokenizer
 from ternarize.measure.prompts import Prompt
 from ternarize.measure.writing import Writing, choose_prompts, compare_writing, room_to_write
 from ternarize.models.reads import (
     CAUSAL,
     ENCODER,
+    SPEECH,
     check_ids,
     check_seq_len,
     frame,
@@ -151,18 +152,12 @@ def open_evaluation(
 
 
 def _checkpoints(packed: str | Path, source: str | Path | None) -> list[Measured]:
-    """A model, and its source if there is one, which must be of its kind."""
-    checkpoints = [Measured.at(path) for path in (packed, source) if path is not None]
+    """A model, and its source if there is one, of which texts say something."""
+    checkpoints = open_pair(packed, source)
     ours = checkpoints[0]
-    for theirs in checkpoints[1:]:
-        for of in (_kind_of, _vocabulary_of):
-            if of(ours) != of(theirs):
-                raise UsageError(
-                    theirs.directory,
-                    f"is {of(theirs)} and {ours.directory} {of(ours)}",
-                    "the model and its source",
-                    "Name the source that was converted",
-                )
+    if ours.kind == SPEECH:
+        found = f"is a {SPEECH}, which reads no text"
+        raise UsageError(ours.directory, found, "a folder of audio files", "Name it with --audio")
     if ours.kind == ENCODER and source is None:
         found = "is an encoder and measured by the distance to its source"
         raise UsageError(ours.directory, found, "a source", "Name it with --source")
@@ -309,11 +304,3 @@ class Evaluation:
         return compare_writing(
             models, self.prompts, self.tokenizer, self.new_tokens, size, progress
         )
-
-
-def _kind_of(checkpoint: Measured) -> str:
-    return f"a {checkpoint.kind}" if checkpoint.kind == CAUSAL else f"an {checkpoint.kind}"
-
-
-def _vocabulary_of(checkpoint: Measured) -> str:
-    return f"of a vocabulary of {vocabulary_size(checkpoint.config)} tokens"

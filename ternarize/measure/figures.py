@@ -32,6 +32,8 @@ WRITING_FIGURES = {
     "distinct_4grams": False,
     "right_answers": False,
 }
+# and those of speech, likewise
+SPEECH_FIGURES = {"word_error_rate": True, "word_error_ratio": True, "words_changed": True}
 
 
 def mean_of(values: Tensor) -> Figure:
@@ -45,6 +47,20 @@ def exponential(values: Tensor) -> Figure:
     mean = mean_of(values)
     value, error = exp(mean["value"] or 0.0), mean["standard_error"]
     return {"value": value, "standard_error": None if error is None else value * error}
+
+
+def ratio_of(top: Tensor, bottom: Tensor) -> Figure:
+    """sum(top) / sum(bottom) of independent pairs (n,) float64, and its standard error.
+
+    That is of a ratio R of means: sqrt(n / (n - 1) sum (top - R bottom)^2) / sum(bottom); Cochran,
+    Sampling Techniques, equation 6.13. Not for bottoms that are all 0.
+    """
+    value, number = float(top.sum() / bottom.sum()), len(top)
+    error = None
+    if number > 1:
+        squares = float((top - value * bottom).square().sum())
+        error = math.sqrt(number / (number - 1) * squares) / float(bottom.sum())
+    return {"value": value, "standard_error": error}
 
 
 def exp(value: float) -> float:
@@ -83,7 +99,7 @@ def check_quality(
 
     Raises QualityError where a bound is exceeded, or is one on what is not measured of the model.
     """
-    figures = FIGURES | WRITING_FIGURES
+    figures = FIGURES | WRITING_FIGURES | SPEECH_FIGURES
     for name, bound in bounds.items():
         if name not in quality:
             known = ", ".join(each for each in figures if each in quality)

@@ -19,20 +19,23 @@ from ternarize.models.reads import (
     CAUSAL,
     ENCODER,
     ENCODER_DECODER,
+    SPEECH,
     TENSORS,
     arguments,
     has_tokenizer,
+    hears,
     kind_of,
     looks_back,
     no_tokenizer,
     open_tokenizer,
+    vocabulary_size,
 )
 from ternarize.runtime.load import load
 from ternarize.sources.checkpoint import locate
 from ternarize.sources.imports import find_gguf, open_source
 from ternarize.sources.imports.common import Imported
 
-SUPPORTED = "causal language models and text encoders can be evaluated"
+SUPPORTED = "causal language models and text encoders can be evaluated, and speech recognisers"
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,32 @@ def config_if_measured(model: str | Path) -> Any | None:
         checkpoint = Measured.at(model)
     except CheckpointError:
         return None
-    return checkpoint.config if has_tokenizer(checkpoint.directory) else None
+    reads = checkpoint.kind != SPEECH and has_tokenizer(checkpoint.directory)
+    return checkpoint.config if reads else None
+
+
+def open_pair(packed: str | Path, source: str | Path | None) -> list[Measured]:
+    """A model, and its source if there is one; UsageError where that is of another kind."""
+    checkpoints = [Measured.at(path) for path in (packed, source) if path is not None]
+    ours = checkpoints[0]
+    for theirs in checkpoints[1:]:
+        for of in (_kind_of, _vocabulary_of):
+            if of(ours) != of(theirs):
+                raise UsageError(
+                    theirs.directory,
+                    f"is {of(theirs)} and {ours.directory} {of(ours)}",
+                    "the model and its source",
+                    "Name the source that was converted",
+                )
+    return checkpoints
+
+
+def _kind_of(checkpoint: Measured) -> str:
+    return f"an {checkpoint.kind}" if checkpoint.kind == ENCODER else f"a {checkpoint.kind}"
+
+
+def _vocabulary_of(checkpoint: Measured) -> str:
+    return f"of a vocabulary of {vocabulary_size(checkpoint.config)} tokens"
 
 
 def look(model: str | Path) -> tuple[Path, dict[str, Any] | None, Checkpoint | None]:
@@ -166,11 +194,13 @@ def _round_input(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[T
 
 
 def measured_kind(model_class: Any, config: Any) -> str:
-    """CAUSAL or ENCODER: what is measured of a model; raises CheckpointError for any other.
+    """CAUSAL, ENCODER or SPEECH: what is measured of a model; raises CheckpointError for any other.
 
     A model that reads a text and generates is a language model, one that has no task head (no
     labels) an encoder.
     """
+    if hears(model_class):
+        return SPEECH
     kind, takes = kind_of(model_class, config), arguments(model_class)
     if "decoder_input_ids" in takes:
         what = f"an {ENCODER_DECODER} model, not yet supported"

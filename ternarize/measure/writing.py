@@ -159,7 +159,7 @@ def write_after(
     return [written[at] for at in range(len(prompts))]
 
 
-class _OnlyNumbers(LogitsProcessor):
+class OnlyNumbers(LogitsProcessor):
     """Refuses logits that are NaN, of which generate takes any token."""
 
     def __init__(self, model: Any) -> None:
@@ -178,7 +178,7 @@ def _continue(model: Any, prompts: list[list[int]], settings: Any) -> list[list[
         ids,
         attention_mask=torch.ones_like(ids),
         generation_config=settings,
-        logits_processor=LogitsProcessorList([_OnlyNumbers(model)]),
+        logits_processor=LogitsProcessorList([OnlyNumbers(model)]),
     )
     rows: list[list[int]] = out[:, ids.shape[1] :].tolist()
     return rows

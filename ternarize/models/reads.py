@@ -18,6 +18,8 @@ from ternarize.models.configuration import usable
 CAUSAL, ENCODER = "causal language model", "encoder"  # a text, read forwards or in both directions
 ENCODER_DECODER = "encoder-decoder"  # a text, and what is to be written after it
 TENSORS = "model of other inputs than text"
+SPEECH = "speech recogniser"  # of those: one that writes what it hears
+HEARD = ("input_features", "input_values")  # what transformers calls sound, before a model hears it
 
 # What transformers calls a model's memory of a text: now, and before (that of state-space models)
 CACHES = ("cache", "past_key_values", "cache_params")
@@ -46,6 +48,13 @@ def kind_of(model_class: Any, config: Any) -> str:
         return CAUSAL
     # CLIP and its kin compare two inputs and run on nothing less than both
     return TENSORS if hasattr(model_class, "get_text_features") else ENCODER
+
+
+def hears(model_class: Any) -> bool:
+    """Whether a model writes what it hears: its kind is TENSORS, and what it is a SPEECH."""
+    takes = arguments(model_class)
+    sound = model_class.main_input_name in HEARD and model_class.main_input_name in takes
+    return bool(sound and "decoder_input_ids" in takes and model_class.can_generate())
 
 
 def looks_back(config: Any) -> bool:

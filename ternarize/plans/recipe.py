@@ -92,7 +92,8 @@ class Calibrate:
     dataset: str = option(
         "default",
         "Calibrate on texts: a .txt, .jsonl, .json or .parquet file, a directory of them, or a Hub "
-        "dataset; self: what the model writes; default: a text that comes with ternarize.",
+        "dataset; self: what the model writes; default: a text that comes with ternarize. Of models "
+        "that hear speech: a folder of audio.",
     )
     num_samples: int = option(256, "Samples to calibrate on; default: {default}.", COUNT)
     seq_len: int | None = option(

@@ -28,7 +28,7 @@ from ternarize.threads import TICK
 STRETCH = 1 << 22  # characters whose samples are shuffled together
 APART = 1 << 16  # characters of documents kept apart that are cut together
 AHEAD = 1024  # samples that are made before they are asked for
-OTHER_TOKENS = 256  # that a sample without token ids counts for
+OTHER_TOKENS = 256  # that an image, or sound, counts for
 IGNORED = -100  # a label that counts for nothing, as transformers has it
 
 
@@ -173,8 +173,9 @@ def ahead(samples: Iterator[Sample]) -> Iterator[Iterator[Sample]]:
 
 def tokens_in(sample: Sample) -> int:
     """Tokens that a sample counts for."""
-    ids = [sample[name] for name in IDS if name in sample]
-    return sum(each.numel() for each in ids) or OTHER_TOKENS
+    ids = sum(sample[name].numel() for name in IDS if name in sample)
+    others = any(t.is_floating_point() for name, t in sample.items() if name not in IDS)
+    return ids + OTHER_TOKENS * (others or not ids)
 
 
 def learnt_in(sample: Sample) -> int:

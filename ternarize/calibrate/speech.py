@@ -1,0 +1,234 @@
+"""Speech as samples: recordings joined to windows, and the words that the decoder is given.
+
+A recogniser hears a window of some length, Whisper's of 30 seconds, and what is shorter is filled
+up with silence. Sentences alone would be calibrated on silence for the most part, so recordings are
+joined, a pause between them, up to a length that is drawn for each window, between half and all
+of it; fewer where the folder would make less than FEWEST windows. A recording without a transcript
+that is longer than a window is cut into several, which need not be in one set.
+
+The source writes down what it hears. Where all recordings of a window have transcripts, those take
+the place of its words, behind the same tokens that it starts from (language, task): they depend on
+what is heard. Decoders get all but the end token, filled up to one length, with a mask.
+"""
+
+import hashlib
+import random
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ternarize.calibrate.samples import Sample, portion, wanted_sizes
+from ternarize.errors import UsageError
+from ternarize.measure.audio import (
+    Recording,
+    check_length,
+    features_of,
+    list_recordings,
+    longest_sound,
+    open_extractor,
+    read_sound,
+)
+from ternarize.measure.speech import BATCH, new_tokens_of, write_heard
+from ternarize.models.configuration import usable
+from ternarize.models.reads import hears, no_tokenizer
+from ternarize.plans.recipe import Calibrate
+
+PAUSE = 0.25  # seconds between recordings of a window
+FEWEST = 64  # windows, below which recordings are not joined
+STARTS = 8  # tokens, among which are those that a model starts from
+
+
+@dataclass(frozen=True)
+class Ear:
+    """A source that hears, loaded when it is first asked to."""
+
+    directory: Path
+    model_class: Any
+    tokenizer: Any
+    extractor: Any
+
+    @cached_property
+    def model(self) -> Any:
+        """The source, in float32."""
+        with usable(self.directory):
+            found = self.model_class.from_pretrained(self.directory, dtype=torch.float32)
+        return found.eval()
+
+    def write(self, features: dict[str, Tensor], new_tokens: int) -> list[list[int]]:
+        """What the source writes of each row: what it starts from, and words."""
+        return write_heard(self.model, features, new_tokens)
+
+
+def ear_for(dataset: str, directory: Path, model_class: Any, tokenizer: Any) -> Ear | None:
+    """The source as it hears a data set; None where that is no folder, or the source hears nothing.
+
+    Raises CheckpointError where it has no feature extractor, or no tokenizer.
+    """
+    if not hears(model_class) or not Path(dataset).expanduser().is_dir():
+        return None
+    if tokenizer is None:
+        raise no_tokenizer(directory)
+    return Ear(directory, model_class, tokenizer, open_extractor(directory))
+
+
+class SpeechSamples(NamedTuple):
+    """Three sets of samples; the tokens that all of them start from; how the record tells them."""
+
+    sets: list[list[Sample]]
+    starts: list[int]
+    length: int
+    more: dict[str, Any]
+
+
+class _Window(NamedTuple):
+    """Sound of a window, (samples,) float32, and what is said in it, if that is known."""
+
+    sound: Tensor
+    said: str | None
+    recordings: int
+
+
+def read_speech(calibration: Calibrate, ear: Ear, rng: random.Random) -> SpeechSamples:
+    """Samples of a folder of audio files: the features, decoder_input_ids and their mask.
+
+    Recordings are taken in the order of SHA-256(seed, file), equal ones once, so that of two that
+    read a folder the one that asks for fewer windows has the first of the other's. Raises
+    UsageError where they cannot be read, are too few, or a transcript is longer than what the
+    model writes.
+    """
+    recordings = _in_order(calibration)
+    wanted = sum(wanted_sizes(calibration.num_samples))
+    windows = []
+    for window in _windows(recordings, min(wanted, FEWEST), ear.extractor, rng):
+        windows.append(window)
+        if len(windows) == wanted:
+            break
+    sizes = portion(len(windows), calibration, "windows of speech")
+    rows: list[tuple[dict[str, Tensor], list[int], list[int]]] = []
+    for at in range(0, sum(sizes), BATCH):
+        rows += _rows_of(windows[at : at + BATCH], ear, calibration.dataset)
+    del rows[sum(sizes) :]
+    length = max(len(starts) + len(words) for _, starts, words in rows)
+    samples = iter([_sample(*row, length, ear.tokenizer.pad_token_id or 0) for row in rows])
+    more = {
+        "recordings": sum(each.recordings for each in windows),
+        "windows_with_transcripts": sum(each.said is not None for each in windows),
+    }
+    starts = _common([starts for _, starts, _ in rows])
+    return SpeechSamples(
+        [[next(samples) for _ in range(size)] for size in sizes], starts, length, more
+    )
+
+
+def _in_order(calibration: Calibrate) -> list[Recording]:
+    places: dict[bytes, Recording] = {}
+    for each in list_recordings(calibration.dataset):
+        sha = hashlib.sha256(f"{calibration.seed}\n".encode())
+        try:
+            sha.update(each.path.read_bytes())
+        except OSError as error:
+            found = f"cannot be read ({error.strerror})"
+            raise UsageError(each.path, found, "an audio file", "Check it") from None
+        places.setdefault(sha.digest(), each)
+    return [places[key] for key in sorted(places)]
+
+
+def _windows(
+    recordings: Sequence[Recording], fewest: int, extractor: Any, rng: random.Random
+) -> Iterator[_Window]:
+    """Recordings joined, or cut, to what a model hears at a time."""
+    most, rate = longest_sound(extractor), extractor.sampling_rate
+    spare = max(0, len(recordings) - fewest)  # that need not be windows of their own
+    pause = torch.zeros(round(PAUSE * rate))
+    waiting: deque[tuple[Recording, Tensor]] = deque()
+    left = iter(recordings)
+
+    def following() -> tuple[Recording, Tensor] | None:
+        if not waiting and (each := next(left, None)) is not None:
+            waiting.append((each, read_sound(each.path, rate)))
+        return waiting[0] if waiting else None
+
+    while (first := following()) is not None:
+        waiting.popleft()
+        recording, sound = first
+        if most is not None and len(sound) > most and recording.said is None:
+            yield from (_Window(part, None, 1) for part in sound.split(most))
+            continue
+        check_length(recording, sound, extractor)
+        parts, said = [sound], [recording.said]
+        target = rng.uniform(0.5, 1) * (most or 0)
+        while spare and (another := following()) is not None:
+            together = sum(map(len, parts)) + len(pause) + len(another[1])
+            if together > target:
+                break
+            waiting.popleft()
+            parts += [pause, another[1]]
+            said.append(another[0].said)
+            spare -= 1
+        known = [each for each in said if each is not None]
+        words = " ".join(known) if len(known) == len(said) else None
+        yield _Window(torch.cat(parts), words, len(said))
+
+
+def _rows_of(
+    windows: Sequence[_Window], ear: Ear, dataset: str
+) -> Iterator[tuple[dict[str, Tensor], list[int], list[int]]]:
+    """Features of each window, the tokens that its words start from, and its words."""
+    features = features_of([each.sound for each in windows], ear.extractor)
+    most = new_tokens_of(ear.model.config)
+    known = all(each.said is not None for each in windows)
+    written = ear.write(features, min(STARTS, most) if known else most)
+    for at, (window, row) in enumerate(zip(windows, written, strict=True)):
+        starts, words = _apart(row, ear.tokenizer)
+        if window.said is not None:
+            words = _ids_of(window.said, words, ear.tokenizer)
+            if len(words) > most:
+                raise UsageError(
+                    dataset,
+                    f"a transcript has {len(words)} tokens ({window.said[:40]!r} ...)",
+                    f"at most {most} in what the model hears at a time",
+                    "Repair it",
+                )
+        yield {name: each[at] for name, each in features.items()}, starts, words
+
+
+def _apart(row: list[int], tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What a model starts from, which is no text, and its words."""
+    at = 1
+    while at < len(row) and not tokenizer.decode([row[at]], skip_special_tokens=True).strip():
+        at += 1
+    return row[:at], row[at:]
+
+
+def _ids_of(said: str, words: list[int], tokenizer: Any) -> list[int]:
+    """A transcript in tokens, behind a space where the source's own words are."""
+    spaced = not words or tokenizer.decode(words[:1]).startswith(" ")
+    text = " " + said if spaced and said else said
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _common(starts: Sequence[list[int]]) -> list[int]:
+    """The tokens that all begin with."""
+    found: list[int] = []
+    for column in zip(*starts, strict=False):
+        if len(set(column)) > 1:
+            break
+        found.append(column[0])
+    return found
+
+
+def _sample(
+    features: dict[str, Tensor], starts: list[int], words: list[int], length: int, pad: int
+) -> Sample:
+    ids = torch.full((length,), pad)
+    row = torch.tensor(starts + words)
+    ids[: len(row)] = row
+    mask = (torch.arange(length) < len(row)).long()
+    return {**features, "decoder_input_ids": ids, "decoder_attention_mask": mask}
