@@ -127,7 +127,7 @@ def _forms(module: nn.Module) -> dict[str, Form]:
             if not plain or layout.codec != BASE3 or layout.planes > 1 or layout.rotation[0]:
                 raise UsageError(
                     f"{path}.{leaf}",
-                    "is packed in a form that `pack_module` does not write",
+                    "is packed in a form that `pack_module` does not take again",
                     "one ternary matrix that is not rotated",
                     "Copy the directory that it was loaded from",
                 )
