@@ -87,11 +87,11 @@ class SpeechSamples(NamedTuple):
 
 
 class _Window(NamedTuple):
-    """Sound of a window, (samples,) float32, and what is said in it, if that is known."""
+    """Sound of a window, (samples,) float32, what is said in it, if that is known; its files."""
 
     sound: Tensor
     said: str | None
-    recordings: int
+    names: list[str]
 
 
 def read_speech(calibration: Calibrate, ear: Ear, rng: random.Random) -> SpeechSamples:
@@ -117,7 +117,7 @@ def read_speech(calibration: Calibrate, ear: Ear, rng: random.Random) -> SpeechS
     length = max(len(starts) + len(words) for _, starts, words in rows)
     samples = iter([_sample(*row, length, ear.tokenizer.pad_token_id or 0) for row in rows])
     more = {
-        "recordings": sum(each.recordings for each in windows),
+        "recordings": len({name for each in windows for name in each.names}),
         "windows_with_transcripts": sum(each.said is not None for each in windows),
     }
     starts = _common([starts for _, starts, _ in rows])
@@ -158,10 +158,10 @@ def _windows(
         waiting.popleft()
         recording, sound = first
         if most is not None and len(sound) > most and recording.said is None:
-            yield from (_Window(part, None, 1) for part in sound.split(most))
+            yield from (_Window(part, None, [recording.name]) for part in sound.split(most))
             continue
         check_length(recording, sound, extractor)
-        parts, said = [sound], [recording.said]
+        parts, said, names = [sound], [recording.said], [recording.name]
         target = rng.uniform(0.5, 1) * (most or 0)
         while spare and (another := following()) is not None:
             together = sum(map(len, parts)) + len(pause) + len(another[1])
@@ -170,10 +170,11 @@ def _windows(
             waiting.popleft()
             parts += [pause, another[1]]
             said.append(another[0].said)
+            names.append(another[0].name)
             spare -= 1
         known = [each for each in said if each is not None]
         words = " ".join(known) if len(known) == len(said) else None
-        yield _Window(torch.cat(parts), words, len(said))
+        yield _Window(torch.cat(parts), words, names)
 
 
 def _rows_of(

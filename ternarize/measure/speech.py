@@ -44,7 +44,7 @@ from ternarize.measure.figures import Figure, ratio_of
 from ternarize.measure.measured import Measured, compute_dtype, open_pair, shared_tokenizer
 from ternarize.measure.writing import OnlyNumbers
 from ternarize.models.configuration import in_one_line
-from ternarize.models.reads import SPEECH, max_positions
+from ternarize.models.reads import ENCODER, SPEECH, max_positions
 from ternarize.progress import Progress
 from ternarize.trits.ternary import check_device
 
@@ -99,7 +99,8 @@ def evaluate_speech(
     checkpoints = open_pair(packed, source)
     for each in checkpoints:
         if each.kind != SPEECH:
-            found = f"is a {each.kind}, which writes nothing of what it hears"
+            article = "an" if each.kind == ENCODER else "a"
+            found = f"is {article} {each.kind}, which writes nothing of what it hears"
             raise UsageError(each.directory, found, f"a {SPEECH}", "Measure it on a text (--text)")
     recordings = list_recordings(audio)
     _check_transcripts(audio, recordings, source is not None)
