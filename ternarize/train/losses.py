@@ -27,7 +27,8 @@ from torch import Tensor
 
 _PIECE, _ON_A_GPU = 256, 2048  # tokens whose logits are in memory at a time
 ALL_WORDS = 1 << 16  # a vocabulary of up to so many words is used whole
-OTHERS = 8192  # words sampled from those that a step does not name
+OTHERS = 8192  # words sampled, at least, from those that a step does not name
+MULTIPLE = 1024
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,11 @@ def choose_words(named: Tensor, vocabulary: int, generator: torch.Generator) -> 
     taken = torch.zeros(vocabulary, dtype=torch.bool)
     taken[named.flatten().cpu()] = True
     others = (~taken).nonzero().flatten()
-    count = min(OTHERS, len(others))
-    drawn = torch.randint(max(1, len(others)), (count,), generator=generator)
-    sampled = torch.unique(others[drawn])
+    # in all a multiple of a number, so that few shapes occur: what products prepare for a shape, and
+    # memory of odd sizes, would pile up over the steps
+    count = OTHERS + -(vocabulary - len(others) + OTHERS) % MULTIPLE
+    order = torch.rand(len(others), generator=generator)
+    sampled = others[order.topk(min(count, len(others)), sorted=False).indices]
     weight = torch.zeros(vocabulary)
     weight[taken] = 1.0
     weight[sampled] = len(others) / max(1, len(sampled))
