@@ -1,33 +1,44 @@
 """Top-1 of a ResNet on Fashion-MNIST: the source, without data, calibrated, trained; its speed.
 
     apt-get install dataset-fashion-mnist
-    python benchmarks/images.py train FOLDER [--epochs 8]
-    python benchmarks/images.py quality FOLDER [--only NAME ...] [--json OUT.json]
-    python benchmarks/images.py speed FOLDER [--threads N] [--json OUT.json]
+    python benchmarks/images.py train FOLDER [--epochs 3]
+    python benchmarks/images.py quality FOLDER [--only NAME ...] [--steps 300] [--json OUT.json]
+    python benchmarks/images.py speed FOLDER [--rounds 7] [--json OUT.json]
 
 `train` makes the source: a ResNet of transformers (basic blocks of 64, 128 and 256 channels, two of
 each, 2.8 M parameters) from nothing, on the 60,000 images that train, shifted and mirrored. The
 10,000 others are never trained or calibrated on: all figures are of them. `quality` converts it,
-calibrates it on 1,024 of the images that train, without labels, and trains it with `ternarize.qat`
-to give what the source gives.
+calibrates it on 1,024 of the images that train, without labels, and trains that to give what the
+source gives (`ternarize.qat`), without labels too. `speed` times it beside torch, as it is (from
+FOLDER-packed, which `quality` leaves) and in the sizes of ResNet-18 with random weights.
 """
 
 import gzip
-import random
+import shutil
+import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers
-from common import hide_bars, parser
+from common import hide_bars, parser, timed_convert, write_figures
+from safetensors.torch import save_file
 from torch import Tensor
+
+import ternarize
+from ternarize.measure.report import inspect
+from ternarize.plans.recipe import Calibrate, Recipe
 
 DATA = Path("/usr/share/datasets/fashion-mnist")
 MEAN, DEVIATION = 0.2860, 0.3530  # of the pixels of the images that train, 0 to 1
 BATCH = 128
+SAMPLES = 1024  # images to calibrate on
+CALIBRATED, TRAINED = "gptq, 128, calibrated", "the same, then trained"
 
 
 def images_of(part: str) -> tuple[Tensor, Tensor]:
@@ -94,23 +105,182 @@ def train_source(folder: Path, epochs: int) -> None:
             optimizer.step()
             schedule.step()
         took = time.process_time() - began
-        print(f"epoch {epoch + 1}: loss {float(loss):.3f}, {took:.0f} s of processor", flush=True)
+        told = f"loss {float(loss.detach()):.3f}, {took:.0f} s of processor"
+        print(f"epoch {epoch + 1}: {told}", flush=True)
     model.to(memory_format=torch.contiguous_format)
     model.save_pretrained(folder)
     images, labels = images_of("t10k")
     print(f"top-1 {top1(logits_of(model, images), labels):.4f}")
 
 
+def recipes(data: str) -> dict[str, Recipe]:
+    """The rows of the table but the last, which begins from the calibrated one."""
+
+    def gptq(group_size: int, **options: Any) -> Recipe:
+        how = Calibrate(data, num_samples=SAMPLES, **options)
+        return Recipe("gptq", group_size, calibrate=how)
+
+    return {
+        "absmean, 128": Recipe("absmean", 128),
+        "itf, 128": Recipe("itf", 128),
+        "itf, 64": Recipe("itf", 64),
+        CALIBRATED: gptq(128),
+        "gptq, 128, reconstruct": gptq(128, reconstruct=100),
+    }
+
+
+def trained(source: Path, start: Path, output: Path, steps: int) -> None:
+    """Train a calibrated checkpoint to give what the source gives, and pack it."""
+    torch.manual_seed(0)
+    models = (
+        transformers.AutoModelForImageClassification.from_pretrained(source) for _ in range(2)
+    )
+    teacher, student = (model.eval() for model in models)
+    student = ternarize.qat.prepare(student, start=start)
+    groups = ternarize.qat.parameter_groups(student, 0.006, relative=True)
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    images, _ = images_of("train")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        student.train()
+        at = torch.randint(0, len(images), (BATCH,), generator=generator)
+        batch = varied(images[at], generator)
+        with torch.no_grad():
+            wanted = teacher(pixel_values=batch).logits.softmax(-1)
+        loss = F.cross_entropy(student(pixel_values=batch).logits, wanted)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    ternarize.qat.pack(student.eval(), output)
+
+
+def quality(source: Path, only: list[str] | None, steps: int, json: Path | None) -> None:
+    """Print what each way leaves of the source's top-1."""
+    images, labels = images_of("t10k")
+    model = transformers.AutoModelForImageClassification.from_pretrained(source)
+    reference = logits_of(model, images)
+    best = top1(reference, labels)
+    rows: list[dict[str, Any]] = []
+    packed = source.with_name(f"{source.name}-packed")
+
+    def row(name: str, folder: Path, seconds: float) -> None:
+        totals = inspect(folder)["totals"]
+        found = logits_of(ternarize.load(folder), images)
+        same = float((found.argmax(-1) == reference.argmax(-1)).double().mean())
+        figures = {"bpw": totals["ternary_bpw"], "bytes": totals["file_bytes"], "seconds": seconds}
+        rows.append({"name": name, "top1": top1(found, labels), "agreement": same, **figures})
+        print(markdown(rows[-1:], best).splitlines()[-1], file=sys.stderr, flush=True)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        data = Path(scratch) / "images.safetensors"
+        save_file({"pixel_values": images_of("train")[0][: 2 * SAMPLES].contiguous()}, data)
+        for name, recipe in recipes(str(data)).items():
+            if only is not None and name not in only:
+                continue
+            output = Path(scratch) / name.replace(", ", "-")
+            row(name, output, timed_convert(source, output, recipe)["seconds"])
+            if name == CALIBRATED:
+                shutil.rmtree(packed, ignore_errors=True)
+                shutil.copytree(output, packed)
+        if only is None or TRAINED in only:
+            began = time.perf_counter()
+            trained(source, packed, Path(scratch) / "trained", steps)
+            row(TRAINED, Path(scratch) / "trained", time.perf_counter() - began)
+    print(f"source: top-1 {best:.4f}, {(source / 'model.safetensors').stat().st_size:,} bytes")
+    print(markdown(rows, best))
+    write_figures(json, __file__, {"source_top1": best, "rows": rows})
+
+
+def markdown(rows: list[dict[str, Any]], best: float) -> str:
+    lines = [
+        "| method, group | bpw | file, bytes | top-1 | of the source's | same class | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['name']} | {row['bpw']:.4g} | {row['bytes']:,} | {row['top1']:.4f} "
+            f"| {row['top1'] / best:.1%} | {row['agreement']:.1%} | {row['seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def networks(source: Path, scratch: Path) -> Iterator[tuple[str, Path, Path, Tensor]]:
+    """Name, source, packed folder and a batch of each network that is timed."""
+    packed = source.with_name(f"{source.name}-packed")
+    yield "28 x 28, batch 1", source, packed, torch.randn(1, 1, 28, 28)
+    yield "28 x 28, batch 64", source, packed, torch.randn(64, 1, 28, 28)
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2]}
+    config = transformers.ResNetConfig(embedding_size=64, layer_type="basic", **sizes)
+    large: Any = transformers.ResNetForImageClassification(config)
+    large.save_pretrained(scratch / "large")
+    timed_convert(scratch / "large", scratch / "packed", Recipe("itf", 128))
+    for batch in (1, 8):
+        name = f"ResNet-18's sizes, 224 x 224, batch {batch}"
+        yield name, scratch / "large", scratch / "packed", torch.randn(batch, 3, 224, 224)
+
+
+def speed(source: Path, rounds: int, json: Path | None) -> None:
+    """Print milliseconds of a forward: torch in float32, and packed."""
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
+        for name, dense, packed, x in networks(source, Path(scratch)):
+            plain: Any = transformers.AutoModelForImageClassification.from_pretrained(dense).eval()
+            last: Any = transformers.AutoModelForImageClassification.from_pretrained(dense).eval()
+            models = {
+                "torch": plain,
+                "torch, channels last": last.to(memory_format=torch.channels_last),
+                "packed": ternarize.load(packed),
+                "packed, int8": ternarize.load(packed, activations="int8"),
+            }
+            times: dict[str, list[float]] = {each: [] for each in models}
+            for _ in range(rounds + 1):
+                for each, model in models.items():
+                    began = time.perf_counter()
+                    model(pixel_values=x)
+                    times[each].append(1e3 * (time.perf_counter() - began))
+            found = {each: statistics.median(some[1:]) for each, some in times.items()}
+            ratios = {
+                each: statistics.median(
+                    a / b for a, b in zip(times["torch"][1:], times[each][1:], strict=True)
+                )
+                for each in models
+            }
+            memory = {
+                each: sum(t.nbytes for t in model.state_dict().values())
+                for each, model in models.items()
+            }
+            rows.append({"name": name, "ms": found, "ratios": ratios, "memory": memory})
+            print(rows[-1], file=sys.stderr, flush=True)
+    print(f"{torch.get_num_threads()} threads")
+    heads = list(rows[0]["ms"])
+    print(f"| ms for a forward (times torch) | {' | '.join(heads)} | MB, float32 and packed |")
+    print("|---" * (len(heads) + 2) + "|")
+    for row in rows:
+        cells = [f"{row['ms'][each]:.2f} ({row['ratios'][each]:.2f})" for each in heads]
+        sizes = " ".join(f"{row['memory'][each] / 1e6:.2f}" for each in ("torch", "packed"))
+        print(f"| {row['name']} | {' | '.join(cells)} | {sizes} |")
+    write_figures(json, __file__, {"threads": torch.get_num_threads(), "rows": rows})
+
+
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("what", choices=("train", "quality", "speed"))
     arguments.add_argument("folder", type=Path, help="of the source")
-    arguments.add_argument("--epochs", type=int, default=8)
+    arguments.add_argument("--epochs", type=int, default=3)
+    arguments.add_argument("--only", nargs="*", help="names of rows")
+    arguments.add_argument("--steps", type=int, default=300, help="of the trained row")
+    arguments.add_argument("--rounds", type=int, default=7)
     args = arguments.parse_args()
     hide_bars()
-    random.seed(0)
     if args.what == "train":
         train_source(args.folder, args.epochs)
+    elif args.what == "quality":
+        quality(args.folder, args.only, args.steps, args.json)
+    else:
+        speed(args.folder, args.rounds, args.json)
 
 
 if __name__ == "__main__":

@@ -113,6 +113,19 @@ def gpt2() -> Any:
     )
 
 
+def resnet() -> Any:
+    """Convolutions."""
+    return transformers.ResNetConfig(
+        num_channels=1,
+        embedding_size=8,
+        hidden_sizes=[8],
+        depths=[1],
+        layer_type="basic",
+        num_labels=2,
+        architectures=["ResNetForImageClassification"],
+    )
+
+
 def every_scale_type(tensors: dict[str, Tensor]) -> None:
     """Weights that are ternary already, with scales that only F32, or BF16, or F16 holds."""
     for part, scale in (("q", 1 + 2.0**-20), ("k", 1.5 * 2.0**-26), ("v", 0.75)):
@@ -150,6 +163,7 @@ CASES: dict[str, tuple[Callable[[], Any], Recipe, str | None, Change | None]] = 
         None,
     ),
     "transposed": (gpt2, Recipe(group_size=16, head="ternary", embeddings="ternary"), None, None),
+    "kernels": (resnet, Recipe("itf", 16), None, None),
 }
 
 
@@ -315,12 +329,16 @@ def describe_patch(path: Path, base: Path) -> list[Any]:
     return [base.name, {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}]
 
 
-def logits(folder: Path) -> list[float]:
-    """The first outputs of a loaded checkpoint for each of the tokens 1 to 8."""
+def first_outputs(folder: Path) -> list[float]:
+    """The first output of a loaded checkpoint for each of the tokens 1 to 8, or of 8 images."""
     model = ternarize.load(folder, dtype="float32", activations="none")
     with torch.inference_mode():
-        found = model(input_ids=torch.arange(1, 1 + TOKENS).unsqueeze(0)).logits
-    return [round(float(value), 5) for value in found[0, :, 0]]
+        if model.main_input_name == "pixel_values":
+            images = torch.arange(TOKENS * 32 * 32).float().sin().view(TOKENS, 1, 32, 32)
+            found: Tensor = model(pixel_values=images).logits[:, 0]
+        else:
+            found = model(input_ids=torch.arange(1, 1 + TOKENS).unsqueeze(0)).logits[0, :, 0]
+    return found.tolist()
 
 
 def describe(path: Path) -> dict[str, list[Any]]:
@@ -353,7 +371,10 @@ def make(folder: Path) -> None:
             for path in paths
         },
         "tensors": {name: describe(folder / name) for name in tops},
-        "logits": {name: logits(folder / name) for name in (*CASES, "coded")},
+        "logits": {
+            name: [round(value, 5) for value in first_outputs(folder / name)]
+            for name in (*CASES, "coded")
+        },
         "patches": {n: describe_patch(folder / n, folder / base) for n, base in PATCHES.items()},
         "journals": {name: describe_journal(folder / name, base) for name, base in bases.items()},
     }

@@ -304,6 +304,25 @@ def align(
               more of each, and lost by one less
     """
 
+def unfold(
+    images: Array,
+    sizes: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    size: int,
+    out: Array,
+    threads: int,
+) -> None:
+    """Set out as ternarize.runtime.unfold.patches_of says of images with zeros around them.
+
+    images   (bytes,) uint8: numbers of `size` bytes, 2 or 4, (count, height, width, channels)
+    sizes    these four
+    kernel, stride, dilation   down, across; padding: above, below, on the left, on the right
+    out      (bytes,) uint8: (count, places down, places across, channels * kernel's numbers)
+    """
+
 def read_all(bytes: Array, threads: int) -> int:
     """Read bytes (n,) uint8 as fast as memory gives them; returns the exclusive or of its words.
 

@@ -19,15 +19,17 @@ from ternarize.errors import CheckpointError, FormatError, SelectionError
 from ternarize.files import container
 from ternarize.files.json_files import read_json
 from ternarize.measure.report import inspect
+from ternarize.native import lib
 from ternarize.plans.plan import make_plan
 from ternarize.plans.recipe import Calibrate, Recipe
 from ternarize.publish.export import export
 from ternarize.qat.modules import latent_modules
+from ternarize.runtime import unfold
 from ternarize.runtime.forms import Layout
 from ternarize.runtime.modules.convolution import TernaryConv2d, dense_convolution
 from ternarize.runtime.packed import use_lanes
 from ternarize.runtime.products import rounded_linear
-from ternarize.runtime.unfold import patches_of
+from ternarize.runtime.unfold import patches_for, patches_of
 from ternarize.trits.methods import itf
 
 transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -81,6 +83,43 @@ def test_a_packed_convolution_is_the_one_of_its_dense_weight(shape: str, group_s
         assert torch.allclose(ours(x[0]), theirs(x[0]), atol=1e-5)
         last = x.to(memory_format=torch.channels_last)
         assert torch.allclose(ours(last), theirs(x), atol=1e-5)
+
+
+@pytest.mark.skipif(lib is None, reason="needs the compiled core")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_core_copies_the_patches_that_torch_does(
+    shape: str, threads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = a_convolution(**SHAPES[shape])
+    x = torch.randn(3, 5, 33, 21).to(dtype)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    ours = patches_for(x, dense)
+    monkeypatch.setattr(unfold, "lib", None)
+    assert torch.equal(ours, patches_for(x, dense))
+
+
+@pytest.mark.skipif(lib is None, reason="needs the compiled core")
+def test_the_core_refuses_sizes_that_do_not_fit_the_memory() -> None:
+    assert lib is not None
+    images, out = (torch.zeros(n, dtype=torch.uint8) for n in (4 * 75, 4 * 9 * 27))
+    given = [images, (1, 5, 5, 3), (3, 3), (1, 1), (1, 1), (0, 0, 0, 0), 4, out, 1]
+    lib.unfold(*given)
+    for at, wrong in (
+        (1, (1, 5, 5, 4)),
+        (1, (2**30, 2**30, 2**30, 3)),
+        (1, (-1, 5, 5, 3)),
+        (2, (0, 3)),
+        (2, (6, 3)),
+        (3, (0, 1)),
+        (4, (1, 2**40)),
+        (5, (1, 0, 0, 0)),
+        (6, 3),
+        (7, out[1:]),
+    ):
+        with pytest.raises(ValueError, match=r"expected|larger than|do not fit"):
+            lib.unfold(*given[:at], wrong, *given[at + 1 :])
 
 
 def test_its_gradient_goes_through() -> None:
@@ -204,12 +243,19 @@ def test_a_resnet_is_packed_verified_loaded_and_exported(
     assert torch.equal(logits(ternarize.load(tmp_path / "again")), ours)
 
 
-def test_engines_without_convolutions_refuse_them(converted: Path, tmp_path: Path) -> None:
-    for target in ("gguf", "mlx", "compressed-tensors"):
-        with pytest.raises(CheckpointError) as told:
-            export(converted, tmp_path / target, target)
+def test_engines_without_convolutions_refuse_them(tmp_path: Path) -> None:
+    resnet(tmp_path / "source", embedding_size=32, hidden_sizes=[32], depths=[1])
+    convert(tmp_path / "source", tmp_path / "packed", Recipe("itf", 32))
+    for target, why in (
+        ("gguf", "ResNetForImageClassification"),
+        ("mlx", "convolutions in 2 tensors"),
+        ("compressed-tensors", "convolutions in 2 tensors"),
+        ("bitnet", "outside linear layers"),
+    ):
+        with pytest.raises(CheckpointError, match=why) as told:
+            export(tmp_path / "packed", tmp_path / target, target)
         assert "\n" not in str(told.value)
-    assert list(tmp_path.iterdir()) == []
+        assert not (tmp_path / target).exists()
 
 
 def test_a_file_whose_kernels_are_not_the_models_is_refused(
@@ -283,6 +329,8 @@ def test_a_resnet_is_calibrated_on_images(
     row = record["tensors"][KERNEL]
     assert row["method"] == "gptq" and "rotation" not in row
     assert ("training" in record) == ("distill" in how)
+    if "target_bpw" in how:  # of rows of 72 weights, not of three
+        assert {"groups of 64", "groups of 32"} & record["calibration"]["forms"].keys()
 
 
 # --- training ------------------------------------------------------------------------------------

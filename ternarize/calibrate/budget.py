@@ -165,7 +165,8 @@ def _forms(
 ) -> list[Offer]:
     weight, choices = parameter.data, []
     turned = plans[0].choice.transposed
-    logical = (weight.transpose(-1, -2) if turned else weight).contiguous()
+    flat = weight.flatten(1) if plans[0].kernel else weight
+    logical = (weight.transpose(-1, -2) if turned else flat).contiguous()
     cols = logical.shape[-1]
     sizes = [(size, 1) for size in GROUP_SIZES if size < cols] or [(-1, 1)]
     sizes = [(-1, 1), *sizes] if cols <= GROUP_SIZES[0] else sizes
@@ -173,7 +174,7 @@ def _forms(
         dense = itf(logical, group_size).dequantize(torch.float32)
         if planes == 2:
             dense = dense + itf(logical - dense, group_size).dequantize(torch.float32)
-        parameter.data = dense.transpose(-1, -2) if turned else dense
+        parameter.data = dense.transpose(-1, -2) if turned else dense.view(weight.shape)
         harms = [_harm(blocks.run(c), o) for c, o in zip(calls, outputs, strict=True)]
         parameter.data = weight
         own = tuple(replace(p, group_size=group_size, planes=planes) for p in plans)

@@ -19,6 +19,7 @@
 #include "entropy/rans.h"
 #include "shared/pool.h"
 #include "steps/steps.h"
+#include "unfold/unfold.h"
 
 namespace nb = nanobind;
 using namespace ternarize;
@@ -513,6 +514,54 @@ int64_t bind_dot_peak(int64_t rounds, int threads) {
   return dot_peak(rounds, threads);
 }
 
+// All sizes are bounded, so that no product of them wraps.
+void bind_unfold(Flat<const uint8_t> images, const std::array<int64_t, 4>& sizes,
+                 const std::array<int64_t, 2>& kernel, const std::array<int64_t, 2>& stride,
+                 const std::array<int64_t, 2>& dilation, const std::array<int64_t, 4>& padding,
+                 int size, Flat<uint8_t> out, int threads) {
+  constexpr int64_t kMost = int64_t{1} << 30;
+  const auto bounded = [](const char* name, const auto& values, int64_t least) {
+    for (const int64_t value : values)
+      if (value < least || value > kMost)
+        fail(std::string(name) + ": " + std::to_string(value) + "; expected at least " +
+             std::to_string(least) + ", and 2^30 at most.");
+  };
+  bounded("sizes", sizes, 0);
+  bounded("kernel", kernel, 1);
+  bounded("stride", stride, 1);
+  bounded("dilation", dilation, 1);
+  bounded("padding", padding, 0);
+  if (size != 2 && size != 4) fail("size is " + std::to_string(size) + "; expected 2 or 4.");
+  const Images x{sizes[0], sizes[1], sizes[2], sizes[3]};
+  Windows k{};
+  for (int axis = 0; axis < 2; ++axis) {
+    const int64_t whole = sizes[1 + axis] + padding[2 * axis] + padding[2 * axis + 1];
+    const int64_t reach = dilation[axis] * (kernel[axis] - 1) + 1;
+    if (reach > whole) fail("kernel: it is larger than the image with its padding.");
+    k.kernel[axis] = kernel[axis], k.stride[axis] = stride[axis];
+    k.dilation[axis] = dilation[axis], k.before[axis] = padding[2 * axis];
+    k.places[axis] = (whole - reach) / stride[axis] + 1;
+  }
+  const auto expect_bytes = [size](const char* name, int64_t has, std::vector<int64_t> factors) {
+    int64_t bytes = size;
+    for (const int64_t factor : factors) {
+      if (factor != 0 && bytes > std::numeric_limits<int64_t>::max() / factor)
+        fail(std::string(name) + ": its sizes do not fit 63 bits.");
+      bytes *= factor;
+    }
+    if (bytes != has)
+      fail(std::string(name) + ": " + std::to_string(has) + " bytes; expected " +
+           std::to_string(bytes) + ".");
+  };
+  expect_bytes("images", static_cast<int64_t>(images.shape(0)),
+               {x.count, x.height, x.width, x.channels});
+  expect_bytes("out", static_cast<int64_t>(out.shape(0)),
+               {x.count, k.places[0], k.places[1], x.channels, k.kernel[0], k.kernel[1]});
+  if (out.shape(0) == 0) return;
+  nb::gil_scoped_release unlocked;
+  unfold(x, k, size, images.data(), out.data(), threads);
+}
+
 bool bind_has_lanes3() { return products().lanes3; }
 
 }  // namespace
@@ -592,6 +641,9 @@ NB_MODULE(_native, m) {
   m.def("rans_decode", bind_rans_decode, nb::arg("coded").noconvert(),
         nb::arg("ends").noconvert(), nb::arg("classes").noconvert(), nb::arg("table").noconvert(),
         nb::arg("chunk_rows"), nb::arg("out").noconvert(), nb::arg("threads"));
+  m.def("unfold", bind_unfold, nb::arg("images").noconvert(), nb::arg("sizes"), nb::arg("kernel"),
+        nb::arg("stride"), nb::arg("dilation"), nb::arg("padding"), nb::arg("size"),
+        nb::arg("out").noconvert(), nb::arg("threads"));
   m.def("read_all", bind_read_all, nb::arg("bytes").noconvert(), nb::arg("threads"));
   m.def("dot_peak", bind_dot_peak, nb::arg("rounds"), nb::arg("threads"));
   m.def("cpu", bind_cpu);

@@ -12,7 +12,8 @@ they are most of the model's weights. Kept by default, with the reason:
 
     embedding, norm, bias, buffer
     convolution                        where they are not most of the weights, and always those of
-                                       one or three dimensions, in groups, or transposed
+                                       one or three dimensions, in groups, transposed, or whose
+                                       weight other code reads
     router                             small, and one wrong choice costs a whole expert
     output head                        the last layer; its error reaches the logits undamped
     outside the repeated blocks        poolers, classifiers, projections: few weights, much harm
@@ -135,7 +136,7 @@ def _judge_alone(parameter: str, skeleton: Skeleton) -> Verdict:
     cls: type = type(module)
     transposed: bool | None = isinstance(module, Conv1D)
     linear = leaf == "weight" and (transposed or is_linear(cls))
-    kernels = leaf == "weight" and is_convolution(module)
+    kernels = leaf == "weight" and is_convolution(module) and path not in skeleton.raw
     experts = weight.ndim == 3 and "expert" in f"{path}.{cls.__name__}".lower()
     if reason := _why_never(parameter, linear or experts or kernels, skeleton):
         return Verdict(False, reason)

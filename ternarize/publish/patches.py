@@ -228,6 +228,7 @@ def _layout(packed: PackedCheckpoint, name: str, record: Record) -> str:
         return f"kept as {dtype} {list(shape)}"
     more = f", {record.planes} planes" * (record.planes > 1)
     more += ", transposed" * record.transposed
+    more += f", in kernels of {list(record.kernel)}" * (record.kernel != ())
     block, seed = record.rotation
     more += f", rotated in blocks of {block} by seed {seed}" * (block > 0)
     return f"{record.codec} {list(shape)} with group size {record.group_size}{more}"

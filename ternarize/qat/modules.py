@@ -35,7 +35,7 @@ from ternarize.qat.rounding import (
     trits_of,
 )
 from ternarize.runtime.products import gather_bags
-from ternarize.runtime.unfold import as_images, padded, patches_of
+from ternarize.runtime.unfold import as_images, patches_for
 from ternarize.trits.base3 import BASE3
 from ternarize.trits.int4 import INT4
 from ternarize.trits.rotation import unrotate
@@ -245,8 +245,7 @@ class QatConv2d(Qat):
             found: Tensor = plain._conv_forward(input, weight, self.bias)
             return found
         # each patch is rounded by itself, as a packed convolution does it
-        sizes = (plain.kernel_size, plain.stride, plain.dilation)
-        patches = patches_of(padded(input if input.ndim == 4 else input[None], plain), *sizes)
+        patches = patches_for(input if input.ndim == 4 else input[None], plain)
         rows = F.linear(rounded_inputs(patches), weight.flatten(1), self.bias)
         return as_images(rows) if input.ndim == 4 else as_images(rows)[0]
 

@@ -2,7 +2,8 @@
 
 A convolution is a product: of its patches (places, in * height * width) with the matrix whose rows
 are its kernels, (out, in * height * width). A patch holds what a kernel meets in the order in which
-the kernel lies, channel by channel.
+the kernel lies, channel by channel. The compiled core copies them (ternarize/csrc/unfold); what
+they are is said by `patches_of`, in torch.
 """
 
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ternarize.native import lib
+from ternarize.runtime.kernels import CORE_DTYPES
 
 Size = tuple[int, int]
 
@@ -29,13 +33,58 @@ def patches_of(x: Tensor, kernel: Size, stride: Size = (1, 1), dilation: Size = 
     return found.permute(0, 2, 3, 1, 4, 5).flatten(3)
 
 
-def padded(x: Tensor, module: nn.Conv2d) -> Tensor:
-    """Images with what a convolution puts around them, (n, channels, height, width)."""
+def patches_for(x: Tensor, module: nn.Conv2d) -> Tensor:
+    """The patches that a convolution of torch's, or one of ours, meets in its input.
+
+    x  (n, in_channels, height, width); what comes back is as of `patches_of`
+    """
     sides: Any = module._reversed_padding_repeated_twice
-    if not any(sides):
-        return x
+    sizes = (as_pair(each) for each in (module.kernel_size, module.stride, module.dilation))
+    kernel, stride, dilation = sizes
+    if module.padding_mode == "zeros" and kernel != (1, 1) and _fits_core(x):
+        return _by_core(x, kernel, stride, dilation, sides)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    return F.pad(x, sides, mode)
+    return patches_of(F.pad(x, sides, mode) if any(sides) else x, kernel, stride, dilation)
+
+
+def _fits_core(x: Tensor) -> bool:
+    return (
+        lib is not None
+        and x.device.type == "cpu"
+        and x.dtype in CORE_DTYPES
+        and not (torch.is_grad_enabled() and x.requires_grad)
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _by_core(
+    x: Tensor, kernel: Size, stride: Size, dilation: Size, sides: tuple[int, int, int, int]
+) -> Tensor:
+    """`patches_of` with zeros around the images: left, right, above, below."""
+    assert lib is not None
+    images = x.detach().permute(0, 2, 3, 1).contiguous()
+    left, right, above, below = sides
+    spans = (above + below, left + right)
+    places = [
+        (size + more - reach * (k - 1) - 1) // step + 1
+        for size, more, k, step, reach in zip(
+            x.shape[2:], spans, kernel, stride, dilation, strict=True
+        )
+    ]
+    out = x.new_empty(len(x), *places, x.shape[1] * kernel[0] * kernel[1])
+    memory = [each.view(torch.uint8).flatten() for each in (images, out)]
+    lib.unfold(
+        memory[0],
+        images.shape,
+        kernel,
+        stride,
+        dilation,
+        (above, below, left, right),
+        x.element_size(),
+        memory[1],
+        torch.get_num_threads(),
+    )
+    return out
 
 
 def as_pair(value: Any) -> Size:

@@ -299,6 +299,13 @@ def _places(packed: Any, records: Mapping[str, Any], model: Any) -> list[Standin
                 "a tensor that is a parameter by itself",
                 "Train it with `ternarize train`",
             )
+        if record.kernel:
+            raise UsageError(
+                part.name,
+                "is a convolution",
+                "linear layers and embeddings alone",
+                "Train it with `ternarize train`",
+            )
         stored = packed.read(part.name + SCALE_SUFFIX).view(part.scales_shape)
         found.append(
             Standing(part, place.parameters[0], stored, record.rotation, record.transposed)

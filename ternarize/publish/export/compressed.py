@@ -128,6 +128,8 @@ def _matrices(
         module = modules.get(at)
         if isinstance(module, nn.Embedding) or (module and module is model_end(model, "head")):
             losses.add("packed embeddings or output heads", name)
+        elif record.kernel:
+            losses.add("convolutions", name)
         elif len(record.shape) != 2 or record.transposed or not name.endswith(_WEIGHT):
             losses.add("stacks of experts or transposed matrices", name)
         elif record.shape[-1] % min(_GROUPS):

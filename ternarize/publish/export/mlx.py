@@ -88,7 +88,9 @@ def _matrices(packed: PackedCheckpoint, losses: Losses) -> list[str]:
         if record.kind != "ternary":
             continue
         assert record.shape is not None
-        if len(record.shape) != 2 or record.transposed:
+        if record.kernel:
+            losses.add("convolutions", name)
+        elif len(record.shape) != 2 or record.transposed:
             losses.add("stacks of experts or transposed matrices", name)
         elif record.shape[-1] % min(MLX_GROUPS):
             losses.add("columns that are no multiple of 32", name)

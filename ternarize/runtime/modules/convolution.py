@@ -6,7 +6,9 @@ from torch import Tensor, nn
 from ternarize.runtime.forms import Layout, dense_weight
 from ternarize.runtime.packed import Packed, empty_parameters
 from ternarize.runtime.products import product
-from ternarize.runtime.unfold import as_images, as_pair, padded, patches_of
+from ternarize.runtime.unfold import as_images, as_pair, patches_for
+
+_PATCHES = 1 << 21  # numbers of patches that are in memory at a time, if an image has no more
 
 
 class TernaryConv2d(Packed, nn.Conv2d):
@@ -55,13 +57,25 @@ class TernaryConv2d(Packed, nn.Conv2d):
         """(n, in_channels, height, width) float -> (n, out_channels, ...); or without n."""
         if input.ndim == 3:
             return self(input[None])[0]  # type: ignore[no-any-return]
-        images = padded(input, self)
-        sizes = (as_pair(each) for each in (self.kernel_size, self.stride, self.dilation))
-        patches = patches_of(images, *sizes)
-        layout = self.layouts["weight"]
-        return as_images(
-            product(patches, self.held("weight"), self.weight_scale, self.bias, layout)
-        )
+        found = [
+            product(
+                patches_for(images, self),
+                self.held("weight"),
+                self.weight_scale,
+                self.bias,
+                self.layouts["weight"],
+            )
+            for images in input.split(self._at_once(input))
+        ]
+        return as_images(found[0] if len(found) == 1 else torch.cat(found))
+
+    def _at_once(self, input: Tensor) -> int:
+        """Images whose patches are in memory at a time: of many, or large ones, not all."""
+        if torch.is_grad_enabled() and input.requires_grad:
+            return max(1, len(input))
+        (down, across), cols = as_pair(self.stride), self.layouts["weight"].cols
+        places = (input.shape[-2] // down + 1) * (input.shape[-1] // across + 1)
+        return max(1, _PATCHES // max(1, places * cols))
 
     def extra_repr(self) -> str:
         layout = self.layouts["weight"]
