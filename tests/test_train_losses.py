@@ -150,7 +150,8 @@ def test_no_tokens_have_a_loss_of_nothing() -> None:
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """A vocabulary of 50 is large, and few of its words are sampled."""
     monkeypatch.setattr(losses, "ALL_WORDS", 10)
-    monkeypatch.setattr(losses, "OTHERS", 12)
+    monkeypatch.setattr(losses, "OTHERS", 9)
+    monkeypatch.setattr(losses, "MULTIPLE", 4)
 
 
 def chosen(named: list[int], seed: int) -> Words:
@@ -169,11 +170,17 @@ def test_named_words_count_once_and_the_sampled_ones_for_all_others() -> None:
     weight = dict(zip(words.ids.tolist(), words.log_weight.exp().tolist(), strict=True))
     assert sorted(weight) == list(weight) and {3, 7, 40} <= weight.keys()
     assert all(weight.pop(word) == 1 for word in (3, 7, 40))
-    assert 1 < len(weight) <= 12 and sum(weight.values()) == pytest.approx(47)
+    assert len(weight) == 9 and sum(weight.values()) == pytest.approx(47)
     assert words.position(torch.tensor([40, 3])).tolist() == [
         words.ids.tolist().index(40),
         words.ids.tolist().index(3),
     ]
+
+
+@pytest.mark.usefixtures("large")
+def test_steps_look_at_few_different_numbers_of_words() -> None:
+    sizes = [len(chosen(list(range(n)), n).ids) for n in range(1, 30)]  # type: ignore[arg-type]
+    assert {size % 4 for size in sizes} == {0} and sorted(sizes) == sizes
 
 
 @pytest.mark.usefixtures("large")
