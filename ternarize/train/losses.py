@@ -97,8 +97,8 @@ def choose_words(named: Tensor, vocabulary: int, generator: torch.Generator) -> 
     taken = torch.zeros(vocabulary, dtype=torch.bool)
     taken[named.flatten().cpu()] = True
     others = (~taken).nonzero().flatten()
-    # in all a multiple of a number: what products keep for each shape that they have seen would pile
-    # up from step to step
+    # in all a multiple of a number: what products keep for each shape that they have seen would
+    # pile up from step to step
     count = OTHERS + -(vocabulary - len(others) + OTHERS) % MULTIPLE
     order = torch.rand(len(others), generator=generator)
     sampled = others[order.topk(min(count, len(others)), sorted=False).indices]
