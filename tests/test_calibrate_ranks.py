@@ -62,7 +62,11 @@ def launched(folder: Path, count: int, asked: dict[str, Any]) -> list[tuple[int,
             command = [sys.executable, calibrating_ranks.__file__, str(file)]
             env = {**os.environ, **place}
             processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
-    codes = [process.wait(timeout=300) for process in processes]
+    try:
+        codes = [process.wait(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     return [(code, (folder / f"log-{rank}").read_text()) for rank, code in enumerate(codes)]
 
 

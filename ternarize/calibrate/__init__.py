@@ -11,6 +11,7 @@ plans, and nothing of the files that a conversion writes.
     speech.py       recordings of a folder -> windows that a model hears, and their words
     data.py         from a recipe's data set to batches
     blocks.py       a model run block by block, with one block's weights in memory
+    ranks.py        several processes: who has what, and what they tell each other
     budget.py       group sizes and planes of matrices for given bits, and how many got which
     tracing.py      which products a block makes, and the sums that they enter
     moments.py      what is summed up over the tokens of a matrix
@@ -18,7 +19,6 @@ plans, and nothing of the files that a conversion writes.
     sweep.py        columns rounded one by one, each making up for the errors before it
     gptq.py         one matrix solved: its target, trits, scales
     reconstruct.py  several matrices trained together by gradient
-    ranks.py        several processes: who has what, and what they tell each other
     lanes.py        the two streams of every batch: the source model, and the packed one
     solved.py       the files of blocks that are done
     collect.py      the moments of a group's matrices, from all processes at those that solve them

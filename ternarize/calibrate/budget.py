@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ternarize.calibrate.blocks import Batch, Blocks, Call
+from ternarize.calibrate.ranks import World
 from ternarize.errors import CheckpointError, UsageError
 from ternarize.files.checkpoint import Checkpoint
 from ternarize.plans.layout import TensorPlan
@@ -47,18 +48,20 @@ def allocate(
     *,
     device: str = "cpu",
     progress: Progress | None = None,
+    world: World | None = None,
 ) -> list[TensorPlan]:
     """Plans of the tensors with other group sizes and planes, at most `target_bpw` on average.
 
     batches     arguments of the model's forward; the first SAMPLES of them are used
     target_bpw  stored bits, scales and padding included, per ternary weight
     progress    called after each block, in the stage "measuring sensitivity"
+    world       processes each of which calls this, and measures its share of the matrices
 
     Returns a plan for each of `tensors`, in their order; those that are not ternary are unchanged.
     Raises UsageError if not even the smallest forms are within the target, CheckpointError for a
     model that cannot be run block by block.
     """
-    measured = _measure(source, tensors, batches, device, progress)
+    measured = _measure(source, tensors, batches, device, progress, world or World())
     total = sum(plan.info.numel for choices in measured for plan in choices[0].plans)
     taken, least = _spend([_hull(choices) for choices in measured], int(target_bpw * total))
     if least > target_bpw * total:
@@ -114,6 +117,7 @@ def _measure(
     batches: Sequence[Batch],
     device: str,
     progress: Progress | None,
+    world: World,
 ) -> list[list[Offer]]:
     """The forms of every parameter, with their harms."""
     blocks = Blocks(source, [t.name for t in tensors if t.ternary], device)
@@ -122,7 +126,8 @@ def _measure(
         for parameter in blocks.places[t.name].parameters if t.ternary else ():
             by_parameter.setdefault(parameter, []).append(t)
     forwards = [blocks.start(batch) for batch in batches[:SAMPLES]]
-    found: list[list[Offer]] = []
+    found: dict[int, list[Offer]] = {}  # by the number of the parameter: those of this process
+    count = 0
     seen: set[str] = set()
     formed: set[str] = set()  # names of tensors
     try:
@@ -143,7 +148,9 @@ def _measure(
                     if plans is None or not formed.isdisjoint(p.name for p in plans):
                         continue  # parameters that share a tensor share its form
                     formed.update(p.name for p in plans)
-                    found.append(_forms(blocks, calls, outputs, weight, plans))
+                    if count % world.size == world.rank:
+                        found[count] = _forms(blocks, calls, outputs, weight, plans)
+                    count += 1
             seen.add(path)
             if progress is not None:
                 what = f"sensitivity of block {len(seen)}"
@@ -153,7 +160,8 @@ def _measure(
     finally:
         for forward in forwards:
             forward.stop()
-    return found
+    all_of_them = {number: each for own in world.all(found) for number, each in own.items()}
+    return [all_of_them[number] for number in range(count)]
 
 
 def _forms(

@@ -115,11 +115,11 @@ def calibrate(
             samples = samples_of(plan.source.directory, calibration, trained=trained)
             _check_same(folder, {"data": samples.digest, "device": device})
             environments = _note_environments(folder, environments)
-            bpw = calibration.target_bpw
-            if bpw is not None:
-                tensors = _budget(plan.source, tensors, samples, bpw, folder, device, progress)
     samples, tensors = world.firsts((samples, tensors))
     assert samples is not None
+    bpw = calibration.target_bpw
+    if bpw is not None:
+        tensors = _budget(plan.source, tensors, samples, bpw, folder, device, progress, world)
     bits = plan.recipe.scale_bits
 
     def rounding(scales: Tensor) -> Tensor:
@@ -306,16 +306,21 @@ def _budget(
     folder: Path,
     device: str,
     progress: Progress | None,
+    world: World,
 ) -> list[TensorPlan]:
     """Spend the bits, or read how they were spent before the run was broken off."""
-    forms = _left_at(folder / BUDGET)
+    forms = world.firsts(_left_at(folder / BUDGET))
     if forms is not None:
         return [
             replace(t, group_size=forms[t.name][0], planes=forms[t.name][1]) if t.ternary else t
             for t in tensors
         ]
-    found = allocate(source, tensors, samples.heldout, target_bpw, device=device, progress=progress)
-    _leave(folder / BUDGET, {t.name: [t.group_size, t.planes] for t in found})
+    heldout = samples.heldout
+    found = allocate(
+        source, tensors, heldout, target_bpw, device=device, progress=progress, world=world
+    )
+    if world.rank == 0:
+        _leave(folder / BUDGET, {t.name: [t.group_size, t.planes] for t in found})
     return found
 
 

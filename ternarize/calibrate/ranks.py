@@ -18,14 +18,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ternarize.errors import CheckpointError, TernarizeError, first_line
+from ternarize.errors import CheckpointError, TernarizeError, UsageError, first_line
 
 _Any = TypeVar("_Any")
 _Key = TypeVar("_Key", bound=Hashable)
 
 CHUNKS = 8  # of the samples; as many processes can run forwards side by side
 PIECE = 1 << 22  # elements that are received at a time, to be added
-_WAIT = datetime.timedelta(days=1)  # for a process that solves a large matrix
+_START = datetime.timedelta(minutes=10)  # for a process that begins
+_WAIT = datetime.timedelta(days=1)  # for one that solves a large matrix
 _FAULT = "ternarize/fault"
 
 
@@ -37,7 +38,7 @@ class World:
     store       where a process that fails says why
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, store: Any = None) -> None:
         self.rank, self.size, self._store = rank, size, store
         self.sent: Counter[str] = Counter()
 
@@ -75,28 +76,26 @@ class World:
         """Give a tensor to another process, which asks for it by `receive` or `add_received`."""
         self.sent[kind] += tensor.nbytes
         flat = tensor.reshape(-1)
-        with self._others_gone():
-            for first in range(0, len(flat), PIECE):
-                dist.send(flat[first : first + PIECE].cpu(), to)
+        for first in range(0, len(flat), PIECE):
+            own = flat[first : first + PIECE].cpu()
+            with self._others_gone():
+                dist.send(own, to)
 
     def receive(self, shape: Sequence[int], dtype: torch.dtype, giver: int) -> Tensor:
         """A tensor that another process gives, on the CPU."""
         found = torch.empty(*shape, dtype=dtype)
         flat = found.view(-1)
-        with self._others_gone():
-            for first in range(0, len(flat), PIECE):
+        for first in range(0, len(flat), PIECE):
+            with self._others_gone():
                 dist.recv(flat[first : first + PIECE], giver)
         return found
 
     def add_received(self, total: Tensor, giver: int) -> None:
         """Add to a contiguous tensor, in place, one of its shape that another process gives."""
         flat = total.view(-1)
-        with self._others_gone():
-            for first in range(0, len(flat), PIECE):
-                some = flat[first : first + PIECE]
-                own = torch.empty_like(some, device="cpu")
-                dist.recv(own, giver)
-                some += own.to(some.device)
+        for first in range(0, len(flat), PIECE):
+            some = flat[first : first + PIECE]
+            some += self.receive([len(some)], some.dtype, giver).to(some.device)
 
     def send_all(self, words: Any, tensors: Sequence[Tensor], to: int, kind: str) -> None:
         """Give words and tensors to another process, which asks for them by `receive_all`."""
@@ -144,7 +143,7 @@ class World:
                     raise CheckpointError(*said) from None
                 raise
 
-    def tell_fault(self, error: BaseException) -> None:
+    def tell_fault(self, error: Exception) -> None:
         """Leave word of why this process ends, for the first one."""
         parts = ("where", "found", "expected", "remedy")
         said = tuple(getattr(error, part, "") for part in parts)
@@ -206,14 +205,22 @@ def ranks_of_launcher() -> Iterator[World]:
         return
     from torch.distributed.rendezvous import rendezvous
 
-    store, rank, size = next(rendezvous("env://", timeout=_WAIT))
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_WAIT)
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=_START))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_WAIT)
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(
+            "torchrun",
+            f"{ranks_launched()} processes do not find each other ({first_line(error)})",
+            "all of them at MASTER_ADDR and MASTER_PORT",
+            "Look after the launcher",
+        ) from error
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     world = World(rank, size, store)
     try:
         yield world
-    except BaseException as error:
+    except Exception as error:
         world.tell_fault(error)
         raise
     finally:

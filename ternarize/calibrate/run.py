@@ -176,7 +176,8 @@ class Calibration:
         loaded = LoadedBlock(
             path, block, self.blocks, self.solved.plans, self.lanes, self.counts, self.world
         )
-        before = held_error(loaded, without_data(loaded), targets)
+        held = any(lane.kind == "held" for lane in self.lanes)
+        before = held_error(loaded, without_data(loaded) if held else {}, targets)
         parts, matrices, unseen = solve_block(
             loaded, self.rounding, lambda f, what: self._tick(share * f, what)
         )

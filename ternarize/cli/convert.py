@@ -53,6 +53,22 @@ def convert_command(
         ),
     ] = None,
     finish: Annotated[bool, "Put together what all parts have converted."] = False,
+    parts: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=99_999,
+            help="With --dry-run: what each of N processes reads, writes, holds and sends.",
+        ),
+    ] = None,
+    bandwidth: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GB/s",
+            help="With --parts: of disks and between machines; says how long it takes.",
+        ),
+    ] = None,
     device: Device = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Tensors worked on at once.")] = None,
     no_check: Annotated[
@@ -97,9 +113,11 @@ def convert_command(
     check_bounds(chosen, bounds)
     chosen_part = None if part is None else part_of_text(part, os.environ)
     check_parts(chosen, chosen_part, finish=finish)
+    several = _several(parts, bandwidth, threads or THREADS, dry_run=dry_run)
     if dry_run:
         named, parted = recipe is not None, chosen_part and (*chosen_part, stream)
-        _dry_run(model, chosen, allow_missing, parted, as_json=as_json, debug=debug, named=named)
+        how: dict[str, Any] = {"as_json": as_json, "debug": debug, "named": named}
+        _dry_run(model, chosen, allow_missing, parted, several, **how)
         return
     if part is None and not finish:
         check_ranks(chosen, ranks_launched())
@@ -289,11 +307,31 @@ def _launched(environment: Mapping[str, str]) -> tuple[int, int]:
     return (several or found)[0]
 
 
+def _several(
+    parts: int | None, bandwidth: float | None, threads: int, *, dry_run: bool
+) -> dict[str, Any] | None:
+    """What `forecast` is asked for by --parts and --bandwidth."""
+    if parts is None and bandwidth is None:
+        return None
+    option = "--bandwidth" if parts is None else "--parts"
+    if parts is None:
+        raise UsageError(option, f"{bandwidth}, alone", "--parts N with it", "Add --parts")
+    if not dry_run:
+        remedy = "Add --dry-run; to convert, use --part I/N"
+        raise UsageError(option, f"{parts}, to be carried out", "--dry-run with it", remedy)
+    if bandwidth is not None and not 0 < bandwidth < 1e6:
+        found = f"{bandwidth}"
+        raise UsageError("--bandwidth", found, "GB/s, above 0 and below 1000000", "Change it")
+    speed = None if bandwidth is None else 1e9 * bandwidth
+    return {"count": parts, "bandwidth": speed, "threads": threads}
+
+
 def _dry_run(
     model: str,
     recipe: Recipe,
     allow_missing: bool,
     parted: tuple[int, int, bool] | None,
+    several: dict[str, Any] | None,
     *,
     as_json: bool,
     debug: bool,
@@ -301,8 +339,10 @@ def _dry_run(
 ) -> None:
     """Print the plan, with the options of a `named` recipe; then, if it would be refused, why.
 
-    parted  of a part: I, N, and whether its source is streamed
+    parted   of a part: I, N, and whether its source is streamed
+    several  of a forecast: what it is asked for
     """
+    from ternarize.convert.forecast import forecast
     from ternarize.convert.run import checked
     from ternarize.plans.parts import part_table
     from ternarize.plans.plan import make_plan
@@ -317,6 +357,8 @@ def _dry_run(
     if parted is not None:
         index, count, streamed = parted
         table["part"] = part_table(plan, (index, count), cut=not streamed)
+    if several is not None:
+        table["forecast"] = forecast(plan, **several)
     if refused and as_json and not debug:
         raise failed(refused, as_json, **table)
     if as_json:

@@ -4,6 +4,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,34 @@ def show_plan(table: dict[str, Any], with_recipe: bool) -> None:
             sizes = in_bytes(row["source_bytes"]), in_bytes(row["packed_bytes"])
             files.add_row(shown(row["file"]), str(row["tensors"]), str(row["of"]), *sizes)
         out.print(files)
+    if "forecast" in table:
+        _show_forecast(table["forecast"])
+
+
+def _show_forecast(found: dict[str, Any]) -> None:
+    """What each of several processes would do; those that would do the same in one row."""
+    grid = Table("processes", "read", "written", "memory", "sent", box=None)
+    grid.add_column("processors")
+    timed = found["bandwidth"] is not None
+    if timed:
+        grid.add_column(f"at {found['bandwidth'] / 1e9:g} GB/s")
+    rank = 0
+    for row, alike in groupby(found["ranks"]):
+        first, rank = rank + 1, rank + len(list(alike))
+        who = str(rank) if first == rank else f"{first} to {rank}"
+        sizes = [in_bytes(row[f"{kind}_bytes"]) for kind in ("read", "written", "memory", "sent")]
+        times = [_in_time(row["processor_seconds"])]
+        times += [_in_time(row["transfer_seconds"])] if timed else []
+        grid.add_row(who, *sizes, *times)
+    stdout().print(grid)
+    text = "of sizes what is read and written without data is exact, the rest about; times are"
+    print(f"{text} of {found['threads']} threads a process like one here")
+
+
+def _in_time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def show_part(found: dict[str, Any]) -> None:
@@ -229,13 +258,11 @@ def _options(recipe: dict[str, Any]) -> str:
     """The options of a recipe as a command line gives them."""
     words = []
     for name, value in (recipe | (recipe["calibrate"] or {})).items():
-        if name != "calibrate" and value is not None:
-            each = value if isinstance(value, list | tuple) else [value]
-            option = "for" if name == "engine" else name.replace("_", "-")
-            if isinstance(value, bool):
-                words.append(f"--{option if value else f'no-{option}'}")
-            else:
-                words += [f"--{option} {shlex.quote(str(item))}" for item in each]
+        if name == "calibrate" or value is None or value is False:
+            continue
+        option = "--for" if name == "engine" else f"--{name.replace('_', '-')}"
+        each = value if isinstance(value, list | tuple) else [value]
+        words += [option] if value is True else [f"{option} {shlex.quote(str(e))}" for e in each]
     return " ".join(words)
 
 

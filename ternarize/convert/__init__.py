@@ -9,6 +9,7 @@ may import from all rooms but `publish` and `cli`.
     limits.py     memory, threads and room on the disk
     record.py     what is written beside the weights: ternarize.json, config.json, index
     parts.py      several processes at one conversion, and all put together
+    forecast.py   what each of several processes would do, and how long
     run.py        plan -> calibrate -> train -> shards -> record -> verify -> rename
     scratch.py    a model drawn at random, then trained and packed
     trained.py    a model that was trained with `ternarize.qat`, packed as it is
