@@ -1,16 +1,17 @@
 """Top-1 of a ResNet on Fashion-MNIST: the source, without data, calibrated, trained; its speed.
 
     apt-get install dataset-fashion-mnist
-    python benchmarks/images.py train FOLDER [--epochs 3]
+    python benchmarks/images.py train FOLDER [--width 64] [--epochs 3]
     python benchmarks/images.py quality FOLDER [--only NAME ...] [--steps 300] [--json OUT.json]
     python benchmarks/images.py speed FOLDER [--rounds 7] [--json OUT.json]
 
 `train` makes the source: a ResNet of transformers (basic blocks of 64, 128 and 256 channels, two of
-each, 2.8 M parameters) from nothing, on the 60,000 images that train, shifted and mirrored. The
-10,000 others are never trained or calibrated on: all figures are of them. `quality` converts it,
-calibrates it on 1,024 of the images that train, without labels, and trains that to give what the
-source gives (`ternarize.qat`), without labels too. `speed` times it beside torch, as it is (from
-FOLDER-packed, which `quality` leaves) and in the sizes of ResNet-18 with random weights.
+each, 2.8 M parameters; with --width 32 of half of that, 0.7 M) from nothing, on the 60,000 images
+that train, shifted and mirrored. The 10,000 others are never trained or calibrated on: all figures
+are of them. `quality` converts it, calibrates it on some of the images that train, without labels,
+and trains that to give what the source gives (`ternarize.qat`), without labels too. `speed` times
+it beside torch, as it is (from FOLDER-packed, which `quality` leaves) and in the sizes of ResNet-18
+with random weights.
 """
 
 import gzip
@@ -37,7 +38,6 @@ from ternarize.plans.recipe import Calibrate, Recipe
 DATA = Path("/usr/share/datasets/fashion-mnist")
 MEAN, DEVIATION = 0.2860, 0.3530  # of the pixels of the images that train, 0 to 1
 BATCH = 128
-SAMPLES = 1024  # images to calibrate on
 CALIBRATED, TRAINED = "gptq, 128, calibrated", "the same, then trained"
 
 
@@ -74,13 +74,13 @@ def top1(logits: Tensor, labels: Tensor) -> float:
     return float((logits.argmax(-1) == labels).double().mean())
 
 
-def train_source(folder: Path, epochs: int) -> None:
+def train_source(folder: Path, width: int, epochs: int) -> None:
     """Train the source, and save it."""
     torch.manual_seed(0)
     config = transformers.ResNetConfig(
         num_channels=1,
-        embedding_size=64,
-        hidden_sizes=[64, 128, 256],
+        embedding_size=width,
+        hidden_sizes=[width, 2 * width, 4 * width],
         depths=[2, 2, 2],
         layer_type="basic",
         num_labels=10,
@@ -113,11 +113,11 @@ def train_source(folder: Path, epochs: int) -> None:
     print(f"top-1 {top1(logits_of(model, images), labels):.4f}")
 
 
-def recipes(data: str) -> dict[str, Recipe]:
+def recipes(data: str, samples: int) -> dict[str, Recipe]:
     """The rows of the table but the last, which begins from the calibrated one."""
 
     def gptq(group_size: int, **options: Any) -> Recipe:
-        how = Calibrate(data, num_samples=SAMPLES, **options)
+        how = Calibrate(data, num_samples=samples, **options)
         return Recipe("gptq", group_size, calibrate=how)
 
     return {
@@ -156,7 +156,9 @@ def trained(source: Path, start: Path, output: Path, steps: int) -> None:
     ternarize.qat.pack(student.eval(), output)
 
 
-def quality(source: Path, only: list[str] | None, steps: int, json: Path | None) -> None:
+def quality(
+    source: Path, only: list[str] | None, samples: int, steps: int, json: Path | None
+) -> None:
     """Print what each way leaves of the source's top-1."""
     images, labels = images_of("t10k")
     model = transformers.AutoModelForImageClassification.from_pretrained(source)
@@ -175,8 +177,8 @@ def quality(source: Path, only: list[str] | None, steps: int, json: Path | None)
 
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "images.safetensors"
-        save_file({"pixel_values": images_of("train")[0][: 2 * SAMPLES].contiguous()}, data)
-        for name, recipe in recipes(str(data)).items():
+        save_file({"pixel_values": images_of("train")[0][: 2 * samples].contiguous()}, data)
+        for name, recipe in recipes(str(data), samples).items():
             if only is not None and name not in only:
                 continue
             output = Path(scratch) / name.replace(", ", "-")
@@ -269,16 +271,18 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("what", choices=("train", "quality", "speed"))
     arguments.add_argument("folder", type=Path, help="of the source")
+    arguments.add_argument("--width", type=int, default=64, help="channels of the first stage")
     arguments.add_argument("--epochs", type=int, default=3)
+    arguments.add_argument("--samples", type=int, default=1024, help="images to calibrate on")
     arguments.add_argument("--only", nargs="*", help="names of rows")
     arguments.add_argument("--steps", type=int, default=300, help="of the trained row")
     arguments.add_argument("--rounds", type=int, default=7)
     args = arguments.parse_args()
     hide_bars()
     if args.what == "train":
-        train_source(args.folder, args.epochs)
+        train_source(args.folder, args.width, args.epochs)
     elif args.what == "quality":
-        quality(args.folder, args.only, args.steps, args.json)
+        quality(args.folder, args.only, args.samples, args.steps, args.json)
     else:
         speed(args.folder, args.rounds, args.json)
 
