@@ -1,10 +1,12 @@
 """Perplexity, KL divergence and top-1 agreement of a small language model after conversion.
 
-    python benchmarks/quality_lm.py DATA_DIR [--only NAME ...] [--json OUT.json]
+    python benchmarks/quality_lm.py DATA_DIR [--only NAME ...] [--samples 256] [--max-tokens 60000]
+        [--json OUT.json]
 
 DATA_DIR holds the checkpoint `lm` and the texts `text/calibration.txt` and `text/eval.txt`. The
-protocol: the first 60,000 tokens of eval.txt, documents split at lines `<|doc|>`, each beginning
-with the bos token, windows of 256 without overlap, positions 2..256 count, float32 arithmetic.
+protocol: the first 60,000 tokens of eval.txt (or --max-tokens), documents split at lines `<|doc|>`,
+each beginning with the bos token, windows of 256 without overlap, positions 2..256 count, float32
+arithmetic.
 Calibrated rows see calibration.txt only. The rows "... to other kinds" calibrate on some kinds of
 its documents and are measured on the documents of the other kinds in eval.txt.
 """
@@ -31,17 +33,17 @@ KINDS: dict[str, Callable[[str], bool]] = {
 }
 
 
-def recipes(text: Path) -> dict[str, Recipe]:
-    """The rows of the table: name -> recipe; calibrated ones on `text`."""
+def recipes(text: Path, samples: int = SAMPLES) -> dict[str, Recipe]:
+    """The rows of the table: name -> recipe; calibrated ones on `samples` windows of `text`."""
 
     def gptq(
         group_size: int = 128,
         scale_bits: int = 16,
-        samples: int = SAMPLES,
+        times: int = 1,
         fold: bool = False,
         **options: Any,
     ) -> Recipe:
-        how = Calibrate(str(text), samples, SEQ_LEN, **options)
+        how = Calibrate(str(text), times * samples, SEQ_LEN, **options)
         return Recipe("gptq", group_size, scale_bits=scale_bits, fold=fold, calibrate=how)
 
     return {
@@ -64,7 +66,7 @@ def recipes(text: Path) -> dict[str, Recipe]:
         "gptq budget 1.75": gptq(128, target_bpw=1.75),
         "gptq budget 2": gptq(128, target_bpw=2.0),
         "gptq 128, reconstruct": gptq(128, reconstruct=150),
-        "gptq 128, distill": gptq(128, samples=2 * SAMPLES, distill=1000),
+        "gptq 128, distill": gptq(128, times=2, distill=1000),
     }
 
 
@@ -80,34 +82,38 @@ def split_kinds(path: Path, kinds: set[str], output: Path) -> Path:
     return output
 
 
-def measure(data: Path, recipe: Recipe, text: Path) -> dict[str, Any]:
+def measure(data: Path, recipe: Recipe, text: Path, max_tokens: int) -> dict[str, Any]:
     """Convert the language model with one recipe and compare it with its source on `text`."""
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "packed"
         row = timed_convert(data / "lm", output, recipe)
         result = evaluate(
-            output, source=data / "lm", text=text, seq_len=SEQ_LEN, max_tokens=MAX_TOKENS
+            output, source=data / "lm", text=text, seq_len=SEQ_LEN, max_tokens=max_tokens
         )
     return row | {
         key: value for key, value in result.items() if key not in ("model", "source", "text")
     }
 
 
-def rows_of(data: Path, only: list[str] | None, scratch: Path) -> list[dict[str, Any]]:
+def rows_of(
+    data: Path, only: list[str] | None, samples: int, max_tokens: int, scratch: Path
+) -> list[dict[str, Any]]:
     calibration, held = data / "text" / "calibration.txt", data / "text" / "eval.txt"
-    todo = [(name, recipe, held) for name, recipe in recipes(calibration).items()]
+    todo = [(name, recipe, held) for name, recipe in recipes(calibration, samples).items()]
     groups = {"pep": {"pep"}, "eip, speeches": {"eip", "other"}}
     for name, kinds in groups.items():
         seen = split_kinds(calibration, kinds, scratch / f"calibrate {name}.txt")
         others = {*KINDS, "other"} - kinds
         unseen = split_kinds(held, others, scratch / f"eval not {name}.txt")
         todo.append((f"itf 128 on all but {name}", Recipe("itf", 128), unseen))
-        todo.append((f"gptq 128 from {name} to other kinds", recipes(seen)["gptq 128"], unseen))
+        todo.append(
+            (f"gptq 128 from {name} to other kinds", recipes(seen, samples)["gptq 128"], unseen)
+        )
     rows = []
     for name, recipe, text in todo:
         if only is None or name in only:
             print(f"{name} ...", file=sys.stderr)
-            rows.append({"name": name} | measure(data, recipe, text))
+            rows.append({"name": name} | measure(data, recipe, text, max_tokens))
             print(markdown(rows[-1:]).splitlines()[-1], file=sys.stderr)
     return rows
 
@@ -133,10 +139,12 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("data", type=Path, help="directory with lm and text")
     arguments.add_argument("--only", nargs="*", help="names of rows")
+    arguments.add_argument("--samples", type=int, default=SAMPLES, help="to calibrate on")
+    arguments.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help="to measure on")
     args = arguments.parse_args()
     hide_bars()
     with tempfile.TemporaryDirectory() as scratch:
-        rows = rows_of(args.data, args.only, Path(scratch))
+        rows = rows_of(args.data, args.only, args.samples, args.max_tokens, Path(scratch))
     print(markdown(rows))
     write_figures(args.json, __file__, {"rows": rows})
 

@@ -65,18 +65,21 @@ def test_smaller_groups_may_be_asked_for(wide: Path, tmp_path: Path) -> None:
     assert report["exact"] and report["type"] == "q2_0"
 
 
-def test_a_calibrated_model_is_folded_and_leaves_nothing_for_run_time(
+def test_a_calibrated_model_leaves_nothing_for_run_time_folded_or_not(
     narrow: Path, tmp_path: Path
 ) -> None:
     ids = torch.randint(3, 140, (14, 24), generator=torch.Generator().manual_seed(1))
     save_file({"input_ids": ids}, tmp_path / "data.safetensors")
     data = Calibrate(str(tmp_path / "data.safetensors"), num_samples=10)
-    record = convert(narrow, tmp_path / "packed", Recipe("gptq", engine=LLAMA_CPP, calibrate=data))
-    recipe = record["recipe"]
-    assert (recipe["fold"], recipe["calibrate"]["rotation"], recipe["group_size"]) == (True, 0, 64)
-    assert not any("rotation" in row for row in record["tensors"].values())
-    assert record["calibration"]["quality"]
-    assert export(tmp_path / "packed", tmp_path / "m.gguf", "gguf", tokenizer=False)["exact"]
+    for fold in (False, True):
+        packed, file = tmp_path / f"packed{fold}", tmp_path / f"{fold}.gguf"
+        recipe = Recipe("gptq", engine=LLAMA_CPP, fold=fold, calibrate=data)
+        record = convert(narrow, packed, recipe)
+        said = record["recipe"]
+        assert (said["fold"], said["calibrate"]["rotation"], said["group_size"]) == (fold, 0, 64)
+        assert not any("rotation" in row for row in record["tensors"].values())
+        assert record["calibration"]["quality"]
+        assert export(packed, file, "gguf", tokenizer=False)["exact"]
 
 
 @pytest.mark.parametrize(
@@ -113,8 +116,10 @@ def test_widths_and_architectures_that_do_not_fit_are_refused(tmp_path: Path) ->
 
 def test_a_plan_says_what_was_chosen(wide: Path) -> None:
     asked = ["convert", str(wide), "out", "--for", "llama.cpp", "--dry-run", "--dataset", "default"]
-    table = json.loads(CliRunner().invoke(app, [*asked, "--json"]).stdout)
-    assert (table["recipe"]["group_size"], table["recipe"]["fold"]) == (256, True)
-    assert table["recipe"]["calibrate"]["rotation"] == 0
-    without = json.loads(CliRunner().invoke(app, [*asked, "--no-fold", "--json"]).stdout)
-    assert without["recipe"]["fold"] is False
+    for fold in (False, True):
+        options = [*asked, *(["--fold"] if fold else [])]
+        recipe = json.loads(CliRunner().invoke(app, [*options, "--json"]).stdout)["recipe"]
+        assert (recipe["engine"], recipe["group_size"], recipe["fold"]) == (LLAMA_CPP, 256, fold)
+        assert recipe["calibrate"]["rotation"] == 0
+    shown = CliRunner().invoke(app, [*asked, "--recipe", "good", "--fold"]).stdout
+    assert "--for llama.cpp --fold" in re.sub(r"\s+", " ", shown)

@@ -103,6 +103,16 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         pad_token_id=0,
     ),
     "phi3": lambda: _config("Phi3", pad_token_id=0),
+    # 1024 positions and four times the width: what the reader takes
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=320,
+        n_embd=256,
+        n_layer=2,
+        n_head=8,
+        bos_token_id=0,
+        eos_token_id=0,
+        architectures=["GPT2LMHeadModel"],
+    ),
 }
 
 
@@ -634,8 +644,8 @@ def test_linear_rope_and_a_window(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (
-            {"architectures": ["GPT2LMHeadModel"]},
-            "architecture GPT2LMHeadModel; expected one of Ll",
+            {"architectures": ["GPTNeoXForCausalLM"]},
+            "architecture GPTNeoXForCausalLM; expected one of Ll",
         ),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"norm_topk_prob": False}, "norm_topk_prob False"),
@@ -663,6 +673,21 @@ def test_unknown_architectures_are_refused(
     (changed / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(CheckpointError, match=message):
         export(changed, tmp_path / "m.gguf", "gguf")
+
+
+def test_of_gpt2_kept_matrices_are_turned_and_other_scales_refused(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source", CONFIGS["gpt2"]())
+    convert(source, tmp_path / "packed", Recipe("absmean", 256, keep=("*c_fc.weight",)))
+    export(tmp_path / "packed", tmp_path / "m.gguf", "gguf")
+    _, tensors = read_gguf(tmp_path / "m.gguf")
+    before = packing.read_checkpoint(source)["transformer.h.1.mlp.c_fc.weight"]
+    assert np.array_equal(tensors["blk.1.ffn_up.weight"].data, before.t().numpy())
+    changed = rewrite(tmp_path / "packed", tmp_path / "changed", lambda tensors, records: None)
+    config = json.loads((changed / "config.json").read_text())
+    config["scale_attn_by_inverse_layer_idx"] = True
+    (changed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="scale_attn_by_inverse_layer_idx True"):
+        export(changed, tmp_path / "other.gguf", "gguf")
 
 
 # --- vocabularies --------------------------------------------------------------------------------

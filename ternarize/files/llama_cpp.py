@@ -79,6 +79,9 @@ class Architecture:
     int8        was trained with activations rounded to int8
     shifted     files have the weights of norms with 1 added, as they are multiplied
     windows     every sixth layer sees all, others a window: of all others llama.cpp has no windows
+    body        where transformers has its parts, and where in that its blocks
+    learned     positions are a table and not rotated, norms subtract the mean (LayerNorm)
+    turned      matrices of blocks are [in, out] in transformers (Conv1D), [out, in] in files
     """
 
     name: str
@@ -92,6 +95,9 @@ class Architecture:
     int8: bool = False
     shifted: bool = False
     windows: bool = False
+    body: tuple[str, str] = ("model", "layers")
+    learned: bool = False
+    turned: bool = False
 
     def to_llama_cpp(self, name: str) -> str | None:
         """What a file calls a tensor of transformers, whose name has {} for the number of an
@@ -99,13 +105,14 @@ class Architecture:
 
         Checkpoints of the model without its head leave "model." out.
         """
-        match = re.fullmatch(r"(?:model\.)?(?:layers\.(\d{1,5})\.)?(.+)\.(weight|bias)", name)
+        body, blocks = self.body
+        pattern = rf"(?:{body}\.)?(?:{blocks}\.(\d{{1,5}})\.)?(.+)\.(weight|bias)"
+        match = re.fullmatch(pattern, name)
         if match is None:
             return None
         inner = match[2].replace(".{}.", ".")  # of all experts it is one tensor
-        ours = self.names.get(inner) or _in_table(
-            self.table or self.name, match[1] is not None, inner
-        )
+        before = "" if match[1] is None else f"{blocks}.0."
+        ours = self.names.get(inner) or _in_table(self.table or self.name, body, before + inner)
         prefix = "" if match[1] is None else f"blk.{int(match[1])}."
         return None if ours is None else f"{prefix}{ours}.{match[3]}"
 
@@ -120,14 +127,13 @@ class Architecture:
 
 
 @cache
-def _in_table(architecture: str, in_block: bool, name: str) -> str | None:
+def _in_table(architecture: str, body: str, name: str) -> str | None:
     """The name in llama.cpp of a module of transformers, by the table of the package `gguf`."""
     names = _table(architecture)
-    if in_block:
-        found = names.get_name(f"model.layers.0.{name}")
-        return None if found is None else str(found).removeprefix("blk.0.")
-    found = names.get_name(f"model.{name}") or names.get_name(name)
-    return None if found is None else str(found)
+    found = names.get_name(f"{body}.{name}")
+    if found is None and ".0." not in name:  # what stands in no block may stand beside the body
+        found = names.get_name(name)
+    return None if found is None else str(found).removeprefix("blk.0.")
 
 
 @cache
@@ -153,6 +159,16 @@ GEMMA3 = Architecture(
     shifted=True,
     windows=True,
 )
+GPT2 = Architecture(
+    "gpt2",
+    "gpt2",
+    "GPT2LMHeadModel",
+    {},
+    activation="gelu_new",
+    body=("transformer", "h"),
+    learned=True,
+    turned=True,
+)
 # BitNet b1.58 2B4T; bitnet.cpp's converters call it bitnet-25, too
 BITNET = Architecture(
     "bitnet-b1.58",
@@ -168,6 +184,7 @@ BITNET = Architecture(
 EXPORTED = {
     **{each.model_class: each for each in (LLAMA, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, PHI3, GEMMA3)},
     "MistralForCausalLM": LLAMA,
+    GPT2.model_class: GPT2,
 }
 WINDOWS = 6  # of Gemma 3's layers, each sixth sees all
 LOCAL_BASE = 10000.0  # of the rope of its other layers, which files do not say

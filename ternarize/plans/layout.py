@@ -18,6 +18,7 @@ from ternarize.native import lib
 from ternarize.plans.copied import BESIDE
 from ternarize.plans.recipe import GROUP_SIZE, Recipe
 from ternarize.plans.rules import Choice
+from ternarize.sources.folded import Folded
 from ternarize.threads import THREADS
 from ternarize.trits.int4 import INT4
 
@@ -231,7 +232,8 @@ class Plan:
         if any(t.planes > 1 or (t.packed and not t.ternary) for t in self.tensors):
             per_weight += 32  # remainders, int8 and int4 weights: in float64 or in copies
         largest = max((min(t.info.numel, t.piece_numel()) for t in self.tensors), default=0)
-        return (64 << 20) + threads * largest * per_weight
+        turning = self.source.memory() if isinstance(self.source, Folded) else 0
+        return (64 << 20) + threads * (largest * per_weight + turning)
 
     def load_memory(self) -> int:
         """Predicted peak of loading and one forward pass on CPU, weights and one dense matrix.

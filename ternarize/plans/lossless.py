@@ -118,7 +118,7 @@ def refuse_ternary(source: Folded, tensors: Iterable[TensorPlan]) -> None:
                     f"{tensor.info.file}: {tensor.name}",
                     "is ternary already, and would not be once a rotation is folded into it",
                     "a weight that is not",
-                    "Leave out --fold (--no-fold with --for)",
+                    "Leave out --fold",
                 )
 
 

@@ -75,7 +75,6 @@ def make_plan(
         _check_calibrated(source, model)
     if recipe.engine is not None:
         check_engine(model, source.config, recipe)
-    recipe = replace(recipe, fold=_folds(recipe))
     if recipe.fold:
         source = folded(source, recipe.calibrate.seed if recipe.calibrate else 0)
     shapes = {name: info.shape for name, info in source.tensors.items()}
@@ -157,12 +156,6 @@ def _check_calibrated(source: Checkpoint, model: str | Path) -> None:
             "an architecture that transformers has",
             "Convert it without --dataset",
         )
-
-
-def _folds(recipe: Recipe) -> bool:
-    """Whether a rotation is folded into the weights, where nothing is said of it."""
-    fitted = recipe.calibrate is not None and recipe.training is None
-    return recipe.engine is not None and fitted if recipe.fold is None else recipe.fold
 
 
 def _settled(

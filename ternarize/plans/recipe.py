@@ -92,8 +92,8 @@ class Calibrate:
     dataset: str = option(
         "default",
         "Calibrate on texts: a .txt, .jsonl, .json or .parquet file, a directory of them, or a Hub "
-        "dataset; self: what the model writes; default: a text that comes with ternarize. Of models "
-        "that hear speech: a folder of audio.",
+        "dataset; self: what the model writes; default: a text that comes with ternarize. Of "
+        "models that hear speech: a folder of audio.",
     )
     num_samples: int = option(256, "Samples to calibrate on; default: {default}.", COUNT)
     seq_len: int | None = option(
@@ -276,15 +276,15 @@ class Recipe:
     )
     engine: str | None = option(
         None,
-        "Choose what files of {allowed} hold (groups, a rotation that folds and leaves nothing for "
-        "run time), and refuse what they do not.",
+        "Choose what files of {allowed} hold (groups, no rotation at run time), and refuse what "
+        "they do not.",
         ENGINES,
         name="--for",
     )
-    fold: bool | None = option(
-        None,
+    fold: bool = option(
+        False,
         "Rotate what goes from layer to layer, and the heads of values, by other weights: nothing "
-        "of it is left for run time. Default: with --for and --dataset, where the model allows it.",
+        "of it is left for run time.",
     )
     calibrate: Calibrate | None = None
     train: Train | None = None

@@ -141,6 +141,15 @@ class Folded(Checkpoint):
             )
         return found
 
+    def memory(self) -> int:
+        """Bytes that reading a piece takes beside it: a block of rows, in float64, four times."""
+        wide = [
+            how.rows[1] * self.tensors[name].shape[-1]
+            for name, how in self.turns.items()
+            if how.rows is not None
+        ]
+        return 32 * max(_ROWS, *wide, 0)
+
     @property
     def stored_bytes(self) -> int:
         """Bytes of the tensors as they are stored."""
@@ -171,12 +180,13 @@ def folded(source: Checkpoint, seed: int) -> Folded:
     """
     config = source.config or {}
     name = (config.get("architectures") or ["none"])[0]
-    if name not in EXPORTED or isinstance(source, Imported):
+    known = [each for each, architecture in EXPORTED.items() if not architecture.learned]
+    if name not in known or isinstance(source, Imported):
         found = source.format if isinstance(source, Imported) else f"architecture {name}"
         raise CheckpointError(
             source.directory,
             f"{found}, of which it is not known how a rotation folds into its weights (--fold)",
-            f"a checkpoint in floating point of {', '.join(EXPORTED)}",
+            f"a checkpoint in floating point of {', '.join(known)}",
             "Leave out --fold",
         )
     roles, own = _roles(source, name), config_from(config)

@@ -11,6 +11,7 @@ A module for each target, beside what they have in common:
     compressed.py  compressed-tensors, for vLLM
     vocabulary.py  the vocabulary of a GGUF file
     modelfile.py   an Ollama Modelfile beside it
+    gguf_keys.py   what a GGUF file says of its model
     gguf.py        llama.cpp
 """
 

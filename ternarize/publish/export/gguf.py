@@ -3,7 +3,7 @@
 Ternary tensors go into blocks of ggml (ggml.py) as trits and scales; int8 ones into Q8_0, int4 ones
 into Q4_0; kept matrices into a floating-point type; vectors into F32, which llama.cpp wants. Names
 and metadata are those that llama.cpp's own converter writes for the same architecture (llama_cpp.py
-has them); the vocabulary is written by vocabulary.py.
+and gguf_keys.py have them); the vocabulary is written by vocabulary.py.
 """
 
 import math
@@ -20,16 +20,7 @@ from torch import Tensor
 
 from ternarize.errors import CheckpointError, UsageError, WeightError
 from ternarize.files.headers import DTYPES, byte_view
-from ternarize.files.llama_cpp import (
-    EXPORTED,
-    LOCAL_BASE,
-    PHI3,
-    Architecture,
-    gemma_layer_types,
-    gemma_scalar,
-    import_gguf,
-    rope_factors,
-)
+from ternarize.files.llama_cpp import Architecture, import_gguf, rope_factors
 from ternarize.files.outputs import check_free
 from ternarize.progress import Progress
 from ternarize.publish.export import vocabulary
@@ -42,6 +33,13 @@ from ternarize.publish.export.common import (
     fresh_output,
     model_config,
 )
+from ternarize.publish.export.gguf_keys import (
+    CONVERTER,
+    architecture_of,
+    head_dim_of,
+    rope_of,
+    write_keys,
+)
 from ternarize.publish.export.modelfile import modelfile_of, write_modelfile
 from ternarize.trits import ggml
 from ternarize.trits.int4 import INT4, unpack_int4
@@ -50,7 +48,6 @@ from ternarize.trits.ternary import Ternary
 
 KEPT_TYPES = {"f16": "F16", "bf16": "BF16", "f32": "F32", "q8_0": "Q8_0"}
 DEFAULT_TYPES = ("tq2_0", "q2_0")  # the first is smaller, faster, and known to older engines
-_CONVERTER = "Export it to dense, and use llama.cpp's own converter"
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ def export_gguf(
     if modelfile:
         check_free(modelfile_of(output))
     config = model_config(packed)
-    architecture = _architecture(packed, config)
+    architecture = architecture_of(packed, config)
     asked = kind
     kind, losses = _chosen(packed, asked, allow_requantize)
     losses.stop_unless_allowed(packed, _advice(packed, asked))
@@ -115,7 +112,7 @@ def export_gguf(
     total, done = sum(item.nbytes for item in items), 0
     for item in items:
         writer.add_tensor_info(item.name, item.shape, np.dtype(np.void), item.nbytes, item.type)
-    _write_metadata(gguf, writer, packed, config, architecture, kind)
+    write_keys(gguf, writer, packed, config, architecture, kind)
     with fresh_output(packed, output, folder=False) as partial:
         try:
             writer.write_header_to_file(partial)
@@ -159,112 +156,6 @@ def _advice(packed: PackedCheckpoint, asked: str | None) -> str:
     return f"{other} the source with --for llama.cpp, which chooses what such a file holds."
 
 
-def _architecture(packed: PackedCheckpoint, config: Any) -> Architecture:
-    where = packed.directory / "config.json"
-    names = config.architectures or ["none"]
-    if names[0] not in EXPORTED:
-        known = f"one of {', '.join(EXPORTED)}"
-        raise CheckpointError(where, f"architecture {names[0]}", known, _CONVERTER)
-    architecture = EXPORTED[names[0]]
-    # llama.cpp refuses a file of qwen3 that has these biases
-    biased = names[0].startswith("Qwen3") and getattr(config, "attention_bias", False)
-    activation = getattr(config, "hidden_activation", None) or config.hidden_act
-    rope = _rope(config)
-    unknown = [
-        f"{key} {value!r}"
-        for key, value, known in (
-            ("hidden_act", activation, (architecture.activation,)),
-            ("rope_type", rope.get("rope_type", "default"), ("default", "linear", "llama3")),
-            ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), (1.0,)),
-            ("use_sliding_window", getattr(config, "use_sliding_window", False), (False, None)),
-            ("attention_bias", biased, (False, None)),
-            # of mixtures of experts: in every layer, with weights that sum to one
-            ("norm_topk_prob", getattr(config, "norm_topk_prob", True), (True,)),
-            ("decoder_sparse_step", getattr(config, "decoder_sparse_step", 1), (1,)),
-            ("mlp_only_layers", getattr(config, "mlp_only_layers", None) or [], ([],)),
-            *(_of_gemma(config) if architecture.windows else ()),
-        )
-        if value not in known
-    ]
-    if unknown:
-        raise CheckpointError(where, ", ".join(unknown), "the plain architecture", _CONVERTER)
-    return architecture
-
-
-def _of_gemma(config: Any) -> list[tuple[str, Any, tuple[Any, ...]]]:
-    """What llama.cpp takes for granted of Gemma 3: (name, what it is, what it must be)."""
-    local = config.rope_parameters["sliding_attention"]
-    scalar = gemma_scalar(config.to_dict())
-    pattern = gemma_layer_types(config.num_hidden_layers)
-    return [
-        ("attention_bias", config.attention_bias, (False,)),
-        ("layer_types", config.layer_types, (pattern,)),
-        ("query_pre_attn_scalar", config.query_pre_attn_scalar, (scalar,)),
-        ("rope_type of windows", local.get("rope_type", "default"), ("default",)),
-        ("rope_theta of windows", local["rope_theta"], (LOCAL_BASE,)),
-        ("attn_logit_softcapping", config.attn_logit_softcapping, (None,)),
-        ("final_logit_softcapping", config.final_logit_softcapping, (None,)),
-        ("use_bidirectional_attention", config.use_bidirectional_attention, (False,)),
-    ]
-
-
-def _rope(config: Any) -> dict[str, Any]:
-    """rope_parameters, of those layers that see all where layers differ."""
-    rope: dict[str, Any] = config.rope_parameters
-    rope = rope.get("full_attention", rope)
-    return rope
-
-
-def _head_dim(config: Any) -> int:
-    explicit = getattr(config, "head_dim", None)
-    return int(explicit or config.hidden_size // config.num_attention_heads)
-
-
-def _write_metadata(
-    gguf: Any,
-    writer: Any,
-    packed: PackedCheckpoint,
-    config: Any,
-    architecture: Architecture,
-    kind: str,
-) -> None:
-    """The keys that llama.cpp reads for a decoder of LLaMA's kind, and those about the model."""
-    counts = writer.get_total_parameter_count()
-    about = gguf.Metadata.load(None, packed.directory, None, counts[0])
-    about.size_label = gguf.size_label(*counts)
-    writer.add_type(gguf.GGUFType.MODEL)
-    about.set_gguf_meta_model(writer)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_file_type(ggml.TYPES[kind].file_type)
-    length, window = config.max_position_embeddings, getattr(config, "sliding_window", None)
-    # where llama.cpp has no windows: within one, nothing is missing
-    cut = window and not architecture.windows
-    writer.add_context_length(min(length, window) if cut else length)
-    if architecture.windows or architecture is PHI3:
-        writer.add_sliding_window(window or 0)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    experts = getattr(config, "num_local_experts", None)
-    if experts:
-        writer.add_expert_count(experts)
-        writer.add_expert_used_count(config.num_experts_per_tok)
-        if hasattr(config, "moe_intermediate_size"):
-            writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(_head_dim(config))
-    writer.add_value_length(_head_dim(config))
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    rope = _rope(config)
-    writer.add_rope_dimension_count(_head_dim(config))
-    writer.add_rope_freq_base(rope["rope_theta"])
-    if rope.get("rope_type") == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rope["factor"])
-
-
 def _gguf_items(
     packed: PackedCheckpoint,
     config: Any,
@@ -274,14 +165,17 @@ def _gguf_items(
     losses: Losses,
 ) -> list[GgufItem]:
     items = []
-    factors = rope_factors(_rope(config), _head_dim(config))
+    factors = None
+    if not architecture.learned:
+        factors = rope_factors(rope_of(config), head_dim_of(config))
     if factors is not None:
         shape, read = tuple(factors.shape), partial(byte_view, factors)
         number = ggml.FLOATS["F32"]
         items.append(GgufItem("rope_freqs.weight", number, shape, factors.nbytes, read))
     stacks: dict[str, dict[int, GgufItem]] = {}
     for name in packed.records:
-        if name.endswith(".rotary_emb.inv_freq"):  # old checkpoints; the metadata says the same
+        # buffers of old checkpoints: frequencies, which the metadata says, and masks
+        if name.endswith((".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")):
             continue
         # one matrix for each expert here, one tensor of all of a layer there
         expert = re.fullmatch(r"(.+\.experts\.)(\d+)(\.\w+\.weight)", name)
@@ -291,13 +185,14 @@ def _gguf_items(
                 packed.checkpoint.tensors[name].file,
                 f"{name} has no name in llama.cpp's architecture {architecture.name}",
                 f"a plain {config.architectures[0]}",
-                _CONVERTER,
+                CONVERTER,
             )
         if architecture.shifted and name.endswith("norm.weight"):
             items.append(_shifted_norm(packed, name, new, losses))
             continue
         order = _order(name, config) if architecture.permuted else None
-        item = _item(packed, name, new, order, kind, kept_type, losses)
+        turned = architecture.turned and new.startswith("blk.")
+        item = _item(packed, name, new, order, kind, kept_type, losses, turned=turned)
         if expert is None:
             items.append(item)
         else:
@@ -347,7 +242,7 @@ def _order(name: str, config: Any) -> Tensor | None:
     )
     if heads is None:
         return None
-    rows = torch.arange(heads * _head_dim(config))
+    rows = torch.arange(heads * head_dim_of(config))
     return rows.view(heads, 2, -1).transpose(1, 2).flatten()
 
 
@@ -359,7 +254,10 @@ def _item(
     kind: str,
     kept_type: str | None,
     losses: Losses,
+    *,
+    turned: bool,
 ) -> GgufItem:
+    """turned  a matrix that is kept is [in, out] (what is packed is [out, in], as files have it)"""
     record = packed.records[name]
     dtype, shape = packed.info(name)
 
@@ -392,7 +290,8 @@ def _item(
 
         nbytes = math.prod(shape) // ggml.Q8_0_BLOCK * size
         return GgufItem(new, number, shape, nbytes, integers)
-    return _float_item(packed, name, new, rows, kept_type, losses)
+    turned = turned and record.shape is None and len(shape) > 1
+    return _float_item(packed, name, new, torch.t if turned else rows, kept_type, losses)
 
 
 def _float_item(
@@ -408,13 +307,14 @@ def _float_item(
     dtype, shape = packed.info(name)
     own = dtype if record.shape is None and dtype in ggml.FLOATS else "F32"
     target = KEPT_TYPES.get(kept_type or "", own)
+    stored, shape = shape, shape[::-1] if rows is torch.t else shape
     # llama.cpp wants vectors, and routers, in F32
     if record.shape is None and (len(shape) < 2 or new.endswith(".ffn_gate_inp.weight")):
         target = "F32"
 
     def read() -> Tensor:
         dense = packed.kept(name) if record.shape is None else packed.dense(name)
-        return _encode_kept(packed, name, rows(dense.view(shape)), target, losses)
+        return _encode_kept(packed, name, rows(dense.view(stored)).contiguous(), target, losses)
 
     if target != "Q8_0":
         nbytes = math.prod(shape) * DTYPES[target].itemsize

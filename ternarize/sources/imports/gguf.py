@@ -165,6 +165,8 @@ def _logical(
         if shape[0] != heads * dim:
             raise _misshapen(tensor, f"{heads} heads of {dim}")
         base = _halves(base, dim) if len(shape) == 2 else _halves_of_bias(base, dim)
+    if arch.turned and len(shape) > 1 and tensor.name.startswith("blk."):
+        base, shape = _turned(base, shape[0]), shape[::-1]
     if arch.shifted and name.endswith("norm.weight"):
         dtype, base = torch.float32, _less_one(base)
     yield _Logical(name, shape, dtype, base, group_size)
@@ -252,6 +254,11 @@ def _i2_s(tensor: GgufTensor, layout: str) -> Decode:
 
 def _shifted(base: Decode, offset: int) -> Decode:
     return lambda first, last: base(first + offset, last + offset)
+
+
+def _turned(base: Decode, rows: int) -> Decode:
+    """Rows of a matrix that is stored with `rows` rows, which are columns here."""
+    return lambda first, last: base(0, rows)[:, first:last].t().contiguous()
 
 
 def _halves(base: Decode, dim: int) -> Decode:

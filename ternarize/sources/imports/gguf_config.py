@@ -15,6 +15,7 @@ from ternarize.files.gguf import GgufTensor
 from ternarize.files.llama_cpp import (
     BITNET,
     GEMMA3,
+    GPT2,
     LLAMA,
     LOCAL_BASE,
     MIXTRAL,
@@ -30,7 +31,7 @@ from ternarize.files.llama_cpp import (
     rope_factors,
 )
 
-_KNOWN = (LLAMA, QWEN2, QWEN3, QWEN2_MOE, QWEN3_MOE, GEMMA3, PHI3, BITNET)
+_KNOWN = (LLAMA, QWEN2, QWEN3, QWEN2_MOE, QWEN3_MOE, GEMMA3, PHI3, GPT2, BITNET)
 ARCHITECTURES = {**{each.name: each for each in _KNOWN}, "bitnet-25": BITNET}
 # keys of an architecture that say nothing about what the model computes, or what is known from the
 # tensors
@@ -114,7 +115,9 @@ def gguf_config(
     arch = ARCHITECTURES[named]
     if arch is LLAMA and lookup.get("expert_count", 0):
         arch = MIXTRAL
-    return arch, _config(lookup, arch, tensors, keys)
+    config = (_gpt2 if arch is GPT2 else _config)(lookup, arch, tensors, keys)
+    lookup.close()
+    return arch, config
 
 
 def _config(
@@ -152,10 +155,7 @@ def _config(
     config["rope_parameters"] = _rope(keys, head_dim, tensors)
     if arch is GEMMA3:
         config |= _gemma(keys, config)
-    for name, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        number = common.get(f"tokenizer.ggml.{theirs}_token_id")
-        if type(number) is int and number < config["vocab_size"]:
-            config[f"{name}_token_id"] = number
+    config |= _special(common, config["vocab_size"])
     if arch is PHI3:
         config["sliding_window"] = keys.get("attention.sliding_window", 0) or None
         config.setdefault("pad_token_id", None)  # by default one of its own vocabulary
@@ -163,8 +163,46 @@ def _config(
     if arch is GEMMA3 and dtype == torch.float16:
         dtype = torch.float32  # its activations go beyond float16; llama.cpp's are float32
     config["dtype"] = str(dtype).removeprefix("torch.")
-    keys.close()
     return config
+
+
+def _special(common: Mapping[str, Any], vocabulary: int) -> dict[str, int]:
+    """The numbers of the tokens that begin, end and fill texts."""
+    found = {}
+    for name, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        number = common.get(f"tokenizer.ggml.{theirs}_token_id")
+        if type(number) is int and number < vocabulary:
+            found[f"{name}_token_id"] = number
+    return found
+
+
+def _gpt2(
+    keys: _Keys, arch: Architecture, tensors: Tensors, common: Mapping[str, Any]
+) -> dict[str, Any]:
+    """config.json of GPT-2, under its own names."""
+    vocabulary, hidden = _shape(keys, tensors, "token_embd.weight")
+    layers, heads = keys.need("block_count"), keys.need("attention.head_count")
+    if not 0 < layers <= len(tensors) or not heads:
+        raise keys.wrong(f"{layers} blocks of {heads} heads", "as many as there are tensors")
+    features = _shape(keys, tensors, "blk.0.ffn_up.weight")[0]
+    dtype = tensors["token_embd.weight"].dtype or torch.float32
+    return {
+        "architectures": [arch.model_class],
+        "model_type": arch.model_type,
+        "vocab_size": vocabulary,
+        "n_embd": keys.agreed("embedding_length", hidden),
+        "n_layer": layers,
+        "n_head": heads,
+        "n_inner": keys.agreed("feed_forward_length", features),
+        "n_positions": keys.agreed(
+            "context_length", _shape(keys, tensors, "position_embd.weight")[0]
+        ),
+        "layer_norm_epsilon": _short(keys.need("attention.layer_norm_epsilon", float)),
+        "activation_function": arch.activation,
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "dtype": str(dtype).removeprefix("torch."),
+        **_special(common, vocabulary),
+    }
 
 
 def _gemma(keys: _Keys, config: dict[str, Any]) -> dict[str, Any]:
