@@ -65,11 +65,10 @@ def test_it_runs_from_the_first_cell_to_the_last(
     said = {c["id"]: run("".join(c["source"]), names) for c in CELLS if c["cell_type"] == "code"}
     assert len(pyplot.get_fignums()) == 2
     pyplot.close("all")
-    assert "45.9% zeros" in said["rounded"] and "1.75 bits a weight" in said["plots"]
-    assert said["load"].count("fitted") == 2
-    figures = [
-        names["reports"]["fitted"]["calibration"] is not None,
-        *(re.search(r"\d", said[name]) is not None for name in ("eval-rounded", "eval-fitted")),
-        "To read a file," in said["generate"],
-    ]
-    assert all(figures), said
+    assert "45.9% zeros" in said["rounded"] and said["plots"].count("1.75 bits a weight") == 2
+    assert said["load"].count("fitted") == 2 and "To read a file," in said["generate"]
+    # what its words promise
+    errors = [names["reports"][name]["totals"]["relative_error"] for name in ("rounded", "fitted")]
+    far = [re.search(r"kl divergence +([\d.]+)", said[f"eval-{name}"]) for name in names["reports"]]
+    lost = [float(found[1]) for found in far if found is not None]
+    assert errors[1] > errors[0] and lost[1] < 0.6 * lost[0]
