@@ -2,7 +2,7 @@
 
     python benchmarks/ranks.py WORK_DIRECTORY [--counts 1 2] [--repeats 1] [--json FIGURES]
 
-The model is random, LLaMA-shaped, of two blocks; its samples are random words. Seconds are of
+The model is random, LLaMA-shaped, of one block; its samples are random words. Seconds are of
 forwards and solving: of the loop over the blocks, in processes that have read all else. Beside
 them the processor time of the process that took most, which is what machines of their own would
 take but for waiting, and the memory above what it held when the loop began. Bytes between the
@@ -28,12 +28,12 @@ from safetensors.torch import save_file
 from ternarize.calibrate.ranks import CHUNKS, World, share_out
 from ternarize.files.sums import SUMS
 
-HIDDEN, INNER, KV, LAYERS, VOCAB = 512, 1408, 256, 2, 2048
+HIDDEN, INNER, KV, LAYERS, VOCAB = 384, 1024, 128, 1, 2048
 GROUPS = [
     *((HIDDEN, [HIDDEN, KV, KV]), (HIDDEN, [HIDDEN])),
     *((HIDDEN, [INNER, INNER]), (INNER, [HIDDEN])),
 ]  # columns, and the rows of each matrix, of those with the same inputs
-LENGTH, BATCH = 256, 16  # tokens of a sample, samples of a batch: 4096 tokens
+LENGTH, BATCH = 256, 8  # tokens of a sample, samples of a batch
 TRAIN, HELD = 8, 1  # batches, the second of a tenth of the samples
 HELD_SAMPLES = TRAIN * BATCH // 10
 
@@ -46,7 +46,7 @@ from ternarize.calibrate.ranks import ranks_of_launcher
 from ternarize.convert.run import convert
 from ternarize.plans.recipe import Calibrate, Recipe
 torch.set_num_threads(1)
-source, output, data, told, samples, length = sys.argv[1:]
+source, output, data, told, samples, length, batch = sys.argv[1:]
 found, solving = {}, [0.0]
 
 def solve(*args, solve=solve_block.solve, **more):
@@ -85,6 +85,7 @@ class Timed(run.Calibration):
                          sent=dict(self.world.sent))
 
 pipeline.Calibration = Timed
+pipeline.TOKENS_IN_BATCH = int(batch)
 square = torch.randn(1024, 1024)
 tries = []
 for _ in range(20):
@@ -107,8 +108,8 @@ def make(work: Path) -> tuple[Path, Path]:
         hidden_size=HIDDEN,
         intermediate_size=INNER,
         num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=8 * KV // HIDDEN,
+        num_attention_heads=HIDDEN // 64,
+        num_key_value_heads=KV // 64,
         max_position_embeddings=LENGTH,
         architectures=["LlamaForCausalLM"],
     )
@@ -131,7 +132,7 @@ def one_run(work: Path, source: Path, data: Path, count: int) -> dict[str, Any]:
         place = {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
         words = [str(each) for each in (source, output, data, work / f"told-{rank}")]
-        words += [str(TRAIN * BATCH), str(LENGTH)]
+        words += [str(TRAIN * BATCH), str(LENGTH), str(BATCH * LENGTH)]
         command = [sys.executable, "-c", CHILD, *words]
         processes.append(subprocess.Popen(command, env={**os.environ, **place}))
     assert not any(process.wait() for process in processes)
@@ -174,7 +175,7 @@ def main() -> None:
         digests = {n: row.pop("sums").read_bytes() for n, row in rounds[-1].items()}
         assert len(set(digests.values())) == 1, "the bytes differ"
     tokens = TRAIN * BATCH * LENGTH
-    print(f"{LAYERS} blocks, hidden {HIDDEN}, inner {INNER}, {tokens:,} tokens\n")
+    print(f"{LAYERS} block, hidden {HIDDEN}, inner {INNER}, {tokens:,} tokens\n")
     print("| processes | seconds | to one | processor time | to one | memory of one, MB |")
     print("|---|---|---|---|---|---|")
     for count in options.counts:
