@@ -41,7 +41,7 @@ ESTIMATORS = ("ste", "clipped", "tanh")
 EDGE = 1.5  # |V / s| from which V is beyond the last level
 FLOOR = 1e-30  # the least scale: one is divided by it
 FITS = 3  # rounds of the least-squares scale, which settles after few
-KERNEL_KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+CORE_KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # the scales that a file of a dtype holds with all digits
 RANGES = {
     "F16": (2.0**-14, 65504.0),
@@ -231,6 +231,15 @@ def _hard(groups: Tensor, level: Tensor, threshold: Tensor | None) -> Tensor:
     return groups.abs().gt_(edge).copysign_(groups)
 
 
+def _scale_gradients(
+    trits: Tensor, above: Tensor, ratio: Tensor, inner: Tensor, scales: Tensor
+) -> Tensor:
+    """Those by scales, in their shape, of groups (..., length); trits are used up."""
+    found = trits.mul_(above).addcmul_(ratio, inner, value=-1).sum(-1)
+    whole = found.shape != scales.shape  # one scale for the whole matrix
+    return found.sum((-1, -2), keepdim=True) if whole else found
+
+
 def _soft(ratio: Tensor, sharpness: Tensor, threshold: Tensor | None) -> tuple[Tensor, Tensor]:
     """Soft trits and their derivative by the ratio."""
     at = 0.5 if threshold is None else threshold
@@ -238,18 +247,18 @@ def _soft(ratio: Tensor, sharpness: Tensor, threshold: Tensor | None) -> tuple[T
     return (low + high) / 2, sharpness * (2 - low * low - high * high) / 2
 
 
-# Operators of their own, in one pass over memory where the core is there: what a compiler makes of
-# their formulas takes several times as long, since a scale belongs to many weights.
+# Operators of their own, in one pass over memory where the core is there. A compiler makes no
+# vectors of their formulas on a CPU, since the index of a scale is a quotient of that of a weight.
 @torch.library.custom_op("ternarize::read_latent", mutates_args=())
 def _read_latent(latent: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
     """s t of latent weights by the plain rule, (..., rows, cols) of `dtype`."""
-    if native.lib is None or not _has_kernel(latent, scales, group_size, dtype):
+    if native.lib is None or not _fits_core(latent, scales, group_size, dtype):
         groups, level = split_groups(latent, group_size), scales.unsqueeze(-1)
         value = _hard(groups, level, None).mul_(level)
-        return value.flatten(-2)[..., : latent.shape[-1]].to(dtype, copy=True)
+        return value.flatten(-2)[..., : latent.shape[-1]].to(dtype).contiguous()
     out = torch.empty_like(latent, dtype=dtype)
     rows, levels = latent.flatten(0, -2), scales.flatten(0, -2).contiguous()
-    kind, threads = KERNEL_KINDS[dtype], torch.get_num_threads()
+    kind, threads = CORE_KINDS[dtype], torch.get_num_threads()
     native.lib.read_latent(rows, levels, group_size, out.flatten(0, -2), kind, threads)
     return out
 
@@ -264,34 +273,29 @@ def _latent_gradients(
     given: Tensor, latent: Tensor, scales: Tensor, group_size: int
 ) -> tuple[Tensor, Tensor]:
     """Of a gradient by s t: that by latent weights, clipped, and that by scales; both float32."""
-    if native.lib is None or not _has_kernel(latent, scales, group_size, given.dtype):
+    if native.lib is None or not _fits_core(latent, scales, group_size, given.dtype):
         groups, level = split_groups(latent, group_size), scales.unsqueeze(-1)
         above, ratio = split_groups(given, group_size), groups / level
         inner = ratio.abs().lt_(EDGE).mul_(above)
-        to_scales = _hard(groups, level, None).mul_(above).addcmul_(ratio, inner, value=-1).sum(-1)
-        if to_scales.shape != scales.shape:  # one scale for the whole matrix
-            to_scales = to_scales.sum((-1, -2), keepdim=True)
-        return inner.flatten(-2)[..., : latent.shape[-1]].contiguous(), to_scales
+        to_scales = _scale_gradients(_hard(groups, level, None), above, ratio, inner, scales)
+        return inner.flatten(-2)[..., : latent.shape[-1]].contiguous(), to_scales.contiguous()
     to_latent, to_scales = torch.empty_like(latent), torch.empty(scales.shape)
     rows, levels = latent.flatten(0, -2), scales.flatten(0, -2).contiguous()
     whole = given.contiguous().flatten(0, -2)
     outs = to_latent.flatten(0, -2), to_scales.flatten(0, -2)
-    kind, threads = KERNEL_KINDS[given.dtype], torch.get_num_threads()
+    kind, threads = CORE_KINDS[given.dtype], torch.get_num_threads()
     native.lib.latent_gradients(rows, levels, group_size, whole, kind, EDGE, *outs, threads)
     return to_latent, to_scales
 
 
 @_latent_gradients.register_fake
 def _(given: Tensor, latent: Tensor, scales: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    like = torch.contiguous_format
-    return torch.empty_like(latent, memory_format=like), torch.empty_like(
-        scales, memory_format=like
-    )
+    return latent.new_empty(latent.shape), scales.new_empty(scales.shape)
 
 
-def _has_kernel(latent: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype) -> bool:
+def _fits_core(latent: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype) -> bool:
     """Whether the core has an operator for such weights."""
-    usual = latent.dtype == scales.dtype == torch.float32 and dtype in KERNEL_KINDS
+    usual = latent.dtype == scales.dtype == torch.float32 and dtype in CORE_KINDS
     of_groups = group_size != 0 and latent.shape[:-1] == scales.shape[:-1]
     return usual and of_groups and latent.device.type == "cpu" and latent.is_contiguous()
 
@@ -368,9 +372,7 @@ class _Ternarized(torch.autograd.Function):
         if sharpness is not None or ctx.clipped:
             to_latent = inner.flatten(-2)[..., : latent.shape[-1]]
         if ctx.needs_input_grad[1]:
-            to_scales = trits.mul_(above).addcmul_(ratio, inner, value=-1).sum(-1)
-            if to_scales.shape != scales.shape:  # one scale for the whole matrix
-                to_scales = to_scales.sum((-1, -2), keepdim=True)
+            to_scales = _scale_gradients(trits, above, ratio, inner, scales)
             if blend is not None:
                 to_scales = to_scales * blend
         if blend is not None:
