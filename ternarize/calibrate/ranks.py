@@ -153,15 +153,15 @@ class World:
         try:
             if self._store is not None and self._fault() is None:
                 self._store.set(_FAULT, pickle.dumps(said))
-        except RuntimeError:  # the first one, or the launcher, is gone
-            return
+        except RuntimeError:
+            return  # the store is gone with its owner: nobody is left to be told
 
     def _fault(self) -> Any:
         try:
             if self._store is not None and self._store.check([_FAULT]):
                 return pickle.loads(self._store.get(_FAULT))
         except RuntimeError:
-            pass
+            return None  # the store is gone with its owner: what is known stays
         return None
 
 

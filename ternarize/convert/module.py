@@ -101,7 +101,7 @@ def pack_module(
         raise SelectionError(
             name,
             f"none of its {len(choices)} tensors becomes ternary",
-            f"linear layers of {smallest} weights or more",
+            f"linear layers or convolutions of {smallest} weights or more",
             "Name others with include, or keep less; tables are packed by embeddings",
         )
     output = Path(output).expanduser()

@@ -61,7 +61,7 @@ def prepare(
     embeddings: str | None = None,
     start: str | Path | None = None,
 ) -> nn.Module:
-    """Make the linear layers that `convert` would take trainable as ternary ones, in place.
+    """Make the layers that `convert` would take trainable as ternary ones, in place.
 
     model        of transformers, dense and in floating point; or any module, whose linear layers in
                  repeated blocks are known by their names, and embeddings by their type
