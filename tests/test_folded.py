@@ -25,9 +25,11 @@ from ternarize.convert.verify import verify
 from ternarize.errors import TernarizeError
 from ternarize.files.checkpoint import Checkpoint
 from ternarize.models.configuration import config_from
+from ternarize.plans.plan import make_plan
 from ternarize.plans.recipe import Calibrate, Recipe, Train
 from ternarize.sources.checkpoint import open_checkpoint
 from ternarize.sources.folded import folded
+from ternarize.train import run as train_run
 from ternarize.trits.rotation import rotate, signs, turn
 
 IDS = torch.randint(3, 160, (2, 24), generator=torch.Generator().manual_seed(3))
@@ -240,3 +242,13 @@ def test_what_reads_the_source_as_it_is_does_not_go_with_it(
         Recipe("gptq", fold=True, calibrate=Calibrate(distill=1))
     with pytest.raises(TernarizeError, match="--stream"):
         convert("user/model", tmp_path / "out", Recipe(fold=True), stream=True)
+
+
+def test_a_training_does_not_start_from_a_folded_model(
+    sources: Callable[[str], Path], tmp_path: Path
+) -> None:
+    convert(sources("llama"), tmp_path / "packed", Recipe("itf", 32, fold=True))
+    train = Train(texts=("x",), steps=1, start=str(tmp_path / "packed"))
+    plan = make_plan(sources("llama"), Recipe("itf", 32, train=train))
+    with pytest.raises(TernarizeError, match="was converted with --fold"):
+        train_run._of_packed(str(tmp_path / "packed"), plan.tensors)

@@ -32,8 +32,8 @@ def export_command(
         typer.Option(
             "--type",
             help="gguf: blocks of ternary weights: tq2_0 and tq1_0 of 256, q2_0 of 64; default: "
-            "tq2_0, or q2_0 where that alone holds what is packed. compressed-tensors: int2, which vLLM runs on CUDA, or int4, on some CPUs too; "
-            "default: int2.",
+            "tq2_0, or q2_0 where that alone holds what is packed. compressed-tensors: int2, which "
+            "vLLM runs on CUDA, or int4, on some CPUs too; default: int2.",
         ),
         OneOf([*_TYPES["gguf"], *_TYPES["compressed-tensors"]]),
     ] = None,
