@@ -2,7 +2,7 @@
 
     apt-get install dataset-fashion-mnist
     python benchmarks/images.py train FOLDER [--width 64] [--epochs 3]
-    python benchmarks/images.py quality FOLDER [--only NAME ...] [--steps 300] [--json OUT.json]
+    python benchmarks/images.py quality FOLDER [--only NAME ...] [--json OUT.json]
     python benchmarks/images.py speed FOLDER [--rounds 7] [--json OUT.json]
 
 `train` makes the source: a ResNet of transformers (basic blocks of 64, 128 and 256 channels, two of
@@ -14,6 +14,7 @@ it beside torch, as it is (from FOLDER-packed, which `quality` leaves) and in th
 with random weights.
 """
 
+import argparse
 import gzip
 import shutil
 import statistics
@@ -38,7 +39,7 @@ from ternarize.plans.recipe import Calibrate, Recipe
 DATA = Path("/usr/share/datasets/fashion-mnist")
 MEAN, DEVIATION = 0.2860, 0.3530  # of the pixels of the images that train, 0 to 1
 BATCH = 128
-CALIBRATED, TRAINED = "gptq, 128, calibrated", "the same, then trained"
+CALIBRATED = "gptq, 128, calibrated"
 
 
 def images_of(part: str) -> tuple[Tensor, Tensor]:
@@ -114,7 +115,7 @@ def train_source(folder: Path, width: int, epochs: int) -> None:
 
 
 def recipes(data: str, samples: int) -> dict[str, Recipe]:
-    """The rows of the table but the last, which begins from the calibrated one."""
+    """The rows of the table, of which two are then trained."""
 
     def gptq(group_size: int, **options: Any) -> Recipe:
         how = Calibrate(data, num_samples=samples, **options)
@@ -129,8 +130,11 @@ def recipes(data: str, samples: int) -> dict[str, Recipe]:
     }
 
 
-def trained(source: Path, start: Path, output: Path, steps: int) -> None:
-    """Train a calibrated checkpoint to give what the source gives, and pack it."""
+def trained(source: Path, start: Path | None, output: Path, steps: int) -> None:
+    """Train a ternary model to give what the source gives, and pack it.
+
+    start  packed checkpoint to begin from; None: what `itf` gives
+    """
     torch.manual_seed(0)
     models = (
         transformers.AutoModelForImageClassification.from_pretrained(source) for _ in range(2)
@@ -156,11 +160,10 @@ def trained(source: Path, start: Path, output: Path, steps: int) -> None:
     ternarize.qat.pack(student.eval(), output)
 
 
-def quality(
-    source: Path, only: list[str] | None, samples: int, steps: int, json: Path | None
-) -> None:
+def quality(args: argparse.Namespace) -> None:
     """Print what each way leaves of the source's top-1."""
-    images, labels = images_of("t10k")
+    source, only = args.folder, args.only
+    images, labels = (each[: args.images] for each in images_of("t10k"))
     model = transformers.AutoModelForImageClassification.from_pretrained(source)
     reference = logits_of(model, images)
     best = top1(reference, labels)
@@ -177,8 +180,8 @@ def quality(
 
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "images.safetensors"
-        save_file({"pixel_values": images_of("train")[0][: 2 * samples].contiguous()}, data)
-        for name, recipe in recipes(str(data), samples).items():
+        save_file({"pixel_values": images_of("train")[0][: 2 * args.samples].contiguous()}, data)
+        for name, recipe in recipes(str(data), args.samples).items():
             if only is not None and name not in only:
                 continue
             output = Path(scratch) / name.replace(", ", "-")
@@ -186,13 +189,14 @@ def quality(
             if name == CALIBRATED:
                 shutil.rmtree(packed, ignore_errors=True)
                 shutil.copytree(output, packed)
-        if only is None or TRAINED in only:
-            began = time.perf_counter()
-            trained(source, packed, Path(scratch) / "trained", steps)
-            row(TRAINED, Path(scratch) / "trained", time.perf_counter() - began)
+        for name, start in {"itf, 128": None, CALIBRATED: packed}.items():
+            if only is None or f"{name}, trained" in only:
+                began, output = time.perf_counter(), Path(scratch) / f"trained-{len(rows)}"
+                trained(source, start, output, args.steps)
+                row(f"{name}, trained", output, time.perf_counter() - began)
     print(f"source: top-1 {best:.4f}, {(source / 'model.safetensors').stat().st_size:,} bytes")
     print(markdown(rows, best))
-    write_figures(json, __file__, {"source_top1": best, "rows": rows})
+    write_figures(args.json, __file__, {"source_top1": best, "rows": rows})
 
 
 def markdown(rows: list[dict[str, Any]], best: float) -> str:
@@ -225,7 +229,7 @@ def networks(source: Path, scratch: Path) -> Iterator[tuple[str, Path, Path, Ten
 
 
 def speed(source: Path, rounds: int, json: Path | None) -> None:
-    """Print milliseconds of a forward: torch in float32, and packed."""
+    """Print processor milliseconds of a forward: torch in float32, and packed."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         for name, dense, packed, x in networks(source, Path(scratch)):
@@ -240,9 +244,9 @@ def speed(source: Path, rounds: int, json: Path | None) -> None:
             times: dict[str, list[float]] = {each: [] for each in models}
             for _ in range(rounds + 1):
                 for each, model in models.items():
-                    began = time.perf_counter()
+                    began = time.process_time()
                     model(pixel_values=x)
-                    times[each].append(1e3 * (time.perf_counter() - began))
+                    times[each].append(1e3 * (time.process_time() - began))
             found = {each: statistics.median(some[1:]) for each, some in times.items()}
             ratios = {
                 each: statistics.median(
@@ -258,7 +262,12 @@ def speed(source: Path, rounds: int, json: Path | None) -> None:
             print(rows[-1], file=sys.stderr, flush=True)
     print(f"{torch.get_num_threads()} threads")
     heads = list(rows[0]["ms"])
-    print(f"| ms for a forward (times torch) | {' | '.join(heads)} | MB, float32 and packed |")
+    cells = [
+        "processor ms for a forward (times as fast as torch)",
+        *heads,
+        "MB, float32 and packed",
+    ]
+    print(f"| {' | '.join(cells)} |")
     print("|---" * (len(heads) + 2) + "|")
     for row in rows:
         cells = [f"{row['ms'][each]:.2f} ({row['ratios'][each]:.2f})" for each in heads]
@@ -276,13 +285,14 @@ def main() -> None:
     arguments.add_argument("--samples", type=int, default=1024, help="images to calibrate on")
     arguments.add_argument("--only", nargs="*", help="names of rows")
     arguments.add_argument("--steps", type=int, default=300, help="of the trained row")
+    arguments.add_argument("--images", type=int, default=10000, help="that figures are of")
     arguments.add_argument("--rounds", type=int, default=7)
     args = arguments.parse_args()
     hide_bars()
     if args.what == "train":
         train_source(args.folder, args.width, args.epochs)
     elif args.what == "quality":
-        quality(args.folder, args.only, args.samples, args.steps, args.json)
+        quality(args)
     else:
         speed(args.folder, args.rounds, args.json)
 
