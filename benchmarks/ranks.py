@@ -89,9 +89,9 @@ pipeline.TOKENS_IN_BATCH = int(batch)
 square = torch.randn(1024, 1024)
 tries = []
 for _ in range(20):
-    start = time.perf_counter()
+    start = time.process_time()
     square @ square
-    tries.append(time.perf_counter() - start)
+    tries.append(time.process_time() - start)
 found_rate = 2 * 1024**3 / min(tries)
 recipe = Recipe("gptq", calibrate=Calibrate(data, num_samples=int(samples), seq_len=int(length)))
 with ranks_of_launcher() as world:

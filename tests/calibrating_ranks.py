@@ -17,6 +17,7 @@ import calibrating
 import torch
 
 from ternarize.calibrate import gptq, pipeline, solve_block
+from ternarize.calibrate.gptq import solve
 from ternarize.calibrate.ranks import World, ranks_of_launcher
 from ternarize.cli.app import app
 from ternarize.convert.run import convert
@@ -58,14 +59,14 @@ def main(file: Path) -> None:
     for module, name, value in QUICK:
         setattr(module, name, value)
     torch.set_num_threads(1)
-    last: Any = dying(solve_block.solve, solved) if world_rank() == rank else solve_block.solve
+    last = dying(solve, solved) if world_rank() == rank else solve
     if "cli" in asked:
-        solve_block.solve = last
+        setattr(solve_block, "solve", last)  # noqa: B010
         app(asked["cli"])
     with ranks_of_launcher() as world:
         for job in asked["jobs"]:
             if job is asked["jobs"][-1]:
-                solve_block.solve = last
+                setattr(solve_block, "solve", last)  # noqa: B010
             converted(job, world)
             told = file.with_suffix(f".{world.rank}")
             told.write_text(json.dumps(world.sent))

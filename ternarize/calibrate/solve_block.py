@@ -43,8 +43,8 @@ def held_error(
             if lane.kind == "held":
                 output = lane.tokens(loaded.blocks.run(lane.waiting[PACKED]))
                 wanted = lane.tokens(target)
-                sums = (float(each.double().square().sum()) for each in (output - wanted, wanted))
-                found.append((lane.index, *sums))
+                missed = float((output - wanted).double().square().sum())
+                found.append((lane.index, missed, float(wanted.double().square().sum())))
     for _, own_error, own_energy in sorted(sum(loaded.world.all(found), [])):
         error, energy = error + own_error, energy + own_energy
     return error / max(energy, 1e-30)

@@ -34,8 +34,9 @@ from ternarize.plans.parts import names_of_parts, part_table
 from ternarize.plans.recipe import Calibrate
 from ternarize.trits.methods import METHODS, itf
 
-# operations, as counted by a product of matrices that takes as long: benchmarks/ranks.py
-FORWARD, SOLVE = 20.0, 60.0
+# operations, as counted by a product of matrices that takes as long: benchmarks/ranks.py, and of
+# solving large matrices benchmarks/calibration.py
+FORWARD, SOLVE = 40.0, 120.0
 
 
 def forecast(
@@ -207,15 +208,15 @@ def experts_of_a_token(config: Mapping[str, Any]) -> int | None:
 
 
 def _seconds(work: Callable[[], Any]) -> float:
-    """Seconds of one thread, the least of a few tries."""
+    """Processor time of one thread, the least of a few tries."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         tries = []
         for _ in range(5):
-            start = time.perf_counter()
+            start = time.process_time()
             work()
-            tries.append(time.perf_counter() - start)
+            tries.append(time.process_time() - start)
         return min(tries)
     finally:
         torch.set_num_threads(threads)

@@ -180,8 +180,8 @@ def convert(
     plan = planned()
     if world.rank:
         if join(plan, world):
-            with TemporaryDirectory(prefix="ternarize-") as folder:
-                calibrate(plan, (), Path(folder), device=device, world=world)
+            with TemporaryDirectory(prefix="ternarize-") as own:
+                calibrate(plan, (), Path(own), device=device, world=world)
         return {}
     with alone:
         _check_output(plan, output, part)  # again: another conversion may just have ended
