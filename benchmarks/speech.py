@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from common import hide_bars, parser, write_figures
 
@@ -94,7 +95,7 @@ def main() -> None:
             minutes = (time.perf_counter() - began) / 60
         found = evaluate_speech(output, measure, source=args.model, language="en")
         bits = inspect(output)["totals"]["ternary_bpw"]
-        row = {"name": name, "bpw": bits, "minutes": minutes, **found}
+        row: dict[str, Any] = {"name": name, "bpw": bits, "minutes": minutes, **found}
         cells = [
             f"{row[figure]['value']:.4f} ± {row[figure]['standard_error']:.4f}"
             for figure in (

@@ -28,6 +28,7 @@ from ternarize.plans.recipe import Calibrate, Recipe, Train
 
 soundfile = pytest.importorskip("soundfile", reason="needs ternarize[audio]")
 
+HF: Any = transformers  # has few annotations
 RATE = 16000
 SPECIAL = ["<pad>", "<|start|>", "<|end|>", "<|en|>", "<|transcribe|>"]
 LAST = "<|notimestamps|>"  # behind it Whisper has nothing but time stamps
@@ -38,10 +39,9 @@ def word_tokenizer() -> Any:
     """Ids 0 to 4 and 159 are special, the word `w7` is id 7."""
     names = [*SPECIAL, *(f"w{index}" for index in range(len(SPECIAL), 159)), LAST]
     words = Tokenizer(models.WordLevel({name: at for at, name in enumerate(names)}, "w6"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.add_special_tokens([AddedToken(name, special=True) for name in (*SPECIAL, LAST)])
-    fast: Any = transformers.PreTrainedTokenizerFast
-    return fast(
+    return HF.PreTrainedTokenizerFast(
         tokenizer_object=words, bos_token="<|start|>", eos_token="<|end|>", pad_token="<pad>"
     )
 
@@ -53,7 +53,7 @@ def save_recogniser(directory: Path, seed: int = 0, told: bool = True) -> Path:
     """
     tiny_models.save("whisper", directory, torch.float32, seed)
     word_tokenizer().save_pretrained(directory)
-    extractor = transformers.WhisperFeatureExtractor(
+    extractor = HF.WhisperFeatureExtractor(
         feature_size=16, chunk_length=1, hop_length=250, n_fft=400
     )
     extractor.save_pretrained(directory)
@@ -61,7 +61,7 @@ def save_recogniser(directory: Path, seed: int = 0, told: bool = True) -> Path:
     if told:
         settings |= {"lang_to_id": {"<|en|>": 3}, "task_to_id": {"transcribe": 4}}
         settings |= {"no_timestamps_token_id": 159, "is_multilingual": True, "task": "transcribe"}
-    config = transformers.GenerationConfig(pad_token_id=0, max_length=32, **settings)
+    config = HF.GenerationConfig(pad_token_id=0, max_length=32, **settings)
     config.save_pretrained(directory)
     return directory
 
@@ -220,11 +220,11 @@ def test_a_packed_model_is_measured_beside_its_source(
     folder = speech(tmp_path / "audio", 5)
     (folder / "00.txt").write_text("W20, w7 w40!")  # capitals and points do not count
     found = evaluate_speech(packed, folder, source=source, batch_size=2)
-    extractor = transformers.WhisperFeatureExtractor.from_pretrained(source)
+    extractor = HF.WhisperFeatureExtractor.from_pretrained(source)
     tokenizer = word_tokenizer()
     loaded: dict[str, Any] = {
         "packed": ternarize.load(packed, dtype=torch.float32),
-        "source": transformers.WhisperForConditionalGeneration.from_pretrained(source),
+        "source": HF.WhisperForConditionalGeneration.from_pretrained(source),
     }
     errors = dict.fromkeys([*loaded, "changed"], 0)
     written_words = 0
@@ -295,7 +295,7 @@ def test_a_conversion_is_calibrated_on_speech(tmp_path: Path, source: Path) -> N
 def test_samples_are_what_the_source_hears_and_writes(tmp_path: Path, source: Path) -> None:
     folder = speech(tmp_path / "audio", 10, said=False)
     samples = samples_of(source, Calibrate(str(folder), num_samples=8), trained=False)
-    model = transformers.WhisperForConditionalGeneration.from_pretrained(source)
+    model = HF.WhisperForConditionalGeneration.from_pretrained(source)
     assert samples.first == 4  # behind the tokens that all start from
     tokens = 0
     for batch in samples.batches:
@@ -411,15 +411,12 @@ def test_a_pipeline_transcribes(tmp_path: Path) -> None:
     pairs = [(a, b) for a in letters[:12] for b in letters[:12]][: 159 - 5 - len(letters)]
     names = [*SPECIAL, *letters, *("".join(each) for each in pairs), LAST]
     vocabulary = {name: at for at, name in enumerate(names)}
-    whisper: Any = transformers.WhisperTokenizer
-    tokenizer = whisper(
+    tokenizer = HF.WhisperTokenizer(
         vocabulary, pairs, unk_token="a", bos_token="<|start|>", eos_token="<|end|>"
     )
     tokenizer.add_special_tokens({"additional_special_tokens": [*SPECIAL, LAST]})
     tokenizer.save_pretrained(packed)
-    pipe: Any = transformers.pipeline(
-        "automatic-speech-recognition", model=str(packed), dtype="float32"
-    )
+    pipe: Any = HF.pipeline("automatic-speech-recognition", model=str(packed), dtype="float32")
     heard = sound(3, 0.3)
     (text,) = pipe(heard, generate_kwargs={"num_beams": 1, "max_new_tokens": 16}).values()
     folder = tmp_path / "audio"

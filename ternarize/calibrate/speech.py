@@ -158,7 +158,7 @@ def _windows(
         waiting.popleft()
         recording, sound = first
         if most is not None and len(sound) > most and recording.said is None:
-            yield from (_Window(part, None, [recording.name]) for part in sound.split(most))
+            yield from (_Window(part, None, [recording.name]) for part in torch.split(sound, most))
             continue
         check_length(recording, sound, extractor)
         parts, said, names = [sound], [recording.said], [recording.name]

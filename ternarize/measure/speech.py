@@ -25,10 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
-from transformers.models.whisper.english_normalizer import (
-    BasicTextNormalizer,
-    EnglishTextNormalizer,
-)
+from transformers.models.whisper import english_normalizer
 
 from ternarize.errors import UsageError
 from ternarize.files.json_files import read_json
@@ -181,11 +178,14 @@ def normalizer_of(checkpoints: Sequence[Measured], language: str | None) -> Norm
 
     The English one spells words as the checkpoints' normalizer.json says, if one of them has it.
     """
+    normalizers: Any = english_normalizer  # has no annotations
     if language != ENGLISH:
-        return BasicTextNormalizer()  # type: ignore[no-any-return, no-untyped-call]
+        basic: Normalize = normalizers.BasicTextNormalizer()
+        return basic
     tables = (read_json(each.directory / SPELLINGS) for each in checkpoints)
     table = next((each for each in tables if each), {})
-    return EnglishTextNormalizer(table)  # type: ignore[no-any-return, no-untyped-call]
+    english: Normalize = normalizers.EnglishTextNormalizer(table)
+    return english
 
 
 @torch.inference_mode()
