@@ -24,7 +24,7 @@ _Any = TypeVar("_Any")
 _Key = TypeVar("_Key", bound=Hashable)
 
 CHUNKS = 8  # of the samples; as many processes can run forwards side by side
-PIECE = 1 << 22  # elements that are received at a time, to be added
+_AT_ONCE = 1 << 22  # elements that are received at a time, to be added
 _START = datetime.timedelta(minutes=10)  # for a process that begins
 _WAIT = datetime.timedelta(days=1)  # for one that solves a large matrix
 _FAULT = "ternarize/fault"
@@ -76,8 +76,8 @@ class World:
         """Give a tensor to another process, which asks for it by `receive` or `add_received`."""
         self.sent[kind] += tensor.nbytes
         flat = tensor.reshape(-1)
-        for first in range(0, len(flat), PIECE):
-            own = flat[first : first + PIECE].cpu()
+        for first in range(0, len(flat), _AT_ONCE):
+            own = flat[first : first + _AT_ONCE].cpu()
             with self._others_gone():
                 dist.send(own, to)
 
@@ -85,16 +85,16 @@ class World:
         """A tensor that another process gives, on the CPU."""
         found = torch.empty(*shape, dtype=dtype)
         flat = found.view(-1)
-        for first in range(0, len(flat), PIECE):
+        for first in range(0, len(flat), _AT_ONCE):
             with self._others_gone():
-                dist.recv(flat[first : first + PIECE], giver)
+                dist.recv(flat[first : first + _AT_ONCE], giver)
         return found
 
     def add_received(self, total: Tensor, giver: int) -> None:
         """Add to a contiguous tensor, in place, one of its shape that another process gives."""
         flat = total.view(-1)
-        for first in range(0, len(flat), PIECE):
-            some = flat[first : first + PIECE]
+        for first in range(0, len(flat), _AT_ONCE):
+            some = flat[first : first + _AT_ONCE]
             some += self.receive([len(some)], some.dtype, giver).to(some.device)
 
     def send_all(self, words: Any, tensors: Sequence[Tensor], to: int, kind: str) -> None:
@@ -140,7 +140,8 @@ class World:
             except RuntimeError:
                 said = self._fault()
                 if said is not None:
-                    raise CheckpointError(*said) from None
+                    where, found, expected, remedy = said
+                    raise CheckpointError(where, found, expected, remedy) from None
                 raise
 
     def tell_fault(self, error: Exception) -> None:
