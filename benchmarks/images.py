@@ -4,6 +4,7 @@
     python benchmarks/images.py train FOLDER [--width 64] [--epochs 3]
     python benchmarks/images.py quality FOLDER [--only NAME ...] [--json OUT.json]
     python benchmarks/images.py speed FOLDER [--rounds 7] [--json OUT.json]
+    python benchmarks/images.py layers [--rounds 7]
 
 `train` makes the source: a ResNet of transformers (basic blocks of 64, 128 and 256 channels, two of
 each, 2.8 M parameters; with --width 32 of half of that, 0.7 M) from nothing, on the 60,000 images
@@ -11,7 +12,7 @@ that train, shifted and mirrored. The 10,000 others are never trained or calibra
 are of them. `quality` converts it, calibrates it on some of the images that train, without labels,
 and trains that to give what the source gives (`ternarize.qat`), without labels too. `speed` times
 it beside torch, as it is (from FOLDER-packed, which `quality` leaves) and in the sizes of ResNet-18
-with random weights.
+with random weights; `layers` its convolutions one by one.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from torch import Tensor
 import ternarize
 from ternarize.measure.report import inspect
 from ternarize.plans.recipe import Calibrate, Recipe
+from ternarize.runtime.unfold import patches_for
 
 DATA = Path("/usr/share/datasets/fashion-mnist")
 MEAN, DEVIATION = 0.2860, 0.3530  # of the pixels of the images that train, 0 to 1
@@ -276,10 +278,42 @@ def speed(source: Path, rounds: int, json: Path | None) -> None:
     write_figures(json, __file__, {"threads": torch.get_num_threads(), "rows": rows})
 
 
+def layers(rounds: int) -> None:
+    """Print processor milliseconds of the convolutions of ResNet-18, and of their patches."""
+    print("| channels, size | torch | packed | packed, int8 | patches alone |")
+    print("|---|---|---|---|---|")
+    for channels, size in ((64, 56), (128, 28), (256, 14), (512, 7)):
+        torch.manual_seed(0)
+        dense = torch.nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        around = torch.nn.Sequential(torch.nn.Identity(), dense)
+        x = torch.randn(1, channels, size, size).to(memory_format=torch.channels_last)
+        calls: list[Callable[[], Any]] = [lambda x=x, dense=dense: dense(x)]  # type: ignore[misc]
+        for activations in ("none", "int8"):
+            with tempfile.TemporaryDirectory() as scratch:
+                output = Path(scratch) / "packed"
+                ternarize.pack_module(around, output, include=["1.weight"], activations=activations)
+                empty = torch.nn.Sequential(
+                    torch.nn.Identity(),
+                    torch.nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+                )
+                packed = ternarize.load_module(output, empty)
+            calls.append(lambda x=x, packed=packed: packed(x))  # type: ignore[misc]
+        calls.append(lambda x=x, dense=dense: patches_for(x, dense))  # type: ignore[misc]
+        times: list[list[float]] = [[] for _ in calls]
+        with torch.inference_mode():
+            for _ in range(rounds + 1):
+                for call, mine in zip(calls, times, strict=True):
+                    began = time.process_time()
+                    call()
+                    mine.append(1e3 * (time.process_time() - began))
+        cells = " | ".join(f"{statistics.median(mine[1:]):.2f}" for mine in times)
+        print(f"| {channels}, {size} x {size} | {cells} |", flush=True)
+
+
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("what", choices=("train", "quality", "speed"))
-    arguments.add_argument("folder", type=Path, help="of the source")
+    arguments.add_argument("what", choices=("train", "quality", "speed", "layers"))
+    arguments.add_argument("folder", type=Path, nargs="?", help="of the source")
     arguments.add_argument("--width", type=int, default=64, help="channels of the first stage")
     arguments.add_argument("--epochs", type=int, default=3)
     arguments.add_argument("--samples", type=int, default=1024, help="images to calibrate on")
@@ -293,6 +327,8 @@ def main() -> None:
         train_source(args.folder, args.width, args.epochs)
     elif args.what == "quality":
         quality(args)
+    elif args.what == "layers":
+        layers(args.rounds)
     else:
         speed(args.folder, args.rounds, args.json)
 

@@ -65,7 +65,7 @@ class TernaryConv2d(Packed, nn.Conv2d):
                 self.bias,
                 self.layouts["weight"],
             )
-            for images in input.split(self._at_once(input))
+            for images in torch.split(input, self._at_once(input))
         ]
         return as_images(found[0] if len(found) == 1 else torch.cat(found))
 
@@ -79,10 +79,8 @@ class TernaryConv2d(Packed, nn.Conv2d):
 
     def extra_repr(self) -> str:
         layout = self.layouts["weight"]
-        return (
-            f"{super().extra_repr()}, group_size={layout.group_size}, "
-            f"activations={layout.activations}"
-        )
+        inherited = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{inherited}, group_size={layout.group_size}, activations={layout.activations}"
 
 
 def dense_convolution(module: TernaryConv2d, dtype: torch.dtype) -> nn.Conv2d:
