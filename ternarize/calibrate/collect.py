@@ -36,8 +36,8 @@ from ternarize.qat.rounding import Form
 from ternarize.trits.rotation import rotate
 
 Tick = Callable[[float, str], None]  # (how much of the block is done, what comes next)
-_Matrix = tuple[str, int]  # parameter, expert
-Sums = dict[_Matrix, Moments]
+MatrixKey = tuple[str, int]  # parameter, expert
+Sums = dict[MatrixKey, Moments]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class LoadedBlock:
 class _Rows:
     """What one product says of its matrix: inputs x (n, cols), targets y (n, rows) if any."""
 
-    matrix: _Matrix
+    matrix: MatrixKey
     x: Tensor
     y: Tensor | None
 
@@ -87,7 +87,7 @@ def collect(
     loaded: LoadedBlock,
     group: Group,
     patch: Mapping[str, Tensor],
-    solvers: Mapping[_Matrix, int],
+    solvers: Mapping[MatrixKey, int],
     tick: Tick,
 ) -> tuple[Sums, Sums]:
     """Moments of the matrices of a group that this process solves, of calibration, held-out tokens.
@@ -121,7 +121,7 @@ def as_stored(values: Tensor, form: Form) -> Tensor:
 def _summed(
     loaded: LoadedBlock,
     group: Group,
-    solvers: Mapping[_Matrix, int],
+    solvers: Mapping[MatrixKey, int],
     rows: Callable[[Lane], Iterator[_Rows]],
 ) -> Sums:
     """The moments of calibration tokens, chunk after chunk."""
@@ -152,7 +152,7 @@ def _gathered(
     loaded: LoadedBlock,
     group: Group,
     kind: str,
-    solvers: Mapping[_Matrix, int],
+    solvers: Mapping[MatrixKey, int],
     rows: Callable[[Lane], Iterator[_Rows]],
 ) -> Sums:
     """The moments of tokens that go to who solves the matrix, batch after batch."""
@@ -180,7 +180,7 @@ def _gathered(
     return found
 
 
-def _add(sums: Sums, group: Group, rows: _Rows, among: list[_Matrix], *, keep: bool) -> None:
+def _add(sums: Sums, group: Group, rows: _Rows, among: list[MatrixKey], *, keep: bool) -> None:
     """Add what a product says; the first `among` those with its inputs adds these."""
     name, expert = rows.matrix
     lead = group.lead(name, {each for each, _ in among}), expert
@@ -196,13 +196,13 @@ def _add(sums: Sums, group: Group, rows: _Rows, among: list[_Matrix], *, keep: b
         sums[rows.matrix].add(rows.x, rows.y)
 
 
-def _leads(group: Group, matrices: list[_Matrix]) -> list[_Matrix]:
+def _leads(group: Group, matrices: list[MatrixKey]) -> list[MatrixKey]:
     """Of some matrices those whose inputs are all that there are."""
     names = {name for name, _ in matrices}
     return [(name, expert) for name, expert in matrices if group.lead(name, names) == name]
 
 
-def _folded(total: Sums, part: Sums, group: Group, own: list[_Matrix]) -> Sums:
+def _folded(total: Sums, part: Sums, group: Group, own: list[MatrixKey]) -> Sums:
     """A total with the sums of another chunk; `part` becomes it if there is none."""
     if not total:
         return {matrix: part[matrix] for matrix in own}
@@ -213,7 +213,7 @@ def _folded(total: Sums, part: Sums, group: Group, own: list[_Matrix]) -> Sums:
     return total
 
 
-def _zeros(loaded: LoadedBlock, group: Group, own: list[_Matrix]) -> Sums:
+def _zeros(loaded: LoadedBlock, group: Group, own: list[MatrixKey]) -> Sums:
     """Sums over no tokens."""
     found, names = Sums(), {name for name, _ in own}
     for name, expert in own:
@@ -225,7 +225,7 @@ def _zeros(loaded: LoadedBlock, group: Group, own: list[_Matrix]) -> Sums:
     return found
 
 
-def _send_sums(world: World, part: Sums, group: Group, matrices: list[_Matrix], to: int) -> None:
+def _send_sums(world: World, part: Sums, group: Group, matrices: list[MatrixKey], to: int) -> None:
     """Give the sums of a chunk to who solves some matrices."""
     leads = [part[lead].inputs for lead in _leads(group, matrices)]
     numbers = [float(each.tokens) for each in leads]
@@ -242,7 +242,7 @@ def _send_sums(world: World, part: Sums, group: Group, matrices: list[_Matrix], 
         world.send(part[matrix].total, to, "sums")
 
 
-def _add_sums(world: World, total: Sums, group: Group, own: list[_Matrix], giver: int) -> None:
+def _add_sums(world: World, total: Sums, group: Group, own: list[MatrixKey], giver: int) -> None:
     """Add the sums of a chunk that another process gives."""
     leads = [total[lead].inputs for lead in _leads(group, own)]
     numbers = world.receive([len(leads) + len(own)], torch.float64, giver).tolist()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ternarize.calibrate.blocks import patched
-from ternarize.calibrate.collect import LoadedBlock, Matrix, Tick, as_stored, collect
+from ternarize.calibrate.collect import LoadedBlock, MatrixKey, Tick, as_stored, collect
 from ternarize.calibrate.gptq import Rounding, Solution, solve
 from ternarize.calibrate.lanes import FLOAT, PACKED
 from ternarize.calibrate.moments import Inputs, Moments
@@ -112,19 +112,19 @@ def _solve_group(
     rounding: Rounding,
     patch: Mapping[str, Tensor],
     tick: Tick,
-) -> dict[Matrix, Solution]:
+) -> dict[MatrixKey, Solution]:
     """Solve the matrices of a group, each in one of the processes.
 
     biased  weights whose products have a bias that is fitted
     """
-    costs = dict[Matrix, float]()
+    costs = dict[MatrixKey, float]()
     for name in group.names:
         *experts, rows, cols = form_of(loaded.plan(name)).turn(loaded.weight(name)).shape
         for expert in range(*experts or [1]):
             costs[name, expert] = (rows + cols) * float(cols) ** 2
     solvers = share_out(costs, loaded.world.size)
     train, held = collect(loaded, group, patch, solvers, tick)
-    found = dict[Matrix, Solution]()
+    found = dict[MatrixKey, Solution]()
     # about the mean last: so others find the inputs' Hessian to the last bit as it was (Metric)
     for matrix in sorted(costs, key=lambda each: each[0] in biased):
         if solvers[matrix] == loaded.world.rank:
@@ -136,7 +136,7 @@ def _solve_group(
 
 def _solve(
     loaded: LoadedBlock,
-    matrix: Matrix,
+    matrix: MatrixKey,
     moments: tuple[Moments | None, Moments | None],
     rounding: Rounding,
     *,
@@ -153,7 +153,7 @@ def _solve(
     return solve(own, train, held, form.group_size, rounding, planes=plan.planes, bias=bias)
 
 
-def _of_all(loaded: LoadedBlock, own: dict[Matrix, Solution]) -> dict[Matrix, Solution]:
+def _of_all(loaded: LoadedBlock, own: dict[MatrixKey, Solution]) -> dict[MatrixKey, Solution]:
     """What all processes have solved; between them trits go packed."""
     if loaded.world.size == 1:
         return own
