@@ -43,7 +43,7 @@ BOTH: dict[str, Any] = {
     "dtype": "bfloat16",
     "architectures": ["Qwen3MoeForCausalLM"],
 }
-RECIPES = {"itf": Recipe("itf"), "gptq": Recipe("gptq", calibrate=Calibrate())}
+RECIPES = {"gptq": Recipe("gptq", calibrate=Calibrate()), "itf": Recipe("itf")}
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ from ternarize.calibrate.gptq import PROBE_ROWS
 from ternarize.calibrate.pipeline import TOKENS_IN_BATCH
 from ternarize.calibrate.ranks import CHUNKS
 from ternarize.plans.layout import PIECE, Plan, TensorPlan
-from ternarize.plans.parts import names_of_parts, part_table
+from ternarize.plans.parts import names_of_parts, shards_of
 from ternarize.plans.recipe import Calibrate
 from ternarize.trits.methods import METHODS, itf
 
@@ -70,13 +70,13 @@ def _without_data(plan: Plan, count: int, threads: int) -> list[dict[str, Any]]:
     seconds = _seconds(lambda: method(some, 128 if size is None else size))
     names = names_of_parts(plan, count, cut=True)
     found = []
-    for index, own in enumerate(names, 1):
-        table = part_table(plan, (index, count), cut=True)
+    for own in names:
+        shards = [shard for shard in shards_of(plan, own) if shard.tensors]
         weights = sum(t.info.numel for t in plan.tensors if t.ternary and t.name in own)
         found.append(
             {
-                "read_bytes": table["source_bytes"],
-                "written_bytes": table["packed_bytes"],
+                "read_bytes": sum(t.info.nbytes for shard in shards for t in shard.tensors),
+                "written_bytes": sum(shard.nbytes() for shard in shards),
                 "memory_bytes": plan.convert_memory(threads),
                 "sent_bytes": 0,
                 "processor_seconds": weights * seconds / some.numel() / threads,
