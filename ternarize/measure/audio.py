@@ -122,9 +122,8 @@ def open_extractor(directory: Path) -> Any:
             "Copy it from the source of the model",
         )
     with usable(directory / EXTRACTOR_FILES[0]):
-        found: Any = transformers.AutoFeatureExtractor.from_pretrained(
-            directory, trust_remote_code=False
-        )
+        auto: Any = transformers.AutoFeatureExtractor  # has no annotations
+        found = auto.from_pretrained(directory, trust_remote_code=False)
         if not isinstance(getattr(found, "sampling_rate", None), int):
             raise ValueError(f"{type(found).__name__} has no sampling rate")
     return found
