@@ -114,7 +114,8 @@ def make(work: Path) -> tuple[Path, Path]:
         architectures=["LlamaForCausalLM"],
     )
     torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(source)
+    model: Any = transformers.LlamaForCausalLM(config)  # whose `to` is annotated for other things
+    model.to(torch.bfloat16).save_pretrained(source)
     count = (TRAIN + 2 * HELD) * BATCH
     save_file({"input_ids": torch.randint(3, VOCAB, (count, LENGTH))}, data)
     return source, data
