@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ternarize.calibrate.blocks import Blocks, Call
+from ternarize.calibrate.lanes import Lane
 from ternarize.calibrate.tracing import Group, Product, Trace, sequential_groups
 from ternarize.errors import CheckpointError, WeightError
 
@@ -365,3 +366,29 @@ def test_a_trace_ends_a_forward_when_it_has_seen_enough() -> None:
     trace = Trace({"1": weight.data}, Group(("1",), 1, 0).seen)
     assert trace.run(forward) is None
     assert ran == [0, 1]
+
+
+@pytest.mark.parametrize(("longer", "masked"), [(0, False), (4, True)])
+def test_padding_of_the_decoder_is_left_out_of_its_blocks_alone(
+    longer: int, masked: bool, tmp_path: Path
+) -> None:
+    """Of two sides of one length no token is taken for the other side's."""
+    _, blocks = calibrating.blocks_of(calibrating.save("t5", tmp_path))
+    ids = calibrating.inputs("t5", 2, 10 + longer)["input_ids"]
+    mask = torch.ones(2, 10, dtype=torch.int64)
+    mask[0, 6:] = 0
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "decoder_input_ids": ids[:, :10].clone(),
+        "decoder_attention_mask": mask,
+    }
+    forward = blocks.start(batch)
+    call, seen = forward.resume(), {}
+    while isinstance(call, Call):
+        lane = Lane("train", 0, batch, (forward, forward), [call, call])
+        with blocks.loaded(call.block):
+            output = blocks.run(call)
+        seen[call.block.split(".")[0]] = len(lane.tokens(output))
+        call = forward.resume(output)
+    assert seen == {"encoder": 20 + 2 * longer, "decoder": 16 if masked else 20}

@@ -26,8 +26,16 @@ class Lane:
 
     @property
     def mask(self) -> Tensor | None:
-        """Which tokens count; None: all."""
-        return mask_of(self.batch)
+        """Which tokens count in the block at which it waits; None: all.
+
+        Those of a decoder count where a block is given states of two lengths, its own and the
+        encoder's: only there what is as long as the mask is known to be the decoder's.
+        """
+        mask = mask_of(self.batch)
+        decoded = self.batch.get("decoder_input_ids")
+        if decoded is not None and len(_lengths(self.waiting[PACKED], len(decoded))) < 2:
+            return None
+        return mask
 
     def tokens(self, output: Any) -> Tensor:
         """The hidden states that a block gives, (tokens, n), without padding."""
@@ -35,9 +43,22 @@ class Lane:
 
 
 def mask_of(batch: Batch) -> Tensor | None:
-    """Which tokens count; of an encoder-decoder those of the decoder, whose mask is as long."""
+    """Which tokens of a model's output count; of an encoder-decoder those of the decoder."""
     side = "decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask"
     return batch.get(side)
+
+
+def _lengths(call: Call, batch: int) -> set[int]:
+    """Lengths of the hidden states, (batch, length, n), that a block is called with."""
+    found: set[int] = set()
+
+    def look(t: Tensor) -> Tensor:
+        if t.ndim == 3 and len(t) == batch and t.is_floating_point():
+            found.add(t.shape[1])
+        return t
+
+    map_tensors((call.args, call.kwargs), look)
+    return found
 
 
 def tokens_of(values: Tensor, mask: Tensor | None) -> Tensor:
