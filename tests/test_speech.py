@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
 import ternarize
-from ternarize.calibrate.pipeline import samples_of
+from ternarize.calibrate.pipeline import quality_of, samples_of
 from ternarize.cli.app import app
 from ternarize.convert.run import convert
 from ternarize.errors import CheckpointError, UsageError
@@ -290,6 +290,35 @@ def test_a_conversion_is_calibrated_on_speech(tmp_path: Path, source: Path) -> N
     assert str(tmp_path) not in json.dumps(record)
     found = evaluate_speech(tmp_path / "packed", folder, source=source)
     assert found["words_changed"]["value"] < 1
+
+
+def test_a_window_without_words_is_no_error_and_a_set_of_them_is_refused_at_once(
+    tmp_path: Path, source: Path
+) -> None:
+    folder = speech(tmp_path / "audio", 10)
+    for path in folder.glob("*.txt"):
+        path.write_text("")
+    with pytest.raises(UsageError, match="the 8 samples to calibrate on have no words"):
+        samples_of(source, Calibrate(str(folder), num_samples=8), trained=False)
+    model = HF.WhisperForConditionalGeneration.from_pretrained(source)
+    ids = torch.tensor([[START, *LANGUAGE, 0], [START, *LANGUAGE, 7]])
+    batch = {
+        "input_features": torch.randn(2, 16, 64),
+        "decoder_input_ids": ids,
+        "decoder_attention_mask": torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]),
+    }
+    with torch.no_grad():
+        output = model(**batch)
+    found = quality_of(type(model), model.config, [(batch, output, output)], 4)
+    expected = -float(output.logits[1, 3].log_softmax(-1)[7])
+    assert found["perplexity"]["value"] == pytest.approx(np.exp(expected), rel=1e-5)
+    assert found["kl_divergence"]["value"] == 0
+
+
+def test_a_length_of_samples_is_not_ignored(tmp_path: Path, source: Path) -> None:
+    folder = speech(tmp_path / "audio", 8)
+    with pytest.raises(UsageError, match="64 tokens, and .* is a folder of speech"):
+        samples_of(source, Calibrate(str(folder), num_samples=8, seq_len=64), trained=False)
 
 
 def test_samples_are_what_the_source_hears_and_writes(tmp_path: Path, source: Path) -> None:

@@ -109,9 +109,9 @@ def read(
     Returns Samples, on CPU. With too little text for `num_samples` they are fewer, which
     description["notes"] says.
 
-    Raises UsageError when the data cannot be read, do not fit the model, or make fewer than 4
-    samples beside one held out and one reported on; CheckpointError when the tokenizer is missing
-    or is not the model's.
+    Raises UsageError when the data cannot be read, do not fit the model, make fewer than 4 samples
+    beside one held out and one reported on, or none with words in one of the sets; CheckpointError
+    when the tokenizer is missing or is not the model's.
     """
     assert batch_size > 0
     rng = random.Random(f"ternarize {calibration.seed}")
@@ -127,13 +127,15 @@ def read(
         found = _from_text(calibration, config, model_class, tokenizer, rng, trained)
     ids = [[t for n, t in sample.items() if n in IDS] for each in found.sets for sample in each]
     check_ids([t for row in ids for t in row if t.numel()], config, calibration.dataset)
+    begun = kind_of(model_class, config) == CAUSAL or ear is not None
+    first = max(1, len(found.prefix)) if begun else 1
+    if model_class.can_generate():
+        _check_words(found.sets, first, calibration.dataset)
     padder = tokenizer if found.padded else None
     batches, heldout, report = (_batch(each, batch_size, padder, rng) for each in found.sets)
     tokens = sum(map(_tokens_of, found.sets[0]))
     digest = digest_of(found.sets)
     description = _describe(calibration, found, tokens, digest, tokenizer)
-    begun = kind_of(model_class, config) == CAUSAL or ear is not None
-    first = max(1, len(found.prefix)) if begun else 1
     return Samples(batches, heldout, report, first, tokens, digest, description)
 
 
@@ -145,9 +147,35 @@ def _from_tensors(calibration: Calibrate, model_class: Any) -> _Found:
 
 def _from_speech(calibration: Calibrate, ear: Ear, rng: random.Random) -> _Found:
     check_no_column(calibration.text_column, calibration.dataset)
+    if calibration.seq_len is not None:
+        raise UsageError(
+            "length of samples",
+            f"{calibration.seq_len} tokens, and {calibration.dataset} is a folder of speech",
+            "none: of speech it is what the model hears at a time",
+            "Leave out --seq-len and --train-len",
+        )
     heard = read_speech(calibration, ear, rng)
     name = Path(calibration.dataset).expanduser().resolve().name
     return _Found(heard.sets, name, heard.length, heard.starts, False, [], heard.more)
+
+
+def _check_words(sets: Sequence[Sequence[Sample]], first: int, dataset: str) -> None:
+    """Raise UsageError where in a set nothing follows what all samples begin with."""
+
+    def empty(sample: Sample) -> bool:
+        ids = sample.get("decoder_input_ids", sample.get("input_ids"))
+        mask = sample.get("decoder_attention_mask")
+        return ids is not None and (ids.numel() if mask is None else int(mask.sum())) <= first
+
+    for samples, use in zip(sets, ("to calibrate on", "held out", "to report on"), strict=True):
+        if all(map(empty, samples)):
+            count = f"{len(samples)} sample{'s' if len(samples) > 1 else ''}"
+            raise UsageError(
+                dataset,
+                f"the {count} {use} have no words",
+                "words in at least one of them",
+                "Take more samples (--num-samples), or leave out what is silent",
+            )
 
 
 def _tokens_of(sample: Sample) -> int:

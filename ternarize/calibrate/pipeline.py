@@ -367,6 +367,8 @@ def _compared(
         rows = []
         for row in range(len(ids)):
             end = ids.shape[1] if mask is None else int(mask[row].sum())
+            if end <= first:  # nothing is said, or written
+                continue
             logits = [output.logits[row, : end - 1] for output in both]
             rows.append(compare_logits(logits, ids[row, :end], first))
         return rows, None
