@@ -268,6 +268,19 @@ def test_english_spellings_come_from_the_checkpoint(tmp_path: Path) -> None:
     assert normalizer_of(measured, "en")("colour") == "color"
 
 
+def test_a_language_is_one_by_any_of_its_names_and_recorded_where_it_was_told(
+    tmp_path: Path, source: Path
+) -> None:
+    folder = speech(tmp_path / "audio", 1)
+    found = evaluate_speech(source, folder, language="English", max_new_tokens=8)
+    assert (found["language"], found["normalizer"], found["notes"]) == ("en", "English", [])
+    deaf = save_recogniser(tmp_path / "deaf", told=False)
+    found = evaluate_speech(deaf, folder, language="EN", max_new_tokens=8)
+    assert (found["language"], found["normalizer"]) == (None, "English")
+    shown = run("eval", deaf, "--audio", folder, "--language", "EN", "--max-new-tokens", 8)
+    assert found["notes"][0] in " ".join(shown.split()) and "cannot be told" in found["notes"][0]
+
+
 # --- calibration and training -------------------------------------------------------------------
 
 
@@ -487,7 +500,8 @@ def test_the_command_line_measures_speech(tmp_path: Path, source: Path, packed: 
         (["--audio", "EMPTY"], "holds no .wav, .flac, .ogg, .mp3 file"),
         (["--audio", "NOWHERE"], "no such folder"),
         (["--audio", "AUDIO", "--min-quality", "perplexity=3"], "a number for one of word_error_r"),
-        (["--audio", "AUDIO", "--language", "xx"], "cannot write what it hears"),
+        (["--audio", "AUDIO", "--language", "xx"], "--language: 'xx'; expected a language of Whis"),
+        (["--audio", "AUDIO", "--language", "de"], "cannot write what it hears"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(
@@ -496,7 +510,7 @@ def test_what_cannot_be_measured_is_refused(
     speech(tmp_path / "AUDIO", 1)
     (tmp_path / "EMPTY").mkdir()
     words = [str(tmp_path / each) if each.isupper() else each for each in options]
-    said = run("eval", packed, *words, code=1 if "xx" in words else 2)
+    said = run("eval", packed, *words, code=1 if "de" in words else 2)
     assert what in " ".join(said.split())
 
 

@@ -36,6 +36,8 @@ def show_speech(result: dict[str, Any], examples: int) -> None:
         f"{result['words']:,} words, {result['normalizer']} normalizer, {result['dtype']} on "
         f"{result['device']}"
     )
+    for note in result["notes"]:
+        stdout().print(f"note: {note}")
     texts = result["texts"]
     number = min(examples, len(texts))
     lines = []

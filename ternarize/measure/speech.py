@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.models.whisper import english_normalizer
+from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from ternarize.errors import UsageError
 from ternarize.files.json_files import read_json
@@ -73,17 +74,18 @@ def evaluate_speech(
     audio           folder, as `list_recordings` reads it; where no file has a transcript, what the
                     source writes is all that is compared with
     source          the checkpoint that `packed` was made from
-    language        what is spoken, "en", "de", ...; None: a model of many languages finds it out.
-                    Text is normalized as English for "en", otherwise as for any language
+    language        what is spoken, "en", "de", "german", ...; None: a model of many languages finds
+                    it out. Text is normalized as English for "en", otherwise as for any language
     max_new_tokens  written of each recording at most; None: 224, or half of the model's context
     batch_size      recordings at a time; None: 8
     others          as in `evaluate`
 
     Returns plain data: "kind", "model", "source", "audio", "files", "seconds" of sound, "words"
-    (that were said, or that the source wrote), "normalizer", "language", "max_new_tokens", "dtype",
-    "device"; measures, each {"value", "standard_error"}: with transcripts word_error_rate, with a
-    source too source_word_error_rate and (unless that is 0) word_error_ratio, with a source
-    words_changed; and "texts", a list of {"file", "seconds", "said", "packed", "source"}.
+    (that were said, or that the source wrote), "normalizer", "language" (its code where the models
+    were told it, else None), "max_new_tokens", "dtype", "device", "notes"; measures, each {"value",
+    "standard_error"}: with transcripts word_error_rate, with a source too source_word_error_rate
+    and (unless that is 0) word_error_ratio, with a source words_changed; and "texts", a list of
+    {"file", "seconds", "said", "packed", "source"}.
 
     Raises UsageError when the folder or an option cannot be used, CheckpointError when a model
     cannot be loaded or evaluated.
@@ -91,6 +93,7 @@ def evaluate_speech(
     for name, value in (("max new tokens", max_new_tokens), ("batch size", batch_size)):
         if value is not None and value < 1:
             raise UsageError(name, f"{value}", "at least 1", "Use a larger number")
+    language = None if language is None else language_code(language)
     dtype = compute_dtype(dtype, device)
     device = device if device == "auto" else check_device(device)
     checkpoints = open_pair(packed, source)
@@ -111,6 +114,8 @@ def evaluate_speech(
     if not total:
         found = "no word is said in it" if counted else "the source hears no word in it"
         raise UsageError(audio, found, "speech", "Name another folder")
+    told = language is not None and all(map(_can_be_told, models))
+    unheard = f"language {language} chose the normalizer alone: the model cannot be told of it"
     return {
         "kind": SPEECH,
         "model": str(packed),
@@ -120,10 +125,11 @@ def evaluate_speech(
         "seconds": round(sum(each["seconds"] for each in rows), 2),
         "words": total,
         "normalizer": "English" if language == ENGLISH else "basic",
-        "language": language,
+        "language": language if told else None,
         "max_new_tokens": hearing.new_tokens,
         "dtype": str(models[0].dtype)[6:],
         "device": str(models[0].device),
+        "notes": [unheard] if language is not None and not told else [],
         **_measures(rows, hearing),
         "texts": rows,
     }
@@ -173,6 +179,19 @@ def new_tokens_of(config: Any) -> int:
     return min(HEARD_TOKENS, max(1, (positions or max_positions(config)) // 2))
 
 
+def language_code(language: str) -> str:
+    """A language's code of Whisper, from that or its English name: "English" -> "en".
+
+    Raises UsageError where Whisper has none.
+    """
+    name = language.strip().lower()
+    code = TO_LANGUAGE_CODE.get(name, name)
+    if code not in TO_LANGUAGE_CODE.values():
+        expected = "a language of Whisper's, by code (en, de, ...) or English name"
+        raise UsageError("--language", repr(language), expected, "Name another, or leave it out")
+    return code
+
+
 def normalizer_of(checkpoints: Sequence[Measured], language: str | None) -> Normalize:
     """What text goes through before words are compared.
 
@@ -196,15 +215,14 @@ def write_heard(
 
     features    what `features_of` gives
     new_tokens  at most
-    language    told to models that can be told
+    language    a code, told to models that can be told
 
     Returns the token ids of each recording: those that the model starts from, then its words,
     without the end token. Raises CheckpointError where the model cannot do it.
     """
     settings = model.generation_config
     told: dict[str, Any] = {}
-    knows = getattr(settings, "lang_to_id", None) and getattr(settings, "is_multilingual", True)
-    if language is not None and knows:
+    if language is not None and _can_be_told(model):
         told = {"language": language, "task": "transcribe"}
     where = type(model).__name__
     with in_one_line(where, "cannot write what it hears", "words", "Check its generation_config"):
@@ -224,6 +242,14 @@ def write_heard(
         while len(row) > 1 and row[-1] in fill:
             row.pop()
     return rows
+
+
+def _can_be_told(model: Any) -> bool:
+    """Whether a model takes the language that it is to write."""
+    settings = model.generation_config
+    return bool(getattr(settings, "lang_to_id", None)) and getattr(
+        settings, "is_multilingual", True
+    )
 
 
 def _transcribe_all(
