@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import ternarize
-from ternarize.calibrate.tracing import Trace
+from ternarize.calibrate.tracing import Trace, sequential_groups
 from ternarize.convert.run import convert
 from ternarize.convert.verify import verify
 from ternarize.errors import CheckpointError, FormatError, SelectionError
@@ -95,6 +95,17 @@ def test_the_core_copies_the_patches_that_torch_does(
     dense = a_convolution(**SHAPES[shape])
     x = torch.randn(3, 5, 33, 21).to(dtype)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    ours = patches_for(x, dense)
+    monkeypatch.setattr(unfold, "lib", None)
+    assert torch.equal(ours, patches_for(x, dense))
+
+
+@pytest.mark.skipif(lib is None, reason="needs the compiled core")
+@pytest.mark.parametrize("shape", [(2, 1, 8, 8), (1, 1, 8, 8), (1, 3, 3, 3)])
+def test_the_core_takes_sizes_of_one(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, x = nn.Conv2d(shape[1], 1, 3, padding=0 if shape[1] > 1 else 1), torch.randn(shape)
     ours = patches_for(x, dense)
     monkeypatch.setattr(unfold, "lib", None)
     assert torch.equal(ours, patches_for(x, dense))
@@ -296,6 +307,7 @@ def test_convolutions_beside_more_linear_weights_are_kept_unless_named(tmp_path:
 # --- calibration ---------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even")  # torch's, once a process
 @pytest.mark.parametrize("shape", ["padded", "strided", "dilated", "same", "of one place"])
 def test_a_trace_sees_a_convolution_as_the_product_of_its_patches(shape: str) -> None:
     dense = a_convolution(**SHAPES[shape])
@@ -306,6 +318,42 @@ def test_a_trace_sees_a_convolution_as_the_product_of_its_patches(shape: str) ->
     again = product.x @ dense.weight.flatten(1).T + dense.bias
     assert torch.allclose(product.y, again, atol=1e-5)
     assert torch.equal(product.y, y.movedim(1, -1))
+
+
+def test_convolutions_of_inputs_that_are_gone_by_then_are_not_alike() -> None:
+    weights = {str(n): torch.randn(4, 3, 3, 3) for n in range(8)}
+    trace = Trace(weights)
+
+    def forward() -> None:
+        for n, weight in enumerate(weights.values()):  # each input is freed before the next
+            nn.functional.conv2d(torch.full((2, 3, 8, 8), float(n)), weight, padding=1)
+
+    trace.run(forward)
+    groups = sequential_groups(trace, weights)
+    assert [each.names for each in groups] == [(name,) for name in weights]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even")  # torch's, once a process
+def test_convolutions_of_the_same_patches_are_alike_and_of_others_are_not() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    given: dict[str, tuple[Tensor, dict[str, Any]]] = {
+        "same": (x, {"padding": "same"}),
+        "again": (x, {"padding": "same"}),
+        "padded": (x, {"padding": 1}),
+        "valid": (x, {"padding": 0}),
+        "dilated": (x, {"dilation": 3, "padding": 1}),
+        "turned": (x.mT, {"padding": "same"}),
+    }
+    weights = {name: torch.randn(4, 3, 2, 2) for name in given}
+    trace = Trace(weights)
+    trace.run(
+        lambda: [
+            nn.functional.conv2d(images, weights[name], **options)
+            for name, (images, options) in given.items()
+        ]
+    )
+    groups = [each.names for each in sequential_groups(trace, weights)]
+    assert groups == [("same", "again"), ("padded",), ("valid",), ("dilated",), ("turned",)]
 
 
 @pytest.mark.parametrize("how", [{}, {"reconstruct": 25}, {"distill": 4}, {"target_bpw": 2.6}])

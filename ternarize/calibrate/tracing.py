@@ -102,7 +102,7 @@ class Trace(TorchFunctionMode):
         self.products: list[Product] = []
         self.sums = 0
         self._marked: dict[int, tuple[Tensor, list[Product]]] = {}
-        self._changed: list[Tensor] = []
+        self._held: list[Tensor] = []  # whose addresses are not given to other inputs
 
     def run(self, forward: Callable[[], Any]) -> Any:
         """Run a forward under the trace; returns its result, None if it was ended early."""
@@ -164,9 +164,12 @@ class Trace(TorchFunctionMode):
         stride, dilation = (as_pair(given.get(each, 1)) for each in ("stride", "dilation"))
         around = padded_as_told(images, given.get("padding", 0), kernel, dilation)
         x = patches_of(around, kernel, stride, dilation)
-        # the same images in other patches are other inputs
-        place = images.data_ptr(), images._version, images.numel(), *around.shape[-2:]
-        source = (*place, *kernel, *stride, *dilation)
+        # patches are copies: without their images another input might get this address
+        self._held.append(images)
+        # the same images in other patches are other inputs; what is padded, and where, follows from
+        # both sizes: only "same" pads by an odd number, and always behind
+        place = images.data_ptr(), images._version, *images.shape, *images.stride()
+        source = (*place, *around.shape[-2:], *kernel, *stride, *dilation)
         y = torch.movedim(result, 1, -1)
         self.products.append(Product(name, 0, x, y, given.get("bias"), source))
         self._check()
@@ -180,7 +183,7 @@ class Trace(TorchFunctionMode):
             for part in ("x", "y", "terms"):
                 value = getattr(product, part)
                 if value is not None and value.untyped_storage().data_ptr() == memory:
-                    self._changed.append(value)  # its address is not given to another input
+                    self._held.append(value)
                     setattr(product, part, copies.setdefault(id(value), value.clone()))
 
     def _close(self, values: Any) -> None:

@@ -72,7 +72,8 @@ def _by_core(
         )
     ]
     out = x.new_empty(len(x), *places, x.shape[1] * kernel[0] * kernel[1])
-    memory = [each.view(torch.uint8).flatten() for each in (images, out)]
+    # flat first: with one channel a contiguous tensor may have strides that no view as bytes takes
+    memory = [each.view(-1).view(torch.uint8) for each in (images, out)]
     lib.unfold(
         memory[0],
         images.shape,
