@@ -1,6 +1,8 @@
 """What --dry-run --parts foretells, from a configuration alone, beside what is then counted."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from ternarize.calibrate.ranks import World, share_out
 from ternarize.cli.app import app
 from ternarize.convert import forecast as forecasts
 from ternarize.convert.forecast import experts_of_a_token, forecast
+from ternarize.plans.layout import TensorPlan
 from ternarize.plans.plan import make_plan
 from ternarize.plans.recipe import Calibrate, Recipe
 
@@ -77,6 +80,41 @@ def test_experts_go_by_the_tokens_that_meet_them_and_are_divided(
     assert experts_of_a_token({"num_hidden_layers": 3}) is None
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_experts_in_tensors_of_their_own_cost_what_those_of_one_tensor_do(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forecasts, "_seconds", lambda work: 1e-3)
+    apart = planned("mixtral", tmp_path, calibration(16), intermediate_size=1024)
+    stacks: dict[str, list[TensorPlan]] = {}
+    for t in apart.tensors:
+        stacks.setdefault(re.sub(r"experts\.\d+", "experts", t.name), []).append(t)
+    joined = [_stacked(name, stack) for name, stack in stacks.items()]
+    assert len(apart.tensors) > len(joined)
+    whole = replace(apart.shards[0], tensors=tuple(joined))
+    plans = apart, replace(apart, shards=[whole])
+    one, other = (forecast(plan, count)["ranks"][0] for plan in plans)
+    assert one["processor_seconds"] == pytest.approx(other["processor_seconds"])
+    assert one["memory_bytes"] == other["memory_bytes"]
+    assert one["sent_bytes"] == pytest.approx(other["sent_bytes"], rel=1e-3)
+
+
+def _stacked(name: str, tensors: list[TensorPlan]) -> TensorPlan:
+    """The tensors of some experts as one."""
+    first, count = tensors[0], len(tensors)
+    if count == 1:
+        return first
+    info = replace(first.info, name=name, shape=(count, *first.info.shape))
+    return replace(first, info=info, shape=(count, *first.shape))
+
+
+def test_a_plan_without_a_ternary_tensor_in_a_block_has_a_forecast(tmp_path: Path) -> None:
+    plan = planned("llama", tmp_path, calibration(16))
+    bare = replace(plan, shards=plan.shards[:0])
+    (row,) = forecast(bare, 1)["ranks"]
+    assert row["memory_bytes"] == row["processor_seconds"] == 0
+
+
 def test_the_command_says_it_for_each_process(tmp_path: Path) -> None:
     planned("llama", tmp_path / "m", Recipe("itf"))
     words = ["convert", str(tmp_path / "m"), str(tmp_path / "o"), "--dry-run", "--parts", "3"]
@@ -89,6 +127,16 @@ def test_the_command_says_it_for_each_process(tmp_path: Path) -> None:
     assert fitted.exit_code == 0 and "2 to 3" in fitted.output
 
 
+def test_a_plan_that_is_refused_has_no_forecast_and_a_stream_is_not_cut(tmp_path: Path) -> None:
+    planned("llama", tmp_path / "m", Recipe("itf"))
+    words = ["convert", str(tmp_path / "m"), str(tmp_path / "o"), "--dry-run", "--parts", "3"]
+    for more in ([], ["--dataset", "default"]):
+        found = CliRunner().invoke(app, [*words, *more, "--keep", ".*", "--json"])
+        assert found.exit_code == 1 and "forecast" not in json.loads(found.stdout)
+    ranks = json.loads(CliRunner().invoke(app, [*words, "--stream", "--json"]).stdout)["forecast"]
+    assert [bool(row["read_bytes"]) for row in ranks["ranks"]] == [True, False, False]  # one file
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -96,6 +144,8 @@ def test_the_command_says_it_for_each_process(tmp_path: Path) -> None:
         (["--dry-run", "--bandwidth", "1"], "--parts N"),
         (["--dry-run", "--parts", "2", "--bandwidth", "0"], "above 0"),
         (["--dry-run", "--parts", "2", "--bandwidth", "nan"], "above 0"),
+        (["--dry-run", "--parts", "2", "--dataset", "default", "--distill", "3"], "and --distill"),
+        (["--dry-run", "--parts", "2", "--dataset", "default", "--reconstruct", "3"], "--reconstr"),
     ],
     ids=" ".join,
 )

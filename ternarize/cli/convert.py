@@ -113,7 +113,9 @@ def convert_command(
     check_bounds(chosen, bounds)
     chosen_part = None if part is None else part_of_text(part, os.environ)
     check_parts(chosen, chosen_part, finish=finish)
-    several = _several(parts, bandwidth, threads or THREADS, dry_run=dry_run)
+    several = _several(parts, bandwidth, threads or THREADS, dry_run=dry_run, stream=stream)
+    if several is not None and chosen.fits:
+        check_ranks(chosen, several["count"], "--parts")
     if dry_run:
         named, parted = recipe is not None, chosen_part and (*chosen_part, stream)
         how: dict[str, Any] = {"as_json": as_json, "debug": debug, "named": named}
@@ -308,7 +310,7 @@ def _launched(environment: Mapping[str, str]) -> tuple[int, int]:
 
 
 def _several(
-    parts: int | None, bandwidth: float | None, threads: int, *, dry_run: bool
+    parts: int | None, bandwidth: float | None, threads: int, *, dry_run: bool, stream: bool
 ) -> dict[str, Any] | None:
     """What `forecast` is asked for by --parts and --bandwidth."""
     if parts is None and bandwidth is None:
@@ -323,7 +325,7 @@ def _several(
         found = f"{bandwidth}"
         raise UsageError("--bandwidth", found, "GB/s, above 0 and below 1000000", "Change it")
     speed = None if bandwidth is None else 1e9 * bandwidth
-    return {"count": parts, "bandwidth": speed, "threads": threads}
+    return {"count": parts, "bandwidth": speed, "threads": threads, "cut": not stream}
 
 
 def _dry_run(
@@ -357,7 +359,7 @@ def _dry_run(
     if parted is not None:
         index, count, streamed = parted
         table["part"] = part_table(plan, (index, count), cut=not streamed)
-    if several is not None:
+    if several is not None and refused is None:
         table["forecast"] = forecast(plan, **several)
     if refused and as_json and not debug:
         raise failed(refused, as_json, **table)

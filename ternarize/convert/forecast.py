@@ -40,12 +40,13 @@ FORWARD, SOLVE = 40.0, 120.0
 
 
 def forecast(
-    plan: Plan, count: int, *, bandwidth: float | None = None, threads: int = 1
+    plan: Plan, count: int, *, bandwidth: float | None = None, threads: int = 1, cut: bool = True
 ) -> dict[str, Any]:
     """The work of each of `count` processes, as plain data.
 
     bandwidth  bytes a second that each reads, writes and sends; None: no times of that
     threads    of each process
+    cut        of a conversion without data: whether files may be cut (plans/parts.py)
 
     Returns {"processes", "bandwidth", "threads", "ranks"}; of each rank "read_bytes",
     "written_bytes", "memory_bytes" (above the interpreter with torch loaded), "sent_bytes",
@@ -54,7 +55,7 @@ def forecast(
     """
     calibrate = plan.recipe.calibrate
     if calibrate is None:
-        ranks = _without_data(plan, count, threads)
+        ranks = _without_data(plan, count, threads, cut=cut)
     else:
         ranks = _calibrated(plan, calibrate, count, threads)
     for row in ranks if bandwidth else ():
@@ -64,11 +65,11 @@ def forecast(
     return {**found, "ranks": ranks}
 
 
-def _without_data(plan: Plan, count: int, threads: int) -> list[dict[str, Any]]:
+def _without_data(plan: Plan, count: int, threads: int, *, cut: bool) -> list[dict[str, Any]]:
     method, some = METHODS.get(plan.recipe.method, itf), torch.randn(PIECE >> 11, 1 << 11)
     size = plan.recipe.group_size
     seconds = _seconds(lambda: method(some, 128 if size is None else size))
-    names = names_of_parts(plan, count, cut=True)
+    names = names_of_parts(plan, count, cut=cut)
     found = []
     for own in names:
         shards = [shard for shard in shards_of(plan, own) if shard.tensors]
@@ -108,17 +109,20 @@ def _calibrated(plan: Plan, calibrate: Calibrate, count: int, threads: int) -> l
     )
     blocks = _blocks(plan.tensors)
     ternary = [t for block in blocks for t in block if t.ternary]
-    hidden = Counter(t.shape[-1] for t in ternary).most_common(1)[0][0]
+    widths = Counter(t.shape[-1] for t in ternary)
+    hidden = max(widths, key=widths.__getitem__, default=0)
     sharing = min(count, samples.chunks)
     active = 16 * hidden * (samples.train + 2 * samples.held) // sharing
-    held = max(8 * sum(t.info.numel for t in b) + _sums_held(b, count) for b in blocks)
+    held = max((8 * sum(t.info.numel for t in b) + _sums_held(b, count) for b in blocks), default=0)
     sent = sum(_sent(block, samples, count) for block in blocks)
     forwards = solving = 0.0
-    for block in blocks:
-        for t in (t for t in block if t.ternary):
+    for alike in (alike for block in blocks for alike in _kinds(block)):
+        matrices = sum(map(_matrices, alike))
+        share = -(-matrices // count) / matrices  # of experts those that one process solves
+        for t in (t for t in alike if t.ternary):
             rows, cols = t.shape[-2:]
-            forwards += FORWARD * t.info.numel * _met(t, block, samples)
-            solving += SOLVE * rows * cols**2 * -(-_matrices(t) // count)
+            forwards += FORWARD * t.info.numel * _met(alike, samples)
+            solving += SOLVE * rows * cols**2 * _matrices(t) * share
     square = torch.randn(1024, 1024)
     seconds = _seconds(lambda: square @ square) / (2 * 1024**3) / threads
     packed = sum(t.stored_bytes() for t in ternary)
@@ -139,33 +143,34 @@ def _sent(block: list[TensorPlan], samples: _Samples, count: int) -> int:
     if count == 1:
         return 0
     total, others = 0, samples.chunks - samples.chunks // count  # chunks that a solver has not
-    for t in (t for t in block if t.ternary):
-        rows, cols = t.shape[-2:]
-        if _experts(t, block):
-            tokens = _met(t, block, samples) * (1 + samples.held / samples.train)
-            total += int(_matrices(t) * 4 * cols * tokens * (count - 1) / count)
-        else:
-            chunk = 4 * cols**2 + 8 * cols + 8 + 4 * rows * cols + 8 * rows + 8
-            tokens = samples.held * (4 * cols + 4 * min(rows, PROBE_ROWS))
-            total += others * chunk + tokens
-        total += 2 * (count - 1) * t.stored_bytes()  # what is solved, and then the file
+    for alike in _kinds(block):
+        tokens = _met(alike, samples) * (1 + samples.held / samples.train)
+        for t in (t for t in alike if t.ternary):
+            rows, cols = t.shape[-2:]
+            if _experts(alike):
+                total += int(_matrices(t) * 4 * cols * tokens * (count - 1) / count)
+            else:
+                chunk = 4 * cols**2 + 8 * cols + 8 + 4 * rows * cols + 8 * rows + 8
+                total += others * chunk + samples.held * (4 * cols + 4 * min(rows, PROBE_ROWS))
+            total += 2 * (count - 1) * t.stored_bytes()  # what is solved, and then the file
     return total
 
 
 def _sums_held(block: list[TensorPlan], count: int) -> int:
     """Bytes of the largest sums of a block."""
     found = [0]
-    for t in (t for t in block if t.ternary):
-        rows, cols = t.shape[-2:]
-        one = 4 * cols**2
-        stack = one * -(-_matrices(t) // count)
-        found.append(stack if _experts(t, block) else 2 * (one + 4 * rows * cols))
+    for alike in _kinds(block):
+        stack = -(-sum(map(_matrices, alike)) // count)  # of experts, all of which are held
+        for t in (t for t in alike if t.ternary):
+            rows, cols = t.shape[-2:]
+            one = 4 * cols**2
+            found.append(stack * one if _experts(alike) else 2 * (one + 4 * rows * cols))
     return max(found)
 
 
-def _met(tensor: TensorPlan, block: list[TensorPlan], samples: _Samples) -> float:
-    """Calibration tokens that come to one of a tensor's matrices."""
-    experts = _experts(tensor, block)
+def _met(alike: list[TensorPlan], samples: _Samples) -> float:
+    """Calibration tokens that come to one of the matrices of a kind."""
+    experts = _experts(alike)
     share = 1.0 if not experts or samples.used is None else min(1.0, samples.used / experts)
     return samples.train * share
 
@@ -174,13 +179,19 @@ def _matrices(tensor: TensorPlan) -> int:
     return tensor.shape[0] if len(tensor.shape) == 3 else 1
 
 
-def _experts(tensor: TensorPlan, block: list[TensorPlan]) -> int:
-    """How many experts there are of which a tensor holds some; 0: it is of none."""
-    if len(tensor.shape) == 3:
-        return tensor.shape[0]
-    kind = _kind(tensor.name)
-    alike = sum(_kind(t.name) == kind for t in block)
-    return alike if kind.count("*") > 1 and alike > 1 else 0
+def _experts(alike: list[TensorPlan]) -> int:
+    """How many experts there are whose matrices these are; 0: they are of none."""
+    if len(alike[0].shape) == 3:
+        return alike[0].shape[0]
+    return len(alike) if _kind(alike[0].name).count("*") > 1 and len(alike) > 1 else 0
+
+
+def _kinds(block: list[TensorPlan]) -> list[list[TensorPlan]]:
+    """The tensors of a block, those together whose names differ in numbers alone."""
+    found: dict[str, list[TensorPlan]] = {}
+    for t in block:
+        found.setdefault(_kind(t.name), []).append(t)
+    return list(found.values())
 
 
 def _kind(name: str) -> str:

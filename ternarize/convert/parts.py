@@ -42,23 +42,26 @@ def check_parts(recipe: Recipe, part: PartNumber | None, *, finish: bool) -> Non
         )
 
 
-def check_ranks(recipe: Recipe, count: int) -> None:
-    """Raise UsageError for what several processes that talk to each other cannot do together."""
+def check_ranks(recipe: Recipe, count: int, by: str = "torchrun") -> None:
+    """Raise UsageError for what several processes that talk to each other cannot do together.
+
+    by  what asks for several
+    """
     if count == 1:
         return
     found = f"{count} processes, "
     fits = recipe.calibrate
     if not recipe.fits:
-        remedy = "Add --part auto, and run it once more with --finish, without torchrun"
-        raise UsageError("torchrun", f"{found}and a conversion without data", "parts", remedy)
+        remedy = f"Add --part auto, and run it once more with --finish, without {by}"
+        raise UsageError(by, f"{found}and a conversion without data", "parts", remedy)
     if recipe.training or fits is None:
-        option, remedy = "a training", "Start it without torchrun"
+        option, remedy = "a training", f"Start it without {by}"
         if fits is not None and fits.distill:
-            option, remedy = "--distill", "Leave out --distill, or torchrun"
-        raise UsageError("torchrun", f"{found}and {option}", "a calibration alone", remedy)
+            option, remedy = "--distill", f"Leave out --distill, or {by}"
+        raise UsageError(by, f"{found}and {option}", "a calibration alone", remedy)
     if fits.reconstruct:
-        remedy = "Leave out --reconstruct, or torchrun"
-        raise UsageError("torchrun", f"{found}and --reconstruct", "a calibration alone", remedy)
+        remedy = f"Leave out --reconstruct, or {by}"
+        raise UsageError(by, f"{found}and --reconstruct", "a calibration alone", remedy)
 
 
 def may_cut(plan: Plan) -> bool:
