@@ -7,6 +7,7 @@ of the source, and must give its logits.
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ternarize
+from ternarize import qat
 from ternarize.convert.run import convert
 from ternarize.convert.verify import verify
 from ternarize.errors import TernarizeError
@@ -153,6 +155,20 @@ def test_only_the_tied_head_is_new(sources: Callable[[str], Path]) -> None:
     assert torch.allclose(head @ embedding.mT, (rows * gain) @ rows.mT, atol=1e-4)
 
 
+def test_a_head_that_is_stored_is_not_tied_whatever_the_config_says(
+    sources: Callable[[str], Path], tmp_path: Path
+) -> None:
+    directory = shutil.copytree(sources("tied"), tmp_path / "source")
+    _named(directory, "lm_head.weight", torch.randn(160, 64).to(torch.float16))
+    source = open_checkpoint(directory)
+    found = folded(source, 0)
+    assert found.config is not None and found.config["tie_word_embeddings"] is False
+    assert found.tensors == source.tensors and not found.notes
+    expected = logits(directory)
+    assert not torch.allclose(expected, logits(sources("tied")), atol=1)
+    assert torch.allclose(logits(write(found, tmp_path / "folded")), expected, atol=1e-3)
+
+
 def test_norms_on_what_is_written_leave_the_stream_as_it_is(sources: Callable[[str], Path]) -> None:
     source = open_checkpoint(sources("gemma3"))
     found = folded(source, 0)
@@ -252,3 +268,12 @@ def test_a_training_does_not_start_from_a_folded_model(
     plan = make_plan(sources("llama"), Recipe("itf", 32, train=train))
     with pytest.raises(TernarizeError, match="was converted with --fold"):
         train_run._of_packed(str(tmp_path / "packed"), plan.tensors)
+
+
+def test_a_preparation_does_not_start_from_a_folded_model(
+    sources: Callable[[str], Path], tmp_path: Path
+) -> None:
+    convert(sources("tied"), tmp_path / "packed", Recipe("itf", 32, fold=True))
+    model = transformers.AutoModelForCausalLM.from_pretrained(sources("tied"))
+    with pytest.raises(TernarizeError, match="was converted with --fold"):
+        qat.prepare(model, start=tmp_path / "packed")

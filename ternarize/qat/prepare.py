@@ -38,7 +38,7 @@ from ternarize.qat.rounding import ESTIMATORS, FLOOR, RANGES, SCALE_RULES, Form,
 from ternarize.runtime.forms import dense_matrix, dense_weight
 from ternarize.runtime.load import load
 from ternarize.runtime.packed import Packed
-from ternarize.sources.packed import check_record, open_packed
+from ternarize.sources.packed import check_record, open_packed, refuse_folded
 from ternarize.trits.base3 import BASE3
 from ternarize.trits.methods import itf
 from ternarize.trits.rotation import rotate
@@ -75,7 +75,7 @@ def prepare(
                  `embeddings` takes the tables that `pack_module` would take
     start        packed checkpoint of this model: its trits and learned scales, and what stands
                  beside them. What is ternary, groups, bits of scales and rotation are the
-                 checkpoint's, whatever else is said here
+                 checkpoint's, whatever else is said here; not one of `convert --fold`
 
     Latent weights are float32 parameters under their old names; learned scales are parameters
     `<weight>_log_scale`. Returns the model. Raises UsageError, SelectionError as `convert` does.
@@ -274,6 +274,7 @@ def _begin_packed(
     """`prepare` from the trits of a packed checkpoint; returns the recipe that chooses the same."""
     packed, records = open_packed(start)
     record = check_record(packed, records)
+    refuse_folded(start, record)
     if record is not None:
         theirs = read_recipe(record)
         recipe = replace(recipe, keep=theirs.keep, include=theirs.include)

@@ -200,11 +200,13 @@ def folded(source: Checkpoint, seed: int) -> Folded:
         )
     else:
         if own.tie_word_embeddings:
-            embedding = next(each for each, role in roles.items() if _part(role) == "token_embd")
             config = {**config, "tie_word_embeddings": False}
+        # a head that is stored with values of its own is not tied, whatever the config says
+        if own.tie_word_embeddings and _HEAD_WEIGHT not in tensors:
+            embedding = next(each for each, role in roles.items() if _part(role) == "token_embd")
             tensors[_HEAD_WEIGHT] = replace(tensors[embedding], name=_HEAD_WEIGHT)
             roles[_HEAD_WEIGHT] = f"{_HEAD}.weight"
-            turns.setdefault(_HEAD_WEIGHT, Turn(embedding))
+            turns[_HEAD_WEIGHT] = Turn(embedding)
             notes.append(
                 "the output head and the token embedding, tied in the source, are two tensors, "
                 "since the gain of the last norm is in the head alone: "

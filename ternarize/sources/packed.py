@@ -1,6 +1,6 @@
 """Packed checkpoints opened: their records, and the record of the conversion."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,21 @@ def check_record(packed: Checkpoint, records: dict[str, Record]) -> dict[str, An
                 "Fetch it again, or remove it",
             )
     return record
+
+
+def refuse_folded(start: str | Path, record: Mapping[str, Any] | None) -> None:
+    """Raise UsageError for a start whose record says that a rotation is folded into its weights.
+
+    The float weights that a training goes on from are those of the source, which are others then.
+    """
+    recipe = (record or {}).get("recipe")
+    if isinstance(recipe, Mapping) and recipe.get("fold"):
+        raise UsageError(
+            start,
+            "was converted with --fold, so that its weights are others than the source's, rotated",
+            "a start whose weights stand for those of the source",
+            "Start from a conversion without --fold",
+        )
 
 
 def _is_training(value: Any) -> bool:

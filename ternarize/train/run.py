@@ -25,7 +25,7 @@ from ternarize.qat.modules import LOG_SCALE, hold_dense, latent_modules
 from ternarize.qat.rounding import Form
 from ternarize.qat.schedule import end_decay, parameter_groups
 from ternarize.sources.checkpoint import locate
-from ternarize.sources.packed import check_record, open_packed
+from ternarize.sources.packed import check_record, open_packed, refuse_folded
 from ternarize.train.compiled import compile_blocks
 from ternarize.train.loop import Job, tokens_at_once, train
 from ternarize.train.objectives import first_error, held_loss, objective
@@ -161,13 +161,7 @@ def _of_packed(start: str, tensors: Sequence[TensorPlan]) -> Calibrated:
     packed, records = open_packed(start)
     table = check_record(packed, records) or {}
     rows = table.get("tensors", {})
-    if table.get("recipe", {}).get("fold"):
-        raise UsageError(
-            start,
-            "was converted with --fold, so that its weights are others than the source's, rotated",
-            "a start whose weights stand for those of the source",
-            "Start from a conversion without --fold",
-        )
+    refuse_folded(start, table)
     begun: dict[str, Solved] = {}
     relaid = []
     for tensor in tensors:
