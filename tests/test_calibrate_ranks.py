@@ -16,9 +16,11 @@ import calibrating_ranks
 import pytest
 import torch
 
+from ternarize.calibrate.pipeline import join
 from ternarize.calibrate.ranks import CHUNKS, World, share_out
 from ternarize.convert.parts import check_ranks
 from ternarize.errors import UsageError
+from ternarize.plans.plan import make_plan
 from ternarize.plans.recipe import Calibrate, Recipe, Train
 
 
@@ -218,3 +220,28 @@ def test_a_process_that_others_do_not_know_of_is_alone() -> None:
     with pytest.raises(UsageError, match="x: y"), world.agreed():
         raise UsageError("x", "y")
     assert not world.sent
+
+
+def test_a_process_with_weights_of_another_training_is_refused(tmp_path: Path) -> None:
+    """Names, forms and options are the same; the weights of one tensor are not."""
+    said: list[Any] = []
+
+    class Hearing(World):
+        def firsts(self, value: Any, kind: str = "words") -> Any:
+            said.append(value)
+            return said[0]
+
+        def all(self, value: Any, kind: str = "words") -> list[Any]:
+            return [value]
+
+    def tuned(name: str) -> Path:
+        source = calibrating.save("llama", tmp_path / name)
+        calibrating.change(source, "model.layers.1.mlp.up_proj.weight", lambda t: t + 1e-3)
+        return source
+
+    sources = [calibrating.save("llama", tmp_path / name) for name in ("one", "same")]
+    recipe = Recipe("gptq", calibrate=Calibrate("x"))
+    for rank, source in enumerate(sources):
+        assert join(make_plan(source, recipe), Hearing(rank, 2))
+    with pytest.raises(UsageError, match="rank 1: has another source"):
+        join(make_plan(tuned("tuned"), recipe), Hearing(1, 2))

@@ -25,6 +25,7 @@ from ternarize.calibrate.texts import SELF
 from ternarize.errors import CheckpointError, OutputError, UsageError
 from ternarize.files import metadata
 from ternarize.files.checkpoint import Checkpoint
+from ternarize.files.headers import byte_view
 from ternarize.files.outputs import write_whole
 from ternarize.measure.encoders import pool
 from ternarize.measure.figures import Figure, mean_of
@@ -39,6 +40,7 @@ from ternarize.trits.scales import scale_values, store_scales
 from ternarize.version import __version__
 
 TOKENS_IN_BATCH = 4096
+FIRST_WEIGHTS = 1024  # of a tensor, by which sources of the same shapes are told apart
 BUDGET, INPUTS, ENVIRONMENTS = "budget.json", "inputs.json", "environments.json"
 
 
@@ -67,12 +69,16 @@ class Calibrated:
 def join(plan: Plan, world: World, *, needed: bool = True) -> bool:
     """Whether the processes of a world are to call `calibrate`; the first one says it: `needed`.
 
-    Raises UsageError in all where one of them has another recipe or source than the first.
+    Raises UsageError in all where one of them has another recipe or source than the first, by the
+    first weights of every tensor.
     """
-    tensors = {t.name: (t.info.dtype, t.info.shape) for t in plan.tensors}
-    text = json.dumps([__version__, asdict(plan.recipe), tensors], sort_keys=True)
-    own = hashlib.sha256(text.encode()).hexdigest()
-    known = world.firsts(own if needed else None)
+    if world.size == 1:
+        return needed
+    own = None
+    with world.agreed():
+        if needed:
+            own = _digest_of(plan)
+    known = world.firsts(own)
     if known is None:
         return False
     with world.agreed():
@@ -84,6 +90,16 @@ def join(plan: Plan, world: World, *, needed: bool = True) -> bool:
                 "Start all by one command",
             )
     return True
+
+
+def _digest_of(plan: Plan) -> str:
+    """SHA-256, hex, over what a calibration is of: version, recipe, configuration, some weights."""
+    tensors = {t.name: (t.info.dtype, t.info.shape) for t in plan.tensors}
+    parts = [__version__, asdict(plan.recipe), plan.source.config, tensors]
+    sha = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+    for name, info in plan.source.tensors.items():
+        sha.update(byte_view(plan.source.read(name, 0, min(FIRST_WEIGHTS, info.numel))).numpy())
+    return sha.hexdigest()
 
 
 def calibrate(
