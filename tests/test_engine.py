@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 from ternarize.cli.app import app
 from ternarize.convert.run import convert
 from ternarize.errors import TernarizeError
+from ternarize.plans.engine import check_engine
 from ternarize.plans.plan import make_plan
 from ternarize.plans.recipe import LLAMA_CPP, Calibrate, Recipe, open_recipe
 from ternarize.publish.export import export
@@ -112,6 +114,36 @@ def test_widths_and_architectures_that_do_not_fit_are_refused(tmp_path: Path) ->
     tiny_models.save("bert", tmp_path / "bert")
     with pytest.raises(TernarizeError, match=r"of which no file of llama.cpp is written \(--for\)"):
         convert(tmp_path / "bert", tmp_path / "out", Recipe("itf", engine=LLAMA_CPP))
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "changed"),
+    [
+        (
+            "Llama",
+            "rope_type 'yarn'",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
+        ),
+        ("Qwen3", "attention_bias True", {"attention_bias": True}),
+        ("Qwen2", "use_sliding_window True", {"use_sliding_window": True}),
+        ("Qwen3Moe", "norm_topk_prob False", {"norm_topk_prob": False}),
+        ("Gemma3Text", "layer_types", {"layer_types": ["full_attention"] * 2}),
+        ("GPT2", "scale_attn_weights False", {"scale_attn_weights": False}),
+    ],
+)
+def test_what_an_export_would_refuse_is_refused_before_the_work(
+    kind: str, said: str, changed: dict[str, Any], tmp_path: Path
+) -> None:
+    model = {"Gemma3Text": "Gemma3ForCausalLM", "GPT2": "GPT2LMHeadModel"}.get(kind)
+    names = [model or f"{kind}ForCausalLM"]
+    for options in ({}, changed):
+        config = getattr(transformers, f"{kind}Config")(num_hidden_layers=2, **options)
+        check = partial(check_engine, tmp_path, {**config.to_dict(), "architectures": names})
+        if options:
+            with pytest.raises(TernarizeError, match=rf"{said}.*, which no file of llama.cpp says"):
+                check(Recipe("itf", engine=LLAMA_CPP))
+        elif kind != "Qwen3Moe":  # the default of its class is False
+            check(Recipe("itf", engine=LLAMA_CPP))
 
 
 def test_a_plan_says_what_was_chosen(wide: Path) -> None:

@@ -66,6 +66,9 @@ _BITNET = {
 }
 
 
+_Asked = list[tuple[str, Any, tuple[Any, ...]]]  # (name, what it is, what it may be)
+
+
 @dataclass(frozen=True)
 class Architecture:
     """An architecture as llama.cpp and as transformers call it.
@@ -204,6 +207,74 @@ def gemma_layer_types(layers: int) -> list[str]:
         "sliding_attention" if (layer + 1) % WINDOWS else "full_attention"
         for layer in range(layers)
     ]
+
+
+def departures(config: Any) -> list[str]:
+    """What of a configuration llama.cpp does not compute, in words; none of a plain architecture.
+
+    config  as transformers reads it, of a class that EXPORTED has
+    """
+    name = config.architectures[0]
+    architecture = EXPORTED[name]
+    if architecture.learned:
+        asked = _of_gpt2(config, architecture)
+    else:
+        asked = _of_llama(config, architecture, name)
+    return [f"{key} {value!r}" for key, value, known in asked if value not in known]
+
+
+def _of_gpt2(config: Any, architecture: Architecture) -> _Asked:
+    """What llama.cpp takes for granted of GPT-2."""
+    return [
+        ("activation_function", config.activation_function, (architecture.activation,)),
+        ("scale_attn_weights", config.scale_attn_weights, (True,)),
+        ("scale_attn_by_inverse_layer_idx", config.scale_attn_by_inverse_layer_idx, (False,)),
+        ("add_cross_attention", config.add_cross_attention, (False,)),
+    ]
+
+
+def _of_llama(config: Any, architecture: Architecture, name: str) -> _Asked:
+    """What llama.cpp takes for granted of a decoder of LLaMA's kind."""
+    # llama.cpp refuses a file of qwen3 that has these biases
+    biased = name.startswith("Qwen3") and getattr(config, "attention_bias", False)
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    rope = rope_of(config)
+    return [
+        ("hidden_act", activation, (architecture.activation,)),
+        ("rope_type", rope.get("rope_type", "default"), ("default", "linear", "llama3")),
+        ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), (1.0,)),
+        ("use_sliding_window", getattr(config, "use_sliding_window", False), (False, None)),
+        ("attention_bias", biased, (False, None)),
+        # of mixtures of experts: in every layer, with weights that sum to one
+        ("norm_topk_prob", getattr(config, "norm_topk_prob", True), (True,)),
+        ("decoder_sparse_step", getattr(config, "decoder_sparse_step", 1), (1,)),
+        ("mlp_only_layers", getattr(config, "mlp_only_layers", None) or [], ([],)),
+        *(_of_gemma(config) if architecture.windows else ()),
+    ]
+
+
+def _of_gemma(config: Any) -> _Asked:
+    """What llama.cpp takes for granted of Gemma 3."""
+    local = config.rope_parameters["sliding_attention"]
+    scalar = gemma_scalar(config.to_dict())
+    pattern = gemma_layer_types(config.num_hidden_layers)
+    return [
+        ("attention_bias", config.attention_bias, (False,)),
+        ("layer_types", config.layer_types, (pattern,)),
+        ("query_pre_attn_scalar", config.query_pre_attn_scalar, (scalar,)),
+        ("rope_type of windows", local.get("rope_type", "default"), ("default",)),
+        ("rope_theta of windows", local["rope_theta"], (LOCAL_BASE,)),
+        ("attn_logit_softcapping", config.attn_logit_softcapping, (None,)),
+        ("final_logit_softcapping", config.final_logit_softcapping, (None,)),
+        ("use_bidirectional_attention", config.use_bidirectional_attention, (False,)),
+    ]
+
+
+def rope_of(config: Any) -> dict[str, Any]:
+    """rope_parameters, of those layers that see all where layers differ."""
+    rope: dict[str, Any] = config.rope_parameters
+    rope = rope.get("full_attention", rope)
+    return rope
 
 
 def import_gguf() -> Any:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ternarize.errors import CheckpointError, SelectionError, UsageError, some
-from ternarize.files.llama_cpp import EXPORTED
+from ternarize.files.llama_cpp import EXPORTED, departures
+from ternarize.models.configuration import config_from, usable
 from ternarize.plans.layout import TensorPlan
 from ternarize.plans.recipe import Recipe
 from ternarize.plans.rules import Choice
@@ -20,7 +21,7 @@ NARROW, WIDE = 64, 256  # weights of a block
 
 def check_engine(where: str | Path, config: Mapping[str, Any] | None, recipe: Recipe) -> None:
     """Raise UsageError for an option whose result no file of the engine can hold, CheckpointError
-    for an architecture of which none can be written."""
+    for an architecture, or a configuration of one, of which none can be written."""
     engine, calibrate = recipe.engine, recipe.calibrate
     group, planes = recipe.group_size or 0, ", ".join(recipe.planes)
     bad: dict[str, tuple[Any, str]] = {}
@@ -35,14 +36,17 @@ def check_engine(where: str | Path, config: Mapping[str, Any] | None, recipe: Re
     for option, (said, expected) in bad.items():
         found = f"{said}, and files of {engine} cannot hold what it makes (--for)"
         raise UsageError(option, found, expected, f"Leave out --for or {option}")
-    names = (config or {}).get("architectures") or ["none"]
+    table = config or {}
+    names = table.get("architectures") or ["none"]
+    remedy = "Leave out --for, export to dense, and use the engine's own converter"
     if names[0] not in EXPORTED:
-        raise CheckpointError(
-            where,
-            f"architecture {names[0]}, of which no file of {engine} is written (--for)",
-            f"one of {', '.join(EXPORTED)}",
-            "Leave out --for, export to dense, and use the engine's own converter",
-        )
+        found = f"architecture {names[0]}, of which no file of {engine} is written (--for)"
+        raise CheckpointError(where, found, f"one of {', '.join(EXPORTED)}", remedy)
+    with usable(Path(where) / "config.json"):
+        unknown = departures(config_from(table))
+    if unknown:
+        found = f"{', '.join(unknown)}, which no file of {engine} says (--for)"
+        raise CheckpointError(where, found, f"a plain {names[0]}", remedy)
 
 
 def group_for(choices: Iterable[Choice]) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ternarize.errors import CheckpointError, UsageError, WeightError
 from ternarize.files.headers import DTYPES, byte_view
-from ternarize.files.llama_cpp import Architecture, import_gguf, rope_factors
+from ternarize.files.llama_cpp import Architecture, import_gguf, rope_factors, rope_of
 from ternarize.files.outputs import check_free
 from ternarize.progress import Progress
 from ternarize.publish.export import vocabulary
@@ -33,13 +33,7 @@ from ternarize.publish.export.common import (
     fresh_output,
     model_config,
 )
-from ternarize.publish.export.gguf_keys import (
-    CONVERTER,
-    architecture_of,
-    head_dim_of,
-    rope_of,
-    write_keys,
-)
+from ternarize.publish.export.gguf_keys import CONVERTER, architecture_of, head_dim_of, write_keys
 from ternarize.publish.export.modelfile import modelfile_of, write_modelfile
 from ternarize.trits import ggml
 from ternarize.trits.int4 import INT4, unpack_int4
