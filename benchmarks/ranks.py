@@ -25,8 +25,9 @@ import transformers
 from common import parser, write_figures
 from safetensors.torch import save_file
 
-from ternarize.calibrate.ranks import CHUNKS, World, share_out
+from ternarize.calibrate.ranks import CHUNKS, rank_of, share_out
 from ternarize.files.sums import SUMS
+from ternarize.ranks import World
 
 HIDDEN, INNER, KV, LAYERS, VOCAB = 384, 1024, 128, 1, 2048
 GROUPS = [
@@ -42,7 +43,7 @@ import json, resource, sys, time
 from pathlib import Path
 import torch
 from ternarize.calibrate import pipeline, run, solve_block
-from ternarize.calibrate.ranks import ranks_of_launcher
+from ternarize.ranks import ranks_of_launcher
 from ternarize.convert.run import convert
 from ternarize.plans.recipe import Calibrate, Recipe
 torch.set_num_threads(1)
@@ -156,7 +157,7 @@ def formula(count: int) -> dict[str, int]:
             batch = HELD_SAMPLES * LENGTH * 4 * (c + sum(min(r, 256) for r in own))
             chunks = range(min(CHUNKS, TRAIN))
             found["sums"] += LAYERS * chunk * sum(k % count != solver for k in chunks)
-            holders = [World(0, count).rank_of("held", at) for at in range(HELD)]
+            holders = [rank_of(World(0, count), "held", at) for at in range(HELD)]
             found["tokens"] += LAYERS * batch * sum(holder != solver for holder in holders)
     return found
 

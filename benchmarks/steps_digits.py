@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from ternarize import qat
 from ternarize.measure.report import figure_for
+from ternarize.ranks import ranks_of_launcher
 from ternarize.steps.appender import Appender
 from ternarize.steps.base import opened_state
 from ternarize.steps.journal import (
@@ -45,7 +46,7 @@ from ternarize.steps.journal import (
 )
 from ternarize.steps.operations import compact
 from ternarize.train.moved import Moved, Standing
-from ternarize.train.ranks import Ranks, ranks_of_launcher
+from ternarize.train.ranks import Ranks
 from ternarize.train.votes import Votes, train_votes
 
 WIDTH = 128

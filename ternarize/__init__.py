@@ -12,6 +12,7 @@ The rooms stand in this order, and a module imports only from those above it:
     native.py    the compiled core, or none
     threads.py   work in threads that a signal ends in order
     progress.py  how far long work is, for those who watch it
+    ranks.py     several processes at one piece of work, and what they tell each other
     trits/       what a trit is: weights -> trits and scales, trits <-> bytes, rotation
     files/       what lies on a disk: containers, records, digests, whole writes
     models/      what transformers says of a model: its skeleton, where tensors go, what it reads

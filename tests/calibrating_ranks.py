@@ -18,9 +18,9 @@ import torch
 
 from ternarize.calibrate import gptq, pipeline, solve_block
 from ternarize.calibrate.gptq import solve
-from ternarize.calibrate.ranks import World, ranks_of_launcher
 from ternarize.cli.app import app
 from ternarize.convert.run import convert
+from ternarize.ranks import World, ranks_of_launcher
 
 # few candidates for each matrix, and batches of one sample, so that there are several
 QUICK: list[tuple[Any, str, Any]] = [

@@ -17,11 +17,12 @@ import pytest
 import torch
 
 from ternarize.calibrate.pipeline import join
-from ternarize.calibrate.ranks import CHUNKS, World, share_out
+from ternarize.calibrate.ranks import CHUNKS, rank_of, share_out
 from ternarize.convert.parts import check_ranks
 from ternarize.errors import UsageError
 from ternarize.plans.plan import make_plan
 from ternarize.plans.recipe import Calibrate, Recipe, Train
+from ternarize.ranks import World, ranks_of_launcher
 
 
 @pytest.fixture(autouse=True)
@@ -168,7 +169,7 @@ def test_the_traffic_is_what_the_documents_say(count: int, tmp_path: Path) -> No
             each = 4 * numbers + 8 * (1 + len(own))
             sums += each * sum(chunk % count != solver for chunk in range(CHUNKS))
             rest = 24 * 4 * (cols + sum(min(r, 256) for r in own))
-            holders = [World(0, count).rank_of("held", at) for at in range(held)]
+            holders = [rank_of(World(0, count), "held", at) for at in range(held)]
             tokens += rest * sum(holder != solver for holder in holders)
     assert sent["sums"] == 2 * sums
     assert sent["tokens"] == 2 * tokens
@@ -187,9 +188,9 @@ def test_the_largest_go_first_and_to_who_has_least() -> None:
 def test_each_batch_has_one_process_and_chunks_do_not_depend_on_their_number(size: int) -> None:
     world = World(0, size)
     for kind in ("train", "held", "report"):
-        shares = Counter(world.rank_of(kind, index) for index in range(48))
+        shares = Counter(rank_of(world, kind, index) for index in range(48))
         assert set(shares) <= set(range(size)) and sum(shares.values()) == 48
-    held = [world.rank_of("train", index) for index in range(3 * CHUNKS)]
+    held = [rank_of(world, "train", index) for index in range(3 * CHUNKS)]
     assert held[:CHUNKS] == held[CHUNKS : 2 * CHUNKS] == [k % size for k in range(CHUNKS)]
 
 
@@ -245,3 +246,14 @@ def test_a_process_with_weights_of_another_training_is_refused(tmp_path: Path) -
         assert join(make_plan(source, recipe), Hearing(rank, 2))
     with pytest.raises(UsageError, match="rank 1: has another source"):
         join(make_plan(tuned("tuned"), recipe), Hearing(1, 2))
+
+
+def test_a_group_that_the_caller_has_made_is_used_and_stays(tmp_path: Path) -> None:
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        with ranks_of_launcher() as world:
+            assert (world.rank, world.size) == (0, 1)
+        assert torch.distributed.is_initialized()
+    finally:
+        torch.distributed.destroy_process_group()

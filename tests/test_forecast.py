@@ -10,13 +10,14 @@ import pytest
 import tiny_models
 from typer.testing import CliRunner
 
-from ternarize.calibrate.ranks import World, share_out
+from ternarize.calibrate.ranks import rank_of, share_out
 from ternarize.cli.app import app
 from ternarize.convert import forecast as forecasts
 from ternarize.convert.forecast import experts_of_a_token, forecast
 from ternarize.plans.layout import TensorPlan
 from ternarize.plans.plan import make_plan
 from ternarize.plans.recipe import Calibrate, Recipe
+from ternarize.ranks import World
 
 
 def planned(name: str, folder: Path, recipe: Recipe, **sizes: int) -> Any:
@@ -59,7 +60,7 @@ def test_what_is_sent_is_foretold_from_above_and_nearly(count: int, tmp_path: Pa
             own = [r for at, r in enumerate(rows) if solvers[at] == solver]
             chunk = 4 * cols**2 + 8 * cols + 8 + sum(4 * r * cols + 8 * r + 8 for r in own)
             total += chunk * sum(k % count != solver for k in range(8))
-            if World(0, count).rank_of("held", 0) != solver:  # six samples, in one batch
+            if rank_of(World(0, count), "held", 0) != solver:  # six samples, in one batch
                 total += 6 * 512 * 4 * (cols + sum(min(r, 256) for r in own))
     weights = sum(cols * sum(rows) for cols, rows in groups)
     total += (count - 1) * 2 * int(weights * 1.75 / 8)

@@ -320,7 +320,7 @@ from pathlib import Path
 from test_steps_training import HEADER, batch_of, loss, started
 from ternarize.steps.appender import Appender
 from ternarize.steps.journal import parse_journal, read_journal
-from ternarize.calibrate.ranks import ranks_of_launcher
+from ternarize.ranks import ranks_of_launcher
 from ternarize.train.ranks import Ranks
 from ternarize.train.votes import Votes, first_attempt, train_votes
 

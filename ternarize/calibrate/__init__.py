@@ -11,7 +11,7 @@ plans, and nothing of the files that a conversion writes.
     speech.py       recordings of a folder -> windows that a model hears, and their words
     data.py         from a recipe's data set to batches
     blocks.py       a model run block by block, with one block's weights in memory
-    ranks.py        several processes: who has what, and what they tell each other
+    ranks.py        several processes: who has which samples, and which matrices
     budget.py       group sizes and planes of matrices for given bits, and how many got which
     tracing.py      which products a block makes, and the sums that they enter
     moments.py      what is summed up over the tokens of a matrix

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from ternarize.calibrate.blocks import Batch, Blocks, Call
-from ternarize.calibrate.ranks import World
 from ternarize.errors import CheckpointError, UsageError
 from ternarize.files.checkpoint import Checkpoint
 from ternarize.plans.layout import TensorPlan
 from ternarize.progress import Progress
+from ternarize.ranks import World
 from ternarize.trits.methods import itf
 
 GROUP_SIZES = (256, 128, 64, 32)

@@ -28,11 +28,12 @@ from ternarize.calibrate.blocks import Blocks, Call, patched
 from ternarize.calibrate.gptq import probe_rows
 from ternarize.calibrate.lanes import FLOAT, PACKED, Lane, tokens_of
 from ternarize.calibrate.moments import Inputs, Moments
-from ternarize.calibrate.ranks import CHUNKS, World
+from ternarize.calibrate.ranks import CHUNKS, rank_of
 from ternarize.calibrate.solved import form_of
 from ternarize.calibrate.tracing import Group, Product, Trace
 from ternarize.plans.layout import TensorPlan
 from ternarize.qat.rounding import Form
+from ternarize.ranks import World
 from ternarize.trits.rotation import rotate
 
 Tick = Callable[[float, str], None]  # (how much of the block is done, what comes next)
@@ -166,7 +167,7 @@ def _gathered(
         if world.size > 1:  # all side by side, and only then one after the other
             seen = {index: iter(list(each)) for index, each in seen.items()}
         for index in indices:
-            holder = world.rank_of(kind, index)
+            holder = rank_of(world, kind, index)
             if holder == world.rank:
                 each = list(seen[index]) if world.size > 1 else seen[index]
                 for rank in sorted(set(solvers.values()) - {holder}):

@@ -17,7 +17,6 @@ from torch import Tensor
 from ternarize.calibrate.budget import allocate, count_forms
 from ternarize.calibrate.data import MAX_SEQ_LEN, Samples, read
 from ternarize.calibrate.inputs import Generate
-from ternarize.calibrate.ranks import World
 from ternarize.calibrate.run import Calibration
 from ternarize.calibrate.solved import Solved, open_solved
 from ternarize.calibrate.speech import ear_for
@@ -35,6 +34,7 @@ from ternarize.models.reads import CAUSAL, ENCODER_DECODER, has_tokenizer, kind_
 from ternarize.plans.layout import Plan, TensorPlan
 from ternarize.plans.recipe import Calibrate
 from ternarize.progress import Progress
+from ternarize.ranks import World
 from ternarize.runtime.decode import cache_of
 from ternarize.trits.scales import scale_values, store_scales
 from ternarize.version import __version__
@@ -98,7 +98,8 @@ def _digest_of(plan: Plan) -> str:
     parts = [__version__, asdict(plan.recipe), plan.source.config, tensors]
     sha = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     for name, info in plan.source.tensors.items():
-        sha.update(byte_view(plan.source.read(name, 0, min(FIRST_WEIGHTS, info.numel))).numpy())
+        first = plan.source.read(name, 0, min(FIRST_WEIGHTS, info.numel))
+        sha.update(byte_view(first).numpy().tobytes())
     return sha.hexdigest()
 
 

@@ -21,7 +21,7 @@ from ternarize.calibrate.blocks import Batch, Blocks, Call, patched
 from ternarize.calibrate.collect import LoadedBlock
 from ternarize.calibrate.gptq import Rounding
 from ternarize.calibrate.lanes import FLOAT, KINDS_OF_SAMPLES, PACKED, Lane, hidden_of
-from ternarize.calibrate.ranks import World
+from ternarize.calibrate.ranks import rank_of
 from ternarize.calibrate.solve_block import held_error, solve_block, without_data
 from ternarize.calibrate.solved import SolvedBlocks
 from ternarize.calibrate.training import Window
@@ -29,6 +29,7 @@ from ternarize.errors import CheckpointError
 from ternarize.files.checkpoint import Checkpoint
 from ternarize.plans.layout import TensorPlan
 from ternarize.progress import Progress
+from ternarize.ranks import World
 
 TICKS = 1000  # of progress, for each block
 
@@ -98,7 +99,7 @@ class Calibration:
             Lane(kind, index, batch, (self.blocks.start(batch), self.blocks.start(batch)))
             for kind in KINDS_OF_SAMPLES
             for index, batch in enumerate(sets.get(kind, ()))
-            if self.world.rank_of(kind, index) == self.world.rank
+            if rank_of(self.world, kind, index) == self.world.rank
         ]
         self.window = Window(self.solved, self.lanes, window if steps else 1)
         self.reports: list[BlockReport] = []

@@ -104,10 +104,10 @@ def convert_command(
     start = Recipe() if recipe is None else open_recipe(recipe)
     chosen = with_options(start, given, bool(min_quality))
     bounds = read_bounds(min_quality or [])
-    from ternarize.calibrate.ranks import ranks_launched
     from ternarize.convert.parts import check_parts, check_ranks
     from ternarize.convert.run import convert as run
     from ternarize.measure.figures import check_bounds
+    from ternarize.ranks import ranks_launched
     from ternarize.threads import THREADS
 
     check_bounds(chosen, bounds)
@@ -175,7 +175,7 @@ def convert_command(
 @contextmanager
 def _ranks(recipe: Recipe) -> Iterator[Any]:
     """The processes that calibrate together; those beside the first end without a word."""
-    from ternarize.calibrate.ranks import World, ranks_of_launcher
+    from ternarize.ranks import World, ranks_of_launcher
 
     if not recipe.fits:
         yield World()

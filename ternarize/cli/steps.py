@@ -93,9 +93,10 @@ def steps_train(
     Example: ternarize steps train packed my.steps --texts default --teacher examples/tiny-llama
     --attempts 2 --batch 512 --bytes 300
     """
-    from ternarize.calibrate.ranks import ranks_of_launcher
     from ternarize.plans.recipe import Train
+    from ternarize.ranks import ranks_of_launcher
     from ternarize.train.journals import CODED, DIRECTIONS, code_journal, train_journal
+    from ternarize.train.ranks import SILENCE
     from ternarize.train.votes import DENSITIES, VOTED, Votes
 
     training = Train(
@@ -125,7 +126,7 @@ def steps_train(
     )
     if by == "gradient" and target != "scales":
         raise UsageError("--target", "trits, by gradient", "scales", "Use --by votes")
-    with progress_bar(quiet) as update, ranks_of_launcher():
+    with progress_bar(quiet) as update, ranks_of_launcher(SILENCE):
         how: dict[str, Any] = {"seed": seed, "device": device or "cpu"}
         how["heard"] = _heard(update, attempts)
         if by == "gradient":

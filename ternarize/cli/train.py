@@ -57,11 +57,11 @@ def train_command(
     start = Recipe() if recipe is None else open_recipe(recipe)
     chosen = training_recipe(start, given, named=recipe is not None)
     bounds = read_bounds(min_quality or [])
-    from ternarize.calibrate.ranks import ranks_launched
     from ternarize.convert.parts import check_ranks
     from ternarize.convert.run import convert
     from ternarize.convert.scratch import train_from_scratch
     from ternarize.measure.figures import check_bounds
+    from ternarize.ranks import ranks_launched
     from ternarize.train.logs import logging_to
 
     check_bounds(chosen, bounds)

@@ -25,7 +25,6 @@ from typing import Any, TextIO
 from torch import Tensor
 
 from ternarize.calibrate.pipeline import Calibrated, calibrate, join
-from ternarize.calibrate.ranks import World
 from ternarize.convert.journal import State, check_same, note, resume
 from ternarize.convert.limits import check_disk, threads_that_fit
 from ternarize.convert.parts import (
@@ -81,6 +80,7 @@ from ternarize.plans.plan import calibrated_plan, make_plan, refuse_empty
 from ternarize.plans.recipe import Recipe
 from ternarize.progress import Progress
 from ternarize.qat.rounding import Form
+from ternarize.ranks import World
 from ternarize.runtime.rehearsal import rehearse
 from ternarize.threads import THREADS, TICK, let_through, result_of, thread_pool
 from ternarize.train.run import Log, open_training, train_model

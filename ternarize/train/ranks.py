@@ -5,14 +5,17 @@ or their votes on them in trits, and the losses of candidates; the first one's r
 apply, so that no rounding can drive them apart, and digests are compared.
 """
 
+import datetime
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ternarize.calibrate.ranks import others_gone
 from ternarize.errors import CheckpointError, UsageError
+from ternarize.ranks import others_gone
 from ternarize.trits.base3 import pack, unpack
 
+SILENCE = datetime.timedelta(minutes=30)  # of a process that works
 EXCHANGES = ("alignments", "votes")
 _REMEDY = "Start all again: the journal goes on behind its last record"
 
