@@ -1,5 +1,6 @@
 """Embedding tables of any module: packed, looked up row by row, trained to be ternary."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import ternarize
 from ternarize import qat
 from ternarize.convert.verify import verify
 from ternarize.errors import SelectionError, UsageError
+from ternarize.files.sums import renew_sums
 from ternarize.runtime.modules.embedding import PackedEmbedding
 from ternarize.sources.packed import open_packed
 from ternarize.trits.methods import itf
@@ -169,6 +171,11 @@ def test_the_option_speaks_of_large_tables_that_no_glob_names(
     found = kinds(tmp_path / "packed")
     assert tuple(found[f"{name}.weight"] for name in ("users", "items", "tags")) == expected
     assert record["recipe"]["embeddings"] == options.get("embeddings", "keep")
+    path = tmp_path / "packed" / "ternarize.json"
+    for row in record["tensors"].values():  # what is read back is no sentence for people
+        row["reason"] = "other words"
+    path.write_text(json.dumps(record))
+    renew_sums(tmp_path / "packed")
     (tmp_path / "source").mkdir()
     torch.save(towers.state_dict(), tmp_path / "source" / "pytorch_model.bin")
     assert verify(tmp_path / "packed", tmp_path / "source")["compared"]["converted_again"] == 5

@@ -200,6 +200,8 @@ def _tensor_record(
         row["planes"] = tensor.planes
     if tensor.kernel:
         row["kernel"] = True
+    if tensor.choice.table:
+        row["table"] = True
     if tensor.rotation[0]:
         row["rotation"] = tensor.rotation[0]
     row["bpw"] = round(row["stored_bytes"] * 8 / size, 4)

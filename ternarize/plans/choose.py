@@ -72,6 +72,7 @@ def select(
             copies.get(name, ""),
             verdict.bound,
             verdict.convolution,
+            verdict.table,
         )
     check_together(matches, verdicts, ends, choices)
     return list(choices.values())

@@ -131,7 +131,7 @@ def verdicts_on_record(rows: Mapping[str, Any]) -> dict[str, Verdict]:
             possible=True,
             parameters=(name,),
             bound=True,
-            table=str(row.get("reason")).startswith("--embeddings "),
+            table=row.get("table") is True,
             convolution=row.get("kernel") is True,
         )
         for name, row in rows.items()

@@ -110,6 +110,7 @@ class Choice:
     copy_of     the tensor with the same values to which it is tied, which alone is stored; or ""
     bound       it is a buffer of the class, in which infinity is a value like others
     convolution its rows are kernels: (out, in, height, width) on disk
+    table       of a module at hand, one of which --embeddings speaks
     """
 
     name: str
@@ -122,6 +123,7 @@ class Choice:
     copy_of: str = ""
     bound: bool = False
     convolution: bool = False
+    table: bool = False
 
     @property
     def ternary(self) -> bool:
