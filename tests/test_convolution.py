@@ -142,7 +142,7 @@ def test_its_gradient_goes_through() -> None:
         module(x).square().sum().backward()
         assert x.grad is not None
         gradients.append(x.grad)
-    assert torch.allclose(*gradients, atol=1e-5)
+    assert torch.allclose(gradients[0], gradients[1], atol=1e-5)
 
 
 def test_each_patch_is_rounded_to_8_bits_by_itself() -> None:
@@ -150,6 +150,7 @@ def test_each_patch_is_rounded_to_8_bits_by_itself() -> None:
     torch.manual_seed(1)
     x = torch.randn(2, 5, 6, 6)
     patches = patches_of(nn.functional.pad(x, (1, 1, 1, 1)), (3, 3))
+    assert ours.bias is not None
     rows = rounded_linear(patches, ours.dequantized(torch.float32).flatten(1)) + ours.bias
     with torch.no_grad():
         assert torch.allclose(ours(x), rows.permute(0, 3, 1, 2), atol=1e-5)
@@ -185,11 +186,14 @@ def resnet(folder: Path, **sizes: Any) -> Any:
         }
     )
     torch.manual_seed(0)
-    model: Any = transformers.ResNetForImageClassification(config).eval()
+    model: Any = transformers.ResNetForImageClassification(config)
+    model.eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):  # as it is after a training
-            nn.init.uniform_(module.running_var, 0.5, 2)
-            nn.init.normal_(module.running_mean, 0, 0.2)
+            mean, variance = module.running_mean, module.running_var
+            assert mean is not None and variance is not None
+            nn.init.uniform_(variance, 0.5, 2)
+            nn.init.normal_(mean, 0, 0.2)
     model.save_pretrained(folder)
     return model
 
@@ -283,10 +287,12 @@ def test_a_file_whose_kernels_are_not_the_models_is_refused(
 
 def test_convolutions_beside_more_linear_weights_are_kept_unless_named(tmp_path: Path) -> None:
     config = transformers.ConvNextConfig(
-        hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, num_labels=3, image_size=32
+        hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, image_size=32
     )
+    config.num_labels = 3
     torch.manual_seed(0)
-    model: Any = transformers.ConvNextForImageClassification(config).eval()
+    model: Any = transformers.ConvNextForImageClassification(config)
+    model.eval()
     model.save_pretrained(tmp_path / "source")
     plan = make_plan(tmp_path / "source", Recipe("itf"))
     reasons = {t.name: (t.becomes, t.choice.reason) for t in plan.tensors}
@@ -314,8 +320,8 @@ def test_a_trace_sees_a_convolution_as_the_product_of_its_patches(shape: str) ->
     trace = Trace({"weight": dense.weight})
     y = trace.run(lambda: dense(torch.randn(2, 5, 9, 8)))
     (product,) = trace.products
-    assert product.bias is dense.bias
-    again = product.x @ dense.weight.flatten(1).T + dense.bias
+    assert product.bias is not None and product.bias is dense.bias
+    again = product.x @ dense.weight.flatten(1).T + product.bias
     assert torch.allclose(product.y, again, atol=1e-5)
     assert torch.equal(product.y, y.movedim(1, -1))
 

@@ -110,7 +110,7 @@ def judge_module(module: nn.Module, smallest: int = SMALLEST) -> dict[str, Verdi
 
 def _against_convolutions(module: nn.Module) -> dict[int, str]:
     """Identity of each convolution that stays by default -> why."""
-    found = [each for each in module.modules() if is_convolution(each)]
+    found: list[Any] = [each for each in module.modules() if is_convolution(each)]
     weights = {id(p): p.numel() for p in module.parameters() if p.ndim > 1}
     kernels = sum({id(each.weight): each.weight.numel() for each in found}.values())
     if 2 * kernels <= sum(weights.values()):
