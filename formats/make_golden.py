@@ -291,7 +291,7 @@ def nudged(a: Path, b: Path) -> Path:
         tensors = load_file(a / file)
         here = {name: record for name, record in records.items() if name in tensors}
         for name, record in here.items():
-            data = tensors[name].view(torch.uint8).flatten()
+            data = tensors[name].view(-1).view(torch.uint8)
             at = number % max(1, len(data))
             if "q_proj" in name:
                 continue

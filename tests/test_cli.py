@@ -577,7 +577,7 @@ def test_a_dry_run_says_how_it_will_be_calibrated_and_writes_nothing(tmp_path: P
 def test_gptq_alone_calibrates_on_the_text_that_comes_with_the_program(tmp_path: Path) -> None:
     result = ok("convert", EXAMPLE, tmp_path / "p", "--method", "gptq", "--dry-run", "--json")
     recipe = json.loads(result.stdout)["recipe"]
-    assert recipe["calibrate"] == {**vars(Calibrate()), "dataset": "default"}
+    assert recipe["calibrate"] == {**vars(Calibrate()), "dataset": "default", "rotation": 256}
 
 
 def test_a_gpu_is_used_to_calibrate_where_there_is_one_and_that_is_said(

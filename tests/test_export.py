@@ -1241,9 +1241,12 @@ def test_the_command(packed: Callable[..., Path], tmp_path: Path) -> None:
     done = run(packed(256), tmp_path / "a.gguf", "--to", "gguf", "--type", "tq1_0", "--json")
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["type"] == "tq1_0"
-    done = run(packed(128), tmp_path / "b.gguf", "--to", "gguf", "--allow-requantize")
+    tq2 = ["--to", "gguf", "--type", "tq2_0"]
+    done = run(packed(128), tmp_path / "b.gguf", *tq2, "--allow-requantize")
     assert "not exact" in done.stdout and "relative error" in done.stdout
-    done = run(packed(128), tmp_path / "c.gguf", "--to", "gguf")
+    done = run(packed(128), tmp_path / "q2.gguf", "--to", "gguf")  # the type that holds it
+    assert "every weight as packed" in done.stdout
+    done = run(packed(128), tmp_path / "c.gguf", *tq2)
     assert done.exit_code == 1 and done.stderr.count("\n") == 1
     done = run(packed(128), tmp_path / "c", "--to", "dense", "--type", "tq1_0")
     assert done.exit_code == 2 and "--type: is for --to gguf" in done.stderr

@@ -151,6 +151,7 @@ def test_a_step_rounds_the_rows_that_it_uses_alone(
         (losses, "ALL_WORDS", 50),
         (sources, "ALL_WORDS", 50),
         (losses, "OTHERS", 20),
+        (losses, "MULTIPLE", 1),
         (sources, "COMMON", 16),
     ):
         monkeypatch.setattr(module, name, size)

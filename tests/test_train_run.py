@@ -507,6 +507,7 @@ def test_words_that_were_sampled_are_the_same_after_a_break(
     for module in (losses, sources):
         monkeypatch.setattr(module, "ALL_WORDS", 50)
     monkeypatch.setattr(losses, "OTHERS", 20)
+    monkeypatch.setattr(losses, "MULTIPLE", 1)
     monkeypatch.setattr(sources, "COMMON", 16)
     source, text = llama
     recipe = recipe_of(text)

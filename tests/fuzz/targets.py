@@ -192,7 +192,8 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any], checkpoint: Checkpoint
             block = expected.rotation[0]
             norms = np.linalg.norm(stored.reshape(-1, block).astype(np.float64), axis=-1)
             with np.errstate(over="ignore", invalid="ignore"):
-                far = np.abs(turned.numpy().astype(np.float64) - expected.dequantize())
+                back = expected.dequantize().reshape(tuple(turned.shape))  # kernels as rows
+                far = np.abs(turned.numpy().astype(np.float64) - back)
                 limit = 2.0**-20 * np.repeat(norms, block).reshape(far.shape)
             require(bool(((far <= limit) | (limit > 1e38)).all()), f"{name}: rotation")
 
