@@ -69,7 +69,7 @@ def varied(images: Tensor, generator: torch.Generator) -> Tensor:
 def logits_of(model: Any, images: Tensor) -> Tensor:
     """What a model gives, (n, 10) float32."""
     model.eval()
-    return torch.cat([model(pixel_values=part).logits for part in images.split(500)])
+    return torch.cat([model(pixel_values=part).logits for part in torch.split(images, 500)])
 
 
 def top1(logits: Tensor, labels: Tensor) -> float:
@@ -80,7 +80,7 @@ def top1(logits: Tensor, labels: Tensor) -> float:
 def train_source(folder: Path, width: int, epochs: int) -> None:
     """Train the source, and save it."""
     torch.manual_seed(0)
-    config = transformers.ResNetConfig(
+    config = transformers.ResNetConfig(  # type: ignore[call-arg]
         num_channels=1,
         embedding_size=width,
         hidden_sizes=[width, 2 * width, 4 * width],
@@ -99,12 +99,12 @@ def train_source(folder: Path, width: int, epochs: int) -> None:
     for epoch in range(epochs):
         model.train()
         order = torch.randperm(len(images), generator=generator)
-        for at in order.split(BATCH)[: len(images) // BATCH]:
+        for at in torch.split(order, BATCH)[: len(images) // BATCH]:
             with torch.autocast("cpu", torch.bfloat16):
                 logits = model(pixel_values=varied(images[at], generator)).logits
                 loss = F.cross_entropy(logits.float(), labels[at], label_smoothing=0.05)
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
         took = time.process_time() - began
@@ -156,7 +156,7 @@ def trained(source: Path, start: Path | None, output: Path, steps: int) -> None:
             wanted = teacher(pixel_values=batch).logits.softmax(-1)
         loss = F.cross_entropy(student(pixel_values=batch).logits, wanted)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
     ternarize.qat.pack(student.eval(), output)

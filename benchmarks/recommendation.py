@@ -188,14 +188,14 @@ def train(
     state, score, epoch = copy.deepcopy(model.state_dict()), -1.0, 0
     for number in range(1, epochs + 1):
         model.train()
-        for rows in torch.randperm(len(ratings.sought)).split(BATCH):
+        for rows in torch.split(torch.randperm(len(ratings.sought)), BATCH):
             logits = model(ratings.asked[rows], ratings.genres)
             loss = F.cross_entropy(logits, ratings.sought[rows])
             if teacher is not None:
                 with torch.no_grad():
                     said = teacher(ratings.asked[rows], ratings.genres).softmax(-1)
                 loss = 0.2 * loss + 0.8 * F.cross_entropy(logits, said)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()

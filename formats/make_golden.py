@@ -115,7 +115,7 @@ def gpt2() -> Any:
 
 def resnet() -> Any:
     """Convolutions."""
-    return transformers.ResNetConfig(
+    return transformers.ResNetConfig(  # type: ignore[call-arg]
         num_channels=1,
         embedding_size=8,
         hidden_sizes=[8],

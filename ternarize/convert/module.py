@@ -157,7 +157,9 @@ def _state(module: nn.Module, verdicts: dict[str, Verdict]) -> dict[str, Tensor]
         weight, scale = packed.pair("weight")
         layout = packed.layouts["weight"]
         dense = dense_weight(weight, scale, layout, torch.float32)
-        given[f"{path}.weight"] = dense.unflatten(1, layout.kernel) if layout.kernel else dense
+        if layout.kernel:
+            dense = torch.unflatten(dense, 1, layout.kernel)
+        given[f"{path}.weight"] = dense
     state, seen = {}, set[int]()
     for name in (each for each in verdicts if each in given):
         if given[name].is_meta:

@@ -137,7 +137,7 @@ class Skeleton:
     def convolutional(self) -> bool:
         """Whether most weights are those of convolutions that can run as ternary."""
         kernels = sum(
-            module.weight.numel()
+            module.get_parameter("weight").numel()
             for path, module in self.modules.items()
             if is_convolution(module) and path in self.inside and path not in self.foreign
         )

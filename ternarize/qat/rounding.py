@@ -77,7 +77,7 @@ class Form:
         """Between the parameter's orientation and (..., rows, cols)."""
         if self.kernel:
             flat = parameter.ndim == 2
-            return parameter.unflatten(1, self.kernel) if flat else parameter.flatten(1)
+            return torch.unflatten(parameter, 1, self.kernel) if flat else parameter.flatten(1)
         return parameter.transpose(-1, -2) if self.transposed else parameter
 
     def parameter(self, stored: Tensor) -> Tensor:
