@@ -9,7 +9,7 @@ import calibrating
 import pytest
 import tiny_models
 import torch
-from test_train_recompute import gradients, prepared
+from test_train_recompute import break_off, gradients, prepared
 from test_train_run import recipe_of, source_of, text_of
 
 from ternarize.convert.run import convert
@@ -54,12 +54,7 @@ def test_a_training_that_was_broken_off_may_go_on_compiled(
     recipe = recipe_of(text, steps=3)
     whole = convert(source, tmp_path / "whole", recipe)
 
-    def stop(step: int, figures: object) -> None:
-        if step == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        convert(source, tmp_path / "packed", recipe, log=stop)
+    break_off(source, tmp_path / "packed", recipe)
     assert not traced
     assert recipe.train is not None
     train = dataclasses.replace(recipe.train, compile=True, recompute=recompute)

@@ -18,6 +18,7 @@ from ternarize.calibrate.lanes import hidden_of
 from ternarize.convert.run import convert
 from ternarize.errors import UsageError
 from ternarize.plans.plan import make_plan
+from ternarize.plans.recipe import Recipe
 from ternarize.train.objectives import objective
 from ternarize.train.optimizer import make_optimizer
 from ternarize.train.recompute import recompute_blocks
@@ -47,6 +48,17 @@ def prepared(name: str, directory: Path, **sizes: int) -> tuple[nn.Module, list[
     tiny_models.save(name, directory, torch.float32, **sizes)
     model = qat.prepare(tiny_models.build(name, torch.float32, **sizes), group_size=32)
     return model.eval(), calibrating.blocks_of(directory)[1].paths
+
+
+def break_off(source: Path, output: Path, recipe: Recipe) -> None:
+    """Begin a conversion with a training, and end it as by Ctrl-C after two steps."""
+
+    def stop(step: int, figures: object) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, output, recipe, log=stop)
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "t5", "whisper", "albert", "mamba"])
@@ -120,12 +132,7 @@ def test_fewer_tokens_at_a_time_can_be_chosen_after_a_break(tmp_path: Path) -> N
     recipe = recipe_of(text, steps=4)
     whole = convert(source, tmp_path / "whole", recipe)
 
-    def stop(step: int, figures: object) -> None:
-        if step == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        convert(source, tmp_path / "packed", recipe, log=stop)
+    break_off(source, tmp_path / "packed", recipe)
     assert recipe.train is not None
     less = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, micro_batch=16))
     record = convert(source, tmp_path / "packed", less)
