@@ -1,5 +1,6 @@
 """Training of whole models: what is measured is what is saved, whatever breaks off in between."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -746,6 +747,37 @@ def test_a_training_can_begin_with_a_packed_checkpoint(
     kept = dict(map(tuple, first["training"]["held_out"]))[first["training"]["kept_step"]]
     assert again["training"]["held_out"][0][1] == pytest.approx(kept, rel=1e-4)
     seen.clear()
+
+
+def test_a_training_from_a_trained_start_goes_on_behind_the_samples_that_it_had(
+    llama: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, text = llama
+    found: list[list[int]] = []
+
+    def noted(job: Any, samples: Iterator[Any]) -> Any:
+        def each() -> Iterator[Any]:
+            for sample in samples:
+                found[-1] += sample["input_ids"].flatten().tolist()
+                yield sample
+
+        found.append([])
+        return loop.train(job, each())
+
+    monkeypatch.setattr(train_run, "train", noted)
+    monkeypatch.setattr(loop, "ahead", contextlib.nullcontext)
+
+    def trained(name: str, **more: Any) -> dict[str, Any]:
+        return convert(source, tmp_path / name, recipe_of(text, **more))["training"]
+
+    whole = trained("whole", steps=8)
+    first = trained("first", steps=5)
+    start = str(tmp_path / "first")
+    second = trained("second", steps=3, start=start)
+    assert found[1] + found[2] == found[0]
+    assert second["samples"] == whole["samples"] > first["samples"]
+    other = trained("other", steps=5, start=start, seed=1)
+    assert other["samples"] == first["samples"], "another order begins at its beginning"
 
 
 def test_a_trained_model_has_a_card_that_says_how(llama: tuple[Path, Path], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The training stage of a conversion: data, two models, the loop, and what is stored in the end."""
 
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -140,12 +141,14 @@ def train_model(
         training.micro_batch or tokens_at_once(device),
         lambda done: end_decay(job.optimizer, done),
     )
-    progressed = train(job, data.stream)
+    had = _had(training.start, data)
+    progressed = train(job, itertools.islice(data.stream, had, None))
     best = open_solved(progressed.best_file(place))
     records = metadata.records_of(best)
     record = calibrated.record if calibrated else {}
     _take_best(pair, blocks, best)
     described = _described(progressed, data, pair) | {
+        "samples": had + progressed.samples,
         "environments": environments,
         "quality": _quality(pair, data),
     }
@@ -197,6 +200,16 @@ def _of_packed(start: str, tensors: Sequence[TensorPlan]) -> Calibrated:
                 begun[tensor.name] = packed, record
         relaid.append(tensor)
     return Calibrated(begun, relaid, {})
+
+
+def _had(start: str | None, data: Data) -> int:
+    """How many samples of this very stream the start was trained on: it goes on behind them."""
+    if start is None:
+        return 0
+    record = check_record(*open_packed(start)) or {}
+    training = record.get("training", {})
+    same = all(training.get(name) == value for name, value in data.about.items())
+    return int(training.get("samples", 0)) if same else 0
 
 
 def stored_of(
