@@ -31,7 +31,8 @@ from ternarize.cli import show, terminal
 from ternarize.cli.app import app
 from ternarize.cli.export import TARGET_NAMES
 from ternarize.plans import recipe as recipes
-from ternarize.plans.recipe import GPTQ, Calibrate, Recipe, open_recipe, read_recipe
+from ternarize.plans.recipe import GPTQ, Calibrate, Recipe
+from ternarize.plans.recipe_files import NAMED, open_recipe, read_recipe
 from ternarize.publish.export import TARGETS
 from ternarize.threads import ENDING
 from ternarize.trits.int4 import INT4
@@ -731,7 +732,14 @@ def test_the_recipe_on_record_is_read_as_it_was(record: Path) -> None:
     assert recipe == open_recipe(str(record))
     found = json.loads(json.dumps(dataclasses.asdict(recipe)))
     # of older ones nothing is said of these
-    assert found == {"train": None, "zeros": None, "engine": None, "fold": False, **table["recipe"]}
+    assert found == {
+        "train": None,
+        "zeros": None,
+        "engine": None,
+        "fold": False,
+        "codec": "base3",
+        **table["recipe"],
+    }
 
 
 TABLE = {
@@ -788,7 +796,7 @@ def test_named_recipes_are_what_options_can_ask_for(tmp_path: Path) -> None:
     assert {**best, "train": None} == calibrated
     assert recipe_of("--recipe", "best", "--distill", "5")["train"] is None
     help_of_it = re.sub(r"\s+", " ", (ROOT / "CLI.md").read_text())
-    for name, (_, cost) in recipes.NAMED.items():
+    for name, (_, cost) in NAMED.items():
         assert f"{name} ({cost})" in help_of_it
 
 

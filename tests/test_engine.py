@@ -20,7 +20,8 @@ from ternarize.convert.run import convert
 from ternarize.errors import TernarizeError
 from ternarize.plans.engine import check_engine
 from ternarize.plans.plan import make_plan
-from ternarize.plans.recipe import LLAMA_CPP, Calibrate, Recipe, open_recipe
+from ternarize.plans.recipe import LLAMA_CPP, Calibrate, Recipe
+from ternarize.plans.recipe_files import open_recipe
 from ternarize.publish.export import export
 
 SIZES: dict[str, Any] = {**tiny_models.TEXT, "num_key_value_heads": 4, "head_dim": 64}
@@ -111,7 +112,7 @@ def test_widths_and_architectures_that_do_not_fit_are_refused(tmp_path: Path) ->
         convert(odd, tmp_path / "out", Recipe("itf", engine=LLAMA_CPP))
     kept = Recipe("itf", engine=LLAMA_CPP, keep=("*[qkv]_proj*", "*gate*", "*up*"))
     convert(odd, tmp_path / "kept", kept)
-    tiny_models.save("bert", tmp_path / "bert")
+    tiny_models.save("bert_classifier", tmp_path / "bert")
     with pytest.raises(TernarizeError, match=r"of which no file of llama.cpp is written \(--for\)"):
         convert(tmp_path / "bert", tmp_path / "out", Recipe("itf", engine=LLAMA_CPP))
 

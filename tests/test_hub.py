@@ -511,6 +511,7 @@ def test_every_option_of_a_recipe_is_in_its_command() -> None:
         dtype="bfloat16",
         activations="int8",
         scale_bits=8,
+        codec="rans",
         planes=("p*",),
         head="int8",
         embeddings="ternary",
@@ -518,9 +519,9 @@ def test_every_option_of_a_recipe_is_in_its_command() -> None:
     )
     assert card.command_of(recipe, "user/source") == (
         "ternarize convert user/source packed --method gptq --group-size -1 --scale-bits 8 "
-        "--dtype bfloat16 --activations int8 --head int8 --embeddings ternary --keep 'a*' "
-        "--include 'b*' --include 'c d' --planes 'p*' --dataset texts.jsonl --num-samples 8 "
-        "--seq-len 32 --seed 3 --rotation 0 --distill 5 --target-bpw 1.7"
+        "--dtype bfloat16 --activations int8 --head int8 --embeddings ternary --codec rans "
+        "--keep 'a*' --include 'b*' --include 'c d' --planes 'p*' --dataset texts.jsonl "
+        "--num-samples 8 --seq-len 32 --seed 3 --rotation 0 --distill 5 --target-bpw 1.7"
     )
 
 

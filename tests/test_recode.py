@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from typer.testing import CliRunner
 
 import ternarize
 from ternarize.cli.app import app
+from ternarize.convert import coding, journal
 from ternarize.convert.run import convert
 from ternarize.convert.verify import verify
+from ternarize.convert.workplace import CODING
 from ternarize.errors import DigestError, FormatError, OutputError, UsageError
 from ternarize.files.headers import read_header
 from ternarize.files.unmapped import open_file
@@ -85,6 +88,122 @@ def test_all_that_was_packed_is_there_in_fewer_bytes_and_comes_back(
     assert {n: reference.describe(n, t) for n, t in theirs.items()} == {
         n: reference.describe(n, t) for n, t in ours.items()
     }
+
+
+# --- at once -----------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files but for what tells how they came to be: the codec in the recipe, and the sums."""
+    found = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "SHA256SUMS"}
+    record = json.loads(found["ternarize.json"])
+    record["recipe"].pop("codec")
+    return {**found, "ternarize.json": json.dumps(record).encode()}
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = tmp_path_factory.mktemp("sharded") / "source"
+    tiny_models.save("llama", source, max_shard_size=1 << 20, **WIDE)
+    assert len(list(source.glob("*.safetensors"))) > 2
+    return source
+
+
+@pytest.mark.parametrize("name", ["dense", "scales in 8 bits", "experts"])
+def test_a_conversion_that_codes_gives_what_recoding_gives(name: str, tmp_path: Path) -> None:
+    kind, recipe = MADE[name]
+    tiny_models.save(kind, tmp_path / "source", max_shard_size=1 << 20, **WIDE)
+    before, recoded, coded = (tmp_path / each for each in ("before", "recoded", "coded"))
+    convert(tmp_path / "source", before, recipe)
+    told = recode(before, recoded)
+    seen: list[tuple[int, int, str, str]] = []
+    record = convert(
+        tmp_path / "source",
+        coded,
+        replace(recipe, codec="rans"),
+        progress=lambda *call: seen.append(call),
+    )
+    assert contents(coded) == contents(recoded)
+    assert record["recipe"]["codec"] == "rans"
+    assert told["bytes"] < told["bytes_before"]
+    steps = [(done, total) for done, total, _, stage in seen if stage == "coding"]
+    count = len(open_packed(coded)[1])
+    assert steps == [(i + 1, count) for i in range(count)]
+    assert verify(coded, tmp_path / "source")["source_compared"]
+
+
+def test_a_conversion_that_was_broken_off_while_it_coded_goes_on(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe("itf", 32, codec="rans")
+    convert(sharded, tmp_path / "whole", recipe)
+    calls: list[tuple[str, str]] = []
+
+    def stop(done: int, total: int, name: str, stage: str) -> None:
+        calls.append((stage, name))
+        if stage == "coding" and done == total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(sharded, tmp_path / "broken", recipe, progress=stop)
+    partial = tmp_path / "broken.partial"
+    assert (partial / CODING).is_dir()
+    files = sorted(partial.glob("*.safetensors"))
+    assert 0 < sum(bool(journal.digests_of_coded(file)) for file in files) < len(files)
+    done = {name for stage, name in calls if stage == "coding"}
+    calls.clear()
+    again = list[str]()
+    real = coding.recode_file
+    monkeypatch.setattr(coding, "recode_file", lambda *a: again.append(a[1]) or real(*a))
+    convert(
+        sharded,
+        tmp_path / "broken",
+        recipe,
+        progress=lambda *call: calls.append((call[3], call[2])),
+    )
+    assert "packing" not in {stage for stage, _ in calls}
+    assert done and 0 < len(again) < len(files)  # what was coded stays so
+    assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
+    assert not list((tmp_path / "broken").rglob("*.streams"))
+
+
+def test_a_coded_file_that_a_break_has_damaged_is_made_again(sharded: Path, tmp_path: Path) -> None:
+    recipe = Recipe("itf", 32, codec="rans")
+    convert(sharded, tmp_path / "whole", recipe)
+
+    def stop(done: int, total: int, name: str, stage: str) -> None:
+        if stage == "coding" and done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(sharded, tmp_path / "broken", recipe, progress=stop)
+    coded = [p for p in (tmp_path / "broken.partial").glob("*.safetensors")]
+    coded = [p for p in coded if journal.digests_of_coded(p)]
+    data = bytearray(coded[0].read_bytes())
+    data[-40] ^= 1
+    coded[0].write_bytes(data)
+    packed: list[str] = []
+    convert(
+        sharded,
+        tmp_path / "broken",
+        recipe,
+        progress=lambda *call: packed.append(call[2]) if call[3] == "packing" else None,
+    )
+    assert packed and set(packed) < set(open_packed(tmp_path / "broken")[1])
+    assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
+
+
+def test_parts_are_coded_when_they_are_put_together(sharded: Path, tmp_path: Path) -> None:
+    runner = CliRunner()
+    words = ["--method", "itf", "--group-size", "32", "--codec", "rans", "-q"]
+    for more in (["--part", "1/2"], ["--part", "2/2"], ["--finish"]):
+        line = ["convert", str(sharded), str(tmp_path / "parted"), *words, *more]
+        result = runner.invoke(app, line)
+        assert result.exit_code == 0, result.stderr
+    convert(sharded, tmp_path / "whole", Recipe("itf", 32, codec="rans"))
+    assert contents(tmp_path / "parted") == contents(tmp_path / "whole")
+    line = ["convert", str(sharded), str(tmp_path / "none"), *words, "--dry-run"]
+    assert "sizes are those in base 3" in runner.invoke(app, line).stdout
 
 
 def test_many_zeros_make_small_files(tmp_path: Path) -> None:

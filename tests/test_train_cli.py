@@ -24,7 +24,8 @@ from test_train_run import assert_same, source_of, text_of
 from ternarize.cli.train import training_recipe
 from ternarize.convert.run import convert
 from ternarize.errors import UsageError
-from ternarize.plans.recipe import Recipe, open_recipe
+from ternarize.plans.recipe import Recipe
+from ternarize.plans.recipe_files import open_recipe
 from ternarize.train import state
 
 

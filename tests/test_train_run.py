@@ -25,7 +25,8 @@ from ternarize.convert.scratch import train_from_scratch
 from ternarize.convert.verify import verify
 from ternarize.errors import CheckpointError, OutputError, QualityError, UsageError
 from ternarize.measure.report import inspect
-from ternarize.plans.recipe import Calibrate, Recipe, Train, open_recipe
+from ternarize.plans.recipe import Calibrate, Recipe, Train
+from ternarize.plans.recipe_files import open_recipe
 from ternarize.publish.card import make_card
 from ternarize.train import loop, losses, sources, state
 from ternarize.train import run as train_run

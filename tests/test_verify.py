@@ -22,7 +22,8 @@ from ternarize.files import container, metadata
 from ternarize.files.metadata import SCALE_SUFFIX
 from ternarize.files.names import RECORD
 from ternarize.files.sums import SUMS
-from ternarize.plans.recipe import Calibrate, Recipe, read_recipe
+from ternarize.plans.recipe import Calibrate, Recipe
+from ternarize.plans.recipe_files import read_recipe
 from ternarize.sources.checkpoint import open_checkpoint
 
 

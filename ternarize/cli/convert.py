@@ -22,7 +22,8 @@ from ternarize.cli.show import (
 )
 from ternarize.cli.terminal import advise, err, failed, interrupted, print_json, progress_bar, shown
 from ternarize.errors import TernarizeError, UsageError, printable
-from ternarize.plans.recipe import GPTQ, Calibrate, Recipe, open_recipe
+from ternarize.plans.recipe import GPTQ, Calibrate, Recipe
+from ternarize.plans.recipe_files import open_recipe
 
 
 def convert_command(
@@ -356,6 +357,11 @@ def _dry_run(
     except TernarizeError as error:  # of which the plan tells the reasons
         refused = error
     table = plan.to_dict()
+    if recipe.codec != "base3":
+        table["notes"] = [
+            *table["notes"],
+            "sizes are those in base 3; --codec rans makes them less",
+        ]
     if parted is not None:
         index, count, streamed = parted
         table["part"] = part_table(plan, (index, count), cut=not streamed)

@@ -9,7 +9,8 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from ternarize.plans.recipe import ACTIVATIONS, KEPT_DTYPES, NAMED, Calibrate, Recipe, Train
+from ternarize.plans.recipe import ACTIVATIONS, KEPT_DTYPES, Calibrate, Recipe, Train
+from ternarize.plans.recipe_files import NAMED
 
 
 class OneOf(tuple[str, ...]):

@@ -11,7 +11,8 @@ from ternarize.cli.options import AsJson, Debug, Device, ModelArgument, Quiet, R
 from ternarize.cli.show import show_calibration, show_totals, show_training
 from ternarize.cli.terminal import advise, print_json, progress_bar
 from ternarize.errors import UsageError, printable
-from ternarize.plans.recipe import BUDGETS, GPTQ, WITHOUT_DATA, Recipe, Train, open_recipe
+from ternarize.plans.recipe import BUDGETS, GPTQ, WITHOUT_DATA, Recipe, Train
+from ternarize.plans.recipe_files import open_recipe
 
 SHARED = ("seed", "text_column")  # options of a training that a calibration has, too
 

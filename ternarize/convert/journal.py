@@ -19,6 +19,7 @@ from ternarize.convert.workplace import JOURNAL, PARTS, STREAMED, changed, not_o
 from ternarize.errors import OutputError
 from ternarize.files.headers import read_bytes
 from ternarize.files.outputs import write_whole
+from ternarize.files.recoded import digests_of_coded
 from ternarize.plans.layout import PIECE, Shard, TensorPlan
 from ternarize.plans.recipe import CHANGEABLE
 
@@ -31,12 +32,14 @@ class State:
     unsealed    which of them have no header yet
     results     what came of the tensors that are done
     calibrated  what calibration has found
+    coded       bytes of the entries of shards that are coded, by name
     """
 
     shards: list[Shard]
     unsealed: set[int]
     results: dict[str, Result] = field(default_factory=dict)
     calibrated: Calibrated | None = None
+    coded: dict[str, int] = field(default_factory=dict)
 
     @property
     def tensors(self) -> list[TensorPlan]:
@@ -50,6 +53,13 @@ class State:
     def bytes_done(self) -> int:
         """Bytes of the source's tensors that are done."""
         return sum(t.info.nbytes for t in self.tensors if t.tied_to or t.name in self.results)
+
+    def stored_bytes(self, tensor: TensorPlan) -> int:
+        """Bytes that a tensor takes in its file."""
+        names = [name for name, _, _ in tensor.stored()]
+        if all(name in self.coded for name in names):
+            return sum(self.coded[name] for name in names)
+        return tensor.stored_bytes()
 
     def take(self, entry: Result | Change) -> None:
         """Count a tensor as done, or change the layout: what its shard has is to be done again."""
@@ -69,13 +79,20 @@ class State:
                     self.results.pop(tensor.name, None)
 
     def forget_unwritten(self, partial: Path) -> None:
-        """Forget results whose bytes, in the layout of now, did not reach the disk."""
-        for shard in self.shards:
+        """Forget results whose bytes, in the layout of now, did not reach the disk.
+
+        A shard that is coded counts if all of it is there: it has its header, and needs no layout.
+        """
+        for index, shard in enumerate(self.shards):
+            done = {t.name: self.results[t.name] for t in shard.tensors if t.name in self.results}
+            digests = {name: result.sha256 for name, result in done.items()}
+            if digests and digests_of_coded(partial / shard.file) == digests:
+                self.unsealed.discard(index)
+                continue
             there = dict(_digests(partial / shard.file, shard, self.results))
-            for tensor in shard.tensors:
-                result = self.results.get(tensor.name)
-                if result is not None and there.get(tensor.name) != result.sha256:
-                    del self.results[tensor.name]
+            for name, digest in digests.items():
+                if there.get(name) != digest:
+                    del self.results[name]
 
 
 def _relaid(tensor: TensorPlan, asking: TensorPlan, change: Change) -> TensorPlan:

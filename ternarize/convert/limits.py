@@ -62,11 +62,12 @@ def memory_left() -> tuple[float, float]:
 STATE_BYTES = 12  # for each trained weight: itself, and two moments of its gradient
 
 
-def check_disk(plan: Plan, partial: Path, shards: Sequence[Shard]) -> None:
+def check_disk(plan: Plan, partial: Path, shards: Sequence[Shard], *, coded: bool = False) -> None:
     """Raise OutputError where the disk has too little room for the result and the way to it.
 
     partial  where the result grows
     shards   what is written there: those of the plan, or those of a part
+    coded    whether they are coded in the end, one after the other
     """
     parent = next(p for p in partial.resolve().parents if p.exists())
     have = shutil.disk_usage(parent).free
@@ -75,6 +76,8 @@ def check_disk(plan: Plan, partial: Path, shards: Sequence[Shard]) -> None:
         have += sum(f.stat().st_size for f in ours)
     small = sum((plan.source.directory / f).stat().st_size for f in plan.copied)
     need = sum(shard.nbytes() for shard in shards if shard.tensors) + small + (1 << 20)
+    if coded:  # streams, and the file made of them, beside what it replaces
+        need += 2 * max(shard.nbytes() for shard in shards)
     if plan.source.stream is not None:
         read = zip(plan.source.files, shards, strict=True)
         need += plan.source.stream.room([file for file, shard in read if shard.tensors])

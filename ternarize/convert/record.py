@@ -39,6 +39,7 @@ def write_small_files(plan: Plan, state: State, folder: Path) -> dict[str, Any]:
     its_own = {"tokenizer.json", "tokenizer.model"} & set(plan.copied)
     made = source.made if isinstance(source, Imported) and not its_own else {}
     for name, content in made.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
     record = make_record(plan, state)
     # config.json also where the source has none: it is what says that the weights are packed
@@ -60,11 +61,11 @@ def _write_modules(source: Path, target: Path) -> None:
 
 def _index(plan: Plan, state: State) -> dict[str, Any]:
     weight_map = {name: shard.file for shard in state.shards for name in sorted(shard.layout())}
-    coverage, layouts = plan.coverage(), [shard.layout().values() for shard in state.shards]
+    coverage = plan.coverage()
     return {
         "metadata": {
             "total_parameters": coverage["ternary"] + coverage["kept"],
-            "total_size": sum(entry.nbytes for layout in layouts for entry in layout),
+            "total_size": sum(map(state.stored_bytes, state.tensors)),
         },
         "weight_map": weight_map,
     }
@@ -134,7 +135,9 @@ def make_record(plan: Plan, state: State) -> dict[str, Any]:
         **({"calibration": calibrated.record} if calibrated and calibrated.record else {}),
         **({"training": calibrated.training} if calibrated and calibrated.training else {}),
         "tensors": {
-            t.name: _tensor_record(t, state.results.get(t.name), plan.recipe, uncalibrated)
+            t.name: _tensor_record(
+                t, state.results.get(t.name), plan.recipe, uncalibrated, state.stored_bytes(t)
+            )
             for t in state.tensors
         },
     }
@@ -167,7 +170,11 @@ def _last_part(given: str) -> str:
 
 
 def _tensor_record(
-    tensor: TensorPlan, result: Result | None, recipe: Recipe, uncalibrated: Collection[str]
+    tensor: TensorPlan,
+    result: Result | None,
+    recipe: Recipe,
+    uncalibrated: Collection[str],
+    stored_bytes: int,
 ) -> dict[str, Any]:
     """What became of a tensor; without a result it is tied to another."""
     row: dict[str, Any] = {
@@ -181,7 +188,7 @@ def _tensor_record(
     if result.calibrated and not tensor.packed:
         row["reason"] += ", fitted by calibration"
         row["fitted"] = True
-    row["stored_bytes"] = tensor.stored_bytes()
+    row["stored_bytes"] = stored_bytes
     row["sha256"] = result.sha256
     if not tensor.packed:
         return row

@@ -25,6 +25,7 @@ from typing import Any, TextIO
 from torch import Tensor
 
 from ternarize.calibrate.pipeline import Calibrated, calibrate, join
+from ternarize.convert.coding import code_shards
 from ternarize.convert.journal import State, check_same, note, resume
 from ternarize.convert.limits import check_disk, threads_that_fit
 from ternarize.convert.parts import (
@@ -42,9 +43,9 @@ from ternarize.convert.workplace import (
     CALIBRATION,
     JOURNAL,
     STREAMED,
-    changed,
     check_parts_ended,
     check_place,
+    check_unchanged,
     claim,
     exclusive,
     finished,
@@ -69,6 +70,7 @@ from ternarize.errors import (
 )
 from ternarize.files import container, metadata
 from ternarize.files.checkpoint import open_files
+from ternarize.files.metadata import RANS
 from ternarize.files.outputs import partial_of, reserve, sync_files, write_at
 from ternarize.files.sums import SUMS, format_sums, listed, sha256
 from ternarize.measure.figures import check_bounds, check_quality
@@ -224,7 +226,7 @@ def checked(plan: Plan, allow_missing: bool) -> Plan:
 def _check_output(plan: Plan, output: Path, part: PartNumber | None) -> None:
     check_place(plan, output, part)
     if part is None:
-        check_disk(plan, partial_of(output), plan.shards)
+        check_disk(plan, partial_of(output), plan.shards, coded=plan.recipe.codec == RANS)
     else:
         check_disk(plan, part_folder(partial_of(output), part), shards_of_part(plan, part))
 
@@ -263,7 +265,7 @@ def _carry_out_part(work: _Work, output: Path, part: PartNumber) -> dict[str, An
             if plan.source.stream is not None and index not in state.unsealed:
                 plan.source.stream.release(file)  # which was fetched to see what is tied
         _convert_shards(work, state, seal=False)
-        _check_unchanged(plan, before)
+        check_unchanged(plan, before)
     return table
 
 
@@ -285,8 +287,11 @@ def _carry_out(
         if plan.recipe.fits:
             _fit(work, state, bounds)
         _convert_shards(work, state)
+        if plan.recipe.codec == RANS:
+            files = [shard.file for shard in state.shards]
+            state.coded = code_shards(partial, files, work.threads, work.progress)
         record = write_small_files(plan, state, partial)
-        _check_unchanged(plan, before)
+        check_unchanged(plan, before)
         _verify(work, state)
         remove_parts(partial)
         if (partial / STREAMED).exists():  # of this stream, or of an earlier one that was killed
@@ -464,21 +469,6 @@ def _write_header(partial: Path, shard: Shard, results: Mapping[str, Result]) ->
     assert len(header) <= length
     with (partial / shard.file).open("r+b") as file:
         file.write(length.to_bytes(8, "little") + header.ljust(length))
-
-
-def _check_unchanged(plan: Plan, before: list[list[Any]]) -> None:
-    """Raise CheckpointError where the source is no longer what was opened."""
-    now = stamps(plan, now=True)
-    files = changed(now, before)
-    if files:
-        # what is away may come back, and what has been done is then worth keeping
-        away = FileNotFoundError() if any(len(each) == 1 for each in now) else None
-        raise CheckpointError(
-            plan.source.directory,
-            f"{files} changed during the conversion",
-            "a source at rest",
-            "Convert it again",
-        ) from away
 
 
 def _verify(work: _Work, state: State) -> None:

@@ -37,7 +37,8 @@ from ternarize.files.sums import check_sums
 from ternarize.plans.judge_module import verdicts_on_record
 from ternarize.plans.layout import TensorPlan
 from ternarize.plans.plan import calibrated_plan, make_plan
-from ternarize.plans.recipe import Recipe, read_recipe
+from ternarize.plans.recipe import Recipe
+from ternarize.plans.recipe_files import read_recipe
 from ternarize.progress import Progress
 from ternarize.sources.packed import check_record, open_packed
 from ternarize.threads import THREADS

@@ -6,6 +6,7 @@ OUTPUT.partial/        the result as it grows; it gets its final name when all i
                        to go, so that what a break leaves can be told from others' folders
   .calibration/        blocks that are calibrated, and how far a training is
   .source/             the shard of a source that is streamed
+  .coding/             the file that is coded
   .parts/I-of-N/       what one of several processes has converted (`convert --part`): a place of
                        work like this one, with a journal and a lock of its own
 """
@@ -22,7 +23,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ternarize.errors import OutputError, some
+from ternarize.errors import CheckpointError, OutputError, some
 from ternarize.files.headers import stamp
 from ternarize.files.names import RECORD
 from ternarize.files.outputs import cannot_make, partial_of, sync_names
@@ -34,6 +35,7 @@ from ternarize.version import __version__
 
 CALIBRATION = ".calibration"
 STREAMED = ".source"
+CODING = ".coding"
 PARTS = ".parts"
 MOST_PARTS = 99_999
 JOURNAL = ".journal.jsonl"  # a dot: nothing copied from the source has such a name
@@ -212,6 +214,21 @@ def changed(now: list[list[Any]], before: list[list[Any]]) -> str:
     """The names of files whose stamps differ, or that are in one list alone; "" if none."""
     differ = [each for each in [*now, *before] if not (each in now and each in before)]
     return some(sorted({str(each[0]) for each in differ}))
+
+
+def check_unchanged(plan: Plan, before: list[list[Any]]) -> None:
+    """Raise CheckpointError where the source is no longer what was opened."""
+    now = stamps(plan, now=True)
+    files = changed(now, before)
+    if files:
+        # what is away may come back, and what has been done is then worth keeping
+        away = FileNotFoundError() if any(len(each) == 1 for each in now) else None
+        raise CheckpointError(
+            plan.source.directory,
+            f"{files} changed during the conversion",
+            "a source at rest",
+            "Convert it again",
+        ) from away
 
 
 def tidy(output: Path) -> None:

@@ -12,6 +12,7 @@ and what all rooms share.
     sums.py        SHA256SUMS
     metadata.py    what a packed file's header says of its tensors: records, and checks of them
     container.py   the stored bytes of a packed tensor
+    recoded.py     a packed file written again, with its tensors as streams or without
     unmapped.py    packed files read into memory where transformers would map them
     sections.py    changes of tensors as bytes
     patch.py       the file of a patch

@@ -5,6 +5,7 @@ sizes are exact. Only `lossless.py` looks at weights, at those that are ternary 
 may import `models` and `sources`, and what is above them.
 
     recipe.py       the options of a conversion, each declared once
+    recipe_files.py  recipes under a name, in a file or on record
     judge.py        what a tensor is, by the module that will run: its default
     judge_names.py  the same where no class of model is known
     judge_module.py  the same of a module of torch's, which is at hand

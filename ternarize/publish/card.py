@@ -13,7 +13,8 @@ from typing import Any
 
 from ternarize.files.names import RECORD
 from ternarize.measure.report import inspect
-from ternarize.plans.recipe import GROUP_SIZE, KEEP, Recipe, read_recipe
+from ternarize.plans.recipe import GROUP_SIZE, KEEP, Recipe
+from ternarize.plans.recipe_files import read_recipe
 from ternarize.sources.fetch import split_id
 from ternarize.sources.origin import inherit
 from ternarize.sources.packed import check_record, open_packed
@@ -198,6 +199,8 @@ def command_of(recipe: Recipe, source: str, was_ternary: bool = False) -> str:
         value = getattr(recipe, name)
         if value is not None and (was_ternary or value != getattr(default, name)):
             words += [_option(name), str(value)]
+    if recipe.codec != default.codec:
+        words += [_option("codec"), recipe.codec]
     for name in ("keep", "include", "planes"):
         for glob in getattr(recipe, name):
             words += [_option(name), glob]

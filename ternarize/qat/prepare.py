@@ -23,7 +23,8 @@ from ternarize.plans.choose import select
 from ternarize.plans.judge import Verdict
 from ternarize.plans.judge_module import TABLES, judge_module
 from ternarize.plans.judge_names import judge_by_names
-from ternarize.plans.recipe import ACTIVATIONS, GROUP_SIZE, KEEP, TERNARY, Recipe, read_recipe
+from ternarize.plans.recipe import ACTIVATIONS, GROUP_SIZE, KEEP, TERNARY, Recipe
+from ternarize.plans.recipe_files import read_recipe
 from ternarize.plans.rules import Choice, rules_of
 from ternarize.qat.modules import (
     LOG_SCALE,

@@ -5,7 +5,7 @@
     power      the disk as a power cut may leave it: any part of what no fsync has brought there
     signal     SIGINT and SIGTERM at random times
     early      the same to processes that begin with imports (a tenth of the count)
-    calibrated all these in small, with --dataset
+    calibrated all these in small, with --dataset, and with --codec rans
 
 After each: the final directory is absent or verifies, the same command completes it, all files are
 those of a run that was left alone, the source is as it was, and nothing is left lying about.
@@ -49,6 +49,7 @@ from .runs import (
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-llama"  # it has a tokenizer
 KINDS = ("random", "boundary", "power", "signal", "early")
 CALIBRATED = ("--dataset", "default", "--num-samples", "4", "--seq-len", "32")
+CODED = ("--codec", "rans", "--method", "itf")
 
 
 class Trial:
@@ -58,10 +59,10 @@ class Trial:
         self.name, self.options = name, tuple(options)
         self.source = shop / name
         self.before = stamp(self.source)
-        self.place = shop / f"{name}{'-calibrated' if options else ''}-out"
+        self.place = shop / f"{name}{''.join(options[:1])}-out"
         self.place.mkdir()
         self.output = self.place / "out"
-        self.log = shop / f"{name}.calls"
+        self.log = shop / f"{name}{''.join(options[:1])}.calls"
         self.whole: dict[str, str] = {}
         times = []
         for _ in range(3):
@@ -403,7 +404,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         trials = [Trial(name, shop) for name in args.sources]
         if args.calibrated:
             shutil.copytree(EXAMPLE, shop / "example")
-            trials.append(Trial("example", shop, CALIBRATED))
+            trials += [Trial("example", shop, options) for options in (CALIBRATED, CODED)]
         for trial in trials:
             chance = random.Random(f"{args.seed} {trial.name}")
             slow = bool(trial.options)

@@ -45,7 +45,7 @@ from ternarize.files.gguf import read_gguf  # noqa: E402
 from ternarize.files.headers import byte_view, read_header  # noqa: E402
 from ternarize.files.json_files import read_json, strict_json  # noqa: E402
 from ternarize.measure.report import inspect  # noqa: E402
-from ternarize.plans.recipe import read_recipe  # noqa: E402
+from ternarize.plans.recipe_files import read_recipe  # noqa: E402
 from ternarize.publish.card import make_card  # noqa: E402
 from ternarize.sources.imports.gguf import open_gguf  # noqa: E402
 from ternarize.sources.packed import check_record, open_packed  # noqa: E402
