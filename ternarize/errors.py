@@ -3,7 +3,8 @@
     TernarizeError
     ├── UsageError        an option or argument has a value that cannot be used
     ├── CheckpointError   the source cannot be read or cannot be converted
-    │   └── WeightError   a weight is NaN or infinite
+    │   ├── WeightError   a weight is NaN or infinite
+    │   └── RankError     another process of the same work has ended
     ├── SelectionError    no rule says what to do with a tensor, or a pattern matches none
     ├── FormatError       a packed file breaks a rule of its format
     │   └── DigestError   its bytes are not the ones that were written
@@ -116,6 +117,10 @@ class CheckpointError(TernarizeError):
 
 class WeightError(CheckpointError):
     """A weight of the source is NaN or infinite."""
+
+
+class RankError(CheckpointError):
+    """Another process of the same work has ended."""
 
 
 class SelectionError(TernarizeError):

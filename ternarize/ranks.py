@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ternarize.errors import CheckpointError, TernarizeError, UsageError, first_line
+from ternarize.errors import RankError, TernarizeError, UsageError, first_line
 
 _Any = TypeVar("_Any")
 
@@ -67,15 +67,15 @@ class World:
         flat = tensor.reshape(-1)
         for first in range(0, len(flat), _AT_ONCE):
             own = flat[first : first + _AT_ONCE].cpu()
-            with self._others_gone():
+            with self.others_gone():
                 dist.send(own, to)
 
     def receive(self, shape: Sequence[int], dtype: torch.dtype, giver: int) -> Tensor:
         """A tensor that another process gives, on the CPU."""
-        found = torch.empty(*shape, dtype=dtype)
+        found = torch.empty(tuple(shape), dtype=dtype)
         flat = found.view(-1)
         for first in range(0, len(flat), _AT_ONCE):
-            with self._others_gone():
+            with self.others_gone():
                 dist.recv(flat[first : first + _AT_ONCE], giver)
         return found
 
@@ -90,7 +90,7 @@ class World:
         """Give words and tensors to another process, which asks for them by `receive_all`."""
         shapes = [(tuple(t.shape), t.dtype) for t in tensors]
         body = _bytes_of((words, shapes))
-        with self._others_gone():
+        with self.others_gone():
             dist.send(torch.tensor([len(body)]), to)
             dist.send(body, to)
         self.sent["words"] += 8 + len(body)
@@ -100,7 +100,7 @@ class World:
     def receive_all(self, giver: int) -> tuple[Any, list[Tensor]]:
         """Words and tensors, on the CPU, that another process gives."""
         size = torch.empty(1, dtype=torch.int64)
-        with self._others_gone():
+        with self.others_gone():
             dist.recv(size, giver)
             body = torch.empty(int(size), dtype=torch.uint8)
             dist.recv(body, giver)
@@ -110,7 +110,7 @@ class World:
     def _told_by(self, rank: int, value: Any, kind: str) -> Any:
         body = _bytes_of(value) if rank == self.rank else torch.empty(0, dtype=torch.uint8)
         size = torch.tensor([len(body)])
-        with self._others_gone():
+        with self.others_gone():
             dist.broadcast(size, rank)
             if rank != self.rank:
                 body = torch.empty(int(size), dtype=torch.uint8)
@@ -121,16 +121,16 @@ class World:
         return pickle.loads(body.numpy().tobytes())
 
     @contextmanager
-    def _others_gone(self) -> Iterator[None]:
-        """Inside, another process that has ended is an error of one line, with its reason."""
-        with others_gone("Run the same command again: it goes on behind the last block"):
+    def others_gone(self) -> Iterator[None]:
+        """Inside, another process that has ended is a RankError, with its reason."""
+        with others_gone("Run the same command again: it goes on from what is done"):
             try:
                 yield
             except RuntimeError:
                 said = self._fault()
                 if said is not None:
                     where, found, expected, remedy = said
-                    raise CheckpointError(where, found, expected, remedy) from None
+                    raise RankError(where, found, expected, remedy) from None
                 raise
 
     def tell_fault(self, error: Exception) -> None:
@@ -157,11 +157,11 @@ class World:
 
 @contextmanager
 def others_gone(remedy: str) -> Iterator[None]:
-    """Inside, another process that has died is an error of one line."""
+    """Inside, another process that has died is a RankError."""
     try:
         yield
     except RuntimeError as error:
-        raise CheckpointError(
+        raise RankError(
             "another process",
             f"is gone ({str(error).splitlines()[0]:.100})",
             "all of them to the end",

@@ -234,12 +234,13 @@ def _check_same(folder: Path, inputs: dict[str, str]) -> None:
         )
 
 
-def environments_of(folder: Path, device: str) -> list[dict[str, Any]]:
+def environments_of(folder: Path, device: str, world: World) -> list[dict[str, Any]]:
     """What the sums of this run depend on beside its input, after those of runs it goes on from.
 
-    As far as it can be told: the same bytes are promised on the same machine alone.
+    As far as it can be told: the same bytes are promised on the same machine alone. In all
+    processes of a world, each of which calls this.
     """
-    return _note_environments(folder, [_environment(device)])
+    return _note_environments(folder, world.all(_environment(device)))
 
 
 def _environment(device: str) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def convert_command(
         return
     if part is None and not finish:
         check_ranks(chosen, ranks_launched())
-    with _ranks(chosen) as world:
+    with ranks_of(chosen) as world:
         if world.rank:
             as_json, quiet = False, True
         if chosen.fits:
@@ -174,8 +174,8 @@ def convert_command(
 
 
 @contextmanager
-def _ranks(recipe: Recipe) -> Iterator[Any]:
-    """The processes that calibrate together; those beside the first end without a word."""
+def ranks_of(recipe: Recipe) -> Iterator[Any]:
+    """The processes that calibrate or train together; those beside the first end without a word."""
     from ternarize.ranks import World, ranks_of_launcher
 
     if not recipe.fits:

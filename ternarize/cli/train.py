@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ternarize.cli.convert import fastest_device, read_bounds, with_options
+from ternarize.cli.convert import fastest_device, ranks_of, read_bounds, with_options
 from ternarize.cli.options import AsJson, Debug, Device, ModelArgument, Quiet, RecipeName
 from ternarize.cli.show import show_calibration, show_totals, show_training
 from ternarize.cli.terminal import advise, print_json, progress_bar
@@ -50,7 +50,7 @@ def train_command(
     not), then the whole model learns from its source what that says of texts. It ends with the
     first of --tokens, --minutes and --steps that is used up. What is kept is the state with the
     least loss on documents put aside; others give the figures. Interrupted, the same command goes
-    on.
+    on. Those that torchrun starts train together; the first of them writes and prints.
 
     Example: ternarize train examples/tiny-llama trained --num-samples 8 --steps 3
     """
@@ -68,11 +68,23 @@ def train_command(
     check_bounds(chosen, bounds)
     check_ranks(chosen, ranks_launched())
     scratch = chosen.train is not None and chosen.train.from_scratch
-    where = device or fastest_device(quiet)
-    with progress_bar(quiet) as update, logging_to(report_to or [], output) as log:
-        record = (train_from_scratch if scratch else convert)(
-            model, output, chosen, device=where, progress=update, log=log, min_quality=bounds
-        )
+    with ranks_of(chosen) as world:
+        if world.rank:
+            as_json, quiet, report_to = False, True, None
+        where = device or fastest_device(quiet)
+        with progress_bar(quiet) as update, logging_to(report_to or [], output) as log:
+            record = (train_from_scratch if scratch else convert)(
+                model,
+                output,
+                chosen,
+                device=where,
+                progress=update,
+                log=log,
+                min_quality=bounds,
+                world=world,
+            )
+    if world.rank:
+        return
     if as_json:
         print_json({"output": str(output), **record})
         return

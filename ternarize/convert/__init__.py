@@ -11,6 +11,7 @@ may import from all rooms but `publish` and `cli`.
     record.py     what is written beside the weights: ternarize.json, config.json, index
     parts.py      several processes at one conversion, and all put together
     forecast.py   what each of several processes would do, and how long
+    fitting.py    what data decide of it: calibration and training
     run.py        plan -> calibrate -> train -> shards -> record -> verify -> rename
     scratch.py    a model drawn at random, then trained and packed
     trained.py    a model that was trained with `ternarize.qat`, packed as it is

@@ -24,6 +24,8 @@ from ternarize.plans.layout import Plan, Shard, TensorPlan
 from ternarize.plans.parts import PartNumber, names_of_parts, shards_of
 from ternarize.plans.recipe import Recipe
 
+LAUNCHER = "torchrun"  # of processes that talk to each other
+
 
 def check_parts(recipe: Recipe, part: PartNumber | None, *, finish: bool) -> None:
     """Raise UsageError for a part that there is not, or of what cannot be divided."""
@@ -42,7 +44,7 @@ def check_parts(recipe: Recipe, part: PartNumber | None, *, finish: bool) -> Non
         )
 
 
-def check_ranks(recipe: Recipe, count: int, by: str = "torchrun") -> None:
+def check_ranks(recipe: Recipe, count: int, by: str = LAUNCHER) -> None:
     """Raise UsageError for what several processes that talk to each other cannot do together.
 
     by  what asks for several
@@ -54,14 +56,15 @@ def check_ranks(recipe: Recipe, count: int, by: str = "torchrun") -> None:
     if not recipe.fits:
         remedy = f"Add --part auto, and run it once more with --finish, without {by}"
         raise UsageError(by, f"{found}and a conversion without data", "parts", remedy)
-    if recipe.training or fits is None:
-        option, remedy = "a training", f"Start it without {by}"
-        if fits is not None and fits.distill:
-            option, remedy = "--distill", f"Leave out --distill, or {by}"
-        raise UsageError(by, f"{found}and {option}", "a calibration alone", remedy)
-    if fits.reconstruct:
+    if fits is not None and fits.distill:  # a step of which is one micro-batch
+        remedy = f"Use ternarize train, or leave out {by}"
+        raise UsageError(by, f"{found}and --distill", "another training", remedy)
+    if recipe.train and by != LAUNCHER:
+        remedy = f"Leave out {by}"
+        raise UsageError(by, f"{found}and a training", "a calibration alone", remedy)
+    if fits is not None and fits.reconstruct:
         remedy = f"Leave out --reconstruct, or {by}"
-        raise UsageError(by, f"{found}and --reconstruct", "a calibration alone", remedy)
+        raise UsageError(by, f"{found}and --reconstruct", "a calibration without it", remedy)
 
 
 def may_cut(plan: Plan) -> bool:

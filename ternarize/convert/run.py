@@ -19,13 +19,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TextIO
 
 from torch import Tensor
 
-from ternarize.calibrate.pipeline import Calibrated, calibrate, join
+from ternarize.calibrate.pipeline import join
 from ternarize.convert.coding import code_shards
+from ternarize.convert.fitting import fit, fit_beside
 from ternarize.convert.journal import State, check_same, note, resume
 from ternarize.convert.limits import check_disk, threads_that_fit
 from ternarize.convert.parts import (
@@ -38,9 +38,8 @@ from ternarize.convert.parts import (
     shards_of_part,
 )
 from ternarize.convert.record import write_small_files
-from ternarize.convert.tensor import Change, Result, convert_tensor, not_finite
+from ternarize.convert.tensor import Change, Result, convert_tensor
 from ternarize.convert.workplace import (
-    CALIBRATION,
     JOURNAL,
     STREAMED,
     check_parts_ended,
@@ -73,19 +72,21 @@ from ternarize.files.checkpoint import open_files
 from ternarize.files.metadata import RANS
 from ternarize.files.outputs import partial_of, reserve, sync_files, write_at
 from ternarize.files.sums import SUMS, format_sums, listed, sha256
-from ternarize.measure.figures import check_bounds, check_quality
+from ternarize.measure.figures import check_bounds
 from ternarize.plans.judge import Verdict
 from ternarize.plans.layout import Plan, Shard, TensorPlan, header_bytes
-from ternarize.plans.lossless import check_lossless, exact_groups, own_groups
+from ternarize.plans.lossless import check_lossless, own_groups
 from ternarize.plans.parts import PartNumber, part_table
-from ternarize.plans.plan import calibrated_plan, make_plan, refuse_empty
+from ternarize.plans.plan import make_plan, refuse_empty
 from ternarize.plans.recipe import Recipe
 from ternarize.progress import Progress
 from ternarize.qat.rounding import Form
 from ternarize.ranks import World
 from ternarize.runtime.rehearsal import rehearse
 from ternarize.threads import THREADS, TICK, let_through, result_of, thread_pool
-from ternarize.train.run import Log, open_training, train_model
+from ternarize.train.loop import tokens_at_once
+from ternarize.train.parallel import check_rounds
+from ternarize.train.run import Log
 from ternarize.trits.ternary import check_device
 
 
@@ -132,8 +133,8 @@ def convert(
     part      (i, n): convert the i-th of n parts alone, counted from 1, beside other processes or
               machines that have the others; what is returned is then as of `plans.parts.part_table`
     finish    put together what parts have done, all of it; without it the rest is converted here
-    world     processes that calibrate together, each of which calls this, and the first of which
-              writes; what is returned in the others is {}
+    world     processes that calibrate and train together, each of which calls this, and the first
+              of which writes; what is returned in the others is {}
 
     Raises UsageError for options that cannot be used, CheckpointError (WeightError) or FormatError
     for a source that cannot be read or converted, SelectionError where no rule says what becomes of
@@ -156,6 +157,8 @@ def convert(
         )
     output = Path(os.path.expanduser(output))
     partial, device = partial_of(output), check_device(device)
+    if recipe.training:
+        check_rounds(recipe.training, tokens_at_once(device), world.size)
     place = partial if part is None else part_folder(partial, part)
 
     def planned(folder: Path | None = None) -> Plan:
@@ -182,8 +185,7 @@ def convert(
     plan = planned()
     if world.rank:
         if join(plan, world):
-            with TemporaryDirectory(prefix="ternarize-") as own:
-                calibrate(plan, (), Path(own), device=device, world=world)
+            fit_beside(plan, device, world)
         return {}
     with alone:
         _check_output(plan, output, part)  # again: another conversion may just have ended
@@ -285,7 +287,8 @@ def _carry_out(
         state = resume(plan.shards, partial, known)
         put_together(plan, partial, known, state, all_done=finish)
         if plan.recipe.fits:
-            _fit(work, state, bounds)
+            how: dict[str, Any] = {"device": work.device, "progress": work.progress}
+            fit(plan, partial, state, bounds, log=work.log, world=work.world, **how)
         _convert_shards(work, state)
         if plan.recipe.codec == RANS:
             files = [shard.file for shard in state.shards]
@@ -337,43 +340,6 @@ def _told(work: _Work, *, keep: bool = False) -> Iterator[None]:
             "beside the program itself; what is done is kept",
             remedy="Make room or use fewer --threads, then run the same command again",
         ) from error
-
-
-def _fit(work: _Work, state: State, bounds: Mapping[str, float]) -> None:
-    """Calibrate and train what is not ternary already; the layout changes to what comes of it."""
-    plan, source = work.plan, work.plan.source
-    tensors = state.tensors
-    todo = [t for t in tensors if t.ternary and not t.tied_to]
-    ordinary = [t for t in todo if exact_groups(source, t) is None]
-    # what loads into one parameter is calibrated together, or not at all
-    touched = {p for t in ordinary for p in t.choice.parameters}
-    fitted = {t.name for t in ordinary}
-    fitted |= {t.name for t in todo if not touched.isdisjoint(t.choice.parameters)}
-    for at, tensor in enumerate(tensors):
-        if tensor.name in fitted:
-            tensors[at] = calibrated_plan(tensor, plan.recipe)
-        elif tensor.ternary and not tensor.tied_to:
-            tensors[at] = replace(tensor, choice=replace(tensor.choice, codec=""))
-    folder = work.partial / CALIBRATION
-    where: dict[str, Any] = {"device": work.device, "progress": work.progress}
-    found: Calibrated | None = None
-    try:
-        data = open_training(plan) if plan.recipe.training else None
-        if plan.recipe.calibrate:
-            found = calibrate(plan, tensors, folder, world=work.world, **where)
-        if data is not None:
-            begun = tensors if found is None else found.tensors
-            found = train_model(plan, data, begun, folder, found, log=work.log, **where)
-    except WeightError as error:
-        raise not_finite(source, source.tensors[error.where]) from None
-    assert found is not None
-    check_quality(found.quality, bounds)
-    plans = {t.name: t for t in found.tensors if t.name in found.solved}
-    for index, shard in enumerate(state.shards):
-        relaid = tuple(plans.get(t.name, t) for t in shard.tensors)
-        state.shards[index] = replace(shard, tensors=relaid)
-    state.calibrated = found
-    state.forget_unwritten(work.partial)  # what was packed before a break, in this layout, counts
 
 
 def _convert_shards(work: _Work, state: State, *, seal: bool = True) -> None:

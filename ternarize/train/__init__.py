@@ -12,6 +12,8 @@ conversion writes.
     recompute.py   blocks that run again in the backward pass, for less memory
     compiled.py    blocks compiled by torch, for shorter steps
     state.py       how far a training is, on the disk
+    ranks.py       what several processes that write one journal tell each other
+    parallel.py    what several processes that train one model tell each other
     loop.py        samples, loss, step; looks at held-out text; what a broken run goes on from
     objectives.py  the loss of samples, by kind of model and objective
     optimizer.py   the optimizer
@@ -19,7 +21,6 @@ conversion writes.
     logs.py        the trackers of accelerate
     moved.py       the values of a journal of steps in a module, and gradients by them
     probes.py      how the loss changes along perturbations, with and without backward
-    ranks.py       what several processes that write one journal tell each other
     votes.py       steps of a journal, found by probing and trying
     coded.py       exponents trained by gradients, and steps that go there
     journals.py    a packed model trained by a journal of steps

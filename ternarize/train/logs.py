@@ -30,7 +30,8 @@ def logging_to(names: Sequence[str], output: Path) -> Iterator[Log | None]:
     try:
         yield log
     finally:
-        accelerator.end_training()
+        for tracker in accelerator.trackers:  # `end_training` would end torch's group of processes
+            tracker.finish()
 
 
 def _open_trackers(names: Sequence[str], output: Path) -> Any:

@@ -3,12 +3,15 @@
 A step is of some thousand tokens, taken through the model a part at a time, so that activations
 need little memory. Rates go up over the first steps and down as a cosine over the budget, be it of
 steps, tokens or minutes. The state with the least held-out loss is kept; the start is one of them.
+
+Several processes take the micro-batches of a step in turn (parallel.py). The first has the samples
+and the budget, looks at the clock, and writes; the others do as it tells.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,11 @@ import torch
 from torch import Tensor
 
 from ternarize.calibrate.samples import Sample
-from ternarize.errors import CheckpointError
+from ternarize.errors import CheckpointError, RankError
 from ternarize.plans.recipe import BUDGETS, Train
+from ternarize.ranks import World
 from ternarize.threads import signals_held
+from ternarize.train.parallel import Gradients, in_all
 from ternarize.train.state import Progressed, best_file, load_state, save_state
 from ternarize.train.texts import ahead, learnt_in, tokens_in
 
@@ -47,6 +52,8 @@ class Job:
     told        what to show after each step
     part        tokens that go through the model at a time
     at          what changes with the share that is done, before each step and at the end
+    world       the processes that share it, each with all of the model; of those beside the first
+                folder, keep, known and told are not used
     """
 
     training: Train
@@ -60,6 +67,7 @@ class Job:
     told: Told
     part: int
     at: Callable[[float], None]
+    world: World = field(default_factory=World)
 
 
 def train(job: Job, samples: Iterator[Sample]) -> Progressed:
@@ -67,8 +75,14 @@ def train(job: Job, samples: Iterator[Sample]) -> Progressed:
 
     What is interrupted between two steps, or within one, goes on after the last whole one.
     """
-    progressed = load_state(job.folder, job.parameters, job.optimizer, job.known)
-    _note_budget(job.training, progressed)
+    progressed, world = Progressed(), job.world
+    with world.agreed():
+        if world.rank == 0:
+            progressed = load_state(job.folder, job.parameters, job.optimizer, job.known)
+            _note_budget(job.training, progressed)
+    progressed = in_all(world, progressed, job.parameters, job.optimizer)
+    if world.rank:
+        return _go_on(job, progressed, iter(()))
     for _ in range(progressed.samples):
         next(samples)
     with ahead(samples) as found:
@@ -78,16 +92,21 @@ def train(job: Job, samples: Iterator[Sample]) -> Progressed:
 def _go_on(job: Job, progressed: Progressed, samples: Iterator[Sample]) -> Progressed:
     rates = [group["lr"] for group in job.optimizer.param_groups]
 
+    gradients = Gradients(job.world, job.parameters)
+
     def save() -> None:
+        if job.world.rank or not progressed.held:
+            return
         with signals_held():
             save_state(job.folder, progressed, job.parameters, job.optimizer, job.known)
 
     saved, shown = time.monotonic(), 0.0
     try:
         while True:
-            done = min(1.0, share_done(job.training, progressed))
+            done = job.world.firsts(min(1.0, share_done(job.training, progressed)))
             job.at(done)
             if not progressed.held or math.floor(done * LOOKS) > progressed.looked:
+                gradients.check_same(progressed.step)
                 _look(job, progressed, math.floor(done * LOOKS))
             if done == 1 or time.monotonic() - saved > SAVE_EVERY:
                 save()
@@ -96,13 +115,17 @@ def _go_on(job: Job, progressed: Progressed, samples: Iterator[Sample]) -> Progr
                 return progressed
             for group, rate in zip(job.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * _rate(done)
-            loss, figures = _step(job, progressed, samples)
+            loss, figures = _step(job, progressed, samples, gradients)
             shown = loss if not shown else (1 - SMOOTH) * shown + SMOOTH * loss
             _tell(job, progressed, shown, figures)
     except KeyboardInterrupt:
-        if progressed.held:
-            save()
+        save()
         raise
+    except RankError as lost:
+        try:
+            save()
+        finally:
+            raise lost  # and not the signal that a launcher sends to those that are left
 
 
 def _note_budget(training: Train, progressed: Progressed) -> None:
@@ -147,7 +170,7 @@ def _look(job: Job, progressed: Progressed, number: int) -> None:
     loss = job.held()
     least = min((each for _, each in progressed.held), default=math.inf)
     better = loss < least or progressed.best is None
-    if better:
+    if better and job.world.rank == 0:
         job.keep(best_file(job.folder, progressed.step), loss)
     with signals_held():
         progressed.held.append((progressed.step, loss))
@@ -156,23 +179,27 @@ def _look(job: Job, progressed: Progressed, number: int) -> None:
 
 
 def _step(
-    job: Job, progressed: Progressed, samples: Iterator[Sample]
+    job: Job, progressed: Progressed, samples: Iterator[Sample], gradients: Gradients
 ) -> tuple[float, dict[str, float]]:
     """One step of the optimizer; returns its loss and figures beside it."""
-    begun = time.monotonic()
-    taken: list[Sample] = []
-    while sum(map(tokens_in, taken)) < job.training.batch:
-        taken.append(next(samples))
-    whole = max(1, sum(map(learnt_in, taken)))
+    begun, world = time.monotonic(), job.world
+    parts = world.firsts(_micro_batches(job, samples) if world.rank == 0 else [])
+    learnt = [sum(map(learnt_in, part)) for part in parts]
+    shares = [each / max(1, sum(learnt)) for each in learnt]
     job.optimizer.zero_grad()
     total, figures = 0.0, dict[str, float]()
-    for part in in_parts(taken, job.part):
-        loss, beside = job.loss(part)
-        share = sum(map(learnt_in, part)) / whole
-        (loss * share).backward()  # type: ignore[no-untyped-call]
-        total += share * float(loss.detach())
-        for name, value in beside.items():
-            figures[name] = figures.get(name, 0.0) + share * value
+    for first in range(0, len(parts), world.size):
+        at = first + world.rank
+        own: tuple[float, dict[str, float]] | None = None
+        if at < len(parts):
+            loss, beside = job.loss(parts[at])
+            (loss * shares[at]).backward()  # type: ignore[no-untyped-call]
+            own = float(loss.detach()), beside
+        for share, told in zip(shares[first:], gradients.add(own), strict=False):
+            if told is not None:
+                total += share * told[0]
+                for name, value in told[1].items():
+                    figures[name] = figures.get(name, 0.0) + share * value
     if not math.isfinite(total):
         raise CheckpointError(
             job.folder,
@@ -180,14 +207,26 @@ def _step(
             "a finite one",
             "Train anew with a lower --lr",
         )
+    gradients.take()
     torch.nn.utils.clip_grad_norm_(list(job.parameters.values()), CLIP)
     with signals_held():  # a step is done whole or not at all
         job.optimizer.step()
         progressed.step += 1
-        progressed.samples += len(taken)
-        progressed.tokens += sum(map(tokens_in, taken))
+        progressed.samples += sum(map(len, parts))
+        progressed.tokens += sum(tokens_in(sample) for part in parts for sample in part)
         progressed.seconds += time.monotonic() - begun
     return total, figures
+
+
+def _micro_batches(job: Job, samples: Iterator[Sample]) -> list[list[Sample]]:
+    """The next samples, as they go through the model."""
+    taken: list[Sample] = []
+    while sum(map(tokens_in, taken)) < job.training.batch:
+        sample = next(samples)
+        if job.world.size > 1:  # a row of a table is told with all of it
+            sample = {name: value.clone() for name, value in sample.items()}
+        taken.append(sample)
+    return list(in_parts(taken, job.part))
 
 
 def tokens_at_once(device: str) -> int:

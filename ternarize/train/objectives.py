@@ -12,6 +12,7 @@ from torch import Tensor
 from ternarize.calibrate.lanes import hidden_of, mask_of, tokens_of
 from ternarize.calibrate.samples import Sample
 from ternarize.models.skeleton import model_end
+from ternarize.ranks import World
 from ternarize.train.loop import Objective, in_parts
 from ternarize.train.losses import Head, Words, choose_words, divergence, text_loss
 from ternarize.train.students import Pair
@@ -61,14 +62,21 @@ def first_error(pair: Pair, samples: Sequence[Sample], pad: int) -> float:
     return max(1e-12, math.sqrt(sum(errors) / len(errors)))
 
 
-def held_loss(loss: Objective, samples: Sequence[Sample]) -> float:
-    """The loss on held-out samples, without gradients; over the same words at every look."""
-    total, count = 0.0, 0
+def held_loss(loss: Objective, samples: Sequence[Sample], world: World | None = None) -> float:
+    """The loss on held-out samples, without gradients; over the same words at every look.
+
+    world  the processes that take their parts in turn, each of which calls this
+    """
+    world = world or World()
+    parts = list(in_parts(samples, _LOOKED_AT))
+    counts = [sum(map(learnt_in, some)) for some in parts]
     with torch.no_grad():
-        for some in in_parts(samples, _LOOKED_AT):
-            tokens = sum(map(learnt_in, some))
-            total, count = total + float(loss(some)[0]) * tokens, count + tokens
-    return total / max(1, count)
+        own = [float(loss(some)[0]) for some in parts[world.rank :: world.size]]
+    each = world.all(own)
+    total = 0.0
+    for at, count in enumerate(counts):
+        total += each[at % world.size][at // world.size] * count
+    return total / max(1, sum(counts))
 
 
 def _by_words(

@@ -25,12 +25,14 @@ from ternarize.progress import Progress
 from ternarize.qat.modules import LOG_SCALE, hold_dense, latent_modules
 from ternarize.qat.rounding import Form
 from ternarize.qat.schedule import end_decay, parameter_groups
+from ternarize.ranks import World
 from ternarize.sources.checkpoint import locate
 from ternarize.sources.packed import check_record, open_packed, refuse_folded
 from ternarize.train.compiled import compile_blocks
 from ternarize.train.loop import Job, tokens_at_once, train
 from ternarize.train.objectives import first_error, held_loss, objective
 from ternarize.train.optimizer import make_optimizer
+from ternarize.train.parallel import check_alike
 from ternarize.train.recompute import recompute_blocks
 from ternarize.train.sources import Data, data_of
 from ternarize.train.state import Progressed
@@ -64,7 +66,7 @@ def open_training(plan: Plan) -> Data:
 
 def train_model(
     plan: Plan,
-    data: Data,
+    data: Data | None,
     tensors: Sequence[TensorPlan],
     folder: Path,
     calibrated: Calibrated | None,
@@ -72,21 +74,28 @@ def train_model(
     device: str = "cpu",
     progress: Progress | None = None,
     log: Log | None = None,
-) -> Calibrated:
+    world: World | None = None,
+) -> Calibrated | None:
     """Train the ternary tensors of a plan, and what stands between them.
 
     data        what `open_training` gives
     tensors     the plan's; of those to be trained the choice says ternary
     folder      of the calibration: its blocks, and the state of a training that was broken off
     calibrated  where calibration has put the tensors to begin with; None: begin with `itf`
+    world       the processes that train together, each of which calls this: data and tensors are
+                those of the first, and each of the others has a folder of its own
 
-    Returns what is to be stored, with the figures of the trained model in its record. Raises
+    Returns what is to be stored, with the figures of the trained model in its record; None in the
+    processes beside the first. Raises
     OutputError where the folder holds a training that began otherwise, CheckpointError for a model
     that cannot be run.
     """
     training = plan.recipe.training
     assert training is not None
-    source = plan.source
+    source, world = plan.source, world or World()
+    told, tensors = world.firsts((data and _without_texts(data), tensors))
+    data = data or told
+    assert data is not None
     todo = {t.name: t for t in tensors if t.ternary and not t.tied_to and t.planes == 1}
     blocks = Blocks(source, list(todo), device)
     if training.start is not None:
@@ -114,8 +123,9 @@ def train_model(
     place = folder / FOLDER
     place.mkdir(parents=True, exist_ok=True)
 
-    environments = environments_of(folder, device)
-    sigma = first_error(pair, data.held, data.pad)
+    check_alike(world, [m for m in (pair.student, pair.teacher) if m is not None], pair.dtype)
+    environments = environments_of(folder, device, world)
+    sigma = world.firsts(0.0 if world.rank else first_error(pair, data.held, data.pad))
     loss = objective(pair, data.common, data.first, training.seed, data.pad, sigma)
 
     def keep(file: Path, loss: float) -> None:
@@ -134,15 +144,18 @@ def train_model(
         pair.trained(),
         make_optimizer(groups, training.optimizer),
         loss,
-        lambda: held_loss(loss, data.held),
+        lambda: held_loss(loss, data.held, world),
         keep,
         _known(data, pair, device, training),
         told,
         training.micro_batch or tokens_at_once(device),
         lambda done: end_decay(job.optimizer, done),
+        world,
     )
     had = _had(training.start, data)
     progressed = train(job, itertools.islice(data.stream, had, None))
+    if world.rank:
+        return None
     best = open_solved(progressed.best_file(place))
     records = metadata.records_of(best)
     record = calibrated.record if calibrated else {}
@@ -154,6 +167,12 @@ def train_model(
     }
     solved_now = {**begun} | {name: (best, each) for name, each in records.items()}
     return Calibrated(solved_now, list(tensors), record, described)
+
+
+def _without_texts(data: Data) -> Data:
+    """What processes beside the first are to know of it: they are told the samples of each step."""
+    held = [{name: value.clone() for name, value in sample.items()} for sample in data.held]
+    return replace(data, stream=iter(()), held=held, report=[])
 
 
 def _of_packed(start: str, tensors: Sequence[TensorPlan]) -> Calibrated:

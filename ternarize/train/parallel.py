@@ -1,0 +1,240 @@
+"""A training by several processes, each with all of the model: what they tell each other.
+
+The micro-batches of a step go round: the first to the first process, and so on. After each round
+every process has one gradient, and gets from the others, of its share of the weights, theirs, which
+it adds up in the order of the micro-batches; after the last round each gives to all what it has
+added up. So sums are ((g0 + g1) + g2) + ..., those that autograd makes in one process, whatever the
+number of processes. Of W trained weights, N processes and k rounds, each sends
+
+    4 W (N - 1) / N bytes for each of its micro-batches, at most k, and as many at the end.
+
+It goes through NCCL where each process has a GPU of its own, else through gloo and the memory of
+the processors. Before each round words are told, so that a process that has ended is missed there
+and not within a kernel of a GPU.
+"""
+
+import hashlib
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ternarize.errors import CheckpointError, UsageError
+from ternarize.files.headers import byte_view
+from ternarize.plans.recipe import Train
+from ternarize.ranks import World
+from ternarize.train.ranks import SILENCE
+from ternarize.train.state import Progressed
+
+_Words = TypeVar("_Words")
+
+AT_ONCE = 1 << 22  # weights whose gradients are exchanged at a time
+FIRST_WEIGHTS = 1024  # of a parameter, by which models are told apart
+
+
+class _Span(NamedTuple):
+    """Weights first..last of the at-th parameter, in the order in which they lie."""
+
+    at: int
+    first: int
+    last: int
+
+
+class Gradients:
+    """The gradients of parameters, summed over the micro-batches of all processes.
+
+    In one process autograd has summed them already, and there is nothing to do.
+    """
+
+    def __init__(self, world: World, parameters: Mapping[str, Tensor]) -> None:
+        self.world, self.parameters = world, list(parameters.values())
+        self.sums: list[Tensor] = []  # of each piece, this process's share
+        self.found = [False] * len(self.parameters)  # which have a gradient at all
+        if world.size > 1:
+            self.pieces = list(_pieces([p.numel() for p in self.parameters]))
+            self.group, self.place = _group(world, self.parameters[0].device)
+
+    def add(self, own: _Words) -> list[_Words]:
+        """Add what a round has left in the parameters, in the order of the processes, and take it
+        away there. A process without a micro-batch has no gradient, and gives none.
+
+        own  what to tell the others beside
+
+        Returns what each has told.
+        """
+        if self.world.size == 1:
+            return [own]
+        has = [p.grad is not None for p in self.parameters]
+        told = self.world.all((own, has))
+        givers = [rank for rank, (_, theirs) in enumerate(told) if any(theirs)]
+        for rank in givers:
+            self.found = [a or b for a, b in zip(self.found, told[rank][1], strict=True)]
+        for number, piece in enumerate(self.pieces):
+            for share in self._shares(piece, givers):
+                if number == len(self.sums):
+                    self.sums.append(share.clone())
+                else:
+                    self.sums[number] += share
+        for parameter in self.parameters:
+            parameter.grad = None
+        return [words for words, _ in told]
+
+    def take(self) -> None:
+        """Give the parameters, in all processes, the gradients that have been added up."""
+        if self.world.size == 1 or not self.sums:
+            return
+        for piece, own in zip(self.pieces, self.sums, strict=True):
+            whole = own.new_empty(len(own) * self.world.size)
+            with self.world.others_gone():
+                dist.all_gather(list(whole.chunk(self.world.size)), own, group=self.group)
+            self.world.sent["gradients"] += own.nbytes * (self.world.size - 1)
+            at = 0
+            for span in piece:
+                parameter, count = self.parameters[span.at], span.last - span.first
+                if self.found[span.at]:
+                    if parameter.grad is None:
+                        parameter.grad = torch.empty_like(
+                            parameter, memory_format=torch.contiguous_format
+                        )
+                    parameter.grad.view(-1)[span.first : span.last] = whole[at : at + count]
+                at += count
+        self.sums, self.found = [], [False] * len(self.parameters)
+
+    def check_same(self, step: int) -> None:
+        """Raise CheckpointError in all processes where one has come to have other weights."""
+        if self.world.size == 1:
+            return
+        # sums of bit patterns do not depend on the order in which they are taken
+        sums = [p.detach().view(torch.int32).sum() for p in self.parameters]
+        told = self.world.all(torch.stack(sums).tolist())
+        others = [rank for rank, each in enumerate(told) if each != told[0]]
+        if others:
+            raise CheckpointError(
+                f"rank {others[0]}",
+                f"has other weights after step {step} than rank 0",
+                "the same in all",
+                "Use processors of one kind, with the same versions and number of threads; the "
+                "same command goes on from the last state",
+            )
+
+    def _share(self, piece: Sequence[_Span]) -> int:
+        """Weights of a piece that a process adds up; some at the end are none."""
+        count = sum(span.last - span.first for span in piece)
+        return -(-count // self.world.size)
+
+    def _shares(self, piece: Sequence[_Span], givers: Sequence[int]) -> Tensor:
+        """The gradients of this process's share of a piece: (givers, weights) float32."""
+        each, size = self._share(piece), self.world.size
+        own = torch.zeros(each * size if self.world.rank in givers else 0, device=self.place)
+        at = 0
+        for span in piece if len(own) else ():
+            grad, count = self.parameters[span.at].grad, span.last - span.first
+            if grad is not None:
+                own[at : at + count] = grad.reshape(-1)[span.first : span.last]
+            at += count
+        found = own.new_empty(each * len(givers))
+        get = [each if rank in givers else 0 for rank in range(size)]
+        with self.world.others_gone():
+            dist.all_to_all_single(found, own, get, [len(own) // size] * size, group=self.group)
+        self.world.sent["gradients"] += own.nbytes // size * (size - 1)
+        return found.view(len(givers), each)
+
+
+def _pieces(sizes: Sequence[int]) -> Iterator[list[_Span]]:
+    """All weights in pieces of AT_ONCE, the last one of what is left."""
+    piece: list[_Span] = []
+    room = AT_ONCE
+    for at, size in enumerate(sizes):
+        first = 0
+        while first < size:
+            last = min(size, first + room)
+            piece.append(_Span(at, first, last))
+            room -= last - first
+            first = last
+            if not room:
+                yield piece
+                piece, room = [], AT_ONCE
+    if piece:
+        yield piece
+
+
+def _group(world: World, device: torch.device) -> tuple[Any, torch.device]:
+    """What gradients go through, and where they lie for it."""
+    own = (platform.node(), torch.cuda.current_device()) if device.type == "cuda" else None
+    places = world.all(own)
+    alone = None not in places and len(set(places)) == world.size
+    backend = "nccl" if alone and dist.is_nccl_available() else "gloo"
+    with world.others_gone():
+        group = dist.new_group(backend=backend, timeout=SILENCE)
+    return group, device if backend == "nccl" else torch.device("cpu")
+
+
+def check_rounds(training: Train, usual: int, count: int) -> None:
+    """Raise UsageError where a step has no micro-batch for each of several processes.
+
+    usual  tokens of a micro-batch where nobody says it
+    """
+    part = max(training.micro_batch or usual, training.train_len or 1)
+    if count > 1 and training.batch < count * part:
+        raise UsageError(
+            "torchrun",
+            f"{count} processes, and a step of {training.batch} tokens, {part} in a micro-batch",
+            "a micro-batch for each process",
+            f"Use --batch {count * part}, or a smaller --micro-batch (--train-len is the least)",
+        )
+
+
+def check_alike(world: World, models: Sequence[Any], computed_in: torch.dtype) -> None:
+    """Raise UsageError, in all processes, where one has other models, by their first weights."""
+    if world.size == 1:
+        return
+    sha = hashlib.sha256(f"{computed_in} {torch.get_num_threads()}".encode())
+    for model in models:
+        for name, parameter in model.named_parameters():
+            sha.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+            first = parameter.detach().reshape(-1)[:FIRST_WEIGHTS].cpu()
+            sha.update(byte_view(first).numpy().tobytes())
+    told = world.all(sha.hexdigest())
+    others = [rank for rank, each in enumerate(told) if each != told[0]]
+    if others:
+        raise UsageError(
+            f"rank {others[0]}",
+            "has another teacher or start, computes in another dtype or with other threads than "
+            "rank 0",
+            "the same in all",
+            "Give all the same files, on processors of one kind",
+        )
+
+
+def in_all(
+    world: World,
+    progressed: Progressed,
+    parameters: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> Progressed:
+    """Have in all processes how far the first one is: returns that, its weights, its optimizer."""
+    if world.size == 1:
+        return progressed
+    progressed = world.firsts(progressed)
+    if world.rank == 0:
+        state = optimizer.state_dict()["state"].items()
+        own = {(at, key): value for at, each in state for key, value in each.items()}
+        tensors = {key: value for key, value in own.items() if isinstance(value, Tensor)}
+        rest = {key: value for key, value in own.items() if key not in tensors}
+        for other in range(1, world.size):
+            for parameter in parameters.values():
+                world.send(parameter.detach(), other, "state")
+            world.send_all((list(tensors), rest), list(tensors.values()), other, "state")
+        return progressed
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.copy_(world.receive(parameter.shape, parameter.dtype, 0))
+    (keys, rest), values = world.receive_all(0)
+    states: dict[int, dict[str, Any]] = {}
+    for (at, key), value in {**rest, **dict(zip(keys, values, strict=True))}.items():
+        states.setdefault(at, {})[key] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+    return progressed

@@ -1,0 +1,251 @@
+"""Several processes that train one model: the bytes of one, whatever their number."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import calibrating
+import pytest
+import torch
+import training_ranks
+from safetensors import safe_open
+from test_calibrate_ranks import launched
+from test_train_run import assert_same, source_of, text_of
+from torch import Tensor
+
+from ternarize.convert.parts import check_ranks
+from ternarize.errors import CheckpointError, UsageError
+from ternarize.plans.recipe import Calibrate, Recipe, Train
+from ternarize.ranks import World
+from ternarize.train import parallel
+from ternarize.train.loop import tokens_at_once
+from ternarize.train.parallel import Gradients, check_alike, check_rounds
+from ternarize.train.state import STATE
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As in the processes."""
+    for module, name, value in training_ranks.QUICK:
+        monkeypatch.setattr(module, name, value)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def job(name: str, folder: Path, output: str, **options: Any) -> list[Any]:
+    """A training of a tiny model."""
+    source, text = folder / name, folder / "text.txt"
+    if not source.exists():
+        source_of(name, source)
+        text_of(text)
+    if name in ("vit", "mixtral"):
+        text = calibrating.data(name, folder, 40)
+    return [str(source), str(folder / output), str(text), options]
+
+
+def launch(folder: Path, count: int, asked: dict[str, Any]) -> list[tuple[int, str]]:
+    return launched(folder, count, asked, training_ranks.__file__)
+
+
+def step_of(output: Path) -> int:
+    """How far the state of a broken training is."""
+    place = output.with_name(output.name + ".partial") / ".calibration" / "training" / STATE
+    with safe_open(place, framework="pt") as file:
+        return int(json.loads(file.metadata()["facts"])["progressed"]["step"])
+
+
+def test_two_processes_give_the_bytes_of_one_which_goes_on_when_one_of_them_dies(
+    tmp_path: Path,
+) -> None:
+    """Two rounds in a step; of the second training the second process dies in the third step."""
+    jobs = [job("llama", tmp_path, name, steps=6) for name in ("two", "broken")]
+    ended = launch(tmp_path, 2, {"jobs": jobs, "die": [1, "add", 6]})
+    assert ended[1][0] == 9 and ended[0][0] != 0, ended
+    assert "another process: is gone" in ended[0][1]
+    assert step_of(tmp_path / "broken") == 2
+    training_ranks.trained(jobs[1])
+    training_ranks.trained(job("llama", tmp_path, "one", steps=6))
+    assert_same(tmp_path / "two", tmp_path / "one")
+    assert_same(tmp_path / "broken", tmp_path / "one")
+
+
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "experts": ("mixtral", {"num_samples": 32, "batch": 1024, "micro_batch": 200, "train_len": 24}),
+    "images": ("vit", {"num_samples": 32, "batch": 1024, "micro_batch": 256, "train_len": None}),
+    "encoder": ("bert", {}),
+    "encoder-decoder": ("t5", {"micro_batch": 32}),
+    "text": ("llama", {"objective": "text", "all_weights": True, "micro_batch": 24}),
+    "ends": ("llama_tied", {"head": "int8", "embeddings": "int8", "recompute": True}),
+    "factored": ("gpt2", {"optimizer": "adafactor", "group_size": 0}),
+    "nothing": ("llama", {"from_scratch": True, "objective": "text", "lr": 0.01}),
+    "calibrated": ("gemma3_text", {"num_samples": 8}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_bytes_do_not_depend_on_the_number_of_processes(count: int, tmp_path: Path) -> None:
+    """Of four or five micro-batches three processes leave one alone in the last round."""
+    for number in (count, 1):
+        names = ((own, f"{own}-{number}") for own in KINDS)
+        jobs = [job(KINDS[own][0], tmp_path, output, **KINDS[own][1]) for own, output in names]
+        ended = launch(tmp_path, number, {"jobs": jobs})
+        assert [code for code, _ in ended] == [0] * number, ended
+    for own in KINDS:
+        assert_same(tmp_path / f"{own}-{count}", tmp_path / f"{own}-1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dies", "steps"),
+    [
+        ([0, "add", 6], None),
+        ([1, "take", 3], 2),
+        ([1, "held", 2], 2),
+        ([2, "held", 1], None),
+        ([0, "save", 1], None),
+    ],
+    ids=str,
+)
+def test_another_number_of_processes_goes_on_to_the_same_bytes(
+    dies: list[Any], steps: int | None, tmp_path: Path
+) -> None:
+    """Of three one dies, then of two; one ends it. steps: of the state that is left, if one is."""
+    whole, broken = (job("llama", tmp_path, name) for name in ("whole", "broken"))
+    training_ranks.trained(whole)
+    ended = launch(tmp_path, 3, {"jobs": [broken], "die": dies})
+    assert ended[dies[0]][0] == 9 and 0 not in [code for code, _ in ended], ended
+    if steps is not None:
+        assert step_of(tmp_path / "broken") == steps
+    ended = launch(tmp_path, 2, {"jobs": [broken], "die": [1, "take", 3]})
+    assert ended[1][0] == 9 and ended[0][0] != 0, ended
+    assert step_of(tmp_path / "broken") == (steps or 0) + 2
+    training_ranks.trained(broken)
+    assert_same(tmp_path / "broken", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_the_first_process_alone_speaks(tmp_path: Path) -> None:
+    source, output, text, _ = job("llama", tmp_path, "packed")
+    command = ["train", source, output, "--method", "itf", "--group-size", "32", "--texts", text]
+    command += (
+        "--train-len 16 --batch 64 --micro-batch 16 --steps 8 --report-to tensorboard".split()
+    )
+    ended = launch(tmp_path, 2, {"cli": command, "die": [1, "take", 3]})
+    assert [code for code, _ in ended] == [1, 9], ended
+    (line,) = (line for line in ended[0][1].splitlines() if line.startswith("error:"))
+    assert "another process: is gone" in line and "Traceback" not in ended[0][1]
+    few = launch(tmp_path, 2, {"cli": [*command, "--batch", "16"]})
+    assert [code for code, _ in few] == [2, 1], "one micro-batch"
+    assert few[0][1].count("error:") == 1 and "--batch 32" in few[0][1]
+    assert "error:" not in few[1][1]
+    ended = launch(tmp_path, 2, {"cli": command})
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert "trained on" in ended[0][1] and ended[1][1] == ""
+
+
+# --- what goes from one process to another ------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_traffic_is_what_the_documents_say(count: int, tmp_path: Path) -> None:
+    """docs/training.md: of four micro-batches a step, in so many rounds."""
+    own = job("llama", tmp_path, "packed", steps=3)
+    assert [code for code, _ in launch(tmp_path, count, {"jobs": [own]})] == [0] * count
+    sent: Counter[str] = Counter()
+    for rank in range(count):
+        sent += Counter(json.loads((tmp_path / f"asked-{count}.{rank}").read_text()))
+    weights = sent["state"] // 4 // (count - 1)
+    pieces, rest = divmod(weights, 10_000)
+    shares = pieces * -(-10_000 // count) + -(-rest // count)
+    assert sent["gradients"] == 3 * (4 + count) * (count - 1) * shares * 4
+
+
+def test_weights_go_in_pieces_and_each_once() -> None:
+    pieces = list(parallel._pieces([25_000, 3, 7_000, 0, 8_000]))
+    assert [sum(s.last - s.first for s in piece) for piece in pieces] == [10_000] * 4 + [3]
+    found = {(s.at, k) for piece in pieces for s in piece for k in range(s.first, s.last)}
+    assert len(found) == 40_003
+
+
+# --- what several processes do not do -----------------------------------------------------------
+
+
+class Told(World):
+    """One of two processes, the other of which says what it is given."""
+
+    def __init__(self, rank: int, said: Any) -> None:
+        super().__init__(rank, 2)
+        self.said = said
+
+    def all(self, value: Any, kind: str = "words") -> list[Any]:
+        return [value, self.said] if self.rank == 0 else [self.said, value]
+
+
+def test_a_process_that_has_come_to_other_weights_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "_group", lambda *_: (None, torch.device("cpu")))
+    weights = {"a": torch.tensor([1.0, 2.0])}
+    bits = [int(weights["a"].view(torch.int32).sum())]
+    Gradients(Told(0, bits), weights).check_same(7)
+    with pytest.raises(CheckpointError, match="rank 1: has other weights after step 7"):
+        Gradients(Told(0, [bits[0] + 1]), weights).check_same(7)
+
+
+def test_a_process_with_another_teacher_is_refused() -> None:
+    one, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    said: list[Any] = []
+
+    class Hearing(World):
+        def all(self, value: Any, kind: str = "words") -> list[Any]:
+            said.append(value)
+            return [said[0], value]
+
+    world = Hearing(1, 2)
+    check_alike(world, [one], torch.float32)
+    check_alike(world, [one], torch.float32)
+    with pytest.raises(UsageError, match="rank 1: has another teacher or start"):
+        check_alike(world, [other], torch.float32)
+
+
+def test_one_process_leaves_gradients_as_they_are() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    (2 * weight).sum().backward()  # type: ignore[no-untyped-call]
+    gradients = Gradients(World(), {"a": weight})
+    assert gradients.add("said") == ["said"]
+    gradients.take()
+    assert isinstance(weight.grad, Tensor) and weight.grad.tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "said"),
+    [
+        (2, {}, None),
+        (3, {}, "--batch 6144"),
+        (4, {"micro_batch": 1024}, None),
+        (4, {"micro_batch": 1024, "train_len": 2048}, "--batch 8192"),
+        (1, {"batch": 8}, None),
+    ],
+)
+def test_each_process_has_a_micro_batch(
+    count: int, options: dict[str, Any], said: str | None
+) -> None:
+    training = Train(steps=1, **options)
+    if said is None:
+        check_rounds(training, tokens_at_once("cpu"), count)
+        return
+    with pytest.raises(UsageError, match=f"torchrun: {count} processes.*{said}"):
+        check_rounds(training, tokens_at_once("cpu"), count)
+
+
+def test_a_training_is_for_several_processes_and_the_one_of_distill_is_not() -> None:
+    check_ranks(Recipe("itf", train=Train(("x",), steps=3)), 2)
+    check_ranks(Recipe("gptq", train=Train(("x",), steps=3), calibrate=Calibrate("x")), 2)
+    with pytest.raises(UsageError, match="--distill.*ternarize train"):
+        check_ranks(Recipe("gptq", calibrate=Calibrate("x", distill=3)), 2)
+    with pytest.raises(UsageError, match="--parts: 2 processes, and a training"):
+        check_ranks(Recipe("itf", train=Train(("x",), steps=3)), 2, "--parts")
