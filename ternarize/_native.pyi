@@ -72,6 +72,28 @@ def itf(
 ) -> int:
     """Ternarize as ternarize.methods.itf does; arguments and result as in `absmean`."""
 
+def absmean_packed(
+    weights: Array, kind: Kind, group_size: int, packed: Array, scales: Array, threads: int
+) -> tuple[int, float, float, int]:
+    """Set packed (rows, width) uint8 and scales to what `absmean` and `pack` give, group by group.
+
+    scales  (rows, groups) float64, written; group_size is not 0. One that is 0 as a float32 is 0
+            here, and its group's trits are.
+
+    Returns -1 and what `distance` does of them; or the flat index of the first weight that is NaN
+    or infinite, and nothing else means anything then.
+    """
+
+def twn_packed(
+    weights: Array, kind: Kind, group_size: int, packed: Array, scales: Array, threads: int
+) -> tuple[int, float, float, int]:
+    """As `absmean_packed`, by `twn`."""
+
+def itf_packed(
+    weights: Array, kind: Kind, group_size: int, packed: Array, scales: Array, threads: int
+) -> tuple[int, float, float, int]:
+    """As `absmean_packed`, by `itf`."""
+
 def levels(
     weights: Array, kind: Kind, group_size: int, trits: Array, scales: Array, threads: int
 ) -> int:
@@ -262,6 +284,34 @@ def rans_decode(
 
     coded  (n,) uint8; chunk i lies between ends[i] and ends[i + 1] (chunks + 1,) int64
     table  (classes, 4096) uint32: byte, frequency - 1 (from bit 8), place in its range (bit 20)
+    """
+
+def can_read_stored() -> bool:
+    """Whether `read_stored` can do anything: a CPU with instructions for SHA-256, not Windows."""
+
+def read_stored(
+    tensors: Array, checked: bool, states: Array, digests: Array, stop: Array, threads: int
+) -> bool:
+    """Read tensors of files, each by one thread, in their order; False where it cannot.
+
+    Each byte is read once: hashed, checked and laid out while it is near. Memory is given by its
+    address; only ternarize.files.stored should call this: it knows what is there. Sizes are checked.
+
+    tensors  (n, 14) int64, of each
+               file, start, bytes       descriptor, and the bytes in the file
+               form                     0: bytes as they are; 1: trits, looked at alone;
+                                        2 and 3: trits as "lanes2" and "lanes3"
+               rows, cols, group size   of trits
+               out, its bytes           memory for the bytes (0: none) or for lanes
+               scale file, start, kind  of trits; 0 F16, 1 BF16, 2 F32, 3 8-bit codes
+               scales, their bytes      with lanes: memory for them in the order of the lanes,
+                                        float16 of F16 and codes, else float32
+    checked  hash, and check scales; codes are always checked
+    states   (n,) uint8: 0 until a tensor is in its memory, then 1; else 2 where the file cannot be
+             read, 3 for a byte that is no code, 4 for a scale that does not fit, 5 if it was left
+             out, 6 without memory
+    digests  (n, 32) uint8: SHA-256 of the bytes, followed by those of the scales
+    stop     (1,) uint8: not 0 leaves out what has not begun
     """
 
 def apply_steps(

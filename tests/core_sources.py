@@ -18,6 +18,7 @@ _OPTIONS = {
         "avxvnni": "-mavx2 -mavxvnni",
         "avx512": f"{_AVX512} -mprefer-vector-width=512",
         "amx": f"{_AVX512} -mamx-tile -mamx-int8",
+        "shani": "-msse4.1 -msha",
     },
     "aarch64": {"neon": "-march=armv8.2-a+dotprod"},
 }

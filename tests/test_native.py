@@ -20,7 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ternarize.errors import WeightError
 from ternarize.native import lib
+from ternarize.trits.methods import METHODS
+from ternarize.trits.planes import fit_packed, fit_planes, pack_planes
 
 if lib is None:
     # Absent for a reason, or a failure: never a silent gap.
@@ -481,6 +484,39 @@ def test_zeros_have_scale_zero(cpu: str, kind: str, method: str, group_size: int
     assert answer == -1
     assert not trits.any()
     assert scales.numpy().tobytes() == bytes(8 * scales.numel())  # +0
+
+
+@every_cpu
+@every_kind
+@every_method
+def test_one_pass_over_groups_gives_what_three_do(cpu: str, kind: str, method: str) -> None:
+    native.use_cpu(cpu)
+    for seed, (rows, cols) in enumerate([(1, 1), (3, 127), (5, 128), (7, 391), (2, 16500)]):
+        for group_size in (-1, 1, 7, 64, 128, 200):
+            generator = torch.Generator().manual_seed(seed)
+            weights = torch.randn(rows, cols, generator=generator).mul(0.02).to(DTYPES[kind])
+            weights[0, : cols // 2] = 0
+            if kind == "F32" and rows > 1:  # a mean that no float32 holds
+                weights[1] = 0
+                weights[1, ::3] = 1e-45
+            fit = fit_planes(weights, group_size, METHODS[method])
+            packed = fit_packed(weights, group_size, method)
+            assert torch.equal(packed.packed, pack_planes(*fit.planes))
+            assert torch.equal(packed.scales, fit.planes[0].scales)
+            figures = packed.squared_error, packed.energy, packed.nonzero
+            assert figures == (fit.squared_error, fit.energy, fit.nonzero)
+
+
+@every_kind
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_one_pass_over_groups_refuses_what_is_not_finite(kind: str, value: float) -> None:
+    weights = torch.ones(3, 300, dtype=DTYPES[kind])
+    weights[2, 299] = value
+    with pytest.raises(WeightError, match=r"1 of 900 are NaN or infinite, first .* at \[2, 299\]"):
+        fit_packed(weights, 128, "itf")
+    with pytest.raises(ValueError, match="group_size is 0"):
+        out, scales = torch.empty(3, 60, dtype=torch.uint8), torch.empty(1, 1, dtype=torch.float64)
+        native.itf_packed(torch.ones(3, 300), "F32", 0, out, scales, 1)
 
 
 @every_cpu

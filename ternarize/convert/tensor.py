@@ -25,7 +25,7 @@ from ternarize.plans.lossless import exact_groups, not_lossless
 from ternarize.plans.recipe import GPTQ, WITHOUT_DATA, Recipe
 from ternarize.sources.imports.common import Imported
 from ternarize.trits.methods import METHODS, levels, with_zeros
-from ternarize.trits.planes import fit_planes, join_planes, measured, pack_planes, squared_error
+from ternarize.trits.planes import fit_packed, fit_planes, measured, pack_fit, squared_error
 from ternarize.trits.rotation import rotate
 from ternarize.trits.scales import store_scales
 from ternarize.trits.ternary import Ternary, scaled
@@ -190,22 +190,25 @@ def _ternarize(
     if exact is not None and exact != tensor.group_size:
         return Change(tensor.name, exact, tensor.scale_dtype)
     group_size, dtype = tensor.group_size, DTYPES[tensor.scale_dtype]
-    method = METHODS[WITHOUT_DATA if recipe.method == GPTQ else recipe.method]
-    if recipe.zeros is not None:
-        method = with_zeros(recipe.zeros)
+    name = WITHOUT_DATA if recipe.method == GPTQ else recipe.method
+    method = METHODS[name] if recipe.zeros is None else with_zeros(recipe.zeros)
+    plain = solved is None and exact is None and recipe.zeros is None and tensor.planes == 1
     whole = None if solved is None else read_solved(solved[0], tensor.name, solved[1])
     all_scales, nonzero, error, energy = [], 0, 0.0, 0.0
     # what calibration has found is only measured here, where `verify` will do it again
     for weight, start, stop in _weights(source, tensor, device if whole is None else "cpu"):
-        if whole is not None:
+        if plain:
+            fit = fit_packed(weight, group_size, name)
+        elif whole is not None:
             block, seed = tensor.rotation
             weight = rotate(weight.to(torch.float32), block, seed) if block else weight
-            fit = measured(weight, _part_of(whole, tensor, start, stop))
+            fit = pack_fit(measured(weight, _part_of(whole, tensor, start, stop)))
         else:
             itself = _exactly(weight, source, tensor, exact)
-            fit = fit_planes(weight, group_size, method, tensor.planes, dtype, itself)
-        entries.add(tensor.name, pack_planes(*fit.planes, threads=1))
-        all_scales.append(join_planes([plane.scales.cpu() for plane in fit.planes]).reshape(-1))
+            found = fit_planes(weight, group_size, method, tensor.planes, dtype, itself)
+            fit = pack_fit(found)
+        entries.add(tensor.name, fit.packed)
+        all_scales.append(fit.scales.reshape(-1))
         error, energy = error + fit.squared_error, energy + fit.energy
         nonzero += fit.nonzero
     flat = torch.cat(all_scales) if all_scales else torch.empty(0, dtype=torch.float64)

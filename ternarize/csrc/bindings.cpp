@@ -17,6 +17,7 @@
 
 #include "cpus/cpus.h"
 #include "entropy/rans.h"
+#include "files/stored.h"
 #include "shared/pool.h"
 #include "steps/steps.h"
 #include "unfold/unfold.h"
@@ -256,6 +257,27 @@ int64_t bind_ternarize(Dense<nb::ro> weights, const std::string& kind_name, int6
                           totals.data(), threads);
 }
 
+template <Method method>
+nb::tuple bind_ternarize_packed(Dense<nb::ro> weights, const std::string& kind_name,
+                                int64_t group_size, Out<uint8_t> packed, Out<double> scales,
+                                int threads) {
+  const Kind kind = kind_of(kind_name);
+  const Layout x = layout_of_matrix(weights, group_size);
+  expect_kind("weights", weights, kind);
+  if (group_size == 0) fail("group_size is 0; expected -1 or more: scales of groups or rows.");
+  expect("packed", packed, x.rows, x.width);
+  expect("scales", scales, x.rows, x.groups);
+  std::vector<Distance> rows(static_cast<size_t>(x.rows));
+  Distance sum{0.0, 0.0, 0};
+  int64_t bad = kNone;
+  {
+    nb::gil_scoped_release unlocked;
+    bad = ternarize_packed(method, kind, x, weights.data(), packed.data(), scales.data(),
+                           rows.data(), &sum, threads);
+  }
+  return nb::make_tuple(bad, sum.error, sum.energy, sum.nonzero);
+}
+
 int64_t bind_levels(Dense<nb::ro> weights, const std::string& kind_name, int64_t group_size,
                     Out<int8_t> trits, Out<double> scales, int threads) {
   const Kind kind = kind_of(kind_name);
@@ -377,6 +399,68 @@ int64_t bind_from_lanes(Flat<const uint8_t> lanes, const std::string& form, int6
   expect_size("lanes", lanes, x.size());
   nb::gil_scoped_release unlocked;
   return from_lanes(x, lanes.data(), out.data(), threads);
+}
+
+// The columns of `read_stored`'s table, of int64.
+enum Column {
+  kFile, kStart, kBytes, kForm, kRows, kCols, kGroupSize, kOut, kOutBytes, kScaleFile, kScaleStart,
+  kScaleKind, kScaleOut, kScaleOutBytes, kColumns
+};
+
+// A row of the table, checked: sizes agree, so that nothing is written beyond the memory that is given.
+Stored checked_stored(const int64_t* row) {
+  const auto out = [](int64_t address) { return reinterpret_cast<uint8_t*>(address); };
+  Stored x{};
+  x.file = static_cast<int>(row[kFile]);
+  x.start = row[kStart], x.nbytes = row[kBytes];
+  x.out = out(row[kOut]), x.scale_out = out(row[kScaleOut]);
+  if (x.start < 0 || x.nbytes < 0 || row[kScaleStart] < 0) fail("tensors: a negative place.");
+  const int64_t form = row[kForm];
+  if (form == 0) {
+    x.form = Stored::Form::Raw;
+    if (x.out) expect_count("out", row[kOutBytes], x.nbytes);
+    return x;
+  }
+  if (form < 1 || form > 3 || row[kScaleKind] < 0 || row[kScaleKind] > 3)
+    fail("tensors: expected a form of 0 to 3 and a kind of scales of 0 to 3.");
+  const int64_t rows = row[kRows], cols = row[kCols], group_size = row[kGroupSize];
+  x.form = form == 1 ? Stored::Form::Trits : Stored::Form::Lanes;
+  if (form == 1) {
+    x.lanes.stored = checked_layout(rows, cols, group_size);
+  } else {
+    x.lanes = checked_lanes(form == 2 ? "lanes2" : "lanes3", rows, cols, group_size);
+  }
+  const int64_t width = x.lanes.stored.width;
+  constexpr int64_t kMost = int64_t{1} << 50;  // no product of sizes wraps
+  if (rows < 1 || width < 1 || x.nbytes > kMost || x.nbytes % width != 0 ||
+      x.nbytes / width != rows)
+    fail("tensors: " + std::to_string(x.nbytes) + " bytes; expected " + std::to_string(rows) +
+         " rows of " + std::to_string(width) + ".");
+  x.scale_file = static_cast<int>(row[kScaleFile]);
+  x.scale_start = row[kScaleStart];
+  x.scale_kind = static_cast<ScaleKind>(row[kScaleKind]);
+  x.one_scale = group_size == 0;
+  if (x.one_scale && x.lanes.stored.groups != 1) fail("tensors: one scale of no weights.");
+  if (form == 1) return x;
+  expect_count("out", row[kOutBytes], x.lanes.size());
+  const bool half = x.scale_kind == ScaleKind::F16 || x.scale_kind == ScaleKind::E;
+  expect_count("scale_out", row[kScaleOutBytes],
+               x.lanes.blocks * x.lanes.block * x.lanes.stored.groups * (half ? 2 : 4));
+  return x;
+}
+
+bool bind_read_stored(In<int64_t> tensors, bool checked, Line<uint8_t> states,
+                      Out<uint8_t> digests, Line<const uint8_t> stop, int threads) {
+  const auto n = static_cast<int64_t>(tensors.shape(0));
+  expect("tensors", tensors, n, kColumns);
+  expect_size("states", states, n);
+  expect("digests", digests, n, 32);
+  expect_size("stop", stop, 1);
+  std::vector<Stored> stored;
+  for (int64_t i = 0; i < n; ++i) stored.push_back(checked_stored(tensors.data() + i * kColumns));
+  nb::gil_scoped_release unlocked;
+  return read_stored(stored.data(), n, checked, states.data(), digests.data(), stop.data(),
+                     threads);
 }
 
 // Memory by address: a layer's product takes tens of microseconds, and to look at each tensor through
@@ -586,6 +670,13 @@ NB_MODULE(_native, m) {
   method("twn", bind_ternarize<Method::Twn>);
   method("itf", bind_ternarize<Method::Itf>);
   method("levels", bind_levels);
+  const auto packed = [&m](const char* name, auto function) {
+    m.def(name, function, nb::arg("weights").noconvert(), nb::arg("kind"), nb::arg("group_size"),
+          nb::arg("packed").noconvert(), nb::arg("scales").noconvert(), nb::arg("threads"));
+  };
+  packed("absmean_packed", bind_ternarize_packed<Method::Absmean>);
+  packed("twn_packed", bind_ternarize_packed<Method::Twn>);
+  packed("itf_packed", bind_ternarize_packed<Method::Itf>);
   m.def("distance", bind_distance, nb::arg("weights").noconvert(), nb::arg("kind"),
         nb::arg("group_size"), nb::arg("trits").noconvert(), nb::arg("scales").noconvert(),
         nb::arg("threads"));
@@ -641,6 +732,10 @@ NB_MODULE(_native, m) {
   m.def("rans_decode", bind_rans_decode, nb::arg("coded").noconvert(),
         nb::arg("ends").noconvert(), nb::arg("classes").noconvert(), nb::arg("table").noconvert(),
         nb::arg("chunk_rows"), nb::arg("out").noconvert(), nb::arg("threads"));
+  m.def("can_read_stored", can_read_stored);
+  m.def("read_stored", bind_read_stored, nb::arg("tensors").noconvert(), nb::arg("checked"),
+        nb::arg("states").noconvert(), nb::arg("digests").noconvert(), nb::arg("stop").noconvert(),
+        nb::arg("threads"));
   m.def("unfold", bind_unfold, nb::arg("images").noconvert(), nb::arg("sizes"), nb::arg("kernel"),
         nb::arg("stride"), nb::arg("dilation"), nb::arg("padding"), nb::arg("size"),
         nb::arg("out").noconvert(), nb::arg("threads"));

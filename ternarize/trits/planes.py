@@ -6,11 +6,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ternarize.native import lib
 from ternarize.threads import THREADS
-from ternarize.trits.base3 import pack
-from ternarize.trits.methods.grouped import distance, fixed_sum
+from ternarize.trits.base3 import pack, packed_width
+from ternarize.trits.methods import METHODS
+from ternarize.trits.methods.grouped import distance, fixed_sum, native_bits
 from ternarize.trits.scales import scale_codes, scale_values, to_float
-from ternarize.trits.ternary import Ternary, split_groups
+from ternarize.trits.ternary import NATIVE_DTYPES, Ternary, group_count, split_groups
 
 Method = Callable[[Tensor, int], Ternary]
 
@@ -23,6 +25,45 @@ class Fit:
     squared_error: float
     energy: float
     nonzero: int
+
+
+@dataclass(frozen=True)
+class PackedFit:
+    """The stored bytes of planes, their scales in float64, and how they fit, as of Fit."""
+
+    packed: Tensor
+    scales: Tensor
+    squared_error: float
+    energy: float
+    nonzero: int
+
+
+def fit_packed(weight: Tensor, group_size: int, name: str) -> PackedFit:
+    """One plane by the method of that name, packed: what `fit_planes` and `pack_planes` make of it.
+
+    weight  (rows, cols) float
+
+    The compiled core does it in one pass over each group, on one thread: a conversion works on
+    several tensors at once. Raises WeightError on NaN or infinity.
+    """
+    native = getattr(lib, f"{name}_packed", None)  # a method need not have a compiled twin
+    usable = weight.device.type == "cpu" and weight.dtype in NATIVE_DTYPES and group_size != 0
+    if native is not None and usable and weight.numel():
+        rows, cols = weight.shape
+        packed = torch.empty(rows, packed_width(cols, group_size), dtype=torch.uint8)
+        scales = torch.empty(rows, group_count(cols, group_size), dtype=torch.float64)
+        kind, bits = NATIVE_DTYPES[weight.dtype], native_bits(weight.detach())
+        bad, *figures = native(bits, kind, group_size, packed, scales, 1)
+        if bad < 0:
+            return PackedFit(packed, scales, *figures)
+    return pack_fit(fit_planes(weight, group_size, METHODS[name]))  # which says what is not finite
+
+
+def pack_fit(fit: Fit) -> PackedFit:
+    """The stored bytes of planes."""
+    scales = join_planes([plane.scales.cpu() for plane in fit.planes])
+    figures = fit.squared_error, fit.energy, fit.nonzero
+    return PackedFit(pack_planes(*fit.planes, threads=1), scales, *figures)
 
 
 def fit_planes(

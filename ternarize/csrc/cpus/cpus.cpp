@@ -99,4 +99,17 @@ bool use(const char* name) {
   return false;
 }
 
+Sha256Blocks sha256_blocks() {
+#ifdef TERNARIZE_X86_VARIANTS
+  static const bool found = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("sse4.1") && __get_cpuid_count(7, 0, &a, &b, &c, &d) &&
+           (b & 1u << 29);
+  }();
+  if (found) return sha256_by_instructions;
+#endif
+  return nullptr;
+}
+
 }  // namespace ternarize

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "decode/decode.h"
+#include "digest/sha256.h"
 #include "latent/latent.h"
 #include "multiply/multiply.h"
 #include "pack/pack.h"
@@ -39,5 +40,8 @@ TERNARIZE_INLINE const Kernels& kernels() { return *variant().kernels; }
 TERNARIZE_INLINE const Products& products() { return *variant().products; }
 // Uses the named one from now on; false if there is none.
 bool use(const char* name);
+
+// SHA-256 by instructions of this CPU; null where it, or this build, has none.
+Sha256Blocks sha256_blocks();
 
 }  // namespace ternarize

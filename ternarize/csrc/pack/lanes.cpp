@@ -17,7 +17,6 @@ namespace ternarize {
 namespace {
 
 constexpr int kPowers[2][5] = {{1, 4, 16, 64, 0}, {1, 3, 9, 28, 84}};
-const int* powers_of(Form form) { return kPowers[form == Form::Lanes3]; }
 
 // Each field's trit in a byte; 2 in bytes that `to_lanes` never writes.
 struct Trits {
@@ -40,6 +39,28 @@ constexpr Trits make_trits(const int (&powers)[5], int fields) {
 }
 
 constexpr Trits kTrits[2] = {make_trits(kPowers[0], 4), make_trits(kPowers[1], 5)};
+
+// What each stored byte adds to the bytes of a layout if its row is that of field f: digit power_f of
+// its five trits, and of three more that are 0, so that one store of eight bytes writes them and what
+// pads a group. (243..255 add something.)
+struct Added {
+  uint64_t of[5][256];
+};
+
+constexpr Added make_added(const int (&powers)[5], int fields) {
+  Added table{};
+  for (int f = 0; f < fields; ++f)
+    for (int code = 0; code < 256; ++code) {
+      uint64_t bytes = 0;
+      for (int k = 0, rest = code; k < 8; ++k, rest /= 3)
+        bytes |= static_cast<uint64_t>(powers[f] * (k < 5 ? rest % 3 : 1)) << 8 * k;
+      table.of[f][code] = bytes;
+    }
+  return table;
+}
+
+constexpr Added kAdded[2] = {make_added(kPowers[0], 4), make_added(kPowers[1], 5)};
+constexpr uint8_t kZeroTrits = 121;  // a stored byte
 
 // The lowest of the indices that were found, by whichever thread.
 class Lowest {
@@ -77,6 +98,27 @@ Layout one_row(const Layout& stored) {
   return row;
 }
 
+// The bytes of one lane of a block, in the order of the columns: `rows` of each of its fields.
+template <int fields>
+void fold(const Lanes& x, const uint8_t* const* rows, uint8_t* codes) {
+  const auto& added = kAdded[fields == 5].of;
+  const uint8_t* from[fields];  // of its own, which the stores below cannot change
+  for (int f = 0; f < fields; ++f) from[f] = rows[f];
+  int64_t byte = 0;
+  for (int64_t g = 0; g < x.stored.groups; ++g) {
+    uint8_t* to = codes + g * x.group_quads * 4;
+    for (int64_t last = byte + ceil_div(x.cols_of(g), 5); byte < last; ++byte, to += 5) {
+      uint64_t sum = 0;
+      for (int f = 0; f < fields; ++f) sum += added[f][from[f][byte]];
+      std::memcpy(to, &sum, 8);
+    }
+  }
+}
+
+// Of the codes of a lane, so that those of 16 do not all fall on the same lines of a cache: what the
+// last store writes beyond the columns is in it too.
+int64_t stride_of(const Lanes& x) { return x.quads * 4 + 64; }
+
 }  // namespace
 
 Lanes lanes_of(Form form, const Layout& stored) {
@@ -100,34 +142,40 @@ void ask_for_large_pages(uint8_t* bytes, int64_t n) {
 #endif
 }
 
-int64_t to_lanes(const Lanes& x, const uint8_t* packed, uint8_t* lanes, int threads) {
-  const Layout row_layout = one_row(x.stored);
-  const int64_t cols = x.stored.cols, padded = x.quads * 4, fields = static_cast<int64_t>(x.form);
-  const int* powers = powers_of(x.form);
-  int zeros = 0;  // the byte whose trits are all 0
-  for (int f = 0; f < fields; ++f) zeros += powers[f];
-  Lowest bad;
-  for_blocks(x, threads, 16 * padded + cols, [&](int64_t block, uint8_t* codes) {
-    auto* trits = reinterpret_cast<int8_t*>(codes + 16 * padded);
-    std::memset(codes, zeros, static_cast<size_t>(16 * padded));
-    for (int64_t i = 0; i < x.block; ++i) {
-      const int64_t row = block * x.block + i;
-      if (row >= x.stored.rows) break;
-      const int64_t found =
-          kernels().packing.unpack(row_layout, 0, 1, packed + row * x.stored.width, trits);
-      if (found != kNone) return bad.add(row * x.stored.width + found);
-      const int power = powers[i / 16];
-      for (int64_t g = 0; g < x.stored.groups; ++g) {
-        const int8_t* from = trits + g * x.stored.group;
-        uint8_t* to = codes + i % 16 * padded + g * x.group_quads * 4;
-        for (int64_t c = 0, n = x.cols_of(g); c < n; ++c)
-          to[c] = static_cast<uint8_t>(to[c] + power * from[c]);
-      }
+int64_t block_scratch(const Lanes& x) { return 16 * stride_of(x) + x.stored.width; }
+
+void block_to_lanes(const Lanes& x, const uint8_t* packed, int64_t rows, uint8_t* lanes,
+                    uint8_t* scratch) {
+  const int64_t stride = stride_of(x), fields = static_cast<int64_t>(x.form);
+  uint8_t* none = scratch + 16 * stride;  // a row beyond the last
+  if (rows < x.block) std::memset(none, kZeroTrits, static_cast<size_t>(x.stored.width));
+  for (int64_t lane = 0; lane < 16; ++lane) {
+    const uint8_t* of[5];
+    for (int64_t f = 0; f < fields; ++f) {
+      const int64_t row = 16 * f + lane;
+      of[f] = row < rows ? packed + row * x.stored.width : none;
     }
-    uint8_t* out = lanes + block * x.quads * 64;
-    for (int64_t quad = 0; quad < x.quads; ++quad)
-      for (int64_t lane = 0; lane < 16; ++lane)
-        std::memcpy(out + quad * 64 + lane * 4, codes + lane * padded + quad * 4, 4);
+    if (x.form == Form::Lanes3)
+      fold<5>(x, of, scratch + lane * stride);
+    else
+      fold<4>(x, of, scratch + lane * stride);
+  }
+  for (int64_t quad = 0; quad < x.quads; ++quad)
+    for (int64_t lane = 0; lane < 16; ++lane)
+      std::memcpy(lanes + quad * 64 + lane * 4, scratch + lane * stride + quad * 4, 4);
+}
+
+int64_t to_lanes(const Lanes& x, const uint8_t* packed, uint8_t* lanes, int threads) {
+  const int64_t width = x.stored.width, scratch = block_scratch(x);
+  Lowest bad;
+  for_blocks(x, threads, scratch + x.block * x.stored.groups, [&](int64_t block, uint8_t* memory) {
+    Layout part = x.stored;
+    part.rows = std::min(x.block, x.stored.rows - block * x.block);
+    const uint8_t* from = packed + block * x.block * width;
+    const int64_t found =
+        kernels().packing.check(part, 0, part.rows, from, memory + scratch);
+    if (found != kNone) return bad.add(block * x.block * width + found);
+    block_to_lanes(x, from, part.rows, lanes + block * x.quads * 64, memory);
   });
   return bad.get();
 }

@@ -53,6 +53,11 @@ void ask_for_large_pages(uint8_t* bytes, int64_t n);
 // Stored bytes (formats/base3.md) -> lanes. Returns what unpack does: the flat index of a byte that
 // is not a code or has padding other than zero trits (the lowest one), or kNone.
 int64_t to_lanes(const Lanes&, const uint8_t* packed, uint8_t* lanes, int threads);
+// The same for one block: `rows` of them, all of its own or those that are left. Bytes are not checked;
+// scratch has block_scratch bytes.
+int64_t block_scratch(const Lanes&);
+void block_to_lanes(const Lanes&, const uint8_t* packed, int64_t rows, uint8_t* lanes,
+                    uint8_t* scratch);
 // The inverse. Returns the flat index of the first weight whose digit is none, or kNone.
 int64_t from_lanes(const Lanes&, const uint8_t* lanes, uint8_t* packed, int threads);
 

@@ -236,40 +236,84 @@ TERNARIZE_INLINE Distance group_distance(const typename F::Bits* w, const int8_t
   return {error.finish(), energy.finish(), nonzero};
 }
 
+// The distance of a row, group by group: the tree adds 128 groups at a time, as it does blocks.
+class RowDistance {
+ public:
+  void add(const Distance& part) {
+    errors_[used_] = part.error;
+    energies_[used_++] = part.energy;
+    nonzero_ += part.nonzero;
+    if (used_ == kBlock) flush();
+  }
+
+  Distance finish() {
+    if (used_) flush();
+    return {error_.finish(), energy_.finish(), nonzero_};
+  }
+
+ private:
+  void flush() {
+    for (int i = used_; i < kBlock; ++i) errors_[i] = energies_[i] = 0.0;
+    error_.add(sum_block(errors_));
+    energy_.add(sum_block(energies_));
+    used_ = 0;
+  }
+
+  Tree error_, energy_;
+  double errors_[kBlock], energies_[kBlock];
+  int used_ = 0;
+  int64_t nonzero_ = 0;
+};
+
 template <class F>
 void distances(const Layout& x, int64_t first, int64_t last, const void* weights,
                const int8_t* trits, const double* scales, int64_t rows_per_scale,
                Distance* distances) {
   for (int64_t row = first; row < last; ++row) {
-    Tree error, energy;
-    int64_t nonzero = 0;
-    // Whole groups are summed as blocks are: the tree adds 128 of them at a time.
-    double errors[kBlock] = {}, energies[kBlock] = {};
-    int used = 0;
-    const auto flush = [&] {
-      for (int i = used; i < kBlock; ++i) errors[i] = energies[i] = 0.0;
-      error.add(sum_block(errors));
-      energy.add(sum_block(energies));
-      used = 0;
-    };
+    RowDistance sums;
     for_groups(x, row, row + 1, [&](int64_t, int64_t group, auto n, int64_t at, int64_t) {
       const auto scale = static_cast<float>(scales[row / rows_per_scale * x.groups + group]);
-      const Distance part = group_distance<F>(bits_of<F>(weights) + at, trits + at, n, scale);
-      errors[used] = part.error;
-      energies[used++] = part.energy;
-      nonzero += part.nonzero;
-      if (used == kBlock) flush();
+      sums.add(group_distance<F>(bits_of<F>(weights) + at, trits + at, n, scale));
       return kNone;
     });
-    if (used) flush();
-    distances[row] = {error.finish(), energy.finish(), nonzero};
+    distances[row] = sums.finish();
   }
+}
+
+// ---------------------------------------------------------------------------------------------
+// All of it, a group at a time
+
+template <class F>
+int64_t ternarize_packed(Method method, const Layout& x, int64_t first, int64_t last,
+                         const void* weights, uint8_t* packed, double* scales,
+                         Distance* distances, int8_t* trits) {
+  for (int64_t row = first; row < last; ++row) {
+    RowDistance sums;
+    const int64_t bad = for_groups(
+        x, row, row + 1, [&](int64_t, int64_t group, auto n, int64_t at, int64_t byte) {
+          const auto* w = bits_of<F>(weights) + at;
+          if (!all_finite<F>(w, n)) return at + first_bad<F>(w);
+          typename F::Bits threshold;
+          double scale = fit(method, Group<F>{w, n}, &threshold);
+          // One that is too small for a float cannot be stored: the group is 0.
+          if (static_cast<float>(scale) == 0.0f) scale = 0.0, threshold = F::kMask;
+          scales[row * x.groups + group] = scale;
+          signs_above<F>(w, n, threshold, trits);
+          encode_group(trits, n, packed + byte);
+          sums.add(group_distance<F>(w, trits, n, static_cast<float>(scale)));
+          return kNone;
+        });
+    if (bad != kNone) return bad;
+    distances[row] = sums.finish();
+  }
+  return kNone;
 }
 
 template <class F>
 constexpr Ternarizing kTernarizing{ternarize<F>, first_not_finite<F>, row_totals<F>,
                                    cut<F>,       levels<F>,           levels_of<F>,
-                                   first_magnitude<F>, distances<F>};
+                                   first_magnitude<F>, distances<F>,
+                                   ternarize_packed<F>};
 
 }  // namespace
 }  // namespace ternarize

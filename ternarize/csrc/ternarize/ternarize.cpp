@@ -1,6 +1,8 @@
 // The threads of ternarizing, and tensors with one scale, which take a pass for each sum.
 #include "ternarize/ternarize.h"
 
+#include <vector>
+
 #include "cpus/cpus.h"
 #include "shared/parallel.h"
 #include "ternarize/methods.h"
@@ -19,6 +21,14 @@ bool all_of(const Layout& x, int threads, Work work) {
          first_of(x, threads, [&](int64_t first, int64_t last) {
            return work(first, last) ? kNone : first;
          }) == kNone;
+}
+
+// Of the distances of rows, at least one.
+Distance sum_of(const Distance* rows, int64_t n) {
+  int64_t nonzero = 0;
+  for (int64_t row = 0; row < n; ++row) nonzero += rows[row].nonzero;
+  constexpr int64_t kStride = sizeof(Distance) / sizeof(double);
+  return {fixed_sum(&rows->error, n, kStride), fixed_sum(&rows->energy, n, kStride), nonzero};
 }
 
 struct Tensor {
@@ -63,11 +73,18 @@ Distance distance(Kind kind, const Layout& x, const void* weights, const int8_t*
   parallel_for(x, threads, [&](int, int64_t first, int64_t last) {
     of(kind).distances(x, first, last, weights, trits, scales, x.rows / scale_rows, rows);
   });
-  int64_t nonzero = 0;
-  for (int64_t row = 0; row < x.rows; ++row) nonzero += rows[row].nonzero;
-  constexpr int64_t kStride = sizeof(Distance) / sizeof(double);
-  return {fixed_sum(&rows->error, x.rows, kStride), fixed_sum(&rows->energy, x.rows, kStride),
-          nonzero};
+  return sum_of(rows, x.rows);
+}
+
+int64_t ternarize_packed(Method method, Kind kind, const Layout& x, const void* weights,
+                         uint8_t* packed, double* scales, Distance* rows, Distance* distance,
+                         int threads) {
+  const int64_t bad = first_of(x, threads, [&](int64_t first, int64_t last) {
+    std::vector<int8_t> trits(static_cast<size_t>(x.group));
+    return of(kind).packed(method, x, first, last, weights, packed, scales, rows, trits.data());
+  });
+  if (bad == kNone) *distance = x.rows ? sum_of(rows, x.rows) : Distance{0.0, 0.0, 0};
+  return bad;
 }
 
 int64_t ternarize_tensor(Method method, Kind kind, const Layout& x, const void* weights,

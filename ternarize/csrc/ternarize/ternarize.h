@@ -55,6 +55,11 @@ struct Ternarizing {
   void (*distances)(const Layout&, int64_t first, int64_t last, const void* weights,
                     const int8_t* trits, const double* scales, int64_t rows_per_scale,
                     Distance* distances);
+
+  // `ternarize`, `Packing::pack` and `distances` in one pass over each group, with the same bytes and
+  // bits; a group whose scale no float holds becomes 0. `trits` is scratch for the longest group.
+  int64_t (*packed)(Method, const Layout&, int64_t first, int64_t last, const void* weights,
+                    uint8_t* packed, double* scales, Distance* distances, int8_t* trits);
 };
 
 // Each does what its namesake above does, for all rows.
@@ -65,6 +70,11 @@ bool levels(Kind, const Layout&, const void* weights, int8_t* trits, double* sca
 // Of the whole matrix; `rows` is scratch for one Distance per row.
 Distance distance(Kind, const Layout&, const void* weights, const int8_t* trits,
                   const double* scales, int64_t scale_rows, Distance* rows, int threads);
+
+// weights -> packed, scales and the distance of the whole matrix, group by group; returns as
+// `ternarize` does. `rows` is scratch for one Distance per row.
+int64_t ternarize_packed(Method, Kind, const Layout&, const void* weights, uint8_t* packed,
+                         double* scales, Distance* rows, Distance* distance, int threads);
 
 // One scale for the matrix. `totals` is scratch for one Total per row.
 int64_t ternarize_tensor(Method, Kind, const Layout&, const void* weights, int8_t* trits,

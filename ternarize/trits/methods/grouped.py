@@ -123,7 +123,7 @@ def run_native(
     if weight.numel() == 0:
         return Ternary(trits, scales, group_size), []
     matrices = zip(
-        _bits(weight).view(-1, rows, cols),
+        native_bits(weight).view(-1, rows, cols),
         trits.view(-1, rows, cols),
         scales.view(-1, *grid),
         strict=True,
@@ -145,7 +145,7 @@ def distance(weight: Tensor, ternary: Ternary) -> tuple[float, float, int]:
     if native and weight.dim() == 2:
         assert lib is not None
         measured: tuple[float, float, int] = lib.distance(
-            _bits(weight),
+            native_bits(weight),
             NATIVE_DTYPES[weight.dtype],
             ternary.group_size,
             ternary.trits,
@@ -163,7 +163,7 @@ def distance(weight: Tensor, ternary: Ternary) -> tuple[float, float, int]:
     return error, energy, int(ternary.trits.count_nonzero())
 
 
-def _bits(weight: Tensor) -> Tensor:
+def native_bits(weight: Tensor) -> Tensor:
     """A dense weight as the native code takes it: float32, or the bits of 16-bit floats."""
     dense = weight.contiguous()
     return dense if dense.dtype == torch.float32 else dense.view(torch.uint16)

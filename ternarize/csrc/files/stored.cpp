@@ -1,0 +1,218 @@
+// Stored tensors read, hashed, checked and laid out in one pass.
+#include "files/stored.h"
+
+#include <algorithm>
+#include <atomic>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#ifndef _WIN32
+#include <cerrno>
+#include <unistd.h>
+#endif
+
+#include "cpus/cpus.h"
+#include "digest/sha256.h"
+
+namespace ternarize {
+
+#ifdef _WIN32
+
+bool can_read_stored() { return false; }
+bool read_stored(const Stored*, int64_t, bool, uint8_t*, uint8_t*, const uint8_t*, int) {
+  return false;
+}
+
+#else
+
+namespace {
+
+constexpr int64_t kPiece = 1 << 18;  // bytes, which stay in a core's own cache
+
+bool read_at(int file, int64_t at, uint8_t* out, int64_t n) {
+  while (n > 0) {
+    const ssize_t got =
+        pread(file, out, static_cast<size_t>(smaller(n, 1 << 30)), static_cast<off_t>(at));
+    if (got < 0 && errno == EINTR) continue;
+    if (got <= 0) return false;
+    at += got, out += got, n -= got;
+  }
+  return true;
+}
+
+// Bits of scales in the order of the file, and what they are as floats in a run-time layout.
+struct Half {
+  using Bits = uint16_t;
+  using Out = uint16_t;
+  static bool fits(Bits b) { return b < 0x7c00; }
+  static Out out(Bits b) { return b; }
+};
+struct Brain {
+  using Bits = uint16_t;
+  using Out = uint32_t;
+  static bool fits(Bits b) { return b < 0x7f80; }
+  static Out out(Bits b) { return static_cast<Out>(b) << 16; }
+};
+struct Single {
+  using Bits = uint32_t;
+  using Out = uint32_t;
+  static bool fits(Bits b) { return b < 0x7f800000; }
+  static Out out(Bits b) { return b; }
+};
+struct Eight {
+  using Bits = uint8_t;
+  using Out = uint16_t;
+  static bool fits(Bits b) { return b == 0 || (b >= 8 && b <= 247); }
+  static Out out(Bits b) { return static_cast<Out>(b << 7); }
+};
+
+int64_t size_of(ScaleKind kind) {
+  return kind == ScaleKind::F32 ? 4 : kind == ScaleKind::E ? 1 : 2;
+}
+
+// Whether n scales are finite, not negative (which of the bits is the largest), and 0 exactly where their
+// groups have no trit other than 0.
+template <class S>
+bool fit(const uint8_t* scales, const uint8_t* used, int64_t n) {
+  const auto* bits = reinterpret_cast<const typename S::Bits*>(scales);
+  bool bad = false;
+  for (int64_t i = 0; i < n; ++i) bad |= !S::fits(bits[i]) | ((bits[i] != 0) != (used[i] != 0));
+  return !bad;
+}
+
+bool fit(ScaleKind kind, const uint8_t* scales, const uint8_t* used, int64_t n) {
+  switch (kind) {
+    case ScaleKind::F16: return fit<Half>(scales, used, n);
+    case ScaleKind::BF16: return fit<Brain>(scales, used, n);
+    case ScaleKind::F32: return fit<Single>(scales, used, n);
+    default: return fit<Eight>(scales, used, n);
+  }
+}
+
+template <class S>
+void lay_out(const Stored& x, const uint8_t* scales) {
+  const Lanes& lanes = x.lanes;
+  const int64_t groups = lanes.stored.groups, block = lanes.block;
+  const auto* bits = reinterpret_cast<const typename S::Bits*>(scales);
+  auto* out = static_cast<typename S::Out*>(x.scale_out);
+  for (int64_t first = 0; first < lanes.blocks * block; first += block, out += groups * block)
+    for (int64_t i = 0; i < block; ++i) {
+      const int64_t row = first + i;
+      const bool none = row >= lanes.stored.rows;
+      const auto* from = bits + (none || x.one_scale ? 0 : row * groups);
+      for (int64_t g = 0; g < groups; ++g) out[g * block + i] = none ? 0 : S::out(from[g]);
+    }
+}
+
+void lay_out(const Stored& x, const uint8_t* scales) {
+  switch (x.scale_kind) {
+    case ScaleKind::F16: return lay_out<Half>(x, scales);
+    case ScaleKind::BF16: return lay_out<Brain>(x, scales);
+    case ScaleKind::F32: return lay_out<Single>(x, scales);
+    default: return lay_out<Eight>(x, scales);
+  }
+}
+
+// The memory of a thread.
+struct Desk {
+  std::vector<uint8_t> piece, scales, used, scratch;
+
+  static uint8_t* room(std::vector<uint8_t>& memory, int64_t n) {
+    if (static_cast<int64_t>(memory.size()) < n) memory.resize(static_cast<size_t>(n));
+    return memory.data();
+  }
+};
+
+Read read_raw(const Stored& x, Sha256* sha, Desk& desk) {
+  for (int64_t at = 0; at < x.nbytes; at += kPiece) {
+    const int64_t n = smaller(kPiece, x.nbytes - at);
+    uint8_t* to = x.out ? x.out + at : Desk::room(desk.piece, n);
+    if (!read_at(x.file, x.start + at, to, n)) return Read::Unreadable;
+    if (sha) sha->update(to, n);
+  }
+  return Read::Done;
+}
+
+Read read_trits(const Stored& x, Sha256* sha, Desk& desk) {
+  const Lanes& lanes = x.lanes;
+  const Layout& all = lanes.stored;
+  const bool to_lanes = x.form == Stored::Form::Lanes;
+  const int64_t scale_size = size_of(x.scale_kind), scale_bytes = x.scales() * scale_size;
+  uint8_t* scales = Desk::room(desk.scales, scale_bytes);
+  if (!read_at(x.scale_file, x.scale_start, scales, scale_bytes)) return Read::Unreadable;
+  // Whole blocks of a run-time layout, each of which begins where a row does.
+  const int64_t unit = to_lanes ? lanes.block : 1;
+  const int64_t rows = std::max<int64_t>(1, kPiece / std::max<int64_t>(1, all.width * unit)) * unit;
+  uint8_t any = 0;  // of one scale for all
+  for (int64_t first = 0; first < all.rows; first += rows) {
+    Layout part = all;
+    part.rows = smaller(rows, all.rows - first);
+    uint8_t* piece = Desk::room(desk.piece, part.rows * all.width);
+    if (!read_at(x.file, x.start + first * all.width, piece, part.rows * all.width))
+      return Read::Unreadable;
+    if (sha) sha->update(piece, part.rows * all.width);
+    const int64_t groups = part.rows * all.groups;
+    uint8_t* used = Desk::room(desk.used, groups);
+    if (kernels().packing.check(part, 0, part.rows, piece, used) != kNone) return Read::NoCode;
+    if (x.one_scale) {
+      for (int64_t i = 0; i < groups; ++i) any |= used[i];
+    } else if (sha && !fit(x.scale_kind, scales + first * all.groups * scale_size, used, groups)) {
+      return Read::BadScale;
+    }
+    if (!to_lanes) continue;
+    uint8_t* scratch = Desk::room(desk.scratch, block_scratch(lanes));
+    for (int64_t row = 0; row < part.rows; row += lanes.block)
+      block_to_lanes(lanes, piece + row * all.width, smaller(lanes.block, part.rows - row),
+                     x.out + (first + row) / lanes.block * lanes.quads * 64, scratch);
+  }
+  if (sha && x.one_scale && !fit(x.scale_kind, scales, &any, 1)) return Read::BadScale;
+  if (sha) sha->update(scales, scale_bytes);
+  if (to_lanes) lay_out(x, scales);
+  return Read::Done;
+}
+
+}  // namespace
+
+bool can_read_stored() { return sha256_blocks() != nullptr; }
+
+bool read_stored(const Stored* tensors, int64_t n, bool checked, uint8_t* states, uint8_t* digests,
+                 const uint8_t* stop, int threads) {
+  const Sha256Blocks blocks = sha256_blocks();
+  if (!blocks) return false;
+  std::atomic<int64_t> next{0};
+  const auto work = [&] {
+    Desk desk;
+    for (int64_t i; (i = next.fetch_add(1)) < n;) {
+      const Stored& x = tensors[i];
+      Read state = Read::Stopped;
+      if (__atomic_load_n(stop, __ATOMIC_RELAXED) == 0) {
+        Sha256 sha(blocks);
+        Sha256* hash = checked ? &sha : nullptr;
+        try {
+          state = x.form == Stored::Form::Raw ? read_raw(x, hash, desk) : read_trits(x, hash, desk);
+        } catch (const std::bad_alloc&) {
+          state = Read::NoMemory;
+        }
+        if (checked) sha.finish(digests + 32 * i);
+      }
+      __atomic_store_n(states + i, static_cast<uint8_t>(state), __ATOMIC_RELEASE);
+    }
+  };
+  std::vector<std::thread> others;
+  for (int64_t i = 1; i < smaller(threads, n); ++i) {
+    try {
+      others.emplace_back(work);
+    } catch (const std::system_error&) {  // no more threads to be had: those that are there do it
+      break;
+    }
+  }
+  work();
+  for (std::thread& other : others) other.join();
+  return true;
+}
+
+#endif
+
+}  // namespace ternarize

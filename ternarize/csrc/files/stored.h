@@ -1,0 +1,56 @@
+// files/: stored tensors on their way from a file into memory. Each byte is read once, a piece at a
+// time: hashed, checked and brought into the run-time layout while it is near.
+#pragma once
+
+#include "pack/lanes.h"
+
+namespace ternarize {
+
+// The dtype of stored scales; E: 8 bits, the upper half of a float16.
+enum class ScaleKind { F16, BF16, F32, E };
+
+// A tensor in a file.
+struct Stored {
+  enum class Form { Raw, Trits, Lanes };
+  Form form;
+  int file;        // its descriptor
+  int64_t start;   // of the bytes in the file
+  int64_t nbytes;
+  uint8_t* out;    // Raw: where the bytes go, or null; Lanes: the run-time layout
+  Lanes lanes;     // Trits and Lanes: `stored` is the matrix; of Trits the rest means nothing
+  // Trits and Lanes: the scales, of each row and group, or one (`one_scale`); perhaps in another file.
+  int scale_file;
+  int64_t scale_start;
+  ScaleKind scale_kind;
+  bool one_scale;
+  // Lanes: scales in the order block, group, row of the block, with 0 beyond the last row; float16 of F16
+  // and E, else float32.
+  void* scale_out;
+
+  int64_t scales() const { return one_scale ? 1 : lanes.stored.rows * lanes.stored.groups; }
+};
+
+// What has become of a tensor. Read by others while the threads are at work.
+enum class Read : uint8_t {
+  Waiting,
+  Done,
+  Unreadable,  // the file ends, or cannot be read
+  NoCode,      // a byte is not a code, or has padding other than zero trits
+  BadScale,    // one that is not finite or negative, or is 0 where its group is not, or the reverse
+  Stopped,
+  NoMemory,
+};
+
+// Reads all n tensors in their order, each by one of the threads.
+//
+//   checked  hash them, and check scales; without it digests mean nothing. Codes are always checked.
+//   states   n: each becomes what has become of its tensor, once its memory holds it
+//   digests  n x 32: SHA-256 of a tensor's bytes followed by those of its scales
+//   stop     what has not begun when this is no longer 0 is left out
+//
+// False, and nothing done, where this CPU or system cannot; what `can_read_stored` tells.
+bool can_read_stored();
+bool read_stored(const Stored*, int64_t n, bool checked, uint8_t* states, uint8_t* digests,
+                 const uint8_t* stop, int threads);
+
+}  // namespace ternarize
