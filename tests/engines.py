@@ -19,7 +19,13 @@ ENGINES = ("native", "torch")
 # the modules that look for the compiled core, each under its own name `lib`
 _MODULES = [
     importlib.import_module(f"ternarize.{name}")
-    for name in ("trits.base3", "trits.methods.grouped", "trits.methods.levels")
+    for name in (
+        "trits.base3",
+        "trits.methods.grouped",
+        "trits.methods.levels",
+        "trits.planes",
+        "files.stored",
+    )
 ]
 
 

@@ -165,16 +165,19 @@ def test_a_file_that_changes_while_it_is_loaded_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = put(tmp_path / "model", golden("rows"))
+    from ternarize.runtime.plugin.quantizer import TernarizeQuantizer
 
-    def read(path: Path, start: int, nbytes: int) -> torch.Tensor:
-        with path.open("r+b") as file:
+    prepare = TernarizeQuantizer.prepare
+
+    def changed(self: TernarizeQuantizer, *args: Any) -> Any:
+        with (folder / WEIGHTS).open("r+b") as file:
             file.seek(-1, os.SEEK_END)
             file.write(b"\x01")
-        return read_bytes(path, start, nbytes)
+        return prepare(self, *args)
 
-    monkeypatch.setattr(unmapped, "read_bytes", read)
+    monkeypatch.setattr(TernarizeQuantizer, "prepare", changed)
     with pytest.raises(FormatError, match="changed while it was loaded"):
-        ternarize.load(folder)
+        ternarize.load(folder, verify=False)
 
 
 def test_of_a_slice_of_rows_no_other_rows_are_read(

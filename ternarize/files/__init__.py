@@ -11,6 +11,7 @@ and what all rooms share.
     outputs.py     the place of a result, and bytes that reach the disk whole
     sums.py        SHA256SUMS
     metadata.py    what a packed file's header says of its tensors: records, and checks of them
+    stored.py      tensors of packed files read and checked by the compiled core
     container.py   the stored bytes of a packed tensor
     recoded.py     a packed file written again, with its tensors as streams or without
     unmapped.py    packed files read into memory where transformers would map them

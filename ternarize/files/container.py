@@ -15,6 +15,7 @@ from ternarize.errors import DigestError, FormatError, damaged
 from ternarize.files.checkpoint import Checkpoint, TensorInfo
 from ternarize.files.headers import byte_view, read_bytes
 from ternarize.files.metadata import SCALE_SUFFIX, Record
+from ternarize.files.stored import Reading, ToRead, core_reads
 from ternarize.threads import THREADS, in_threads
 from ternarize.trits.base3 import BASE3, unpack, used_groups
 from ternarize.trits.int4 import (
@@ -157,10 +158,38 @@ def check_data(
     records  from `records_of`
     done     called with the name of each tensor that has been checked
 
-    Tensors are read, hashed and checked in parallel, a piece at a time. Raises FormatError or its
-    child DigestError, naming the file and the tensor.
+    Tensors are read, hashed and checked in parallel, a piece at a time: by the compiled core where
+    it can (`stored.core_reads`). Raises FormatError or its child DigestError, naming the file and
+    the tensor.
     """
-    in_threads(lambda name: _check_tensor(checkpoint, name, records[name]), records, threads, done)
+    core = [name for name, record in records.items() if core_reads(checkpoint, name, record)]
+    place = {name: at for at, name in enumerate(core)}
+    wanted = [ToRead(name, records[name]) for name in core]
+
+    def check(name: str) -> str:
+        if name not in place:
+            return _check_tensor(checkpoint, name, records[name])
+        check_read(reading, place[name])
+        return name
+
+    with Reading(checkpoint, wanted, threads=threads) as reading:
+        in_threads(check, records, threads, done)
+
+
+def check_read(reading: Reading, at: int) -> None:
+    """Wait for a tensor that the core reads, and raise where it is not what its record says.
+
+    Raises FormatError or its child DigestError as `check_data` does.
+    """
+    if reading.is_good(at):
+        return
+    name, record = reading.wanted[at].name, reading.wanted[at].record
+    # it says what is wrong; in a thread, where no device is set but the CPU
+    in_threads(lambda each: _check_tensor(reading.checkpoint, each, record), [name], 1)
+    file = reading.checkpoint.tensors[name].file
+    raise FormatError(
+        f"{file}: {name}", "changed while it was read", "a file at rest", "Read it again"
+    )
 
 
 def _check_tensor(checkpoint: Checkpoint, name: str, record: Record) -> str:

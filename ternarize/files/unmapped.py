@@ -8,7 +8,8 @@ for packed files tensors are read into memory of their own, for any other file n
 
 import math
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,25 @@ from ternarize.errors import CheckpointError, FormatError
 from ternarize.files.headers import DTYPES, Header, read_bytes, read_header
 from ternarize.files.metadata import KEY, coded_tensors
 
+# what a tensor is, whole, if it is at hand: each is asked once
+Given = Mapping[str, Callable[[], Tensor]]
+
+_given = threading.local()  # `files`, of the thread that loads
+
 
 def install() -> None:
     """Let transformers open files with `open_file` from now on."""
     from transformers import modeling_utils
 
     vars(modeling_utils)["safe_open"] = open_file
+
+
+def give(files: Mapping[Path, Given]) -> None:
+    """Have the next opening of each file, in this thread, take these tensors as they are given.
+
+    Of a file that is not among them nothing is given.
+    """
+    _given.files = dict(files)
 
 
 def open_file(filename: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
@@ -35,14 +49,15 @@ def open_file(filename: str | os.PathLike[str], *args: Any, **kwargs: Any) -> An
         header = None
     if header is None or KEY not in header.metadata:
         return safetensors.safe_open(filename, *args, **kwargs)
-    return _File(Path(filename), header)
+    given: Given = getattr(_given, "files", {}).pop(Path(filename), {})
+    return _File(Path(filename), header, given)
 
 
 class _File:
     """What transformers uses of an open safetensors file. It is opened again for each tensor."""
 
-    def __init__(self, path: Path, header: Header) -> None:
-        self.path, self.header = path, header
+    def __init__(self, path: Path, header: Header, given: Given) -> None:
+        self.path, self.header, self.given = path, header, dict(given)
         self.coded = coded_tensors(path.name, header)
 
     def __enter__(self) -> "_File":
@@ -63,6 +78,8 @@ class _File:
     def get_slice(self, name: str) -> "_Slice":
         entry, coded = self.header.entries[name], self.coded.get(name)
         start = self.header.data_start + entry.start
+        if name in self.given:
+            return _Slice(entry.dtype, entry.shape, None, self.given.pop(name))
         if coded is not None:
             rows = math.prod(coded.shape[1:-1])  # of the stream for one of the first dimension
             return _Slice(
@@ -88,13 +105,18 @@ class _File:
 class _Slice:
     """A tensor that is read when it is indexed.
 
-    read  (first, stop) of the first dimension -> these values, flat; of a scalar (0, 1)
+    read   (first, stop) of the first dimension -> these values, flat; of a scalar (0, 1)
+    whole  in the place of `read`: all of it, which is at hand
     """
 
     def __init__(
-        self, dtype: str, shape: tuple[int, ...], read: Callable[[int, int], Tensor]
+        self,
+        dtype: str,
+        shape: tuple[int, ...],
+        read: Callable[[int, int], Tensor] | None,
+        whole: Callable[[], Tensor] | None = None,
     ) -> None:
-        self.dtype, self.shape, self.read = dtype, shape, read
+        self.dtype, self.shape, self.read, self.whole = dtype, shape, read, whole
 
     def get_shape(self) -> list[int]:
         return list(self.shape)
@@ -107,6 +129,10 @@ class _Slice:
 
         Of a slice of the first dimension these values alone are read.
         """
+        if self.whole is not None:
+            part = (data := self.whole())[index]
+            return part if part.numel() == data.numel() else part.clone()
+        assert self.read is not None
         shape, parts = self.shape, index if isinstance(index, tuple) else (index,)
         rows = range(shape[0] if shape else 1)
         if shape and parts and isinstance(parts[0], slice) and parts[0].step in (None, 1):

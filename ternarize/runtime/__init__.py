@@ -12,6 +12,7 @@ may import transformers, and all rooms above it but for those where sources come
     packed.py     what packed modules have in common
     unfold.py     the patches of images that a convolution multiplies
     modules/      linear layers, convolutions, fused experts, token embeddings
+    straight.py   packed matrices on their way from a file into linear layers
     adapters.py   PEFT's adapters beside packed layers
     plugin/       what transformers calls to load and to save
     load.py       `ternarize.load`, and the import hook that registers the plug-in

@@ -231,6 +231,13 @@ def fits_lanes(packed: Any, scale: Any, layout: Layout) -> bool:
     )
 
 
+def in_lanes(layout: Layout) -> bool:
+    """Whether a parameter of one plane with this layout is held in lanes on the CPU."""
+    length = group_length(layout.cols, layout.group_size)
+    one = layout.codec == BASE3 and layout.planes == 1 and layout.lanes is None
+    return lib is not None and one and length <= kernels.LONGEST_SUM
+
+
 def _fits_gpu(packed: Any, scale: Any, layout: Layout) -> bool:
     return (
         not hasattr(packed, "to_local")

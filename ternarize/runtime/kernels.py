@@ -82,7 +82,7 @@ def _quads(cols: int, group_size: int) -> int:
 
 def memory(size: int) -> Tensor:
     """(size,) uint8 on the CPU, in large pages where the system gives them: reading is faster."""
-    out = torch.empty(size, dtype=torch.uint8)
+    out = torch.empty(size, dtype=torch.uint8, device="cpu")  # also while models are on meta
     if lib is not None:
         lib.ask_for_large_pages(out)
     return out

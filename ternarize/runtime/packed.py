@@ -56,7 +56,7 @@ class Packed(nn.Module):
         for name in self._for_lanes():
             layout = self.layouts[name]
             size = lanes_size(self.held(name), layout)
-            self._hold(name, *lanes_form(*self.pair(name), layout, memory[:size]))
+            self.hold(name, *lanes_form(*self.pair(name), layout, memory[:size]))
             memory = memory[size:]
 
     def _for_lanes(self) -> list[str]:
@@ -76,10 +76,11 @@ class Packed(nn.Module):
         """Hold everything in its stored form; returns whether some of it was not."""
         lanes, stored = self._lanes(), self._stored_parameters()
         for name, layout in lanes.items():
-            self._hold(name, stored[name], stored[f"{name}_scale"], layout)
+            self.hold(name, stored[name], stored[f"{name}_scale"], layout)
         return bool(lanes)
 
-    def _hold(self, name: str, packed: Tensor, scale: Tensor, layout: Layout) -> None:
+    def hold(self, name: str, packed: Tensor, scale: Tensor, layout: Layout) -> None:
+        """Hold a parameter and its scales in the form that the layout says."""
         # new parameters: the old ones may belong to a state_dict that was loaded with assign
         for leaf, tensor in ((name, packed), (f"{name}_scale", scale)):
             parameter = type(self.held(leaf))
@@ -130,7 +131,7 @@ class Packed(nn.Module):
             assert lanes is not None
             shape, kind = (*held.shape[:-1], lanes.rows), (lanes.scale_rows, lanes.scale_dtype)
             packed, scale = empty_parameters(shape, layout, *kind, held.device)
-            self._hold(name, packed.data, scale.data, layout)
+            self.hold(name, packed.data, scale.data, layout)
         return bool(stored)
 
     def _stored_parameters(self) -> dict[str, Tensor]:

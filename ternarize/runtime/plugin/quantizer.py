@@ -23,6 +23,7 @@ from ternarize.trits.int8 import INT8
 if TYPE_CHECKING:
     from ternarize.models.places import Place
     from ternarize.runtime.plugin.prepare import Source
+    from ternarize.runtime.straight import Straight
 
 
 class TernarizeConfig(QuantizationConfigMixin):
@@ -88,6 +89,7 @@ class TernarizeQuantizer(HfQuantizer):
     source_transposed: dict[str, bool]
     to_round: set[str]  # parameters of the head that become int8 once they are loaded
     kept_dtypes: dict[str, torch.dtype]  # of the parameters that are not packed
+    straight: "Straight | None" = None  # what the core reads while the model is filled
     scale_names: dict[str, str]  # names of scales that transformers' renamings miss -> parameters
 
     def __init__(self, quantization_config: TernarizeConfig, **kwargs: Any) -> None:
@@ -109,8 +111,11 @@ class TernarizeQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         from ternarize.runtime.plugin.prepare import packed_sources
+        from ternarize.runtime.straight import Straight, can_go_straight
 
         unmapped.install()
+        unmapped.give({})
+        self.straight = None
         files = [Path(file) for file in checkpoint_files or []]
         if not files or any(file.suffix != ".safetensors" for file in files):
             raise FormatError(
@@ -124,9 +129,17 @@ class TernarizeQuantizer(HfQuantizer):
         metadata.check_format(packed)
         listed = (read_json(packed.directory / RECORD) or {}).get("tensors")
         metadata.check_listed(RECORD, listed, records, packed)
-        if self.quantization_config.verify is not False:
-            container.check_data(packed, records)
-        self.prepare(model, packed_sources(packed, records), list(packed.tensors))
+        checked, others = self.quantization_config.verify is not False, records
+        places = self.prepare(model, packed_sources(packed, records), list(packed.tensors))
+        here = can_go_straight(kwargs.get("device_map", "unknown"))
+        if here and not self.quantization_config.dequantize:
+            self.straight = Straight(model, packed, records, places, checked=checked)
+            others = self.straight.others
+        if checked:
+            container.check_data(packed, others)
+        if self.straight is not None:
+            self.straight.reading.start()
+            unmapped.give(self.straight.given)
 
     def prepare(
         self, model: Any, sources: "Mapping[str, Source]", names: Sequence[str]
@@ -169,6 +182,9 @@ class TernarizeQuantizer(HfQuantizer):
                 raise FormatError(
                     file.name, "changed while it was loaded", "a file at rest", "Load it again"
                 )
+        if self.straight is not None:
+            self.straight.finish(model)
+            self.straight = None
         if self.to_round:
             round_head(model, self.to_round)
             self.source_transposed |= dict.fromkeys(self.to_round, False)
