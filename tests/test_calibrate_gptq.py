@@ -15,7 +15,7 @@ from ternarize.calibrate.gptq import solve
 from ternarize.calibrate.metric import PANEL, Metric
 from ternarize.calibrate.moments import Inputs, Moments
 from ternarize.calibrate.sweep import sweep
-from ternarize.trits.methods import itf
+from ternarize.trits.methods import itf, with_zeros
 from ternarize.trits.rotation import block_size, rotate, signs, unrotate
 from ternarize.trits.scales import store_scales
 from ternarize.trits.ternary import Ternary
@@ -154,9 +154,14 @@ def stated(weight: Tensor, x: Tensor, group_size: int, damping: float) -> gptq._
     return gptq._Problem(weight, target, weight, 0.0, metric, group_size, half)
 
 
-def test_compensation_by_halves_is_the_textbook_loop() -> None:
+PENALTIES = [0.0, 3.0]  # of a trit that is not zero
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_compensation_by_halves_is_the_textbook_loop(penalty: float) -> None:
     weight, x = problem(6, 150)
     problem_ = stated(weight, x, 40, 0.05)
+    problem_.zone.penalty = penalty
     scales = half(itf(weight, 40).scales).float()
     # GPTQ as it is published: with the upper Cholesky factor of the inverse
     hessian = x.double().T @ x.double()
@@ -167,18 +172,25 @@ def test_compensation_by_halves_is_the_textbook_loop() -> None:
     rest, trits = weight[:, order].clone(), torch.zeros_like(weight)
     level = scales.repeat_interleave(40, 1)[:, :150][:, order]
     for j in range(150):
-        trits[:, j] = rest[:, j].sign() * (rest[:, j].abs() > level[:, j] / 2)
+        # the error of this column, with all later ones at their best, is (error)^2
+        to_be_0 = (rest[:, j] / inverse[j, j]).square()
+        to_be_1 = ((rest[:, j].abs() - level[:, j]) / inverse[j, j]).square() + penalty
+        trits[:, j] = rest[:, j].sign() * (to_be_1 < to_be_0)
         error = (rest[:, j] - trits[:, j] * level[:, j]) / inverse[j, j]
         rest[:, j + 1 :] -= error[:, None] * inverse[j, j + 1 :]
     expected = torch.empty_like(trits)
     expected[:, order] = trits
     found = gptq._compensate(problem_).trits
     assert float((found == expected).float().mean()) > 0.99  # roundings at the thresholds aside
+    zeros = float((found == 0).float().mean())
+    assert (0.3 < zeros < 0.5) if penalty == 0 else (0.5 < zeros < 1)
 
 
-def test_the_sweeps_of_descent_are_the_textbook_loop() -> None:
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_the_sweeps_of_descent_are_the_textbook_loop(penalty: float) -> None:
     weight, x = problem(6, 150)
     problem_ = stated(weight, x, 40, 0.0)
+    problem_.zone.penalty = penalty
     problem_.metric.restore(0.02)
     start = itf(weight, 40)
     scales = half(start.scales)
@@ -189,7 +201,9 @@ def test_the_sweeps_of_descent_are_the_textbook_loop() -> None:
     for j in metric.diagonal().argsort(descending=True).tolist() * gptq.SWEEPS:
         missed = (weight - trits * level) @ metric[:, j]
         value = trits[:, j] * level[:, j] + missed / metric[j, j]
-        trits[:, j] = value.sign() * (value.abs() > level[:, j] / 2)
+        to_be_0 = metric[j, j] * value.square()
+        to_be_1 = metric[j, j] * (value.abs() - level[:, j]).square() + penalty
+        trits[:, j] = value.sign() * (to_be_1 < to_be_0)
     found = gptq._descend(problem_, start.trits, scales).trits
     assert float((found == trits).float().mean()) > 0.99
 
@@ -208,17 +222,20 @@ def test_a_sweep_leaves_nothing_in_memory() -> None:
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 1000), st.sampled_from([16, 40, -1, 0]))
-def test_neither_scales_nor_trits_are_changed_for_the_worse(seed: int, size: int) -> None:
+@given(st.integers(0, 1000), st.sampled_from([16, 40, -1, 0]), st.sampled_from(PENALTIES))
+def test_neither_scales_nor_trits_are_changed_for_the_worse(
+    seed: int, size: int, penalty: float
+) -> None:
     weight, x = problem(5, 80, 400, seed)
     problem_ = stated(weight, x, size, 0.01)
+    problem_.zone.penalty = penalty
     problem_.metric.restore(0.01)
     metric = x.T @ x
     metric += 0.01 * metric.diagonal().mean() * torch.eye(80)
 
     def error(trits: Tensor, scales: Tensor) -> float:
         missed = weight - Ternary(trits, scales, size).dequantize()
-        return float(((missed @ metric) * missed).sum())
+        return float(((missed @ metric) * missed).sum()) + penalty * int(trits.count_nonzero())
 
     start = itf(weight, size)
     better = gptq._joint_scales(problem_, start.trits)
@@ -292,6 +309,60 @@ def test_matrices_that_share_inputs_are_solved_as_if_they_did_not() -> None:
         assert shared.error == pytest.approx(alone.error, rel=1e-3)
         same = shared.planes[0].trits == alone.planes[0].trits
         assert float(same.float().mean()) > 0.99
+
+
+def zeros_of(ternary: Ternary) -> float:
+    return int((ternary.trits == 0).sum()) / ternary.trits.numel()
+
+
+@pytest.mark.parametrize("share", [0.6, 0.8, 0.95])
+@pytest.mark.parametrize("group_size", [32, -1, 0])
+def test_a_share_of_zeros_costs_less_where_the_errors_are_made_up_for(
+    group_size: int, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, x = problem(40, 96, 3000)
+    monkeypatch.setattr(gptq, "PROBE_ROWS", 16)  # the penalty is found on a part of the rows
+    train, held, new = x[:1500], x[1500:2000], x[2000:]
+    rows = gptq.probe_rows(40)
+    solution = solve(
+        weight,
+        moments(train, train @ weight.T),
+        moments(held, held @ weight[rows].T),
+        group_size,
+        half,
+        zeros=share,
+    )
+    (ternary,) = solution.planes
+    assert share <= zeros_of(ternary) < share + 0.03
+    plain = with_zeros(share)(weight, group_size)
+    ours = relative_error(ternary.dequantize(), weight, new)
+    assert ours < 0.75 * relative_error(plain.dequantize(), weight, new)
+    assert 0 < solution.error < 0.75 * solution.plain
+
+
+def test_a_share_that_is_there_by_itself_changes_nothing() -> None:
+    weight, x = problem(24, 96, 3000)
+    parts = x[:1500], x[1500:]
+    found = [
+        solve(weight, *(moments(part, part @ weight.T) for part in parts), 32, half, zeros=share)
+        for share in (None, 0.0, 0.2)
+    ]
+    for other in found[1:]:
+        assert torch.equal(found[0].planes[0].trits, other.planes[0].trits)
+        assert torch.equal(found[0].planes[0].scales, other.planes[0].scales)
+
+
+def test_the_share_is_that_of_each_plane_and_of_what_saw_too_little() -> None:
+    weight, x = problem(16, 64, 4000)
+    train, held = moments(x[:3000], x[:3000] @ weight.T), moments(x[3000:], x[3000:] @ weight.T)
+    both = solve(weight, train, held, 32, half, planes=2, zeros=0.7)
+    assert all(0.7 <= zeros_of(plane) < 0.75 for plane in both.planes)
+    few = moments(x[: gptq.MIN_TOKENS - 1], None)
+    (alone,) = solve(weight, few, moments(x, None), 32, half, zeros=0.7).planes
+    assert 0.7 <= zeros_of(alone) < 0.73
+    assert torch.equal(alone.trits, with_zeros(23 / 32)(weight, 32).trits)
+    (enough,) = solve(weight, few, moments(x, None), 32, half, zeros=0.2).planes
+    assert torch.equal(enough.trits, itf(weight, 32).trits)
 
 
 @pytest.mark.parametrize(("group_size", "planes"), [(16, 1), (0, 1), (32, 2)])

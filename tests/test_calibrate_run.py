@@ -167,6 +167,8 @@ def test_calibration_brings_blocks_nearer_to_the_source(name: str, tmp_path: Pat
         {"rotation": 4, "scale_bits": 8},
         {"planes": ("*down_proj*",), "dtype": "float32"},
         {"reconstruct": 3, "window": 2, "group_size": 48},
+        {"zeros": 0.7, "scale_bits": 8, "codec": "rans"},
+        {"zeros": 0.7, "reconstruct": 3, "window": 2},
     ],
     ids=str,
 )
@@ -174,8 +176,11 @@ def test_every_form_is_saved_as_it_was_measured(
     options: dict[str, Any], llama: tuple[Path, Path], tmp_path: Path, seen: Seen
 ) -> None:
     source, data = llama
-    convert(source, tmp_path / "packed", calibrating.recipe(data, num_samples=8, **options))
+    recipe = calibrating.recipe(data, num_samples=8, **options)
+    record = convert(source, tmp_path / "packed", recipe)
     assert_measured(tmp_path / "packed", seen)
+    for row in ternary_rows(record).values():
+        assert recipe.zeros is None or abs(row["sparsity"] - recipe.zeros - 0.02) < 0.025
 
 
 def test_experts_are_trained_and_saved_in_every_orientation(tmp_path: Path, seen: Seen) -> None:

@@ -253,6 +253,51 @@ def test_two_models_that_differ_only_in_how_they_are_computed_learn_alike(
         assert one == pytest.approx(other, rel=0.15)  # of windows, the last token is left out
 
 
+# --- a share of zeros ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["itf", "gptq", "head"])
+def test_a_share_of_zeros_is_trained_and_saved(
+    form: str, llama: tuple[Path, Path], tmp_path: Path, seen: Seen
+) -> None:
+    source, text = llama
+    recipe = recipe_of(text, head="int8" if form == "head" else None, steps=12)
+    if form == "gptq":
+        recipe = calibrated(text, {"rotation": 16, "seq_len": 16})
+    recipe = dataclasses.replace(recipe, zeros=0.8, scale_bits=8, codec="rans")
+    record = convert(source, tmp_path / "packed", recipe)
+    rows = [row for row in record["tensors"].values() if row["becomes"] == "ternary"]
+    for row in rows:
+        assert row["sparsity"] == pytest.approx(0.8, abs=2e-3), row
+    assert_measured(tmp_path / "packed", seen, 0.02)  # where it computes in bfloat16
+    training = record["training"]
+    counts = [
+        (s, loss)
+        for s, loss in training["held_out"]
+        if form == "gptq" or s >= 0.3 * training["steps"]
+    ]
+    assert (training["kept_step"], min(loss for _, loss in counts)) in map(tuple, counts)
+    verify(tmp_path / "packed", source)
+
+
+def test_a_training_with_zeros_goes_on_to_the_same_bytes(
+    llama: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, text = llama
+    recipe = dataclasses.replace(recipe_of(text, steps=8), zeros=0.7)
+    convert(source, tmp_path / "whole", recipe)
+    for step in (1, 3, 6):  # within the ramp, and behind it
+
+        def stop(done: int, total: int, what: str, stage: str, step: int = step) -> None:
+            if stage == "training" and f"step {step}:" in what:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, tmp_path / "broken", recipe, progress=stop)
+    convert(source, tmp_path / "broken", recipe)
+    assert_same(tmp_path / "whole", tmp_path / "broken")
+
+
 # --- what is learnt from -------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ plans, and nothing of the files that a conversion writes.
     tracing.py      which products a block makes, and the sums that they enter
     moments.py      what is summed up over the tokens of a matrix
     metric.py       the metric in which a matrix is approximated, and its factor
+    dead_zone.py    a share of zeros: which trits are worth not to be one
     sweep.py        columns rounded one by one, each making up for the errors before it
     gptq.py         one matrix solved: its target, trits, scales
     reconstruct.py  several matrices trained together by gradient

@@ -33,6 +33,8 @@ sought that minimises
    alternate. Neither can raise the error in M, but for the rounding and clamping of scales, which
    comes before the trits settle on them.
 
+With a share of zeros that is asked for, steps 3 and 5 round within a dead zone (dead_zone.py).
+
 lambda, the damping of step 3 and the round that is kept are those with the least E on held-out
 tokens, on a sample of the rows, so statistics of few tokens are trusted less. If the matrix has a
 bias b that is kept, all moments are taken about the means, and b becomes mean y - W' mean x, the
@@ -51,15 +53,16 @@ ordinary least squares.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from ternarize.calibrate.dead_zone import DeadZone, mean_weight, nearest
 from ternarize.calibrate.metric import AT_A_TIME, Metric, chunks
 from ternarize.calibrate.moments import Inputs, Moments
 from ternarize.calibrate.sweep import sweep
-from ternarize.trits.methods import itf
 from ternarize.trits.ternary import (
     Ternary,
     group_count,
@@ -90,7 +93,7 @@ class Solution:
     bias     (rows,) float32, or None
     error    sum |y - W' x|^2 / sum |y|^2 on held-out tokens (about the mean, if there is a bias),
              of the rows that `probe_rows` gives
-    plain    the same for `itf` without statistics
+    plain    the same for `nearest` without statistics
     calibrated  False: too few tokens for statistics
     tokens   that the matrix saw
     """
@@ -118,6 +121,7 @@ def solve(
     *,
     planes: int = 1,
     bias: bool = False,
+    zeros: float | None = None,
 ) -> Solution:
     """Ternarize a matrix so that its products are what they should be (module docstring).
 
@@ -130,15 +134,15 @@ def solve(
     planes      ternary matrices whose sum it becomes: each in turn is solved for what the others
                 leave
     bias        whether the matrix has a bias to be fitted
+    zeros       the least share of zeros among its trits, 0 to below 1; None: what comes of it
     """
     rows = probe_rows(len(weight)).to(weight.device)
     target, total = train.target, train.total
     if target is None:
         target, total = train.inputs.product(weight), weight.double() @ train.inputs.total
     judge = _judge_of(weight[rows], held, bias)
-    plain_error = judge(
-        _sum_of_planes(_rows_of(_plain(weight, group_size, rounding, planes), rows))
-    )
+    plain = partial(_plain, weight, group_size, rounding, planes, zeros)
+    plain_error = judge(_sum_of_planes(_rows_of(plain(), rows)))
     found, error = None, plain_error
     calibrated = train.inputs.tokens >= MIN_TOKENS and held.inputs.tokens > 0
     if calibrated:
@@ -149,11 +153,11 @@ def solve(
                 if bias:
                     target = target - _mean_part(total, train.inputs)
                 problem = _state(weight, target, metric, group_size, rounding, rows, judge)
-                tried, tried_error = _search(problem, planes, rows, judge)
+                tried, tried_error = _search(problem, planes, zeros, rows, judge)
                 if tried_error < plain_error:
                     found, error = tried, tried_error
     if found is None:
-        found = _plain(weight, group_size, rounding, planes)
+        found = plain()
     fitted = None
     if bias and train.inputs.tokens >= MIN_TOKENS:
         missed = total - _sum_of_planes(found).double() @ train.inputs.total
@@ -167,6 +171,7 @@ class _Problem:
 
     weight, target, wanted  (rows, cols) float32: W, Y and, with lambda = `pull`, W*
     rest    (rows, cols) float32: what other planes give already
+    zone    by which its trits have their share of zeros
     """
 
     weight: Tensor
@@ -177,6 +182,7 @@ class _Problem:
     group_size: int
     rounding: Rounding
     rest: Tensor | None = None
+    zone: DeadZone = field(default_factory=lambda: DeadZone(0))
 
     def part(self, rows: Tensor) -> "_Problem":
         """The same for some of the rows."""
@@ -239,7 +245,7 @@ def _continuous(weight: Tensor, target: Tensor, metric: Metric) -> Tensor:
 
 
 def _search(
-    problem: _Problem, planes: int, rows: Tensor, judge: Judge
+    problem: _Problem, planes: int, zeros: float | None, rows: Tensor, judge: Judge
 ) -> tuple[tuple[Ternary, ...] | None, float]:
     """The planes with the least held-out error on `rows`, and it."""
     found: list[Ternary] = []
@@ -247,7 +253,8 @@ def _search(
     for turn in range(planes if planes == 1 else 2 * planes):  # twice: the first saw not all
         at = turn % planes
         others = found[:at] + found[at + 1 :]
-        problem = replace(problem, rest=_sum_of_planes(others) if others else None)
+        rest = _sum_of_planes(others) if others else None
+        problem = replace(problem, rest=rest, zone=DeadZone(zeros or 0))
         damping = _choose_damping(problem.part(rows), judge)
         tried = ((problem.error(c, rows, judge), c) for c in _rounds(problem, damping))
         error, latest = min(tried, key=lambda pair: pair[0], default=(math.inf, None))
@@ -301,14 +308,29 @@ def _compensate(problem: _Problem) -> Ternary:
     metric, wanted = problem.metric, problem.wanted
     if problem.rest is not None:
         wanted = wanted - problem.rest
-    start = _with_stored_scales(itf(wanted, problem.group_size), problem.rounding)
-    trits = start.trits
-    for rows in chunks(wanted):
-        columns = metric.sorted(wanted[rows])
-        level = _levels(metric, start.scales, rows, problem.group_size)
-        aim = columns * metric.matrix.diagonal()[:, None]
-        found = sweep(metric.matrix, aim, columns, level)
-        trits[rows] = found.to(torch.int8).index_select(0, metric.back).T
+    start = nearest(wanted, problem.group_size, problem.zone.share or None)
+    start = _with_stored_scales(start, problem.rounding)
+    diagonal = metric.matrix.diagonal()
+    weights = diagonal.square()
+
+    def compensated(matrix: Tensor, scales: Tensor) -> Tensor:
+        trits = torch.empty_like(matrix, dtype=torch.int8)
+        for rows in chunks(matrix):
+            columns = metric.sorted(matrix[rows])
+            level = _levels(metric, scales, rows, problem.group_size)
+            aim = columns * diagonal[:, None]
+            zone = problem.zone.width(weights, level)
+            found = sweep(metric.matrix, aim, columns, level, zone=zone)
+            trits[rows] = found.to(torch.int8).index_select(0, metric.back).T
+        return trits
+
+    few = probe_rows(len(wanted)).to(wanted.device)
+    (some,) = _rows_of([start], few)
+    trits = problem.zone.meet(
+        lambda: compensated(wanted[few], some.scales),
+        lambda: compensated(wanted, start.scales),
+        mean_weight(weights, start.scales),
+    )
     return _with_used_scales(trits, start.scales, problem.group_size)
 
 
@@ -341,17 +363,30 @@ def _joint_scales(problem: _Problem, trits: Tensor) -> Tensor:
 
 def _descend(problem: _Problem, trits: Tensor, scales: Tensor) -> Ternary:
     """Step 5."""
-    metric = problem.metric
-    result = torch.empty_like(trits)
-    for rows in chunks(trits):
-        level = _levels(metric, scales, rows, problem.group_size)
-        columns = metric.sorted(trits[rows].float()).mul_(level)
-        aim = metric.sorted(problem.aim(rows))
-        aim.addmm_(metric.matrix, columns, alpha=-1)
-        aim.addcmul_(columns, metric.matrix.diagonal()[:, None])
-        found = sweep(metric.matrix, aim, columns, level, SWEEPS)
-        result[rows] = found.to(torch.int8).index_select(0, metric.back).T
-    return _with_used_scales(result, scales, problem.group_size)
+    metric, size = problem.metric, problem.group_size
+    weights = metric.matrix.diagonal()
+
+    def descended(part: _Problem, start: Ternary) -> Tensor:
+        result = torch.empty_like(start.trits)
+        for rows in chunks(start.trits):
+            level = _levels(metric, start.scales, rows, size)
+            columns = metric.sorted(start.trits[rows].float()).mul_(level)
+            aim = metric.sorted(part.aim(rows))
+            aim.addmm_(metric.matrix, columns, alpha=-1)
+            aim.addcmul_(columns, weights[:, None])
+            zone = problem.zone.width(weights, level)
+            found = sweep(metric.matrix, aim, columns, level, SWEEPS, zone)
+            result[rows] = found.to(torch.int8).index_select(0, metric.back).T
+        return result
+
+    whole, few = Ternary(trits, scales, size), probe_rows(len(trits)).to(trits.device)
+    (some,) = _rows_of([whole], few)
+    result = problem.zone.meet(
+        lambda: descended(problem.part(few), some),
+        lambda: descended(problem, whole),
+        mean_weight(weights, scales),
+    )
+    return _with_used_scales(result, scales, size)
 
 
 def _judge_of(weight: Tensor, held: Moments, bias: bool) -> Judge:
@@ -383,11 +418,14 @@ def _mean_part(total: Tensor, inputs: Inputs) -> Tensor:
     return (total / max(1, inputs.tokens)).float()[:, None] * inputs.total.float()
 
 
-def _plain(weight: Tensor, group_size: int, rounding: Rounding, planes: int) -> tuple[Ternary, ...]:
+def _plain(
+    weight: Tensor, group_size: int, rounding: Rounding, planes: int, zeros: float | None
+) -> tuple[Ternary, ...]:
     """The matrix without statistics."""
-    found = [_with_stored_scales(itf(weight, group_size), rounding)]
+    found: list[Ternary] = []
     while len(found) < planes:
-        found.append(_with_stored_scales(itf(weight - _sum_of_planes(found), group_size), rounding))
+        rest = weight - _sum_of_planes(found) if found else weight
+        found.append(_with_stored_scales(nearest(rest, group_size, zeros), rounding))
     return tuple(found)
 
 

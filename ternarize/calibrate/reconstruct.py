@@ -9,7 +9,9 @@ to give what the float stream gives, from the state that `gptq` left. (The whole
     loss       mean Huber_1((y' - y) / sigma),  sigma = their error at the start
 
 V is a latent weight and u a correction of the scale; gradients go straight through the rounding
-(where |V / s| < 1.5), so d W'/d V = 1 and d W'/d s = t - V / s, as in LSQ. Scales are rounded in
+(where |V / s| < 1.5), so d W'/d V = 1 and d W'/d s = t - V / s, as in LSQ. With a share of zeros
+the edge of t is not at 1/2 but where that share is below it, looked for anew before each look at
+the held-out loss. Scales are rounded in
 the forward as they will be stored. Vectors of the blocks (biases, norms) are trained with them. V
 starts at the float weight, moved into the interval that rounds to the trit `gptq` chose: near its
 edge where that choice was a compensation, so a small gradient can undo it. There is no weight
@@ -33,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ternarize.qat.prepare import MARGIN
-from ternarize.qat.rounding import FLOOR, RANGES, Form, stored_scales, ternarized
+from ternarize.qat.rounding import FLOOR, RANGES, Form, edge_of, stored_scales, ternarized
 from ternarize.trits.rotation import rotate
 from ternarize.trits.ternary import largest_of_groups, spread_scales
 
@@ -52,8 +54,10 @@ Loss = Callable[[int, Mapping[str, Tensor]], Tensor]
 class TernaryWeight:
     """A trainable ternary weight: latent V (..., rows, cols) and log-scales u."""
 
-    def __init__(self, weight: Tensor, stored: Tensor, form: Form) -> None:
-        """weight: the parameter in float; stored: as it is ternarized now."""
+    def __init__(
+        self, weight: Tensor, stored: Tensor, form: Form, zeros: float | None = None
+    ) -> None:
+        """weight: the parameter in float; stored: as it is ternarized now; zeros: at least."""
         w, q = form.turn(weight), form.turn(stored)
         if form.block:
             w = rotate(w, form.block, form.seed)
@@ -67,6 +71,17 @@ class TernaryWeight:
         trits = q.sign()
         self.latent = nn.Parameter(level * (trits + (w / level - trits).clamp(-MARGIN, MARGIN)))
         self.log_scale = nn.Parameter(torch.zeros_like(scales))
+        self.zeros, self.threshold = zeros, None if zeros is None else torch.tensor(0.5)
+        self.settle()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Have the share of zeros with the latent weights of now."""
+        if self.zeros is not None:
+            level = spread_scales(self.scales(), self.latent.shape[-1], self.form.group_size)
+            ratios = (self.latent.abs() / level).flatten()
+            rank = math.ceil(self.zeros * len(ratios))
+            self.threshold = ratios.new_tensor(max(0.5, edge_of(ratios, rank)))
 
     def scales(self) -> Tensor:
         """Scales as they will be stored; gradients as if they were not rounded."""
@@ -74,7 +89,9 @@ class TernaryWeight:
 
     def stored(self) -> Tensor:
         """s t in the space of the file (rotated, if it is), in the parameter's orientation."""
-        return self.form.turn(ternarized(self.latent, self.scales(), self.form))
+        threshold = self.threshold
+        found = ternarized(self.latent, self.scales(), self.form, threshold=threshold)
+        return self.form.turn(found)
 
 
 def reconstruct(
@@ -109,6 +126,8 @@ def reconstruct(
 
     @torch.no_grad()
     def held_loss() -> float:
+        for weight in weights.values():
+            weight.settle()
         state = parameters(weights, free)
         return float(torch.stack([loss(i, state) for i in held]).mean())
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ternarize.calibrate.blocks import patched
 from ternarize.calibrate.collect import LoadedBlock, MatrixKey, Tick, as_stored, collect
+from ternarize.calibrate.dead_zone import nearest
 from ternarize.calibrate.gptq import Rounding, Solution, solve
 from ternarize.calibrate.lanes import FLOAT, PACKED
 from ternarize.calibrate.moments import Inputs, Moments
@@ -15,17 +16,17 @@ from ternarize.calibrate.ranks import share_out
 from ternarize.calibrate.solved import Parts, form_of
 from ternarize.calibrate.tracing import Group, Trace, sequential_groups
 from ternarize.trits.base3 import pack, unpack
-from ternarize.trits.methods import itf
 from ternarize.trits.ternary import Ternary
 
 
 def without_data(loaded: LoadedBlock) -> dict[str, Tensor]:
-    """The parameters of the block as `itf` without data would have them."""
+    """The parameters of the block as `nearest` without data would have them."""
     patch = {}
     for name in loaded.names():
         form = form_of(loaded.plan(name))
         logical = form.turn(loaded.weight(name)).contiguous()
-        patch[name] = form.turn(itf(logical, form.group_size).dequantize(torch.float32))
+        plain = nearest(logical, form.group_size, loaded.plan(name).zeros)
+        patch[name] = form.turn(plain.dequantize(torch.float32))
     return patch
 
 
@@ -150,7 +151,8 @@ def _solve(
     own = as_stored(form.turn(stack[expert]).contiguous(), form)
     empty = Inputs.empty(own.shape[1], keep=True, device=own.device)
     train, held = (each or Moments.empty(empty, 0, target=False) for each in moments)
-    return solve(own, train, held, form.group_size, rounding, planes=plan.planes, bias=bias)
+    how = {"planes": plan.planes, "zeros": plan.zeros}
+    return solve(own, train, held, form.group_size, rounding, bias=bias, **how)
 
 
 def _of_all(loaded: LoadedBlock, own: dict[MatrixKey, Solution]) -> dict[MatrixKey, Solution]:

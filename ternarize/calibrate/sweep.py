@@ -16,7 +16,14 @@ from ternarize.calibrate.metric import PANEL
 LEAF = 16  # columns that are rounded one by one
 
 
-def sweep(matrix: Tensor, aim: Tensor, columns: Tensor, level: Tensor, sweeps: int = 1) -> Tensor:
+def sweep(
+    matrix: Tensor,
+    aim: Tensor,
+    columns: Tensor,
+    level: Tensor,
+    sweeps: int = 1,
+    zone: Tensor | None = None,
+) -> Tensor:
     """Round columns one by one, from the last to the first, each making up for the errors so far.
 
     matrix   (cols, cols), of which the lower triangle T counts
@@ -26,6 +33,7 @@ def sweep(matrix: Tensor, aim: Tensor, columns: Tensor, level: Tensor, sweeps: i
              overwritten
     level    (cols, rows): scales
     sweeps   how often; more than once where T is that of a symmetric matrix
+    zone     (cols, rows), in units of the scales: how far beyond 1/2 trits are 0; None: not at all
 
     Returns trits (cols, rows) float32.
     """
@@ -35,20 +43,21 @@ def sweep(matrix: Tensor, aim: Tensor, columns: Tensor, level: Tensor, sweeps: i
 
     with torch.inference_mode():  # saves the overhead of recording what could be differentiated
         parts = (aim, inverse, level, errors)
-        lines = list(zip(*(part.unbind(0) for part in parts), strict=True))
+        zones = [None] * len(aim) if zone is None else zone.unbind(0)
+        lines = list(zip(*(part.unbind(0) for part in parts), zones, strict=True))
         for turn in range(sweeps):
             if turn:
-                trits = _nearest(aim, inverse)
+                trits = _nearest(aim, inverse, zone)
                 _up(matrix, aim, errors, 0, len(matrix))
                 torch.mul(trits, level, out=columns)
             _down(matrix, lines, aim, errors, trit, 0, len(matrix))
-    return _nearest(aim, inverse)
+    return _nearest(aim, inverse, zone)
 
 
 # Not functions within `sweep`: those that call themselves would keep its memory until collected
 def _down(
     matrix: Tensor,
-    lines: Sequence[tuple[Tensor, ...]],
+    lines: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]],
     aim: Tensor,
     errors: Tensor,
     trit: Tensor,
@@ -66,9 +75,12 @@ def _down(
     # what is not an error yet meets zeros
     weights = matrix[first:stop, first:stop].tril(-1).T.contiguous().unbind(0)
     known = errors[first:stop].T
-    for (goal, over, scale, error), w in zip(lines[first:stop][::-1], weights[::-1], strict=True):
+    own = lines[first:stop][::-1]
+    for (goal, over, scale, error, zone), w in zip(own, weights[::-1], strict=True):
         goal.addmv_(known, w)
         torch.mul(goal, over, out=trit)
+        if zone is not None:
+            trit.sub_(torch.clamp(trit, -zone, zone))
         error.addcmul_(F.hardtanh_(trit).round_(), scale, value=-1)
 
 
@@ -85,6 +97,9 @@ def _up(matrix: Tensor, aim: Tensor, errors: Tensor, first: int, stop: int) -> N
     aim[span].addmm_(matrix[span, span].tril(-1), errors[span])
 
 
-def _nearest(aim: Tensor, inverse: Tensor) -> Tensor:
+def _nearest(aim: Tensor, inverse: Tensor, zone: Tensor | None) -> Tensor:
     """Trits: a tie between two is 0."""
-    return F.hardtanh_(aim * inverse).round_()
+    ratio = aim * inverse
+    if zone is not None:
+        ratio.sub_(torch.clamp(ratio, -zone, zone))
+    return F.hardtanh_(ratio).round_()

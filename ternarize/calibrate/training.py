@@ -65,7 +65,8 @@ class Window:
             for kept in chain[:-1]:
                 modules[kept.path] = stack.enter_context(self.blocks.loaded(kept.path))
                 state[kept.path] = self.solved.parts(kept.path)
-            weights, vectors, fixed = _trainable(modules, state)
+            zeros = {name: plan.zeros for name, plan in self.solved.plans.items()}
+            weights, vectors, fixed = _trainable(modules, state, zeros)
 
             def forward(lane: int, values: Mapping[str, Tensor]) -> Any:
                 hidden: Tensor | None = None
@@ -128,9 +129,12 @@ def _of_kinds(kinds: Sequence[str]) -> tuple[list[int], list[int]]:
 
 
 def _trainable(
-    modules: Mapping[str, nn.Module], state: Mapping[str, Parts]
+    modules: Mapping[str, nn.Module], state: Mapping[str, Parts], zeros: Mapping[str, float | None]
 ) -> tuple[dict[str, TernaryWeight], dict[str, Tensor], dict[str, Tensor]]:
-    """Of loaded blocks, by full name: ternary weights, vectors, and weights that stay."""
+    """Of loaded blocks, by full name: ternary weights, vectors, and weights that stay.
+
+    zeros  the share of zeros that each ternary weight has at least, by full name
+    """
     weights: dict[str, TernaryWeight] = {}
     vectors: dict[str, Tensor] = {}
     fixed: dict[str, Tensor] = {}
@@ -141,7 +145,8 @@ def _trainable(
             if len(planes) > 1:  # two planes leave little to gain
                 fixed[f"{path}.{name}"] = form.parameter(sum_planes(planes))
             else:
-                weights[f"{path}.{name}"] = TernaryWeight(source, planes[0], form)
+                whole = f"{path}.{name}"
+                weights[whole] = TernaryWeight(source, planes[0], form, zeros[whole])
         for name, value in module.named_parameters():
             if value.ndim == 1:
                 vectors[f"{path}.{name}"] = own.vectors.get(name, value.data)

@@ -39,6 +39,7 @@ class TensorPlan:
                  convert/tensor.py)
     planes       ternary matrices whose sum it becomes
     rotation     (block, seed) of its input; block 0: none
+    zeros        the least share of zeros that data may leave it; None: what comes of them
 
     What the choice says of a ternary tensor (group size, planes) may differ from tensor to tensor,
     but not between those that load into one parameter (`check_fused`).
@@ -53,6 +54,7 @@ class TensorPlan:
     tied_to: str | None = None
     planes: int = 1
     rotation: tuple[int, int] = (0, 0)
+    zeros: float | None = None
 
     @property
     def name(self) -> str:

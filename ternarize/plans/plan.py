@@ -260,7 +260,8 @@ def _shards(source: Checkpoint, tensors: Iterable[TensorPlan]) -> list[Shard]:
 
 
 def calibrated_plan(tensor: TensorPlan, recipe: Recipe) -> TensorPlan:
-    """The plan of a tensor that calibration finds: its inputs are rotated."""
+    """The plan of a tensor that calibration finds: its zeros, and the rotation of its inputs."""
+    tensor = replace(tensor, zeros=recipe.zeros)
     if recipe.calibrate is None or tensor.kernel:
         return tensor  # trained from what `itf` gives; or met by an input as often as it has places
     assert recipe.calibrate.rotation is not None, "of a recipe that is settled"

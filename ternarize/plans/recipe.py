@@ -254,8 +254,9 @@ class Recipe:
     scale_bits: int = option(16, "Bits of a scale: {allowed}; default: {default}.", (16, 8))
     zeros: float | None = option(
         None,
-        "Share of zeros of each group, the smallest weights, with twn or itf; default: what comes "
-        "of the method. Of many zeros `ternarize recode` makes a smaller file.",
+        "Share of zeros: without data of each group the smallest weights, with twn or itf; with "
+        "data, or a training, of each matrix those that matter least. Default: what comes of the "
+        "method. Of many zeros --codec rans makes a smaller file.",
         Span(0, 0.999),
     )
     codec: str = option(
@@ -300,13 +301,12 @@ class Recipe:
             raise UsageError("method", words, "some with it", "Add `calibrate`, or take another")
         if self.method != GPTQ and self.calibrate is not None:
             raise UsageError("method", words, f"{GPTQ!r} with it", "Take that, or no `calibrate`")
-        if self.zeros is not None and (self.fits or self.method == "absmean"):
-            beside = "data" if self.fits else "absmean, whose scale is the mean of all weights"
+        if self.zeros is not None and self.method == "absmean":
             raise UsageError(
                 "zeros",
-                f"{self.zeros} beside {beside}",
-                "the methods twn and itf without data",
-                "Add --method itf, or leave it out",
+                f"{self.zeros} beside absmean, whose scale is the mean of all weights",
+                "another method",
+                "Add --method itf or --dataset, or leave it out",
             )
         if self.fold and self.training is not None:
             raise UsageError(

@@ -123,6 +123,18 @@ def scales_of(latent: Tensor, form: Form) -> Tensor:
     return stored_scales(scales, form.scale_dtype)
 
 
+def edge_of(ratios: Tensor, rank: int) -> float:
+    """A threshold that `rank` of some |V / s|, flat, are below: between two, so that none is on it.
+
+    0.0 for rank 0; of equal ones more may be.
+    """
+    if not rank:
+        return 0.0
+    below = float(ratios.kthvalue(rank).values)
+    above = float(ratios.kthvalue(rank + 1).values) if rank < len(ratios) else 2 * below
+    return (below + above) / 2
+
+
 def trits_of(latent: Tensor, scales: Tensor, group_size: int, threshold: Tensor | None) -> Tensor:
     """The trits that a forward uses, (..., rows, cols) int8."""
     trits = _hard(split_groups(latent, group_size), scales.unsqueeze(-1), threshold)

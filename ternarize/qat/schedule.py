@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 
 from ternarize.errors import UsageError
 from ternarize.qat.modules import LOG_SCALE, SCHEDULED, Qat, latent_modules
+from ternarize.qat.rounding import edge_of
 from ternarize.trits.base3 import BASE3
 from ternarize.trits.ternary import split_groups
 
@@ -48,7 +49,8 @@ class Schedule(TrainerCallback):
         for what, value in shares.items():
             if not 0 <= value <= 1 or (what == "zeros" and value == 1):
                 raise UsageError(what, f"{value}", "a share of 1")
-        self.modules = [module for _, module in latent_modules(model)]
+        inside = [module for _, module in latent_modules(model)]
+        self.modules = [m for m in inside if any(f.codec == BASE3 for f in m.forms.values())]
         if not self.modules:
             raise UsageError(
                 type(model).__name__,
@@ -61,27 +63,31 @@ class Schedule(TrainerCallback):
         self.sharpen = (0.9 if soft else 0.0) if sharpen is None else sharpen
 
     @torch.no_grad()
-    def at(self, done: float) -> None:
-        """Set what holds after a share of the steps, from 0 to 1."""
+    def at(self, done: float, *, exact: bool = False) -> None:
+        """Set what holds after a share of the steps, from 0 to 1.
+
+        exact  have the share of zeros of now to within one weight, as at the end; else to within
+               a sample, in less time
+        """
         blend = done / self.warmup if done < self.warmup else None
         sharpness = SHARP ** (done / self.sharpen) if done < self.sharpen else None
         for module in self.modules:
-            threshold = None if self.zeros is None else self._threshold(module, done)
+            threshold = None
+            if self.zeros is not None:
+                threshold = self._threshold(module, done, exact=exact or done >= 1)
             for name, value in zip(SCHEDULED, (blend, sharpness, threshold), strict=True):
                 _put(module, name, value)
 
-    def _threshold(self, module: Qat, done: float) -> float:
-        """|V / s| that a share of the module's weights is below: of a sample, at the end of all."""
-        sampled = None if done >= 1 else SAMPLED
-        ratios = torch.cat([_ratios(module, name, sampled) for name in module.forms])
+    def _threshold(self, module: Qat, done: float, *, exact: bool) -> float:
+        """|V / s| that a share of the module's weights is below: of a sample, or of all."""
+        sampled = None if exact else SAMPLED
+        names = [name for name, form in module.forms.items() if form.codec == BASE3]
+        ratios = torch.cat([_ratios(module, name, sampled) for name in names])
         natural = float((ratios <= 0.5).float().mean())
         part = min(1.0, done / self.ramp) if self.ramp else 1.0
         assert self.zeros is not None
         rank = round((natural + part * (self.zeros - natural)) * len(ratios))
-        # between two weights, so that no rounding decides
-        below = float(ratios.kthvalue(rank).values) if rank else 0.0
-        above = float(ratios.kthvalue(rank + 1).values) if rank < len(ratios) else 2 * below
-        return (below + above) / 2 if rank else 0.0
+        return edge_of(ratios, rank)
 
     # --- what transformers' Trainer calls ---
 

@@ -51,7 +51,10 @@ class Job:
     known       what must be the same when a training goes on
     told        what to show after each step
     part        tokens that go through the model at a time
-    at          what changes with the share that is done, before each step and at the end
+    at          what changes with the share that is done, before each step and at the end; and
+                whether a look at held-out text follows, after which the state may be kept
+    counts      share of the budget from which on states can be kept: what is asked of them is
+                reached there
     world       the processes that share it, each with all of the model; of those beside the first
                 folder, keep, known and told are not used
     """
@@ -66,7 +69,8 @@ class Job:
     known: Mapping[str, Any]
     told: Told
     part: int
-    at: Callable[[float], None]
+    at: Callable[[float, bool], None]
+    counts: float = 0.0
     world: World = field(default_factory=World)
 
 
@@ -104,10 +108,11 @@ def _go_on(job: Job, progressed: Progressed, samples: Iterator[Sample]) -> Progr
     try:
         while True:
             done = job.world.firsts(min(1.0, share_done(job.training, progressed)))
-            job.at(done)
-            if not progressed.held or math.floor(done * LOOKS) > progressed.looked:
+            looks = not progressed.held or math.floor(done * LOOKS) > progressed.looked
+            job.at(done, looks)
+            if looks:
                 gradients.check_same(progressed.step)
-                _look(job, progressed, math.floor(done * LOOKS))
+                _look(job, progressed, math.floor(done * LOOKS), counts=done >= job.counts)
             if done == 1 or time.monotonic() - saved > SAVE_EVERY:
                 save()
                 saved = time.monotonic()
@@ -165,17 +170,18 @@ def _rate(done: float) -> float:
     return min(1.0, (done + 1e-3) / WARM) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-def _look(job: Job, progressed: Progressed, number: int) -> None:
-    """Measure the held-out loss; keep the state if none was better."""
+def _look(job: Job, progressed: Progressed, number: int, *, counts: bool) -> None:
+    """Measure the held-out loss; keep the state if none that counts was better."""
     loss = job.held()
-    least = min((each for _, each in progressed.held), default=math.inf)
-    better = loss < least or progressed.best is None
+    counted = (each for step, each in progressed.held if step >= progressed.since)
+    better = not counts or progressed.best is None or loss < min(counted, default=math.inf)
     if better and job.world.rank == 0:
         job.keep(best_file(job.folder, progressed.step), loss)
     with signals_held():
         progressed.held.append((progressed.step, loss))
         progressed.looked = number
         progressed.best = progressed.step if better else progressed.best
+        progressed.since = progressed.since if counts else progressed.step + 1
 
 
 def _step(

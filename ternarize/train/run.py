@@ -24,7 +24,7 @@ from ternarize.plans.recipe import Train
 from ternarize.progress import Progress
 from ternarize.qat.modules import LOG_SCALE, hold_dense, latent_modules
 from ternarize.qat.rounding import Form
-from ternarize.qat.schedule import end_decay, parameter_groups
+from ternarize.qat.schedule import Schedule, end_decay, parameter_groups
 from ternarize.ranks import World
 from ternarize.sources.checkpoint import locate
 from ternarize.sources.packed import check_record, open_packed, refuse_folded
@@ -42,6 +42,7 @@ from ternarize.trits.base3 import BASE3
 from ternarize.trits.ternary import scaled
 
 _TICKS = 1000  # of progress
+RAMP = 0.3  # share of the budget in which a share of zeros is reached that was not there before
 LATENT_RATE = 0.006  # of latent weights, in units of their scales
 # from scratch, as BitNet b1.58 is trained: high rates, and decay in the first half
 SCRATCH_RATE, SCRATCH_DECAY = 0.002, 0.1
@@ -114,6 +115,11 @@ def train_model(
         models = [model for model in (pair.student, pair.teacher) if model is not None]
         compile_blocks(models, blocks.paths, device)
         pair.compiled = True
+    schedule, ramp = None, 0.0
+    if plan.recipe.zeros is not None:  # that a calibration has reached, or is to be
+        ramp = RAMP if plan.recipe.calibrate is None else 0.0
+        schedule = Schedule(pair.student, zeros=plan.recipe.zeros, ramp=ramp)
+        schedule.at(0.0)
     if training.from_scratch:
         rate = SCRATCH_RATE if training.lr is None else training.lr
         groups = parameter_groups(pair.student, rate, weight_decay=SCRATCH_DECAY)
@@ -138,6 +144,11 @@ def train_model(
         if log is not None:
             log(step, figures)
 
+    def at(done: float, exact: bool) -> None:
+        end_decay(job.optimizer, done)
+        if schedule is not None:
+            schedule.at(done, exact=exact)
+
     job = Job(
         training,
         place,
@@ -149,7 +160,8 @@ def train_model(
         _known(data, pair, device, training),
         told,
         training.micro_batch or tokens_at_once(device),
-        lambda done: end_decay(job.optimizer, done),
+        at,
+        ramp,
         world,
     )
     had = _had(training.start, data)
@@ -295,6 +307,8 @@ def _take_best(pair: Pair, blocks: Blocks, best: Checkpoint) -> None:
             module, leaf = forms[blocks.places[name].parameters[0]]
             module.set_numbers(leaf, *read_numbers(best, name, record))
     with torch.no_grad():
+        for module, _ in forms.values():
+            module.threshold = None  # what is stored is ternary by itself
         for name, value in blocks.as_parameters({n: p[0] for n, p in values.items()}).items():
             if name in forms:
                 module, leaf = forms[name]

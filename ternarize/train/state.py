@@ -34,6 +34,7 @@ class Progressed:
     held     (step, held-out loss), the start first
     best     the step that had the least of those, None before the first
     looked   how many of the looks at held-out text are due no more
+    since    the step from which on states count; an earlier one is kept until there is one
     budgets  (step, the budget of the steps after it), a line for each change
     """
 
@@ -44,6 +45,7 @@ class Progressed:
     held: list[tuple[int, float]] = field(default_factory=list)
     best: int | None = None
     looked: int = 0
+    since: int = 0
     budgets: list[tuple[int, dict[str, float | None]]] = field(default_factory=list)
 
     def best_file(self, folder: Path) -> Path:

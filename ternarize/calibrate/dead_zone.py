@@ -1,0 +1,120 @@
+"""A share of zeros within the compensation of errors: what a trit other than 0 has to gain.
+
+With E as in gptq.py and n the trits that are not zero, E + penalty n is what its steps 3 and 5 make
+small. To round u, in units of its scale s, changes E by D s^2 (u - t)^2 (D is L_jj^2 in step 3,
+M_jj in step 5), so the best trit is
+
+    t = 0  where |u| <= 1/2 + penalty / (2 D s^2),    else sign(u)
+
+whose dead zone is the wider the less a column matters and the smaller a scale is. The penalty is
+the Lagrange multiplier of the share, and one for all of a matrix: the least with which the share is
+met, searched for on some of the rows and mended on all of them.
+
+Sources: uniform quantizers with a dead zone as the best ones at low rates, Sullivan 1996,
+https://doi.org/10.1109/18.532878; a multiplier in the place of a constraint, Everett 1963,
+https://doi.org/10.1287/opre.11.3.399.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ternarize.trits.methods import itf, with_zeros
+from ternarize.trits.ternary import Ternary, group_length
+
+FIRST = 0.1  # the penalty at which the search begins, in units of the mean D s^2
+COLD, WARM = 2.0, 1.2  # steps of the search for the first time, and from the penalty before
+HALVINGS = 4
+MEND = 1.03  # by which the penalty grows where the other rows have fewer zeros
+MOST = 64  # steps of each kind
+
+Trits = Callable[[], Tensor]  # trits as the penalty of now gives them
+
+
+class DeadZone:
+    """The least share of zeros of a matrix, and the penalty by which it is met.
+
+    share    0 to below 1; 0: what rounding gives
+    penalty  as it is now, in units of E
+    """
+
+    def __init__(self, share: float) -> None:
+        self.share, self.penalty = share, 0.0
+
+    def width(self, weights: Tensor, level: Tensor) -> Tensor | None:
+        """penalty / (2 D s^2), (cols, rows); None: there is no dead zone.
+
+        weights  D, (cols,)
+        level    s, (cols, rows); where it is 0, all trits are
+        """
+        if not self.penalty:
+            return None
+        return self.penalty / (2 * weights[:, None] * level.square()).clamp(min=1e-30)
+
+    def meet(self, some: Trits, whole: Trits, unit: float) -> Tensor:
+        """Trits with the least penalty at which the share of them are zeros.
+
+        some   those of a few rows, on which it is searched for
+        whole  those of all, which are returned
+        unit   mean D s^2
+        """
+        if not self.share:
+            return whole()
+        self._search(some, unit)
+        found = whole()
+        for _ in range(MOST):
+            if self._is_met(found):
+                break
+            self.penalty = MEND * self.penalty or FIRST * unit
+            found = whole()
+        return found
+
+    def _search(self, some: Trits, unit: float) -> None:
+        """Set the penalty to the least, within some percent, that meets the share of some rows."""
+
+        def meets(penalty: float) -> bool:
+            self.penalty = penalty
+            return self._is_met(some())
+
+        step, before = (WARM, self.penalty) if self.penalty else (COLD, FIRST * unit)
+        if step == COLD and (not unit > 0 or meets(0.0)):
+            self.penalty = 0.0
+            return
+        low = high = before
+        if meets(before):
+            low = before / step
+            for _ in range(MOST):
+                if not meets(low):
+                    break
+                low, high = low / step, low
+        else:
+            for _ in range(MOST):
+                low, high = high, high * step
+                if meets(high):
+                    break
+        for _ in range(HALVINGS):
+            middle = (low * high) ** 0.5
+            low, high = (low, middle) if meets(middle) else (middle, high)
+        self.penalty = high
+
+    def _is_met(self, trits: Tensor) -> bool:
+        return int(trits.count_nonzero()) <= (1 - self.share) * trits.numel()
+
+
+def nearest(weight: Tensor, group_size: int, zeros: float | None = None) -> Ternary:
+    """A matrix ternarized without data: by `itf`, or where that has fewer zeros, with this share.
+
+    Arguments and result are those of the methods; each group has one zero more where the share is
+    not to be had.
+    """
+    found = itf(weight, group_size)
+    if zeros is None or int((found.trits == 0).sum()) >= zeros * found.trits.numel():
+        return found
+    length = weight.numel() if group_size == 0 else group_length(weight.shape[-1], group_size)
+    return with_zeros(zeros + 0.5 / length)(weight, group_size)
+
+
+def mean_weight(weights: Tensor, scales: Tensor) -> float:
+    """The mean of D s^2: of D (cols,) and scales of any shape, those that are 0 left out."""
+    used = scales[scales > 0].float()
+    return float(weights.double().mean() * used.square().mean()) if used.numel() else 0.0
