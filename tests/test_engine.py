@@ -130,13 +130,27 @@ def test_widths_and_architectures_that_do_not_fit_are_refused(tmp_path: Path) ->
         ("Qwen3Moe", "norm_topk_prob False", {"norm_topk_prob": False}),
         ("Gemma3Text", "layer_types", {"layer_types": ["full_attention"] * 2}),
         ("GPT2", "scale_attn_weights False", {"scale_attn_weights": False}),
+        ("Qwen3_5Text", "layer_types", {"layer_types": ["full_attention"] * 2}),
+        ("Qwen3_5Text", "linear_value_head_dim 64", {"linear_value_head_dim": 64}),
+        (
+            "Qwen3_5Text",
+            "mrope_section",
+            {
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 1e4,
+                    "partial_rotary_factor": 0.25,
+                    "mrope_section": [24, 4, 4],
+                }
+            },
+        ),
     ],
 )
 def test_what_an_export_would_refuse_is_refused_before_the_work(
     kind: str, said: str, changed: dict[str, Any], tmp_path: Path
 ) -> None:
-    model = {"Gemma3Text": "Gemma3ForCausalLM", "GPT2": "GPT2LMHeadModel"}.get(kind)
-    names = [model or f"{kind}ForCausalLM"]
+    model = {"GPT2": "GPT2LMHeadModel"}.get(kind)
+    names = [model or f"{kind.removesuffix('Text')}ForCausalLM"]
     for options in ({}, changed):
         config = getattr(transformers, f"{kind}Config")(num_hidden_layers=2, **options)
         check = partial(check_engine, tmp_path, {**config.to_dict(), "architectures": names})

@@ -29,6 +29,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX
 from typer.testing import CliRunner
 
 import ternarize
@@ -77,6 +78,22 @@ def _config(kind: str, **more: Any) -> Any:
     return made
 
 
+def qwen35(dim: int, **more: Any) -> Any:
+    """Three layers with linear attention, whose heads have `dim` features, and one without."""
+    return _config(
+        "Qwen3_5Text",
+        **{
+            "num_hidden_layers": 4,
+            "head_dim": 64,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": dim,
+            "linear_value_head_dim": dim,
+            **more,
+        },
+    )
+
+
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: _config("Llama"),
     "llama_tied": lambda: _config("Llama", tie_word_embeddings=True),
@@ -103,6 +120,8 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         pad_token_id=0,
     ),
     "phi3": lambda: _config("Phi3", pad_token_id=0),
+    # heads of values in another order than llama.cpp's; of 256, so that blocks stay whole
+    "qwen35": lambda: qwen35(256),
     # 1024 positions and four times the width: what the reader takes
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=320,
@@ -313,6 +332,8 @@ def test_gguf_of_every_architecture_loads_elsewhere_with_our_logits(tmp_path: Pa
     jobs: list[dict[str, Any]] = []
     ours, texts = [], []
     for name, config in CONFIGS.items():
+        if name == "qwen35":  # of which its reader takes no ternary blocks
+            continue
         source = make_source(tmp_path / name, config(), seed=len(name))
         convert(source, tmp_path / f"{name}-packed", Recipe("absmean", 256))
         kind = "tq1_0" if name == "llama_tied" else "tq2_0"
@@ -675,6 +696,52 @@ def test_unknown_architectures_are_refused(
         export(changed, tmp_path / "m.gguf", "gguf")
 
 
+def test_heads_that_blocks_would_cut_are_refused_or_told(tmp_path: Path) -> None:
+    """llama.cpp has them in another order: blocks of 256 columns would be of several heads."""
+    sizes = {"linear_num_key_heads": 4, "linear_num_value_heads": 8}
+    source = make_source(tmp_path / "source", qwen35(64, **sizes))
+    convert(source, tmp_path / "packed", Recipe("absmean", 256))
+    with pytest.raises(CheckpointError, match=r"heads of 64 columns in another order .* 3 tensors"):
+        export(tmp_path / "packed", tmp_path / "m.gguf", "gguf", kind="tq2_0")
+    report = export(tmp_path / "packed", tmp_path / "m.gguf", "gguf")
+    assert report["type"] == "q2_0" and not report["lost"]
+    options = {"kind": "tq2_0", "allow_requantize": True}
+    report = export(tmp_path / "packed", tmp_path / "other.gguf", "gguf", **options)
+    _, tensors = read_gguf(tmp_path / "other.gguf")
+    stored = tensors["blk.1.ssm_out.weight"]
+    found = torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type))
+    name = "model.layers.1.linear_attn.out_proj.weight"
+    # of four heads of keys the first of values, then the second of all
+    heads = open_verified(tmp_path / "packed").dense(name).view(256, 4, 2, 64)
+    expected = heads.transpose(1, 2).reshape(256, 512)
+    error = float((found - expected).square().sum() / expected.square().sum())
+    (row,) = (row for row in report["errors"] if "out_proj" in row["tensors"])
+    assert 0 < error <= row["worst_relative_error"] * 1.001 < 0.5
+
+
+def test_of_qwen35_a_file_has_what_is_multiplied(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source", CONFIGS["qwen35"]())
+    convert(source, tmp_path / "packed", Recipe("absmean", 256))
+    export(tmp_path / "packed", tmp_path / "m.gguf", "gguf")
+    fields, tensors = read_gguf(tmp_path / "m.gguf")
+    said = {key: fields[f"qwen35.ssm.{key}"] for key in ("inner_size", "time_step_rank")}
+    assert said == {"inner_size": 1024, "time_step_rank": 4}
+    assert fields["qwen35.rope.dimension_sections"] == [11, 11, 10, 0]
+    assert fields["qwen35.rope.dimension_count"] == 16
+    before = packing.read_checkpoint(source)
+    prefix, tiled = "model.layers.2.linear_attn", [0, 2, 1, 3]
+    decay = -before[f"{prefix}.A_log"].exp()[tiled]
+    assert np.array_equal(tensors["blk.2.ssm_a"].data, decay.numpy())
+    assert np.array_equal(
+        tensors["blk.2.ssm_dt.bias"].data, before[f"{prefix}.dt_bias"][tiled].numpy()
+    )
+    # its norm multiplies by w, all others by 1 + w
+    norm = before[f"{prefix}.norm.weight"]
+    assert np.array_equal(tensors["blk.2.ssm_norm.weight"].data, norm.numpy())
+    norm = before["model.layers.2.input_layernorm.weight"] + 1
+    assert np.array_equal(tensors["blk.2.attn_norm.weight"].data, norm.numpy())
+
+
 def test_of_gpt2_kept_matrices_are_turned_and_other_scales_refused(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source", CONFIGS["gpt2"]())
     convert(source, tmp_path / "packed", Recipe("absmean", 256, keep=("*c_fc.weight",)))
@@ -726,6 +793,7 @@ QWEN2_SPLIT = LLAMA3_SPLIT.replace("{1,3}", "")
         ("gpt-2", None, {}),
         ("llama-bpe", _steps(_regex(LLAMA3_SPLIT), _BYTES), {"ignore_merges": True}),
         ("qwen2", _steps(_regex(QWEN2_SPLIT), _BYTES), {}),
+        ("qwen35", _steps(_regex(PRETOKENIZE_REGEX), _BYTES), {}),
         (
             "smollm",
             _steps(

@@ -34,6 +34,12 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}|"
     r" ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# the same where a letter keeps its marks
+_WORDS_WITH_MARKS = (
+    _WORDS.format(digits="")
+    .replace(r"?\p{L}+", r"?[\p{L}\p{M}]+")
+    .replace(r"\s\p{L}", r"\s\p{L}\p{M}")
+)
 
 
 # llama.cpp's name -> the steps of the split, as tokenizers defines them
@@ -41,6 +47,7 @@ SPLITS: dict[str, list[dict[str, Any]]] = {
     "gpt-2": [_BYTES_SPLIT],
     "llama-bpe": [_regex_split(_WORDS.format(digits="{1,3}")), _BYTES],
     "qwen2": [_regex_split(_WORDS.format(digits="")), _BYTES],
+    "qwen35": [_regex_split(_WORDS_WITH_MARKS), _BYTES],
     "smollm": [{"type": "Digits", "individual_digits": True}, _BYTES_SPLIT],
 }
 
@@ -48,6 +55,7 @@ SPLITS: dict[str, list[dict[str, Any]]] = {
 # those by which a word that is a token is not merged up from its letters
 WHOLE_WORDS = ("llama-bpe",)
 SPACE = "\u2581"
+GOES_ON = "##"  # before pieces of WordPiece that begin no word; files have SPACE before the others
 PREPEND = [{"type": "Prepend", "prepend": SPACE}]
 REPLACE = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
 NO_SPLIT = {
@@ -85,6 +93,10 @@ class Architecture:
     body        where transformers has its parts, and where in that its blocks
     learned     positions are a table and not rotated, norms subtract the mean (LayerNorm)
     turned      matrices of blocks are [in, out] in transformers (Conv1D), [out, in] in files
+    encoder     a text is read in both directions, and comes out as embeddings: there is no head
+    absent      pattern of the names of a checkpoint that files do not have
+    bare        names of tensors that are no weight and no bias of a module
+    linear      some layers have linear attention, a gated delta net
     """
 
     name: str
@@ -101,6 +113,19 @@ class Architecture:
     body: tuple[str, str] = ("model", "layers")
     learned: bool = False
     turned: bool = False
+    encoder: bool = False
+    absent: str = ""
+    bare: Mapping[str, str] = field(default_factory=dict)
+    linear: bool = False
+
+    def leaves_out(self, name: str) -> bool:
+        """Whether a tensor of a checkpoint has no place in a file, and is not missed there."""
+        return re.fullmatch(self.absent, name) is not None
+
+    def is_shifted(self, name: str) -> bool:
+        """Whether a tensor of a checkpoint is a norm's w where files have 1 + w."""
+        gated = name.endswith(".linear_attn.norm.weight")  # which multiplies by w itself
+        return self.shifted and name.endswith("norm.weight") and not gated
 
     def to_llama_cpp(self, name: str) -> str | None:
         """What a file calls a tensor of transformers, whose name has {} for the number of an
@@ -109,13 +134,17 @@ class Architecture:
         Checkpoints of the model without its head leave "model." out.
         """
         body, blocks = self.body
-        pattern = rf"(?:{body}\.)?(?:{blocks}\.(\d{{1,5}})\.)?(.+)\.(weight|bias)"
-        match = re.fullmatch(pattern, name)
+        place = rf"(?:{body}\.)?(?:{blocks}\.(\d{{1,5}})\.)?"
+        match = re.fullmatch(rf"{place}({'|'.join(map(re.escape, self.bare))})", name)
+        if match is not None and match[1] and self.bare:
+            return f"blk.{int(match[1])}.{self.bare[match[2]]}"
+        match = re.fullmatch(rf"{place}(.+)\.(weight|bias)", name)
         if match is None:
             return None
         inner = match[2].replace(".{}.", ".")  # of all experts it is one tensor
         before = "" if match[1] is None else f"{blocks}.0."
-        ours = self.names.get(inner) or _in_table(self.table or self.name, body, before + inner)
+        top = "" if self.encoder else f"{body}."  # encoders stand in the tables as they are saved
+        ours = self.names.get(inner) or _in_table(self.table or self.name, top, before + inner)
         prefix = "" if match[1] is None else f"blk.{int(match[1])}."
         return None if ours is None else f"{prefix}{ours}.{match[3]}"
 
@@ -130,10 +159,10 @@ class Architecture:
 
 
 @cache
-def _in_table(architecture: str, body: str, name: str) -> str | None:
+def _in_table(architecture: str, top: str, name: str) -> str | None:
     """The name in llama.cpp of a module of transformers, by the table of the package `gguf`."""
     names = _table(architecture)
-    found = names.get_name(f"{body}.{name}")
+    found = names.get_name(top + name)
     if found is None and ".0." not in name:  # what stands in no block may stand beside the body
         found = names.get_name(name)
     return None if found is None else str(found).removeprefix("blk.0.")
@@ -172,6 +201,28 @@ GPT2 = Architecture(
     learned=True,
     turned=True,
 )
+QWEN35 = Architecture(
+    "qwen35",
+    "qwen3_5_text",
+    "Qwen3_5ForCausalLM",
+    {},
+    shifted=True,
+    absent=r"mtp\..+|(?:model\.)?visual\..+",
+    bare={"linear_attn.A_log": "ssm_a", "linear_attn.dt_bias": "ssm_dt.bias"},
+    linear=True,
+)
+# encoders; the pooler behind the first token is no part of what llama.cpp computes
+BERT = Architecture(
+    "bert",
+    "bert",
+    "BertModel",
+    {},
+    activation="gelu",
+    body=("bert", "encoder.layer"),
+    learned=True,
+    encoder=True,
+    absent=r"(?:bert\.)?(?:pooler\..+|cls\..+|embeddings\.(?:position|token_type)_ids)",
+)
 # BitNet b1.58 2B4T; bitnet.cpp's converters call it bitnet-25, too
 BITNET = Architecture(
     "bitnet-b1.58",
@@ -187,8 +238,16 @@ BITNET = Architecture(
 EXPORTED = {
     **{each.model_class: each for each in (LLAMA, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, PHI3, GEMMA3)},
     "MistralForCausalLM": LLAMA,
+    QWEN35.model_class: QWEN35,
     GPT2.model_class: GPT2,
+    BERT.model_class: BERT,
 }
+FULL = 4  # of Qwen 3.5's layers, each fourth has full attention
+MROPE_SECTIONS = (
+    11,
+    11,
+    10,
+)  # frequencies for time, height and width, where config.json does not say
 WINDOWS = 6  # of Gemma 3's layers, each sixth sees all
 LOCAL_BASE = 10000.0  # of the rope of its other layers, which files do not say
 _SCALED_BY_WIDTH = 62  # layers of Gemma 3 27B, by which llama.cpp knows it
@@ -209,6 +268,57 @@ def gemma_layer_types(layers: int) -> list[str]:
     ]
 
 
+@dataclass(frozen=True)
+class DeltaNet:
+    """The heads of a gated delta net, and where files have them.
+
+    keys    heads of keys, and of queries
+    values  heads of values, so many for each of keys
+    dim     features of a head, of either kind
+
+    transformers has the heads of values that share a head of keys behind each other; files have the
+    first of each head of keys, then the second of each (ggml repeats keys so).
+    """
+
+    keys: int
+    values: int
+    dim: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "DeltaNet":
+        """From a config.json."""
+        names = ("linear_num_key_heads", "linear_num_value_heads", "linear_value_head_dim")
+        return cls(*(int(config[name]) for name in names))
+
+    def order(self, part: str) -> tuple[Tensor | None, Tensor | None]:
+        """Where the rows and the columns of a file's tensor blk.N.PART are in transformers.
+
+        None: they are the same. A vector has rows.
+        """
+        if self.keys == self.values:
+            return None, None
+        heads = torch.arange(self.values).view(self.keys, -1).t().flatten()
+        features = (heads[:, None] * self.dim + torch.arange(self.dim)).flatten()
+        before = 2 * self.keys * self.dim  # queries and keys, which stay
+        if part in ("ssm_a", "ssm_dt", "ssm_alpha", "ssm_beta"):
+            return heads, None
+        if part in ("attn_qkv", "ssm_conv1d"):
+            return torch.cat([torch.arange(before), before + features]), None
+        return (features if part == "attn_gate" else None), features if part == "ssm_out" else None
+
+
+def gguf_part(name: str) -> str:
+    """blk.3.attn_q.weight -> attn_q, and blk.3.ssm_a, which has no more to its name -> ssm_a."""
+    return name.split(".")[2 if name.startswith("blk.") else 0]
+
+
+def delta_layer_types(layers: int) -> list[str]:
+    """The attention of each layer of Qwen 3.5, as config.json says it."""
+    return [
+        "linear_attention" if (layer + 1) % FULL else "full_attention" for layer in range(layers)
+    ]
+
+
 def departures(config: Any) -> list[str]:
     """What of a configuration llama.cpp does not compute, in words; none of a plain architecture.
 
@@ -216,7 +326,9 @@ def departures(config: Any) -> list[str]:
     """
     name = config.architectures[0]
     architecture = EXPORTED[name]
-    if architecture.learned:
+    if architecture.encoder:
+        asked = _of_bert(config, architecture)
+    elif architecture.learned:
         asked = _of_gpt2(config, architecture)
     else:
         asked = _of_llama(config, architecture, name)
@@ -233,6 +345,17 @@ def _of_gpt2(config: Any, architecture: Architecture) -> _Asked:
     ]
 
 
+def _of_bert(config: Any, architecture: Architecture) -> _Asked:
+    """What llama.cpp takes for granted of BERT."""
+    positions = getattr(config, "position_embedding_type", "absolute")
+    return [
+        ("hidden_act", config.hidden_act, (architecture.activation,)),
+        ("position_embedding_type", positions, ("absolute",)),
+        ("is_decoder", config.is_decoder, (False,)),
+        ("add_cross_attention", config.add_cross_attention, (False,)),
+    ]
+
+
 def _of_llama(config: Any, architecture: Architecture, name: str) -> _Asked:
     """What llama.cpp takes for granted of a decoder of LLaMA's kind."""
     # llama.cpp refuses a file of qwen3 that has these biases
@@ -242,7 +365,7 @@ def _of_llama(config: Any, architecture: Architecture, name: str) -> _Asked:
     return [
         ("hidden_act", activation, (architecture.activation,)),
         ("rope_type", rope.get("rope_type", "default"), ("default", "linear", "llama3")),
-        ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), (1.0,)),
+        *(_of_delta_net(config) if architecture.linear else _of_whole_heads(rope)),
         ("use_sliding_window", getattr(config, "use_sliding_window", False), (False, None)),
         ("attention_bias", biased, (False, None)),
         # of mixtures of experts: in every layer, with weights that sum to one
@@ -250,6 +373,24 @@ def _of_llama(config: Any, architecture: Architecture, name: str) -> _Asked:
         ("decoder_sparse_step", getattr(config, "decoder_sparse_step", 1), (1,)),
         ("mlp_only_layers", getattr(config, "mlp_only_layers", None) or [], ([],)),
         *(_of_gemma(config) if architecture.windows else ()),
+    ]
+
+
+def _of_whole_heads(rope: Mapping[str, Any]) -> _Asked:
+    return [("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), (1.0,))]
+
+
+def _of_delta_net(config: Any) -> _Asked:
+    """What llama.cpp takes for granted of Qwen 3.5."""
+    values, keys = config.linear_value_head_dim, config.linear_key_head_dim
+    sections = rope_of(config).get("mrope_section", MROPE_SECTIONS)
+    # frequencies take turns; what is left over has no position in llama.cpp
+    even = all(at < 3 * sections[at % 3] for at in range(sum(sections)))
+    return [
+        ("layer_types", config.layer_types, (delta_layer_types(config.num_hidden_layers),)),
+        ("attention_bias", config.attention_bias, (False,)),
+        ("linear_value_head_dim", values, (keys,)),
+        ("mrope_section", sections, (sections,) if even else ()),
     ]
 
 

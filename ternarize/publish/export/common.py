@@ -144,9 +144,12 @@ def carry_or_refit(
 ) -> Ternary:
     """What `carry` gives, or the dense weight ternarized again by `itf`, whatever is lost."""
     carried, _ = carry(packed, name, group_size, dtype)
-    if carried is not None:
-        return carried
-    again = itf(packed.dense(name), group_size)
+    return refit(packed.dense(name), group_size, dtype) if carried is None else carried
+
+
+def refit(dense: Tensor, group_size: int, dtype: torch.dtype) -> Ternary:
+    """A dense weight ternarized again, with scales that `dtype` holds."""
+    again = itf(dense, group_size)
     scales = to_float(again.scales, dtype).to(torch.float64)
     return Ternary(again.trits, scales, group_size)
 

@@ -8,7 +8,7 @@ and gguf_keys.py have them); the vocabulary is written by vocabulary.py.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,14 @@ from torch import Tensor
 
 from ternarize.errors import CheckpointError, UsageError, WeightError
 from ternarize.files.headers import DTYPES, byte_view
-from ternarize.files.llama_cpp import Architecture, import_gguf, rope_factors, rope_of
+from ternarize.files.llama_cpp import (
+    Architecture,
+    DeltaNet,
+    gguf_part,
+    import_gguf,
+    rope_factors,
+    rope_of,
+)
 from ternarize.files.outputs import check_free
 from ternarize.progress import Progress
 from ternarize.publish.export import vocabulary
@@ -32,6 +39,7 @@ from ternarize.publish.export.common import (
     common_scales,
     fresh_output,
     model_config,
+    refit,
 )
 from ternarize.publish.export.gguf_keys import CONVERTER, architecture_of, head_dim_of, write_keys
 from ternarize.publish.export.modelfile import modelfile_of, write_modelfile
@@ -41,6 +49,7 @@ from ternarize.trits.scales import scale_values
 from ternarize.trits.ternary import Ternary
 
 KEPT_TYPES = {"f16": "F16", "bf16": "BF16", "f32": "F32", "q8_0": "Q8_0"}
+_VECTORS = (".ffn_gate_inp.weight", "token_types.weight", ".ssm_conv1d.weight")
 DEFAULT_TYPES = ("tq2_0", "q2_0")  # the first is smaller, faster, and known to older engines
 
 
@@ -94,7 +103,8 @@ def export_gguf(
     config = model_config(packed)
     architecture = architecture_of(packed, config)
     asked = kind
-    kind, losses = _chosen(packed, asked, allow_requantize)
+    moved = _moved(packed, config, architecture)
+    kind, losses = _chosen(packed, asked, allow_requantize, moved)
     losses.stop_unless_allowed(packed, _advice(packed, asked))
     writer = gguf.GGUFWriter(None, architecture.name)
     notes: list[str] = []
@@ -102,7 +112,9 @@ def export_gguf(
         notes = vocabulary.write(writer, packed.directory, config.vocab_size)
     else:
         writer.add_tokenizer_model("none")
-    items = _gguf_items(packed, config, architecture, kind, kept_type, losses)
+    if any("pooler" in name and architecture.leaves_out(name) for name in packed.records):
+        notes.append("the pooler is left out: llama.cpp gives embeddings without it")
+    items = _gguf_items(packed, config, architecture, kind, kept_type, losses, moved)
     total, done = sum(item.nbytes for item in items), 0
     for item in items:
         writer.add_tensor_info(item.name, item.shape, np.dtype(np.void), item.nbytes, item.type)
@@ -126,16 +138,67 @@ def export_gguf(
     return {"to": "gguf", "type": kind, "tensors": len(items), "notes": notes, **losses.report()}
 
 
+@dataclass(frozen=True)
+class _Moves:
+    """Where the rows and columns of an exported tensor come from; None: from where they are.
+
+    run  columns that stay together
+    """
+
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+    run: int = 0
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        tensor = tensor if self.rows is None else tensor[self.rows]
+        return tensor if self.columns is None else tensor[:, self.columns]
+
+    def fits(self, block: int) -> bool:
+        """Whether blocks of so many columns stay whole."""
+        columns = self.columns
+        return columns is None or self.run % block == 0 or len(columns) == block
+
+    def ternary(self, found: Ternary) -> Ternary:
+        """The same of trits and scales, in blocks that stay whole."""
+        scales, size = found.scales if self.rows is None else found.scales[self.rows], 1
+        if self.columns is not None:
+            size = found.group_size
+            scales = scales[:, self.columns[::size] // size]
+        return Ternary(self(found.trits), scales, found.group_size)
+
+
+_STILL = _Moves()
+
+
+def _moved(packed: PackedCheckpoint, config: Any, architecture: Architecture) -> dict[str, _Moves]:
+    """The tensors whose rows or columns have another order in a file."""
+    found = {}
+    for name in packed.records:
+        if architecture.permuted and (order := _order(name, config)) is not None:
+            found[name] = _Moves(order)
+        new = architecture.to_llama_cpp(name) if architecture.linear else None
+        if new is not None:
+            heads = DeltaNet.of(config.to_dict())
+            moves = _Moves(*heads.order(gguf_part(new)), heads.dim)
+            if moves.rows is not None or moves.columns is not None:
+                found[name] = moves
+    return found
+
+
 def _chosen(
-    packed: PackedCheckpoint, kind: str | None, allow_requantize: bool
+    packed: PackedCheckpoint, kind: str | None, allow_requantize: bool, moved: Mapping[str, _Moves]
 ) -> tuple[str, Losses]:
     """The type of ternary tensors, and what is lost in it: if nothing holds them, of the first."""
     tried = []
     for each in DEFAULT_TYPES if kind is None else (kind,):
         losses = Losses(each.upper(), allow_requantize)
         for name, record in packed.records.items():
-            if record.kind == "ternary":
-                losses.add(carry(packed, name, ggml.TYPES[each].block, torch.float16)[1], name)
+            block = ggml.TYPES[each].block
+            if record.kind == "ternary" and not moved.get(name, _STILL).fits(block):
+                run = moved[name].run
+                losses.add(f"heads of {run} columns in another order than llama.cpp's", name)
+            elif record.kind == "ternary":
+                losses.add(carry(packed, name, block, torch.float16)[1], name)
         tried.append((each, losses))
         if not losses.reasons:
             return each, losses
@@ -157,6 +220,7 @@ def _gguf_items(
     kind: str,
     kept_type: str | None,
     losses: Losses,
+    moved: Mapping[str, _Moves],
 ) -> list[GgufItem]:
     items = []
     factors = None
@@ -171,6 +235,8 @@ def _gguf_items(
         # buffers of old checkpoints: frequencies, which the metadata says, and masks
         if name.endswith((".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")):
             continue
+        if architecture.leaves_out(name):
+            continue
         # one matrix for each expert here, one tensor of all of a layer there
         expert = re.fullmatch(r"(.+\.experts\.)(\d+)(\.\w+\.weight)", name)
         new = architecture.to_llama_cpp(f"{expert[1]}{{}}{expert[3]}" if expert else name)
@@ -181,12 +247,15 @@ def _gguf_items(
                 f"a plain {config.architectures[0]}",
                 CONVERTER,
             )
-        if architecture.shifted and name.endswith("norm.weight"):
+        if architecture.is_shifted(name):
             items.append(_shifted_norm(packed, name, new, losses))
             continue
-        order = _order(name, config) if architecture.permuted else None
+        moves = moved.get(name, _STILL)
+        if new.endswith(".ssm_a"):
+            items.append(_decay(packed, name, new, moves))
+            continue
         turned = architecture.turned and new.startswith("blk.")
-        item = _item(packed, name, new, order, kind, kept_type, losses, turned=turned)
+        item = _item(packed, name, new, moves, kind, kept_type, losses, turned=turned)
         if expert is None:
             items.append(item)
         else:
@@ -203,6 +272,16 @@ def _shifted_norm(packed: PackedCheckpoint, name: str, new: str, losses: Losses)
         weight = packed.kept(name).to(torch.float32)
         losses.measure(name, weight, (weight + 1) - 1)
         return byte_view(weight + 1)
+
+    return GgufItem(new, ggml.FLOATS["F32"], shape, math.prod(shape) * 4, read)
+
+
+def _decay(packed: PackedCheckpoint, name: str, new: str, moves: _Moves) -> GgufItem:
+    """How fast states decay, as it is multiplied: -exp(A), computed in float32 as everywhere."""
+    shape = packed.info(name)[1]
+
+    def read() -> Tensor:
+        return byte_view(moves(-packed.kept(name).to(torch.float32).exp()).contiguous())
 
     return GgufItem(new, ggml.FLOATS["F32"], shape, math.prod(shape) * 4, read)
 
@@ -231,9 +310,8 @@ def _stack(
 
 def _order(name: str, config: Any) -> Tensor | None:
     """Where each row of the exported tensor comes from; None for the rows as they are."""
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
-        name.split(".")[-2]
-    )
+    module = name.rpartition(".")[0].rpartition(".")[2]
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(module)
     if heads is None:
         return None
     rows = torch.arange(heads * head_dim_of(config))
@@ -244,7 +322,7 @@ def _item(
     packed: PackedCheckpoint,
     name: str,
     new: str,
-    order: Tensor | None,
+    moves: _Moves,
     kind: str,
     kept_type: str | None,
     losses: Losses,
@@ -254,20 +332,17 @@ def _item(
     """turned  a matrix that is kept is [in, out] (what is packed is [out, in], as files have it)"""
     record = packed.records[name]
     dtype, shape = packed.info(name)
-
-    def rows(tensor: Tensor) -> Tensor:
-        return tensor if order is None else tensor[order]
-
     if record.kind == "ternary" and shape[-1] % ggml.TYPES[kind].block == 0:
         block = ggml.TYPES[kind]
 
         def ternary() -> Tensor:
-            found = carry_or_refit(packed, name, block.block, torch.float16)
+            if moves.fits(block.block):
+                found = moves.ternary(carry_or_refit(packed, name, block.block, torch.float16))
+            else:
+                found = refit(moves(packed.dense(name)), block.block, torch.float16)
             if any(name in names for names in losses.reasons.values()):
-                losses.measure(name, packed.dense(name), found.dequantize())
-            return ggml.encode_blocks(
-                Ternary(rows(found.trits), rows(found.scales), block.block), kind
-            )
+                losses.measure(name, moves(packed.dense(name)), found.dequantize())
+            return ggml.encode_blocks(found, kind)
 
         nbytes = math.prod(shape) // block.block * block.nbytes
         return GgufItem(new, block.id, shape, nbytes, ternary)
@@ -278,14 +353,14 @@ def _item(
         def integers() -> Tensor:
             found = _integers(packed, name)
             assert found is not None
-            values, scales = map(rows, found)
+            values, scales = map(moves, found)
             encode = ggml.encode_q4_0 if four else ggml.encode_q8_0
             return encode(values, scales)
 
         nbytes = math.prod(shape) // ggml.Q8_0_BLOCK * size
         return GgufItem(new, number, shape, nbytes, integers)
     turned = turned and record.shape is None and len(shape) > 1
-    return _float_item(packed, name, new, torch.t if turned else rows, kept_type, losses)
+    return _float_item(packed, name, new, torch.t if turned else moves, kept_type, losses)
 
 
 def _float_item(
@@ -301,9 +376,11 @@ def _float_item(
     dtype, shape = packed.info(name)
     own = dtype if record.shape is None and dtype in ggml.FLOATS else "F32"
     target = KEPT_TYPES.get(kept_type or "", own)
+    if new.endswith(".ssm_conv1d.weight"):
+        shape = (shape[0], shape[-1])  # of one channel each
     stored, shape = shape, shape[::-1] if rows is torch.t else shape
-    # llama.cpp wants vectors, and routers, in F32
-    if record.shape is None and (len(shape) < 2 or new.endswith(".ffn_gate_inp.weight")):
+    # llama.cpp wants vectors, routers and small convolutions in F32, and a row of the types
+    if record.shape is None and (len(shape) < 2 or new.endswith(_VECTORS)):
         target = "F32"
 
     def read() -> Tensor:

@@ -1,13 +1,31 @@
 """The keys by which a GGUF file says what a model's configuration does."""
 
+import json
 from typing import Any
 
 from ternarize.errors import CheckpointError
-from ternarize.files.llama_cpp import EXPORTED, PHI3, Architecture, departures, rope_of
+from ternarize.files.json_files import read_json
+from ternarize.files.llama_cpp import (
+    EXPORTED,
+    FULL,
+    MROPE_SECTIONS,
+    PHI3,
+    Architecture,
+    DeltaNet,
+    departures,
+    rope_of,
+)
+from ternarize.files.names import module_folders
 from ternarize.publish.export.common import PackedCheckpoint
 from ternarize.trits import ggml
 
 CONVERTER = "Export it to dense, and use llama.cpp's own converter"
+# how sentence-transformers says it, in either of its ways, and gguf
+_POOLING = {
+    **dict.fromkeys(("mean", "pooling_mode_mean_tokens"), "MEAN"),
+    **dict.fromkeys(("cls", "pooling_mode_cls_token"), "CLS"),
+    **dict.fromkeys(("lasttoken", "pooling_mode_lasttoken"), "LAST"),
+}
 
 
 def architecture_of(packed: PackedCheckpoint, config: Any) -> Architecture:
@@ -26,6 +44,38 @@ def architecture_of(packed: PackedCheckpoint, config: Any) -> Architecture:
 def head_dim_of(config: Any) -> int:
     explicit = getattr(config, "head_dim", None)
     return int(explicit or config.hidden_size // config.num_attention_heads)
+
+
+def pooling_of(packed: PackedCheckpoint) -> str | None:
+    """How the states of a text become one embedding, a name of gguf.PoolingType.
+
+    As modules.json of sentence-transformers says it; None without one. Raises CheckpointError where
+    llama.cpp does something else than these modules, FormatError for files that say nothing.
+    """
+    path = packed.directory / "modules.json"
+    folders = module_folders(packed.directory)  # none where the file is another, or damaged
+    if not folders:
+        return None
+    kinds = [str(each.get("type")).rpartition(".")[2] for each in json.loads(path.read_bytes())]
+    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        raise CheckpointError(
+            path,
+            f"modules {', '.join(kinds)}",
+            "Transformer, Pooling and at most Normalize, which is all that llama.cpp computes",
+            "Export it to dense, which keeps all modules",
+        )
+    at = folders[-1] if len(kinds) == 2 else folders[-2]
+    table = read_json(packed.directory / at / "config.json") or {}
+    asked = [key for key, value in table.items() if key.startswith("pooling_mode_") and value]
+    asked += [table["pooling_mode"]] if isinstance(table.get("pooling_mode"), str) else []
+    if len(asked) != 1 or asked[0] not in _POOLING:
+        raise CheckpointError(
+            packed.directory / at / "config.json",
+            f"pooling by {', '.join(asked) or 'nothing that is said'}",
+            "the mean, the first token or the last one, and one of these",
+            "Export it to dense, which keeps all modules",
+        )
+    return _POOLING[asked[0]]
 
 
 def write_keys(
@@ -53,6 +103,16 @@ def write_keys(
     writer.add_vocab_size(config.vocab_size)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
+    if architecture.encoder:
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count(config.num_attention_heads)
+        writer.add_layer_norm_eps(config.layer_norm_eps)
+        writer.add_causal_attention(False)
+        writer.add_token_type_count(config.type_vocab_size)
+        pooling = pooling_of(packed)
+        if pooling is not None:
+            writer.add_pooling_type(gguf.PoolingType[pooling])
+        return
     if architecture.learned:
         writer.add_feed_forward_length(config.n_inner or 4 * config.hidden_size)
         writer.add_head_count(config.num_attention_heads)
@@ -71,8 +131,24 @@ def write_keys(
     writer.add_value_length(head_dim_of(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     rope = rope_of(config)
-    writer.add_rope_dimension_count(head_dim_of(config))
+    turned = int(head_dim_of(config) * rope.get("partial_rotary_factor", 1.0))
+    writer.add_rope_dimension_count(turned)
+    if architecture.linear:
+        _write_delta_net(writer, config, rope)
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope.get("rope_type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
+
+
+def _write_delta_net(writer: Any, config: Any, rope: dict[str, Any]) -> None:
+    """What Qwen 3.5 has beyond others: layers with a state, and positions of three kinds."""
+    heads = DeltaNet.of(config.to_dict())
+    writer.add_ssm_conv_kernel(config.linear_conv_kernel_dim)
+    writer.add_ssm_state_size(heads.dim)
+    writer.add_ssm_group_count(heads.keys)
+    writer.add_ssm_time_step_rank(heads.values)
+    writer.add_ssm_inner_size(heads.values * heads.dim)
+    writer.add_full_attention_interval(FULL)
+    # of a text all three are the same, so that nothing depends on how features are shared out
+    writer.add_rope_dimension_sections([*rope.get("mrope_section", MROPE_SECTIONS), 0])

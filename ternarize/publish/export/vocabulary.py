@@ -1,7 +1,7 @@
 """The vocabulary of a GGUF file: tokens, merges, special tokens, and how text is split.
 
-Two kinds of BPE tokenizers can be carried; any other is refused, since a file that says something
-near to it gives wrong tokens without a word:
+Two kinds of BPE tokenizers can be carried, and BERT's; any other is refused, since a file that says
+something near to it gives wrong tokens without a word:
 
     "gpt2"    byte-level. A file has no regular expressions, llama.cpp knows splits by name
               (tokenizer.ggml.pre): it must be one of llama_cpp.SPLITS.
@@ -9,10 +9,12 @@ near to it gives wrong tokens without a word:
               has a score for each token and no merges: any two neighbours merge whose union is a
               token, the one of the highest score first. So the merges must be all that the tokens
               allow, and those of a token must follow each other.
+    "bert"    WordPiece, of words between spaces and punctuation. What begins a word has U+2581 in
+              front in a file, and what goes on in one is written without "##".
 
 What counts is the tokenizer that transformers runs, not what files say that it overrides. One
 difference is told, not refused: LLaMA's tokenizers in transformers put no space before a text that
-begins with one, where SentencePiece and llama.cpp do.
+begins with one, where SentencePiece and llama.cpp do. So are those of BERT's, in _PIECES.
 """
 
 import json
@@ -35,6 +37,14 @@ _DIFFERENT = {
         "and before text behind a special token"
     ],
 }
+# where llama.cpp's WordPiece is another than transformers'
+_PIECES = [
+    "llama.cpp makes other tokens than transformers of Hangul and of vowel signs that take a space "
+    "of their own (Devanagari, say), and cuts words of more than 100 characters into pieces"
+]
+_OWN_CASE = (
+    "a llama.cpp that does not know tokenizer.ggml.normalizer.lowercase makes small letters of all"
+)
 
 
 def write(writer: Any, directory: Path, size: int) -> list[str]:
@@ -59,11 +69,15 @@ def write(writer: Any, directory: Path, size: int) -> list[str]:
         raise _unknown(directory, f"is a {type(tokenizer).__name__}", "a fast tokenizer")
     definition = json.loads(backend.to_str())
     model = definition["model"]
-    if model["type"] != "BPE":
-        raise _unknown(directory, f"is {model['type']}", "BPE")
+    if model["type"] not in ("BPE", "WordPiece"):
+        raise _unknown(directory, f"is {model['type']}", "BPE and WordPiece")
     if model.get("dropout"):
         raise _unknown(directory, "drops merges at random", "none that does")
     tokens, types = _tokens(directory, definition, size)
+    if model["type"] == "WordPiece":
+        notes = _write_pieces(writer, directory, definition, tokens, types)
+        _write_specials(writer, directory, tokenizer, ("cls", "sep"))
+        return notes
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     notes: list[str] = []
     if model.get("byte_fallback"):
@@ -77,8 +91,46 @@ def write(writer: Any, directory: Path, size: int) -> list[str]:
         writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    _write_specials(writer, directory, tokenizer)
+    _write_specials(writer, directory, tokenizer, ("bos", "eos"))
     return notes
+
+
+def _write_pieces(
+    writer: Any, directory: Path, definition: dict[str, Any], tokens: list[str], types: list[int]
+) -> list[str]:
+    """The tokens of a WordPiece, and how text is made ready for it."""
+    model, normalizer = definition["model"], definition["normalizer"] or {}
+    lower = normalizer.get("lowercase")
+    accents = normalizer.get("strip_accents")
+    plain = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True}
+    own = {key: normalizer.get(key) for key in plain}
+    if own != plain or definition["pre_tokenizer"] != {"type": "BertPreTokenizer"}:
+        shown = json.dumps([normalizer, definition["pre_tokenizer"]], ensure_ascii=False)
+        raise _unknown(directory, f"prepares text by {shown:.200}", "the way of BERT")
+    if model.get("continuing_subword_prefix") != llama_cpp.GOES_ON:
+        raise _unknown(directory, "has no ## before pieces that go on", "that")
+    whole = [
+        token if kind != llama_cpp.NORMAL else _piece(token)
+        for token, kind in zip(tokens, types, strict=True)
+    ]
+    if len(set(whole)) != len(whole):
+        twice = next(token for at, token in enumerate(whole) if token in whole[:at])
+        raise _unknown(directory, f"has {twice!r} twice as llama.cpp writes it", "each token once")
+    writer.add_tokenizer_model("bert")
+    writer.add_token_list(whole)
+    writer.add_token_types(types)
+    if lower and accents is not False:
+        return list(_PIECES)
+    # what llama.cpp takes for granted is small letters without accents
+    writer.add_bool("tokenizer.ggml.normalizer.lowercase", bool(lower))
+    writer.add_bool("tokenizer.ggml.normalizer.strip_accents", bool(accents))
+    return [*_PIECES, _OWN_CASE]
+
+
+def _piece(token: str) -> str:
+    """A token of WordPiece as a file has it."""
+    goes_on = token.startswith(llama_cpp.GOES_ON)
+    return token.removeprefix(llama_cpp.GOES_ON) if goes_on else llama_cpp.SPACE + token
 
 
 def _space_prefix(directory: Path, definition: dict[str, Any]) -> tuple[bool, list[str]]:
@@ -176,17 +228,29 @@ def _tokens(directory: Path, definition: dict[str, Any], size: int) -> tuple[lis
     return tokens, types
 
 
-def _write_specials(writer: Any, directory: Path, tokenizer: Any) -> None:
-    """Numbers of special tokens, which of them a text gets, and the template of chats."""
-    ids = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "unk", "pad")}
+def _write_specials(writer: Any, directory: Path, tokenizer: Any, ends: tuple[str, str]) -> None:
+    """Numbers of special tokens, which of them a text gets, and the template of chats.
+
+    ends  the kinds of token that a text begins and ends with, if it does with any
+    """
+    pieces = ends == ("cls", "sep")
+    kinds = (*ends, "unk", "pad", *(("mask",) if pieces else ()))
+    ids = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in kinds}
     for kind, number in ids.items():
         if number is not None:
-            getattr(writer, f"add_{kind}_token_id")(number)
+            # llama.cpp begins a text with "bos", whatever the model calls it
+            getattr(writer, f"add_{'bos' if kind == 'cls' else kind}_token_id")(number)
+    first, last = (ids[kind] for kind in ends)
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     front = next((n for n in range(len(whole)) if whole[n : n + len(plain)] == plain), 0)
     before, after = whole[:front], whole[front + len(plain) :]
-    if before not in ([], [ids["bos"]]) or after not in ([], [ids["eos"]]):
+    if pieces:  # llama.cpp puts them around a text, whatever a file says
+        if first is None or last is None or (before, after) != ([first], [last]):
+            around = f"puts {before} before a text and {after} behind it"
+            raise _unknown(directory, around, "cls before and sep behind a text of WordPiece")
+        return
+    if before not in ([], [first]) or after not in ([], [last]):
         raise _unknown(
             directory, f"puts {before} before a text and {after} behind it", "bos, eos or nothing"
         )

@@ -12,6 +12,7 @@ holds is refused. Rows of q_proj and k_proj come back into transformers' order (
 A file without ternary weights is an ordinary model in another form: what is decoded is ternarized.
 """
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -27,10 +28,10 @@ from ternarize.errors import CheckpointError, FormatError, UsageError
 from ternarize.files.checkpoint import TensorInfo
 from ternarize.files.gguf import GgufTensor, read_gguf_files
 from ternarize.files.headers import DTYPE_NAMES, broken_file, read_bytes
-from ternarize.files.llama_cpp import Architecture, import_gguf
+from ternarize.files.llama_cpp import Architecture, DeltaNet, gguf_part, import_gguf
 from ternarize.models.skeleton import skeleton_shapes
 from ternarize.sources.imports.common import Decode, Imported
-from ternarize.sources.imports.gguf_config import gguf_config, not_known
+from ternarize.sources.imports.gguf_config import gguf_config, not_known, pooling
 from ternarize.sources.imports.vocabulary import tokenizer_files
 from ternarize.trits import ggml
 
@@ -39,6 +40,7 @@ _NOT_ROUNDED = (
     "rounded activations the file does not say: they are not rounded here unless --activations "
     "int8 asks for it"
 )
+_POOLING_FOLDER = "1_Pooling"
 
 
 def open_gguf(path: Path, layout: str | None = None, alone: bool = True) -> Imported:
@@ -55,7 +57,8 @@ def open_gguf(path: Path, layout: str | None = None, alone: bool = True) -> Impo
     arch, config = gguf_config(path.name, keys, {tensor.name: tensor for tensor in stored})
     kinds = {tensor.ternary for tensor in stored if tensor.ternary}
     _check_types(path.name, kinds, layout)
-    expected = {name: shape for name, (_, shape) in skeleton_shapes(config).items()}
+    whole = {name: shape for name, (_, shape) in skeleton_shapes(config).items()}
+    expected = {name: shape for name, shape in whole.items() if not arch.leaves_out(name)}
     names = arch.to_transformers(expected)
     tensors: dict[str, TensorInfo] = {}
     decode: dict[str, Decode] = {}
@@ -69,6 +72,8 @@ def open_gguf(path: Path, layout: str | None = None, alone: bool = True) -> Impo
                 group_sizes[name] = logical.group_size
     _check_whole(path, expected, tensors)
     files, notes = tokenizer_files(path.name, keys, config["vocab_size"])
+    if arch.encoder and (mode := pooling(keys)):
+        files |= _modules(mode, config["hidden_size"])
     notes += _rounding(stored)
     int8 = "i2_s" in kinds or arch.int8
     if kinds and not int8:
@@ -89,6 +94,25 @@ def open_gguf(path: Path, layout: str | None = None, alone: bool = True) -> Impo
         made=files,
         notes=notes,
     )
+
+
+def _modules(mode: str, width: int) -> dict[str, bytes]:
+    """The files by which sentence-transformers knows how an encoder makes embeddings.
+
+    mode   of pooling, as it is called there
+    width  of an embedding
+    """
+    kinds = {"": "Transformer", _POOLING_FOLDER: "Pooling"}
+    modules = [
+        {"idx": at, "name": str(at), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for at, (path, kind) in enumerate(kinds.items())
+    ]
+    key = {"mean": "mean_tokens", "cls": "cls_token"}.get(mode, mode)
+    table = {"word_embedding_dimension": width, f"pooling_mode_{key}": True}
+    return {
+        "modules.json": json.dumps(modules, indent=2).encode(),
+        f"{_POOLING_FOLDER}/config.json": json.dumps(table, indent=2).encode(),
+    }
 
 
 def _check_types(where: str, kinds: set[str], layout: str | None) -> None:
@@ -155,6 +179,9 @@ def _logical(
             rows = _shifted(base, expert * shape[1])
             yield _Logical(name.format(expert), shape[1:], dtype, rows, group_size)
         return
+    if arch.linear and len(shape) < 3:
+        yield _of_delta_net(tensor, arch, config, _Logical(name, shape, dtype, base, group_size))
+        return
     if kind == "ffn_gate_inp_shexp" and len(shape) == 1:
         shape = (1, *shape)
     if len(shape) > 2:
@@ -167,9 +194,37 @@ def _logical(
         base = _halves(base, dim) if len(shape) == 2 else _halves_of_bias(base, dim)
     if arch.turned and len(shape) > 1 and tensor.name.startswith("blk."):
         base, shape = _turned(base, shape[0]), shape[::-1]
-    if arch.shifted and name.endswith("norm.weight"):
+    if arch.is_shifted(name):
         dtype, base = torch.float32, _less_one(base)
     yield _Logical(name, shape, dtype, base, group_size)
+
+
+def _of_delta_net(
+    tensor: GgufTensor, arch: Architecture, config: Mapping[str, Any], stored: _Logical
+) -> _Logical:
+    """A tensor of a model some of whose layers are gated delta nets.
+
+    stored  the same as the file has it
+    """
+    part, heads, shape = gguf_part(tensor.name), DeltaNet.of(config), tensor.shape
+    orders = heads.order(part)
+    for order, have in zip(orders, (shape[0], shape[-1]), strict=True):
+        if order is not None and len(order) != have:
+            raise _misshapen(tensor, f"{heads.values} heads of values, {heads.keys} of keys")
+    rows, columns = (None if order is None else order.argsort() for order in orders)
+    base, group_size = stored.rows, stored.group_size
+    if rows is not None:
+        base = _reordered(base, rows) if len(shape) > 1 else _columns(base, rows)
+    if columns is not None:
+        base = _columns(base, columns)
+        group_size = group_size and math.gcd(group_size, heads.dim)
+    if part == "ssm_conv1d":  # of one channel each
+        shape = (shape[0], 1, *shape[1:])
+    if part == "ssm_a":
+        return _Logical(stored.name, shape, torch.float32, _logarithm(tensor, base), None)
+    if arch.is_shifted(stored.name):
+        return _Logical(stored.name, shape, torch.float32, _less_one(base), None)
+    return _Logical(stored.name, shape, stored.dtype, base, group_size)
 
 
 def _misshapen(tensor: GgufTensor, expected: str) -> FormatError:
@@ -277,6 +332,35 @@ def _halves_of_bias(base: Decode, dim: int) -> Decode:
     return lambda first, last: (
         base(first, last).view(-1, dim // 2, 2).transpose(1, 2).reshape(1, -1)
     )
+
+
+def _reordered(base: Decode, order: Tensor) -> Decode:
+    """Row k is row order[k] of what is stored; neighbours there are read together."""
+
+    def decode(first: int, last: int) -> Tensor:
+        wanted = order[first:last]
+        ends = [*((wanted.diff() != 1).nonzero().flatten() + 1).tolist(), len(wanted)]
+        begins = [0, *ends[:-1]]
+        runs = [(int(wanted[a]), int(wanted[b - 1]) + 1) for a, b in zip(begins, ends, strict=True)]
+        return torch.cat([base(a, b) for a, b in runs])
+
+    return decode
+
+
+def _columns(base: Decode, order: Tensor) -> Decode:
+    return lambda first, last: base(first, last)[:, order]
+
+
+def _logarithm(tensor: GgufTensor, base: Decode) -> Decode:
+    """A of the -exp(A) that is stored."""
+
+    def decode(first: int, last: int) -> Tensor:
+        found = base(first, last).to(torch.float32)
+        if not bool((found < 0).all()):
+            raise _misshapen(tensor, "numbers below 0, of states that decay")
+        return (-found).log()
+
+    return decode
 
 
 def _less_one(base: Decode) -> Decode:

@@ -13,7 +13,9 @@ import torch
 from ternarize.errors import CheckpointError
 from ternarize.files.gguf import GgufTensor
 from ternarize.files.llama_cpp import (
+    BERT,
     BITNET,
+    FULL,
     GEMMA3,
     GPT2,
     LLAMA,
@@ -24,14 +26,16 @@ from ternarize.files.llama_cpp import (
     QWEN2_MOE,
     QWEN3,
     QWEN3_MOE,
+    QWEN35,
     WINDOWS,
     Architecture,
+    delta_layer_types,
     gemma_layer_types,
     gemma_scalar,
     rope_factors,
 )
 
-_KNOWN = (LLAMA, QWEN2, QWEN3, QWEN2_MOE, QWEN3_MOE, GEMMA3, PHI3, GPT2, BITNET)
+_KNOWN = (LLAMA, QWEN2, QWEN3, QWEN2_MOE, QWEN3_MOE, GEMMA3, PHI3, GPT2, QWEN35, BERT, BITNET)
 ARCHITECTURES = {**{each.name: each for each in _KNOWN}, "bitnet-25": BITNET}
 # keys of an architecture that say nothing about what the model computes, or what is known from the
 # tensors
@@ -40,9 +44,13 @@ _IDLE = {
     "tensor_data_layout",
     "rope.scaling.finetuned",
     "attention.causal",
+    "pooling_type",
     # transformers applies none of these windows unless a config.json asks for it
     "attention.sliding_window",
 }
+_WHOLE = ("attention.value_length", "rope.dimension_count")  # which are a head's features
+# numbers of gguf.PoolingType -> what sentence-transformers calls them
+_POOLING = {1: "mean", 2: "cls", 3: "lasttoken"}
 Tensors = Mapping[str, GgufTensor]
 
 
@@ -82,6 +90,14 @@ class _Keys:
             raise self.wrong(f"no {key}", "a file that says it")
         return value
 
+    def take(self, key: str) -> Any:
+        """A list of numbers, or None where the file has none."""
+        self.asked.add(key)
+        value = self.keys.get(key)
+        if value is not None and not isinstance(value, np.ndarray):
+            raise self.wrong(f"{key} {str(value)!r:.40}", "a list of numbers")
+        return value
+
     def agreed(self, key: str, found: int) -> int:
         """A size that the tensors have; refused where the file says another."""
         said = self.get(key, None)
@@ -115,7 +131,8 @@ def gguf_config(
     arch = ARCHITECTURES[named]
     if arch is LLAMA and lookup.get("expert_count", 0):
         arch = MIXTRAL
-    config = (_gpt2 if arch is GPT2 else _config)(lookup, arch, tensors, keys)
+    make = _bert if arch is BERT else _gpt2 if arch is GPT2 else _config
+    config = make(lookup, arch, tensors, keys)
     lookup.close()
     return arch, config
 
@@ -128,7 +145,8 @@ def _config(
     if not 0 < layers <= len(tensors) or not heads:
         raise keys.wrong(f"{layers} blocks of {heads} heads", "as many as there are tensors")
     head_dim = keys.get("attention.key_length", hidden // heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
+    whole = ("attention.value_length",) if arch.linear else _WHOLE
+    for key in whole:
         if keys.get(key, head_dim) != head_dim:
             raise keys.wrong(f"{key} {keys.keys[key]}", f"{head_dim}, as that of the keys")
     config: dict[str, Any] = {
@@ -155,6 +173,8 @@ def _config(
     config["rope_parameters"] = _rope(keys, head_dim, tensors)
     if arch is GEMMA3:
         config |= _gemma(keys, config)
+    if arch.linear:
+        _add_delta_net(keys, config, tensors)
     config |= _special(common, config["vocab_size"])
     if arch is PHI3:
         config["sliding_window"] = keys.get("attention.sliding_window", 0) or None
@@ -205,6 +225,45 @@ def _gpt2(
     }
 
 
+def _bert(
+    keys: _Keys, arch: Architecture, tensors: Tensors, common: Mapping[str, Any]
+) -> dict[str, Any]:
+    """config.json of BERT, which reads a text in both directions."""
+    if keys.get("attention.causal", True, bool):
+        raise keys.wrong("attention.causal true", "false, as of an encoder")
+    vocabulary, hidden = _shape(keys, tensors, "token_embd.weight")
+    layers, heads = keys.need("block_count"), keys.need("attention.head_count")
+    if not 0 < layers <= len(tensors) or not heads:
+        raise keys.wrong(f"{layers} blocks of {heads} heads", "as many as there are tensors")
+    features = _shape(keys, tensors, "blk.0.ffn_up.weight")[0]
+    positions = _shape(keys, tensors, "position_embd.weight")[0]
+    dtype = tensors["token_embd.weight"].dtype or torch.float32
+    return {
+        "architectures": [arch.model_class],
+        "model_type": arch.model_type,
+        "vocab_size": vocabulary,
+        "hidden_size": keys.agreed("embedding_length", hidden),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": keys.agreed("feed_forward_length", features),
+        "max_position_embeddings": keys.agreed("context_length", positions),
+        "type_vocab_size": _shape(keys, tensors, "token_types.weight")[0],
+        "layer_norm_eps": _short(keys.need("attention.layer_norm_epsilon", float)),
+        "hidden_act": arch.activation,
+        "dtype": str(dtype).removeprefix("torch."),
+        **{key: n for key, n in _special(common, vocabulary).items() if key == "pad_token_id"},
+    }
+
+
+def pooling(keys: Mapping[str, Any]) -> str | None:
+    """How the states of a text become one embedding, as sentence-transformers calls it.
+
+    None where a file does not say.
+    """
+    found = keys.get("bert.pooling_type", 0)
+    return _POOLING.get(found) if type(found) is int else None
+
+
 def _gemma(keys: _Keys, config: dict[str, Any]) -> dict[str, Any]:
     """What Gemma 3's config.json has beyond others: two kinds of layers, each with its rope."""
     window = keys.get("attention.sliding_window", 0)
@@ -221,6 +280,38 @@ def _gemma(keys: _Keys, config: dict[str, Any]) -> dict[str, Any]:
             "sliding_attention": {"rope_type": "default", "rope_theta": local},
         },
         **({"sliding_window": window} if window else {}),
+    }
+
+
+def _add_delta_net(keys: _Keys, config: dict[str, Any], tensors: Tensors) -> None:
+    """Add to a config.json what Qwen 3.5's has beyond others."""
+    dim, values = keys.need("ssm.state_size"), keys.need("ssm.time_step_rank")
+    groups = keys.need("ssm.group_count")
+    layers = config["num_hidden_layers"]
+    if not groups or not dim or values % groups or keys.need("ssm.inner_size") != values * dim:
+        found = f"{values} heads of {dim} values for {groups} of keys"
+        raise keys.wrong(found, "as many for each, and their product as the inner size")
+    types = delta_layer_types(layers)
+    listed = keys.take("attention.recurrent_layers")
+    said = None if listed is None else [bool(each) for each in listed]
+    if keys.get("full_attention_interval", FULL) != FULL or said not in (
+        None,
+        [kind == "linear_attention" for kind in types],
+    ):
+        raise keys.wrong("another order of its layers", f"full attention in each {FULL}th")
+    sections = keys.take("rope.dimension_sections")
+    rope = config["rope_parameters"]
+    if sections is not None:
+        rope["mrope_section"] = [int(each) for each in sections[:3]]
+    turned = keys.get("rope.dimension_count", config["head_dim"])
+    config["rope_parameters"] = rope | {"partial_rotary_factor": turned / config["head_dim"]}
+    config |= {
+        "layer_types": types,
+        "linear_conv_kernel_dim": keys.need("ssm.conv_kernel"),
+        "linear_key_head_dim": dim,
+        "linear_value_head_dim": dim,
+        "linear_num_key_heads": groups,
+        "linear_num_value_heads": values,
     }
 
 

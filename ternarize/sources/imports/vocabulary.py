@@ -4,6 +4,7 @@ back.
     "gpt2"    byte-level BPE, with the split that the file names, one of llama_cpp.SPLITS
     "llama"   SentencePiece's BPE, as llama.cpp runs it: a space in front if the file says so, the
               two neighbours whose union has the highest score merge first
+    "bert"    WordPiece
 
 Any other vocabulary, and one with a token twice, is left out, with a note: a tokenizer that is
 nearly right gives wrong tokens without a word.
@@ -11,7 +12,7 @@ nearly right gives wrong tokens without a word.
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,14 @@ _ALSO = {
 }
 # special tokens, as keys and as transformers call them
 _SPECIALS = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+_SPECIALS_OF_BERT = {
+    "bos": "cls",
+    "seperator": "sep",
+    "unknown": "unk",
+    "padding": "pad",
+    "mask": "mask",
+}
+_LONGEST_WORD = 100  # characters; BERT takes longer ones for unknown
 _LONGEST = 512  # characters of a token; in every place of each a merge is looked for
 _NONE = (
     "no tokenizer is written; copy tokenizer.json and tokenizer_config.json from the maker's "
@@ -56,27 +65,33 @@ def tokenizer_files(
         return {}, ["the file has no vocabulary: no tokenizer is written"]
     pre = keys.get("tokenizer.ggml.pre", "default")
     split = _ALSO.get(pre, pre) if isinstance(pre, str) else ""
-    if kind not in ("gpt2", "llama") or (kind == "gpt2" and split not in llama_cpp.SPLITS):
+    if kind not in ("gpt2", "llama", "bert") or (kind == "gpt2" and split not in llama_cpp.SPLITS):
         what = f"split {pre!r:.40}" if kind == "gpt2" else f"kind {kind!r:.40}"
         return {}, [f"its vocabulary is of the {what}, which is not known here: {_NONE}"]
     tokens, types = _read_tokens(where, keys, size)
-    specials = _specials(where, keys, tokens)
+    names = _SPECIALS_OF_BERT if kind == "bert" else _SPECIALS
+    specials = _specials(where, keys, tokens, names)
     if len(set(tokens)) != len(tokens):
         return {}, [f"its vocabulary has a token twice: {_NONE}"]
     if kind == "llama" and max(map(len, tokens)) > _LONGEST:
         return {}, [f"its vocabulary has a token of more than {_LONGEST} characters: {_NONE}"]
-    tokenizer = (
-        _byte_level(where, keys, tokens, types, split)
-        if kind == "gpt2"
-        else _sentencepiece(where, keys, tokens, types)
-    )
-    bos_is_usual = kind == "llama" or split in llama_cpp.WHOLE_WORDS  # llama.cpp's defaults
-    _add_ends(where, keys, tokenizer, specials, bos_is_usual)
+    if kind == "bert":
+        tokenizer = _pieces(where, keys, tokens, types, specials)
+    else:
+        tokenizer = (
+            _byte_level(where, keys, tokens, types, split)
+            if kind == "gpt2"
+            else _sentencepiece(where, keys, tokens, types)
+        )
+        bos_is_usual = kind == "llama" or split in llama_cpp.WHOLE_WORDS  # llama.cpp's defaults
+        _add_ends(where, keys, tokenizer, specials, bos_is_usual)
     make: Any = transformers.PreTrainedTokenizerFast
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
     wrapped = make(
         tokenizer_object=tokenizer,
+        **({"model_input_names": inputs} if kind == "bert" else {}),
         clean_up_tokenization_spaces=False,
-        **{f"{_SPECIALS[name]}_token": token for name, token in specials.items()},
+        **{f"{names[name]}_token": token for name, token in specials.items()},
     )
     template = keys.get("tokenizer.chat_template")
     if isinstance(template, str):
@@ -131,9 +146,11 @@ def _are(value: Any, kind: type) -> bool:
     return isinstance(value, list) and all(isinstance(each, kind) for each in value)
 
 
-def _specials(where: str, keys: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, str]:
+def _specials(
+    where: str, keys: Mapping[str, Any], tokens: Sequence[str], names: Iterable[str]
+) -> dict[str, str]:
     found = {}
-    for name in _SPECIALS:
+    for name in names:
         number = keys.get(f"tokenizer.ggml.{name}_token_id")
         if number is None:
             continue
@@ -222,6 +239,52 @@ def _sentencepiece(
         + ([decoders.Strip(" ", 1, 0)] if prefix else [])
     )
     return _added(tokenizer, tokens, types)
+
+
+def _pieces(
+    where: str,
+    keys: Mapping[str, Any],
+    tokens: list[str],
+    types: list[int],
+    specials: Mapping[str, str],
+) -> tokenizers.Tokenizer:
+    missing = [name for name in ("bos", "seperator", "unknown") if name not in specials]
+    if missing:
+        raise _bad_vocabulary(where, f"no {missing[0]} token", "its number, as llama.cpp uses it")
+    lower = keys.get("tokenizer.ggml.normalizer.lowercase", True) is True
+    normalizer = {
+        "type": "BertNormalizer",
+        "clean_text": True,
+        "handle_chinese_chars": True,
+        "strip_accents": keys.get("tokenizer.ggml.normalizer.strip_accents", lower) is True,
+        "lowercase": lower,
+    }
+    words = [
+        token if kind != llama_cpp.NORMAL else _word(token)
+        for token, kind in zip(tokens, types, strict=True)
+    ]
+    model = {
+        "type": "WordPiece",
+        "vocab": {word: number for number, word in enumerate(words)},
+        "unk_token": specials["unknown"],
+        "continuing_subword_prefix": llama_cpp.GOES_ON,
+        "max_input_chars_per_word": _LONGEST_WORD,
+    }
+    tokenizer = _make_tokenizer(where, model, normalizer, {"type": "BertPreTokenizer"})
+    tokenizer.decoder = tokenizers.decoders.WordPiece(prefix=llama_cpp.GOES_ON)
+    first, last = specials["bos"], specials["seperator"]
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=[first, "$A", last],
+        pair=[first, "$A", last, "$B:1", f"{last}:1"],
+        special_tokens=[(word, tokenizer.token_to_id(word)) for word in (first, last)],
+    )
+    return _added(tokenizer, tokens, types)
+
+
+def _word(token: str) -> str:
+    """A token of a file as WordPiece has it."""
+    begins = token.startswith(llama_cpp.SPACE)
+    return token.removeprefix(llama_cpp.SPACE) if begins else llama_cpp.GOES_ON + token
 
 
 def _make_tokenizer(

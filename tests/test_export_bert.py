@@ -1,0 +1,297 @@
+"""Encoders as GGUF, out and in: weights, tokens of WordPiece, and how embeddings are made.
+
+The oracles are the package `gguf`, the packed model that a file is made of, and, where it is
+installed, llama.cpp.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import packing
+import pytest
+import tokenizers
+import torch
+import transformers
+from test_export import EXAMPLE_TEXT, Recorder, read_gguf
+from test_import_gguf import dense
+from torch import Tensor
+
+import ternarize
+from ternarize.convert.run import convert
+from ternarize.convert.verify import verify
+from ternarize.errors import CheckpointError, TernarizeError
+from ternarize.measure.encoders import embed
+from ternarize.plans.recipe import LLAMA_CPP, Recipe
+from ternarize.publish.export import export, vocabulary
+from ternarize.sources.imports import open_source
+
+Fast: Any = transformers.PreTrainedTokenizerFast
+ENDS = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
+TEXTS = [
+    "Return the value of 42, it's 100%!",
+    "two  spaces,\n\nand tabs\t\u00a0\u3000 end ",
+    "na\u00efve caf\u00e9 \u00dcn\u00efc\u00f6de \u2014 e\u0301 \u4f60\u597d \U0001f642 $5 <b> x_y",
+    "the [MASK] of the def",
+    "zero\u200bwidth \ufffd",
+    "",
+]
+IDS = torch.randint(5, 400, (2, 24), generator=torch.Generator().manual_seed(3))
+MEAN = {"word_embedding_dimension": 256, "pooling_mode_mean_tokens": True}
+
+
+def word_pieces(directory: Path, **normalizer: Any) -> Any:
+    """BERT's tokenizer on few words: those of the example text, and every character alone."""
+    text = EXAMPLE_TEXT.read_text().lower()
+    words = sorted(set(text.split()))[:300]
+    letters = sorted(set(text) - set(" \n"))
+    vocab = [*ENDS.values(), *letters, *(f"##{letter}" for letter in letters), "[unused0]"]
+    vocab += [word for word in words if word not in vocab and word.isalpha()]
+    vocab += ["##ing", "##s", "\u4f60", "cafe", "Cafe", "caf\u00e9"]
+    numbers = {word: at for at, word in enumerate(dict.fromkeys(vocab))}
+    model: Any = tokenizers.models.WordPiece(numbers, unk_token="[UNK]")
+    tokenizer: Any = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(**normalizer)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = tokenizers.decoders.WordPiece()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(word, numbers[word]) for word in ("[CLS]", "[SEP]")],
+    )
+    tokenizer.add_special_tokens(list(ENDS.values()))
+    ends = {f"{kind}_token": word for kind, word in ENDS.items()}
+    wrapped = Fast(tokenizer_object=tokenizer, **ends)
+    wrapped.save_pretrained(directory)
+    return wrapped
+
+
+def put_modules(directory: Path, pooling: dict[str, Any], *others: str) -> None:
+    """The files of sentence-transformers around a transformer."""
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", **{f"{n}_": n for n in others}}
+    table = [
+        {"idx": at, "name": str(at), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for at, (path, kind) in enumerate(kinds.items())
+    ]
+    (directory / "modules.json").write_text(json.dumps(table))
+    (directory / "1_Pooling").mkdir(exist_ok=True)
+    (directory / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("bert") / "source"
+    config = transformers.BertConfig(
+        vocab_size=512,
+        hidden_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=512,
+        max_position_embeddings=64,
+        architectures=["BertModel"],
+    )
+    model: Any = transformers.BertModel(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_((1.0 if "Norm.weight" in name else 0.0) + 0.1 * noise)
+    model.save_pretrained(directory)
+    word_pieces(directory)
+    put_modules(directory, MEAN, "Normalize")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def packed(source: Path) -> Path:
+    convert(source, source.parent / "packed", Recipe("itf", engine=LLAMA_CPP))
+    return source.parent / "packed"
+
+
+@pytest.fixture(scope="module")
+def file(packed: Path) -> Path:
+    report = export(packed, packed.parent / "m.gguf", "gguf")
+    assert report["exact"] and report["type"] == "tq2_0" and not report["lost"]
+    assert any("the pooler is left out" in note for note in report["notes"])
+    return packed.parent / "m.gguf"
+
+
+@torch.no_grad()
+def hidden(directory: Path) -> Tensor:
+    found: Tensor = ternarize.load(directory, dtype="float32")(IDS).last_hidden_state
+    return found
+
+
+def test_a_file_says_what_llama_cpp_asks_for(source: Path, file: Path) -> None:
+    fields, tensors = read_gguf(file)
+    said = {key.removeprefix("bert."): value for key, value in fields.items()}
+    assert said["general.architecture"] == "bert" and said["attention.causal"] is False
+    assert said["pooling_type"] == gguf.PoolingType.MEAN and said["context_length"] == 64
+    assert said["tokenizer.ggml.token_type_count"] == 2
+    assert said["attention.layer_norm_epsilon"] == pytest.approx(1e-12)
+    assert (said["block_count"], said["attention.head_count"]) == (2, 4)
+    assert (said["embedding_length"], said["feed_forward_length"]) == (256, 512)
+    before = packing.read_checkpoint(source)
+    for new, name in (
+        ("token_types.weight", "embeddings.token_type_embeddings.weight"),
+        ("position_embd.weight", "embeddings.position_embeddings.weight"),
+        ("token_embd_norm.bias", "embeddings.LayerNorm.bias"),
+        ("blk.1.attn_output_norm.weight", "encoder.layer.1.attention.output.LayerNorm.weight"),
+        ("blk.1.layer_output_norm.bias", "encoder.layer.1.output.LayerNorm.bias"),
+        ("blk.0.attn_k.bias", "encoder.layer.0.attention.self.key.bias"),
+    ):
+        assert np.array_equal(tensors[new].data, before[name].numpy()), new
+    names = {f"blk.0.{each}.weight" for each in ("attn_q", "attn_output", "ffn_up", "ffn_down")}
+    assert names <= tensors.keys() and not [name for name in tensors if "pooler" in name]
+
+
+def test_an_encoder_comes_back(packed: Path, file: Path, tmp_path: Path) -> None:
+    """Weights, tokens, and the folder that sentence-transformers reads; a file has no pooler."""
+    with pytest.raises(CheckpointError, match=r"lacks pooler.dense.*--allow-missing"):
+        convert(file, tmp_path / "back")
+    record = convert(file, tmp_path / "back", allow_missing=True)
+    before, after = dense(packed), dense(tmp_path / "back")
+    assert {name for name in before if "pooler" not in name} == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in after)
+    assert {row["method"] for row in record["tensors"].values() if "method" in row} == {"lossless"}
+    assert verify(tmp_path / "back", source=file)["source_compared"]
+    assert torch.equal(hidden(tmp_path / "back"), hidden(packed))
+    ours, theirs = map(transformers.AutoTokenizer.from_pretrained, (packed, tmp_path / "back"))
+    for text in TEXTS:
+        assert theirs(text)["input_ids"] == ours(text)["input_ids"], text
+        ids = ours(text)["input_ids"]
+        assert theirs.decode(ids) == ours.decode(ids)
+    assert theirs("a", "b")["token_type_ids"] == [0, 0, 0, 1, 1]
+    assert theirs.mask_token_id == ours.mask_token_id and theirs.cls_token == "[CLS]"
+    modules = json.loads((tmp_path / "back/modules.json").read_text())
+    assert [each["path"] for each in modules] == ["", "1_Pooling"]
+    assert json.loads((tmp_path / "back/1_Pooling/config.json").read_text()) == MEAN
+
+
+def test_llama_cpp_gives_our_embeddings(packed: Path, file: Path) -> None:
+    """It rounds activations to 8 bits; tokens are equal."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    model = llama_cpp.Llama(str(file), embedding=True, n_ctx=64, verbose=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(packed)
+    for text in TEXTS:
+        found = model.tokenize(text.encode(), add_bos=True, special=True)
+        assert found == tokenizer(text)["input_ids"], text
+    found = torch.tensor([model.embed(text, normalize=True) for text in TEXTS[:3]])
+    model.close()
+    expected = embed(ternarize.load(packed, dtype="float32"), tokenizer, TEXTS[:3])
+    assert float((found * expected).sum(-1).min()) > 0.999
+
+
+@pytest.mark.parametrize(
+    ("pooling", "others", "said"),
+    [
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, (), "CLS"),
+        ({"pooling_mode": "lasttoken", "embedding_dimension": 128}, ("Normalize",), "LAST"),
+        ({"pooling_mode_max_tokens": True}, (), "pooling by pooling_mode_max_tokens; expected the"),
+        (MEAN | {"pooling_mode_cls_token": True}, (), "pooling by .*mean_tokens, .*cls_token"),
+        ({}, (), "pooling by nothing that is said"),
+        (MEAN, ("Dense", "Normalize"), "modules Transformer, Pooling, Dense, Normalize; expected"),
+    ],
+)
+def test_embeddings_are_made_as_the_modules_say_or_refused(
+    packed: Path, tmp_path: Path, pooling: dict[str, Any], others: tuple[str, ...], said: str
+) -> None:
+    changed = tmp_path / "changed"
+    changed.mkdir()
+    for path in packed.iterdir():
+        if path.is_file():
+            (changed / path.name).symlink_to(path)
+    (changed / "modules.json").unlink()
+    put_modules(changed, pooling, *others)
+    if said.isupper():
+        export(changed, tmp_path / "m.gguf", "gguf")
+        assert read_gguf(tmp_path / "m.gguf")[0]["bert.pooling_type"] == gguf.PoolingType[said]
+        return
+    with pytest.raises(CheckpointError, match=said):
+        export(changed, tmp_path / "m.gguf", "gguf")
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def test_without_modules_a_file_leaves_the_pooling_open(packed: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "changed"
+    changed.mkdir()
+    for path in packed.iterdir():
+        if path.is_file() and path.name != "modules.json":
+            (changed / path.name).symlink_to(path)
+    export(changed, tmp_path / "m.gguf", "gguf", tokenizer=False)
+    fields, _ = read_gguf(tmp_path / "m.gguf")
+    assert "bert.pooling_type" not in fields and fields["tokenizer.ggml.token_type_count"] == 2
+    source: Any = open_source(tmp_path / "m.gguf")
+    assert "modules.json" not in source.made
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "keys"),
+    [
+        ({}, None),
+        ({"lowercase": False}, (False, False)),
+        ({"lowercase": True, "strip_accents": False}, (True, False)),
+    ],
+)
+def test_capitals_and_accents_are_said_where_they_stay(
+    tmp_path: Path, normalizer: dict[str, Any], keys: tuple[bool, bool] | None
+) -> None:
+    word_pieces(tmp_path, **normalizer)
+    found: dict[str, bool] = {}
+    recorder: Any = Recorder()
+    recorder.__dict__["add_bool"] = found.__setitem__
+    notes = vocabulary.write(recorder, tmp_path, 512)
+    calls = recorder.calls
+    assert calls["add_tokenizer_model"] == "bert"
+    assert {"[CLS]", "\u2581cafe", "ing", "\u2581[unused0]"} <= set(calls["add_token_list"])
+    assert calls["add_bos_token_id"] == 1 and calls["add_sep_token_id"] == 2
+    names = [f"tokenizer.ggml.normalizer.{each}" for each in ("lowercase", "strip_accents")]
+    assert found == ({} if keys is None else dict(zip(names, keys, strict=True)))
+    assert any("normalizer.lowercase" in note for note in notes) is (keys is not None)
+
+
+def _split_elsewhere(directory: Path) -> None:
+    tokenizer = word_pieces(directory)
+    tokenizer.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save_pretrained(directory)
+
+
+def _without_ends(directory: Path) -> None:
+    tokenizer = word_pieces(directory)
+    plain = tokenizers.processors.TemplateProcessing(single="$A", special_tokens=[])
+    tokenizer.backend_tokenizer.post_processor = plain
+    tokenizer.save_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (_split_elsewhere, "prepares text by .*Whitespace"),
+        (lambda folder: word_pieces(folder, handle_chinese_chars=False), "prepares text by .*chin"),
+        (_without_ends, r"puts \[\] before a text and \[\] behind it"),
+    ],
+)
+def test_other_word_pieces_are_refused(
+    make: Callable[[Path], Any], said: str, tmp_path: Path
+) -> None:
+    make(tmp_path)
+    recorder: Any = Recorder()
+    with pytest.raises(CheckpointError, match=said):
+        vocabulary.write(recorder, tmp_path, 512)
+
+
+def test_other_encoders_are_refused_before_the_work(source: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "changed"
+    changed.mkdir()
+    for path in source.iterdir():
+        (changed / path.name).symlink_to(path)
+    table = json.loads((source / "config.json").read_text()) | {"hidden_act": "relu"}
+    (changed / "config.json").unlink()
+    (changed / "config.json").write_text(json.dumps(table))
+    with pytest.raises(TernarizeError, match="hidden_act 'relu', which no file of llama.cpp says"):
+        convert(changed, tmp_path / "out", Recipe("itf", engine=LLAMA_CPP))
