@@ -297,19 +297,21 @@ def read_stored(
     Each byte is read once: hashed, checked and laid out while it is near. Memory is given by its
     address; only ternarize.files.stored should call this: it knows what is there. Sizes are checked.
 
-    tensors  (n, 14) int64, of each
+    tensors  (n, 17) int64, of each
                file, start, bytes       descriptor, and the bytes in the file
                form                     0: bytes as they are; 1: trits, looked at alone;
                                         2 and 3: trits as "lanes2" and "lanes3"
                rows, cols, group size   of trits
+               coded                    1: the bytes of trits are those of a stream
                out, its bytes           memory for the bytes (0: none) or for lanes
-               scale file, start, kind  of trits; 0 F16, 1 BF16, 2 F32, 3 8-bit codes
+               file, start, bytes       of the scales of trits
+               kind, coded              of scales: 0 F16, 1 BF16, 2 F32, 3 8-bit codes; a stream
                scales, their bytes      with lanes: memory for them in the order of the lanes,
                                         float16 of F16 and codes, else float32
     checked  hash, and check scales; codes are always checked
     states   (n,) uint8: 0 until a tensor is in its memory, then 1; else 2 where the file cannot be
              read, 3 for a byte that is no code, 4 for a scale that does not fit, 5 if it was left
-             out, 6 without memory
+             out, 6 without memory, 7 for a damaged stream
     digests  (n, 32) uint8: SHA-256 of the bytes, followed by those of the scales
     stop     (1,) uint8: not 0 leaves out what has not begun
     """

@@ -107,7 +107,9 @@ def test_lanes_and_their_scales_are_those_of_torch(
         assert torch.equal(beside, kernels.scale_lanes(scales, rows, form))
 
 
-@pytest.mark.parametrize("name", ["rows", "groups", "planes-scale8", "scale-types", "experts"])
+@pytest.mark.parametrize(
+    "name", ["rows", "groups", "planes-scale8", "scale-types", "experts", "coded"]
+)
 def test_a_model_is_the_same_by_either_way(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,8 +239,9 @@ def test_wrong_tables_are_refused() -> None:
         np.zeros((1, 32), np.uint8),
         np.zeros(1, np.uint8),
     )
-    good = [0, 8, 26, 1, 1, 128, 128, 0, 0, 0, 40, 0, 0, 0]
-    for column, value in [(1, -1), (2, 27), (3, 4), (4, 2), (5, 0), (6, -2), (11, 4)]:
+    good = [0, 8, 26, 1, 1, 128, 128, 0, 0, 0, 0, 40, 2, 0, 0, 0, 0]
+    wrong = [(1, -1), (2, 27), (3, 4), (4, 2), (5, 0), (6, -2), (12, 3), (13, 4)]
+    for column, value in wrong:
         table = np.array([good[:column] + [value] + good[column + 1 :]], np.int64)
         with pytest.raises(ValueError, match=r"tensors|cols|group_size"):
             lib.read_stored(table, True, states, digests, stop, 1)

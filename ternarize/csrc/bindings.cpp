@@ -403,8 +403,8 @@ int64_t bind_from_lanes(Flat<const uint8_t> lanes, const std::string& form, int6
 
 // The columns of `read_stored`'s table, of int64.
 enum Column {
-  kFile, kStart, kBytes, kForm, kRows, kCols, kGroupSize, kOut, kOutBytes, kScaleFile, kScaleStart,
-  kScaleKind, kScaleOut, kScaleOutBytes, kColumns
+  kFile, kStart, kBytes, kForm, kRows, kCols, kGroupSize, kCoded, kOut, kOutBytes, kScaleFile,
+  kScaleStart, kScaleBytes, kScaleKind, kScalesCoded, kScaleOut, kScaleOutBytes, kColumns
 };
 
 // A row of the table, checked: sizes agree, so that nothing is written beyond the memory that is given.
@@ -432,15 +432,24 @@ Stored checked_stored(const int64_t* row) {
   }
   const int64_t width = x.lanes.stored.width;
   constexpr int64_t kMost = int64_t{1} << 50;  // no product of sizes wraps
-  if (rows < 1 || width < 1 || x.nbytes > kMost || x.nbytes % width != 0 ||
-      x.nbytes / width != rows)
+  x.coded = row[kCoded] != 0;
+  constexpr int64_t kMostCoded = 1 << 16;  // of a row in a stream
+  if (rows < 1 || width < 1 || x.nbytes > kMost || width > kMost / rows ||
+      (x.coded ? width > kMostCoded : x.nbytes != rows * width))
     fail("tensors: " + std::to_string(x.nbytes) + " bytes; expected " + std::to_string(rows) +
          " rows of " + std::to_string(width) + ".");
   x.scale_file = static_cast<int>(row[kScaleFile]);
   x.scale_start = row[kScaleStart];
+  x.scale_bytes = row[kScaleBytes];
+  x.scales_coded = row[kScalesCoded] != 0;
   x.scale_kind = static_cast<ScaleKind>(row[kScaleKind]);
   x.one_scale = group_size == 0;
-  if (x.one_scale && x.lanes.stored.groups != 1) fail("tensors: one scale of no weights.");
+  const int64_t scale_size = row[kScaleKind] == 2 ? 4 : row[kScaleKind] == 3 ? 1 : 2;
+  const int64_t row_scales = x.lanes.stored.groups * scale_size;
+  if (x.scale_bytes < 0 || (x.scales_coded ? row_scales > kMostCoded
+                                           : x.scale_bytes != x.scales() * scale_size))
+    fail("tensors: " + std::to_string(x.scale_bytes) + " bytes of scales; expected " +
+         std::to_string(x.scales()) + " numbers.");
   if (form == 1) return x;
   expect_count("out", row[kOutBytes], x.lanes.size());
   const bool half = x.scale_kind == ScaleKind::F16 || x.scale_kind == ScaleKind::E;

@@ -50,10 +50,12 @@ def core_reads(checkpoint: Checkpoint, name: str, record: Record) -> bool:
     """Whether the core can read a tensor, hash it and check it."""
     if not hasattr(lib, "read_stored") or not lib.can_read_stored():
         return False
-    if not checkpoint.tensors[name].numel or record.coded:
+    if not checkpoint.tensors[name].numel:
         return False
     if record.shape is None or record.codec != BASE3:
         return record.shape is None
+    if record.coded and record.planes > 1:
+        return False
     # one scale for a whole matrix: of one alone
     return record.group_size != 0 or (len(record.shape) == 2 and record.planes == 1)
 
@@ -98,14 +100,15 @@ class Reading:
     def _row(self, wanted: ToRead) -> list[int]:
         """A row of the table that the core takes: the columns of `Column` in csrc/bindings.cpp."""
         info, record, out = self.checkpoint.tensors[wanted.name], wanted.record, wanted.out
-        where = [self._opened(info.file), info.start, info.nbytes]
+        where = [self._opened(info.file), info.start, info.stored_bytes]
         if record.shape is None:
-            return [*where, 0, 0, 0, 0, *_memory(out), 0, 0, 0, 0, 0]
+            return [*where, 0, 0, 0, 0, 0, *_memory(out), 0, 0, 0, 0, 0, 0, 0]
         scale = self.checkpoint.tensors[wanted.name + SCALE_SUFFIX]
         cols, group_size = record.shape[-1], record.group_size
         rows = info.numel // info.shape[-1] * record.planes  # those of planes follow each other
-        matrix = [_FORMS[wanted.form], rows, cols, group_size]
-        beside = [self._opened(scale.file), scale.start, _SCALE_KINDS[scale.dtype]]
+        matrix = [_FORMS[wanted.form], rows, cols, group_size, info.coded is not None]
+        beside = [self._opened(scale.file), scale.start, scale.stored_bytes]
+        beside += [_SCALE_KINDS[scale.dtype], scale.coded is not None]
         return [*where, *matrix, *_memory(out), *beside, *_memory(wanted.scales)]
 
     def _opened(self, file: str) -> int:

@@ -79,7 +79,8 @@ class _File:
         entry, coded = self.header.entries[name], self.coded.get(name)
         start = self.header.data_start + entry.start
         if name in self.given:
-            return _Slice(entry.dtype, entry.shape, None, self.given.pop(name))
+            is_ = entry if coded is None else coded
+            return _Slice(is_.dtype, is_.shape, None, self.given.pop(name))
         if coded is not None:
             rows = math.prod(coded.shape[1:-1])  # of the stream for one of the first dimension
             return _Slice(

@@ -1,7 +1,6 @@
 #include "entropy/rans.h"
 
 #include <mutex>
-#include <vector>
 
 #include "shared/parallel.h"
 
@@ -20,11 +19,7 @@ Rows work_of(const Classed& x) {
   return {x.chunks(), 8 * smaller(x.chunk_rows, x.rows) * x.width};  // a coded byte as 8 weights
 }
 
-// Columns of one class that are next to each other.
-struct Run {
-  int64_t first;
-  int64_t count;
-};
+using Run = RansDecoder::Run;
 
 std::vector<std::vector<Run>> runs_of(const Classed& x) {
   std::vector<std::vector<Run>> found(static_cast<size_t>(x.count));
@@ -177,39 +172,52 @@ void rans_encode(const uint8_t* bytes, const Classed& x, const uint16_t* frequen
   });
 }
 
+RansDecoder::RansDecoder(const Classed& x, const uint32_t* table)
+    : x_(x),
+      table_(table),
+      runs_(runs_of(x)),
+      ordered_(x.count > 1 ? static_cast<size_t>(smaller(x.chunk_rows, x.rows) * x.width) : 0) {}
+
+bool RansDecoder::decode(int64_t chunk, const uint8_t* at, const uint8_t* end, uint8_t* rows) {
+  const int64_t count = x_.rows_of(chunk);
+  uint8_t* const to = x_.count > 1 ? ordered_.data() : rows;
+  if (end - at < kRansHead) return false;
+  uint32_t states[kRansLanes];
+  std::memcpy(states, at, kRansHead);
+  at += kRansHead;
+  for (const uint32_t state : states)
+    if (state < kLeast) return false;
+  int64_t place = 0;
+  for (int which = 0; which < x_.count; ++which) {
+    const int64_t n = count * columns(runs_[static_cast<size_t>(which)]);
+    if (!take_bytes(to + place, n, place, table_ + kRansTotal * which, states, at, end))
+      return false;
+    place += n;
+  }
+  bool whole = at == end;
+  for (const uint32_t state : states) whole = whole && state == kLeast;
+  if (!whole) return false;
+  if (x_.count > 1)
+    in_order(x_, runs_, rows, count, [&](uint8_t* row, int64_t from, size_t n) {
+      std::memcpy(row, ordered_.data() + from, n);
+    });
+  return true;
+}
+
+void rans_slots(const uint16_t* frequencies, uint32_t* table) {
+  for (uint32_t byte = 0; byte < 256; ++byte)
+    for (uint32_t i = 0, often = frequencies[byte]; i < often; ++i)
+      *table++ = byte | (often - 1) << 8 | i << 20;
+}
+
 int64_t rans_decode(const uint8_t* coded, const int64_t* ends, const Classed& x,
                     const uint32_t* table, uint8_t* bytes, int threads) {
-  const auto runs = runs_of(x);
   return first_of(work_of(x), threads, [&](int64_t first, int64_t last) {
-    std::vector<uint8_t> ordered(
-        x.count > 1 ? static_cast<size_t>(smaller(x.chunk_rows, x.rows) * x.width) : 0);
-    for (int64_t chunk = first; chunk < last; ++chunk) {
-      const int64_t count = x.rows_of(chunk);
-      uint8_t* const rows = bytes + chunk * x.chunk_rows * x.width;
-      uint8_t* const to = x.count > 1 ? ordered.data() : rows;
-      const uint8_t* at = coded + ends[chunk];
-      const uint8_t* const end = coded + ends[chunk + 1];
-      if (end - at < kRansHead) return chunk;
-      uint32_t states[kRansLanes];
-      std::memcpy(states, at, kRansHead);
-      at += kRansHead;
-      for (const uint32_t state : states)
-        if (state < kLeast) return chunk;
-      int64_t place = 0;
-      for (int which = 0; which < x.count; ++which) {
-        const int64_t n = count * columns(runs[static_cast<size_t>(which)]);
-        if (!take_bytes(to + place, n, place, table + kRansTotal * which, states, at, end))
-          return chunk;
-        place += n;
-      }
-      bool whole = at == end;
-      for (const uint32_t state : states) whole = whole && state == kLeast;
-      if (!whole) return chunk;
-      if (x.count > 1)
-        in_order(x, runs, rows, count, [&](uint8_t* row, int64_t from, size_t n) {
-          std::memcpy(row, ordered.data() + from, n);
-        });
-    }
+    RansDecoder decoder(x, table);
+    for (int64_t chunk = first; chunk < last; ++chunk)
+      if (!decoder.decode(chunk, coded + ends[chunk], coded + ends[chunk + 1],
+                          bytes + chunk * x.chunk_rows * x.width))
+        return chunk;
     return kNone;
   });
 }

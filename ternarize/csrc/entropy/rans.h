@@ -2,6 +2,8 @@
 // CPU and any number of threads give the same bytes.
 #pragma once
 
+#include <vector>
+
 #include "shared/formats.h"
 
 namespace ternarize {
@@ -34,6 +36,31 @@ void rans_count(const uint8_t* bytes, const Classed& x, int64_t* counts, int thr
 // A slot has kRansHead bytes and two for each byte that is coded.
 void rans_encode(const uint8_t* bytes, const Classed& x, const uint16_t* frequencies, uint8_t* out,
                  int64_t slot, int32_t* sizes, int threads);
+
+// Decodes one chunk after the other, with the memory of one; for one thread. What `x` and `table` point to
+// is kept by the caller; `table` is as of `rans_decode`.
+class RansDecoder {
+ public:
+  RansDecoder(const Classed& x, const uint32_t* table);
+  // Decodes a chunk into its rows; false where it is damaged.
+  bool decode(int64_t chunk, const uint8_t* at, const uint8_t* end, uint8_t* rows);
+
+  // Columns of one class that are next to each other.
+  struct Run {
+    int64_t first;
+    int64_t count;
+  };
+
+ private:
+  Classed x_;
+  const uint32_t* table_;
+  std::vector<std::vector<Run>> runs_;
+  std::vector<uint8_t> ordered_;
+};
+
+// Sets the part of `table` that is of one class, kRansTotal slots, from the frequencies of 256 bytes, which
+// add up to that.
+void rans_slots(const uint16_t* frequencies, uint32_t* table);
 
 // Decodes chunks that lie one behind the other, chunk i from ends[i] to ends[i + 1], and returns the
 // first that is damaged, or kNone. `table` (count, kRansTotal) has for each slot its byte, frequency - 1

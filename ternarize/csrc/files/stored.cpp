@@ -4,8 +4,10 @@
 #include <algorithm>
 #include <atomic>
 #include <new>
+#include <optional>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #ifndef _WIN32
@@ -15,6 +17,7 @@
 
 #include "cpus/cpus.h"
 #include "digest/sha256.h"
+#include "entropy/rans.h"
 
 namespace ternarize {
 
@@ -125,6 +128,123 @@ struct Desk {
   }
 };
 
+// The classes of the columns of packed rows: bytes that hold as many trits are of one, those with the
+// most of class 0.
+std::vector<uint8_t> classes_of_trits(const Layout& x) {
+  std::vector<uint8_t> classes;
+  bool there[6] = {};
+  for (int64_t left = x.cols; left > 0; left -= x.group)
+    for (int64_t n = smaller(left, x.group); n > 0; n -= 5) {
+      classes.push_back(static_cast<uint8_t>(smaller(n, 5)));
+      there[classes.back()] = true;
+    }
+  for (uint8_t& held : classes)
+    held = static_cast<uint8_t>(std::count(there + held + 1, there + 6, true));
+  return classes;
+}
+
+// A stream in a file, whose rows are asked for in their order.
+class Stream {
+ public:
+  Stream(int file, int64_t start, int64_t nbytes, int64_t rows, std::vector<uint8_t> classes)
+      : file_(file), start_(start), nbytes_(nbytes), classes_(std::move(classes)) {
+    const int count = *std::max_element(classes_.begin(), classes_.end()) + 1;
+    x_ = {rows, static_cast<int64_t>(classes_.size()), 1, classes_.data(), count};
+  }
+
+  // Reads tables and sizes, which are checked before there is memory for what they promise.
+  Read open() {
+    constexpr int64_t kLargest = 1 << 16;  // bytes of the rows in a chunk
+    std::vector<uint8_t> head(static_cast<size_t>(smaller(nbytes_, 4 + x_.count * 544)));
+    const auto size = static_cast<int64_t>(head.size());
+    if (size < 4) return Read::BadStream;
+    if (!read_at(file_, start_, head.data(), size)) return Read::Unreadable;
+    uint32_t chunk_rows;
+    std::memcpy(&chunk_rows, head.data(), 4);
+    if (chunk_rows == 0 || chunk_rows > kLargest / x_.width) return Read::BadStream;
+    x_.chunk_rows = chunk_rows;
+    table_.resize(static_cast<size_t>(kRansTotal * x_.count));
+    int64_t at = 4;
+    for (int which = 0; which < x_.count; ++which) {
+      if (at + 32 > size) return Read::BadStream;
+      uint16_t frequencies[256] = {};
+      int64_t total = 0, from = at + 32;
+      for (int byte = 0; byte < 256; ++byte) {
+        if (!(head[static_cast<size_t>(at + byte / 8)] >> byte % 8 & 1)) continue;
+        if (from + 2 > size) return Read::BadStream;
+        std::memcpy(&frequencies[byte], head.data() + from, 2);
+        if (frequencies[byte] == 0) return Read::BadStream;
+        total += frequencies[byte];
+        from += 2;
+      }
+      if (total != kRansTotal) return Read::BadStream;
+      rans_slots(frequencies, table_.data() + kRansTotal * which);
+      at = from;
+    }
+    const int64_t chunks = x_.chunks();
+    if (chunks > (nbytes_ - at) / 4) return Read::BadStream;
+    std::vector<uint32_t> sizes(static_cast<size_t>(chunks));
+    if (!read_at(file_, start_ + at, reinterpret_cast<uint8_t*>(sizes.data()), 4 * chunks))
+      return Read::Unreadable;
+    ends_ = {at + 4 * chunks};
+    for (const uint32_t each : sizes) {
+      if (each < kRansHead) return Read::BadStream;
+      ends_.push_back(ends_.back() + each);
+    }
+    if (ends_.back() != nbytes_) return Read::BadStream;
+    rows_.resize(static_cast<size_t>(smaller(x_.chunk_rows, x_.rows) * x_.width));
+    decoder_.emplace(x_, table_.data());
+    return Read::Done;
+  }
+
+  Read rows(int64_t first, int64_t n, uint8_t* out) {
+    while (n > 0) {
+      const int64_t chunk = first / x_.chunk_rows, from = first - chunk * x_.chunk_rows;
+      if (chunk != decoded_) {
+        const int64_t begin = ends_[static_cast<size_t>(chunk)];
+        const int64_t size = ends_[static_cast<size_t>(chunk) + 1] - begin;
+        coded_.resize(static_cast<size_t>(size));
+        if (!read_at(file_, start_ + begin, coded_.data(), size)) return Read::Unreadable;
+        if (!decoder_->decode(chunk, coded_.data(), coded_.data() + size, rows_.data()))
+          return Read::BadStream;
+        decoded_ = chunk;
+      }
+      const int64_t count = smaller(n, x_.rows_of(chunk) - from);
+      const auto bytes = static_cast<size_t>(count * x_.width);
+      std::memcpy(out, rows_.data() + from * x_.width, bytes);
+      out += bytes, first += count, n -= count;
+    }
+    return Read::Done;
+  }
+
+ private:
+  int file_;
+  int64_t start_, nbytes_;
+  std::vector<uint8_t> classes_;
+  Classed x_;
+  std::vector<uint32_t> table_;
+  std::vector<int64_t> ends_;
+  std::optional<RansDecoder> decoder_;
+  std::vector<uint8_t> coded_, rows_;
+  int64_t decoded_ = kNone;
+};
+
+// The scales of a tensor, in the memory of the desk.
+Read read_scales(const Stored& x, Desk& desk) {
+  const int64_t size = size_of(x.scale_kind), rows = x.one_scale ? 1 : x.lanes.stored.rows;
+  const int64_t bytes = x.scales() * size;
+  if (!x.scales_coded)
+    return read_at(x.scale_file, x.scale_start, Desk::room(desk.scales, bytes), bytes)
+               ? Read::Done
+               : Read::Unreadable;
+  std::vector<uint8_t> classes(static_cast<size_t>(bytes / rows));
+  for (size_t i = 0; i < classes.size(); ++i)
+    classes[i] = static_cast<uint8_t>(i % static_cast<size_t>(size));
+  Stream stream(x.scale_file, x.scale_start, x.scale_bytes, rows, std::move(classes));
+  const Read opened = stream.open();
+  return opened == Read::Done ? stream.rows(0, rows, Desk::room(desk.scales, bytes)) : opened;
+}
+
 Read read_raw(const Stored& x, Sha256* sha, Desk& desk) {
   for (int64_t at = 0; at < x.nbytes; at += kPiece) {
     const int64_t n = smaller(kPiece, x.nbytes - at);
@@ -139,9 +259,16 @@ Read read_trits(const Stored& x, Sha256* sha, Desk& desk) {
   const Lanes& lanes = x.lanes;
   const Layout& all = lanes.stored;
   const bool to_lanes = x.form == Stored::Form::Lanes;
-  const int64_t scale_size = size_of(x.scale_kind), scale_bytes = x.scales() * scale_size;
-  uint8_t* scales = Desk::room(desk.scales, scale_bytes);
-  if (!read_at(x.scale_file, x.scale_start, scales, scale_bytes)) return Read::Unreadable;
+  std::optional<Stream> stream;
+  if (x.coded) {
+    stream.emplace(x.file, x.start, x.nbytes, all.rows, classes_of_trits(all));
+    const Read opened = stream->open();
+    if (opened != Read::Done) return opened;
+  }
+  const Read beside = read_scales(x, desk);
+  if (beside != Read::Done) return beside;
+  const int64_t scale_size = size_of(x.scale_kind);
+  const uint8_t* scales = desk.scales.data();
   // Whole blocks of a run-time layout, each of which begins where a row does.
   const int64_t unit = to_lanes ? lanes.block : 1;
   const int64_t rows = std::max<int64_t>(1, kPiece / std::max<int64_t>(1, all.width * unit)) * unit;
@@ -150,8 +277,12 @@ Read read_trits(const Stored& x, Sha256* sha, Desk& desk) {
     Layout part = all;
     part.rows = smaller(rows, all.rows - first);
     uint8_t* piece = Desk::room(desk.piece, part.rows * all.width);
-    if (!read_at(x.file, x.start + first * all.width, piece, part.rows * all.width))
+    if (stream) {
+      const Read decoded = stream->rows(first, part.rows, piece);
+      if (decoded != Read::Done) return decoded;
+    } else if (!read_at(x.file, x.start + first * all.width, piece, part.rows * all.width)) {
       return Read::Unreadable;
+    }
     if (sha) sha->update(piece, part.rows * all.width);
     const int64_t groups = part.rows * all.groups;
     uint8_t* used = Desk::room(desk.used, groups);
@@ -168,7 +299,7 @@ Read read_trits(const Stored& x, Sha256* sha, Desk& desk) {
                      x.out + (first + row) / lanes.block * lanes.quads * 64, scratch);
   }
   if (sha && x.one_scale && !fit(x.scale_kind, scales, &any, 1)) return Read::BadScale;
-  if (sha) sha->update(scales, scale_bytes);
+  if (sha) sha->update(scales, x.scales() * scale_size);
   if (to_lanes) lay_out(x, scales);
   return Read::Done;
 }

@@ -1,5 +1,6 @@
 // files/: stored tensors on their way from a file into memory. Each byte is read once, a piece at a
-// time: hashed, checked and brought into the run-time layout while it is near.
+// time: hashed, checked and brought into the run-time layout while it is near. Of what is coded
+// (formats/rans.md) a chunk at a time is decoded first.
 #pragma once
 
 #include "pack/lanes.h"
@@ -16,11 +17,14 @@ struct Stored {
   int file;        // its descriptor
   int64_t start;   // of the bytes in the file
   int64_t nbytes;
+  bool coded;      // Trits and Lanes: the bytes are those of a stream
   uint8_t* out;    // Raw: where the bytes go, or null; Lanes: the run-time layout
   Lanes lanes;     // Trits and Lanes: `stored` is the matrix; of Trits the rest means nothing
   // Trits and Lanes: the scales, of each row and group, or one (`one_scale`); perhaps in another file.
   int scale_file;
   int64_t scale_start;
+  int64_t scale_bytes;
+  bool scales_coded;
   ScaleKind scale_kind;
   bool one_scale;
   // Lanes: scales in the order block, group, row of the block, with 0 beyond the last row; float16 of F16
@@ -39,6 +43,7 @@ enum class Read : uint8_t {
   BadScale,    // one that is not finite or negative, or is 0 where its group is not, or the reverse
   Stopped,
   NoMemory,
+  BadStream,  // one that breaks a rule of formats/rans.md
 };
 
 // Reads all n tensors in their order, each by one of the threads.
