@@ -106,6 +106,11 @@ def _run(handlers: Mapping[int, Any]) -> None:
         handlers[number](number, None)
 
 
+def signals_came() -> bool:
+    """Whether there are signals that are held."""
+    return bool(_came)
+
+
 def let_through() -> None:
     """Run the handlers of signals that have come and are held; they may raise."""
     global _raised

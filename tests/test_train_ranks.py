@@ -1,6 +1,7 @@
 """Several processes that train one model: the bytes of one, whatever their number."""
 
 import json
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from ternarize.errors import CheckpointError, UsageError
 from ternarize.plans.recipe import Calibrate, Recipe, Train
 from ternarize.ranks import World
 from ternarize.train import parallel
+from ternarize.train.divided import check_divided
 from ternarize.train.loop import tokens_at_once
 from ternarize.train.parallel import Gradients, check_alike, check_rounds
 from ternarize.train.state import STATE
@@ -64,7 +66,7 @@ def test_two_processes_give_the_bytes_of_one_which_goes_on_when_one_of_them_dies
     """Two rounds in a step; of the second training the second process dies in the third step."""
     jobs = [job("llama", tmp_path, name, steps=6) for name in ("two", "broken")]
     ended = launch(tmp_path, 2, {"jobs": jobs, "die": [1, "add", 6]})
-    assert ended[1][0] == 9 and ended[0][0] != 0, ended
+    assert ended[1][0] == -9 and ended[0][0] != 0, ended
     assert "another process: is gone" in ended[0][1]
     assert step_of(tmp_path / "broken") == 2
     training_ranks.trained(jobs[1])
@@ -118,11 +120,11 @@ def test_another_number_of_processes_goes_on_to_the_same_bytes(
     whole, broken = (job("llama", tmp_path, name) for name in ("whole", "broken"))
     training_ranks.trained(whole)
     ended = launch(tmp_path, 3, {"jobs": [broken], "die": dies})
-    assert ended[dies[0]][0] == 9 and 0 not in [code for code, _ in ended], ended
+    assert ended[dies[0]][0] == -9 and ended[0][0] != 0, ended
     if steps is not None:
         assert step_of(tmp_path / "broken") == steps
     ended = launch(tmp_path, 2, {"jobs": [broken], "die": [1, "take", 3]})
-    assert ended[1][0] == 9 and ended[0][0] != 0, ended
+    assert ended[1][0] == -9 and ended[0][0] != 0, ended
     assert step_of(tmp_path / "broken") == (steps or 0) + 2
     training_ranks.trained(broken)
     assert_same(tmp_path / "broken", tmp_path / "whole")
@@ -136,9 +138,14 @@ def test_the_first_process_alone_speaks(tmp_path: Path) -> None:
         "--train-len 16 --batch 64 --micro-batch 16 --steps 8 --report-to tensorboard".split()
     )
     ended = launch(tmp_path, 2, {"cli": command, "die": [1, "take", 3]})
-    assert [code for code, _ in ended] == [1, 9], ended
+    assert [code for code, _ in ended] == [1, -9], ended
     (line,) = (line for line in ended[0][1].splitlines() if line.startswith("error:"))
     assert "another process: is gone" in line and "Traceback" not in ended[0][1]
+    asked = {"cli": [*command, "--shard"], "die": [1, "take", 3], "signal": signal.SIGTERM}
+    ended = launch(tmp_path, 2, asked)
+    assert [code for code, _ in ended] == [130, 1], ended
+    assert ended[0][1].strip() == "interrupted; the same command goes on from here"
+    assert step_of(Path(output)) == 5, "three more than the two of which a state was"
     few = launch(tmp_path, 2, {"cli": [*command, "--batch", "16"]})
     assert [code for code, _ in few] == [2, 1], "one micro-batch"
     assert few[0][1].count("error:") == 1 and "--batch 32" in few[0][1]
@@ -146,6 +153,69 @@ def test_the_first_process_alone_speaks(tmp_path: Path) -> None:
     ended = launch(tmp_path, 2, {"cli": command})
     assert [code for code, _ in ended] == [0, 0], ended
     assert "trained on" in ended[0][1] and ended[1][1] == ""
+
+
+# --- blocks that are divided ----------------------------------------------------------------------
+
+
+def looks(output: Path) -> list[float]:
+    """The held-out losses of a training."""
+    record = json.loads((output / "ternarize.json").read_text())
+    return [loss for _, loss in record["training"]["held_out"]]
+
+
+def test_two_processes_have_a_half_of_the_blocks_each_and_train_as_one(tmp_path: Path) -> None:
+    """In the fifth step one dies: the state of the fourth goes on in one, which has all of it."""
+    divided = job("llama", tmp_path, "divided", steps=6, shard=True)
+    ended = launch(tmp_path, 2, {"jobs": [divided], "die": [1, "add", 10], "save_every": -1})
+    assert ended[1][0] == -9 and ended[0][0] != 0, ended
+    assert "another process: is gone" in ended[0][1]
+    assert step_of(tmp_path / "divided") == 4
+    alone = [job("llama", tmp_path, name, steps=6) for name in ("divided", "whole")]
+    assert launch(tmp_path, 1, {"jobs": alone})[0][0] == 0
+    *weights, held = json.loads((tmp_path / "asked-1.weights-0").read_text())
+    assert weights[0] == weights[1]
+    for rank in range(2):
+        own, all_of_it, here = json.loads((tmp_path / f"asked-2.weights-{rank}").read_text())
+        assert own < 0.53 * all_of_it and here < 0.7 * held, "what does not divide by two is small"
+    found, expected = looks(tmp_path / "divided"), looks(tmp_path / "whole")
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    assert found == pytest.approx(expected, rel=1e-3), "of sums in another order"
+    assert found[-1] < 0.99 * found[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_any_model_is_divided(count: int, tmp_path: Path) -> None:
+    kinds = ["experts", "images", "encoder", "encoder-decoder", "text", "ends", "calibrated"]
+    for number in (count, 1):
+        jobs = []
+        for own in kinds:
+            name, how = KINDS[own]
+            shared = {"shard": True} if number > 1 else {}
+            jobs.append(job(name, tmp_path, f"{own}-{number}", **how, **shared))
+        ended = launch(tmp_path, number, {"jobs": jobs})
+        assert [code for code, _ in ended] == [0] * number, ended
+    for own in kinds:
+        found, expected = looks(tmp_path / f"{own}-{count}"), looks(tmp_path / f"{own}-1")
+        assert found == pytest.approx(expected, rel=1e-2), own
+
+
+@pytest.mark.slow
+def test_a_divided_training_goes_on_with_another_number_and_whole_and_back(tmp_path: Path) -> None:
+    whole = job("llama", tmp_path, "whole", steps=8)
+    training_ranks.trained(whole)
+    broken = job("llama", tmp_path, "broken", steps=8)
+    parts = [*broken[:3], {**broken[3], "shard": True}]
+    for count, own, steps in ((2, broken, 2), (3, parts, 4), (2, parts, 6)):
+        asked = {"jobs": [own], "die": [1, "take", 3], "save_every": -1}
+        ended = launch(tmp_path, count, asked)
+        assert ended[1][0] == -9 and ended[0][0] != 0, ended
+        assert step_of(tmp_path / "broken") == steps
+    ended = launch(tmp_path, 2, {"jobs": [parts]})
+    assert [code for code, _ in ended] == [0, 0], ended
+    found = looks(tmp_path / "broken")
+    assert found == pytest.approx(looks(tmp_path / "whole"), rel=1e-2)
 
 
 # --- what goes from one process to another ------------------------------------------------------
@@ -240,6 +310,20 @@ def test_each_process_has_a_micro_batch(
         return
     with pytest.raises(UsageError, match=f"torchrun: {count} processes.*{said}"):
         check_rounds(training, tokens_at_once("cpu"), count)
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "said"),
+    [
+        (1, {}, "--shard: one process; expected several.*torchrun"),
+        (2, {"optimizer": "adafactor"}, "with --optimizer adafactor"),
+        (2, {"compile": True}, "with --compile"),
+    ],
+)
+def test_blocks_are_not_always_divided(count: int, options: dict[str, Any], said: str) -> None:
+    check_divided(Train(steps=1, **options), count)
+    with pytest.raises(UsageError, match=said):
+        check_divided(Train(steps=1, shard=True, **options), count)
 
 
 def test_a_training_is_for_several_processes_and_the_one_of_distill_is_not() -> None:

@@ -3,12 +3,14 @@
     python tests/training_ranks.py FILE      with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT
 
 FILE is JSON: {"jobs": [[source, output, text, options], ...], "die": [rank, name, count],
-"cli": [...]}. The process of that rank ends at once where it calls a function of DYING for the
-count-th time in the last job.
+"cli": [...], "save_every": seconds, "signal": number}. The process of that rank is sent the signal,
+SIGKILL if none is named, where it calls a function of DYING for the count-th time in the last job.
 """
 
+import gc
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ import calibrating
 import torch
 from test_train_cli import Fake, tracking
 from test_train_run import recipe_of
+from torch import Tensor
 
 from ternarize.calibrate import gptq
 from ternarize.cli.app import app
@@ -56,6 +59,31 @@ def recipe(text: str, options: dict[str, Any]) -> Recipe:
     return Recipe("gptq", 32, calibrate=base.calibrate, train=train)
 
 
+def local(tensor: Any) -> Tensor:
+    """What a process has of a tensor."""
+    found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return found
+
+
+def noted(file: Path) -> None:
+    """Have written what stands in this process when a training begins: of the parameters how many
+    weights, of how many; and the bytes of all tensors.
+    """
+    train = loop.train
+
+    def noting(job: Any, samples: Any) -> Any:
+        own = sum(local(p).numel() for p in job.parameters.values())
+        whole = sum(p.numel() for p in job.parameters.values())
+        gc.collect()
+        tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
+        stored = [local(t).untyped_storage() for t in tensors]
+        held = {each.data_ptr(): each.nbytes() for each in stored if each.data_ptr()}
+        file.write_text(json.dumps([own, whole, sum(held.values())]))
+        return train(job, samples)
+
+    setattr(train_run, "train", noting)  # noqa: B010
+
+
 def trained(job: list[Any], world: World | None = None) -> dict[str, Any]:
     """One training: [source, output, text, options]."""
     source, output, text, options = job
@@ -63,12 +91,12 @@ def trained(job: list[Any], world: World | None = None) -> dict[str, Any]:
     return run(source, output, recipe(text, options), world=world)
 
 
-def dying(function: Callable[..., Any], left: int) -> Callable[..., Any]:
+def dying(function: Callable[..., Any], left: int, number: int) -> Callable[..., Any]:
     def called(*args: Any, **options: Any) -> Any:
         nonlocal left
         left -= 1
-        if left <= 0:
-            os._exit(9)
+        if left == 0:
+            os.kill(os.getpid(), number)
         return function(*args, **options)
 
     return called
@@ -79,18 +107,21 @@ def main(file: Path) -> None:
     for module, name, value in QUICK:
         setattr(module, name, value)
     torch.set_num_threads(1)
+    setattr(loop, "SAVE_EVERY", asked.get("save_every", loop.SAVE_EVERY))  # noqa: B010
 
     def last() -> None:
         rank, name, count = asked.get("die", (-1, "", 0))
         if int(os.environ["RANK"]) == rank:
             where, own = DYING[name]
-            setattr(where, own, dying(getattr(where, own), count))
+            number = asked.get("signal", signal.SIGKILL)
+            setattr(where, own, dying(getattr(where, own), count, number))
 
     if "cli" in asked:
         tracking.LOGGER_TYPE_TO_CLASS["tensorboard"] = Fake
         tracking._available_trackers = [tracking.LoggerType.TENSORBOARD]
         last()
         app(asked["cli"])
+    noted(file.with_suffix(f".weights-{os.environ['RANK']}"))
     with ranks_of_launcher() as world:
         for job in asked["jobs"]:
             if job is asked["jobs"][-1]:

@@ -84,6 +84,7 @@ from ternarize.qat.rounding import Form
 from ternarize.ranks import World
 from ternarize.runtime.rehearsal import rehearse
 from ternarize.threads import THREADS, TICK, let_through, result_of, thread_pool
+from ternarize.train.divided import check_divided
 from ternarize.train.loop import tokens_at_once
 from ternarize.train.parallel import check_rounds
 from ternarize.train.run import Log
@@ -159,6 +160,7 @@ def convert(
     partial, device = partial_of(output), check_device(device)
     if recipe.training:
         check_rounds(recipe.training, tokens_at_once(device), world.size)
+        check_divided(recipe.training, world.size)
     place = partial if part is None else part_folder(partial, part)
 
     def planned(folder: Path | None = None) -> Plan:

@@ -74,6 +74,7 @@ CHANGEABLE = (
     "recompute",
     "micro_batch",
     "compile",
+    "shard",
 )  # and all that may change while a training goes on
 DISTILL_BATCH = 1024  # tokens of a step of --distill
 
@@ -193,6 +194,11 @@ class Train:
         False,
         "Compile the blocks of both models (torch.compile): shorter steps after a minute or two, "
         "the same within rounding. On a CPU it needs a C++ compiler.",
+    )
+    shard: bool = option(
+        False,
+        "Of several processes (torchrun): divide weights, gradients and moments of the blocks of "
+        "both models among them (FSDP2); the same within rounding.",
     )
     all_weights: bool = option(
         False, "Train what is kept as well: embeddings, head, every dense matrix."

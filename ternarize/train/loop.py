@@ -11,6 +11,7 @@ and the budget, looks at the clock, and writes; the others do as it tells.
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from ternarize.calibrate.samples import Sample
 from ternarize.errors import CheckpointError, RankError
 from ternarize.plans.recipe import BUDGETS, Train
 from ternarize.ranks import World
-from ternarize.threads import signals_held
-from ternarize.train.parallel import Gradients, in_all
+from ternarize.threads import let_through, signals_came, signals_held
+from ternarize.train.divided import clip, watched
+from ternarize.train.parallel import Exchange, Gradients
 from ternarize.train.state import Progressed, best_file, load_state, save_state
 from ternarize.train.texts import ahead, learnt_in, tokens_in
 
@@ -55,8 +57,10 @@ class Job:
                 whether a look at held-out text follows, after which the state may be kept
     counts      share of the budget from which on states can be kept: what is asked of them is
                 reached there
-    world       the processes that share it, each with all of the model; of those beside the first
-                folder, keep, known and told are not used
+    world       the processes that share it; of those beside the first folder, known and told are
+                not used, and keep is where blocks are divided, when all have to take part in it
+    exchange    of several processes
+    order       the parameters as the optimizer's state counts them, where it has them in another
     """
 
     training: Train
@@ -72,6 +76,8 @@ class Job:
     at: Callable[[float, bool], None]
     counts: float = 0.0
     world: World = field(default_factory=World)
+    exchange: Exchange | None = None
+    order: Sequence[Tensor] = ()
 
 
 def train(job: Job, samples: Iterator[Sample]) -> Progressed:
@@ -79,42 +85,54 @@ def train(job: Job, samples: Iterator[Sample]) -> Progressed:
 
     What is interrupted between two steps, or within one, goes on after the last whole one.
     """
-    progressed, world = Progressed(), job.world
-    with world.agreed():
-        if world.rank == 0:
-            progressed = load_state(job.folder, job.parameters, job.optimizer, job.known)
-            _note_budget(job.training, progressed)
-    progressed = in_all(world, progressed, job.parameters, job.optimizer)
-    if world.rank:
-        return _go_on(job, progressed, iter(()))
-    for _ in range(progressed.samples):
+    own, how = (job.parameters, job.optimizer, job.known), {"order": job.order, "world": job.world}
+    progressed = load_state(job.folder, *own, **how)
+    _note_budget(job.training, progressed)
+    gradients = Gradients(job.world, job.parameters, job.exchange)
+    for _ in range(0 if job.world.rank else progressed.samples):
         next(samples)
-    with ahead(samples) as found:
-        return _go_on(job, progressed, found)
+    try:
+        # of divided blocks all processes end together
+        with ahead(samples) as found, signals_held() if gradients.divided else nullcontext():
+            return _go_on(job, progressed, found, gradients)
+    except KeyboardInterrupt as stop:
+        if isinstance(stop.__context__, RankError):
+            raise stop.__context__ from None  # and not the signal that a launcher sends then
+        raise
 
 
-def _go_on(job: Job, progressed: Progressed, samples: Iterator[Sample]) -> Progressed:
+def _go_on(
+    job: Job, progressed: Progressed, samples: Iterator[Sample], gradients: Gradients
+) -> Progressed:
     rates = [group["lr"] for group in job.optimizer.param_groups]
-
-    gradients = Gradients(job.world, job.parameters)
+    together, first = gradients.divided, job.world.rank == 0
 
     def save() -> None:
-        if job.world.rank or not progressed.held:
-            return
         with signals_held():
-            save_state(job.folder, progressed, job.parameters, job.optimizer, job.known)
+            own = job.parameters, job.optimizer, job.known
+            save_state(job.folder, progressed, *own, order=job.order, writes=first)
+
+    def save_alone() -> None:
+        if first and progressed.held and not together:
+            save()
 
     saved, shown = time.monotonic(), 0.0
     try:
         while True:
-            done = job.world.firsts(min(1.0, share_done(job.training, progressed)))
+            due = time.monotonic() - saved > SAVE_EVERY
+            done, due = job.world.firsts((min(1.0, share_done(job.training, progressed)), due))
+            if together and progressed.held and any(job.world.all(signals_came())):
+                save()
+                let_through()
+                raise KeyboardInterrupt  # that another process has been sent
             looks = not progressed.held or math.floor(done * LOOKS) > progressed.looked
             job.at(done, looks)
             if looks:
                 gradients.check_same(progressed.step)
-                _look(job, progressed, math.floor(done * LOOKS), counts=done >= job.counts)
-            if done == 1 or time.monotonic() - saved > SAVE_EVERY:
-                save()
+                _look(job, progressed, math.floor(done * LOOKS), done >= job.counts, together)
+            if done == 1 or due:
+                if first or together:
+                    save()
                 saved = time.monotonic()
             if done == 1:
                 return progressed
@@ -123,14 +141,9 @@ def _go_on(job: Job, progressed: Progressed, samples: Iterator[Sample]) -> Progr
             loss, figures = _step(job, progressed, samples, gradients)
             shown = loss if not shown else (1 - SMOOTH) * shown + SMOOTH * loss
             _tell(job, progressed, shown, figures)
-    except KeyboardInterrupt:
-        save()
+    except (KeyboardInterrupt, RankError):
+        save_alone()
         raise
-    except RankError as lost:
-        try:
-            save()
-        finally:
-            raise lost  # and not the signal that a launcher sends to those that are left
 
 
 def _note_budget(training: Train, progressed: Progressed) -> None:
@@ -170,12 +183,15 @@ def _rate(done: float) -> float:
     return min(1.0, (done + 1e-3) / WARM) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-def _look(job: Job, progressed: Progressed, number: int, *, counts: bool) -> None:
-    """Measure the held-out loss; keep the state if none that counts was better."""
+def _look(job: Job, progressed: Progressed, number: int, counts: bool, together: bool) -> None:
+    """Measure the held-out loss; keep the state if none that counts was better.
+
+    together  whether all processes take part in keeping it
+    """
     loss = job.held()
     counted = (each for step, each in progressed.held if step >= progressed.since)
     better = not counts or progressed.best is None or loss < min(counted, default=math.inf)
-    if better and job.world.rank == 0:
+    if better and (together or job.world.rank == 0):
         job.keep(best_file(job.folder, progressed.step), loss)
     with signals_held():
         progressed.held.append((progressed.step, loss))
@@ -198,9 +214,13 @@ def _step(
         at = first + world.rank
         own: tuple[float, dict[str, float]] | None = None
         if at < len(parts):
-            loss, beside = job.loss(parts[at])
-            (loss * shares[at]).backward()  # type: ignore[no-untyped-call]
-            own = float(loss.detach()), beside
+            with watched(world):
+                loss, beside = job.loss(parts[at])
+                (loss * (shares[at] * gradients.factor)).backward()  # type: ignore[no-untyped-call]
+                own = float(loss.detach()), beside
+        elif gradients.divided:  # blocks come together in all processes, or not at all
+            with watched(world):
+                (job.loss(parts[0])[0] * 0).backward()  # type: ignore[no-untyped-call]
         for share, told in zip(shares[first:], gradients.add(own), strict=False):
             if told is not None:
                 total += share * told[0]
@@ -214,7 +234,10 @@ def _step(
             "Train anew with a lower --lr",
         )
     gradients.take()
-    torch.nn.utils.clip_grad_norm_(list(job.parameters.values()), CLIP)
+    if gradients.divided:
+        clip(job.parameters.values(), CLIP, world)
+    else:
+        torch.nn.utils.clip_grad_norm_(list(job.parameters.values()), CLIP)
     with signals_held():  # a step is done whole or not at all
         job.optimizer.step()
         progressed.step += 1

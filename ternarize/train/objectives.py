@@ -13,6 +13,7 @@ from ternarize.calibrate.lanes import hidden_of, mask_of, tokens_of
 from ternarize.calibrate.samples import Sample
 from ternarize.models.skeleton import model_end
 from ternarize.ranks import World
+from ternarize.train.divided import watched
 from ternarize.train.loop import Objective, in_parts
 from ternarize.train.losses import Head, Words, choose_words, divergence, text_loss
 from ternarize.train.students import Pair
@@ -65,13 +66,15 @@ def first_error(pair: Pair, samples: Sequence[Sample], pad: int) -> float:
 def held_loss(loss: Objective, samples: Sequence[Sample], world: World | None = None) -> float:
     """The loss on held-out samples, without gradients; over the same words at every look.
 
-    world  the processes that take their parts in turn, each of which calls this
+    world  the processes that take their parts in turn, each of which calls this, and runs the
+           models as often as the others: divided blocks come together in all of them
     """
     world = world or World()
     parts = list(in_parts(samples, _LOOKED_AT))
     counts = [sum(map(learnt_in, some)) for some in parts]
-    with torch.no_grad():
-        own = [float(loss(some)[0]) for some in parts[world.rank :: world.size]]
+    turns = range(world.rank, -(-len(parts) // world.size) * world.size, world.size)
+    with torch.no_grad(), watched(world):
+        own = [float(loss(parts[at] if at < len(parts) else parts[0])[0]) for at in turns]
     each = world.all(own)
     total = 0.0
     for at, count in enumerate(counts):

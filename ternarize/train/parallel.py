@@ -27,7 +27,6 @@ from ternarize.files.headers import byte_view
 from ternarize.plans.recipe import Train
 from ternarize.ranks import World
 from ternarize.train.ranks import SILENCE
-from ternarize.train.state import Progressed
 
 _Words = TypeVar("_Words")
 
@@ -43,19 +42,40 @@ class _Span(NamedTuple):
     last: int
 
 
+class Exchange(NamedTuple):
+    """What gradients go through, and where they lie for it."""
+
+    group: Any
+    place: torch.device
+
+
 class Gradients:
     """The gradients of parameters, summed over the micro-batches of all processes.
 
-    In one process autograd has summed them already, and there is nothing to do.
+    In one process autograd has summed them already, and there is nothing to do. Those of blocks
+    that are divided FSDP2 adds up, as means over the processes.
+
+    exchange  of several processes
+    divided   whether some of the parameters are
     """
 
-    def __init__(self, world: World, parameters: Mapping[str, Tensor]) -> None:
-        self.world, self.parameters = world, list(parameters.values())
+    def __init__(
+        self, world: World, parameters: Mapping[str, Tensor], exchange: Exchange | None = None
+    ) -> None:
+        self.parameters = [p for p in parameters.values() if not hasattr(p, "full_tensor")]
+        self.divided = len(self.parameters) < len(parameters)
+        self.world = world
         self.sums: list[Tensor] = []  # of each piece, this process's share
         self.found = [False] * len(self.parameters)  # which have a gradient at all
         if world.size > 1:
             self.pieces = list(_pieces([p.numel() for p in self.parameters]))
-            self.group, self.place = _group(world, self.parameters[0].device)
+            assert exchange is not None
+            self.group, self.place = exchange
+
+    @property
+    def factor(self) -> int:
+        """By which a loss is to be multiplied: of divided blocks, so that means become sums."""
+        return self.world.size if self.divided else 1
 
     def add(self, own: _Words) -> list[_Words]:
         """Add what a round has left in the parameters, in the order of the processes, and take it
@@ -99,7 +119,8 @@ class Gradients:
                         parameter.grad = torch.empty_like(
                             parameter, memory_format=torch.contiguous_format
                         )
-                    parameter.grad.view(-1)[span.first : span.last] = whole[at : at + count]
+                    given = whole[at : at + count] / self.factor
+                    parameter.grad.view(-1)[span.first : span.last] = given
                 at += count
         self.sums, self.found = [], [False] * len(self.parameters)
 
@@ -161,15 +182,18 @@ def _pieces(sizes: Sequence[int]) -> Iterator[list[_Span]]:
         yield piece
 
 
-def _group(world: World, device: torch.device) -> tuple[Any, torch.device]:
-    """What gradients go through, and where they lie for it."""
-    own = (platform.node(), torch.cuda.current_device()) if device.type == "cuda" else None
+def exchange_of(world: World, device: str) -> Exchange | None:
+    """NCCL where each process has a GPU of its own, else gloo; None of one process."""
+    if world.size == 1:
+        return None
+    on_gpu = torch.device(device).type == "cuda"
+    own = (platform.node(), torch.cuda.current_device()) if on_gpu else None
     places = world.all(own)
     alone = None not in places and len(set(places)) == world.size
     backend = "nccl" if alone and dist.is_nccl_available() else "gloo"
     with world.others_gone():
         group = dist.new_group(backend=backend, timeout=SILENCE)
-    return group, device if backend == "nccl" else torch.device("cpu")
+    return Exchange(group, torch.device(device if backend == "nccl" else "cpu"))
 
 
 def check_rounds(training: Train, usual: int, count: int) -> None:
@@ -207,34 +231,3 @@ def check_alike(world: World, models: Sequence[Any], computed_in: torch.dtype) -
             "the same in all",
             "Give all the same files, on processors of one kind",
         )
-
-
-def in_all(
-    world: World,
-    progressed: Progressed,
-    parameters: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-) -> Progressed:
-    """Have in all processes how far the first one is: returns that, its weights, its optimizer."""
-    if world.size == 1:
-        return progressed
-    progressed = world.firsts(progressed)
-    if world.rank == 0:
-        state = optimizer.state_dict()["state"].items()
-        own = {(at, key): value for at, each in state for key, value in each.items()}
-        tensors = {key: value for key, value in own.items() if isinstance(value, Tensor)}
-        rest = {key: value for key, value in own.items() if key not in tensors}
-        for other in range(1, world.size):
-            for parameter in parameters.values():
-                world.send(parameter.detach(), other, "state")
-            world.send_all((list(tensors), rest), list(tensors.values()), other, "state")
-        return progressed
-    with torch.no_grad():
-        for parameter in parameters.values():
-            parameter.copy_(world.receive(parameter.shape, parameter.dtype, 0))
-    (keys, rest), values = world.receive_all(0)
-    states: dict[int, dict[str, Any]] = {}
-    for (at, key), value in {**rest, **dict(zip(keys, values, strict=True))}.items():
-        states.setdefault(at, {})[key] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
-    return progressed

@@ -29,14 +29,15 @@ from ternarize.ranks import World
 from ternarize.sources.checkpoint import locate
 from ternarize.sources.packed import check_record, open_packed, refuse_folded
 from ternarize.train.compiled import compile_blocks
+from ternarize.train.divided import by_names, divide, regrouped, whole
 from ternarize.train.loop import Job, tokens_at_once, train
 from ternarize.train.objectives import first_error, held_loss, objective
 from ternarize.train.optimizer import make_optimizer
-from ternarize.train.parallel import check_alike
+from ternarize.train.parallel import check_alike, exchange_of
 from ternarize.train.recompute import recompute_blocks
 from ternarize.train.sources import Data, data_of
 from ternarize.train.state import Progressed
-from ternarize.train.students import Pair, make_pair, teacher_folder
+from ternarize.train.students import Pair, fast_dtype, make_pair, teacher_folder
 from ternarize.train.texts import batch_of
 from ternarize.trits.base3 import BASE3
 from ternarize.trits.ternary import scaled
@@ -94,11 +95,12 @@ def train_model(
     training = plan.recipe.training
     assert training is not None
     source, world = plan.source, world or World()
-    told, tensors = world.firsts((data and _without_texts(data), tensors))
-    data = data or told
+    given, tensors = world.firsts((data and _without_texts(data), tensors))
+    data = data or given
     assert data is not None
     todo = {t.name: t for t in tensors if t.ternary and not t.tied_to and t.planes == 1}
-    blocks = Blocks(source, list(todo), device)
+    made_on = "cpu" if training.shard else device
+    blocks = Blocks(source, list(todo), made_on)
     if training.start is not None:
         calibrated = _of_packed(training.start, tensors)
         tensors = calibrated.tensors
@@ -108,11 +110,12 @@ def train_model(
     by_name = {t.name: t for t in tensors}
     activations = plan.recipe.activations or "none"
     scale = "absmean" if plan.recipe.method == "absmean" else "learned"
-    pair = make_pair(blocks, begun, by_name, training, scale, activations, device)
+    form, where = (training, scale, activations), (made_on, fast_dtype(device))
+    pair = make_pair(blocks, begun, by_name, *form, *where)
+    models = [model for model in (pair.student, pair.teacher) if model is not None]
     if training.recompute:
         recompute_blocks(pair.student, blocks.paths)
     if training.compile:
-        models = [model for model in (pair.student, pair.teacher) if model is not None]
         compile_blocks(models, blocks.paths, device)
         pair.compiled = True
     schedule, ramp = None, 0.0
@@ -129,14 +132,26 @@ def train_model(
     place = folder / FOLDER
     place.mkdir(parents=True, exist_ok=True)
 
-    check_alike(world, [m for m in (pair.student, pair.teacher) if m is not None], pair.dtype)
+    check_alike(world, models, pair.dtype)
     environments = environments_of(folder, device, world)
     sigma = world.firsts(0.0 if world.rank else first_error(pair, data.held, data.pad))
+    exchange, order = exchange_of(world, device), list[Tensor]()
+    if training.shard:
+        assert exchange is not None
+        groups = by_names(groups, pair.trained())  # whole parameters are to be gone
+        divide(models, blocks.paths, device, exchange)
+        groups, order = regrouped(groups, pair.trained())
     loss = objective(pair, data.common, data.first, training.seed, data.pad, sigma)
 
+    def hold(value: Tensor) -> Tensor:
+        if not training.shard:
+            return value
+        return value.new_empty(0) if world.rank else value.cpu()
+
     def keep(file: Path, loss: float) -> None:
-        values, ends = stored_of(pair, blocks)
-        write_solved(file, blocks, by_name, values, {"held": json.dumps(loss)}, ends)
+        values, ends = stored_of(pair, blocks, hold)
+        if world.rank == 0:
+            write_solved(file, blocks, by_name, values, {"held": json.dumps(loss)}, ends)
 
     def told(step: int, done: float, figures: Mapping[str, float]) -> None:
         if progress is not None:
@@ -163,11 +178,15 @@ def train_model(
         at,
         ramp,
         world,
+        exchange,
+        order,
     )
     had = _had(training.start, data)
     progressed = train(job, itertools.islice(data.stream, had, None))
     if world.rank:
         return None
+    if training.shard:  # whole again: the first process alone measures what came of it
+        pair = make_pair(blocks, begun, by_name, *form, *where)
     best = open_solved(progressed.best_file(place))
     records = metadata.records_of(best)
     record = calibrated.record if calibrated else {}
@@ -244,9 +263,11 @@ def _had(start: str | None, data: Data) -> int:
 
 
 def stored_of(
-    pair: Pair, blocks: Blocks
+    pair: Pair, blocks: Blocks, hold: Callable[[Tensor], Tensor] = lambda value: value
 ) -> tuple[dict[str, tuple[Tensor, ...]], dict[str, tuple[Tensor, Tensor]]]:
     """What is to be stored of the student.
+
+    hold  makes of each value, as soon as it is there, what is kept of it
 
     Returns, by parameter, ternary matrices and vectors; and by tensor of the source the numbers and
     scales of ends in 8 or 4 bits. What several parameters share is there once, as in the source.
@@ -268,12 +289,12 @@ def stored_of(
                 if name not in names:
                     continue
                 if form.codec == BASE3:
-                    found[name] = (_stored(module, leaf, form),)
+                    found[name] = (hold(_stored(module, leaf, form)),)
                 else:
                     ends[names[name]] = module.numbers_and_scales(leaf)
         for name, parameter in pair.trained().items():
             if id(parameter) not in latents and not name.endswith(LOG_SCALE):
-                found[name] = (parameter.detach().clone(),)
+                found[name] = (hold(whole(parameter).clone()),)
     return found, ends
 
 

@@ -6,21 +6,27 @@
 
 Each is written whole, under another name first. A best stays until a state that names a later one
 is on the disk, so that at any moment a state and its best are there.
+
+Of several processes the first writes and reads, a tensor at a time, whatever part of it each has:
+any number of them goes on from it.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ternarize.errors import OutputError
+from ternarize.files.headers import DTYPE_NAMES, DTYPES, Entry, byte_view, file_head, read_header
 from ternarize.files.outputs import sync_files
+from ternarize.ranks import World
+from ternarize.train.divided import is_divided, put, whole
 
 STATE = "state.safetensors"
 
@@ -64,22 +70,42 @@ def save_state(
     parameters: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     known: Mapping[str, Any],
+    *,
+    order: Sequence[Tensor] = (),
+    writes: bool = True,
 ) -> None:
     """Write all that a training goes on from, and forget what was the best before.
 
-    known  what must be the same when it does
+    known   what must be the same when it does
+    order   the parameters as the optimizer's state counts them, where it has them in another
+    writes  whether it is the first process: of divided tensors all have to take part
     """
-    tensors = {f"parameter {name}": value.detach().cpu() for name, value in parameters.items()}
+    tensors: dict[str, Tensor] = {f"parameter {name}": value for name, value in parameters.items()}
     rest: dict[str, Any] = {}
-    for at, own in optimizer.state_dict()["state"].items():
-        for key, value in own.items():
+    for at, parameter in enumerate(order or _counted(optimizer)):
+        for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"optimizer {at} {key}"] = value.cpu()
+                tensors[f"optimizer {at} {key}"] = value
             else:
                 rest[f"{at} {key}"] = value
+    entries, start = dict[str, Entry](), 0
+    # the widest first, so that each begins at a multiple of its size
+    for name, value in sorted(tensors.items(), key=lambda each: -each[1].element_size()):
+        size = value.numel() * value.element_size()
+        entries[name] = Entry(DTYPE_NAMES[value.dtype], tuple(value.shape), start, size)
+        start += size
     facts = {"progressed": asdict(progressed), "known": dict(known), "optimizer": rest}
     part = folder / f"{STATE}.part"
-    save_file({n: t.contiguous() for n, t in tensors.items()}, part, {"facts": json.dumps(facts)})
+    place: Any = part.open("wb") if writes else nullcontext()
+    with place as file:
+        if file is not None:
+            file.write(file_head(entries, {"facts": json.dumps(facts)}))
+        for name in entries:
+            value = whole(tensors[name])
+            if file is not None:
+                file.write(byte_view(value).numpy().data)
+    if not writes:
+        return
     sync_files(part)
     part.replace(folder / STATE)
     for other in folder.glob("best-*.safetensors"):
@@ -92,34 +118,78 @@ def load_state(
     parameters: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     known: Mapping[str, Any],
+    *,
+    order: Sequence[Tensor] = (),
+    world: World | None = None,
 ) -> Progressed:
     """Take a training up where `save_state` left it, or begin.
 
+    world  the processes that go on, each of which calls this; the folder is the first one's
+
     Raises OutputError where something of `known` was another then.
     """
-    path = folder / STATE
-    if not path.is_file():
+    path, world = folder / STATE, world or World()
+    begun: tuple[dict[str, Any], dict[str, tuple[Any, torch.dtype]]] | None = None
+    with world.agreed():
+        if world.rank == 0 and path.is_file():
+            header = read_header(path)
+            facts = json.loads(header.metadata["facts"])
+            _check_known(folder, facts["known"], json.loads(json.dumps(dict(known))))
+            begun = facts, {n: (e.shape, DTYPES[e.dtype]) for n, e in header.entries.items()}
+    begun = world.firsts(begun)
+    if begun is None:
         return Progressed()
-    with safe_open(path, framework="pt") as file:
-        facts = json.loads(file.metadata()["facts"])
-        _check_known(folder, facts["known"], json.loads(json.dumps(dict(known))))
-        with torch.no_grad():
-            for name, value in parameters.items():
-                value.copy_(file.get_tensor(f"parameter {name}"))
-        states: dict[int, dict[str, Any]] = {}
-        for key in file.keys():
-            kind, at, *name = key.split(" ")
-            if kind == "optimizer":
-                states.setdefault(int(at), {})[name[0]] = file.get_tensor(key)
+    facts, tensors = begun
+    counted = order or _counted(optimizer)
+    states: dict[int, dict[str, Any]] = {}
     for key, value in facts["optimizer"].items():
         at, name = key.split(" ")
         states.setdefault(int(at), {})[name] = value
+    opened: Any = safe_open(path, framework="pt") if world.rank == 0 else nullcontext()
+    with opened as file:
+        for key, about in tensors.items():
+            kind, at, *rest = key.split(" ")
+            like = parameters[at] if kind == "parameter" else counted[int(at)]
+            own = None if file is None else file.get_tensor(key)
+            place = like.detach() if kind == "parameter" else None
+            if is_divided(like) and about[0] == tuple(like.shape):  # moments are, as their weights
+                place = torch.zeros_like(like) if place is None else place
+                put(place, own)
+            else:
+                own = _everywhere(world, own, *about)
+                place = own if place is None else place.copy_(own)
+            if kind == "optimizer":
+                states.setdefault(int(at), {})[rest[0]] = place
     table = optimizer.state_dict()
-    optimizer.load_state_dict({**table, "state": states})
+    optimizer.load_state_dict({**table, "state": _as_counted(states, counted, optimizer)})
     progressed = Progressed(**facts["progressed"])
     progressed.held = [(int(step), float(loss)) for step, loss in progressed.held]
     progressed.budgets = [(int(step), budget) for step, budget in progressed.budgets]
     return progressed
+
+
+def _counted(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The parameters of an optimizer, in the order in which its state counts them."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _as_counted(
+    states: Mapping[int, dict[str, Any]],
+    counted: Sequence[Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> dict[int, dict[str, Any]]:
+    """The states of parameters by their number in the optimizer, from that among `counted`."""
+    numbers = {id(parameter): at for at, parameter in enumerate(_counted(optimizer))}
+    return {numbers[id(counted[at])]: own for at, own in states.items()}
+
+
+def _everywhere(world: World, value: Tensor | None, shape: Any, dtype: torch.dtype) -> Tensor:
+    """A tensor that the first process has, in all of them."""
+    if value is None:
+        return world.receive(shape, dtype, 0)
+    for other in range(1, world.size):
+        world.send(value, other, "state")
+    return value
 
 
 def _check_known(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

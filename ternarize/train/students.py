@@ -101,18 +101,20 @@ def make_pair(
     scale: str,
     activations: str,
     device: str,
+    dtype: torch.dtype | None = None,
 ) -> Pair:
     """Load both models; the student's weights begin where they were left.
 
     begun    tensors by name -> where calibration, or an earlier training, has put them
     tensors  the plan's, by name; of those to be trained the choice says ternary
     scale    of latent weights: "learned", or "absmean" as BitNet b1.58 has it
+    dtype    of products; None: what is fast on the device
 
     Raises CheckpointError for a model that cannot be run, UsageError for a teacher that knows other
     words.
     """
     directory = blocks.source.directory
-    dtype = fast_dtype(device)
+    dtype = dtype or fast_dtype(device)
     student = open_model(directory, device)
     teacher: Any = None
     if training.objective == "distill":
