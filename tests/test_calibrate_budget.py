@@ -5,15 +5,18 @@ from pathlib import Path
 
 import calibrating
 import pytest
+import tiny_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ternarize.calibrate import budget, gptq
 from ternarize.calibrate.budget import Offer, _hull, _spend, allocate, count_forms
 from ternarize.convert.run import convert
 from ternarize.convert.verify import verify
 from ternarize.errors import UsageError
 from ternarize.files.headers import DTYPES
+from ternarize.measure.report import inspect
 from ternarize.plans.layout import Plan, TensorPlan
 from ternarize.plans.plan import make_plan
 from ternarize.plans.recipe import Recipe
@@ -114,6 +117,42 @@ def test_more_bits_are_spent_the_more_there_are(llama: Plan) -> None:
     assert len(set(spent)) == len(spent)
     assert {t.planes for t in found if t.ternary} == {2}
     assert sum(count_forms(found).values()) == sum(t.ternary for t in llama.tensors)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose matrices are large enough that tables of frequencies pay."""
+    source = tmp_path_factory.mktemp("wide") / "source"
+    sizes = {"hidden_size": 256, "intermediate_size": 1024}
+    tiny_models.save("llama", source, torch.float32, **sizes)
+    return source
+
+
+def test_below_the_bits_of_base_3_there_are_more_zeros(
+    wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"ROUNDS": 1, "SWEEPS": 1, "DAMPINGS": (0.1,), "PULLS": (0.3,)}.items():
+        monkeypatch.setattr(gptq, name, value)
+    monkeypatch.setattr(budget, "SAMPLES", 1)
+    data = calibrating.data("llama", tmp_path)
+    zeros = []
+    for target in (0.8, 1.3):
+        bits = {"scale_bits": 8, "codec": "rans", "target_bpw": target}
+        packed = tmp_path / f"packed-{target}"
+        record = convert(wide, packed, calibrating.recipe(data, num_samples=8, **bits))
+        totals = inspect(packed)["totals"]
+        assert 0.85 * target < totals["ternary_bpw"] <= 1.01 * target
+        zeros.append(totals["sparsity"])
+        forms = record["calibration"]["forms"]
+        assert sum(forms.values()) == 14 and any("% zeros" in form for form in forms)
+        assert verify(packed, wide)["source_compared"]
+    assert zeros[0] > zeros[1] + 0.1
+
+
+def test_less_than_zeros_can_give_is_refused(wide: Path) -> None:
+    work = make_plan(wide, Recipe())
+    with pytest.raises(UsageError, match=r"0\.2; this model takes at least 0\.\d+ bits"):
+        allocate(work.source, work.tensors[:4], [calibrating.inputs("llama", 2)], 0.2, coded=True)
 
 
 def test_less_than_the_least_is_refused(llama: Plan) -> None:

@@ -12,7 +12,13 @@ from ternarize.errors import FormatError
 from ternarize.native import lib
 from ternarize.trits import rans
 from ternarize.trits.base3 import pack
-from ternarize.trits.rans import classes_of_items, classes_of_trits, decode_rows, encode_rows
+from ternarize.trits.rans import (
+    classes_of_items,
+    classes_of_trits,
+    decode_rows,
+    encode_rows,
+    expected_bytes,
+)
 
 
 def trits(rows: int, cols: int, zeros: float, seed: int = 0) -> Tensor:
@@ -151,6 +157,24 @@ def test_streams_that_would_take_much_memory_are_refused_at_once() -> None:
         decode_rows(reader(stream), len(stream), (0, rows.shape[1]), classes)
     with pytest.raises(FormatError, match="it has 2 bytes"):
         decoded(stream[:2], rows, classes)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(40, 300), (2000, 512)])
+@pytest.mark.parametrize(("group_size", "planes"), [(128, 1), (-1, 1), (32, 2)])
+def test_the_size_of_drawn_trits_is_foreseen(
+    rows: int, cols: int, group_size: int, planes: int
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for zeros in (1 / 3, 0.6, 0.95):
+        drawn = torch.rand(planes * rows, cols, generator=generator)
+        sign = torch.where(torch.rand(drawn.shape, generator=generator) < 0.5, -1, 1)
+        trits = (sign * (drawn >= zeros)).to(torch.int8)
+        packed = torch.cat(list(pack(trits, group_size).chunk(planes)), 1)
+        found = len(encode_rows(packed, classes_of_trits(cols, group_size, planes)))
+        foreseen = expected_bytes(rows, cols, group_size, zeros, planes)
+        # of few bytes it is chance which of them occur
+        assert foreseen == pytest.approx(found, rel=0.06 if rows < 100 else 0.01)
+    assert expected_bytes(0, cols, group_size, 0.5, planes) == 0
 
 
 def test_every_class_has_its_columns() -> None:

@@ -12,11 +12,11 @@ plans, and nothing of the files that a conversion writes.
     data.py         from a recipe's data set to batches
     blocks.py       a model run block by block, with one block's weights in memory
     ranks.py        several processes: who has which samples, and which matrices
-    budget.py       group sizes and planes of matrices for given bits, and how many got which
+    dead_zone.py    a share of zeros: which trits are worth not to be one
+    budget.py       group sizes, planes and zeros of matrices for given bits; how many got which
     tracing.py      which products a block makes, and the sums that they enter
     moments.py      what is summed up over the tokens of a matrix
     metric.py       the metric in which a matrix is approximated, and its factor
-    dead_zone.py    a share of zeros: which trits are worth not to be one
     sweep.py        columns rounded one by one, each making up for the errors before it
     gptq.py         one matrix solved: its target, trits, scales
     reconstruct.py  several matrices trained together by gradient

@@ -7,12 +7,17 @@ planes), and the block's output compared with what it was:
     harm(matrix, form) = sum |y' - y|^2 / sum |y|^2      over the tokens of the block's output
 
 Relative errors of block outputs add up along the residual stream, so the sum of all harms is what
-is to be small while the sum of all bits stays within the budget. Starting from the smallest form of
-each matrix, the step with the most harm saved per bit is taken for as long as it fits; steps that
-are not on the lower convex hull of (bits, harm) are never taken (Shoham and Gersho, bit allocation
-for an arbitrary set of quantizers: https://doi.org/10.1109/29.90373).
+is to be small while the sum of all bits stays within the budget. Where tensors are stored by their
+frequencies there are more forms, with shares of zeros that calibration keeps (dead_zone.py); their
+bits are those that streams of such trits are expected to take.
+
+Starting from the smallest form of each matrix, the step with the most harm saved per bit is taken
+for as long as it fits; steps that are not on the lower convex hull of (bits, harm) are never taken
+(Shoham and Gersho, bit allocation for an arbitrary set of quantizers:
+https://doi.org/10.1109/29.90373).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,14 +25,21 @@ import torch
 from torch import Tensor
 
 from ternarize.calibrate.blocks import Batch, Blocks, Call
+from ternarize.calibrate.dead_zone import nearest
 from ternarize.errors import CheckpointError, UsageError
 from ternarize.files.checkpoint import Checkpoint
+from ternarize.files.headers import byte_view
 from ternarize.plans.layout import TensorPlan
 from ternarize.progress import Progress
 from ternarize.ranks import World
-from ternarize.trits.methods import itf
+from ternarize.trits.planes import join_planes
+from ternarize.trits.rans import classes_of_items, encode_rows, expected_bytes
+from ternarize.trits.scales import store_scales
+from ternarize.trits.ternary import Ternary
 
 GROUP_SIZES = (256, 128, 64, 32)
+USUAL = 0.4  # share of zeros that hardly any matrix lacks by itself
+ZEROS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 SAMPLES = 4  # batches on which harm is measured
 
 
@@ -46,14 +58,17 @@ def allocate(
     batches: Sequence[Batch],
     target_bpw: float,
     *,
+    coded: bool = False,
     device: str = "cpu",
     progress: Progress | None = None,
     world: World | None = None,
 ) -> list[TensorPlan]:
-    """Plans of the tensors with other group sizes and planes, at most `target_bpw` on average.
+    """Plans of the tensors with other groups, planes and zeros, at most `target_bpw` on average.
 
     batches     arguments of the model's forward; the first SAMPLES of them are used
     target_bpw  stored bits, scales and padding included, per ternary weight
+    coded       whether they are stored by their frequencies: bits are then what is expected of
+                shares of zeros, and of the scales that `nearest` gives
     progress    called after each block, in the stage "measuring sensitivity"
     world       processes each of which calls this, and measures its share of the matrices
 
@@ -61,7 +76,7 @@ def allocate(
     Raises UsageError if not even the smallest forms are within the target, CheckpointError for a
     model that cannot be run block by block.
     """
-    measured = _measure(source, tensors, batches, device, progress, world or World())
+    measured = _measure(source, tensors, batches, coded, device, progress, world or World())
     total = sum(plan.info.numel for choices in measured for plan in choices[0].plans)
     taken, least = _spend([_hull(choices) for choices in measured], int(target_bpw * total))
     if least > target_bpw * total:
@@ -69,7 +84,7 @@ def allocate(
             "target bpw",
             f"{target_bpw}; this model takes at least {least / max(1, total):.4f} bits per "
             "ternary weight",
-            remedy="Ask for that much, or use --scale-bits 8",
+            remedy=f"Ask for that much, or use --scale-bits 8{'' if coded else ' or --codec rans'}",
         )
     chosen = {plan.name: plan for choice in taken for plan in choice.plans}
     return [chosen.get(t.name, t) for t in tensors]
@@ -115,6 +130,7 @@ def _measure(
     source: Checkpoint,
     tensors: Sequence[TensorPlan],
     batches: Sequence[Batch],
+    coded: bool,
     device: str,
     progress: Progress | None,
     world: World,
@@ -149,7 +165,7 @@ def _measure(
                         continue  # parameters that share a tensor share its form
                     formed.update(p.name for p in plans)
                     if count % world.size == world.rank:
-                        found[count] = _forms(blocks, calls, outputs, weight, plans)
+                        found[count] = _forms(blocks, calls, outputs, weight, plans, coded)
                     count += 1
             seen.add(path)
             if progress is not None:
@@ -170,6 +186,7 @@ def _forms(
     outputs: Sequence[object],
     parameter: torch.nn.Parameter,
     plans: Sequence[TensorPlan],
+    coded: bool,
 ) -> list[Offer]:
     weight, choices = parameter.data, []
     turned = plans[0].choice.transposed
@@ -178,17 +195,50 @@ def _forms(
     cols = logical.shape[-1]
     sizes = [(size, 1) for size in GROUP_SIZES if size < cols] or [(-1, 1)]
     sizes = [(-1, 1), *sizes] if cols <= GROUP_SIZES[0] else sizes
-    for group_size, planes in dict.fromkeys([*sizes, (plans[0].group_size, 2)]):
-        dense = itf(logical, group_size).dequantize(torch.float32)
+    least = USUAL if coded else plans[0].zeros
+    forms = [(*form, least) for form in (*sizes, (plans[0].group_size, 2))]
+    if coded:
+        few = sizes[0][0], plans[0].group_size
+        forms += [(size, 1, share) for size in few for share in ZEROS]
+    for group_size, planes, share in dict.fromkeys(forms):
+        found = [nearest(logical, group_size, share)]
+        dense = found[0].dequantize(torch.float32)
         if planes == 2:
-            dense = dense + itf(logical - dense, group_size).dequantize(torch.float32)
+            found.append(nearest(logical - dense, group_size, share))
+            dense = dense + found[1].dequantize(torch.float32)
         parameter.data = dense.transpose(-1, -2) if turned else dense.view(weight.shape)
         harms = [_harm(blocks.run(c), o) for c, o in zip(calls, outputs, strict=True)]
         parameter.data = weight
-        own = tuple(replace(p, group_size=group_size, planes=planes) for p in plans)
-        bits = sum(8 * p.stored_bytes() for p in own)
+        form = {"group_size": group_size, "planes": planes, "zeros": share}
+        own = tuple(replace(p, **form) for p in plans)
+        size = _coded_bytes(own, found) if coded else sum(p.stored_bytes() for p in own)
+        bits = 8 * size
         choices.append(Offer(own, bits, sum(harms) / len(harms)))
     return choices
+
+
+def _coded_bytes(plans: Sequence[TensorPlan], found: Sequence[Ternary]) -> int:
+    """Bytes that tensors are expected to take as streams, where those are shorter.
+
+    found  the planes of the parameter that they load into, of which the scales count
+    """
+    scales = join_planes([plane.scales.cpu() for plane in found])
+    stored = store_scales(scales, bits=8 if plans[0].scale_dtype == "U8" else 16)
+    data = byte_view(stored).view(-1, stored.shape[-1] * stored.element_size())
+    part = 1.0  # of its bytes that is left of the scales
+    if data.numel() and plans[0].record("").can_be_coded:
+        classes = classes_of_items(stored.shape[-1], stored.element_size())
+        part = min(1.0, len(encode_rows(data, classes)) / data.numel())
+    size = 0.0
+    for plan in plans:
+        assert plan.zeros is not None
+        packed, of_scales = plan.record("").stored_shapes()
+        plain = math.prod(packed)
+        if plan.record("").can_be_coded:
+            layout = plan.shape[-1], plan.group_size, plan.zeros, plan.planes
+            plain = min(plain, expected_bytes(math.prod(packed[:-1]), *layout))
+        size += plain + part * math.prod(of_scales) * stored.element_size()
+    return math.ceil(size)
 
 
 def _harm(output: object, wanted: object) -> float:
@@ -201,7 +251,8 @@ def count_forms(tensors: Sequence[TensorPlan]) -> Mapping[str, int]:
     counts: dict[str, int] = {}
     for t in tensors:
         if t.ternary:
-            planes = ", two planes" if t.planes == 2 else ""
-            what = f"groups of {t.group_size}{planes}" if t.group_size > 0 else f"rows{planes}"
+            more = ", two planes" if t.planes == 2 else ""
+            more += "" if t.zeros is None else f", {t.zeros:.0%} zeros"
+            what = f"groups of {t.group_size}{more}" if t.group_size > 0 else f"rows{more}"
             counts[what] = counts.get(what, 0) + 1
     return counts

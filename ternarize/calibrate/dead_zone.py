@@ -22,8 +22,11 @@ from torch import Tensor
 from ternarize.trits.methods import itf, with_zeros
 from ternarize.trits.ternary import Ternary, group_length
 
-FIRST = 0.1  # the penalty at which the search begins, in units of the mean D s^2
-COLD, WARM = 2.0, 1.2  # steps of the search for the first time, and from the penalty before
+FIRST_PENALTY = 0.1  # the penalty at which the search begins, in units of the mean D s^2
+COLD_STEP, WARM_STEP = (
+    2.0,
+    1.2,
+)  # steps of the search for the first time, and from the penalty before
 HALVINGS = 4
 MEND = 1.03  # by which the penalty grows where the other rows have fewer zeros
 MOST = 64  # steps of each kind
@@ -65,7 +68,7 @@ class DeadZone:
         for _ in range(MOST):
             if self._is_met(found):
                 break
-            self.penalty = MEND * self.penalty or FIRST * unit
+            self.penalty = MEND * self.penalty or FIRST_PENALTY * unit
             found = whole()
         return found
 
@@ -76,8 +79,10 @@ class DeadZone:
             self.penalty = penalty
             return self._is_met(some())
 
-        step, before = (WARM, self.penalty) if self.penalty else (COLD, FIRST * unit)
-        if step == COLD and (not unit > 0 or meets(0.0)):
+        step, before = (
+            (WARM_STEP, self.penalty) if self.penalty else (COLD_STEP, FIRST_PENALTY * unit)
+        )
+        if step == COLD_STEP and (not unit > 0 or meets(0.0)):
             self.penalty = 0.0
             return
         low = high = before

@@ -25,6 +25,7 @@ from ternarize.errors import CheckpointError, OutputError, UsageError
 from ternarize.files import metadata
 from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.headers import byte_view
+from ternarize.files.metadata import RANS
 from ternarize.files.outputs import write_whole
 from ternarize.measure.encoders import pool
 from ternarize.measure.figures import Figure, mean_of
@@ -134,9 +135,10 @@ def calibrate(
             environments = _note_environments(folder, environments)
     samples, tensors = world.firsts((samples, tensors))
     assert samples is not None
-    bpw = calibration.target_bpw
+    bpw, coded = calibration.target_bpw, plan.recipe.codec == RANS and not plan.recipe.training
     if bpw is not None:
-        tensors = _budget(plan.source, tensors, samples, bpw, folder, device, progress, world)
+        how: dict[str, Any] = {"coded": coded, "device": device, "progress": progress}
+        tensors = _budget(plan.source, tensors, samples, bpw, folder, world, **how)
     bits = plan.recipe.scale_bits
 
     def rounding(scales: Tensor) -> Tensor:
@@ -322,23 +324,23 @@ def _budget(
     samples: Samples,
     target_bpw: float,
     folder: Path,
-    device: str,
-    progress: Progress | None,
     world: World,
+    **how: Any,
 ) -> list[TensorPlan]:
-    """Spend the bits, or read how they were spent before the run was broken off."""
+    """Spend the bits, or read how they were spent before the run was broken off.
+
+    how  further arguments of `allocate`
+    """
     forms = world.firsts(_left_at(folder / BUDGET))
     if forms is not None:
+        names = ("group_size", "planes", "zeros")
         return [
-            replace(t, group_size=forms[t.name][0], planes=forms[t.name][1]) if t.ternary else t
+            replace(t, **dict(zip(names, forms[t.name], strict=True))) if t.ternary else t
             for t in tensors
         ]
-    heldout = samples.heldout
-    found = allocate(
-        source, tensors, heldout, target_bpw, device=device, progress=progress, world=world
-    )
+    found = allocate(source, tensors, samples.heldout, target_bpw, world=world, **how)
     if world.rank == 0:
-        _leave(folder / BUDGET, {t.name: [t.group_size, t.planes] for t in found})
+        _leave(folder / BUDGET, {t.name: [t.group_size, t.planes, t.zeros] for t in found})
     return found
 
 

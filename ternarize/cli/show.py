@@ -286,7 +286,7 @@ def _calibration_in_words(calibrate: dict[str, Any]) -> str:
         parts.append(f"{calibrate['distill']} steps of training for the whole model")
     if calibrate["target_bpw"] is not None:
         parts.append(
-            f"group sizes and planes are decided when it is run, for {calibrate['target_bpw']:g} "
+            f"groups, planes and zeros are decided when it is run, for {calibrate['target_bpw']:g} "
             "bits per ternary weight; the sizes above are those of equal groups"
         )
     return "; ".join(parts)

@@ -23,6 +23,7 @@ MAX_COUNT = 2**31 - 1  # samples, steps, tokens: what is made of them fits in 64
 KEPT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 LLAMA_CPP = "llama.cpp"
 ENGINES = (LLAMA_CPP,)  # what --for may name
+TRIT_BITS = 1.6  # of a trit in base 3
 LARGEST_ROTATION = 256  # largest block of the rotation of inputs, where nothing else is said
 
 
@@ -120,8 +121,9 @@ class Calibrate:
     )
     target_bpw: float | None = option(
         None,
-        "Bits per ternary weight, spent where they matter most.",
-        Span(1.6, 16, "{low} to {high} bits"),
+        "Bits per ternary weight, spent where they matter most; with --codec rans about so many, "
+        "as stored, and below 1.6 by more zeros.",
+        Span(0.1, 16, "{low} to {high} bits"),
     )
 
     def __post_init__(self) -> None:
@@ -314,6 +316,8 @@ class Recipe:
                 "another method",
                 "Add --method itf or --dataset, or leave it out",
             )
+        if self.calibrate is not None and self.calibrate.target_bpw is not None:
+            self._check_budget(self.calibrate.target_bpw)
         if self.fold and self.training is not None:
             raise UsageError(
                 "fold",
@@ -323,6 +327,19 @@ class Recipe:
             )
         if self.train is not None:
             self._check_training(self.train)
+
+    def _check_budget(self, target_bpw: float) -> None:
+        if target_bpw < TRIT_BITS and (self.codec == "base3" or self.training is not None):
+            how = "in codec base3" if self.codec == "base3" else "beside a training"
+            raise UsageError(
+                "target bpw",
+                f"{target_bpw} {how}",
+                f"{TRIT_BITS} at least; less with codec rans, and without a training",
+                "Ask for more bits, or add --codec rans",
+            )
+        if self.zeros is not None:
+            found, remedy = f"{target_bpw} beside zeros {self.zeros}", "Leave out one of the two"
+            raise UsageError("target bpw", found, "shares of zeros that it chooses", remedy)
 
     def _check_training(self, train: Train) -> None:
         if self.calibrate is None and not train.texts:

@@ -8,6 +8,7 @@ core does what the torch code here does, with the same bytes.
 """
 
 import itertools
+import math
 import struct
 from collections.abc import Callable, Sequence
 
@@ -35,12 +36,44 @@ def classes_of_trits(cols: int, group_size: int, planes: int = 1) -> Tensor:
 
     Bytes with as many trits are of one class; those with the most are of class 0.
     """
+    held = _held_trits(cols, group_size, planes)
+    order = sorted(set(held.tolist()), reverse=True)
+    return torch.stack([held == count for count in order]).byte().argmax(0).to(torch.uint8)
+
+
+def _held_trits(cols: int, group_size: int, planes: int) -> Tensor:
+    """How many trits each byte of a packed row holds, (width,) int64."""
     length = group_length(cols, group_size)
     whole, rest = divmod(cols, length)
     group, last = (torch.arange(n, 0, -5).clamp(max=5) for n in (length, rest))
-    held = torch.cat([group.repeat(whole), last]).repeat(planes)
-    order = sorted(set(held.tolist()), reverse=True)
-    return torch.stack([held == count for count in order]).byte().argmax(0).to(torch.uint8)
+    return torch.cat([group.repeat(whole), last]).repeat(planes)
+
+
+def expected_bytes(rows: int, cols: int, group_size: int, zeros: float, planes: int = 1) -> int:
+    """Bytes of a stream of packed rows, about: trits drawn one by one, 0 with the share `zeros`.
+
+    Those of weights have more in common, and take no more. Arguments as of `classes_of_trits`.
+    """
+    held = _held_trits(cols, group_size, planes)
+    if not rows:
+        return 0
+    bits, head = 0.0, 4
+    sign = (1 - zeros) / 2
+    for count in held.unique().tolist():
+        chances = one = torch.tensor([sign, zeros, sign], dtype=torch.float64)
+        for _ in range(count - 1):
+            chances = torch.kron(chances, one)
+        drawn = rows * int((held == count).sum())
+        often = (chances * drawn).round().to(torch.int64)
+        often[chances.argmax()] += not bool(often.any())
+        found = torch.tensor(_frequencies([*often.tolist(), *[0] * (256 - len(often))]))
+        used = often > 0
+        rare = drawn * float(chances[~used].sum())  # bytes that occur once, if they do
+        entropy = -(chances[used] * (found[: len(often)][used] / _TOTAL).log2()).sum()
+        bits += drawn * float(entropy) + _BITS * rare
+        head += 32 + 2 * (int(used.sum()) + round(rare))
+    chunks = -(-rows // max(1, CHUNK // len(held)))
+    return head + chunks * (4 + _HEAD) + math.ceil(bits / 8)
 
 
 def classes_of_items(count: int, size: int) -> Tensor:
