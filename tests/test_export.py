@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -740,6 +741,48 @@ def test_of_qwen35_a_file_has_what_is_multiplied(tmp_path: Path) -> None:
     assert np.array_equal(tensors["blk.2.ssm_norm.weight"].data, norm.numpy())
     norm = before["model.layers.2.input_layernorm.weight"] + 1
     assert np.array_equal(tensors["blk.2.attn_norm.weight"].data, norm.numpy())
+
+
+def _composite(name: str) -> Any:
+    text = CONFIGS[name]()
+    ends = {"text_config": text, "tie_word_embeddings": text.tie_word_embeddings}
+    if name == "gemma3":
+        ours = {"vision_config": tiny_models.VISION, "mm_tokens_per_image": 4}
+        names = {"architectures": ["Gemma3ForConditionalGeneration"]}
+        return transformers.Gemma3Config(**ends, **ours, **names)
+    sizes = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2}
+    sizes |= {"out_hidden_size": 256, "num_position_embeddings": 16, "patch_size": 4}
+    names = {"architectures": ["Qwen3_5ForConditionalGeneration"]}
+    return transformers.Qwen3_5Config(**ends, vision_config=sizes, **names)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen35"])
+def test_of_a_model_that_sees_images_the_text_model_is_written(tmp_path: Path, name: str) -> None:
+    """As if it had been alone."""
+    whole = make_source(tmp_path / "whole", _composite(name))
+    text = make_source(tmp_path / "text", CONFIGS[name]())
+    state = {}
+    for old, tensor in packing.read_checkpoint(whole).items():
+        new = re.sub(r"^(model\.)?language_model\.(model\.)?", "model.", old)
+        if not re.search("vis|modal", old):
+            state[new.replace("model.lm_head", "lm_head")] = tensor.contiguous()
+    assert state.keys() == packing.read_checkpoint(text).keys()
+    save_file(state, text / "model.safetensors", metadata={"format": "pt"})
+    written = []
+    for source in (whole, text):
+        packed, file = tmp_path / f"{source.name}-packed", tmp_path / f"{source.name}.gguf"
+        convert(source, packed, Recipe("absmean", 256))
+        report = export(packed, file, "gguf")
+        seen = any("what sees images is left out" in note for note in report["notes"])
+        assert seen is (source is whole)
+        written.append(read_gguf(file))
+    (keys, tensors), (expected_keys, expected) = written
+    assert tensors.keys() == expected.keys()
+    assert all(np.array_equal(tensors[each].data, expected[each].data) for each in expected)
+    for key, value in expected_keys.items():
+        # transformers may have another tokenizer for the class
+        if not key.startswith(("general.", "GGUF.", "tokenizer.")):
+            assert keys[key] == value, key
 
 
 def test_of_gpt2_kept_matrices_are_turned_and_other_scales_refused(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ class Architecture:
         Checkpoints of the model without its head leave "model." out.
         """
         body, blocks = self.body
-        place = rf"(?:{body}\.)?(?:{blocks}\.(\d{{1,5}})\.)?"
+        place = rf"(?:(?:{_IN_COMPOSITE}|{body})\.)?(?:{blocks}\.(\d{{1,5}})\.)?"
         match = re.fullmatch(rf"{place}({'|'.join(map(re.escape, self.bare))})", name)
         if match is not None and match[1] and self.bare:
             return f"blk.{int(match[1])}.{self.bare[match[2]]}"
@@ -156,6 +156,11 @@ class Architecture:
         whole = dict.fromkeys(re.sub(r"(\.experts\.)\d+\.", r"\1{}.", name) for name in names)
         found = {self.to_llama_cpp(name): name for name in whole}
         return {theirs: name for theirs, name in found.items() if theirs is not None}
+
+
+# where a model of several modalities has its text model, as it was and is saved
+_IN_COMPOSITE = r"model\.language_model|language_model\.model|language_model"
+_TOWERS = r"(?:model\.)?(?:visual|vision_tower|multi_modal_projector)\..+"
 
 
 @cache
@@ -190,6 +195,7 @@ GEMMA3 = Architecture(
     activation="gelu_pytorch_tanh",
     shifted=True,
     windows=True,
+    absent=_TOWERS,
 )
 GPT2 = Architecture(
     "gpt2",
@@ -207,7 +213,7 @@ QWEN35 = Architecture(
     "Qwen3_5ForCausalLM",
     {},
     shifted=True,
-    absent=r"mtp\..+|(?:model\.)?visual\..+",
+    absent=rf"mtp\..+|{_TOWERS}",
     bare={"linear_attn.A_log": "ssm_a", "linear_attn.dt_bias": "ssm_dt.bias"},
     linear=True,
 )
@@ -239,6 +245,9 @@ EXPORTED = {
     **{each.model_class: each for each in (LLAMA, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, PHI3, GEMMA3)},
     "MistralForCausalLM": LLAMA,
     QWEN35.model_class: QWEN35,
+    # with other modalities, of which files have the text model
+    "Gemma3ForConditionalGeneration": GEMMA3,
+    "Qwen3_5ForConditionalGeneration": QWEN35,
     GPT2.model_class: GPT2,
     BERT.model_class: BERT,
 }
@@ -325,7 +334,7 @@ def departures(config: Any) -> list[str]:
     config  as transformers reads it, of a class that EXPORTED has
     """
     name = config.architectures[0]
-    architecture = EXPORTED[name]
+    architecture, config = EXPORTED[name], config.get_text_config()
     if architecture.encoder:
         asked = _of_bert(config, architecture)
     elif architecture.learned:

@@ -29,6 +29,7 @@ from ternarize.files.llama_cpp import (
     rope_of,
 )
 from ternarize.files.outputs import check_free
+from ternarize.models.configuration import text_config
 from ternarize.progress import Progress
 from ternarize.publish.export import vocabulary
 from ternarize.publish.export.common import (
@@ -51,6 +52,12 @@ from ternarize.trits.ternary import Ternary
 KEPT_TYPES = {"f16": "F16", "bf16": "BF16", "f32": "F32", "q8_0": "Q8_0"}
 _VECTORS = (".ffn_gate_inp.weight", "token_types.weight", ".ssm_conv1d.weight")
 DEFAULT_TYPES = ("tq2_0", "q2_0")  # the first is smaller, faster, and known to older engines
+# parts of names -> what is left out with the tensors that have them
+_LEFT = {
+    r"pooler\.": "the pooler is left out: llama.cpp gives embeddings without it",
+    r"visual|vision|modal": "what sees images is left out: llama.cpp has files of their own for it",
+    r"mtp\.": "the blocks that predict further tokens (mtp) are left out",
+}
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,7 @@ def export_gguf(
     if modelfile:
         check_free(modelfile_of(output))
     config = model_config(packed)
-    architecture = architecture_of(packed, config)
+    architecture, config = architecture_of(packed, config), text_config(config)
     asked = kind
     moved = _moved(packed, config, architecture)
     kind, losses = _chosen(packed, asked, allow_requantize, moved)
@@ -112,8 +119,8 @@ def export_gguf(
         notes = vocabulary.write(writer, packed.directory, config.vocab_size)
     else:
         writer.add_tokenizer_model("none")
-    if any("pooler" in name and architecture.leaves_out(name) for name in packed.records):
-        notes.append("the pooler is left out: llama.cpp gives embeddings without it")
+    left = [name for name in packed.records if architecture.leaves_out(name)]
+    notes += [said for part, said in _LEFT.items() if any(re.search(part, name) for name in left)]
     items = _gguf_items(packed, config, architecture, kind, kept_type, losses, moved)
     total, done = sum(item.nbytes for item in items), 0
     for item in items:
@@ -244,7 +251,7 @@ def _gguf_items(
             raise CheckpointError(
                 packed.checkpoint.tensors[name].file,
                 f"{name} has no name in llama.cpp's architecture {architecture.name}",
-                f"a plain {config.architectures[0]}",
+                f"a plain {architecture.model_class}",
                 CONVERTER,
             )
         if architecture.is_shifted(name):
