@@ -137,7 +137,7 @@ def test_below_the_bits_of_base_3_there_are_more_zeros(
     data = calibrating.data("llama", tmp_path)
     zeros = []
     for target in (0.8, 1.3):
-        bits = {"scale_bits": 8, "codec": "rans", "target_bpw": target}
+        bits = {"scale_bits": 6, "codec": "rans", "target_bpw": target}
         packed = tmp_path / f"packed-{target}"
         record = convert(wide, packed, calibrating.recipe(data, num_samples=8, **bits))
         totals = inspect(packed)["totals"]

@@ -132,6 +132,22 @@ def test_a_conversion_that_codes_gives_what_recoding_gives(name: str, tmp_path: 
     assert verify(coded, tmp_path / "source")["source_compared"]
 
 
+def test_scales_of_6_bits_take_less_than_those_of_8(tmp_path: Path) -> None:
+    """Where they are coded: they are every other of the 8-bit codes."""
+    tiny_models.save("llama", tmp_path / "source", **WIDE)
+    stored = []
+    for bits in (8, 6):
+        recipe = Recipe("itf", 32, scale_bits=bits, codec="rans", planes=("*down_proj*",))
+        record = convert(tmp_path / "source", tmp_path / f"of {bits}", recipe)
+        stored.append(sum(row["stored_bytes"] for row in record["tensors"].values()))
+        checkpoint, records = open_packed(tmp_path / f"of {bits}")
+        for name in (n for n, r in records.items() if r.kind == "ternary"):
+            codes = checkpoint.read(f"{name}_scale")
+            assert codes.dtype == torch.uint8 and bool((codes % 2 == 1).any()) == (bits == 8)
+        assert verify(tmp_path / f"of {bits}", tmp_path / "source")["source_compared"]
+    assert stored[1] < stored[0]
+
+
 def test_a_conversion_that_was_broken_off_while_it_coded_goes_on(
     sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,9 +239,18 @@ def test_many_zeros_make_small_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(["--zeros", "0.5"], "beside absmean"), (["--zeros", "1.5", "--method", "itf"], "0 to 0.999")],
+    [
+        (["--zeros", "0.5"], "beside absmean"),
+        (["--zeros", "1.5", "--method", "itf"], "0 to 0.999"),
+        (["--scale-bits", "6"], "6 in codec base3"),
+        (
+            ["--scale-bits", "6", "--codec", "rans", "--dataset", "x", "--distill", "1"],
+            "a training",
+        ),
+        (["--scale-bits", "4"], "one of 16, 8, 6"),
+    ],
 )
-def test_a_share_of_zeros_that_cannot_be_is_refused(
+def test_a_share_of_zeros_or_a_scale_that_cannot_be_is_refused(
     words: list[str], said: str, tmp_path: Path
 ) -> None:
     result = CliRunner().invoke(app, ["convert", str(EXAMPLE), str(tmp_path / "out"), *words])

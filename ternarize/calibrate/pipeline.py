@@ -137,7 +137,9 @@ def calibrate(
     assert samples is not None
     bpw, coded = calibration.target_bpw, plan.recipe.codec == RANS and not plan.recipe.training
     if bpw is not None:
-        how: dict[str, Any] = {"coded": coded, "device": device, "progress": progress}
+        bits = plan.recipe.scale_bits
+        how: dict[str, Any] = {"coded": coded, "scale_bits": bits}
+        how |= {"device": device, "progress": progress}
         tensors = _budget(plan.source, tensors, samples, bpw, folder, world, **how)
     bits = plan.recipe.scale_bits
 

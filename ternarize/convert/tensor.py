@@ -190,6 +190,7 @@ def _ternarize(
     if exact is not None and exact != tensor.group_size:
         return Change(tensor.name, exact, tensor.scale_dtype)
     group_size, dtype = tensor.group_size, DTYPES[tensor.scale_dtype]
+    bits = min(8, recipe.scale_bits) if dtype == torch.uint8 else 16
     name = WITHOUT_DATA if recipe.method == GPTQ else recipe.method
     method = METHODS[name] if recipe.zeros is None else with_zeros(recipe.zeros)
     plain = solved is None and exact is None and recipe.zeros is None and tensor.planes == 1
@@ -205,14 +206,13 @@ def _ternarize(
             fit = pack_fit(measured(weight, _part_of(whole, tensor, start, stop)))
         else:
             itself = _exactly(weight, source, tensor, exact)
-            found = fit_planes(weight, group_size, method, tensor.planes, dtype, itself)
+            found = fit_planes(weight, group_size, method, tensor.planes, dtype, itself, bits)
             fit = pack_fit(found)
         entries.add(tensor.name, fit.packed)
         all_scales.append(fit.scales.reshape(-1))
         error, energy = error + fit.squared_error, energy + fit.energy
         nonzero += fit.nonzero
     flat = torch.cat(all_scales) if all_scales else torch.empty(0, dtype=torch.float64)
-    bits = 8 if dtype == torch.uint8 else 16
     scales = store_scales(flat, exact=exact is not None, bits=bits)
     scale_dtype = DTYPE_NAMES[scales.dtype]
     if scales.dtype.itemsize != dtype.itemsize:

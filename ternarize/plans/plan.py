@@ -238,7 +238,7 @@ def _plan_tensor(info: TensorInfo, choice: Choice, recipe: Recipe) -> TensorPlan
         shape,
         GROUP_SIZE if recipe.group_size is None else recipe.group_size,
         dtype,
-        "U8" if recipe.scale_bits == 8 else "F16",
+        "F16" if recipe.scale_bits == 16 else "U8",
         tied_to,
         choice.planes,
     )

@@ -73,16 +73,17 @@ def fit_planes(
     count: int = 1,
     scale_dtype: torch.dtype = torch.float16,
     exact: Ternary | None = None,
+    scale_bits: int = 8,
 ) -> Fit:
     """`count` planes, each by the method on what those before it leave of the weight.
 
     weight       (rows, cols) float
-    scale_dtype  in which scales will be stored; uint8: 8-bit codes
+    scale_dtype  in which scales will be stored; uint8: codes, of `scale_bits`
     exact        the weight itself, if it is ternary: the first plane is then all of it
     """
     planes, rest = [_representable(exact or method(weight, group_size))], weight
     while len(planes) < count:
-        left = None if exact else _remainder(rest, planes[-1], scale_dtype)
+        left = None if exact else _remainder(rest, planes[-1], scale_dtype, scale_bits)
         rest = torch.zeros_like(weight) if left is None else left
         planes.append(_representable(method(rest, group_size)))
     error, energy, nonzero = distance(weight, planes[0])
@@ -101,9 +102,10 @@ def _representable(ternary: Ternary) -> Ternary:
     return Ternary(trits.to(torch.int8), scales, ternary.group_size)
 
 
-def _remainder(weight: Tensor, plane: Ternary, dtype: torch.dtype) -> Tensor:
+def _remainder(weight: Tensor, plane: Ternary, dtype: torch.dtype, bits: int) -> Tensor:
     """weight - scale * trit in float32, with the scale as it will be stored."""
-    stored = scale_codes(plane.scales) if dtype == torch.uint8 else to_float(plane.scales, dtype)
+    coded = dtype == torch.uint8
+    stored = scale_codes(plane.scales, bits) if coded else to_float(plane.scales, dtype)
     scales = scale_values(stored, torch.float64)
     # one that does not fit is found when all are stored, and everything is done again
     scales = torch.where(scales.isfinite(), scales, plane.scales)

@@ -11,20 +11,23 @@ _F16_NORMAL = (2.0**-14, 65504.0)  # below, float16 loses digits; above, it is i
 _SCALE8 = (2.0**-14, 61440.0)  # the numbers of the codes 8 and 247
 
 
-def scale_codes(scales: Tensor) -> Tensor:
+def scale_codes(scales: Tensor, bits: int = 8) -> Tensor:
     """Scales rounded to 8 bits: the float16 numbers 1.mmm * 2^e, e = -14..15, and 0.
 
         code = bits of the float16 >> 7    (0, or 8..247: five bits of exponent, three of mantissa)
 
     scales  any shape, float, finite, >= 0; worked on in float64
+    bits    6: the even codes alone, of which 64 span 16 octaves; they take fewer bits where they
+            are stored by their frequencies
 
     Returns uint8 of the same shape: the nearest in value, at the middle the even code; above 0 no
     less than 8 and no more than 247. Inverse: `scale_values`. formats/container.md, 4.6.
     """
     mantissa, exponent = torch.frexp(scales.to(torch.float64))  # 0.5 <= mantissa < 1
-    step = (mantissa * 16).round()  # 8..16; torch rounds halves to even
+    unit = 2 if bits == 6 else 1
+    step = (mantissa * (16 / unit)).round() * unit  # 8..16; torch rounds halves to even
     code = (exponent.to(torch.float64) + 14) * 8 + step - 8
-    return torch.where(scales > 0, code.clamp(8, 247), 0).to(torch.uint8)
+    return torch.where(scales > 0, code.clamp(8, 248 - unit), 0).to(torch.uint8)
 
 
 def scale_values(scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -51,8 +54,9 @@ def store_scales(scales: Tensor, *, exact: bool = False, bits: int = 16) -> Tens
     """Round float64 scales once, to nearest even, to the dtype in which they are stored.
 
     float16 if it holds all of them as normal numbers (or 0), else float32. With `exact`, the first
-    of float16, bfloat16, float32 that holds every scale without rounding. With 8 `bits` uint8 codes
-    (`scale_codes`) if their numbers span all of the scales; with `exact`, if they are all of them.
+    of float16, bfloat16, float32 that holds every scale without rounding. With 8 or 6 `bits` uint8
+    codes (`scale_codes`) if their numbers span all of the scales; with `exact`, if those of 8 bits
+    are all of them.
 
     Raises WeightError on a scale beyond float32, which only weights in float64 can have.
     """
@@ -66,7 +70,7 @@ def store_scales(scales: Tensor, *, exact: bool = False, bits: int = 16) -> Tens
         )
     half = to_float(scales.cpu(), torch.float16)  # an infinite one is not chosen
     candidates = (half, scales.to(torch.bfloat16), single)
-    if exact and bits == 8:
+    if exact and bits < 16:
         codes = scale_codes(scales.cpu())
         if torch.equal(scale_values(codes, torch.float64), scales.cpu()):
             return codes
@@ -77,8 +81,8 @@ def store_scales(scales: Tensor, *, exact: bool = False, bits: int = 16) -> Tens
         )
     positive = scales[scales > 0]
     if positive.numel() == 0:
-        return half if bits == 16 else scale_codes(scales)
+        return half if bits == 16 else scale_codes(scales, bits)
     low, high = float(positive.min()), float(positive.max())
-    if bits == 8 and _SCALE8[0] <= low and high <= _SCALE8[1]:
-        return scale_codes(scales)
+    if bits < 16 and _SCALE8[0] <= low and high <= _SCALE8[1]:
+        return scale_codes(scales, bits)
     return half if _F16_NORMAL[0] <= low and high <= _F16_NORMAL[1] else single
