@@ -93,7 +93,7 @@ def row_of(name: str, model: Path, text: Path, steps: int, part: int) -> dict[st
             known={},
             told=lambda step, done, figures: clock(1),
             part=tokens_at_once("cpu"),
-            at=lambda done: clock(-1 if done < 1 else 0),
+            at=lambda done, _: clock(-1 if done < 1 else 0),
         )
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         loaded = _memory("VmRSS")

@@ -19,6 +19,7 @@ docs/evaluate
 docs/speech
 docs/calibration
 docs/training
+docs/machines
 docs/formats
 docs/imports
 docs/exports
