@@ -706,7 +706,7 @@ def test_heads_that_blocks_would_cut_are_refused_or_told(tmp_path: Path) -> None
         export(tmp_path / "packed", tmp_path / "m.gguf", "gguf", kind="tq2_0")
     report = export(tmp_path / "packed", tmp_path / "m.gguf", "gguf")
     assert report["type"] == "q2_0" and not report["lost"]
-    options = {"kind": "tq2_0", "allow_requantize": True}
+    options: dict[str, Any] = {"kind": "tq2_0", "allow_requantize": True}
     report = export(tmp_path / "packed", tmp_path / "other.gguf", "gguf", **options)
     _, tensors = read_gguf(tmp_path / "other.gguf")
     stored = tensors["blk.1.ssm_out.weight"]
@@ -745,15 +745,14 @@ def test_of_qwen35_a_file_has_what_is_multiplied(tmp_path: Path) -> None:
 
 def _composite(name: str) -> Any:
     text = CONFIGS[name]()
-    ends = {"text_config": text, "tie_word_embeddings": text.tie_word_embeddings}
+    ends: dict[str, Any] = {"text_config": text, "tie_word_embeddings": text.tie_word_embeddings}
     if name == "gemma3":
-        ours = {"vision_config": tiny_models.VISION, "mm_tokens_per_image": 4}
-        names = {"architectures": ["Gemma3ForConditionalGeneration"]}
-        return transformers.Gemma3Config(**ends, **ours, **names)
+        ends |= {"vision_config": tiny_models.VISION, "mm_tokens_per_image": 4}
+        return transformers.Gemma3Config(**ends, architectures=["Gemma3ForConditionalGeneration"])
     sizes = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2}
     sizes |= {"out_hidden_size": 256, "num_position_embeddings": 16, "patch_size": 4}
-    names = {"architectures": ["Qwen3_5ForConditionalGeneration"]}
-    return transformers.Qwen3_5Config(**ends, vision_config=sizes, **names)
+    ends |= {"vision_config": sizes, "architectures": ["Qwen3_5ForConditionalGeneration"]}
+    return transformers.Qwen3_5Config(**ends)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen35"])

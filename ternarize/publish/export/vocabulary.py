@@ -79,7 +79,7 @@ def write(writer: Any, directory: Path, size: int) -> list[str]:
         _write_specials(writer, directory, tokenizer, ("cls", "sep"))
         return notes
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    notes: list[str] = []
+    notes = []
     if model.get("byte_fallback"):
         writer.add_tokenizer_model("llama")
         prefix, notes = _space_prefix(directory, definition)
