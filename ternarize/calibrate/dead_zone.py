@@ -22,13 +22,11 @@ from torch import Tensor
 from ternarize.trits.methods import itf, with_zeros
 from ternarize.trits.ternary import Ternary, group_length
 
-FIRST_PENALTY = 0.1  # the penalty at which the search begins, in units of the mean D s^2
-COLD_STEP, WARM_STEP = (
-    2.0,
-    1.2,
-)  # steps of the search for the first time, and from the penalty before
-HALVINGS = 4
-MEND = 1.03  # by which the penalty grows where the other rows have fewer zeros
+FIRST_PENALTY = 0.1  # at which the search begins, in units of the mean D s^2
+SLACK = 0.003  # of the share: so much more is near enough
+SLOPE = 0.1  # by which the share grows, about, where the penalty is doubled
+MEND = 1.01  # by which the penalty grows at least where the other rows have fewer zeros
+NARROW = 1.002  # penalties between which nothing is looked for
 MOST = 64  # steps of each kind
 
 Trits = Callable[[], Tensor]  # trits as the penalty of now gives them
@@ -58,52 +56,65 @@ class DeadZone:
         """Trits with the least penalty at which the share of them are zeros.
 
         some   those of a few rows, on which it is searched for
-        whole  those of all, which are returned
+        whole  those of all, which are returned; the same where these are few
         unit   mean D s^2
         """
         if not self.share:
             return whole()
-        self._search(some, unit)
-        found = whole()
+        found = self._search(some, unit)
+        if whole is not some:
+            found = whole()
         for _ in range(MOST):
-            if self._is_met(found):
+            missing = self.share - _zeros(found)
+            if missing <= 0:
                 break
-            self.penalty = MEND * self.penalty or FIRST_PENALTY * unit
+            grown = max(MEND, 2 ** (missing / SLOPE)) * self.penalty
+            self.penalty = grown or FIRST_PENALTY * unit
             found = whole()
         return found
 
-    def _search(self, some: Trits, unit: float) -> None:
-        """Set the penalty to the least, within some percent, that meets the share of some rows."""
+    def _search(self, some: Trits, unit: float) -> Tensor:
+        """Set the penalty to the least, about, that meets the share of some rows; returns them.
 
-        def meets(penalty: float) -> bool:
-            self.penalty = penalty
-            return self._is_met(some())
-
-        step, before = (
-            (WARM_STEP, self.penalty) if self.penalty else (COLD_STEP, FIRST_PENALTY * unit)
-        )
-        if step == COLD_STEP and (not unit > 0 or meets(0.0)):
+        It is 0 where that does; else between two penalties, of which one does, the next is where a
+        line through their shares, over the logarithm of the penalty, meets the share.
+        """
+        least = FIRST_PENALTY * unit
+        if not unit > 0:  # nothing is there to be weighed
             self.penalty = 0.0
-            return
-        low = high = before
-        if meets(before):
-            low = before / step
-            for _ in range(MOST):
-                if not meets(low):
-                    break
-                low, high = low / step, low
-        else:
-            for _ in range(MOST):
-                low, high = high, high * step
-                if meets(high):
-                    break
-        for _ in range(HALVINGS):
-            middle = (low * high) ** 0.5
-            low, high = (low, middle) if meets(middle) else (middle, high)
-        self.penalty = high
+            return some()
+        if not self.penalty:
+            found = some()
+            if _zeros(found) >= self.share:
+                return found
+        wanted = self.share + SLACK / 2
+        low: tuple[float, float] | None = None
+        high: tuple[float, float] | None = None
+        penalty = self.penalty or least
+        for _ in range(MOST):
+            self.penalty = penalty if penalty > 1e-3 * least else 0.0
+            found = some()
+            zeros = _zeros(found)
+            if self.share <= zeros and (zeros <= self.share + SLACK or not self.penalty):
+                break
+            if zeros < self.share:
+                low = penalty, zeros
+            else:
+                high = penalty, zeros
+            if low is None or high is None:
+                penalty *= min(4.0, max(0.25, 2 ** ((wanted - zeros) / SLOPE)))
+                continue
+            if high[0] < NARROW * low[0]:
+                self.penalty = high[0]
+                found = some()
+                break
+            part = min(0.9, max(0.1, (wanted - low[1]) / (high[1] - low[1])))
+            penalty = low[0] * (high[0] / low[0]) ** part
+        return found
 
-    def _is_met(self, trits: Tensor) -> bool:
-        return int(trits.count_nonzero()) <= (1 - self.share) * trits.numel()
+
+def _zeros(trits: Tensor) -> float:
+    return 1 - int(trits.count_nonzero()) / max(1, trits.numel())
 
 
 def nearest(weight: Tensor, group_size: int, zeros: float | None = None) -> Ternary:

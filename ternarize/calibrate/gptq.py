@@ -325,12 +325,12 @@ def _compensate(problem: _Problem) -> Ternary:
         return trits
 
     few = probe_rows(len(wanted)).to(wanted.device)
-    (some,) = _rows_of([start], few)
-    trits = problem.zone.meet(
-        lambda: compensated(wanted[few], some.scales),
-        lambda: compensated(wanted, start.scales),
-        mean_weight(weights, start.scales),
-    )
+    whole = partial(compensated, wanted, start.scales)
+    part = whole
+    if len(few) < len(wanted):
+        (some,) = _rows_of([start], few)
+        part = partial(compensated, wanted[few], some.scales)
+    trits = problem.zone.meet(part, whole, mean_weight(weights, start.scales))
     return _with_used_scales(trits, start.scales, problem.group_size)
 
 
@@ -379,13 +379,13 @@ def _descend(problem: _Problem, trits: Tensor, scales: Tensor) -> Ternary:
             result[rows] = found.to(torch.int8).index_select(0, metric.back).T
         return result
 
-    whole, few = Ternary(trits, scales, size), probe_rows(len(trits)).to(trits.device)
-    (some,) = _rows_of([whole], few)
-    result = problem.zone.meet(
-        lambda: descended(problem.part(few), some),
-        lambda: descended(problem, whole),
-        mean_weight(weights, scales),
-    )
+    start, few = Ternary(trits, scales, size), probe_rows(len(trits)).to(trits.device)
+    whole = partial(descended, problem, start)
+    part = whole
+    if len(few) < len(trits):
+        (some,) = _rows_of([start], few)
+        part = partial(descended, problem.part(few), some)
+    result = problem.zone.meet(part, whole, mean_weight(weights, scales))
     return _with_used_scales(result, scales, size)
 
 
