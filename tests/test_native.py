@@ -20,10 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ternarize.errors import WeightError
+from ternarize.errors import FormatError, WeightError
 from ternarize.native import lib
+from ternarize.trits.base3 import pack, packed_width
 from ternarize.trits.methods import METHODS
 from ternarize.trits.planes import fit_packed, fit_planes, pack_planes
+from ternarize.trits.rans import CHUNK, classes_of_trits, decode_rows, encode_rows
 
 if lib is None:
     # Absent for a reason, or a failure: never a silent gap.
@@ -717,3 +719,48 @@ def test_the_environment_chooses_the_cpu() -> None:
 def test_an_unknown_cpu_is_refused() -> None:
     with pytest.raises(ValueError, match="abacus"):
         native.use_cpu("abacus")
+
+
+# ------------------------------------------------------------------------------------------------
+# Streams
+
+
+@every_cpu
+@pytest.mark.parametrize("cols", [100, 128, 391, 1280])
+def test_streams_of_many_chunks_come_out_whatever_the_cpu(cpu: str, cols: int) -> None:
+    generator = torch.Generator().manual_seed(cols)
+    width = packed_width(cols, 128)
+    for chunks, more in [(1, 0), (2, 1), (3, 0), (4, 0), (4, 5), (5, 0), (9, 3)]:
+        rows = chunks * (CHUNK // width) + more
+        trits = torch.randint(-1, 2, (rows, cols), generator=generator, dtype=torch.int8)
+        packed, classes = pack(trits, 128), classes_of_trits(cols, 128)
+        stream = encode_rows(packed, classes)
+        native.use_cpu(cpu)
+
+        def read(at: int, size: int, stream: Tensor = stream) -> Tensor:
+            return stream[at : at + size].clone()
+
+        for threads in (1, 3):
+            found = decode_rows(read, len(stream), (rows, width), classes, threads=threads)
+            assert torch.equal(found, packed)
+
+
+@every_cpu
+def test_the_first_damaged_chunk_of_a_stream_is_named(cpu: str) -> None:
+    cols, width = 1280, packed_width(1280, 128)
+    rows = 11 * (CHUNK // width)
+    generator = torch.Generator().manual_seed(0)
+    trits = torch.randint(-1, 2, (rows, cols), generator=generator, dtype=torch.int8)
+    packed, classes = pack(trits, 128), classes_of_trits(cols, 128)
+    whole = encode_rows(packed, classes)
+    native.use_cpu(cpu)
+    size = len(whole) // 11  # about that of a chunk
+    for chunk in range(11):
+        stream = whole.clone()
+        stream[len(whole) - (11 - chunk) * size + size // 2 :] ^= 0x55  # and all behind it
+
+        def read(at: int, count: int, stream: Tensor = stream) -> Tensor:
+            return stream[at : at + count].clone()
+
+        with pytest.raises(FormatError, match=rf"chunk {chunk} is damaged"):
+            decode_rows(read, len(stream), (rows, width), classes)

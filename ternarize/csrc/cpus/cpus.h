@@ -1,12 +1,13 @@
 // cpus/: the instruction sets. Which of them this CPU has, the choice of one, and the functions for
 // weights of each: portable.cpp, avx2.cpp and avx512.cpp compile weights.h, which has those of pack/,
-// ternarize/, latent/ and decode/. Those of multiply/ have their own files there.
+// ternarize/, latent/, decode/ and entropy/. Those of multiply/ have their own files there.
 //
 // A choice holds for all threads; a call that is under way may still use the one before.
 #pragma once
 
 #include "decode/decode.h"
 #include "digest/sha256.h"
+#include "entropy/entropy.h"
 #include "latent/latent.h"
 #include "multiply/multiply.h"
 #include "pack/pack.h"
@@ -20,6 +21,7 @@ struct Kernels {
   Ternarizing ternarizing[3];
   Latent latent[3];
   Decoding decoding[3];
+  Entropy entropy;
 };
 
 extern const Kernels kPortable;

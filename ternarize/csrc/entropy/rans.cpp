@@ -2,6 +2,7 @@
 
 #include <mutex>
 
+#include "cpus/cpus.h"
 #include "shared/parallel.h"
 
 namespace ternarize {
@@ -50,6 +51,19 @@ void in_order(const Classed& x, const std::vector<std::vector<Run>>& runs, Byte*
         copy(rows + row * x.width + run.first, at, static_cast<size_t>(run.count));
         at += run.count;
       }
+}
+
+// A run copied with what comes behind it, which is written after it: in rows what is of later columns, of
+// later classes and of later rows. So most runs are one move of registers.
+constexpr int64_t kCopied = 32;
+
+void copy_run(uint8_t* to, const uint8_t* from, size_t n, const uint8_t* end) {
+  if (n == 1)
+    *to = *from;
+  else if (n <= kCopied && end - to >= kCopied)
+    std::memcpy(to, from, kCopied);
+  else
+    std::memcpy(to, from, n);
 }
 
 struct Symbol {
@@ -173,35 +187,66 @@ void rans_encode(const uint8_t* bytes, const Classed& x, const uint16_t* frequen
 }
 
 RansDecoder::RansDecoder(const Classed& x, const uint32_t* table)
-    : x_(x),
-      table_(table),
-      runs_(runs_of(x)),
-      ordered_(x.count > 1 ? static_cast<size_t>(smaller(x.chunk_rows, x.rows) * x.width) : 0) {}
+    : x_(x), table_(table), runs_(runs_of(x)) {
+  for (const auto& runs : runs_) columns_.push_back(columns(runs));
+  if (x.count > 1)  // else the order is that of the rows
+    ordered_.resize(
+        static_cast<size_t>(kRansTogether * smaller(x.chunk_rows, x.rows) * x.width + kCopied));
+}
 
-bool RansDecoder::decode(int64_t chunk, const uint8_t* at, const uint8_t* end, uint8_t* rows) {
-  const int64_t count = x_.rows_of(chunk);
-  uint8_t* const to = x_.count > 1 ? ordered_.data() : rows;
-  if (end - at < kRansHead) return false;
-  uint32_t states[kRansLanes];
-  std::memcpy(states, at, kRansHead);
-  at += kRansHead;
-  for (const uint32_t state : states)
-    if (state < kLeast) return false;
-  int64_t place = 0;
-  for (int which = 0; which < x_.count; ++which) {
-    const int64_t n = count * columns(runs_[static_cast<size_t>(which)]);
-    if (!take_bytes(to + place, n, place, table_ + kRansTotal * which, states, at, end))
-      return false;
-    place += n;
+int64_t RansDecoder::decode(int64_t chunk, int64_t count, const uint8_t* coded,
+                            const int64_t* ends, uint8_t* rows) {
+  RansChunk chunks[kRansTogether] = {};
+  int64_t places[kRansTogether] = {};  // bytes that are decoded of each
+  bool good[kRansTogether];
+  const int64_t size = x_.chunk_rows * x_.width;  // the last chunk may have less
+  for (int64_t c = 0; c < count; ++c) {
+    RansChunk& one = chunks[c];
+    one.bytes = (x_.count > 1 ? ordered_.data() : rows) + c * size;
+    one.at = coded + (ends[c] - ends[0]);
+    one.end = coded + (ends[c + 1] - ends[0]);
+    good[c] = one.end - one.at >= kRansHead;
+    if (!good[c]) continue;
+    std::memcpy(one.states, one.at, kRansHead);
+    one.at += kRansHead;
+    for (const uint32_t state : one.states) good[c] = good[c] && state >= kLeast;
   }
-  bool whole = at == end;
-  for (const uint32_t state : states) whole = whole && state == kLeast;
-  if (!whole) return false;
-  if (x_.count > 1)
-    in_order(x_, runs_, rows, count, [&](uint8_t* row, int64_t from, size_t n) {
-      std::memcpy(row, ordered_.data() + from, n);
-    });
-  return true;
+  // Of a damaged chunk whatever comes out is dropped.
+  const auto take = [&](int64_t c, int64_t n, const uint32_t* table) {
+    RansChunk& one = chunks[c];
+    good[c] = good[c] && take_bytes(one.bytes, n, places[c], table, one.states, one.at, one.end);
+    one.bytes += n, places[c] += n;
+  };
+  // All that are as long as each other at once, and the last one, if it is shorter, by itself.
+  const auto take_all = [&](int64_t first, int64_t n_chunks) {
+    for (int which = 0; n_chunks > 0 && which < x_.count; ++which) {
+      const uint32_t* const table = table_ + kRansTotal * which;
+      const int64_t n = x_.rows_of(chunk + first) * columns_[static_cast<size_t>(which)];
+      const int64_t begin = smaller(n, -places[first] & (kRansLanes - 1));  // up to lane 0
+      for (int64_t c = first; c < first + n_chunks; ++c) take(c, begin, table);
+      const int64_t rounds = kernels().entropy.take_rounds(
+          chunks + first, static_cast<int>(n_chunks), n - begin, table);
+      for (int64_t c = first; c < first + n_chunks; ++c) {
+        chunks[c].bytes += rounds, places[c] += rounds;
+        take(c, n - begin - rounds, table);
+      }
+    }
+  };
+  const int64_t alike = count - (x_.rows_of(chunk + count - 1) < x_.chunk_rows);
+  take_all(0, alike);
+  take_all(alike, count - alike);
+  uint8_t* const end = rows + (count - 1) * size + x_.rows_of(chunk + count - 1) * x_.width;
+  for (int64_t c = 0; c < count; ++c) {
+    good[c] = good[c] && chunks[c].at == chunks[c].end;
+    for (const uint32_t state : chunks[c].states) good[c] = good[c] && state == kLeast;
+    if (!good[c]) return chunk + c;
+    if (x_.count > 1)
+      in_order(x_, runs_, rows + c * size, x_.rows_of(chunk + c),
+               [&](uint8_t* row, int64_t from, size_t n) {
+                 copy_run(row, ordered_.data() + c * size + from, n, end);
+               });
+  }
+  return kNone;
 }
 
 void rans_slots(const uint16_t* frequencies, uint32_t* table) {
@@ -214,10 +259,12 @@ int64_t rans_decode(const uint8_t* coded, const int64_t* ends, const Classed& x,
                     const uint32_t* table, uint8_t* bytes, int threads) {
   return first_of(work_of(x), threads, [&](int64_t first, int64_t last) {
     RansDecoder decoder(x, table);
-    for (int64_t chunk = first; chunk < last; ++chunk)
-      if (!decoder.decode(chunk, coded + ends[chunk], coded + ends[chunk + 1],
-                          bytes + chunk * x.chunk_rows * x.width))
-        return chunk;
+    for (int64_t chunk = first; chunk < last; chunk += kRansTogether) {
+      const int64_t bad =
+          decoder.decode(chunk, smaller(kRansTogether, last - chunk), coded + ends[chunk],
+                         ends + chunk, bytes + chunk * x.chunk_rows * x.width);
+      if (bad != kNone) return bad;
+    }
     return kNone;
   });
 }

@@ -1,17 +1,11 @@
-// entropy/: rows of bytes in as few bits as their frequencies allow (formats/rans.md). Integers: every
-// CPU and any number of threads give the same bytes.
+// Rows of bytes and their chunks, coded and decoded.
 #pragma once
 
 #include <vector>
 
-#include "shared/formats.h"
+#include "entropy/entropy.h"
 
 namespace ternarize {
-
-constexpr int kRansLanes = 8;              // states that take turns
-constexpr int kRansBits = 12;              // frequencies of a class add up to 2^12
-constexpr int kRansTotal = 1 << kRansBits;
-constexpr int64_t kRansHead = 4 * kRansLanes;  // bytes of a chunk in front of its words
 
 // Rows of bytes that are coded in chunks. The columns of a row are of classes, each with a table of its
 // own; of a chunk the bytes of class 0 come first, row after row, then those of class 1, and so on.
@@ -37,13 +31,16 @@ void rans_count(const uint8_t* bytes, const Classed& x, int64_t* counts, int thr
 void rans_encode(const uint8_t* bytes, const Classed& x, const uint16_t* frequencies, uint8_t* out,
                  int64_t slot, int32_t* sizes, int threads);
 
-// Decodes one chunk after the other, with the memory of one; for one thread. What `x` and `table` point to
-// is kept by the caller; `table` is as of `rans_decode`.
+// Decodes chunks that follow each other, several at once, with memory of its own; for one thread. What
+// `x` and `table` point to is kept by the caller; `table` is as of `rans_decode`.
 class RansDecoder {
  public:
   RansDecoder(const Classed& x, const uint32_t* table);
-  // Decodes a chunk into its rows; false where it is damaged.
-  bool decode(int64_t chunk, const uint8_t* at, const uint8_t* end, uint8_t* rows);
+  // Decodes `count` chunks from `chunk` on, at most kRansTogether, into their rows. They lie in `coded`,
+  // one behind the other; chunk + i takes ends[i + 1] - ends[i] bytes. Returns the first that is damaged,
+  // or kNone.
+  int64_t decode(int64_t chunk, int64_t count, const uint8_t* coded, const int64_t* ends,
+                 uint8_t* rows);
 
   // Columns of one class that are next to each other.
   struct Run {
@@ -55,6 +52,7 @@ class RansDecoder {
   Classed x_;
   const uint32_t* table_;
   std::vector<std::vector<Run>> runs_;
+  std::vector<int64_t> columns_;  // how many each class has
   std::vector<uint8_t> ordered_;
 };
 

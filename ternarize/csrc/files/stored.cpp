@@ -143,7 +143,7 @@ std::vector<uint8_t> classes_of_trits(const Layout& x) {
   return classes;
 }
 
-// A stream in a file, whose rows are asked for in their order.
+// A stream in a file, whose rows are asked for in their order, each once.
 class Stream {
  public:
   Stream(int file, int64_t start, int64_t nbytes, int64_t rows, std::vector<uint8_t> classes)
@@ -192,32 +192,41 @@ class Stream {
       ends_.push_back(ends_.back() + each);
     }
     if (ends_.back() != nbytes_) return Read::BadStream;
-    rows_.resize(static_cast<size_t>(smaller(x_.chunk_rows, x_.rows) * x_.width));
+    rows_.resize(
+        static_cast<size_t>(smaller(kRansTogether * x_.chunk_rows, x_.rows) * x_.width));
     decoder_.emplace(x_, table_.data());
     return Read::Done;
   }
 
   Read rows(int64_t first, int64_t n, uint8_t* out) {
     while (n > 0) {
-      const int64_t chunk = first / x_.chunk_rows, from = first - chunk * x_.chunk_rows;
-      if (chunk != decoded_) {
-        const int64_t begin = ends_[static_cast<size_t>(chunk)];
-        const int64_t size = ends_[static_cast<size_t>(chunk) + 1] - begin;
-        coded_.resize(static_cast<size_t>(size));
-        if (!read_at(file_, start_ + begin, coded_.data(), size)) return Read::Unreadable;
-        if (!decoder_->decode(chunk, coded_.data(), coded_.data() + size, rows_.data()))
-          return Read::BadStream;
-        decoded_ = chunk;
+      if (first >= held_) {
+        const Read decoded = next(first / x_.chunk_rows);
+        if (decoded != Read::Done) return decoded;
       }
-      const int64_t count = smaller(n, x_.rows_of(chunk) - from);
+      const int64_t count = smaller(n, held_ - first);
       const auto bytes = static_cast<size_t>(count * x_.width);
-      std::memcpy(out, rows_.data() + from * x_.width, bytes);
+      std::memcpy(out, rows_.data() + (first - begin_) * x_.width, bytes);
       out += bytes, first += count, n -= count;
     }
     return Read::Done;
   }
 
  private:
+  // Decodes chunks from this one on.
+  Read next(int64_t chunk) {
+    const int64_t count = smaller(kRansTogether, x_.chunks() - chunk);
+    const int64_t* const ends = ends_.data() + chunk;
+    coded_.resize(static_cast<size_t>(ends[count] - ends[0]));
+    if (!read_at(file_, start_ + ends[0], coded_.data(), ends[count] - ends[0]))
+      return Read::Unreadable;
+    if (decoder_->decode(chunk, count, coded_.data(), ends, rows_.data()) != kNone)
+      return Read::BadStream;
+    begin_ = chunk * x_.chunk_rows;
+    held_ = smaller(x_.rows, begin_ + count * x_.chunk_rows);
+    return Read::Done;
+  }
+
   int file_;
   int64_t start_, nbytes_;
   std::vector<uint8_t> classes_;
@@ -226,7 +235,7 @@ class Stream {
   std::vector<int64_t> ends_;
   std::optional<RansDecoder> decoder_;
   std::vector<uint8_t> coded_, rows_;
-  int64_t decoded_ = kNone;
+  int64_t begin_ = 0, held_ = 0;  // rows that are decoded: from, to
 };
 
 // The scales of a tensor, in the memory of the desk.

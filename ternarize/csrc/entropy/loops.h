@@ -1,0 +1,78 @@
+// Rounds of several chunks at once, for one instruction set. Internal linkage, see shared/formats.h.
+#pragma once
+
+#if defined(__AVX512F__) && defined(__AVX512VL__)
+#include <immintrin.h>
+#endif
+
+#include "entropy/entropy.h"
+
+namespace ternarize {
+namespace {
+
+#if defined(__AVX512F__) && defined(__AVX512VL__)
+// A chunk's eight states are a vector, which waits for its table and its product: the next chunk's
+// instructions fill that time. A lane that has become too small takes the next word, in the order of the
+// lanes, which is what an expansion by their mask does.
+template <int count>
+int64_t take_rounds(RansChunk* chunks, int64_t n, const uint32_t* table) {
+  __m256i x[count];
+  uint8_t* bytes[count];
+  const uint8_t *at[count], *last[count];
+  for (int c = 0; c < count; ++c) {
+    x[c] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(chunks[c].states));
+    bytes[c] = chunks[c].bytes, at[c] = chunks[c].at;
+    last[c] = chunks[c].end - 2 * kRansLanes;  // up to here no lane of a round can lack its word
+    if (at[c] > last[c]) return 0;
+  }
+  const __m256i slots = _mm256_set1_epi32(kRansTotal - 1), one = _mm256_set1_epi32(1);
+  const __m256i least = _mm256_set1_epi32(1 << 16);
+  int64_t i = 0;
+  for (; i + kRansLanes <= n; i += kRansLanes) {
+    bool enough = true;
+    for (int c = 0; c < count; ++c) enough &= at[c] <= last[c];
+    if (!enough) break;
+#pragma GCC unroll 8
+    for (int c = 0; c < count; ++c) {
+      const __m256i slot = _mm256_and_si256(x[c], slots);
+      const __m256i entry =
+          _mm256_i32gather_epi32(reinterpret_cast<const int*>(table), slot, 4);
+      const __m256i often =
+          _mm256_add_epi32(_mm256_and_si256(_mm256_srli_epi32(entry, 8), slots), one);
+      const __m256i next =
+          _mm256_add_epi32(_mm256_mullo_epi32(often, _mm256_srli_epi32(x[c], kRansBits)),
+                           _mm256_srli_epi32(entry, 20));
+      const __mmask8 low = _mm256_cmplt_epu32_mask(next, least);
+      const __m256i words = _mm256_cvtepu16_epi32(
+          _mm_loadu_si128(reinterpret_cast<const __m128i*>(at[c])));
+      const __m256i taken = _mm256_maskz_expand_epi32(low, words);
+      x[c] = _mm256_mask_or_epi32(next, low, _mm256_slli_epi32(next, 16), taken);
+      at[c] += 2 * __builtin_popcount(low);
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(bytes[c] + i),
+                       _mm256_maskz_cvtepi32_epi8(0xff, entry));
+    }
+  }
+  for (int c = 0; c < count; ++c) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(chunks[c].states), x[c]);
+    chunks[c].at = at[c];
+  }
+  return i;
+}
+
+int64_t take_rounds(RansChunk* chunks, int count, int64_t n, const uint32_t* table) {
+  static_assert(kRansTogether == 4);
+  switch (count) {
+    case 1: return take_rounds<1>(chunks, n, table);
+    case 2: return take_rounds<2>(chunks, n, table);
+    case 3: return take_rounds<3>(chunks, n, table);
+    default: return take_rounds<4>(chunks, n, table);
+  }
+}
+#else
+int64_t take_rounds(RansChunk*, int, int64_t, const uint32_t*) { return 0; }
+#endif
+
+constexpr Entropy kEntropy{take_rounds};
+
+}  // namespace
+}  // namespace ternarize
