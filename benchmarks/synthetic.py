@@ -10,17 +10,22 @@ from safetensors.torch import save_file
 HIDDEN, FFN, KV, VOCAB = 2048, 8192, 512, 32000  # about 61 M weights a layer
 
 
-def write_llama(directory: Path, layers: int, layers_per_shard: int = 16) -> int:
-    """Write a checkpoint of `layers` layers (16: 2.1 GB); returns its bytes."""
+def write_llama(
+    directory: Path, layers: int, layers_per_shard: int = 16, hidden: int = HIDDEN
+) -> int:
+    """Write a checkpoint of `layers` layers (16: 2.1 GB); returns its bytes.
+
+    hidden  width of the model, a multiple of 512; its other sizes in proportion
+    """
     directory.mkdir(parents=True)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": FFN,
+        "hidden_size": hidden,
+        "intermediate_size": hidden * FFN // HIDDEN,
         "num_hidden_layers": layers,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
+        "num_attention_heads": hidden // 64,
+        "num_key_value_heads": hidden // 64 // 4,
         "vocab_size": VOCAB,
         "tie_word_embeddings": True,
         "dtype": "bfloat16",
@@ -33,12 +38,12 @@ def write_llama(directory: Path, layers: int, layers_per_shard: int = 16) -> int
     for shard in range(shards):
         tensors: dict[str, torch.Tensor] = {}
         if shard == 0:
-            tensors["model.embed_tokens.weight"] = _normal((VOCAB, HIDDEN), generator)
-            tensors["model.norm.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
+            tensors["model.embed_tokens.weight"] = _normal((VOCAB, hidden), generator)
+            tensors["model.norm.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
         first = shard * layers_per_shard
         for layer in range(first, min(first + layers_per_shard, layers)):
             prefix = f"model.layers.{layer}."
-            for name, shape in _layer_shapes().items():
+            for name, shape in _layer_shapes(hidden).items():
                 tensors[prefix + name] = _normal(shape, generator)
         single = shards == 1
         file = (
@@ -53,17 +58,18 @@ def write_llama(directory: Path, layers: int, layers_per_shard: int = 16) -> int
     return total
 
 
-def _layer_shapes() -> dict[str, tuple[int, ...]]:
+def _layer_shapes(hidden: int) -> dict[str, tuple[int, ...]]:
+    ffn, kv = hidden * FFN // HIDDEN, hidden * KV // HIDDEN
     return {
-        "self_attn.q_proj.weight": (HIDDEN, HIDDEN),
-        "self_attn.k_proj.weight": (KV, HIDDEN),
-        "self_attn.v_proj.weight": (KV, HIDDEN),
-        "self_attn.o_proj.weight": (HIDDEN, HIDDEN),
-        "mlp.gate_proj.weight": (FFN, HIDDEN),
-        "mlp.up_proj.weight": (FFN, HIDDEN),
-        "mlp.down_proj.weight": (HIDDEN, FFN),
-        "input_layernorm.weight": (HIDDEN,),
-        "post_attention_layernorm.weight": (HIDDEN,),
+        "self_attn.q_proj.weight": (hidden, hidden),
+        "self_attn.k_proj.weight": (kv, hidden),
+        "self_attn.v_proj.weight": (kv, hidden),
+        "self_attn.o_proj.weight": (hidden, hidden),
+        "mlp.gate_proj.weight": (ffn, hidden),
+        "mlp.up_proj.weight": (ffn, hidden),
+        "mlp.down_proj.weight": (hidden, ffn),
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
     }
 
 
