@@ -19,13 +19,14 @@ import tokenizers
 import torch
 import transformers
 from test_export import EXAMPLE_TEXT, Recorder, read_gguf
-from test_import_gguf import dense
+from test_import_gguf import dense, write_gguf
 from torch import Tensor
 
 import ternarize
 from ternarize.convert.run import convert
 from ternarize.convert.verify import verify
 from ternarize.errors import CheckpointError, TernarizeError
+from ternarize.files.gguf import read_gguf as read_keys
 from ternarize.measure.encoders import embed
 from ternarize.plans.recipe import LLAMA_CPP, Recipe
 from ternarize.publish.export import export, vocabulary
@@ -171,6 +172,47 @@ def test_an_encoder_comes_back(packed: Path, file: Path, tmp_path: Path) -> None
     modules = json.loads((tmp_path / "back/modules.json").read_text())
     assert [each["path"] for each in modules] == ["", "1_Pooling"]
     assert json.loads((tmp_path / "back/1_Pooling/config.json").read_text()) == MEAN
+
+
+A = "tokenizer.ggml."
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"bert.attention.causal": True}, "attention.causal true; expected false"),
+        ({"bert.context_length": 32}, "64 features in its tensors; expected 32, as its context_l"),
+        ({"bert.expert_count": 2}, "expert_count 2; expected no such key"),
+        ({A + "seperator_token_id": None}, "no seperator token; expected its number"),
+        ({A + "unknown_token_id": 2**20}, "unknown token 1048576; expected one of 512"),
+    ],
+)
+def test_other_files_of_encoders_are_refused(
+    file: Path, tmp_path: Path, changed: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(TernarizeError, match=said):
+        open_source(_rewritten(file, tmp_path / "m.gguf", changed))
+
+
+def test_a_word_that_would_be_there_twice_leaves_the_tokenizer_out(
+    file: Path, tmp_path: Path
+) -> None:
+    tokens = read_keys(file)[0][A + "tokens"]
+    tokens[tokens.index("\u2581cafe")] = "\u2581[CLS]"
+    found: Any = open_source(_rewritten(file, tmp_path / "m.gguf", {A + "tokens": tokens}))
+    assert any("has a token twice" in note for note in found.notes)
+    assert "tokenizer.json" not in found.made and "modules.json" in found.made
+
+
+def _rewritten(file: Path, target: Path, changed: dict[str, Any]) -> Path:
+    """A GGUF file with other keys; None: without that one."""
+    keys, stored = read_keys(file)
+    keys = {key: value for key, value in (keys | changed).items() if value is not None}
+    tensors = {}
+    for tensor in stored:
+        data = tensor.read(0, tensor.shape[0] if len(tensor.shape) > 1 else 1)
+        tensors[tensor.name] = (tensor.type, tensor.shape, data.numpy().tobytes())
+    return write_gguf(target, keys, tensors)
 
 
 def test_llama_cpp_gives_our_embeddings(packed: Path, file: Path) -> None:

@@ -191,6 +191,51 @@ def test_transformers_reads_qwen35_as_we_do(tmp_path: Path, name: str) -> None:
     exporting.assert_near(found, exporting.our_logits(tmp_path / "packed"))
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        (
+            "ssm.time_step_rank",
+            2**30,
+            "1073741824 heads of 64 values for 2 of keys; expected 4 hea",
+        ),
+        ("ssm.group_count", 3, "4 heads of 64 values for 3 of keys"),
+        ("ssm.inner_size", 128, "256 features in its tensors; expected 128, as its ssm.inner_size"),
+        ("full_attention_interval", 2, "another order of its layers"),
+        ("attention.recurrent_layers", np.zeros(4, np.int32), "another order of its layers"),
+        ("rope.dimension_sections", np.array([24, 4, 4, 0], np.int32), "that take no turns"),
+        ("rope.dimension_sections", np.array([2**30, 1, 1, 0], np.int32), "that take no turns"),
+        ("rope.dimension_sections", 7, "dimension_sections '7'; expected a list of whole numbers"),
+        (
+            "rope.dimension_sections",
+            np.full(4, np.nan, np.float32),
+            "expected a list of whole numbers",
+        ),
+        ("nextn_predict_layers", 1, "nextn_predict_layers 1; expected no such key"),
+    ],
+)
+def test_other_files_of_qwen35_are_refused(
+    qwen35: Path, tmp_path: Path, key: str, value: Any, said: str
+) -> None:
+    keys, stored = read_gguf(qwen35)
+    tensors = {}
+    for each in stored:
+        data = each.read(0, each.shape[0] if len(each.shape) > 1 else 1)
+        tensors[each.name] = (each.type, each.shape, data.numpy().tobytes())
+    path = write_gguf(tmp_path / "m.gguf", keys | {f"qwen35.{key}": value}, tensors)
+    with pytest.raises(TernarizeError, match=said):
+        open_source(path)
+
+
+@pytest.fixture(scope="module")
+def qwen35(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    top = tmp_path_factory.mktemp("qwen35")
+    source = exporting.make_source(top / "source", CONFIGS["qwen35_narrow"]())
+    convert(source, top / "packed", Recipe("absmean", 256))
+    export(top / "packed", top / "m.gguf", "gguf")
+    return top / "m.gguf"
+
+
 @pytest.mark.parametrize("name", ["gemma3", "phi3", "gpt2", "qwen35", "qwen35_narrow"])
 def test_llama_cpp_computes_what_we_do(tmp_path: Path, name: str) -> None:
     """Up to the order of sums, where it rounds no activations."""

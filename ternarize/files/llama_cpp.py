@@ -8,7 +8,7 @@ neighbour. Where transformers has a head's rows as (2, dim / 2), llama.cpp has t
 import importlib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -328,6 +328,16 @@ def delta_layer_types(layers: int) -> list[str]:
     ]
 
 
+def sections_take_turns(sections: Sequence[int]) -> bool:
+    """Whether time, height and width have each third frequency, to the last: llama.cpp gives what
+    is left over no position."""
+    total = sum(sections)
+    if len(sections) != 3 or min(sections) < 0:
+        return False
+    # the last frequency of each of the three
+    return all(total - 1 - (total - 1 - k) % 3 < 3 * sections[k] for k in range(min(3, total)))
+
+
 def departures(config: Any) -> list[str]:
     """What of a configuration llama.cpp does not compute, in words; none of a plain architecture.
 
@@ -393,13 +403,11 @@ def _of_delta_net(config: Any) -> _Asked:
     """What llama.cpp takes for granted of Qwen 3.5."""
     values, keys = config.linear_value_head_dim, config.linear_key_head_dim
     sections = rope_of(config).get("mrope_section", MROPE_SECTIONS)
-    # frequencies take turns; what is left over has no position in llama.cpp
-    even = all(at < 3 * sections[at % 3] for at in range(sum(sections)))
     return [
         ("layer_types", config.layer_types, (delta_layer_types(config.num_hidden_layers),)),
         ("attention_bias", config.attention_bias, (False,)),
         ("linear_value_head_dim", values, (keys,)),
-        ("mrope_section", sections, (sections,) if even else ()),
+        ("mrope_section", sections, (sections,) if sections_take_turns(sections) else ()),
     ]
 
 

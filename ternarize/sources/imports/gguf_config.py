@@ -21,6 +21,7 @@ from ternarize.files.llama_cpp import (
     LLAMA,
     LOCAL_BASE,
     MIXTRAL,
+    MROPE_SECTIONS,
     PHI3,
     QWEN2,
     QWEN2_MOE,
@@ -33,6 +34,7 @@ from ternarize.files.llama_cpp import (
     gemma_layer_types,
     gemma_scalar,
     rope_factors,
+    sections_take_turns,
 )
 
 _KNOWN = (LLAMA, QWEN2, QWEN3, QWEN2_MOE, QWEN3_MOE, GEMMA3, PHI3, GPT2, QWEN35, BERT, BITNET)
@@ -91,11 +93,12 @@ class _Keys:
         return value
 
     def take(self, key: str) -> Any:
-        """A list of numbers, or None where the file has none."""
+        """A list of whole numbers, or None where the file has none."""
         self.asked.add(key)
         value = self.keys.get(key)
-        if value is not None and not isinstance(value, np.ndarray):
-            raise self.wrong(f"{key} {str(value)!r:.40}", "a list of numbers")
+        whole = isinstance(value, np.ndarray) and value.dtype.kind in "iub"
+        if value is not None and not whole:
+            raise self.wrong(f"{key} {str(value)!r:.40}", "a list of whole numbers")
         return value
 
     def agreed(self, key: str, found: int) -> int:
@@ -288,9 +291,12 @@ def _add_delta_net(keys: _Keys, config: dict[str, Any], tensors: Tensors) -> Non
     dim, values = keys.need("ssm.state_size"), keys.need("ssm.time_step_rank")
     groups = keys.need("ssm.group_count")
     layers = config["num_hidden_layers"]
-    if not groups or not dim or values % groups or keys.need("ssm.inner_size") != values * dim:
+    inner = _shape(keys, tensors, "blk.0.attn_gate.weight")[0]
+    have = _shape(keys, tensors, "blk.0.ssm_beta.weight")[0]
+    if not groups or values % groups or have != values or not inner == values * dim:
         found = f"{values} heads of {dim} values for {groups} of keys"
-        raise keys.wrong(found, "as many for each, and their product as the inner size")
+        raise keys.wrong(found, f"{have} heads and {inner} features, as its tensors have them")
+    keys.agreed("ssm.inner_size", inner)
     types = delta_layer_types(layers)
     listed = keys.take("attention.recurrent_layers")
     said = None if listed is None else [bool(each) for each in listed]
@@ -303,6 +309,8 @@ def _add_delta_net(keys: _Keys, config: dict[str, Any], tensors: Tensors) -> Non
     rope = config["rope_parameters"]
     if sections is not None:
         rope["mrope_section"] = [int(each) for each in sections[:3]]
+    if not sections_take_turns(rope.get("mrope_section", MROPE_SECTIONS)):
+        raise keys.wrong("sections of frequencies that take no turns", "as many in each of three")
     turned = keys.get("rope.dimension_count", config["head_dim"])
     config["rope_parameters"] = rope | {"partial_rotary_factor": turned / config["head_dim"]}
     config |= {

@@ -69,6 +69,9 @@ def tokenizer_files(
         what = f"split {pre!r:.40}" if kind == "gpt2" else f"kind {kind!r:.40}"
         return {}, [f"its vocabulary is of the {what}, which is not known here: {_NONE}"]
     tokens, types = _read_tokens(where, keys, size)
+    if kind == "bert":
+        pairs = zip(tokens, types, strict=True)
+        tokens = [_word(token) if each == llama_cpp.NORMAL else token for token, each in pairs]
     names = _SPECIALS_OF_BERT if kind == "bert" else _SPECIALS
     specials = _specials(where, keys, tokens, names)
     if len(set(tokens)) != len(tokens):
@@ -259,13 +262,9 @@ def _pieces(
         "strip_accents": keys.get("tokenizer.ggml.normalizer.strip_accents", lower) is True,
         "lowercase": lower,
     }
-    words = [
-        token if kind != llama_cpp.NORMAL else _word(token)
-        for token, kind in zip(tokens, types, strict=True)
-    ]
     model = {
         "type": "WordPiece",
-        "vocab": {word: number for number, word in enumerate(words)},
+        "vocab": {token: number for number, token in enumerate(tokens)},
         "unk_token": specials["unknown"],
         "continuing_subword_prefix": llama_cpp.GOES_ON,
         "max_input_chars_per_word": _LONGEST_WORD,
