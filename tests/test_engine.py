@@ -161,6 +161,17 @@ def test_what_an_export_would_refuse_is_refused_before_the_work(
             check(Recipe("itf", engine=LLAMA_CPP))
 
 
+@pytest.mark.parametrize(("keys", "group_size"), [(4, 256), (2, 64)])
+def test_heads_in_another_order_stay_whole(tmp_path: Path, keys: int, group_size: int) -> None:
+    """Blocks of 256 would cut heads of 128: the file is of smaller ones, and so are the groups."""
+    sizes = {**SIZES, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
+    sizes |= {"linear_num_key_heads": keys, "linear_num_value_heads": 4}
+    config = transformers.Qwen3_5TextConfig(**sizes, architectures=["Qwen3_5ForCausalLM"])
+    transformers.Qwen3_5ForCausalLM(config).save_pretrained(tmp_path / "source")
+    work = make_plan(tmp_path / "source", Recipe("itf", engine=LLAMA_CPP))
+    assert work.recipe.group_size == group_size
+
+
 def test_a_plan_says_what_was_chosen(wide: Path) -> None:
     asked = ["convert", str(wide), "out", "--for", "llama.cpp", "--dry-run", "--dataset", "default"]
     for fold in (False, True):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ternarize.errors import CheckpointError, SelectionError, UsageError, some
-from ternarize.files.llama_cpp import EXPORTED, departures
+from ternarize.files.llama_cpp import EXPORTED, DeltaNet, departures
 from ternarize.models.configuration import config_from, usable
 from ternarize.plans.layout import TensorPlan
 from ternarize.plans.recipe import Recipe
@@ -49,9 +49,14 @@ def check_engine(where: str | Path, config: Mapping[str, Any] | None, recipe: Re
         raise CheckpointError(where, found, f"a plain {names[0]}", remedy)
 
 
-def group_for(choices: Iterable[Choice]) -> int:
-    """The group size of ordinary weights: the largest block that the columns of all allow."""
+def group_for(choices: Iterable[Choice], config: Mapping[str, Any] | None) -> int:
+    """The group size of ordinary weights: the largest block that the columns of all allow, and
+    that leaves heads whole which files have in another order."""
     widths = [each.shape[-2 if each.transposed else -1] for each in choices if each.ternary]
+    table = config or {}
+    if EXPORTED[table["architectures"][0]].linear:
+        heads = DeltaNet.of(config_from(table).get_text_config().to_dict())
+        widths += [heads.dim] if heads.keys != heads.values else []
     return WIDE if all(width % WIDE == 0 for width in widths) else NARROW
 
 

@@ -90,7 +90,7 @@ def make_plan(
         verdicts=verdicts,
     )
     if recipe.group_size is None and (recipe.fits or (recipe.engine and not _is_ternary(source))):
-        group_size = group_for(choices) if recipe.engine else GROUP_SIZE
+        group_size = group_for(choices, source.config) if recipe.engine else GROUP_SIZE
         recipe = replace(recipe, group_size=group_size)
     why = why_no_skeleton(source.config) if verdicts is None else None
     notes += [*source.notes, *_remarks(source, choices, why)]
