@@ -54,7 +54,8 @@ def core_reads(checkpoint: Checkpoint, name: str, record: Record) -> bool:
         return False
     if record.shape is None or record.codec != BASE3:
         return record.shape is None
-    if record.coded and record.planes > 1:
+    scale = checkpoint.tensors[name + SCALE_SUFFIX].dtype
+    if scale not in _SCALE_KINDS or (record.coded and record.planes > 1):
         return False
     # one scale for a whole matrix: of one alone
     return record.group_size != 0 or (len(record.shape) == 2 and record.planes == 1)

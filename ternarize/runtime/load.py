@@ -45,7 +45,8 @@ def load(
     head         "int8": round an output head that the checkpoint keeps in floating point, and the
                  token embedding if the two are tied, to 8 bits as `convert --head int8` does, from
                  the numbers that they have in `dtype`; None, or packed: as in the checkpoint
-    verify       check every code, padding, scale and SHA-256 before anything is loaded
+    verify       check every code, padding, scale and SHA-256 of what is loaded, before it is given
+                 back
     dequantize   give back an ordinary model with dense weights
     steps        journal of steps that begins from this checkpoint, file or Hub id: load what it
                  makes of it

@@ -173,6 +173,27 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const Distance d = distance(kind, x, weights.memory.at, trits.at, scales.at,
                                 one_scale ? 1 : shape.rows, rows.at, threads);
     FUZZ_CHECK(d.nonzero == nonzero, "nonzero is %lld, not %lld", ll(d.nonzero), ll(nonzero));
+    if (!one_scale) {  // all of it in one pass, and a scale that no float holds is 0 there
+      Exact<uint8_t> packed(shape.rows * x.width), whole(shape.rows * x.width);
+      Exact<double> again(scale_count);
+      Distance of_all;
+      FUZZ_CHECK(ternarize_packed(method, kind, x, weights.memory.at, packed.at, again.at, rows.at,
+                                  &of_all, threads) == kNone,
+                 "not finite");
+      bool lost = false;
+      for (int64_t i = 0; i < scale_count; ++i) {
+        const bool none = static_cast<float>(scales[i]) == 0.0f && scales[i] != 0.0;
+        FUZZ_CHECK(same(again[i], none ? 0.0 : scales[i]), "scale %lld in one pass", ll(i));
+        lost = lost || none;
+      }
+      if (!lost) {
+        FUZZ_CHECK(pack(x, trits.at, whole.at, threads) == kNone, "a trit is none");
+        FUZZ_CHECK(std::memcmp(packed.at, whole.at, static_cast<size_t>(whole.size)) == 0, "bytes");
+        FUZZ_CHECK(same(of_all.error, d.error) && same(of_all.energy, d.energy) &&
+                       of_all.nonzero == d.nonzero,
+                   "distance in one pass");
+      }
+    }
     if (weights.bounded) {
       FUZZ_CHECK(std::fabs(d.energy - energy) <= 1e-5 * energy + 1e-30, "energy %g, not %g",
                  d.energy, energy);

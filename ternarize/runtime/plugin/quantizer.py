@@ -185,6 +185,7 @@ class TernarizeQuantizer(HfQuantizer):
         if self.straight is not None:
             self.straight.finish(model)
             self.straight = None
+            unmapped.give({})
         if self.to_round:
             round_head(model, self.to_round)
             self.source_transposed |= dict.fromkeys(self.to_round, False)
