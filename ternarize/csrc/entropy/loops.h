@@ -1,7 +1,7 @@
 // Rounds of several chunks at once, for one instruction set. Internal linkage, see shared/formats.h.
 #pragma once
 
-#if defined(__AVX512F__) && defined(__AVX512VL__)
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -10,10 +10,34 @@
 namespace ternarize {
 namespace {
 
-#if defined(__AVX512F__) && defined(__AVX512VL__)
+#ifdef __AVX2__
+// For each mask of lanes, which word each of them takes.
+struct Expansions {
+  alignas(32) uint32_t of[256][8];
+};
+
+constexpr Expansions kExpansions = [] {
+  Expansions table{};
+  for (int mask = 0; mask < 256; ++mask)
+    for (int lane = 0, word = 0; lane < 8; ++lane)
+      if (mask >> lane & 1) table.of[mask][lane] = static_cast<uint32_t>(word++);
+  return table;
+}();
+
+// States with the next word in each lane that has become too small, in the order of the lanes.
+__m256i with_words(__m256i next, const uint8_t*& at) {
+  const __m256i low = _mm256_cmpeq_epi32(_mm256_srli_epi32(next, 16), _mm256_setzero_si256());
+  const auto mask = static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(low)));
+  const __m256i words =
+      _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+  const __m256i taken = _mm256_permutevar8x32_epi32(
+      words, _mm256_load_si256(reinterpret_cast<const __m256i*>(kExpansions.of[mask])));
+  at += 2 * __builtin_popcount(mask);
+  return _mm256_blendv_epi8(next, _mm256_or_si256(_mm256_slli_epi32(next, 16), taken), low);
+}
+
 // A chunk's eight states are a vector, which waits for its table and its product: the next chunk's
-// instructions fill that time. A lane that has become too small takes the next word, in the order of the
-// lanes, which is what an expansion by their mask does.
+// instructions fill that time.
 template <int count>
 int64_t take_rounds(RansChunk* chunks, int64_t n, const uint32_t* table) {
   __m256i x[count];
@@ -26,7 +50,7 @@ int64_t take_rounds(RansChunk* chunks, int64_t n, const uint32_t* table) {
     if (at[c] > last[c]) return 0;
   }
   const __m256i slots = _mm256_set1_epi32(kRansTotal - 1), one = _mm256_set1_epi32(1);
-  const __m256i least = _mm256_set1_epi32(1 << 16);
+  const __m256i lowest = _mm256_set1_epi32(0x0c080400);  // of four numbers their lowest bytes
   int64_t i = 0;
   for (; i + kRansLanes <= n; i += kRansLanes) {
     bool enough = true;
@@ -42,14 +66,11 @@ int64_t take_rounds(RansChunk* chunks, int64_t n, const uint32_t* table) {
       const __m256i next =
           _mm256_add_epi32(_mm256_mullo_epi32(often, _mm256_srli_epi32(x[c], kRansBits)),
                            _mm256_srli_epi32(entry, 20));
-      const __mmask8 low = _mm256_cmplt_epu32_mask(next, least);
-      const __m256i words = _mm256_cvtepu16_epi32(
-          _mm_loadu_si128(reinterpret_cast<const __m128i*>(at[c])));
-      const __m256i taken = _mm256_maskz_expand_epi32(low, words);
-      x[c] = _mm256_mask_or_epi32(next, low, _mm256_slli_epi32(next, 16), taken);
-      at[c] += 2 * __builtin_popcount(low);
+      x[c] = with_words(next, at[c]);
+      const __m256i four = _mm256_shuffle_epi8(entry, lowest);
       _mm_storel_epi64(reinterpret_cast<__m128i*>(bytes[c] + i),
-                       _mm256_maskz_cvtepi32_epi8(0xff, entry));
+                       _mm_unpacklo_epi32(_mm256_castsi256_si128(four),
+                                          _mm256_extracti128_si256(four, 1)));
     }
   }
   for (int c = 0; c < count; ++c) {
