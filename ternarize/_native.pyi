@@ -299,14 +299,14 @@ def read_stored(
 
     tensors  (n, 17) int64, of each
                file, start, bytes       descriptor, and the bytes in the file
-               form                     0: bytes as they are; 1: trits, looked at alone;
+               form                     0: bytes as they are; 1: trits as they are;
                                         2 and 3: trits as "lanes2" and "lanes3"
                rows, cols, group size   of trits
                coded                    1: the bytes of trits are those of a stream
-               out, its bytes           memory for the bytes (0: none) or for lanes
+               out, its bytes           memory for the bytes (0: none), decoded, or for lanes
                file, start, bytes       of the scales of trits
                kind, coded              of scales: 0 F16, 1 BF16, 2 F32, 3 8-bit codes; a stream
-               scales, their bytes      with lanes: memory for them in the order of the lanes,
+               scales, their bytes      memory for them (0: none); with lanes in their order,
                                         float16 of F16 and codes, else float32
     checked  hash, and check scales; codes are always checked
     states   (n,) uint8: 0 until a tensor is in its memory, then 1; else 2 where the file cannot be

@@ -130,6 +130,17 @@ def test_a_model_is_the_same_by_either_way(
     assert all(torch.equal(value, saved[key]) for key, value in far.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["rows", "experts", "coded", "int4", "planes-scale8"])
+def test_what_is_read_whole_is_what_the_file_holds(tmp_path: Path, name: str) -> None:
+    packed = open_checkpoint(put(tmp_path / "model", name))
+    records = metadata.records_of(packed)
+    values = container.read_whole(packed, records)
+    assert values.keys() == packed.tensors.keys()
+    for key, info in packed.tensors.items():
+        assert values[key].shape == info.shape
+        assert torch.equal(values[key].flatten(), packed.read(key)), key
+
+
 def test_linear_layers_and_what_is_kept_go_straight(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

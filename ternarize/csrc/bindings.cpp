@@ -450,7 +450,11 @@ Stored checked_stored(const int64_t* row) {
                                            : x.scale_bytes != x.scales() * scale_size))
     fail("tensors: " + std::to_string(x.scale_bytes) + " bytes of scales; expected " +
          std::to_string(x.scales()) + " numbers.");
-  if (form == 1) return x;
+  if (form == 1) {
+    if (x.out) expect_count("out", row[kOutBytes], rows * width);
+    if (x.scale_out) expect_count("scale_out", row[kScaleOutBytes], x.scales() * scale_size);
+    return x;
+  }
   expect_count("out", row[kOutBytes], x.lanes.size());
   const bool half = x.scale_kind == ScaleKind::F16 || x.scale_kind == ScaleKind::E;
   expect_count("scale_out", row[kScaleOutBytes],

@@ -15,7 +15,7 @@ from ternarize.errors import DigestError, FormatError, damaged
 from ternarize.files.checkpoint import Checkpoint, TensorInfo
 from ternarize.files.headers import byte_view, read_bytes
 from ternarize.files.metadata import SCALE_SUFFIX, Record
-from ternarize.files.stored import Reading, ToRead, core_reads
+from ternarize.files.stored import Reading, ToRead, as_stored, core_reads
 from ternarize.threads import THREADS, in_threads
 from ternarize.trits.base3 import BASE3, unpack, used_groups
 from ternarize.trits.int4 import (
@@ -174,6 +174,31 @@ def check_data(
 
     with Reading(checkpoint, wanted, threads=threads) as reading:
         in_threads(check, records, threads, done)
+
+
+def read_whole(
+    checkpoint: Checkpoint, records: Mapping[str, Record], *, checked: bool = True
+) -> dict[str, Tensor]:
+    """All tensors of a packed checkpoint by name, as stored and decoded, in memory on the CPU.
+
+    checked  verify them as `check_data` does, where the core can in the same pass
+    """
+    core = [name for name, record in records.items() if core_reads(checkpoint, name, record)]
+    place = {name: at for at, name in enumerate(core)}
+    wanted = [as_stored(checkpoint, name, records[name]) for name in core]
+    others = {name: record for name, record in records.items() if name not in place}
+    with Reading(checkpoint, wanted, checked=checked) as reading:
+        if checked:
+            check_data(checkpoint, others)
+        values = {}
+        for name, info in checkpoint.tensors.items():
+            owner = name if name in records else name.removesuffix(SCALE_SUFFIX)
+            if owner in place:
+                check_read(reading, place[owner])
+                values[name] = reading.take(place[owner], "out" if owner == name else "scales")
+            else:
+                values[name] = checkpoint.read(name).reshape(info.shape)
+    return values
 
 
 def check_read(reading: Reading, at: int) -> None:

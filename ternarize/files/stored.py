@@ -10,12 +10,14 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ternarize.files.checkpoint import Checkpoint
+from ternarize.files.headers import DTYPES
 from ternarize.files.json_files import readable
 from ternarize.files.metadata import SCALE_SUFFIX, Record
 from ternarize.native import lib
@@ -34,9 +36,9 @@ class ToRead:
 
     name    in the checkpoint
     record  what its file says of it
-    out     uint8 memory for its bytes, or for the lanes of a ternary matrix; None: nothing is kept
-    form    "lanes2" or "lanes3": the lanes that `out` is to hold; "": bytes as they are stored
-    scales  with lanes: memory for its scales in their order, float16 or float32
+    out     memory for it, or uint8 for the lanes of a ternary matrix; None: nothing is kept
+    form    "lanes2" or "lanes3": the lanes that `out` is to hold; "": bytes as base 3 has them
+    scales  of a ternary one: memory for its scales, with lanes in their order, float16 or float32
     """
 
     name: str
@@ -61,6 +63,20 @@ def core_reads(checkpoint: Checkpoint, name: str, record: Record) -> bool:
     return record.group_size != 0 or (len(record.shape) == 2 and record.planes == 1)
 
 
+def as_stored(checkpoint: Checkpoint, name: str, record: Record) -> ToRead:
+    """A tensor that is wanted as it is stored, and decoded, in memory of its own on the CPU."""
+    if record.shape is None:
+        return ToRead(name, record, _empty(checkpoint, name))
+    return ToRead(
+        name, record, _empty(checkpoint, name), scales=_empty(checkpoint, name + SCALE_SUFFIX)
+    )
+
+
+def _empty(checkpoint: Checkpoint, name: str) -> Tensor:
+    info = checkpoint.tensors[name]
+    return torch.empty(info.shape, dtype=DTYPES[info.dtype], device="cpu")
+
+
 class Reading:
     """Tensors that the core reads, in their order, while the caller does something else.
 
@@ -79,7 +95,7 @@ class Reading:
         threads: int = THREADS,
     ) -> None:
         self.checkpoint, self.wanted, self.checked = checkpoint, list(wanted), checked
-        self._threads = threads
+        self._threads, self._memory = threads, dict[tuple[int, str], Tensor]()
         self._states = np.zeros(len(wanted), np.uint8)
         self._digests = np.zeros((len(wanted), 32), np.uint8)
         self._stop = np.zeros(1, np.uint8)
@@ -96,6 +112,10 @@ class Reading:
             self._close()
             raise
         self._table = table
+        for at, each in enumerate(self.wanted):  # to be given away
+            memory = {(at, "out"): each.out, (at, "scales"): each.scales}
+            self._memory |= {key: tensor for key, tensor in memory.items() if tensor is not None}
+        self.wanted = [replace(each, out=None, scales=None) for each in self.wanted]
         self._thread.start()
 
     def _row(self, wanted: ToRead) -> list[int]:
@@ -145,6 +165,11 @@ class Reading:
         digest = self._digests[at].tobytes().hex()
         good = not self.checked or digest == self.wanted[at].record.sha256
         return bool(self._states[at] == _DONE) and good
+
+    def take(self, at: int, which: str = "out") -> Tensor:
+        """Wait for a tensor and give away its memory, "out" or "scales", once."""
+        self.is_good(at)
+        return self._memory.pop((at, which))
 
     def stop(self) -> None:
         """Leave out what has not begun."""

@@ -54,11 +54,9 @@ def load_module(
     _check_fit(module, packed, records)
     if activations is None:
         activations = (packed.config or {})["quantization_config"].get("activations", "none")
-    if verify:
-        container.check_data(packed, records)
+    values = container.read_whole(packed, records, checked=verify)
     tensors = [*module.parameters(), *module.buffers()]
     device = next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))
-    values = {name: packed.read(name).reshape(info.shape) for name, info in packed.tensors.items()}
     for file, before in packed.stamps.items():
         if stamp(packed.directory / file) != before:
             found = "changed while it was loaded"

@@ -3,12 +3,14 @@
 transformers fills a model tensor by tensor, in Python. A packed matrix that fills a linear layer on
 the CPU, alone and as it is, needs nothing of that: the core reads it, hashes and checks it, and
 writes its lanes, all in one pass over its bytes and beside transformers, which is given a tensor
-without memory in its place. What is kept is read by the core too, and given as it is.
+without memory in its place. Whatever else the core can check is read by it, too, and given as it
+is.
 """
 
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.container import check_read
 from ternarize.files.headers import DTYPES
 from ternarize.files.metadata import SCALE_SUFFIX, Record
-from ternarize.files.stored import Reading, ToRead, core_reads
+from ternarize.files.stored import Reading, ToRead, as_stored, core_reads
 from ternarize.models.places import Place
 from ternarize.runtime import kernels
 from ternarize.runtime.forms import Lanes, Layout, in_lanes
@@ -65,21 +67,24 @@ class Straight:
         checked: bool,
     ) -> None:
         fit = {n: each for n, each in records.items() if core_reads(packed, n, each)}
-        paths = _linear_layers(model, {n: each for n, each in fit.items() if each.shape}, places)
-        kept = [name for name, each in fit.items() if each.shape is None]
-        # those that transformers asks for come first, and large ones before small ones
-        kept.sort(key=lambda name: -packed.tensors[name].nbytes)
-        wanted = [_kept(packed, name, records[name]) for name in kept]
-        self.given: dict[Path, dict[str, Callable[[], Tensor]]] = {}
+        paths = _linear_layers(model, fit, places)
+        # those that transformers waits for come first, and what is kept and large before all
+        asked = [name for name in fit if name not in paths]
+        asked.sort(key=lambda name: 0 if fit[name].shape else -packed.tensors[name].nbytes)
         self._linears, lanes = _in_memory(model, packed, records, paths)
-        gone = {*paths, *kept}
-        self.others = {name: each for name, each in records.items() if name not in gone}
+        wanted = [as_stored(packed, name, records[name]) for name in asked]
         self.reading = Reading(packed, [*wanted, *lanes], checked=checked)
-        for at, name in enumerate(kept):
-            self._give(packed, name, _taking(self.reading, at))
+        self.others = {name: each for name, each in records.items() if name not in fit}
+        self.given: dict[Path, dict[str, Callable[[], Tensor]]] = {}
+        for at, each in enumerate(wanted):
+            self._give(packed, each.name, partial(self.reading.take, at))
+            if each.scales is not None:
+                self._give(
+                    packed, each.name + SCALE_SUFFIX, partial(self.reading.take, at, "scales")
+                )
         for name in paths:
-            for each in (name, name + SCALE_SUFFIX):
-                self._give(packed, each, _stand_in(packed, each))
+            for part in (name, name + SCALE_SUFFIX):
+                self._give(packed, part, partial(_stand_in, packed, part))
 
     def _give(self, packed: Checkpoint, name: str, tensor: Callable[[], Tensor]) -> None:
         file = packed.directory / packed.tensors[name].file
@@ -105,7 +110,9 @@ def _linear_layers(
     shared = {*tied, *tied.values()}
     filled = Counter(target for place in places.values() for target in place.parameters)
     found = {}
-    for name in records:
+    for name, record in records.items():
+        if record.shape is None:
+            continue
         weight, scale = places[name], places[name + SCALE_SUFFIX]
         if weight.converter is not None or scale.converter is not None or not weight.parameters:
             continue
@@ -144,26 +151,7 @@ def _in_memory(
     return linears, wanted
 
 
-def _kept(packed: Checkpoint, name: str, record: Record) -> ToRead:
-    out = torch.empty(packed.tensors[name].nbytes, dtype=torch.uint8, device="cpu")
-    return ToRead(name, record, out)
-
-
-def _taking(reading: Reading, at: int) -> Callable[[], Tensor]:
-    """Waits for a kept tensor and gives it away; one that is damaged is refused in the end."""
-
-    def take() -> Tensor:
-        wanted = reading.wanted[at]
-        reading.is_good(at)
-        reading.wanted[at] = replace(wanted, out=None)
-        info = reading.checkpoint.tensors[wanted.name]
-        assert wanted.out is not None
-        return wanted.out.view(DTYPES[info.dtype]).view(info.shape)
-
-    return take
-
-
-def _stand_in(packed: Checkpoint, name: str) -> Callable[[], Tensor]:
+def _stand_in(packed: Checkpoint, name: str) -> Tensor:
     """A tensor of the same shape and dtype that takes no memory."""
     info = packed.tensors[name]
-    return lambda: torch.zeros((), dtype=DTYPES[info.dtype], device="cpu").expand(info.shape)
+    return torch.zeros((), dtype=DTYPES[info.dtype], device="cpu").expand(info.shape)

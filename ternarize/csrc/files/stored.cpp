@@ -285,7 +285,9 @@ Read read_trits(const Stored& x, Sha256* sha, Desk& desk) {
   for (int64_t first = 0; first < all.rows; first += rows) {
     Layout part = all;
     part.rows = smaller(rows, all.rows - first);
-    uint8_t* piece = Desk::room(desk.piece, part.rows * all.width);
+    const bool kept = x.out && !to_lanes;
+    uint8_t* piece =
+        kept ? x.out + first * all.width : Desk::room(desk.piece, part.rows * all.width);
     if (stream) {
       const Read decoded = stream->rows(first, part.rows, piece);
       if (decoded != Read::Done) return decoded;
@@ -309,7 +311,10 @@ Read read_trits(const Stored& x, Sha256* sha, Desk& desk) {
   }
   if (sha && x.one_scale && !fit(x.scale_kind, scales, &any, 1)) return Read::BadScale;
   if (sha) sha->update(scales, x.scales() * scale_size);
-  if (to_lanes) lay_out(x, scales);
+  if (to_lanes)
+    lay_out(x, scales);
+  else if (x.scale_out)
+    std::memcpy(x.scale_out, scales, static_cast<size_t>(x.scales() * scale_size));
   return Read::Done;
 }
 

@@ -18,7 +18,7 @@ struct Stored {
   int64_t start;   // of the bytes in the file
   int64_t nbytes;
   bool coded;      // Trits and Lanes: the bytes are those of a stream
-  uint8_t* out;    // Raw: where the bytes go, or null; Lanes: the run-time layout
+  uint8_t* out;    // where the bytes go, those of streams decoded, or null; Lanes: the run-time layout
   Lanes lanes;     // Trits and Lanes: `stored` is the matrix; of Trits the rest means nothing
   // Trits and Lanes: the scales, of each row and group, or one (`one_scale`); perhaps in another file.
   int scale_file;
@@ -27,8 +27,8 @@ struct Stored {
   bool scales_coded;
   ScaleKind scale_kind;
   bool one_scale;
-  // Lanes: scales in the order block, group, row of the block, with 0 beyond the last row; float16 of F16
-  // and E, else float32.
+  // Trits: where the bytes of the scales go, or null. Lanes: scales in the order block, group, row of the
+  // block, with 0 beyond the last row; float16 of F16 and E, else float32.
   void* scale_out;
 
   int64_t scales() const { return one_scale ? 1 : lanes.stored.rows * lanes.stored.groups; }
