@@ -17,7 +17,7 @@
 
 #include "cpus/cpus.h"
 #include "entropy/rans.h"
-#include "files/stored.h"
+#include "files/files.h"
 #include "shared/pool.h"
 #include "steps/steps.h"
 #include "unfold/unfold.h"

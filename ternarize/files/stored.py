@@ -24,7 +24,7 @@ from ternarize.native import lib
 from ternarize.threads import THREADS, let_through
 from ternarize.trits.base3 import BASE3
 
-_WAITING, _DONE, _NO_MEMORY = 0, 1, 6  # of `Read` in csrc/files/stored.h
+_WAITING, _DONE, _NO_MEMORY = 0, 1, 6  # of `Read` in csrc/files/files.h
 _FORMS = {"": 1, "lanes2": 2, "lanes3": 3}  # of ternary tensors; others: 0
 _SCALE_KINDS = {"F16": 0, "BF16": 1, "F32": 2, "U8": 3}
 _TICK = 0.0005  # seconds from one look at what the core has done to the next

@@ -1,4 +1,4 @@
-// Fuzzes what reads stored tensors (csrc/files/stored.h) from a file of any bytes: trits, scales and streams,
+// Fuzzes what reads stored tensors (csrc/files/files.h) from a file of any bytes: trits, scales and streams,
 // valid or with a fault. What comes of them is compared with the formats done plainly: SHA-256, codes,
 // scales, lanes and their scales.
 #include "input.h"
@@ -10,7 +10,7 @@
 #include <unistd.h>
 
 #include "entropy/rans.h"
-#include "files/stored.h"
+#include "files/files.h"
 
 using namespace fuzz;
 

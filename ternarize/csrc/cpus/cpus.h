@@ -6,7 +6,7 @@
 #pragma once
 
 #include "decode/decode.h"
-#include "digest/sha256.h"
+#include "digest/digest.h"
 #include "entropy/entropy.h"
 #include "latent/latent.h"
 #include "multiply/multiply.h"

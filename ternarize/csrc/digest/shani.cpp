@@ -1,5 +1,5 @@
 // SHA-256 by the instructions that x86-64 processors have for it.
-#include "digest/sha256.h"
+#include "digest/digest.h"
 
 #include <immintrin.h>
 

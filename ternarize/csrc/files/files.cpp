@@ -1,5 +1,5 @@
 // Stored tensors read, hashed, checked and laid out in one pass.
-#include "files/stored.h"
+#include "files/files.h"
 
 #include <algorithm>
 #include <atomic>
@@ -16,7 +16,7 @@
 #endif
 
 #include "cpus/cpus.h"
-#include "digest/sha256.h"
+#include "digest/digest.h"
 #include "entropy/rans.h"
 
 namespace ternarize {

@@ -1,6 +1,6 @@
-// SHA-256 (FIPS 180-4) of bytes that come a piece at a time, so that what reads them can hash them while
-// they are near. Only by instructions of the processor: where it has none, hashlib is no slower than
-// what would stand here.
+// digest/: SHA-256 (FIPS 180-4) of bytes that come a piece at a time, so that what reads them can hash
+// them while they are near. Only by instructions of the processor: where it has none, hashlib is no
+// slower than what would stand here.
 #pragma once
 
 #include "shared/formats.h"
