@@ -1,12 +1,15 @@
 """Conversion against a plain copy: time and memory on a synthetic LLaMA-shaped BF16 checkpoint.
 
-    python benchmarks/conversion.py WORK_DIRECTORY [--repeats 5] [--layers 16] [--large] [--json F]
+    python benchmarks/conversion.py WORK_DIRECTORY [--repeats 5] [--layers 16] [--large]
+        [--beside PYTHON] [--json F]
 
 WORK_DIRECTORY needs about 5 GB free (13 GB with --large). In each round `cp -r SOURCE COPY; sync`
 and `convert` run one after the other on the same source; figures are medians, and the ratio is
 taken round by round. Two times are given for the conversion: of the call `convert()` in a process
 that has imported torch and transformers, and of the whole command, interpreter start included.
-Memory is the peak resident set of that process, above what it had with torch imported.
+Memory is the peak resident set of that process, above what it had with torch imported. `--beside`
+names the interpreter of another environment, as that of an older checkout, which converts in the
+same rounds.
 """
 
 import json
@@ -51,12 +54,14 @@ def copy_seconds(source: Path, target: Path) -> float:
     return seconds
 
 
-def convert_once(source: Path, target: Path, method: str) -> dict[str, float]:
+def convert_once(
+    source: Path, target: Path, method: str, python: str = sys.executable
+) -> dict[str, float]:
     """Run one conversion in a fresh process; seconds of the call and of the process, and memory."""
     subprocess.run(["sync"], check=True)
     start = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(source), str(target), method],
+        [python, "-c", CHILD, str(source), str(target), method],
         check=True,
         capture_output=True,
         text=True,
@@ -74,6 +79,7 @@ def main() -> None:
     arguments.add_argument("--repeats", type=int, default=5)
     arguments.add_argument("--layers", type=int, default=16)
     arguments.add_argument("--large", action="store_true", help="also four times the size, once")
+    arguments.add_argument("--beside", help="an interpreter of another environment")
     options = arguments.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     source, target = options.work / f"source-{options.layers}", options.work / "target"
@@ -81,12 +87,16 @@ def main() -> None:
     if not source.exists():
         write_llama(source, options.layers)
     size = sum(f.stat().st_size for f in source.iterdir())
+    methods = ("absmean", "twn", "itf")
+    ways = {method: (method, sys.executable) for method in methods}
+    if options.beside:
+        ways |= {f"{method}, beside": (method, options.beside) for method in methods}
     rounds: list[dict[str, Any]] = []
     for number in range(options.repeats + 1):  # the first warms the page cache
         copy = copy_seconds(source, target)
         row: dict[str, Any] = {"copy": copy}
-        for method in ("absmean", "twn", "itf"):
-            row[method] = convert_once(source, target, method)
+        for name, (method, python) in ways.items():
+            row[name] = convert_once(source, target, method, python)
         if number:
             rounds.append(row)
     print(f"source: {size / 1e9:.2f} GB of BF16, {options.repeats} rounds, medians\n")
@@ -94,7 +104,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     copy = statistics.median(row["copy"] for row in rounds)
     print(f"| cp -r and sync | {copy:.2f} | 1 | | | {size / copy / 1e9:.2f} |")
-    for method in ("absmean", "twn", "itf"):
+    for method in ways:
         seconds = statistics.median(row[method]["seconds"] for row in rounds)
         ratio = statistics.median(row[method]["seconds"] / row["copy"] for row in rounds)
         process = statistics.median(row[method]["process_seconds"] for row in rounds)
