@@ -346,6 +346,7 @@ bool read_stored(const Stored* tensors, int64_t n, bool checked, uint8_t* states
     }
   };
   std::vector<std::thread> others;
+  others.reserve(static_cast<size_t>(std::max(0, threads)));
   for (int64_t i = 1; i < smaller(threads, n); ++i) {
     try {
       others.emplace_back(work);
