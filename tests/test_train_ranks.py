@@ -23,7 +23,7 @@ from ternarize.ranks import World
 from ternarize.train import parallel
 from ternarize.train.divided import check_divided
 from ternarize.train.loop import tokens_at_once
-from ternarize.train.parallel import Gradients, check_alike, check_rounds
+from ternarize.train.parallel import Exchange, Gradients, check_alike, check_rounds
 from ternarize.train.state import STATE
 
 
@@ -44,7 +44,7 @@ def job(name: str, folder: Path, output: str, **options: Any) -> list[Any]:
     if not source.exists():
         source_of(name, source)
         text_of(text)
-    if name in ("vit", "mixtral"):
+    if name in ("vit", "clip", "mixtral", "albert"):
         text = calibrating.data(name, folder, 40)
     return [str(source), str(folder / output), str(text), options]
 
@@ -75,12 +75,15 @@ def test_two_processes_give_the_bytes_of_one_which_goes_on_when_one_of_them_dies
     assert_same(tmp_path / "broken", tmp_path / "one")
 
 
+ROWS = {"num_samples": 32, "batch": 1024, "micro_batch": 280, "train_len": None}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "experts": ("mixtral", {"num_samples": 32, "batch": 1024, "micro_batch": 200, "train_len": 24}),
-    "images": ("vit", {"num_samples": 32, "batch": 1024, "micro_batch": 256, "train_len": None}),
+    "experts": ("mixtral", ROWS),
+    "images": ("vit", ROWS),
+    "two towers": ("clip", ROWS),
+    "one block over and over": ("albert", ROWS),
     "encoder": ("bert", {}),
-    "encoder-decoder": ("t5", {"micro_batch": 32}),
-    "text": ("llama", {"objective": "text", "all_weights": True, "micro_batch": 24}),
+    "encoder-decoder": ("t5", {}),
+    "text": ("llama", {"objective": "text", "all_weights": True, "micro_batch": 20}),
     "ends": ("llama_tied", {"head": "int8", "embeddings": "int8", "recompute": True}),
     "factored": ("gpt2", {"optimizer": "adafactor", "group_size": 0}),
     "nothing": ("llama", {"from_scratch": True, "objective": "text", "lr": 0.01}),
@@ -130,27 +133,31 @@ def test_another_number_of_processes_goes_on_to_the_same_bytes(
     assert_same(tmp_path / "broken", tmp_path / "whole")
 
 
+def command(job: list[Any], *more: str) -> list[str]:
+    """The same on the command line, eight steps."""
+    source, output, text, _ = job
+    given = "--method itf --group-size 32 --train-len 16 --batch 64 --micro-batch 16 --steps 8"
+    return ["train", source, output, "--texts", text, *given.split(), *more]
+
+
 @pytest.mark.slow
 def test_the_first_process_alone_speaks(tmp_path: Path) -> None:
-    source, output, text, _ = job("llama", tmp_path, "packed")
-    command = ["train", source, output, "--method", "itf", "--group-size", "32", "--texts", text]
-    command += (
-        "--train-len 16 --batch 64 --micro-batch 16 --steps 8 --report-to tensorboard".split()
-    )
-    ended = launch(tmp_path, 2, {"cli": command, "die": [1, "take", 3]})
+    own = job("llama", tmp_path, "packed")
+    words = command(own, "--report-to", "tensorboard")
+    ended = launch(tmp_path, 2, {"cli": words, "die": [1, "take", 3]})
     assert [code for code, _ in ended] == [1, -9], ended
     (line,) = (line for line in ended[0][1].splitlines() if line.startswith("error:"))
     assert "another process: is gone" in line and "Traceback" not in ended[0][1]
-    asked = {"cli": [*command, "--shard"], "die": [1, "take", 3], "signal": signal.SIGTERM}
+    asked = {"cli": [*words, "--shard"], "die": [1, "take", 3], "signal": signal.SIGTERM}
     ended = launch(tmp_path, 2, asked)
     assert [code for code, _ in ended] == [130, 1], ended
     assert ended[0][1].strip() == "interrupted; the same command goes on from here"
-    assert step_of(Path(output)) == 5, "three more than the two of which a state was"
-    few = launch(tmp_path, 2, {"cli": [*command, "--batch", "16"]})
+    assert step_of(tmp_path / "packed") == 5, "three more than the two of which a state was"
+    few = launch(tmp_path, 2, {"cli": [*words, "--batch", "16"]})
     assert [code for code, _ in few] == [2, 1], "one micro-batch"
     assert few[0][1].count("error:") == 1 and "--batch 32" in few[0][1]
     assert "error:" not in few[1][1]
-    ended = launch(tmp_path, 2, {"cli": command})
+    ended = launch(tmp_path, 2, {"cli": words})
     assert [code for code, _ in ended] == [0, 0], ended
     assert "trained on" in ended[0][1] and ended[1][1] == ""
 
@@ -187,7 +194,7 @@ def test_two_processes_have_a_half_of_the_blocks_each_and_train_as_one(tmp_path:
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
 def test_any_model_is_divided(count: int, tmp_path: Path) -> None:
-    kinds = ["experts", "images", "encoder", "encoder-decoder", "text", "ends", "calibrated"]
+    kinds = [own for own in KINDS if own not in ("factored", "nothing")]
     for number in (count, 1):
         jobs = []
         for own in kinds:
@@ -215,7 +222,7 @@ def test_a_divided_training_goes_on_with_another_number_and_whole_and_back(tmp_p
     ended = launch(tmp_path, 2, {"jobs": [parts]})
     assert [code for code, _ in ended] == [0, 0], ended
     found = looks(tmp_path / "broken")
-    assert found == pytest.approx(looks(tmp_path / "whole"), rel=1e-2)
+    assert found == pytest.approx(looks(tmp_path / "whole"), rel=0.03), "signs of small moments"
 
 
 # --- what goes from one process to another ------------------------------------------------------
@@ -230,7 +237,7 @@ def test_the_traffic_is_what_the_documents_say(count: int, tmp_path: Path) -> No
     sent: Counter[str] = Counter()
     for rank in range(count):
         sent += Counter(json.loads((tmp_path / f"asked-{count}.{rank}").read_text()))
-    weights = sent["state"] // 4 // (count - 1)
+    _, weights, _ = json.loads((tmp_path / f"asked-{count}.weights-0").read_text())
     pieces, rest = divmod(weights, 10_000)
     shares = pieces * -(-10_000 // count) + -(-rest // count)
     assert sent["gradients"] == 3 * (4 + count) * (count - 1) * shares * 4
@@ -257,13 +264,13 @@ class Told(World):
         return [value, self.said] if self.rank == 0 else [self.said, value]
 
 
-def test_a_process_that_has_come_to_other_weights_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "_group", lambda *_: (None, torch.device("cpu")))
+def test_a_process_that_has_come_to_other_weights_ends_all() -> None:
     weights = {"a": torch.tensor([1.0, 2.0])}
     bits = [int(weights["a"].view(torch.int32).sum())]
-    Gradients(Told(0, bits), weights).check_same(7)
+    exchange = Exchange(None, torch.device("cpu"))
+    Gradients(Told(0, bits), weights, exchange).check_same(7)
     with pytest.raises(CheckpointError, match="rank 1: has other weights after step 7"):
-        Gradients(Told(0, [bits[0] + 1]), weights).check_same(7)
+        Gradients(Told(0, [bits[0] + 1]), weights, exchange).check_same(7)
 
 
 def test_a_process_with_another_teacher_is_refused() -> None:

@@ -68,8 +68,9 @@ def is_divided(tensor: Tensor) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor; of a divided one every process has to ask for it."""
-    found: Tensor = tensor.detach()
-    return getattr(found, "full_tensor")() if is_divided(found) else found  # noqa: B009
+    here: Any = tensor.detach()
+    found: Tensor = here.full_tensor() if is_divided(here) else here
+    return found
 
 
 @torch.no_grad()
@@ -137,7 +138,8 @@ def _squares(grads: Iterable[Tensor]) -> float:
 
 @contextmanager
 def watched(world: World) -> Iterator[None]:
-    """Inside, where models run that are divided, another process that has ended is a RankError."""
+    """Inside, where torch itself exchanges what is divided, another process that has ended is a
+    RankError."""
     try:
         yield
     except RuntimeError as error:

@@ -11,7 +11,7 @@ and the budget, looks at the clock, and writes; the others do as it tells.
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,15 +85,18 @@ def train(job: Job, samples: Iterator[Sample]) -> Progressed:
 
     What is interrupted between two steps, or within one, goes on after the last whole one.
     """
-    own, how = (job.parameters, job.optimizer, job.known), {"order": job.order, "world": job.world}
-    progressed = load_state(job.folder, *own, **how)
-    _note_budget(job.training, progressed)
     gradients = Gradients(job.world, job.parameters, job.exchange)
-    for _ in range(0 if job.world.rank else progressed.samples):
-        next(samples)
+    own, order = (job.parameters, job.optimizer, job.known), job.order
     try:
-        # of divided blocks all processes end together
-        with ahead(samples) as found, signals_held() if gradients.divided else nullcontext():
+        with ExitStack() as stack:
+            if gradients.divided:  # all processes end together
+                stack.enter_context(signals_held())
+                stack.enter_context(watched(job.world))
+            progressed = load_state(job.folder, *own, order=order, world=job.world)
+            _note_budget(job.training, progressed)
+            for _ in range(0 if job.world.rank else progressed.samples):
+                next(samples)
+            found = stack.enter_context(ahead(samples))
             return _go_on(job, progressed, found, gradients)
     except KeyboardInterrupt as stop:
         if isinstance(stop.__context__, RankError):
@@ -214,13 +217,11 @@ def _step(
         at = first + world.rank
         own: tuple[float, dict[str, float]] | None = None
         if at < len(parts):
-            with watched(world):
-                loss, beside = job.loss(parts[at])
-                (loss * (shares[at] * gradients.factor)).backward()  # type: ignore[no-untyped-call]
-                own = float(loss.detach()), beside
+            loss, beside = job.loss(parts[at])
+            (loss * (shares[at] * gradients.factor)).backward()  # type: ignore[no-untyped-call]
+            own = float(loss.detach()), beside
         elif gradients.divided:  # blocks come together in all processes, or not at all
-            with watched(world):
-                (job.loss(parts[0])[0] * 0).backward()  # type: ignore[no-untyped-call]
+            (job.loss(parts[0])[0] * 0).backward()  # type: ignore[no-untyped-call]
         for share, told in zip(shares[first:], gradients.add(own), strict=False):
             if told is not None:
                 total += share * told[0]

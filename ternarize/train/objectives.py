@@ -13,7 +13,6 @@ from ternarize.calibrate.lanes import hidden_of, mask_of, tokens_of
 from ternarize.calibrate.samples import Sample
 from ternarize.models.skeleton import model_end
 from ternarize.ranks import World
-from ternarize.train.divided import watched
 from ternarize.train.loop import Objective, in_parts
 from ternarize.train.losses import Head, Words, choose_words, divergence, text_loss
 from ternarize.train.students import Pair
@@ -73,7 +72,7 @@ def held_loss(loss: Objective, samples: Sequence[Sample], world: World | None = 
     parts = list(in_parts(samples, _LOOKED_AT))
     counts = [sum(map(learnt_in, some)) for some in parts]
     turns = range(world.rank, -(-len(parts) // world.size) * world.size, world.size)
-    with torch.no_grad(), watched(world):
+    with torch.no_grad():
         own = [float(loss(parts[at] if at < len(parts) else parts[0])[0]) for at in turns]
     each = world.all(own)
     total = 0.0
