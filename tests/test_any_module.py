@@ -102,6 +102,19 @@ def test_a_module_is_packed_and_loaded_into_one_that_is_built(
     assert loaded.head.weight is loaded.words.weight and loaded.head.weight.requires_grad
 
 
+def test_a_module_can_be_packed_by_frequencies(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    wide, x = nn.Sequential(nn.Linear(512, 512)).eval(), torch.randn(3, 512)
+    found = []
+    for codec in ("base3", "rans"):
+        record = ternarize.pack_module(wide, tmp_path / codec, codec=codec)
+        empty = nn.Sequential(nn.Linear(512, 512)).eval()
+        with torch.no_grad():
+            loaded = ternarize.load_module(tmp_path / codec, empty)
+            found.append((loaded(x), record["tensors"]["0.weight"]["stored_bytes"]))
+    assert torch.equal(found[0][0], found[1][0]) and found[1][1] < found[0][1]
+
+
 def test_a_packed_module_is_inspected_and_verified(net: Net, packed: Path, tmp_path: Path) -> None:
     rows = {row["name"]: row for row in inspect(packed)["tensors"]}
     assert [name for name, row in rows.items() if row["kind"] == "ternary"] == sorted(NAMES)

@@ -342,11 +342,10 @@ def test_a_share_of_zeros_costs_less_where_the_errors_are_made_up_for(
 
 def test_a_share_that_is_there_by_itself_changes_nothing() -> None:
     weight, x = problem(24, 96, 3000)
-    parts = x[:1500], x[1500:]
-    found = [
-        solve(weight, *(moments(part, part @ weight.T) for part in parts), 32, half, zeros=share)
-        for share in (None, 0.0, 0.2)
-    ]
+    found = []
+    for share in (None, 0.0, 0.2):
+        train, held = (moments(part, part @ weight.T) for part in (x[:1500], x[1500:]))
+        found.append(solve(weight, train, held, 32, half, zeros=share))
     for other in found[1:]:
         assert torch.equal(found[0].planes[0].trits, other.planes[0].trits)
         assert torch.equal(found[0].planes[0].scales, other.planes[0].scales)

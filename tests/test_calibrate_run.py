@@ -169,6 +169,7 @@ def test_calibration_brings_blocks_nearer_to_the_source(name: str, tmp_path: Pat
         {"reconstruct": 3, "window": 2, "group_size": 48},
         {"zeros": 0.7, "scale_bits": 6, "codec": "rans"},
         {"zeros": 0.7, "reconstruct": 3, "window": 2},
+        {"scale_bits": 6, "codec": "rans", "reconstruct": 3},
     ],
     ids=str,
 )

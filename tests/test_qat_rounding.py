@@ -160,6 +160,19 @@ def test_scales_are_rounded_as_a_file_stores_them(dtype: str) -> None:
     assert torch.equal(stored_scales(found, dtype), found)
 
 
+def test_scales_of_6_bits_are_rounded_as_they_are_stored() -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.arange(4, 124, dtype=torch.uint8) * 2
+    numbers = scale_values(codes)
+    middles = (numbers[1:] + numbers[:-1]) / 2
+    drawn = numbers * (1 + 0.2 * torch.rand(len(numbers), generator=generator))
+    scales = torch.cat([numbers, middles, drawn.clamp(max=57344)])
+    found = stored_scales(scales, "U8", 6)
+    assert torch.equal(found, scale_values(store_scales(scales.double(), bits=6)))
+    assert torch.equal(stored_scales(found, "U8", 6), found)
+    assert stored_scales(torch.tensor([1e9, 61440.0]), "U8", 6).tolist() == [57344.0, 57344.0]
+
+
 @pytest.mark.parametrize(
     "dtype, low, high", [("F16", 2.0**-14, 65504.0), ("U8", 2.0**-14, 61440.0)]
 )

@@ -28,6 +28,7 @@ from ternarize.measure.report import inspect
 from ternarize.plans.recipe import Calibrate, Recipe, Train
 from ternarize.plans.recipe_files import open_recipe
 from ternarize.publish.card import make_card
+from ternarize.sources.packed import open_packed
 from ternarize.train import loop, losses, sources, state
 from ternarize.train import run as train_run
 from ternarize.train.objectives import objective
@@ -264,8 +265,11 @@ def test_a_share_of_zeros_is_trained_and_saved(
     recipe = recipe_of(text, head="int8" if form == "head" else None, steps=12)
     if form == "gptq":
         recipe = calibrated(text, {"rotation": 16, "seq_len": 16})
-    recipe = dataclasses.replace(recipe, zeros=0.8, scale_bits=8, codec="rans")
+    recipe = dataclasses.replace(recipe, zeros=0.8, scale_bits=6, codec="rans")
     record = convert(source, tmp_path / "packed", recipe)
+    checkpoint, records = open_packed(tmp_path / "packed")
+    for name in (n for n, each in records.items() if each.kind == "ternary"):
+        assert not bool((checkpoint.read(f"{name}_scale") % 2).any())
     rows = [row for row in record["tensors"].values() if row["becomes"] == "ternary"]
     for row in rows:
         assert row["sparsity"] == pytest.approx(0.8, abs=2e-3), row

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import calibrating
 import pytest
 import tiny_models
 import torch
@@ -67,6 +68,7 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "not rotated, rows": ({"group_size": -1}, {"rotation": 0}),
     "budget": ({}, {"target_bpw": 3.0}),
     "trained": ({}, {"reconstruct": 4}),
+    "zeros": ({"zeros": 0.6, "scale_bits": 6, "codec": "rans"}, {}),
 }
 
 
@@ -80,6 +82,20 @@ def test_every_form_of_a_calibrated_tensor_can_be_compared(
     assert compared["by_error"] == 14
     # training fits the norms of the blocks as well, if that helps
     assert compared["in_shape"] in ((0,) if form != "trained" else range(5))
+
+
+def test_experts_that_saw_too_little_have_their_share_of_zeros_too(tmp_path: Path) -> None:
+    data = calibrating.data("mixtral", tmp_path, length=8)
+    options = {"zeros": 0.6, "num_samples": 8, "rotation": 0}
+    source = calibrating.save("mixtral", tmp_path / "source")
+    record = convert(source, tmp_path / "packed", calibrating.recipe(data, **options))
+    few = {name for each in record["calibration"]["blocks"] for name in each["uncalibrated"]}
+    assert few
+    for name in few:
+        row = record["tensors"][name]
+        assert row["method"] == "itf" and 0.6 <= row["sparsity"] < 0.65
+    compared = verify(tmp_path / "packed", source)["compared"]
+    assert compared["by_error"] >= len(few)
 
 
 def test_the_error_on_record_is_that_of_the_weights_that_are_loaded(

@@ -59,7 +59,6 @@ def allocate(
     target_bpw: float,
     *,
     coded: bool = False,
-    scale_bits: int = 16,
     device: str = "cpu",
     progress: Progress | None = None,
     world: World | None = None,
@@ -70,7 +69,6 @@ def allocate(
     target_bpw  stored bits, scales and padding included, per ternary weight
     coded       whether they are stored by their frequencies: bits are then what is expected of
                 shares of zeros, and of the scales that `nearest` gives
-    scale_bits  of a scale
     progress    called after each block, in the stage "measuring sensitivity"
     world       processes each of which calls this, and measures its share of the matrices
 
@@ -78,8 +76,7 @@ def allocate(
     Raises UsageError if not even the smallest forms are within the target, CheckpointError for a
     model that cannot be run block by block.
     """
-    bits = scale_bits if coded else 0
-    measured = _measure(source, tensors, batches, bits, device, progress, world or World())
+    measured = _measure(source, tensors, batches, coded, device, progress, world or World())
     total = sum(plan.info.numel for choices in measured for plan in choices[0].plans)
     taken, least = _spend([_hull(choices) for choices in measured], int(target_bpw * total))
     if least > target_bpw * total:
@@ -133,15 +130,12 @@ def _measure(
     source: Checkpoint,
     tensors: Sequence[TensorPlan],
     batches: Sequence[Batch],
-    coded: int,
+    coded: bool,
     device: str,
     progress: Progress | None,
     world: World,
 ) -> list[list[Offer]]:
-    """The forms of every parameter, with their harms.
-
-    coded  bits of a scale where tensors are stored by their frequencies, else 0
-    """
+    """The forms of every parameter, with their harms."""
     blocks = Blocks(source, [t.name for t in tensors if t.ternary], device)
     by_parameter: dict[str, list[TensorPlan]] = {}
     for t in tensors:
@@ -192,7 +186,7 @@ def _forms(
     outputs: Sequence[object],
     parameter: torch.nn.Parameter,
     plans: Sequence[TensorPlan],
-    coded: int,
+    coded: bool,
 ) -> list[Offer]:
     weight, choices = parameter.data, []
     turned = plans[0].choice.transposed
@@ -215,21 +209,20 @@ def _forms(
         parameter.data = dense.transpose(-1, -2) if turned else dense.view(weight.shape)
         harms = [_harm(blocks.run(c), o) for c, o in zip(calls, outputs, strict=True)]
         parameter.data = weight
-        form = {"group_size": group_size, "planes": planes, "zeros": share}
-        own = tuple(replace(p, **form) for p in plans)
-        size = _coded_bytes(own, found, coded) if coded else sum(p.stored_bytes() for p in own)
+        own = tuple(replace(p, group_size=group_size, planes=planes, zeros=share) for p in plans)
+        size = _coded_bytes(own, found) if coded else sum(p.stored_bytes() for p in own)
         bits = 8 * size
         choices.append(Offer(own, bits, sum(harms) / len(harms)))
     return choices
 
 
-def _coded_bytes(plans: Sequence[TensorPlan], found: Sequence[Ternary], bits: int) -> int:
+def _coded_bytes(plans: Sequence[TensorPlan], found: Sequence[Ternary]) -> int:
     """Bytes that tensors are expected to take as streams, where those are shorter.
 
     found  the planes of the parameter that they load into, of which the scales count
-    bits   of a scale
     """
     scales = join_planes([plane.scales.cpu() for plane in found])
+    bits = plans[0].scale_bits if plans[0].scale_dtype == "U8" else 16
     stored = store_scales(scales, bits=bits)
     data = byte_view(stored).view(-1, stored.shape[-1] * stored.element_size())
     part = 1.0  # of its bytes that is left of the scales

@@ -26,7 +26,7 @@ FIRST_PENALTY = 0.1  # at which the search begins, in units of the mean D s^2
 SLACK = 0.003  # of the share: so much more is near enough
 SLOPE = 0.1  # by which the share grows, about, where the penalty is doubled
 MEND = 1.01  # by which the penalty grows at least where the other rows have fewer zeros
-NARROW = 1.002  # penalties between which nothing is looked for
+NEAR_PENALTIES = 1.002  # penalties between which nothing is looked for
 MOST = 64  # steps of each kind
 
 Trits = Callable[[], Tensor]  # trits as the penalty of now gives them
@@ -104,7 +104,7 @@ class DeadZone:
             if low is None or high is None:
                 penalty *= min(4.0, max(0.25, 2 ** ((wanted - zeros) / SLOPE)))
                 continue
-            if high[0] < NARROW * low[0]:
+            if high[0] < NEAR_PENALTIES * low[0]:
                 self.penalty = high[0]
                 found = some()
                 break

@@ -137,9 +137,7 @@ def calibrate(
     assert samples is not None
     bpw, coded = calibration.target_bpw, plan.recipe.codec == RANS and not plan.recipe.training
     if bpw is not None:
-        bits = plan.recipe.scale_bits
-        how: dict[str, Any] = {"coded": coded, "scale_bits": bits}
-        how |= {"device": device, "progress": progress}
+        how: dict[str, Any] = {"coded": coded, "device": device, "progress": progress}
         tensors = _budget(plan.source, tensors, samples, bpw, folder, world, **how)
     bits = plan.recipe.scale_bits
 

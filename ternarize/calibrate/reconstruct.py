@@ -85,7 +85,8 @@ class TernaryWeight:
 
     def scales(self) -> Tensor:
         """Scales as they will be stored; gradients as if they were not rounded."""
-        return stored_scales(self.start * self.log_scale.exp(), self.form.scale_dtype)
+        form = self.form.scale_dtype, self.form.scale_bits
+        return stored_scales(self.start * self.log_scale.exp(), *form)
 
     def stored(self) -> Tensor:
         """s t in the space of the file (rotated, if it is), in the parameter's orientation."""

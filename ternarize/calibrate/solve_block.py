@@ -151,8 +151,8 @@ def _solve(
     own = as_stored(form.turn(stack[expert]).contiguous(), form)
     empty = Inputs.empty(own.shape[1], keep=True, device=own.device)
     train, held = (each or Moments.empty(empty, 0, target=False) for each in moments)
-    how = {"planes": plan.planes, "zeros": plan.zeros}
-    return solve(own, train, held, form.group_size, rounding, bias=bias, **how)
+    size, planes = form.group_size, plan.planes
+    return solve(own, train, held, size, rounding, planes=planes, bias=bias, zeros=plan.zeros)
 
 
 def _of_all(loaded: LoadedBlock, own: dict[MatrixKey, Solution]) -> dict[MatrixKey, Solution]:

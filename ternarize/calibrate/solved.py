@@ -212,8 +212,13 @@ def sum_planes(planes: Sequence[Tensor]) -> Tensor:
 def form_of(plan: TensorPlan) -> Form:
     """How a tensor that is planned so is stored."""
     layout = plan.group_size, plan.choice.transposed, *plan.rotation
-    dtype, codec = plan.scale_dtype, plan.choice.codec
-    return Form(*layout, scale_dtype=dtype, codec=codec, kernel=plan.kernel)
+    return Form(
+        *layout,
+        scale_dtype=plan.scale_dtype,
+        codec=plan.choice.codec,
+        kernel=plan.kernel,
+        scale_bits=plan.scale_bits,
+    )
 
 
 def _exact(name: str, plan: TensorPlan, value: Tensor) -> Ternary:

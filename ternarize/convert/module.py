@@ -49,6 +49,7 @@ def pack_module(
     scale_bits: int = 16,
     activations: str | None = None,
     dtype: str | None = None,
+    codec: str = "base3",
     threads: int = THREADS,
 ) -> dict[str, Any]:
     """Write the state dict of any module as a packed checkpoint, and return its record.
@@ -67,6 +68,7 @@ def pack_module(
     scale_bits   of a scale: 16 or 8
     activations  recorded for the loader: "int8" or "none"; None: as the module was trained, or none
     dtype        of what is kept: float32, float16, bfloat16; None: as the module has it
+    codec        how ternary tensors are stored: "base3" or, by their frequencies, "rans"
 
     Of a module with latent or packed weights it is these that are packed, and nothing else but
     tables, by `embeddings`. Convolutions are packed where they are most of the weights
@@ -93,6 +95,7 @@ def pack_module(
         scale_bits=scale_bits,
         activations=activations,
         dtype=dtype,
+        codec=codec,
     )
     state = _state(module, verdicts)
     shapes = {each: tuple(tensor.shape) for each, tensor in state.items()}

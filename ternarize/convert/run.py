@@ -204,6 +204,7 @@ def _formed(shard: Shard, forms: Mapping[str, Form]) -> Shard:
                 tensor,
                 group_size=form.group_size,
                 scale_dtype=form.scale_dtype,
+                scale_bits=form.scale_bits,
                 rotation=(form.block, form.seed),
             )
         tensors.append(tensor)

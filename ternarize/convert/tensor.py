@@ -190,7 +190,7 @@ def _ternarize(
     if exact is not None and exact != tensor.group_size:
         return Change(tensor.name, exact, tensor.scale_dtype)
     group_size, dtype = tensor.group_size, DTYPES[tensor.scale_dtype]
-    bits = min(8, recipe.scale_bits) if dtype == torch.uint8 else 16
+    bits = tensor.scale_bits if dtype == torch.uint8 else 16
     name = WITHOUT_DATA if recipe.method == GPTQ else recipe.method
     method = METHODS[name] if recipe.zeros is None else with_zeros(recipe.zeros)
     plain = solved is None and exact is None and recipe.zeros is None and tensor.planes == 1

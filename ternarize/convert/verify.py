@@ -28,7 +28,7 @@ from torch import Tensor
 from ternarize.convert.record import relative_error
 from ternarize.convert.tensor import Result, convert_tensor
 from ternarize.errors import DigestError, FormatError
-from ternarize.files import container
+from ternarize.files import container, metadata
 from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.json_files import read_json
 from ternarize.files.metadata import SCALE_SUFFIX, Record
@@ -37,7 +37,7 @@ from ternarize.files.sums import check_sums
 from ternarize.plans.judge_module import verdicts_on_record
 from ternarize.plans.layout import TensorPlan
 from ternarize.plans.plan import calibrated_plan, make_plan
-from ternarize.plans.recipe import Recipe
+from ternarize.plans.recipe import WITHOUT_DATA, Recipe
 from ternarize.plans.recipe_files import read_recipe
 from ternarize.progress import Progress
 from ternarize.sources.packed import check_record, open_packed
@@ -158,12 +158,21 @@ def _way_to_compare(tensor: TensorPlan, record: Record, row: dict[str, Any], rec
     """How a tensor can be compared with the source, by what the record says of it."""
     if not recipe.fits:
         return AGAIN
-    # what saw too few tokens is not calibrated, but may be rotated, which plain conversions are not
+    # what saw too few tokens is not calibrated, but may be rotated, as no plain conversion is, or
+    # have a share of zeros, of which the record does not tell how it was met
     if tensor.ternary and (row.get("method") == recipe.method or record.rotation[0]):
         return ERROR
+    if tensor.ternary and row.get("method") == WITHOUT_DATA and _has_shares(recipe):
+        return ERROR if calibrated_plan(tensor, recipe).rotation == record.rotation else AGAIN
     if not tensor.ternary and row.get("fitted") is True:
         return ERROR if tensor.packed else SHAPE
     return AGAIN
+
+
+def _has_shares(recipe: Recipe) -> bool:
+    """Whether calibration gives matrices a share of zeros."""
+    spent = recipe.calibrate is not None and recipe.calibrate.target_bpw is not None
+    return recipe.zeros is not None or (spent and recipe.codec == metadata.RANS)
 
 
 def _again(

@@ -35,8 +35,8 @@ class TensorPlan:
     group_size   as in ternarize.trits.ternary
     dtype        of a kept tensor
     tied_to      the tensor of which this one is a copy; then nothing is stored
-    scale_dtype  planned ("U8": 8 bits); the tensor itself may call for another (a Change, in
-                 convert/tensor.py)
+    scale_dtype  planned ("U8": `scale_bits`, 8 or 6); the tensor itself may call for another (a
+                 Change, in convert/tensor.py)
     planes       ternary matrices whose sum it becomes
     rotation     (block, seed) of its input; block 0: none
     zeros        the least share of zeros that data may leave it; None: what comes of them
@@ -55,6 +55,7 @@ class TensorPlan:
     planes: int = 1
     rotation: tuple[int, int] = (0, 0)
     zeros: float | None = None
+    scale_bits: int = 8
 
     @property
     def name(self) -> str:

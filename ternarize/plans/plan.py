@@ -241,6 +241,7 @@ def _plan_tensor(info: TensorInfo, choice: Choice, recipe: Recipe) -> TensorPlan
         "F16" if recipe.scale_bits == 16 else "U8",
         tied_to,
         choice.planes,
+        scale_bits=min(8, recipe.scale_bits),
     )
 
 

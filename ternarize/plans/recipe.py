@@ -320,8 +320,13 @@ class Recipe:
                 "another method",
                 "Add --method itf or --dataset, or leave it out",
             )
-        if self.scale_bits == 6:
-            self._check_scales()
+        if self.scale_bits == 6 and self.codec == "base3":
+            raise UsageError(
+                "scale bits",
+                "6 in codec base3, where it would take 8",
+                "codec rans",
+                "Add --codec rans, or use --scale-bits 8",
+            )
         if self.calibrate is not None and self.calibrate.target_bpw is not None:
             self._check_budget(self.calibrate.target_bpw)
         if self.fold and self.training is not None:
@@ -333,14 +338,6 @@ class Recipe:
             )
         if self.train is not None:
             self._check_training(self.train)
-
-    def _check_scales(self) -> None:
-        beside = "in codec base3, where it would take 8" if self.codec == "base3" else ""
-        if self.training is not None or (self.calibrate and self.calibrate.reconstruct):
-            beside = "beside a training, whose scales have 8 or 16"
-        if beside:
-            expected = "codec rans, and rules or calibration alone"
-            raise UsageError("scale bits", f"6 {beside}", expected, "Use --scale-bits 8")
 
     def _check_budget(self, target_bpw: float) -> None:
         if target_bpw < TRIT_BITS and (self.codec == "base3" or self.training is not None):

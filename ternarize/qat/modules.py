@@ -95,7 +95,8 @@ class Qat(nn.Module):
         form = self.forms[name]
         if form.scale != "learned":
             return scales_of(self.latent(name), form)
-        return stored_scales(self._whole(name + LOG_SCALE).exp(), form.scale_dtype)
+        scales = self._whole(name + LOG_SCALE).exp()
+        return stored_scales(scales, form.scale_dtype, form.scale_bits)
 
     def rounded(self, name: str) -> Tensor:
         """The weight as a forward uses it, in the parameter's shape."""
@@ -114,7 +115,8 @@ class Qat(nn.Module):
             log_scale = self._whole(name + LOG_SCALE)
             few = log_scale.shape[-2] == 1
             some = log_scale if few else F.embedding(ids, log_scale, padding)
-            return self.read(latent, stored_scales(some.exp(), form.scale_dtype), form)
+            stored = stored_scales(some.exp(), form.scale_dtype, form.scale_bits)
+            return self.read(latent, stored, form)
         scales = self.scales(name)
         scales = F.embedding(ids, scales) if scales.shape[-2] > 1 else scales
         return self.read(latent, scales, form)

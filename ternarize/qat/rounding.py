@@ -41,6 +41,7 @@ ESTIMATORS = ("ste", "clipped", "tanh")
 EDGE = 1.5  # |V / s| from which V is beyond the last level
 FLOOR = 1e-30  # the least scale: one is divided by it
 FITS = 3  # rounds of the least-squares scale, which settles after few
+SCALE6_HIGH = 57344.0  # the largest scale of 6 bits
 CORE_KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # the scales that a file of a dtype holds with all digits
 RANGES = {
@@ -58,7 +59,7 @@ class Form:
     block, seed of the rotation; block 0: none. The latent weight is what is stored: rotated
     scale       where the scale comes from: SCALE_RULES
     estimator   of the gradient: ESTIMATORS
-    scale_dtype of the file: "F16", "F32" or "U8" (8 bits)
+    scale_dtype of the file: "F16", "F32" or "U8", of `scale_bits`: 8 or 6
     codec       "base3" (ternary); "int8" or "int4", whose scales are learned, without a rotation
     kernel      of a convolution, whose parameter is (rows, *kernel); () of others
     """
@@ -72,6 +73,7 @@ class Form:
     scale_dtype: str = "F16"
     codec: str = BASE3
     kernel: tuple[int, ...] = ()
+    scale_bits: int = 8
 
     def turn(self, parameter: Tensor) -> Tensor:
         """Between the parameter's orientation and (..., rows, cols)."""
@@ -87,18 +89,23 @@ class Form:
         return self.turn(unrotate(self.turn(stored), self.block, self.seed)).contiguous()
 
 
-def stored_scales(scales: Tensor, dtype: str) -> Tensor:
+def stored_scales(scales: Tensor, dtype: str, bits: int = 8) -> Tensor:
     """Scales as a file of this dtype gives them back: float32, any shape, with straight gradients.
+
+    bits  of dtype "U8": 8 or 6
 
     Those beyond its range are moved to its end; trits/scales.py has the rounding.
     """
-    exact = scales.detach().clamp(*RANGES[dtype])
+    low, high = RANGES[dtype]
+    fewer = dtype == "U8" and bits == 6
+    exact = scales.detach().clamp(low, SCALE6_HIGH if fewer else high)
     if dtype == "F16":
         exact = exact.to(torch.float16).to(torch.float32)
-    elif dtype == "U8":  # three bits of the mantissa, at the middle the even one
-        bits = exact.view(torch.int32)
-        bits = bits + ((bits >> 20) & 1) + 0x7FFFF
-        exact = (bits & ~0xFFFFF).view(torch.float32)
+    elif dtype == "U8":  # three bits of the mantissa, or two, at the middle the even one
+        rest = 21 if fewer else 20
+        word = exact.view(torch.int32)
+        word = word + ((word >> rest) & 1) + ((1 << (rest - 1)) - 1)
+        exact = (word >> rest << rest).view(torch.float32)
     return _straight(scales, exact)
 
 
@@ -120,7 +127,7 @@ def scales_of(latent: Tensor, form: Form) -> Tensor:
         for _ in range(FITS):
             used = groups > scales.unsqueeze(-1) / 2
             scales = (groups * used).sum(-1) / used.sum(-1).clamp(min=1)
-    return stored_scales(scales, form.scale_dtype)
+    return stored_scales(scales, form.scale_dtype, form.scale_bits)
 
 
 def edge_of(ratios: Tensor, rank: int) -> float:

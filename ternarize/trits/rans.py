@@ -59,7 +59,7 @@ def expected_bytes(rows: int, cols: int, group_size: int, zeros: float, planes: 
         return 0
     bits, head = 0.0, 4
     sign = (1 - zeros) / 2
-    for count in held.unique().tolist():
+    for count in sorted(set(held.tolist())):
         chances = one = torch.tensor([sign, zeros, sign], dtype=torch.float64)
         for _ in range(count - 1):
             chances = torch.kron(chances, one)
@@ -144,6 +144,11 @@ def decode_rows(
     return rows[first - begin * chunk_rows : stop - begin * chunk_rows]
 
 
+def least_bytes(rows: int, width: int) -> int:
+    """Bytes that a stream of so many rows has at least."""
+    return -(-rows // max(1, CHUNK // max(1, width))) * (4 + _HEAD)
+
+
 def _broken(found: str) -> FormatError:
     return damaged("its stream", found, "what formats/rans.md describes")
 
@@ -207,6 +212,8 @@ def _read_head(
     sizes = struct.unpack(f"<{chunks}I", read(at, 4 * chunks).numpy().tobytes())
     if min(sizes) < _HEAD:  # before there is memory for what they would hold
         raise _broken(f"a chunk of {min(sizes)} bytes")
+    if max(sizes) > _HEAD + 2 * chunk_rows * width:
+        raise _broken(f"a chunk of {max(sizes)} bytes for {chunk_rows * width}")
     ends = list(itertools.accumulate(sizes, initial=at + 4 * chunks))
     if ends[-1] != nbytes:
         raise _broken(f"chunks up to byte {ends[-1]} of {nbytes}")
