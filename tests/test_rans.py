@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -101,6 +101,61 @@ def test_the_core_gives_the_bytes_of_its_twin(name: str, monkeypatch: pytest.Mon
     assert torch.equal(decoded(streams[0], rows, classes), rows)
 
 
+@pytest.fixture
+def every_cpu() -> Iterator[Iterator[str]]:
+    """Each instruction set that is here, in use while the loop is at it."""
+    if lib is None:
+        pytest.skip("without the compiled core")
+    core, before = lib, lib.cpu()
+
+    def each() -> Iterator[str]:
+        for name in core.cpus():
+            core.use_cpu(name)
+            yield name
+
+    yield each()
+    core.use_cpu(before)
+
+
+# columns and group sizes; of the first ones the last group ends in short runs of other classes
+WIDTHS = [(13, 6), (131, 128), (196, 64), (1028, 64), (516, 128), (130, 128), (640, 128), (97, 32)]
+
+
+def test_every_cpu_decodes_rows_of_any_width(every_cpu: Iterator[str]) -> None:
+    rng, streams = random.Random(0), []
+    drawn = [(rng.randint(1, 400), rng.randint(1, 140)) for _ in range(60)]
+    for cols, group_size in WIDTHS + drawn:
+        rows = pack(trits(rng.randint(1, 70), cols, rng.random(), cols), group_size)
+        classes = classes_of_trits(cols, group_size)
+        streams.append((cols, group_size, rows, classes, encode_rows(rows, classes)))
+    for items, size in ((3, 2), (40, 2), (9, 4), (64, 4), (33, 1)):
+        numbers = torch.randint(0, 90, (50, items * size), dtype=torch.uint8)
+        classes = classes_of_items(items, size)
+        streams.append((items, size, numbers, classes, encode_rows(numbers, classes)))
+    for cpu in every_cpu:
+        for cols, group_size, rows, classes, stream in streams:
+            assert torch.equal(decoded(stream, rows, classes), rows), (cpu, cols, group_size)
+
+
+@pytest.mark.parametrize(("cols", "group_size"), WIDTHS)
+def test_the_twin_decodes_what_the_core_has_coded(
+    cols: int, group_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, classes = pack(trits(9, cols, 0.5), group_size), classes_of_trits(cols, group_size)
+    stream = encode_rows(rows, classes)
+    monkeypatch.setattr(rans, "lib", None)
+    assert torch.equal(decoded(stream, rows, classes), rows)
+
+
+def test_a_chunk_of_nothing_is_damaged(every_cpu: Iterator[str]) -> None:
+    assert lib is not None
+    table, ends = torch.zeros(1, 4096, dtype=torch.uint32), torch.zeros(2, dtype=torch.int64)
+    coded, classes = torch.empty(0, dtype=torch.uint8), torch.zeros(50, dtype=torch.uint8)
+    out = torch.zeros(2, 50, dtype=torch.uint8)
+    for _ in every_cpu:
+        assert lib.rans_decode(coded, ends, classes, table, 2, out, 1) == 0
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_no_flip_of_a_stream_goes_by_unseen_or_ends_otherwise(
     native: bool, monkeypatch: pytest.MonkeyPatch
@@ -153,6 +208,13 @@ def test_streams_that_would_take_much_memory_are_refused_at_once() -> None:
         height = int.from_bytes(bytes(stream[:4].tolist()), "little")
         shape = height << 20, rows.shape[1]
         decode_rows(reader(hollow), len(hollow), shape, classes)
+    # a chunk of more words than any that it stands for can take
+    long = torch.cat([stream, torch.zeros(200_000, dtype=torch.uint8)])
+    at = head_of(stream)
+    size = int.from_bytes(bytes(stream[at : at + 4].tolist()), "little") + 200_000
+    long[at : at + 4] = torch.tensor(list(size.to_bytes(4, "little")), dtype=torch.uint8)
+    with pytest.raises(FormatError, match=f"a chunk of {size} bytes for"):
+        decoded(long, rows, classes)
     with pytest.raises(FormatError, match="bytes for no rows"):
         decode_rows(reader(stream), len(stream), (0, rows.shape[1]), classes)
     with pytest.raises(FormatError, match="it has 2 bytes"):

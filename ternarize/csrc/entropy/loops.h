@@ -1,7 +1,9 @@
 // Rounds of several chunks at once, for one instruction set. Internal linkage, see shared/formats.h.
 #pragma once
 
-#ifdef __AVX2__
+// MSVC has not what counts bits here
+#if defined(__AVX2__) && !defined(_MSC_VER)
+#define TERNARIZE_ROUNDS
 #include <immintrin.h>
 #endif
 
@@ -10,7 +12,7 @@
 namespace ternarize {
 namespace {
 
-#ifdef __AVX2__
+#ifdef TERNARIZE_ROUNDS
 // For each mask of lanes, which word each of them takes.
 struct Expansions {
   alignas(32) uint32_t of[256][8];
@@ -46,8 +48,8 @@ int64_t take_rounds(RansChunk* chunks, int64_t n, const uint32_t* table) {
   for (int c = 0; c < count; ++c) {
     x[c] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(chunks[c].states));
     bytes[c] = chunks[c].bytes, at[c] = chunks[c].at;
+    if (chunks[c].end - at[c] < 2 * kRansLanes) return 0;
     last[c] = chunks[c].end - 2 * kRansLanes;  // up to here no lane of a round can lack its word
-    if (at[c] > last[c]) return 0;
   }
   const __m256i slots = _mm256_set1_epi32(kRansTotal - 1), one = _mm256_set1_epi32(1);
   const __m256i lowest = _mm256_set1_epi32(0x0c080400);  // of four numbers their lowest bytes
@@ -92,6 +94,7 @@ int64_t take_rounds(RansChunk* chunks, int count, int64_t n, const uint32_t* tab
 #else
 int64_t take_rounds(RansChunk*, int, int64_t, const uint32_t*) { return 0; }
 #endif
+#undef TERNARIZE_ROUNDS
 
 constexpr Entropy kEntropy{take_rounds};
 

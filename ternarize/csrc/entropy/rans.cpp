@@ -40,27 +40,29 @@ int64_t columns(const std::vector<Run>& runs) {
   return count;
 }
 
-// Bytes of a chunk between rows and the order in which they are coded; copy(row's bytes, coded's, count).
+// Bytes of a chunk between rows and the order in which they are coded; copy(class, row's bytes, coded's,
+// count).
 template <class Byte, class Copy>
 void in_order(const Classed& x, const std::vector<std::vector<Run>>& runs, Byte* rows,
               int64_t count, Copy copy) {
   int64_t at = 0;
-  for (const auto& of_class : runs)
+  for (size_t which = 0; which < runs.size(); ++which)
     for (int64_t row = 0; row < count; ++row)
-      for (const Run& run : of_class) {
-        copy(rows + row * x.width + run.first, at, static_cast<size_t>(run.count));
+      for (const Run& run : runs[which]) {
+        copy(which, rows + row * x.width + run.first, at, static_cast<size_t>(run.count));
         at += run.count;
       }
 }
 
-// A run copied with what comes behind it, which is written after it: in rows what is of later columns, of
-// later classes and of later rows. So most runs are one move of registers.
+// A run of class 0 is copied with what comes behind it, all of which is written after it: later columns,
+// later rows, other classes. So most runs are one move of registers. Behind a run of another class lies
+// what is written already.
 constexpr int64_t kCopied = 32;
 
-void copy_run(uint8_t* to, const uint8_t* from, size_t n, const uint8_t* end) {
+void copy_run(size_t which, uint8_t* to, const uint8_t* from, size_t n, const uint8_t* end) {
   if (n == 1)
     *to = *from;
-  else if (n <= kCopied && end - to >= kCopied)
+  else if (which == 0 && n <= kCopied && end - to >= kCopied)
     std::memcpy(to, from, kCopied);
   else
     std::memcpy(to, from, n);
@@ -164,7 +166,7 @@ void rans_encode(const uint8_t* bytes, const Classed& x, const uint16_t* frequen
     for (int64_t chunk = first; chunk < last; ++chunk) {
       const int64_t count = x.rows_of(chunk);
       in_order(x, runs, bytes + chunk * x.chunk_rows * x.width, count,
-               [&](const uint8_t* row, int64_t at, size_t n) {
+               [&](size_t, const uint8_t* row, int64_t at, size_t n) {
                  std::memcpy(ordered.data() + at, row, n);
                });
       uint32_t states[kRansLanes];
@@ -242,8 +244,8 @@ int64_t RansDecoder::decode(int64_t chunk, int64_t count, const uint8_t* coded,
     if (!good[c]) return chunk + c;
     if (x_.count > 1)
       in_order(x_, runs_, rows + c * size, x_.rows_of(chunk + c),
-               [&](uint8_t* row, int64_t from, size_t n) {
-                 copy_run(row, ordered_.data() + c * size + from, n, end);
+               [&](size_t which, uint8_t* row, int64_t from, size_t n) {
+                 copy_run(which, row, ordered_.data() + c * size + from, n, end);
                });
   }
   return kNone;
