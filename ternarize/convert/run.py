@@ -441,7 +441,7 @@ def _write_header(partial: Path, shard: Shard, results: Mapping[str, Result]) ->
 
 
 def _verify(work: _Work, state: State) -> None:
-    """Check the result as it lies on the disk, and write its SHA256SUMS."""
+    """Check the result as the system reads it back, from memory mostly; write its SHA256SUMS."""
     partial, files = work.partial, [shard.file for shard in state.shards]
 
     def sync_shards() -> None:
