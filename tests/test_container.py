@@ -533,6 +533,18 @@ def test_a_group_size_far_beyond_the_row_is_one_group_per_row(tmp_path: Path, na
             check_all(tmp_path)
 
 
+@pytest.mark.parametrize("shape", [(2**31, 1280), (2**33, 5), (2**51, 5)], ids=str)
+def test_a_stream_that_is_too_short_for_its_rows_is_refused_before_there_is_memory(
+    tmp_path: Path, shape: tuple[int, int]
+) -> None:
+    hollow = torch.zeros(200, dtype=torch.uint8)
+    record = Record("0" * 64, shape, -1, coded=True, coded_scales="F16")
+    tensors = {"w": hollow, "w_scale": hollow.clone()}
+    save_file(tensors, tmp_path / "model.safetensors", dump_metadata({"w": record}))
+    with pytest.raises(FormatError, match=r"w has 200 bytes for a stream of \["):
+        metadata.records_of(open_files(tmp_path, ["model.safetensors"]))
+
+
 def test_members_that_are_not_known_are_for_people(tmp_path: Path) -> None:
     rewritten(tmp_path, note="hello")
     change_document(tmp_path, lambda d: d.update(made_by="someone"))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ternarize.files.headers import DTYPES, read_bytes
 from ternarize.threads import THREADS
-from ternarize.trits.rans import classes_of_items, classes_of_trits, decode_rows
+from ternarize.trits.rans import classes_of_items, classes_of_trits, decode_rows, least_bytes
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,11 @@ class Coded:
     def row_bytes(self) -> int:
         """Bytes of a row."""
         return self.shape[-1] * DTYPES[self.dtype].itemsize
+
+    @property
+    def least(self) -> int:
+        """Bytes that a stream for it has at least."""
+        return least_bytes(math.prod(self.shape[:-1]), self.row_bytes)
 
     def classes(self) -> Tensor:
         """The classes of the bytes of a row."""

@@ -248,6 +248,9 @@ def _take_streams(name: str, record: Record, checkpoint: Checkpoint) -> None:
         if info.dtype != "U8" or len(info.shape) != 1:
             found = f"{each} is {info.dtype} {list(info.shape)}"
             raise damaged(file, found, "U8 [bytes], as its record says")
+        if info.nbytes < stream.least:  # before there is memory for what the record promises
+            found = f"{each} has {info.nbytes} bytes for a stream of {list(stream.shape)}"
+            raise damaged(file, found, f"at least {stream.least}, as formats/rans.md has it")
         checkpoint.tensors[each] = replace(
             info, dtype=stream.dtype, shape=stream.shape, coded=stream, stored=info.nbytes
         )

@@ -251,6 +251,17 @@ def sizes(rng: random.Random, count: int) -> Iterator[Case]:
         yield put("offsets", name, "data_offsets", offsets)
 
 
+def streams(rng: random.Random, count: int) -> Iterator[Case]:
+    """Rows that a stream of a few bytes is to hold."""
+
+    def promised(parts: Parts, shape: list[int]) -> None:
+        parts.table["tensors"][parts.packed()[0]]["shape"] = shape
+
+    for shape in ([2**31, 1280], [2**33, 5], [2**51, 5], [2**40, 2**20]):
+        make = partial(rebuilt, "coded", partial(promised, shape=shape))
+        yield Case("rows of streams", make, refuse=BYTES)
+
+
 def many(rng: random.Random, count: int) -> Iterator[Case]:
     """Headers that take time and memory: each is read in 2 s and 1 GB, or refused."""
 
@@ -662,6 +673,7 @@ def cases(seed: int, count: int) -> Iterator[Case]:
         lengths,
         malformed,
         sizes,
+        streams,
         many,
         names,
         bytes_of_trits,
