@@ -86,6 +86,15 @@ def test_compiled_core(tmp_path: Path) -> None:
     assert row["executions"] == 2000 and row["findings"] == [], row
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(bool(campaign.without_clang()), reason=str(campaign.without_clang()))
+def test_compiled_core_on_stored_tensors(tmp_path: Path) -> None:
+    """All variants: the portable one has no SHA-256, without which the core reads no files."""
+    program = native.build(tmp_path, ("stored",))["stored"]
+    row = campaign.fuzz_native(program, 5000, 1, tmp_path / "stored")
+    assert row["executions"] == 5000 and row["findings"] == [], row
+
+
 def test_decoders_agree() -> None:
     report = differential.campaign(150, most=3)
     assert report["tensors"] == 150
