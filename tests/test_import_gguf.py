@@ -180,15 +180,18 @@ def in_floats(source: Path, target: Path) -> Path:
     return write_gguf(target, keys, tensors)
 
 
-@pytest.mark.parametrize("name", ["qwen35", "qwen35_narrow", "qwen35_equal"])
-def test_transformers_reads_qwen35_as_we_do(tmp_path: Path, name: str) -> None:
-    source = exporting.make_source(tmp_path / "source", CONFIGS[name]())
-    convert(source, tmp_path / "packed", Recipe("absmean", 256))
-    export(tmp_path / "packed", tmp_path / "m.gguf", "gguf", kept_type="f32")
-    in_floats(tmp_path / "m.gguf", tmp_path / "plain.gguf")
-    job = {"path": tmp_path, "gguf": "plain.gguf"}
-    (found,) = exporting.stock_logits([job], tmp_path)
-    exporting.assert_near(found, exporting.our_logits(tmp_path / "packed"))
+def test_transformers_reads_qwen35_as_we_do(tmp_path: Path) -> None:
+    jobs, expected = list[dict[str, Any]](), []
+    for name in ("qwen35", "qwen35_narrow", "qwen35_equal"):
+        source = exporting.make_source(tmp_path / name, CONFIGS[name]())
+        packed = tmp_path / f"{name}-packed"
+        convert(source, packed, Recipe("absmean", 256))
+        export(packed, tmp_path / f"{name}.gguf", "gguf", kept_type="f32")
+        in_floats(tmp_path / f"{name}.gguf", tmp_path / f"{name}-plain.gguf")
+        jobs.append({"path": tmp_path, "gguf": f"{name}-plain.gguf"})
+        expected.append(exporting.our_logits(packed))
+    for found, ours in zip(exporting.stock_logits(jobs, tmp_path), expected, strict=True):
+        exporting.assert_near(found, ours)
 
 
 @pytest.mark.parametrize(
