@@ -290,15 +290,23 @@ def can_read_stored() -> bool:
     """Whether `read_stored` can do anything: a CPU with instructions for SHA-256, not Windows."""
 
 def read_stored(
-    tensors: Array, checked: bool, states: Array, digests: Array, stop: Array, threads: int
+    files: list[bytes],
+    tensors: Array,
+    checked: bool,
+    states: Array,
+    digests: Array,
+    stop: Array,
+    threads: int,
 ) -> bool:
     """Read tensors of files, each by one thread, in their order; False where it cannot.
 
     Each byte is read once: hashed, checked and laid out while it is near. Memory is given by its
-    address; only ternarize.files.stored should call this: it knows what is there. Sizes are checked.
+    address; only ternarize.files.stored should call this, which knows what is there. Sizes are
+    checked.
 
+    files    paths; each thread has at most two of them open
     tensors  (n, 17) int64, of each
-               file, start, bytes       descriptor, and the bytes in the file
+               file, start, bytes       which of the files, and the bytes in it
                form                     0: bytes as they are; 1: trits as they are;
                                         2 and 3: trits as "lanes2" and "lanes3"
                rows, cols, group size   of trits
@@ -311,7 +319,7 @@ def read_stored(
     checked  hash, and check scales; codes are always checked
     states   (n,) uint8: 0 until a tensor is in its memory, then 1; else 2 where the file cannot be
              read, 3 for a byte that is no code, 4 for a scale that does not fit, 5 if it was left
-             out, 6 without memory, 7 for a damaged stream
+             out, 6 without memory, 7 for a damaged stream, 8 where an exception has ended it
     digests  (n, 32) uint8: SHA-256 of the bytes, followed by those of the scales
     stop     (1,) uint8: not 0 leaves out what has not begun
     """

@@ -1,9 +1,18 @@
 """What the core reads, hashes and lays out in one pass is what hashlib and torch make of it."""
 
+import gc
 import hashlib
+import json
+import os
 import random
 import shutil
+import subprocess
+import sys
+import threading
+import time
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +28,7 @@ from torch import Tensor
 import ternarize
 from ternarize.errors import DigestError, FormatError
 from ternarize.files import container, metadata, stored
+from ternarize.files.checkpoint import open_files
 from ternarize.files.metadata import Record, dump_metadata
 from ternarize.files.stored import Reading, ToRead, core_reads
 from ternarize.native import lib
@@ -27,8 +37,11 @@ from ternarize.sources.checkpoint import open_checkpoint
 from ternarize.trits.base3 import pack, packed_width
 from ternarize.trits.ternary import group_count
 
-if lib is None or not lib.can_read_stored():
-    pytest.skip("the core cannot read stored tensors here", allow_module_level=True)
+if lib is None:
+    pytest.skip("without the compiled core", allow_module_level=True)
+if not lib.can_read_stored():
+    reason = "the core reads no files here: the processor has no SHA-256, or this is Windows"
+    pytest.skip(reason, allow_module_level=True)
 
 WEIGHTS = "model.safetensors"
 SCALES = (torch.float16, torch.bfloat16, torch.float32, torch.uint8)
@@ -250,12 +263,207 @@ def test_wrong_tables_are_refused() -> None:
         np.zeros((1, 32), np.uint8),
         np.zeros(1, np.uint8),
     )
+    files = [os.fsencode(os.devnull)]
     good = [0, 8, 26, 1, 1, 128, 128, 0, 0, 0, 0, 40, 2, 0, 0, 0, 0]
-    wrong = [(1, -1), (2, 27), (3, 4), (4, 2), (5, 0), (6, -2), (12, 3), (13, 4)]
+    wrong = [
+        (0, -1),
+        (0, 1),
+        (10, -1),
+        (10, 1),
+        (1, -1),
+        (2, 27),
+        (3, 4),
+        (4, 2),
+        (5, 0),
+        (6, -2),
+        (12, 3),
+        (13, 4),
+    ]
     for column, value in wrong:
         table = np.array([good[:column] + [value] + good[column + 1 :]], np.int64)
         with pytest.raises(ValueError, match=r"tensors|cols|group_size"):
-            lib.read_stored(table, True, states, digests, stop, 1)
+            lib.read_stored(files, table, True, states, digests, stop, 1)
     table = np.array([[*good[:3], 2, *good[4:]]], np.int64)  # lanes without memory
     with pytest.raises(ValueError, match="out: 0 elements"):
-        lib.read_stored(table, True, states, digests, stop, 1)
+        lib.read_stored(files, table, True, states, digests, stop, 1)
+
+
+def hollow(folder: Path, sizes: dict[str, int]) -> None:
+    """A packed file of zeros, in megabytes, that takes no room; all digests are wrong."""
+    records = dict.fromkeys(sizes, Record("1" * 64))
+    header: dict[str, Any] = {"__metadata__": dump_metadata(records)}
+    at = 0
+    for name, size in sizes.items():
+        end = at + (size << 20)
+        header[name] = {"dtype": "U8", "shape": [end - at], "data_offsets": [at, end]}
+        at = end
+    raw = json.dumps(header).encode()
+    with (folder / WEIGHTS).open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + at)
+    quantization = {"quant_method": "ternarize", "format_version": 1}
+    (folder / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+
+
+def test_a_program_that_refuses_a_file_ends_in_order(tmp_path: Path) -> None:
+    hollow(tmp_path, {"a0": 1} | {f"b{i:02}": 64 for i in range(40)})
+    command = [sys.executable, "-m", "ternarize", "verify", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "a0: its bytes have changed" in done.stderr and "terminate" not in done.stderr
+
+
+def test_a_program_that_forgets_a_reading_ends_in_order(tmp_path: Path) -> None:
+    hollow(tmp_path, {f"b{i}": 2048 for i in range(4)})
+    program = """
+import sys
+from pathlib import Path
+from ternarize.files.checkpoint import open_files
+from ternarize.files.metadata import records_of
+from ternarize.files.stored import Reading, ToRead
+packed = open_files(Path(sys.argv[1]), ["model.safetensors"])
+records = records_of(packed)
+reading = Reading(packed, [ToRead(name, record) for name, record in records.items()])
+reading.start()
+assert reading._thread.is_alive()
+"""
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+def test_the_end_of_a_reading_does_not_wait_for_large_tensors(tmp_path: Path) -> None:
+    hollow(tmp_path, {"a": 1 << 15})
+    packed = open_files(tmp_path, [WEIGHTS])
+    wanted = [ToRead("a", metadata.records_of(packed)["a"])]
+    with pytest.raises(KeyError), Reading(packed, wanted) as reading:
+        time.sleep(0.05)
+        raise KeyError
+    assert reading._thread is not None and not reading._thread.is_alive()
+    assert reading._states[0] == 5 and not reading.is_good(0)
+    dropped = Reading(packed, wanted)
+    dropped.start()
+    thread = dropped._thread
+    del dropped
+    gc.collect()
+    assert thread is not None and not thread.is_alive()
+
+
+@pytest.mark.parametrize("by", ["load", "transformers"])
+def test_a_load_that_fails_leaves_nothing_behind(
+    tmp_path: Path, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+    from transformers import modeling_utils
+
+    folder = put(tmp_path / "model", "rows")
+    readings: list[weakref.ref[Reading]] = []
+    threads, start = list[threading.Thread | None](), Reading.start
+
+    def begin(self: Reading) -> None:
+        start(self)
+        readings.append(weakref.ref(self))
+        threads.append(self._thread)
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Reading, "start", begin)
+    monkeypatch.setattr(modeling_utils, "convert_and_load_state_dict_in_model", interrupted)
+    load = ternarize.load if by == "load" else transformers.AutoModelForCausalLM.from_pretrained
+    with pytest.raises(KeyboardInterrupt) as raised:
+        load(folder)
+    held = readings[-1]()  # by what was raised
+    if by == "load":
+        assert held is None or held._stop[0] == 1
+    del held, raised
+    gc.collect()
+    assert readings[-1]() is None
+    assert threads[-1] is not None and not threads[-1].is_alive()
+
+
+def test_a_file_that_changes_while_the_core_reads_it_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = put(tmp_path / "model", "rows")
+    packed = open_files(folder, [WEIGHTS])
+    records = metadata.records_of(packed)
+    info = packed.tensors[next(name for name, record in records.items() if record.shape)]
+    changed, run, good = threading.Event(), lib_read(), Reading.is_good
+
+    def slow(*args: Any) -> bool:
+        changed.wait(60)
+        return run(*args)
+
+    def change(self: Reading, at: int) -> bool:
+        if not changed.is_set():
+            data = bytearray((folder / WEIGHTS).read_bytes())
+            data[info.start : info.start + info.nbytes] = bytes([121]) * info.nbytes
+            (folder / WEIGHTS).write_bytes(bytes(data))
+            changed.set()
+        return good(self, at)
+
+    monkeypatch.setattr(stored, "lib", Core(slow))
+    monkeypatch.setattr(Reading, "is_good", change)
+    monkeypatch.setattr(  # what transformers is given of it does not matter here
+        Reading, "take", lambda self, at, which="out": self._memory[at, which]
+    )
+    with pytest.raises(FormatError, match="changed while it was loaded"):
+        ternarize.load(folder, verify=False)
+    assert changed.is_set()
+
+
+def lib_read() -> Any:
+    assert lib is not None
+    return lib.read_stored
+
+
+class Core:
+    """The compiled core, which reads by another function."""
+
+    def __init__(self, read_stored: Callable[..., bool]) -> None:
+        self.read_stored = read_stored
+
+    def can_read_stored(self) -> bool:
+        return True
+
+
+def test_what_ends_the_core_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = put(tmp_path / "model", "rows")
+    packed = open_checkpoint(folder)
+    records = metadata.records_of(packed)
+
+    def read(*args: Any) -> bool:
+        raise ValueError("no such form")
+
+    monkeypatch.setattr(stored, "lib", Core(read))
+    with pytest.raises(ValueError, match="no such form"):
+        container.check_data(packed, records)
+
+
+def test_what_is_too_large_for_the_core_is_left_to_python(tmp_path: Path) -> None:
+    packed = open_checkpoint(put(tmp_path / "model", "rows"))
+    name, record = next((n, r) for n, r in metadata.records_of(packed).items() if r.shape is None)
+    info = packed.tensors[name]
+    assert core_reads(packed, name, record)
+    packed.tensors[name] = replace(info, shape=(1 << 50, *info.shape))
+    assert not core_reads(packed, name, record)
+
+
+def test_more_files_than_may_be_open_are_read(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    value = torch.zeros(4)
+    record = Record(container.digest(value))
+    files = [f"model-{i:05}-of-00080.safetensors" for i in range(80)]
+    for i, file in enumerate(files):
+        save_file({f"t{i}": value}, tmp_path / file, dump_metadata({f"t{i}": record}))
+    packed = open_files(tmp_path, files)
+    records = metadata.records_of(packed)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull) as lowest:  # the first number that is free
+        few = lowest.fileno() + 20
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (few, limits[1]))
+        container.check_data(packed, records)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

@@ -408,10 +408,13 @@ enum Column {
 };
 
 // A row of the table, checked: sizes agree, so that nothing is written beyond the memory that is given.
-Stored checked_stored(const int64_t* row) {
+Stored checked_stored(const int64_t* row, int64_t files) {
   const auto out = [](int64_t address) { return reinterpret_cast<uint8_t*>(address); };
   Stored x{};
-  x.file = static_cast<int>(row[kFile]);
+  x.file = row[kFile], x.scale_file = row[kScaleFile];
+  for (const int64_t file : {x.file, x.scale_file})
+    if (file < 0 || file >= files)
+      fail("tensors: file " + std::to_string(file) + " of " + std::to_string(files) + ".");
   x.start = row[kStart], x.nbytes = row[kBytes];
   x.out = out(row[kOut]), x.scale_out = out(row[kScaleOut]);
   if (x.start < 0 || x.nbytes < 0 || row[kScaleStart] < 0) fail("tensors: a negative place.");
@@ -438,7 +441,6 @@ Stored checked_stored(const int64_t* row) {
       (x.coded ? width > kMostCoded : x.nbytes != rows * width))
     fail("tensors: " + std::to_string(x.nbytes) + " bytes; expected " + std::to_string(rows) +
          " rows of " + std::to_string(width) + ".");
-  x.scale_file = static_cast<int>(row[kScaleFile]);
   x.scale_start = row[kScaleStart];
   x.scale_bytes = row[kScaleBytes];
   x.scales_coded = row[kScalesCoded] != 0;
@@ -462,18 +464,23 @@ Stored checked_stored(const int64_t* row) {
   return x;
 }
 
-bool bind_read_stored(In<int64_t> tensors, bool checked, Line<uint8_t> states,
-                      Out<uint8_t> digests, Line<const uint8_t> stop, int threads) {
+bool bind_read_stored(const std::vector<nb::bytes>& files, In<int64_t> tensors, bool checked,
+                      Line<uint8_t> states, Out<uint8_t> digests, Line<const uint8_t> stop,
+                      int threads) {
   const auto n = static_cast<int64_t>(tensors.shape(0));
   expect("tensors", tensors, n, kColumns);
   expect_size("states", states, n);
   expect("digests", digests, n, 32);
   expect_size("stop", stop, 1);
   std::vector<Stored> stored;
-  for (int64_t i = 0; i < n; ++i) stored.push_back(checked_stored(tensors.data() + i * kColumns));
+  const auto n_files = static_cast<int64_t>(files.size());
+  for (int64_t i = 0; i < n; ++i)
+    stored.push_back(checked_stored(tensors.data() + i * kColumns, n_files));
+  std::vector<const char*> paths;
+  for (const nb::bytes& file : files) paths.push_back(file.c_str());
   nb::gil_scoped_release unlocked;
-  return read_stored(stored.data(), n, checked, states.data(), digests.data(), stop.data(),
-                     threads);
+  return read_stored(paths.data(), stored.data(), n, checked, states.data(), digests.data(),
+                     stop.data(), threads);
 }
 
 // Memory by address: a layer's product takes tens of microseconds, and to look at each tensor through
@@ -746,9 +753,9 @@ NB_MODULE(_native, m) {
         nb::arg("ends").noconvert(), nb::arg("classes").noconvert(), nb::arg("table").noconvert(),
         nb::arg("chunk_rows"), nb::arg("out").noconvert(), nb::arg("threads"));
   m.def("can_read_stored", can_read_stored);
-  m.def("read_stored", bind_read_stored, nb::arg("tensors").noconvert(), nb::arg("checked"),
-        nb::arg("states").noconvert(), nb::arg("digests").noconvert(), nb::arg("stop").noconvert(),
-        nb::arg("threads"));
+  m.def("read_stored", bind_read_stored, nb::arg("files"), nb::arg("tensors").noconvert(),
+        nb::arg("checked"), nb::arg("states").noconvert(), nb::arg("digests").noconvert(),
+        nb::arg("stop").noconvert(), nb::arg("threads"));
   m.def("unfold", bind_unfold, nb::arg("images").noconvert(), nb::arg("sizes"), nb::arg("kernel"),
         nb::arg("stride"), nb::arg("dilation"), nb::arg("padding"), nb::arg("size"),
         nb::arg("out").noconvert(), nb::arg("threads"));

@@ -9,8 +9,10 @@ same with hashlib and torch anywhere, and say what is wrong with a tensor that f
 import os
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +20,13 @@ from torch import Tensor
 
 from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.headers import DTYPES
-from ternarize.files.json_files import readable
 from ternarize.files.metadata import SCALE_SUFFIX, Record
 from ternarize.native import lib
-from ternarize.threads import THREADS, let_through
+from ternarize.threads import THREADS, TICK, let_through
 from ternarize.trits.base3 import BASE3
 
-_WAITING, _DONE, _NO_MEMORY = 0, 1, 6  # of `Read` in csrc/files/files.h
+_WAITING, _DONE, _NO_MEMORY, _FAILED = 0, 1, 6, 8  # of `Read` in csrc/files/files.h
+_MOST = 1 << 50  # bytes of a tensor that the core reads
 _FORMS = {"": 1, "lanes2": 2, "lanes3": 3}  # of ternary tensors; others: 0
 _SCALE_KINDS = {"F16": 0, "BF16": 1, "F32": 2, "U8": 3}
 _TICK = 0.0005  # seconds from one look at what the core has done to the next
@@ -50,7 +52,9 @@ class ToRead:
 
 def core_reads(checkpoint: Checkpoint, name: str, record: Record) -> bool:
     """Whether the core can read a tensor, hash it and check it."""
-    if lib is None or not lib.can_read_stored() or not checkpoint.tensors[name].numel:
+    if lib is None or not lib.can_read_stored():
+        return False
+    if not 0 < checkpoint.tensors[name].nbytes <= _MOST:
         return False
     if record.shape is None or record.codec != BASE3:
         return record.shape is None
@@ -80,8 +84,9 @@ class Reading:
 
     checked  whether they are hashed, and scales checked; codes always are
 
-    To be used in a `with`, which begins it; where that ends by an exception, what has not begun is
-    left out.
+    To be used in a `with`, which begins it; at its end nothing is read any more, whatever has not
+    been read by then. The same goes for `start` and `end`, and for a reading that is dropped in
+    between or that the end of the process finds at work.
     """
 
     def __init__(
@@ -98,68 +103,59 @@ class Reading:
         self._digests = np.zeros((len(wanted), 32), np.uint8)
         self._stop = np.zeros(1, np.uint8)
         self._files: dict[str, int] = {}
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._failed: list[BaseException] = []
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin, unless there is nothing to do; CheckpointError where a file cannot be opened."""
+        """Begin, unless there is nothing to do."""
         if not self.wanted:
             return
-        try:
-            table = np.array([self._row(each) for each in self.wanted], np.int64)
-        except BaseException:
-            self._close()
-            raise
-        self._table = table
+        table = np.array([self._row(each) for each in self.wanted], np.int64)
         for at, each in enumerate(self.wanted):  # to be given away
             memory = {(at, "out"): each.out, (at, "scales"): each.scales}
             self._memory |= {key: tensor for key, tensor in memory.items() if tensor is not None}
         self.wanted = [replace(each, out=None, scales=None) for each in self.wanted]
+        paths = [os.fsencode(self.checkpoint.directory / file) for file in self._files]
+        given = (paths, table, self.checked, self._states, self._digests, self._stop, self._threads)
+        # the thread knows nothing of this object, which so can be dropped; it keeps the memory
+        self._thread = threading.Thread(
+            target=_run, args=(given, self._failed, self._memory), daemon=True
+        )
+        weakref.finalize(self, _end, self._stop, self._thread)  # at the end of the process, too
         self._thread.start()
 
     def _row(self, wanted: ToRead) -> list[int]:
         """A row of the table that the core takes: the columns of `Column` in csrc/bindings.cpp."""
         info, record, out = self.checkpoint.tensors[wanted.name], wanted.record, wanted.out
-        where = [self._opened(info.file), info.start, info.stored_bytes]
+        where = [self._place(info.file), info.start, info.stored_bytes]
         if record.shape is None:
             return [*where, 0, 0, 0, 0, 0, *_memory(out), 0, 0, 0, 0, 0, 0, 0]
         scale = self.checkpoint.tensors[wanted.name + SCALE_SUFFIX]
         cols, group_size = record.shape[-1], record.group_size
         rows = info.numel // info.shape[-1] * record.planes  # those of planes follow each other
         matrix = [_FORMS[wanted.form], rows, cols, group_size, info.coded is not None]
-        beside = [self._opened(scale.file), scale.start, scale.stored_bytes]
+        beside = [self._place(scale.file), scale.start, scale.stored_bytes]
         beside += [_SCALE_KINDS[scale.dtype], scale.coded is not None]
         return [*where, *matrix, *_memory(out), *beside, *_memory(wanted.scales)]
 
-    def _opened(self, file: str) -> int:
-        path = self.checkpoint.directory / file
-        if file not in self._files:
-            with readable(path):
-                self._files[file] = os.open(path, os.O_RDONLY)
-        return self._files[file]
-
-    def _run(self) -> None:
-        assert lib is not None
-        try:
-            lib.read_stored(
-                self._table, self.checked, self._states, self._digests, self._stop, self._threads
-            )
-        finally:
-            self._close()
-
-    def _close(self) -> None:
-        while self._files:
-            os.close(self._files.popitem()[1])
+    def _place(self, file: str) -> int:
+        return self._files.setdefault(file, len(self._files))
 
     def is_good(self, at: int) -> bool:
         """Wait for a tensor; whether it could be read and is what its record says.
 
-        Raises MemoryError where there was none for it.
+        Raises MemoryError where there was none for it, and what has ended the core, if anything.
         """
-        while self._states[at] == _WAITING and self._thread.is_alive():
+        thread = self._thread
+        while self._states[at] == _WAITING and thread is not None and thread.is_alive():
             let_through()
             time.sleep(_TICK)
+        if self._states[at] == _WAITING and self._failed:
+            raise self._failed[0]
         if self._states[at] == _NO_MEMORY:
             raise MemoryError(self.wanted[at].name)
+        if self._states[at] == _FAILED:
+            raise RuntimeError(f"{self.wanted[at].name}: the core has failed to read it")
         digest = self._digests[at].tobytes().hex()
         good = not self.checked or digest == self.wanted[at].record.sha256
         return bool(self._states[at] == _DONE) and good
@@ -170,15 +166,37 @@ class Reading:
         return self._memory.pop((at, which))
 
     def stop(self) -> None:
-        """Leave out what has not begun."""
+        """Leave out what has not been read, and do not wait for the core to notice."""
         self._stop[0] = 1
+
+    def end(self) -> None:
+        """Leave out what has not been read; the core is at rest when this returns."""
+        if self._thread is not None:
+            _end(self._stop, self._thread)
 
     def __enter__(self) -> "Reading":
         self.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.stop()
+        self.end()
+
+
+def _run(given: tuple[Any, ...], failed: list[BaseException], memory: object) -> None:
+    """What the thread does; `memory` is that of the tensors, which lives as long as it does."""
+    assert lib is not None
+    try:
+        lib.read_stored(*given)
+    except BaseException as error:  # for who waits
+        failed.append(error)
+
+
+def _end(stop: Any, thread: threading.Thread) -> None:
+    """Have a thread of `_run` end, and wait for that, with an open ear for signals."""
+    stop[0] = 1
+    while thread.is_alive() and thread is not threading.current_thread():
+        thread.join(TICK)
+        let_through()
 
 
 def _memory(tensor: Tensor | None) -> list[int]:

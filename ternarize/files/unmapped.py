@@ -23,7 +23,7 @@ from ternarize.files.metadata import KEY, coded_tensors
 # what a tensor is, whole, if it is at hand: each is asked once
 Given = Mapping[str, Callable[[], Tensor]]
 
-_given = threading.local()  # `files`, of the thread that loads
+_given = threading.local()  # `files` and `end`, of the thread that loads
 
 
 def install() -> None:
@@ -33,12 +33,22 @@ def install() -> None:
     vars(modeling_utils)["safe_open"] = open_file
 
 
-def give(files: Mapping[Path, Given]) -> None:
+def give(files: Mapping[Path, Given], end: Callable[[], Callable[[], None] | None]) -> None:
     """Have the next opening of each file, in this thread, take these tensors as they are given.
+
+    end  a reference to what ends the reading of them, weak: here nothing is kept
 
     Of a file that is not among them nothing is given.
     """
-    _given.files = dict(files)
+    _given.files, _given.end = dict(files), end
+
+
+def drop() -> None:
+    """Forget what was given in this thread, and end the reading of it."""
+    end = getattr(_given, "end", lambda: None)()
+    _given.files, _given.end = {}, lambda: None
+    if end is not None:
+        end()
 
 
 def open_file(filename: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:

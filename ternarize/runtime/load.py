@@ -74,6 +74,7 @@ def load(
             return load(replayed, **chosen, **kwargs)
     quantization = _quantization(directory)
 
+    from ternarize.files import unmapped
     from ternarize.models.configuration import usable
     from ternarize.runtime.packed import use_lanes
     from ternarize.trits.ternary import check_device
@@ -88,8 +89,11 @@ def load(
         kwargs["dtype"] = dtype
     if isinstance(device, dict) or device == "auto":
         kwargs["device_map"] = device
-    with usable(directory):
-        model: PreTrainedModel = model_class.from_pretrained(directory, config=config, **kwargs)
+    try:
+        with usable(directory):
+            model: PreTrainedModel = model_class.from_pretrained(directory, config=config, **kwargs)
+    finally:
+        unmapped.drop()  # where it has failed, something may still be read
     if device is not None and "device_map" not in kwargs:
         model.to(device)  # type: ignore[arg-type]
         use_lanes(model)  # what had none on the CPU

@@ -7,6 +7,7 @@ without memory in its place. Whatever else the core can check is read by it, too
 is.
 """
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -77,11 +78,11 @@ class Straight:
         self.others = {name: each for name, each in records.items() if name not in fit}
         self.given: dict[Path, dict[str, Callable[[], Tensor]]] = {}
         for at, each in enumerate(wanted):
-            self._give(packed, each.name, partial(self.reading.take, at))
+            # what is given does not keep the reading: of a load that has failed nothing stays
+            take = partial(_taken, weakref.ref(self.reading), at)
+            self._give(packed, each.name, take)
             if each.scales is not None:
-                self._give(
-                    packed, each.name + SCALE_SUFFIX, partial(self.reading.take, at, "scales")
-                )
+                self._give(packed, each.name + SCALE_SUFFIX, partial(take, "scales"))
         for name in paths:
             for part in (name, name + SCALE_SUFFIX):
                 self._give(packed, part, partial(_stand_in, packed, part))
@@ -90,8 +91,13 @@ class Straight:
         file = packed.directory / packed.tensors[name].file
         self.given.setdefault(file, {})[name] = tensor
 
+    def wait(self) -> None:
+        """Until the core is through: from then on it looks at no file."""
+        for at in range(len(self.reading.wanted)):
+            self.reading.is_good(at)
+
     def finish(self, model: Any) -> None:
-        """Put everything in its place, once the core is through.
+        """Put everything in its place, after `wait`.
 
         Raises FormatError or its child DigestError where a tensor is not what its record says.
         """
@@ -100,6 +106,13 @@ class Straight:
         for linear in self._linears:
             module = model.get_submodule(linear.path)
             module.hold("weight", linear.lanes, linear.scales, linear.layout)
+
+
+def _taken(reading: "weakref.ref[Reading]", at: int, which: str = "out") -> Tensor:
+    """`Reading.take` of one that the load in which this is called keeps."""
+    there = reading()
+    assert there is not None
+    return there.take(at, which)
 
 
 def _linear_layers(

@@ -12,6 +12,7 @@
 
 #ifndef _WIN32
 #include <cerrno>
+#include <fcntl.h>
 #include <unistd.h>
 #endif
 
@@ -24,7 +25,8 @@ namespace ternarize {
 #ifdef _WIN32
 
 bool can_read_stored() { return false; }
-bool read_stored(const Stored*, int64_t, bool, uint8_t*, uint8_t*, const uint8_t*, int) {
+bool read_stored(const char* const*, const Stored*, int64_t, bool, uint8_t*, uint8_t*, const uint8_t*,
+                 int) {
   return false;
 }
 
@@ -118,9 +120,41 @@ void lay_out(const Stored& x, const uint8_t* scales) {
   }
 }
 
-// The memory of a thread.
+// A file that a thread has open, the last that it has read of.
+class Opened {
+ public:
+  Opened() = default;
+  Opened(const Opened&) = delete;
+  Opened& operator=(const Opened&) = delete;
+  ~Opened() { close(); }
+
+  // Its descriptor, or -1.
+  int of(const char* const* files, int64_t which) {
+    if (which != which_) {
+      close();
+      file_ = open(files[which], O_RDONLY | O_CLOEXEC);
+      which_ = file_ < 0 ? -1 : which;
+    }
+    return file_;
+  }
+
+ private:
+  void close() {
+    if (file_ >= 0) ::close(file_);
+  }
+
+  int file_ = -1;
+  int64_t which_ = -1;
+};
+
+// What a thread has: files and memory.
 struct Desk {
+  const uint8_t* stop;
+  Opened file, scale_file;
+  int data = -1, beside = -1;  // descriptors, of the tensor that is read
   std::vector<uint8_t> piece, scales, used, scratch;
+
+  bool stopped() const { return __atomic_load_n(stop, __ATOMIC_RELAXED) != 0; }
 
   static uint8_t* room(std::vector<uint8_t>& memory, int64_t n) {
     if (static_cast<int64_t>(memory.size()) < n) memory.resize(static_cast<size_t>(n));
@@ -182,13 +216,14 @@ class Stream {
       at = from;
     }
     const int64_t chunks = x_.chunks();
-    if (chunks > (nbytes_ - at) / 4) return Read::BadStream;
+    if (chunks > (nbytes_ - at) / (4 + kRansHead)) return Read::BadStream;
     std::vector<uint32_t> sizes(static_cast<size_t>(chunks));
     if (!read_at(file_, start_ + at, reinterpret_cast<uint8_t*>(sizes.data()), 4 * chunks))
       return Read::Unreadable;
     ends_ = {at + 4 * chunks};
+    const int64_t most = kRansHead + 2 * x_.chunk_rows * x_.width;
     for (const uint32_t each : sizes) {
-      if (each < kRansHead) return Read::BadStream;
+      if (each < kRansHead || each > most) return Read::BadStream;
       ends_.push_back(ends_.back() + each);
     }
     if (ends_.back() != nbytes_) return Read::BadStream;
@@ -243,22 +278,23 @@ Read read_scales(const Stored& x, Desk& desk) {
   const int64_t size = size_of(x.scale_kind), rows = x.one_scale ? 1 : x.lanes.stored.rows;
   const int64_t bytes = x.scales() * size;
   if (!x.scales_coded)
-    return read_at(x.scale_file, x.scale_start, Desk::room(desk.scales, bytes), bytes)
+    return read_at(desk.beside, x.scale_start, Desk::room(desk.scales, bytes), bytes)
                ? Read::Done
                : Read::Unreadable;
   std::vector<uint8_t> classes(static_cast<size_t>(bytes / rows));
   for (size_t i = 0; i < classes.size(); ++i)
     classes[i] = static_cast<uint8_t>(i % static_cast<size_t>(size));
-  Stream stream(x.scale_file, x.scale_start, x.scale_bytes, rows, std::move(classes));
+  Stream stream(desk.beside, x.scale_start, x.scale_bytes, rows, std::move(classes));
   const Read opened = stream.open();
   return opened == Read::Done ? stream.rows(0, rows, Desk::room(desk.scales, bytes)) : opened;
 }
 
 Read read_raw(const Stored& x, Sha256* sha, Desk& desk) {
   for (int64_t at = 0; at < x.nbytes; at += kPiece) {
+    if (desk.stopped()) return Read::Stopped;
     const int64_t n = smaller(kPiece, x.nbytes - at);
     uint8_t* to = x.out ? x.out + at : Desk::room(desk.piece, n);
-    if (!read_at(x.file, x.start + at, to, n)) return Read::Unreadable;
+    if (!read_at(desk.data, x.start + at, to, n)) return Read::Unreadable;
     if (sha) sha->update(to, n);
   }
   return Read::Done;
@@ -270,7 +306,7 @@ Read read_trits(const Stored& x, Sha256* sha, Desk& desk) {
   const bool to_lanes = x.form == Stored::Form::Lanes;
   std::optional<Stream> stream;
   if (x.coded) {
-    stream.emplace(x.file, x.start, x.nbytes, all.rows, classes_of_trits(all));
+    stream.emplace(desk.data, x.start, x.nbytes, all.rows, classes_of_trits(all));
     const Read opened = stream->open();
     if (opened != Read::Done) return opened;
   }
@@ -283,6 +319,7 @@ Read read_trits(const Stored& x, Sha256* sha, Desk& desk) {
   const int64_t rows = std::max<int64_t>(1, kPiece / std::max<int64_t>(1, all.width * unit)) * unit;
   uint8_t any = 0;  // of one scale for all
   for (int64_t first = 0; first < all.rows; first += rows) {
+    if (desk.stopped()) return Read::Stopped;
     Layout part = all;
     part.rows = smaller(rows, all.rows - first);
     const bool kept = x.out && !to_lanes;
@@ -291,7 +328,7 @@ Read read_trits(const Stored& x, Sha256* sha, Desk& desk) {
     if (stream) {
       const Read decoded = stream->rows(first, part.rows, piece);
       if (decoded != Read::Done) return decoded;
-    } else if (!read_at(x.file, x.start + first * all.width, piece, part.rows * all.width)) {
+    } else if (!read_at(desk.data, x.start + first * all.width, piece, part.rows * all.width)) {
       return Read::Unreadable;
     }
     if (sha) sha->update(piece, part.rows * all.width);
@@ -318,27 +355,38 @@ Read read_trits(const Stored& x, Sha256* sha, Desk& desk) {
   return Read::Done;
 }
 
+Read read_one(const char* const* files, const Stored& x, Sha256* sha, Desk& desk) {
+  desk.data = desk.file.of(files, x.file);
+  if (desk.data < 0) return Read::Unreadable;
+  if (x.form == Stored::Form::Raw) return read_raw(x, sha, desk);
+  desk.beside = x.scale_file == x.file ? desk.data : desk.scale_file.of(files, x.scale_file);
+  return desk.beside < 0 ? Read::Unreadable : read_trits(x, sha, desk);
+}
+
 }  // namespace
 
 bool can_read_stored() { return sha256_blocks() != nullptr; }
 
-bool read_stored(const Stored* tensors, int64_t n, bool checked, uint8_t* states, uint8_t* digests,
-                 const uint8_t* stop, int threads) {
+bool read_stored(const char* const* files, const Stored* tensors, int64_t n, bool checked,
+                 uint8_t* states, uint8_t* digests, const uint8_t* stop, int threads) {
   const Sha256Blocks blocks = sha256_blocks();
   if (!blocks) return false;
   std::atomic<int64_t> next{0};
   const auto work = [&] {
-    Desk desk;
+    Desk desk{};
+    desk.stop = stop;
     for (int64_t i; (i = next.fetch_add(1)) < n;) {
       const Stored& x = tensors[i];
       Read state = Read::Stopped;
-      if (__atomic_load_n(stop, __ATOMIC_RELAXED) == 0) {
+      if (!desk.stopped()) {
         Sha256 sha(blocks);
         Sha256* hash = checked ? &sha : nullptr;
         try {
-          state = x.form == Stored::Form::Raw ? read_raw(x, hash, desk) : read_trits(x, hash, desk);
+          state = read_one(files, x, hash, desk);
         } catch (const std::bad_alloc&) {
           state = Read::NoMemory;
+        } catch (...) {
+          state = Read::Failed;
         }
         if (checked) sha.finish(digests + 32 * i);
       }

@@ -14,14 +14,14 @@ enum class ScaleKind { F16, BF16, F32, E };
 struct Stored {
   enum class Form { Raw, Trits, Lanes };
   Form form;
-  int file;        // its descriptor
+  int64_t file;    // which of the files
   int64_t start;   // of the bytes in the file
   int64_t nbytes;
   bool coded;      // Trits and Lanes: the bytes are those of a stream
   uint8_t* out;    // where the bytes go, those of streams decoded, or null; Lanes: the run-time layout
   Lanes lanes;     // Trits and Lanes: `stored` is the matrix; of Trits the rest means nothing
   // Trits and Lanes: the scales, of each row and group, or one (`one_scale`); perhaps in another file.
-  int scale_file;
+  int64_t scale_file;
   int64_t scale_start;
   int64_t scale_bytes;
   bool scales_coded;
@@ -44,18 +44,20 @@ enum class Read : uint8_t {
   Stopped,
   NoMemory,
   BadStream,  // one that breaks a rule of formats/rans.md
+  Failed,     // by an exception other than that of missing memory
 };
 
 // Reads all n tensors in their order, each by one of the threads.
 //
+//   files    paths; each thread has at most two of them open
 //   checked  hash them, and check scales; without it digests mean nothing. Codes are always checked.
 //   states   n: each becomes what has become of its tensor, once its memory holds it
 //   digests  n x 32: SHA-256 of a tensor's bytes followed by those of its scales
-//   stop     what has not begun when this is no longer 0 is left out
+//   stop     when this is no longer 0, what has not begun is left out, and what has ends at its next piece
 //
 // False, and nothing done, where this CPU or system cannot; what `can_read_stored` tells.
 bool can_read_stored();
-bool read_stored(const Stored*, int64_t n, bool checked, uint8_t* states, uint8_t* digests,
-                 const uint8_t* stop, int threads);
+bool read_stored(const char* const* files, const Stored*, int64_t n, bool checked, uint8_t* states,
+                 uint8_t* digests, const uint8_t* stop, int threads);
 
 }  // namespace ternarize

@@ -1,5 +1,6 @@
 """What transformers calls to load and save a packed checkpoint, registered with it."""
 
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ class TernarizeConfig(QuantizationConfigMixin):
         from_pretrained(packed, quantization_config=TernarizeConfig(activations="int8"))
 
     activations  "none" or "int8"; None: as the checkpoint says
-    verify       check codes, padding, scales and digests before loading (None: yes)
+    verify       check codes, padding, scales and digests before a model is given back (None: yes)
     dequantize   give back an ordinary model with dense weights (None: no)
     head         "int8": round an output head that the checkpoint keeps in floating point, and the
                  token embedding if the two are tied (None: as the checkpoint has it)
@@ -114,7 +115,7 @@ class TernarizeQuantizer(HfQuantizer):
         from ternarize.runtime.straight import Straight, can_go_straight
 
         unmapped.install()
-        unmapped.give({})
+        unmapped.drop()
         self.straight = None
         files = [Path(file) for file in checkpoint_files or []]
         if not files or any(file.suffix != ".safetensors" for file in files):
@@ -139,7 +140,7 @@ class TernarizeQuantizer(HfQuantizer):
             container.check_data(packed, others)
         if self.straight is not None:
             self.straight.reading.start()
-            unmapped.give(self.straight.given)
+            unmapped.give(self.straight.given, weakref.WeakMethod(self.straight.reading.end))
 
     def prepare(
         self, model: Any, sources: "Mapping[str, Source]", names: Sequence[str]
@@ -177,15 +178,19 @@ class TernarizeQuantizer(HfQuantizer):
         from ternarize.runtime.plugin import finish
         from ternarize.runtime.plugin.int8_head import round_head
 
-        for file, before in self.stamps.items():  # what was verified is what was loaded
-            if stamp(file) != before:
-                raise FormatError(
-                    file.name, "changed while it was loaded", "a file at rest", "Load it again"
-                )
-        if self.straight is not None:
-            self.straight.finish(model)
-            self.straight = None
-            unmapped.give({})
+        straight, self.straight = self.straight, None
+        try:
+            if straight is not None:
+                straight.wait()
+            for file, before in self.stamps.items():  # what was verified is what was loaded
+                if stamp(file) != before:
+                    raise FormatError(
+                        file.name, "changed while it was loaded", "a file at rest", "Load it again"
+                    )
+            if straight is not None:
+                straight.finish(model)
+        finally:
+            unmapped.drop()
         if self.to_round:
             round_head(model, self.to_round)
             self.source_transposed |= dict.fromkeys(self.to_round, False)
