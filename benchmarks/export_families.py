@@ -232,7 +232,8 @@ def main() -> None:
     text, rows, encoders = given.data / "text", list[dict[str, Any]](), list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as top:
         work, held = Path(top), text / "eval.txt"
-        vocab_size = len(open_tokenizer(given.data / "lm"))
+        # some families' tokenizers have tokens of their own, whatever a file says
+        vocab_size = len(open_tokenizer(given.data / "lm")) + 64
         for number, name in enumerate(["Llama", *FAMILIES]):
             if given.only is not None and name not in given.only:
                 continue
