@@ -15,7 +15,7 @@ from ternarize.errors import DigestError, FormatError, damaged
 from ternarize.files.checkpoint import Checkpoint, TensorInfo
 from ternarize.files.headers import byte_view, read_bytes
 from ternarize.files.metadata import SCALE_SUFFIX, Record
-from ternarize.files.stored import Reading, ToRead, as_stored, core_reads
+from ternarize.files.stored import Reading, ToRead, as_kept, core_reads
 from ternarize.threads import THREADS, in_threads
 from ternarize.trits.base3 import BASE3, unpack, used_groups
 from ternarize.trits.int4 import (
@@ -185,7 +185,7 @@ def read_whole(
     """
     core = [name for name, record in records.items() if core_reads(checkpoint, name, record)]
     place = {name: at for at, name in enumerate(core)}
-    wanted = [as_stored(checkpoint, name, records[name]) for name in core]
+    wanted = [as_kept(checkpoint, name, records[name]) for name in core]
     others = {name: record for name, record in records.items() if name not in place}
     with Reading(checkpoint, wanted, checked=checked) as reading:
         if checked:

@@ -65,7 +65,7 @@ def core_reads(checkpoint: Checkpoint, name: str, record: Record) -> bool:
     return record.group_size != 0 or (len(record.shape) == 2 and record.planes == 1)
 
 
-def as_stored(checkpoint: Checkpoint, name: str, record: Record) -> ToRead:
+def as_kept(checkpoint: Checkpoint, name: str, record: Record) -> ToRead:
     """A tensor that is wanted as it is stored, and decoded, in memory of its own on the CPU."""
     if record.shape is None:
         return ToRead(name, record, _empty(checkpoint, name))

@@ -22,7 +22,7 @@ from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.container import check_read
 from ternarize.files.headers import DTYPES
 from ternarize.files.metadata import SCALE_SUFFIX, Record
-from ternarize.files.stored import Reading, ToRead, as_stored, core_reads
+from ternarize.files.stored import Reading, ToRead, as_kept, core_reads
 from ternarize.models.places import Place
 from ternarize.runtime import kernels
 from ternarize.runtime.forms import Lanes, Layout, in_lanes
@@ -73,7 +73,7 @@ class Straight:
         asked = [name for name in fit if name not in paths]
         asked.sort(key=lambda name: 0 if fit[name].shape else -packed.tensors[name].nbytes)
         self._linears, lanes = _in_memory(model, packed, records, paths)
-        wanted = [as_stored(packed, name, records[name]) for name in asked]
+        wanted = [as_kept(packed, name, records[name]) for name in asked]
         self.reading = Reading(packed, [*wanted, *lanes], checked=checked)
         self.others = {name: each for name, each in records.items() if name not in fit}
         self.given: dict[Path, dict[str, Callable[[], Tensor]]] = {}
