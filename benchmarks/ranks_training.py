@@ -1,6 +1,6 @@
 """A training by two processes against one, with one thread each: time, memory, traffic, bytes.
 
-    python benchmarks/training_ranks.py WORK_DIRECTORY [--counts 1 2] [--json FIGURES]
+    python benchmarks/ranks_training.py WORK_DIRECTORY [--counts 1 2] [--json FIGURES]
 
 The model is random and LLaMA-shaped, its texts random words; four micro-batches in a step. Seconds
 are of the steps, with looks at held-out text and the states at the end among them; beside them the
