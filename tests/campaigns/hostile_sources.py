@@ -27,7 +27,7 @@ import ternarize
 from ternarize.convert.run import convert
 from ternarize.convert.verify import verify
 from ternarize.errors import TernarizeError
-from ternarize.files import container
+from ternarize.files import container, stored
 from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.headers import read_bytes
 from ternarize.measure.evaluate import evaluate
@@ -354,14 +354,23 @@ def while_verifying(folder: Path) -> None:
     """Files that change while they are verified are refused."""
     for how in ("shrink", "empty", "change"):
         copy = Path(shutil.copytree(folder, folder.parent / how))
-        calls = iter(range(10**6))
+        calls, ran = iter(range(10**6)), vars(stored)["_run"]
 
         def read(*args: Any, how: str = how, copy: Path = copy, calls: Any = calls) -> Tensor:
             if next(calls) == 1:  # after the first tensor
                 damage(copy, how)
             return read_bytes(*args)
 
-        with mock.patch.object(container, "read_bytes", read):
+        def run(
+            *args: Any, how: str = how, copy: Path = copy, calls: Any = calls, ran: Any = ran
+        ) -> None:
+            damage(copy, how)  # the core would have read it all before anybody knew of a tensor
+            for _ in range(2):
+                next(calls)
+            ran(*args)
+
+        by_core = mock.patch.object(stored, "_run", run)
+        with mock.patch.object(container, "read_bytes", read), by_core:
             expect_refusal(partial(verify, copy, threads=1), how)
         shutil.rmtree(copy)
 
