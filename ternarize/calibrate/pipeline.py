@@ -41,7 +41,7 @@ from ternarize.trits.scales import scale_values, store_scales
 from ternarize.version import __version__
 
 TOKENS_IN_BATCH = 4096
-FIRST_WEIGHTS = 1024  # of a tensor, by which sources of the same shapes are told apart
+_FIRST_WEIGHTS = 1024  # of a tensor, by which sources of the same shapes are told apart
 BUDGET, INPUTS, ENVIRONMENTS = "budget.json", "inputs.json", "environments.json"
 
 
@@ -99,7 +99,7 @@ def _digest_of(plan: Plan) -> str:
     parts = [__version__, asdict(plan.recipe), plan.source.config, tensors]
     sha = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     for name, info in plan.source.tensors.items():
-        first = plan.source.read(name, 0, min(FIRST_WEIGHTS, info.numel))
+        first = plan.source.read(name, 0, min(_FIRST_WEIGHTS, info.numel))
         sha.update(byte_view(first).numpy().tobytes())
     return sha.hexdigest()
 

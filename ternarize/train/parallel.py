@@ -31,7 +31,7 @@ from ternarize.train.ranks import SILENCE
 _Words = TypeVar("_Words")
 
 AT_ONCE = 1 << 22  # weights whose gradients are exchanged at a time
-FIRST_WEIGHTS = 1024  # of a parameter, by which models are told apart
+_FIRST_WEIGHTS = 1024  # of a parameter, by which models are told apart
 
 
 class _Span(NamedTuple):
@@ -219,7 +219,7 @@ def check_alike(world: World, models: Sequence[Any], computed_in: torch.dtype) -
     for model in models:
         for name, parameter in model.named_parameters():
             sha.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-            first = parameter.detach().reshape(-1)[:FIRST_WEIGHTS].cpu()
+            first = parameter.detach().reshape(-1)[:_FIRST_WEIGHTS].cpu()
             sha.update(byte_view(first).numpy().tobytes())
     told = world.all(sha.hexdigest())
     others = [rank for rank, each in enumerate(told) if each != told[0]]

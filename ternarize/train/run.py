@@ -29,7 +29,7 @@ from ternarize.ranks import World
 from ternarize.sources.checkpoint import locate
 from ternarize.sources.packed import check_record, open_packed, refuse_folded
 from ternarize.train.compiled import compile_blocks
-from ternarize.train.divided import by_names, divide, regrouped, whole
+from ternarize.train.divided import by_names, regrouped, shard_blocks, whole
 from ternarize.train.loop import Job, tokens_at_once, train
 from ternarize.train.objectives import first_error, held_loss, objective
 from ternarize.train.optimizer import make_optimizer
@@ -139,7 +139,7 @@ def train_model(
     if training.shard:
         assert exchange is not None
         groups = by_names(groups, pair.trained())  # whole parameters are to be gone
-        divide(models, blocks.paths, device, exchange)
+        shard_blocks(models, blocks.paths, device, exchange)
         groups, order = regrouped(groups, pair.trained())
     loss = objective(pair, data.common, data.first, training.seed, data.pad, sigma)
 
