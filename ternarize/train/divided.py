@@ -39,7 +39,9 @@ def check_divided(training: Train, count: int) -> None:
         raise UsageError("--shard", f"with {other}", "one of the two", f"Leave out {other}")
 
 
-def shard_blocks(models: Sequence[Any], paths: Sequence[str], device: str, exchange: Exchange) -> None:
+def shard_blocks(
+    models: Sequence[Any], paths: Sequence[str], device: str, exchange: Exchange
+) -> None:
     """Divide the blocks of models among the processes, in place; the rest goes to the device.
 
     paths  of the blocks
