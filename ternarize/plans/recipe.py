@@ -122,7 +122,7 @@ class Calibrate:
     target_bpw: float | None = option(
         None,
         "Bits per ternary weight, spent where they matter most; with --codec rans about so many, "
-        "as stored, and below 1.6 by more zeros.",
+        "as stored, and below 1.6 by more zeros; beside a training as in codec base3.",
         Span(0.1, 16, "{low} to {high} bits"),
     )
 
