@@ -215,6 +215,16 @@ def test_a_share_of_zeros_is_ramped_to_and_met_to_within_one_weight(
         assert abs(sum(zeros(module, leaf) for leaf in module.forms) - share * numel) <= 1
 
 
+def test_a_least_share_leaves_the_zeros_of_rounding() -> None:
+    model = qat.prepare(build(), group_size=7)
+    natural = [zeros(module, leaf) for _, module, leaf in latents(model)]
+    schedule = qat.Schedule(model, zeros=0.1, ramp=0.5, least=True)
+    for done in (0.25, 0.75, 1.0):
+        schedule.at(done)
+        assert [zeros(module, leaf) for _, module, leaf in latents(model)] == natural
+    assert min(natural) > 0
+
+
 def test_a_schedule_refuses_what_is_no_share() -> None:
     model = qat.prepare(build())
     for options in ({"warmup": 1.5}, {"zeros": 1.0}, {"ramp": -0.1}, {"sharpen": 2.0}):

@@ -284,6 +284,32 @@ def test_a_share_of_zeros_is_trained_and_saved(
     verify(tmp_path / "packed", source)
 
 
+@pytest.mark.parametrize("form", ["itf", "gptq"])
+def test_a_share_that_is_there_already_changes_nothing(
+    form: str, llama: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, text = llama
+    recipe = recipe_of(text, steps=4)
+    if form == "gptq":
+        recipe = calibrated(text, {"rotation": 16, "seq_len": 16}, steps=4)
+    convert(source, tmp_path / "plain", recipe)
+    convert(source, tmp_path / "least", dataclasses.replace(recipe, zeros=0.1))
+    plain, least = (files(tmp_path / name) for name in ("plain", "least"))
+    assert plain["model.safetensors"] == least["model.safetensors"]
+
+
+def test_two_planes_with_zeros_stay_through_a_training(
+    llama: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, text = llama
+    recipe = calibrated(text, {"rotation": 0, "seq_len": 16}, steps=2)
+    recipe = dataclasses.replace(recipe, planes=("*",), zeros=0.6)
+    record = convert(source, tmp_path / "packed", recipe)
+    rows = [row for row in record["tensors"].values() if row["becomes"] == "ternary"]
+    assert rows and {row["planes"] for row in rows} == {2}
+    assert all(row["sparsity"] >= 0.6 for row in rows)
+
+
 def test_a_training_with_zeros_goes_on_to_the_same_bytes(
     llama: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -30,6 +30,7 @@ class Schedule(TrainerCallback):
     zeros   share of zero trits, or None: what rounding gives. In the end it is that of the weights
             of each module together, to within one weight if no two are equal
     ramp    share of the steps in which it gets there from what rounding gives
+    least   at least that share: where rounding gives more zeros, they stay
 
     What holds follows from the weights and the share that is done, so that a training that was
     broken off goes on as it would have. A state dict knows nothing of it: after loading one, call
@@ -44,6 +45,7 @@ class Schedule(TrainerCallback):
         sharpen: float | None = None,
         zeros: float | None = None,
         ramp: float = 0.3,
+        least: bool = False,
     ) -> None:
         shares = {"warmup": warmup, "sharpen": sharpen or 0.0, "ramp": ramp, "zeros": zeros or 0.0}
         for what, value in shares.items():
@@ -59,7 +61,7 @@ class Schedule(TrainerCallback):
                 "Call ternarize.qat.prepare(model) first",
             )
         soft = any(f.estimator == "tanh" for m in self.modules for f in m.forms.values())
-        self.warmup, self.zeros, self.ramp = warmup, zeros, ramp
+        self.warmup, self.zeros, self.ramp, self.least = warmup, zeros, ramp, least
         self.sharpen = (0.9 if soft else 0.0) if sharpen is None else sharpen
 
     @torch.no_grad()
@@ -87,7 +89,7 @@ class Schedule(TrainerCallback):
         part = min(1.0, done / self.ramp) if self.ramp else 1.0
         assert self.zeros is not None
         rank = round((natural + part * (self.zeros - natural)) * len(ratios))
-        return edge_of(ratios, rank)
+        return max(edge_of(ratios, rank), 0.5 if self.least else 0.0)
 
     # --- what transformers' Trainer calls ---
 

@@ -119,9 +119,9 @@ def train_model(
         compile_blocks(models, blocks.paths, device)
         pair.compiled = True
     schedule, ramp = None, 0.0
-    if plan.recipe.zeros is not None:  # that a calibration has reached, or is to be
+    if plan.recipe.zeros is not None and todo:  # that a calibration has reached, or is to be
         ramp = RAMP if plan.recipe.calibrate is None else 0.0
-        schedule = Schedule(pair.student, zeros=plan.recipe.zeros, ramp=ramp)
+        schedule = Schedule(pair.student, zeros=plan.recipe.zeros, ramp=ramp, least=True)
         schedule.at(0.0)
     if training.from_scratch:
         rate = SCRATCH_RATE if training.lr is None else training.lr
