@@ -25,12 +25,13 @@ from torch import Tensor
 import ternarize
 from ternarize.convert.run import convert
 from ternarize.convert.verify import verify
-from ternarize.errors import CheckpointError, TernarizeError
+from ternarize.errors import CheckpointError, FormatError, TernarizeError
 from ternarize.files.gguf import read_gguf as read_keys
 from ternarize.measure.encoders import embed
 from ternarize.plans.recipe import LLAMA_CPP, Recipe
 from ternarize.publish.export import export, vocabulary
 from ternarize.sources.imports import open_source
+from ternarize.sources.imports.vocabulary import tokenizer_files
 
 Fast: Any = transformers.PreTrainedTokenizerFast
 ENDS = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
@@ -183,7 +184,8 @@ A = "tokenizer.ggml."
         ({"bert.attention.causal": True}, "attention.causal true; expected false"),
         ({"bert.context_length": 32}, "64 features in its tensors; expected 32, as its context_l"),
         ({"bert.expert_count": 2}, "expert_count 2; expected no such key"),
-        ({A + "seperator_token_id": None}, "no seperator token; expected its number"),
+        ({A + "normalizer.lowercase": 1}, "lowercase is '1'; expected true or false"),
+        ({A + "normalizer.strip_accents": "no"}, "strip_accents is 'no'; expected true or false"),
         ({A + "unknown_token_id": 2**20}, "unknown token 1048576; expected one of 512"),
     ],
 )
@@ -192,6 +194,78 @@ def test_other_files_of_encoders_are_refused(
 ) -> None:
     with pytest.raises(TernarizeError, match=said):
         open_source(_rewritten(file, tmp_path / "m.gguf", changed))
+
+
+def usual_keys(**more: Any) -> dict[str, Any]:
+    """Keys of a file with BERT's own numbers, and few words."""
+    tokens, types = [f"\u2581w{number}" for number in range(110)], np.ones(110, np.int32)
+    for number, kind in ((0, "pad"), (100, "unk"), (101, "cls"), (102, "sep"), (103, "mask")):
+        tokens[number], types[number] = ENDS[kind], vocabulary.llama_cpp.CONTROL
+    keys = {"model": "bert", "tokens": tokens, "token_type": types, **more}
+    return {A + key: value for key, value in keys.items()}
+
+
+@pytest.mark.parametrize(
+    ("more", "first"),
+    [
+        ({}, "[CLS]"),  # llama.cpp's numbers
+        ({"cls_token_id": 5, "seperator_token_id": 102}, "w5"),  # as in 2024
+        ({"cls_token_id": 5, "bos_token_id": 101}, "[CLS]"),
+    ],
+)
+def test_special_tokens_that_a_file_does_not_name(more: dict[str, Any], first: str) -> None:
+    files, notes = tokenizer_files("m.gguf", usual_keys(**more), 110)
+    assert not notes
+    tokenizer: Any = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+    assert tokenizer.encode("w7 ?").tokens == [first, "w7", "[UNK]", "[SEP]"]
+    special = json.loads(files["tokenizer_config.json"])
+    assert (special["pad_token"], special["mask_token"]) == ("[PAD]", "[MASK]")
+
+
+def test_words_are_not_taken_for_special_tokens() -> None:
+    keys = usual_keys(token_type=np.ones(110, np.int32))
+    files, notes = tokenizer_files("m.gguf", keys, 110)
+    assert not files and "names no bos token: no tokenizer is written" in notes[0]
+
+
+@pytest.mark.parametrize("text", ["a:b", "$A"])
+def test_a_first_token_that_no_template_takes_ends_in_one_line(text: str) -> None:
+    keys = usual_keys()
+    keys[A + "tokens"][101] = text
+    with pytest.raises(FormatError, match=r"^m.gguf: .*(makes no tokenizer|around a text)"):
+        tokenizer_files("m.gguf", keys, 110)
+
+
+def test_a_folder_keeps_what_it_has_of_its_own(packed: Path, file: Path, tmp_path: Path) -> None:
+    """Of tokenizer and modules either may be there; the other comes from the file."""
+    for name in ("tokens", "modules"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "m.gguf").symlink_to(file)
+    own = tmp_path / "tokens/tokenizer.json"
+    own.write_text(json.dumps(json.loads((packed / "tokenizer.json").read_text()), indent=7))
+    cls = {"word_embedding_dimension": 256, "pooling_mode_cls_token": True}
+    put_modules(tmp_path / "modules", cls, "Normalize")
+    for name, pooling in (("tokens", MEAN), ("modules", cls)):
+        convert(tmp_path / name, tmp_path / f"{name}-out", allow_missing=True)
+        found = json.loads((tmp_path / f"{name}-out/1_Pooling/config.json").read_text())
+        assert found == pooling, name
+        assert (tmp_path / f"{name}-out/tokenizer.json").is_file()
+    assert (tmp_path / "tokens-out/tokenizer.json").read_bytes() == own.read_bytes()
+    modules = json.loads((tmp_path / "modules-out/modules.json").read_text())
+    assert [each["path"] for each in modules] == ["", "1_Pooling", "Normalize_"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "note"),
+    [(1, "Normalize is not written"), (4, "pooling_type 4"), (0, ""), ("x", "pooling_type x")],
+)
+def test_what_is_lost_of_the_pooling_is_said(
+    file: Path, tmp_path: Path, kind: Any, note: str
+) -> None:
+    path = _rewritten(file, tmp_path / "m.gguf", {"bert.pooling_type": kind})
+    found: Any = open_source(path)
+    said = [each for each in found.notes if "ooling_type" in each or "Normalize" in each]
+    assert len(said) == bool(note) and all(note in each for each in said)
 
 
 def test_a_word_that_would_be_there_twice_leaves_the_tokenizer_out(

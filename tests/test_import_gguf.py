@@ -215,6 +215,12 @@ def test_transformers_reads_qwen35_as_we_do(tmp_path: Path) -> None:
             "expected a list of whole numbers",
         ),
         ("nextn_predict_layers", 1, "nextn_predict_layers 1; expected no such key"),
+        ("attention.key_length", 0, "heads of no features"),
+        ("attention.causal", False, "attention.causal false; expected true"),
+        *(
+            ("rope.dimension_count", turned, f"dimension_count {turned} of heads of .* an even n")
+            for turned in (0, 15, 1192)
+        ),
     ],
 )
 def test_other_files_of_qwen35_are_refused(
@@ -516,6 +522,12 @@ PIECES = {
             (PIECES | {T + "unknown_token_id": value}, {}, "unknown token .*; expected one of 3")
             for value in ("a", 0.5, 3, np.zeros(2, np.int32))
         ),
+        *(
+            (PIECES | {T + "tokens": [first, "a", "b"], T + "bos_token_id": 0}, {}, said)
+            for first, said in (("a:b", "makes no tokenizer"), ("$A", r"puts '\$A' around"))
+        ),
+        (PIECES | {T + "add_space_prefix": "yes"}, {}, "prefix is 'yes'; expected true or false"),
+        (BPE | {T + "add_bos_token": 1}, {}, "add_bos_token is '1'; expected true or false"),
         (BPE | {T + "token_type": np.full(3, np.nan, np.float32)}, {}, "no type for each token"),
         *(
             (BPE | {T + "merges": [merge]}, {}, f"the merge '{merge}' has parts")
@@ -526,6 +538,7 @@ PIECES = {
         ({B + "attention.scale": 0.5}, {}, "attention.scale 0.5; expected no such key"),
         ({B + "block_count": 2**31 - 1}, {}, "2147483647 blocks"),
         ({B + "block_count": 3}, {}, r"layers.2.\S+ is missing; expected \["),
+        ({B + "attention.head_count": 2**20}, {}, "1048576 heads of no features"),
         ({B + "embedding_length": "x"}, {}, "embedding_length 'x'"),
         ({B + "embedding_length": None}, {}, "no embedding_length"),
         ({B + "attention.head_count_kv": 1}, {}, r"k_proj.weight is \[128, 256\]; expected"),

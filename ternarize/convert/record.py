@@ -35,10 +35,7 @@ def write_small_files(plan: Plan, state: State, folder: Path) -> dict[str, Any]:
             _write_modules(source.directory / name, target)
         else:
             shutil.copyfile(source.directory / name, target)
-    # tokenizer files that an import makes; those of the source itself come first
-    its_own = {"tokenizer.json", "tokenizer.model"} & set(plan.copied)
-    made = source.made if isinstance(source, Imported) and not its_own else {}
-    for name, content in made.items():
+    for name, content in _made(plan).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
     record = make_record(plan, state)
@@ -50,6 +47,23 @@ def write_small_files(plan: Plan, state: State, folder: Path) -> dict[str, Any]:
         text = json.dumps(table, indent=2, ensure_ascii=False) + "\n"
         (folder / name).write_text(text, "utf-8")
     return record
+
+
+def _made(plan: Plan) -> dict[str, bytes]:
+    """The small files that an import makes, by name, where the source has none of its own.
+
+    A tokenizer is taken as a whole or not at all, and so is what modules.json names.
+    """
+    if not isinstance(plan.source, Imported):
+        return {}
+    there, made = {name.removeprefix(BESIDE) for name in plan.copied}, plan.source.made
+    modules = {name for name in made if name == "modules.json" or "/" in name}
+    left = set(there)
+    if there & {"tokenizer.json", "tokenizer.model"}:
+        left |= made.keys() - modules
+    if "modules.json" in there:
+        left |= modules
+    return {name: content for name, content in made.items() if name not in left}
 
 
 def _write_modules(source: Path, target: Path) -> None:

@@ -31,7 +31,7 @@ from ternarize.files.headers import DTYPE_NAMES, broken_file, read_bytes
 from ternarize.files.llama_cpp import Architecture, DeltaNet, gguf_part, import_gguf
 from ternarize.models.skeleton import skeleton_shapes
 from ternarize.sources.imports.common import Decode, Imported
-from ternarize.sources.imports.gguf_config import gguf_config, not_known, pooling
+from ternarize.sources.imports.gguf_config import gguf_config, not_known, pooling, pooling_note
 from ternarize.sources.imports.vocabulary import tokenizer_files
 from ternarize.trits import ggml
 
@@ -72,8 +72,10 @@ def open_gguf(path: Path, layout: str | None = None, alone: bool = True) -> Impo
                 group_sizes[name] = logical.group_size
     _check_whole(path, expected, tensors)
     files, notes = tokenizer_files(path.name, keys, config["vocab_size"])
-    if arch.encoder and (mode := pooling(keys)):
+    mode = pooling(keys) if arch.encoder else None
+    if mode is not None:
         files |= _modules(mode, config["hidden_size"])
+    notes += pooling_note(keys, mode is not None)
     notes += _rounding(stored)
     int8 = "i2_s" in kinds or arch.int8
     if kinds and not int8:

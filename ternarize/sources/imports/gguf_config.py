@@ -45,7 +45,6 @@ _IDLE = {
     "vocab_size",
     "tensor_data_layout",
     "rope.scaling.finetuned",
-    "attention.causal",
     "pooling_type",
     # transformers applies none of these windows unless a config.json asks for it
     "attention.sliding_window",
@@ -136,6 +135,8 @@ def gguf_config(
         arch = MIXTRAL
     make = _bert if arch is BERT else _gpt2 if arch is GPT2 else _config
     config = make(lookup, arch, tensors, keys)
+    if not arch.encoder and not lookup.get("attention.causal", True, bool):
+        raise lookup.wrong("attention.causal false", "true, as of a model that writes text")
     lookup.close()
     return arch, config
 
@@ -148,6 +149,8 @@ def _config(
     if not 0 < layers <= len(tensors) or not heads:
         raise keys.wrong(f"{layers} blocks of {heads} heads", "as many as there are tensors")
     head_dim = keys.get("attention.key_length", hidden // heads)
+    if not head_dim:
+        raise keys.wrong(f"{heads} heads of no features", "heads of one feature or more")
     whole = ("attention.value_length",) if arch.linear else _WHOLE
     for key in whole:
         if keys.get(key, head_dim) != head_dim:
@@ -261,10 +264,23 @@ def _bert(
 def pooling(keys: Mapping[str, Any]) -> str | None:
     """How the states of a text become one embedding, as sentence-transformers calls it.
 
-    None where a file does not say.
+    None where a file does not say, or says what is not known here.
     """
-    found = keys.get("bert.pooling_type", 0)
+    found = keys.get(f"{BERT.name}.pooling_type", 0)
     return _POOLING.get(found) if type(found) is int else None
+
+
+def pooling_note(keys: Mapping[str, Any], made: bool) -> list[str]:
+    """What becomes of how a file makes embeddings, in words, if it says that.
+
+    made  files of sentence-transformers say it
+    """
+    found = keys.get(f"{keys['general.architecture']}.pooling_type", 0)
+    if made:
+        return ["a file does not say whether embeddings have length 1: Normalize is not written"]
+    if type(found) is int and found == 0:
+        return []
+    return [f"how the file makes embeddings (pooling_type {str(found):.20}) is not taken over"]
 
 
 def _gemma(keys: _Keys, config: dict[str, Any]) -> dict[str, Any]:
@@ -312,6 +328,9 @@ def _add_delta_net(keys: _Keys, config: dict[str, Any], tensors: Tensors) -> Non
     if not sections_take_turns(rope.get("mrope_section", MROPE_SECTIONS)):
         raise keys.wrong("sections of frequencies that take no turns", "as many in each of three")
     turned = keys.get("rope.dimension_count", config["head_dim"])
+    if not 0 < turned <= config["head_dim"] or turned % 2:
+        found = f"rope.dimension_count {turned} of heads of {config['head_dim']}"
+        raise keys.wrong(found, "an even number of a head's features")
     config["rope_parameters"] = rope | {"partial_rotary_factor": turned / config["head_dim"]}
     config |= {
         "layer_types": types,

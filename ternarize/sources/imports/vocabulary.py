@@ -12,7 +12,8 @@ nearly right gives wrong tokens without a word.
 
 import json
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ _SPECIALS_OF_BERT = {
     "padding": "pad",
     "mask": "mask",
 }
+# what llama.cpp takes where a file with WordPiece names no such token, in llama-vocab.cpp
+_USUAL_OF_BERT = {"bos": 101, "seperator": 102, "unknown": 100, "padding": 0, "mask": 103}
 _LONGEST_WORD = 100  # characters; BERT takes longer ones for unknown
 _LONGEST = 512  # characters of a token; in every place of each a merge is looked for
 _NONE = (
@@ -74,6 +77,11 @@ def tokenizer_files(
         tokens = [_word(token) if each == llama_cpp.NORMAL else token for token, each in pairs]
     names = _SPECIALS_OF_BERT if kind == "bert" else _SPECIALS
     specials = _specials(where, keys, tokens, names)
+    if kind == "bert":
+        specials = _specials_of_bert(where, keys, tokens, types, specials)
+        missing = [name for name in ("bos", "seperator", "unknown") if name not in specials]
+        if missing:
+            return {}, [f"its vocabulary names no {missing[0]} token: {_NONE}"]
     if len(set(tokens)) != len(tokens):
         return {}, [f"its vocabulary has a token twice: {_NONE}"]
     if kind == "llama" and max(map(len, tokens)) > _LONGEST:
@@ -114,18 +122,33 @@ def _add_ends(
 ) -> None:
     """Let a tokenizer put the first and the last token around a text, if the file says so."""
     begin, end = (
-        keys.get(f"tokenizer.ggml.add_{name}_token", name == "bos" and bos_is_usual) is True
+        _switch(where, keys, f"add_{name}_token", name == "bos" and bos_is_usual)
         for name in ("bos", "eos")
     )
     for flag, name in ((begin, "bos"), (end, "eos")):
         if flag and name not in specials:
             raise _bad_vocabulary(where, f"adds {name}, but has none", "its number")
-    if begin or end:
-        parts = [specials["bos"]] * begin + ["$A"] + [specials["eos"]] * end
-        words = [part for part in dict.fromkeys(parts) if part != "$A"]
+    first, last = (
+        [specials[name]] if flag else [] for flag, name in ((begin, "bos"), (end, "eos"))
+    )
+    if first or last:
+        _put_around(where, tokenizer, first, last, again=first)
+
+
+def _put_around(
+    where: str, tokenizer: tokenizers.Tokenizer, first: list[str], last: list[str], again: list[str]
+) -> None:
+    """Let a tokenizer put tokens around a text; of two, `again` comes before the second."""
+    words = list(dict.fromkeys(first + last))
+    for word in words:
+        if word.startswith("$"):  # which stands for a text there
+            raise _bad_vocabulary(where, f"puts {word!r:.40} around a text", "a token without $")
+    single = [*first, "$A", *last]
+    pair = [*single, *(f"{part}:1" for part in [*again, "$B", *last])]
+    with _making(where):
         tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-            single=parts,
-            pair=parts + [f"{'$B' if part == '$A' else part}:1" for part in parts],
+            single=single,
+            pair=pair,
             special_tokens=[(word, tokenizer.token_to_id(word)) for word in words],
         )
 
@@ -161,6 +184,33 @@ def _specials(
             raise _bad_vocabulary(where, f"{name} token {str(number):.20}", f"one of {len(tokens)}")
         found[name] = tokens[number]
     return found
+
+
+def _specials_of_bert(
+    where: str,
+    keys: Mapping[str, Any],
+    tokens: Sequence[str],
+    types: Sequence[int],
+    found: Mapping[str, str],
+) -> dict[str, str]:
+    """The special tokens with those that a file does not name: the first one is "cls" in files of
+    2024; of others llama.cpp takes the numbers of BERT's own vocabulary, if they are special."""
+    usual = {
+        name: tokens[number]
+        for name, number in _USUAL_OF_BERT.items()
+        if number < len(tokens) and types[number] in (llama_cpp.CONTROL, llama_cpp.UNKNOWN)
+    }
+    first = _specials(where, keys, tokens, ("cls",))
+    named = {"bos": first["cls"]} if first else {}
+    return {**usual, **named, **found}
+
+
+def _switch(where: str, keys: Mapping[str, Any], name: str, default: bool) -> bool:
+    """Whether a file says so, or the default where it does not say."""
+    value = keys.get(f"tokenizer.ggml.{name}", default)
+    if not isinstance(value, bool):
+        raise _bad_vocabulary(where, f"{name} is {str(value)!r:.40}", "true or false")
+    return value
 
 
 def _added(
@@ -233,7 +283,7 @@ def _sentencepiece(
         "fuse_unk": True,
         "unk_token": tokens[unknown] if 0 <= unknown < len(tokens) else None,
     }
-    prefix = keys.get("tokenizer.ggml.add_space_prefix", True) is True
+    prefix = _switch(where, keys, "add_space_prefix", True)
     steps = llama_cpp.PREPEND * prefix + llama_cpp.REPLACE
     tokenizer = _make_tokenizer(where, model, {"type": "Sequence", "normalizers": steps}, None)
     decoders = tokenizers.decoders
@@ -251,15 +301,12 @@ def _pieces(
     types: list[int],
     specials: Mapping[str, str],
 ) -> tokenizers.Tokenizer:
-    missing = [name for name in ("bos", "seperator", "unknown") if name not in specials]
-    if missing:
-        raise _bad_vocabulary(where, f"no {missing[0]} token", "its number, as llama.cpp uses it")
-    lower = keys.get("tokenizer.ggml.normalizer.lowercase", True) is True
+    lower = _switch(where, keys, "normalizer.lowercase", True)
     normalizer = {
         "type": "BertNormalizer",
         "clean_text": True,
         "handle_chinese_chars": True,
-        "strip_accents": keys.get("tokenizer.ggml.normalizer.strip_accents", lower) is True,
+        "strip_accents": _switch(where, keys, "normalizer.strip_accents", lower),
         "lowercase": lower,
     }
     model = {
@@ -272,11 +319,7 @@ def _pieces(
     tokenizer = _make_tokenizer(where, model, normalizer, {"type": "BertPreTokenizer"})
     tokenizer.decoder = tokenizers.decoders.WordPiece(prefix=llama_cpp.GOES_ON)
     first, last = specials["bos"], specials["seperator"]
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single=[first, "$A", last],
-        pair=[first, "$A", last, "$B:1", f"{last}:1"],
-        special_tokens=[(word, tokenizer.token_to_id(word)) for word in (first, last)],
-    )
+    _put_around(where, tokenizer, [first], [last], again=[])
     return _added(tokenizer, tokens, types)
 
 
@@ -296,8 +339,15 @@ def _make_tokenizer(
         "pre_tokenizer": pre_tokenizer,
         "model": model,
     }
-    try:
+    with _making(where):
         return tokenizers.Tokenizer.from_str(json.dumps(definition))
+
+
+@contextmanager
+def _making(where: str) -> Iterator[None]:
+    """FormatError where tokenizers makes nothing of what a file has."""
+    try:
+        yield
     except Exception as error:  # tokenizers raises nothing narrower
         found = f"its vocabulary makes no tokenizer ({str(error):.120})"
         raise _bad_vocabulary(where, found, "one") from None
