@@ -207,8 +207,12 @@ def test_a_source_trained_in_ternary_is_packed_without_loss(
     before, after = weights_of(tmp_path / "source"), decoded(tmp_path / "packed")
     for name in before:
         assert torch.equal(after[name].to(dtype), before[name]), name
-    methods = {r.get("method") for r in record["tensors"].values() if r["becomes"] == "ternary"}
-    assert methods == {"lossless"}
+    rows = [row for row in record["tensors"].values() if row["becomes"] == "ternary"]
+    assert {row["method"] for row in rows} == {"lossless"} and record["notes"] == []
+    if group_size == 128:
+        again = convert(tmp_path / "source", tmp_path / "zeros", Recipe("twn", 128, zeros=0.7))
+        (said,) = again["notes"]
+        assert said.startswith(f"zeros 0.7: not in {len(rows)} tensors that were ternary already")
 
 
 def test_a_fused_ternary_source_is_lossless_in_smaller_groups_than_asked_for(

@@ -178,7 +178,7 @@ def convert(
         record = finished(output)
         join(plan, world, needed=record is None)
         record = record or _carry_out(work, output, bounds, finish=finish)
-        return {**record, "notes": plan.remarks()}
+        return {**record, "notes": [*plan.remarks(), *_without_zeros(recipe, record)]}
 
     alone = exclusive(partial) if part is None else part_at_work(partial, part)
     if stream:  # one file at a time, already when the headers are fetched
@@ -226,6 +226,16 @@ def checked(plan: Plan, allow_missing: bool) -> Plan:
             "Complete the checkpoint, or leave out --dataset and --method gptq",
         )
     return plan
+
+
+def _without_zeros(recipe: Recipe, record: dict[str, Any]) -> list[str]:
+    """A note on the tensors, if any, that keep fewer zeros than were asked for."""
+    rows = [row for row in record.get("tensors", {}).values() if row.get("method") == "lossless"]
+    count = sum(row["sparsity"] < (recipe.zeros or 0.0) for row in rows)
+    if not count:
+        return []
+    some = f"{count} tensor{'s' * (count > 1)} that were ternary already"
+    return [f"zeros {recipe.zeros:g}: not in {some}, which are packed without loss"]
 
 
 def _check_output(plan: Plan, output: Path, part: PartNumber | None) -> None:
