@@ -523,6 +523,11 @@ def test_every_option_of_a_recipe_is_in_its_command() -> None:
         "--keep 'a*' --include 'b*' --include 'c d' --planes 'p*' --dataset texts.jsonl "
         "--num-samples 8 --seq-len 32 --seed 3 --rotation 0 --distill 5 --target-bpw 1.7"
     )
+    folded = Recipe("itf", 128, zeros=0.6, engine="llama.cpp", fold=True)
+    assert card.command_of(folded, "user/source") == (  # whose groups --for would choose
+        "ternarize convert user/source packed --method itf --group-size 128 --zeros 0.6 "
+        "--for llama.cpp --fold"
+    )
 
 
 @pytest.mark.parametrize("form", ["trilm", "packed"])

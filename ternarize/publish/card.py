@@ -197,10 +197,13 @@ def command_of(recipe: Recipe, source: str, was_ternary: bool = False) -> str:
     words += ["--method", recipe.method]
     for name in ("group_size", "zeros", "scale_bits", "dtype", "activations", "head", "embeddings"):
         value = getattr(recipe, name)
-        if value is not None and (was_ternary or value != getattr(default, name)):
+        told = was_ternary or (name == "group_size" and recipe.engine is not None)
+        if value is not None and (told or value != getattr(default, name)):
             words += [_option(name), str(value)]
     if recipe.codec != default.codec:
         words += [_option("codec"), recipe.codec]
+    words += [] if recipe.engine is None else ["--for", recipe.engine]
+    words += ["--fold"] if recipe.fold else []
     for name in ("keep", "include", "planes"):
         for glob in getattr(recipe, name):
             words += [_option(name), glob]
