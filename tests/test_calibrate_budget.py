@@ -149,6 +149,13 @@ def test_below_the_bits_of_base_3_there_are_more_zeros(
     assert zeros[0] > zeros[1] + 0.1
 
 
+def test_with_bits_enough_no_zeros_are_asked_for(wide: Path) -> None:
+    work = make_plan(wide, Recipe())
+    batches = [calibrating.inputs("llama", 2)]
+    found = allocate(work.source, work.tensors[:4], batches, 2.2, coded=True)
+    assert {t.zeros for t in found if t.ternary} == {None}
+
+
 def test_less_than_zeros_can_give_is_refused(wide: Path) -> None:
     work = make_plan(wide, Recipe())
     with pytest.raises(UsageError, match=r"0\.2; this model takes at least 0\.\d+ bits"):
