@@ -21,8 +21,10 @@ from ternarize.convert.run import convert
 from ternarize.convert.verify import verify
 from ternarize.convert.workplace import CODING
 from ternarize.errors import DigestError, FormatError, OutputError, UsageError
+from ternarize.files.checkpoint import open_files
 from ternarize.files.headers import read_header
-from ternarize.files.recoded import digests_of_coded, recode_file
+from ternarize.files.metadata import records_of
+from ternarize.files.recoded import recode_file
 from ternarize.files.unmapped import open_file
 from ternarize.measure.report import inspect
 from ternarize.plans.recipe import Recipe
@@ -149,6 +151,11 @@ def test_scales_of_6_bits_take_less_than_those_of_8(tmp_path: Path) -> None:
     assert stored[1] < stored[0]
 
 
+def is_coded(file: Path) -> bool:
+    records = records_of(open_files(file.parent, [file.name]), whole=False)
+    return any(record.coded for record in records.values())
+
+
 def test_a_conversion_that_was_broken_off_while_it_coded_goes_on(
     sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,7 +173,7 @@ def test_a_conversion_that_was_broken_off_while_it_coded_goes_on(
     partial = tmp_path / "broken.partial"
     assert (partial / CODING).is_dir()
     files = sorted(partial.glob("*.safetensors"))
-    assert 0 < sum(bool(digests_of_coded(file)) for file in files) < len(files)
+    assert 0 < sum(map(is_coded, files)) < len(files)
     done = {name for stage, name in calls if stage == "coding"}
     calls.clear()
     again = list[str]()
@@ -188,6 +195,25 @@ def test_a_conversion_that_was_broken_off_while_it_coded_goes_on(
     assert not list((tmp_path / "broken").rglob("*.streams"))
 
 
+def test_files_in_which_coding_gained_nothing_are_not_packed_again(tmp_path: Path) -> None:
+    """They are written anew all the same, in another order."""
+    source, recipe = tmp_path / "source", Recipe("itf", 32, codec="rans")
+    tiny_models.save("llama", source, max_shard_size="60KB")
+    stages = list[str]()
+
+    def stop(done: int, total: int, name: str, stage: str) -> None:
+        if stage == "coding" and done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "packed", recipe, progress=stop)
+    files = sorted((tmp_path / "packed.partial").glob("*.safetensors"))
+    assert len(files) > 2 and not any(map(is_coded, files))
+    convert(source, tmp_path / "packed", recipe, progress=lambda *call: stages.append(call[3]))
+    assert stages and "packing" not in stages
+    verify(tmp_path / "packed", source)
+
+
 def test_a_coded_file_that_a_break_has_damaged_is_made_again(sharded: Path, tmp_path: Path) -> None:
     recipe = Recipe("itf", 32, codec="rans")
     convert(sharded, tmp_path / "whole", recipe)
@@ -199,7 +225,7 @@ def test_a_coded_file_that_a_break_has_damaged_is_made_again(sharded: Path, tmp_
     with pytest.raises(KeyboardInterrupt):
         convert(sharded, tmp_path / "broken", recipe, progress=stop)
     coded = [p for p in (tmp_path / "broken.partial").glob("*.safetensors")]
-    coded = [p for p in coded if digests_of_coded(p)]
+    coded = [p for p in coded if is_coded(p)]
     data = bytearray(coded[0].read_bytes())
     data[-40] ^= 1
     coded[0].write_bytes(data)

@@ -19,7 +19,7 @@ from ternarize.convert.workplace import JOURNAL, PARTS, STREAMED, changed, not_o
 from ternarize.errors import OutputError
 from ternarize.files.headers import read_bytes
 from ternarize.files.outputs import write_whole
-from ternarize.files.recoded import digests_of_coded
+from ternarize.files.recoded import digests_of_whole
 from ternarize.plans.layout import PIECE, Shard, TensorPlan
 from ternarize.plans.recipe import CHANGEABLE
 
@@ -81,12 +81,12 @@ class State:
     def forget_unwritten(self, partial: Path) -> None:
         """Forget results whose bytes, in the layout of now, did not reach the disk.
 
-        A shard that is coded counts if all of it is there: it has its header, and needs no layout.
+        A shard that is whole counts, coded or not: it has its header, and needs no layout.
         """
         for index, shard in enumerate(self.shards):
             done = {t.name: self.results[t.name] for t in shard.tensors if t.name in self.results}
             digests = {name: result.sha256 for name, result in done.items()}
-            if digests and digests_of_coded(partial / shard.file) == digests:
+            if digests and digests_of_whole(partial / shard.file) == digests:
                 self.unsealed.discard(index)
                 continue
             there = dict(_digests(partial / shard.file, shard, self.results))
