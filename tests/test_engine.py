@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from typer.testing import CliRunner
 
 from ternarize.cli.app import app
 from ternarize.convert.run import convert
-from ternarize.errors import TernarizeError
-from ternarize.plans.engine import check_engine
+from ternarize.errors import CheckpointError, TernarizeError
+from ternarize.plans.engine import check_engine, group_for
 from ternarize.plans.plan import make_plan
 from ternarize.plans.recipe import LLAMA_CPP, Calibrate, Recipe
 from ternarize.plans.recipe_files import open_recipe
+from ternarize.plans.rules import Choice
 from ternarize.publish.export import export
+from ternarize.trits.base3 import BASE3
 
 SIZES: dict[str, Any] = {**tiny_models.TEXT, "num_key_value_heads": 4, "head_dim": 64}
 
@@ -170,6 +173,19 @@ def test_heads_in_another_order_stay_whole(tmp_path: Path, keys: int, group_size
     transformers.Qwen3_5ForCausalLM(config).save_pretrained(tmp_path / "source")
     work = make_plan(tmp_path / "source", Recipe("itf", engine=LLAMA_CPP))
     assert work.recipe.group_size == group_size
+
+
+def test_what_a_file_does_not_have_decides_no_blocks() -> None:
+    """Nor do heads of which no block is a part pass."""
+    config = transformers.Qwen3_5TextConfig(**SIZES, architectures=["Qwen3_5ForCausalLM"])
+    wide = Choice("model.layers.0.mlp.up_proj.weight", (512, 256), BASE3, "")
+    for name, size in (("mtp.fc.weight", 256), ("model.layers.0.mlp.down_proj.weight", 64)):
+        both = [wide, replace(wide, name=name, shape=(512, 192))]
+        table = config.to_dict() | {"linear_num_key_heads": 4, "linear_num_value_heads": 4}
+        assert group_for(both, table) == size, name
+    bad = config.to_dict() | {"linear_key_head_dim": 48, "linear_value_head_dim": 48}
+    with pytest.raises(CheckpointError, match="heads of 48 values, which no block of llama.cpp"):
+        check_engine("m", bad, Recipe("itf", engine=LLAMA_CPP))
 
 
 def test_a_plan_says_what_was_chosen(wide: Path) -> None:

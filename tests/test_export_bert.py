@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -27,9 +28,12 @@ from ternarize.convert.run import convert
 from ternarize.convert.verify import verify
 from ternarize.errors import CheckpointError, FormatError, TernarizeError
 from ternarize.files.gguf import read_gguf as read_keys
+from ternarize.files.llama_cpp import CONTROL
 from ternarize.measure.encoders import embed
 from ternarize.plans.recipe import LLAMA_CPP, Recipe
-from ternarize.publish.export import export, vocabulary
+from ternarize.publish.export import export, gguf_keys, vocabulary
+from ternarize.publish.export import gguf as gguf_export
+from ternarize.publish.export.common import open_verified
 from ternarize.sources.imports import open_source
 from ternarize.sources.imports.vocabulary import tokenizer_files
 
@@ -200,7 +204,7 @@ def usual_keys(**more: Any) -> dict[str, Any]:
     """Keys of a file with BERT's own numbers, and few words."""
     tokens, types = [f"\u2581w{number}" for number in range(110)], np.ones(110, np.int32)
     for number, kind in ((0, "pad"), (100, "unk"), (101, "cls"), (102, "sep"), (103, "mask")):
-        tokens[number], types[number] = ENDS[kind], vocabulary.llama_cpp.CONTROL
+        tokens[number], types[number] = ENDS[kind], CONTROL
     keys = {"model": "bert", "tokens": tokens, "token_type": types, **more}
     return {A + key: value for key, value in keys.items()}
 
@@ -333,6 +337,56 @@ def test_embeddings_are_made_as_the_modules_say_or_refused(
     assert not (tmp_path / "m.gguf").exists()
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ("[1, 2]", "modules.json: is no list of modules"),
+        ("[{", "modules.json: is no list of modules"),
+        ('[{"path": ""}]', "modules.json: is no list of modules"),
+        (["Transformer", "Pooling"], "pooling by nothing that is said"),  # at "", as the model
+        (["Transformer", "Pooling", "Normalize"], "CLS"),
+    ],
+)
+def test_modules_are_read_by_their_own_entries(tmp_path: Path, changed: Any, said: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    text = changed
+    if not isinstance(changed, str):
+        places = ["", "" if len(changed) == 2 else "1_Pooling", ""]
+        kinds = zip(changed, places[: len(changed)], strict=True)
+        text = json.dumps([{"type": f"a.{kind}", "path": at} for kind, at in kinds])
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling/config.json").write_text('{"pooling_mode": "cls"}')
+    (tmp_path / "modules.json").write_text(text)
+    packed: Any = SimpleNamespace(directory=tmp_path)
+    if said.isupper():
+        assert gguf_keys.pooling_of(packed) == said
+        return
+    with pytest.raises(TernarizeError, match=said) as caught:
+        gguf_keys.pooling_of(packed)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_sentence_transformers_does_beside_is_said(tmp_path: Path) -> None:
+    packed: Any = SimpleNamespace(directory=tmp_path)
+    assert gguf_keys.embedding_notes(packed) == []
+    put_modules(tmp_path, MEAN, "Normalize")
+    (tmp_path / "sentence_bert_config.json").write_text('{"do_lower_case": true}')
+    prompts = '{"prompts": {"q": "query: "}, "default_prompt_name": "q"}'
+    (tmp_path / "config_sentence_transformers.json").write_text(prompts)
+    notes = gguf_keys.embedding_notes(packed)
+    for note, said in zip(notes, ("(Normalize)", "do_lower_case", "prompt 'q'"), strict=True):
+        assert said in note
+
+
+def test_what_a_file_does_not_have_decides_no_type(packed: Path) -> None:
+    """Of a tensor that is left out no block is asked for."""
+    opened = open_verified(packed)
+    name = next(n for n, r in opened.records.items() if r.kind == "ternary" and "query" in n)
+    moved = {name: gguf_export._Moves(columns=torch.arange(512), run=64)}
+    for left, kind in (([], "q2_0"), ([name], "tq2_0")):
+        assert gguf_export._chosen(opened, None, False, moved, left)[0] == kind
+
+
 def test_without_modules_a_file_leaves_the_pooling_open(packed: Path, tmp_path: Path) -> None:
     changed = tmp_path / "changed"
     changed.mkdir()
@@ -377,6 +431,23 @@ def _split_elsewhere(directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
+def _found_in_small_letters(directory: Path) -> None:
+    tokenizer = word_pieces(directory)
+    tokenizer.add_tokens([tokenizers.AddedToken("Cafe", normalized=True)])
+    tokenizer.save_pretrained(directory)
+
+
+def test_unknown_words_are_those_of_the_model(tmp_path: Path) -> None:
+    """Also where the tokenizer names none: llama.cpp would take token 100."""
+    tokenizer = word_pieces(tmp_path)
+    tokenizer.unk_token = None
+    tokenizer.save_pretrained(tmp_path)
+    recorder: Any = Recorder()
+    recorder.__dict__["add_bool"] = {}.__setitem__
+    vocabulary.write(recorder, tmp_path, 512)
+    assert recorder.calls["add_unk_token_id"] == 0
+
+
 def _without_ends(directory: Path) -> None:
     tokenizer = word_pieces(directory)
     plain = tokenizers.processors.TemplateProcessing(single="$A", special_tokens=[])
@@ -389,6 +460,7 @@ def _without_ends(directory: Path) -> None:
     [
         (_split_elsewhere, "prepares text by .*Whitespace"),
         (lambda folder: word_pieces(folder, handle_chinese_chars=False), "prepares text by .*chin"),
+        (_found_in_small_letters, "looks for 'Cafe' in text whose letters"),
         (_without_ends, r"puts \[\] before a text and \[\] behind it"),
     ],
 )

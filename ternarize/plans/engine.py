@@ -43,18 +43,26 @@ def check_engine(where: str | Path, config: Mapping[str, Any] | None, recipe: Re
         found = f"architecture {names[0]}, of which no file of {engine} is written (--for)"
         raise CheckpointError(where, found, f"one of {', '.join(EXPORTED)}", remedy)
     with usable(Path(where) / "config.json"):
-        unknown = departures(config_from(table))
+        parsed = config_from(table)
+        unknown = departures(parsed)
     if unknown:
         found = f"{', '.join(unknown)}, which no file of {engine} says (--for)"
         raise CheckpointError(where, found, f"a plain {names[0]}", remedy)
+    if EXPORTED[names[0]].linear:
+        heads = DeltaNet.of(parsed.get_text_config().to_dict())
+        if heads.keys != heads.values and heads.dim % NARROW:
+            found = f"heads of {heads.dim} values, which no block of {engine} leaves whole (--for)"
+            raise CheckpointError(where, found, f"a multiple of {NARROW}", remedy)
 
 
 def group_for(choices: Iterable[Choice], config: Mapping[str, Any] | None) -> int:
     """The group size of ordinary weights: the largest block that the columns of all allow, and
     that leaves heads whole which files have in another order."""
-    widths = [each.shape[-2 if each.transposed else -1] for each in choices if each.ternary]
     table = config or {}
-    if EXPORTED[table["architectures"][0]].linear:
+    architecture = EXPORTED[table["architectures"][0]]
+    ternary = [each for each in choices if each.ternary and not architecture.leaves_out(each.name)]
+    widths = [each.shape[-2 if each.transposed else -1] for each in ternary]
+    if architecture.linear:
         heads = DeltaNet.of(config_from(table).get_text_config().to_dict())
         widths += [heads.dim] if heads.keys != heads.values else []
     return WIDE if all(width % WIDE == 0 for width in widths) else NARROW

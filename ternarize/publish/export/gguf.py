@@ -8,7 +8,7 @@ and gguf_keys.py have them); the vocabulary is written by vocabulary.py.
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,13 @@ from ternarize.publish.export.common import (
     model_config,
     refit,
 )
-from ternarize.publish.export.gguf_keys import CONVERTER, architecture_of, head_dim_of, write_keys
+from ternarize.publish.export.gguf_keys import (
+    CONVERTER,
+    architecture_of,
+    embedding_notes,
+    head_dim_of,
+    write_keys,
+)
 from ternarize.publish.export.modelfile import modelfile_of, write_modelfile
 from ternarize.trits import ggml
 from ternarize.trits.int4 import INT4, unpack_int4
@@ -111,7 +117,8 @@ def export_gguf(
     architecture, config = architecture_of(packed, config), text_config(config)
     asked = kind
     moved = _moved(packed, config, architecture)
-    kind, losses = _chosen(packed, asked, allow_requantize, moved)
+    left = [name for name in packed.records if architecture.leaves_out(name)]
+    kind, losses = _chosen(packed, asked, allow_requantize, moved, left)
     losses.stop_unless_allowed(packed, _advice(packed, asked))
     writer = gguf.GGUFWriter(None, architecture.name)
     notes: list[str] = []
@@ -119,7 +126,7 @@ def export_gguf(
         notes = vocabulary.write(writer, packed.directory, config.vocab_size)
     else:
         writer.add_tokenizer_model("none")
-    left = [name for name in packed.records if architecture.leaves_out(name)]
+    notes += embedding_notes(packed) if architecture.encoder else []
     notes += [said for part, said in _LEFT.items() if any(re.search(part, name) for name in left)]
     items = _gguf_items(packed, config, architecture, kind, kept_type, losses, moved)
     total, done = sum(item.nbytes for item in items), 0
@@ -193,18 +200,26 @@ def _moved(packed: PackedCheckpoint, config: Any, architecture: Architecture) ->
 
 
 def _chosen(
-    packed: PackedCheckpoint, kind: str | None, allow_requantize: bool, moved: Mapping[str, _Moves]
+    packed: PackedCheckpoint,
+    kind: str | None,
+    allow_requantize: bool,
+    moved: Mapping[str, _Moves],
+    left: Collection[str],
 ) -> tuple[str, Losses]:
-    """The type of ternary tensors, and what is lost in it: if nothing holds them, of the first."""
+    """The type of ternary tensors, and what is lost in it: if nothing holds them, of the first.
+
+    left  names of those that the file does not have
+    """
+    ternary = [n for n, r in packed.records.items() if r.kind == "ternary" and n not in left]
     tried = []
     for each in DEFAULT_TYPES if kind is None else (kind,):
         losses = Losses(each.upper(), allow_requantize)
-        for name, record in packed.records.items():
+        for name in ternary:
             block = ggml.TYPES[each].block
-            if record.kind == "ternary" and not moved.get(name, _STILL).fits(block):
+            if not moved.get(name, _STILL).fits(block):
                 run = moved[name].run
                 losses.add(f"heads of {run} columns in another order than llama.cpp's", name)
-            elif record.kind == "ternary":
+            else:
                 losses.add(carry(packed, name, block, torch.float16)[1], name)
         tried.append((each, losses))
         if not losses.reasons:

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from ternarize.errors import CheckpointError
+from ternarize.errors import CheckpointError, FormatError
 from ternarize.files.json_files import read_json
 from ternarize.files.llama_cpp import (
     EXPORTED,
@@ -52,19 +52,18 @@ def pooling_of(packed: PackedCheckpoint) -> str | None:
     As modules.json of sentence-transformers says it; None without one. Raises CheckpointError where
     llama.cpp does something else than these modules, FormatError for files that say nothing.
     """
-    path = packed.directory / "modules.json"
-    folders = module_folders(packed.directory)  # none where the file is another, or damaged
-    if not folders:
+    modules = _modules(packed)
+    if not modules:
         return None
-    kinds = [str(each.get("type")).rpartition(".")[2] for each in json.loads(path.read_bytes())]
+    kinds = [kind for kind, _ in modules]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise CheckpointError(
-            path,
+            packed.directory / "modules.json",
             f"modules {', '.join(kinds)}",
             "Transformer, Pooling and at most Normalize, which is all that llama.cpp computes",
             "Export it to dense, which keeps all modules",
         )
-    at = folders[-1] if len(kinds) == 2 else folders[-2]
+    at = modules[1][1]
     table = read_json(packed.directory / at / "config.json") or {}
     asked = [key for key, value in table.items() if key.startswith("pooling_mode_") and value]
     asked += [table["pooling_mode"]] if isinstance(table.get("pooling_mode"), str) else []
@@ -76,6 +75,45 @@ def pooling_of(packed: PackedCheckpoint) -> str | None:
             "Export it to dense, which keeps all modules",
         )
     return _POOLING[asked[0]]
+
+
+def _modules(packed: PackedCheckpoint) -> list[tuple[str, str]]:
+    """The kinds of the modules in modules.json, and their folders; none without that file."""
+    path = packed.directory / "modules.json"
+    if not path.is_file():
+        return []
+    try:
+        table = json.loads(path.read_bytes())
+        found = [(str(each["type"]).rpartition(".")[2], str(each["path"])) for each in table]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        found = []
+    if not found:
+        raise FormatError(path, "is no list of modules", "each with type and path", "Repair it")
+    module_folders(packed.directory)  # raises where one is outside
+    return found
+
+
+def embedding_notes(packed: PackedCheckpoint) -> list[str]:
+    """What sentence-transformers does for embeddings, and a file does not say, in words."""
+    modules, notes = _modules(packed), []
+    if any(kind == "Normalize" for kind, _ in modules):
+        notes.append(
+            "that embeddings have length 1 (Normalize) the file does not say: ask for it where "
+            "llama.cpp is run"
+        )
+    first = packed.directory / (modules[0][1] if modules else "")
+    if (read_json(first / "sentence_bert_config.json") or {}).get("do_lower_case"):
+        notes.append(
+            "sentence-transformers makes small letters of all text (do_lower_case of "
+            "sentence_bert_config.json), llama.cpp does what its tokenizer does"
+        )
+    prompts = read_json(packed.directory / "config_sentence_transformers.json") or {}
+    if name := prompts.get("default_prompt_name"):
+        notes.append(
+            f"sentence-transformers puts its prompt {str(name)!r:.40} before a text, llama.cpp "
+            "none: put it there"
+        )
+    return notes
 
 
 def write_keys(

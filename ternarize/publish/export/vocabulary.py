@@ -76,7 +76,10 @@ def write(writer: Any, directory: Path, size: int) -> list[str]:
     tokens, types = _tokens(directory, definition, size)
     if model["type"] == "WordPiece":
         notes = _write_pieces(writer, directory, definition, tokens, types)
-        _write_specials(writer, directory, tokenizer, ("cls", "sep"))
+        unknown = model["vocab"].get(model.get("unk_token"))
+        if unknown is None:  # of which llama.cpp takes token 100
+            raise _unknown(directory, "names no token for unknown words", "one that does")
+        _write_specials(writer, directory, tokenizer, ("cls", "sep"), unknown)
         return notes
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     notes = []
@@ -204,6 +207,10 @@ def _tokens(directory: Path, definition: dict[str, Any], size: int) -> tuple[lis
     added = {each["id"]: each for each in definition["added_tokens"]}
     words = {number: word for word, number in definition["model"]["vocab"].items()}
     words |= {number: each["content"] for number, each in added.items()}
+    normalizer = definition["normalizer"] or {}
+    small = definition["model"]["type"] == "WordPiece" and (
+        normalizer.get("lowercase") or normalizer.get("strip_accents")
+    )
     for each in added.values():
         for switch in ("lstrip", "rstrip", "single_word"):
             if each.get(switch):
@@ -212,6 +219,12 @@ def _tokens(directory: Path, definition: dict[str, Any], size: int) -> tuple[lis
                     f"has {each['content']!r} with {switch}",
                     "added tokens that are found everywhere, and leave the spaces beside them",
                 )
+        if each.get("normalized") and small:
+            raise _unknown(
+                directory,
+                f"looks for {each['content']!r} in text whose letters it has changed",
+                "added tokens that are found in text as it is (normalized false)",
+            )
     largest = max(words, default=-1)
     if largest >= size:
         raise _unknown(directory, f"has a token {largest}", f"at most {size - 1}, as the model")
@@ -228,14 +241,18 @@ def _tokens(directory: Path, definition: dict[str, Any], size: int) -> tuple[lis
     return tokens, types
 
 
-def _write_specials(writer: Any, directory: Path, tokenizer: Any, ends: tuple[str, str]) -> None:
+def _write_specials(
+    writer: Any, directory: Path, tokenizer: Any, ends: tuple[str, str], unknown: int | None = None
+) -> None:
     """Numbers of special tokens, which of them a text gets, and the template of chats.
 
-    ends  the kinds of token that a text begins and ends with, if it does with any
+    ends     the kinds of token that a text begins and ends with, if it does with any
+    unknown  the token for unknown words; None: the one that the tokenizer names, if any
     """
     pieces = ends == ("cls", "sep")
     kinds = (*ends, "unk", "pad", *(("mask",) if pieces else ()))
     ids = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in kinds}
+    ids["unk"] = ids["unk"] if unknown is None else unknown
     for kind, number in ids.items():
         if number is not None:
             # llama.cpp begins a text with "bos", whatever the model calls it
