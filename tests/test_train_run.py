@@ -844,7 +844,8 @@ def test_a_training_from_a_trained_start_goes_on_behind_the_samples_that_it_had(
     monkeypatch.setattr(loop, "ahead", contextlib.nullcontext)
 
     def trained(name: str, **more: Any) -> dict[str, Any]:
-        return convert(source, tmp_path / name, recipe_of(text, **more))["training"]
+        record = convert(source, tmp_path / name, recipe_of(text, **more))
+        return dict(record["training"])
 
     whole = trained("whole", steps=8)
     first = trained("first", steps=5)
