@@ -227,6 +227,12 @@ def test_a_least_share_leaves_the_zeros_of_rounding() -> None:
 
 def test_a_schedule_refuses_what_is_no_share() -> None:
     model = qat.prepare(build())
-    for options in ({"warmup": 1.5}, {"zeros": 1.0}, {"ramp": -0.1}, {"sharpen": 2.0}):
+    cases: list[dict[str, Any]] = [
+        {"warmup": 1.5},
+        {"zeros": 1.0},
+        {"ramp": -0.1},
+        {"sharpen": 2.0},
+    ]
+    for options in cases:
         with pytest.raises(UsageError, match=f"{next(iter(options))}: .*; expected a share"):
             qat.Schedule(model, **options)
