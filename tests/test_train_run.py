@@ -29,7 +29,7 @@ from ternarize.plans.recipe import Calibrate, Recipe, Train
 from ternarize.plans.recipe_files import open_recipe
 from ternarize.publish.card import make_card
 from ternarize.sources.packed import open_packed
-from ternarize.train import loop, losses, sources, state
+from ternarize.train import loop, losses, sources, state, students
 from ternarize.train import run as train_run
 from ternarize.train.objectives import objective
 
@@ -41,10 +41,12 @@ FRAMES = {"bert": "<s> $A </s>", "t5": "$A </s>"}
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Few looks, few candidates for each matrix, one thread: of models this small."""
+    """Few looks, few candidates, one thread: of models this small. The same products everywhere."""
     for name, value in {"ROUNDS": 1, "SWEEPS": 1, "DAMPINGS": (0.1,), "PULLS": (0.3,)}.items():
         monkeypatch.setattr(gptq, name, value)
     monkeypatch.setattr(loop, "LOOKS", 4)
+    for place in (students, train_run):  # also where a processor is faster in bfloat16
+        monkeypatch.setattr(place, "fast_dtype", lambda device: torch.float32)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -272,7 +274,7 @@ def test_a_share_of_zeros_is_trained_and_saved(
         assert not bool((checkpoint.read(f"{name}_scale") % 2).any())
     rows = [row for row in record["tensors"].values() if row["becomes"] == "ternary"]
     for row in rows:
-        assert row["sparsity"] == pytest.approx(0.8, abs=2e-3), row
+        assert 0.798 <= row["sparsity"] <= 0.81, row  # at least; a calibration leaves some more
     assert_measured(tmp_path / "packed", seen, 0.02)  # where it computes in bfloat16
     training = record["training"]
     counts = [
@@ -992,7 +994,7 @@ def test_mistakes_are_told_before_anything_is_loaded(
         raise AssertionError("a model is loaded")
 
     monkeypatch.setattr(train_run, "make_pair", loads)
-    monkeypatch.setattr("ternarize.convert.run.calibrate", loads)
+    monkeypatch.setattr("ternarize.convert.fitting.calibrate", loads)
     small = text_of(tmp_path / "small.txt", 1, words=8)
     bert, none = source_of("bert", tmp_path / "bert"), calibrating.save("llama", tmp_path / "none")
     chat = tmp_path / "chat.jsonl"
