@@ -47,8 +47,14 @@ def shard_blocks(
     paths  of the blocks
     """
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FSDPModule, fully_shard
 
+    if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        raise UsageError("--shard", f"torch {torch.__version__}", "2.13 or newer", "Install that")
+    if not paths:
+        raise UsageError(
+            "--shard", "a model without repeated blocks", "blocks to divide", "Leave --shard out"
+        )
     kind = torch.device(device).type
     if exchange.place.type != kind:
         raise UsageError(
@@ -59,7 +65,9 @@ def shard_blocks(
         for path in paths:
             fully_shard(model.get_submodule(path), mesh=mesh)
         rest = {parameter for parameter in model.parameters() if not is_divided(parameter)}
-        fully_shard(model.base_model, mesh=mesh, ignored_params=rest)
+        root: Any = fully_shard(model.base_model, mesh=mesh, ignored_params=rest)
+        # what one process did not use would be left out of the sum there, and others get wrong ones
+        root.set_reduce_scatter_unused_params(True)
         model.to(device)
 
 

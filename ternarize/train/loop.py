@@ -218,7 +218,7 @@ def _step(
         own: tuple[float, dict[str, float]] | None = None
         if at < len(parts):
             loss, beside = job.loss(parts[at])
-            (loss * (shares[at] * gradients.factor)).backward()  # type: ignore[no-untyped-call]
+            (loss * shares[at]).backward()  # type: ignore[no-untyped-call]
             own = float(loss.detach()), beside
         elif gradients.divided:  # blocks come together in all processes, or not at all
             (job.loss(parts[0])[0] * 0).backward()  # type: ignore[no-untyped-call]

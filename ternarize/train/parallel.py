@@ -63,7 +63,8 @@ class Gradients:
         self, world: World, parameters: Mapping[str, Tensor], exchange: Exchange | None = None
     ) -> None:
         self.parameters = [p for p in parameters.values() if not hasattr(p, "full_tensor")]
-        self.divided = len(self.parameters) < len(parameters)
+        self.parts = [p for p in parameters.values() if hasattr(p, "full_tensor")]
+        self.divided = bool(self.parts)
         self.world = world
         self.sums: list[Tensor] = []  # of each piece, this process's share
         self.found = [False] * len(self.parameters)  # which have a gradient at all
@@ -71,11 +72,6 @@ class Gradients:
             self.pieces = list(_pieces([p.numel() for p in self.parameters]))
             assert exchange is not None
             self.group, self.place = exchange
-
-    @property
-    def factor(self) -> int:
-        """By which a loss is to be multiplied: of divided blocks, so that means become sums."""
-        return self.world.size if self.divided else 1
 
     def add(self, own: _Words) -> list[_Words]:
         """Add what a round has left in the parameters, in the order of the processes, and take it
@@ -104,6 +100,9 @@ class Gradients:
 
     def take(self) -> None:
         """Give the parameters, in all processes, the gradients that have been added up."""
+        for part in self.parts:
+            if part.grad is not None:
+                part.grad.mul_(self.world.size)  # of divided blocks there are means, not sums
         if self.world.size == 1 or not self.sums:
             return
         for piece, own in zip(self.pieces, self.sums, strict=True):
@@ -119,7 +118,7 @@ class Gradients:
                         parameter.grad = torch.empty_like(
                             parameter, memory_format=torch.contiguous_format
                         )
-                    given = whole[at : at + count] / self.factor
+                    given = whole[at : at + count]
                     parameter.grad.view(-1)[span.first : span.last] = given
                 at += count
         self.sums, self.found = [], [False] * len(self.parameters)
@@ -129,8 +128,8 @@ class Gradients:
         if self.world.size == 1:
             return
         # sums of bit patterns do not depend on the order in which they are taken
-        sums = [p.detach().view(torch.int32).sum() for p in self.parameters]
-        told = self.world.all(torch.stack(sums).tolist())
+        sums = [int(p.detach().view(torch.int32).sum()) for p in self.parameters]
+        told = self.world.all(sums)
         others = [rank for rank, each in enumerate(told) if each != told[0]]
         if others:
             raise CheckpointError(
