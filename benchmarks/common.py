@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 
 import ternarize
@@ -34,6 +35,25 @@ def timed_convert(source: Path, output: Path, recipe: Recipe) -> dict[str, float
     convert(source, output, recipe)
     seconds = time.perf_counter() - began
     return {"bpw": inspect(output)["totals"]["ternary_bpw"], "seconds": seconds}
+
+
+def save_llama(
+    folder: Path, *, words: int, hidden: int, inner: int, layers: int, keys: int, length: int
+) -> None:
+    """A LLaMA of random weights in BF16, the same each time; heads of 64, `keys` wide for keys."""
+    config = transformers.LlamaConfig(
+        vocab_size=words,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=keys // 64,
+        max_position_embeddings=length,
+        architectures=["LlamaForCausalLM"],
+    )
+    torch.manual_seed(0)
+    model: Any = transformers.LlamaForCausalLM(config)  # whose `to` is annotated for other things
+    model.to(torch.bfloat16).save_pretrained(folder)
 
 
 def write_figures(path: Path | None, script: str, figures: dict[str, Any]) -> None:

@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from common import parser, write_figures
+from common import parser, save_llama, write_figures
 from safetensors.torch import save_file
 
 from ternarize.calibrate.ranks import CHUNKS, rank_of, share_out
@@ -104,19 +103,9 @@ Path(told).write_text(json.dumps(found | {"rate": found_rate}))
 def make(work: Path) -> tuple[Path, Path]:
     """The model and its samples."""
     source, data = work / "source", work / "data.safetensors"
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HIDDEN // 64,
-        num_key_value_heads=KV // 64,
-        max_position_embeddings=LENGTH,
-        architectures=["LlamaForCausalLM"],
+    save_llama(
+        source, words=VOCAB, hidden=HIDDEN, inner=INNER, layers=LAYERS, keys=KV, length=LENGTH
     )
-    torch.manual_seed(0)
-    model: Any = transformers.LlamaForCausalLM(config)  # whose `to` is annotated for other things
-    model.to(torch.bfloat16).save_pretrained(source)
     count = (TRAIN + 2 * HELD) * BATCH
     save_file({"input_ids": torch.randint(3, VOCAB, (count, LENGTH))}, data)
     return source, data

@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from common import parser, write_figures
+from common import parser, save_llama, write_figures
 from safetensors.torch import save_file
 
 HIDDEN, INNER, LAYERS, VOCAB, LENGTH = 512, 1408, 4, 2048, 256
@@ -70,19 +69,15 @@ Path(told).write_text(json.dumps(found))
 def make(work: Path) -> tuple[Path, Path]:
     """The model and its texts."""
     source, data = work / "source", work / "data.safetensors"
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HIDDEN // 64,
-        num_key_value_heads=HIDDEN // 128,
-        max_position_embeddings=LENGTH,
-        architectures=["LlamaForCausalLM"],
+    save_llama(
+        source,
+        words=VOCAB,
+        hidden=HIDDEN,
+        inner=INNER,
+        layers=LAYERS,
+        keys=HIDDEN // 2,
+        length=LENGTH,
     )
-    torch.manual_seed(0)
-    model: Any = transformers.LlamaForCausalLM(config)  # whose `to` is annotated for other things
-    model.to(torch.bfloat16).save_pretrained(source)
     save_file({"input_ids": torch.randint(3, VOCAB, (ROWS, LENGTH))}, data)
     return source, data
 
