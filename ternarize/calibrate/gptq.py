@@ -305,33 +305,17 @@ def _rounds(problem: _Problem, damping: float) -> Iterator[Ternary]:
 
 def _compensate(problem: _Problem) -> Ternary:
     """Steps 2 and 3."""
-    metric, wanted = problem.metric, problem.wanted
+    metric, diagonal = problem.metric, problem.metric.matrix.diagonal()
     if problem.rest is not None:
-        wanted = wanted - problem.rest
-    start = nearest(wanted, problem.group_size, problem.zone.share or None)
+        problem = replace(problem, wanted=problem.wanted - problem.rest, rest=None)
+    start = nearest(problem.wanted, problem.group_size, problem.zone.share or None)
     start = _with_stored_scales(start, problem.rounding)
-    diagonal = metric.matrix.diagonal()
-    weights = diagonal.square()
 
-    def compensated(matrix: Tensor, scales: Tensor) -> Tensor:
-        trits = torch.empty_like(matrix, dtype=torch.int8)
-        for rows in chunks(matrix):
-            columns = metric.sorted(matrix[rows])
-            level = _levels(metric, scales, rows, problem.group_size)
-            aim = columns * diagonal[:, None]
-            zone = problem.zone.width(weights, level)
-            found = sweep(metric.matrix, aim, columns, level, zone=zone)
-            trits[rows] = found.to(torch.int8).index_select(0, metric.back).T
-        return trits
+    def begin(part: _Problem, _: Ternary, rows: slice, __: Tensor) -> tuple[Tensor, Tensor]:
+        columns = metric.sorted(part.wanted[rows])
+        return columns * diagonal[:, None], columns
 
-    few = probe_rows(len(wanted)).to(wanted.device)
-    whole = partial(compensated, wanted, start.scales)
-    part = whole
-    if len(few) < len(wanted):
-        (some,) = _rows_of([start], few)
-        part = partial(compensated, wanted[few], some.scales)
-    trits = problem.zone.meet(part, whole, mean_weight(weights, start.scales))
-    return _with_used_scales(trits, start.scales, problem.group_size)
+    return _swept(problem, start, diagonal.square(), begin)
 
 
 def _joint_scales(problem: _Problem, trits: Tensor) -> Tensor:
@@ -363,30 +347,44 @@ def _joint_scales(problem: _Problem, trits: Tensor) -> Tensor:
 
 def _descend(problem: _Problem, trits: Tensor, scales: Tensor) -> Ternary:
     """Step 5."""
-    metric, size = problem.metric, problem.group_size
+    metric = problem.metric
     weights = metric.matrix.diagonal()
 
-    def descended(part: _Problem, start: Ternary) -> Tensor:
-        result = torch.empty_like(start.trits)
-        for rows in chunks(start.trits):
-            level = _levels(metric, start.scales, rows, size)
-            columns = metric.sorted(start.trits[rows].float()).mul_(level)
-            aim = metric.sorted(part.aim(rows))
-            aim.addmm_(metric.matrix, columns, alpha=-1)
-            aim.addcmul_(columns, weights[:, None])
-            zone = problem.zone.width(weights, level)
-            found = sweep(metric.matrix, aim, columns, level, SWEEPS, zone)
-            result[rows] = found.to(torch.int8).index_select(0, metric.back).T
-        return result
+    def begin(part: _Problem, some: Ternary, rows: slice, level: Tensor) -> tuple[Tensor, Tensor]:
+        columns = metric.sorted(some.trits[rows].float()).mul_(level)
+        aim = metric.sorted(part.aim(rows))
+        aim.addmm_(metric.matrix, columns, alpha=-1)
+        return aim.addcmul_(columns, weights[:, None]), columns
 
-    start, few = Ternary(trits, scales, size), probe_rows(len(trits)).to(trits.device)
-    whole = partial(descended, problem, start)
-    part = whole
-    if len(few) < len(trits):
-        (some,) = _rows_of([start], few)
-        part = partial(descended, problem.part(few), some)
-    result = problem.zone.meet(part, whole, mean_weight(weights, scales))
-    return _with_used_scales(result, scales, size)
+    return _swept(problem, Ternary(trits, scales, problem.group_size), weights, begin, SWEEPS)
+
+
+def _swept(
+    problem: _Problem,
+    start: Ternary,
+    weights: Tensor,
+    begin: Callable[..., tuple[Tensor, Tensor]],
+    sweeps: int = 1,
+) -> Ternary:
+    """Trits for the scales of `start`, with the share of zeros by the D of DeadZone, `weights`."""
+    metric = problem.metric
+
+    def swept(part: _Problem, some: Ternary) -> Tensor:
+        trits = torch.empty_like(some.trits)
+        for rows in chunks(trits):
+            level = _levels(metric, some.scales, rows, problem.group_size)
+            aim, columns = begin(part, some, rows, level)
+            zone = problem.zone.width(weights, level)
+            found = sweep(metric.matrix, aim, columns, level, sweeps, zone)
+            trits[rows] = found.to(torch.int8).index_select(0, metric.back).T
+        return trits
+
+    few = probe_rows(len(start.trits)).to(start.trits.device)
+    whole = part = partial(swept, problem, start)
+    if len(few) < len(start.trits):
+        part = partial(swept, problem.part(few), *_rows_of([start], few))
+    trits = problem.zone.meet(part, whole, mean_weight(weights, start.scales))
+    return _with_used_scales(trits, start.scales, problem.group_size)
 
 
 def _judge_of(weight: Tensor, held: Moments, bias: bool) -> Judge:
