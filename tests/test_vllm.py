@@ -21,6 +21,7 @@ import packing
 import pytest
 import tiny_models
 import torch
+import transformers
 from test_load import rewrite
 from torch.nn import functional as F
 
@@ -210,6 +211,43 @@ def random(
     return make
 
 
+def in_one_tensor(
+    config: Any, turned: bool = False, group_size: int = 16
+) -> Callable[[Path], Path]:
+    """All experts of a layer stored in one tensor, as transformers has them."""
+
+    def make(folder: Path) -> Path:
+        torch.manual_seed(0)
+        made: Any = getattr(transformers, config.architectures[0])(config)
+        made.save_pretrained(folder / "source", save_original_format=False)
+        convert(folder / "source", folder / "packed", Recipe("itf", group_size))
+        if turned:
+            rewrite(folder / "packed", turn)
+        return folder / "packed"
+
+    return make
+
+
+_SIZES = {
+    **tiny_models.TEXT,
+    "vocab_size": 192,
+    "num_attention_heads": 2,
+    "head_dim": 32,
+    "initializer_range": 0.1,
+}
+_QWEN = transformers.Qwen3MoeConfig(
+    **_SIZES,
+    moe_intermediate_size=48,
+    num_experts=4,
+    num_experts_per_tok=2,
+    architectures=["Qwen3MoeForCausalLM"],
+)
+_GRANITE = transformers.GraniteMoeConfig(
+    **{**_SIZES, "intermediate_size": 64},
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    architectures=["GraniteMoeForCausalLM"],
+)
 MODELS = {
     "tied head in int8": example(Recipe("itf", head="int8")),
     "planes, scales in 8 bits, head in int4": example(
@@ -223,6 +261,8 @@ MODELS = {
     "untied": random("llama", head_dim=32),
     "experts": random("qwen3_moe", head_dim=32, moe_intermediate_size=48),
     "rotated experts": random("qwen3_moe", turned=True, head_dim=32, moe_intermediate_size=48),
+    "experts in one tensor, rotated": in_one_tensor(_QWEN, turned=True),
+    "experts in one tensor, not rotated": in_one_tensor(_GRANITE),
     "fused in the file": random("phi3", hidden_size=128),
     "transposed": random("gpt2", n_embd=128),
     "gemma": random("gemma3_text", turned=True, head_dim=32),
@@ -247,7 +287,8 @@ def test_vllm_writes_what_transformers_writes(names: list[str], tmp_path: Path) 
 @ENGINE
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
-    for number, name in enumerate(("rotated", "planes, scales in 8 bits, head in int4")):
+    names = ("rotated", "planes, scales in 8 bits, head in int4")
+    for number, name in enumerate((*names, "experts in one tensor, not rotated")):
         (tmp_path / str(number)).mkdir()
         packed = MODELS[name](tmp_path / str(number))
         assert tokens_of_vllm([packed], tmp_path, **TWO) == [tokens_of_ours(packed)], name
@@ -259,10 +300,14 @@ def test_what_vllm_cannot_serve_is_said_in_one_line(tmp_path: Path) -> None:
     said = {}
     for name, make, options in (
         ("cut", example(Recipe("itf", 256)), TWO),
+        ("one scale", in_one_tensor(_QWEN, group_size=0), {}),
+        ("columns", random("llama4", head_dim=32), {}),
         ("not taken", random("mixtral", recipe=Recipe("itf", 16, embeddings="int8")), {}),
     ):
         (tmp_path / name).mkdir()
         found = engine_run([make(tmp_path / name)], tmp_path, **options)
         said[name] = found.stdout + found.stderr  # where vLLM puts it, depends
     assert "expected whole groups in each. Use fewer processes, or convert with" in said["cut"]
+    assert "has one scale for the gate and the up projection" in said["one scale"]
+    assert "for each expert, as it is packed. Serve it with --engine" in said["columns"]
     assert "is packed, but the model of vLLM has no layer that takes" in said["not taken"]

@@ -171,6 +171,9 @@ class VllmConfiguration(QuantizationConfig):  # type: ignore[misc]
         )  # inputs of ends stay as they are
 
     def _of_experts(self, layer: Any, path: str) -> Any:
+        stacks = self._stacks(layer, path)
+        if stacks:
+            return PackedExpertsMethod(self.check_all_taken, layer, stacks)
         names = dict(_names_of_experts(layer, path))
         found = {key: self.stored[name] for key, name in names.items() if name in self.stored}
         stacked = [name for name in self.stored if name.startswith(f"{path}.") and not found]
@@ -184,10 +187,39 @@ class VllmConfiguration(QuantizationConfig):  # type: ignore[misc]
         self.unasked -= set(names.values())
         return PackedExpertsMethod(self.check_all_taken, layer, found)
 
+    def _stacks(self, layer: Any, path: str) -> dict[tuple[int, str], LayerTensor]:
+        """Experts that lie in two tensors, of gates and ups and of downs, by (expert, shard).
+
+        vLLM takes them apart, in `RoutedExperts.load_weights`. Nothing where they lie otherwise (in
+        columns, say, of which it would cut bytes), or none is packed.
+        """
+        both = {"gate_proj": "gate_up_proj", "w1": "w13"}.get(layer.ckpt_gate_proj_name)
+        names = [f"{path}.{both}", f"{path}.{layer.ckpt_down_proj_name}"]
+        found = [self.stored[name] for name in names if name in self.stored]
+        if all(each.layout is None for each in found) or layer.is_fused_checkpoint_transposed:
+            return {}
+        if len(found) < len(names):
+            missing = next(name for name in names if name not in self.stored)
+            there = f"but {found[0].name} of the same layer is there"
+            raise FormatError(missing, f"is missing, {there}")
+        gate_up, down = found
+        if gate_up.layout is not None and gate_up.layout.group_size == 0:
+            raise UsageError(
+                gate_up.name,
+                "has one scale for the gate and the up projection of an expert, which vLLM parts",
+                "scales of rows or of groups",
+                "Convert the model with --group-size 128, or serve it with --engine transformers",
+            )
+        self.unasked -= set(names)
+        half = replace(gate_up, rows=gate_up.rows // 2)
+        shards = {"w1": half, "w3": half, "w2": down}
+        experts = range(layer.moe_config.num_logical_experts)
+        return {(expert, shard): each for expert in experts for shard, each in shards.items()}
+
     def _refuse_stack(self, name: str) -> None:
         raise UsageError(
             name,
-            "holds all experts in one tensor, which the plug-in does not take apart",
+            "holds all experts in one tensor, in a way that the plug-in does not take apart",
             "a tensor for each expert",
             "Serve it with --engine transformers",
         )

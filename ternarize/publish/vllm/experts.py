@@ -76,6 +76,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             local = layer._map_global_expert_id_to_local_expert_id(expert_id)
             if local != -1:
                 of = self.stored[expert_id, shard_id]
+                _check_brought(of, loaded_weight, leaf)
                 part = self._part(layer, of, loaded_weight, shard_id)
                 kept = part.to(param.device, copy=True).contiguous()
                 self.brought[local, shard_id, leaf] = kept
@@ -153,3 +154,19 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
     def _expert(self, x: Tensor, halves: Mapping[str, list[Matrix]]) -> Tensor:
         gate, up = multiplied(x, halves["w13"]).chunk(2, -1)
         return multiplied(self.activation(gate) * up, halves["w2"])
+
+
+def _check_brought(of: LayerTensor, found: Tensor, leaf: str) -> None:
+    """Raise UsageError where vLLM's model brings a packed matrix otherwise than it is stored."""
+    if of.layout is None:
+        return
+    weight = leaf == "weight"
+    row = of.layout.width() if weight else found.shape[-1]
+    rows = {of.rows} if weight else {of.rows, 1}
+    if found.dim() != 2 or len(found) not in rows or found.shape[-1] != row:
+        raise UsageError(
+            of.name,
+            f"is brought by the model of vLLM as {list(found.shape)}",
+            f"{[of.rows, row]} for each expert, as it is packed",
+            "Serve it with --engine transformers",
+        )
