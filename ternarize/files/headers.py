@@ -7,7 +7,7 @@ count as memory.
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -104,6 +104,19 @@ def read_header(path: Path) -> Header:
     if 8 + length + end != size:
         raise broken_file(path, f"{size} bytes", f"the {8 + length + end} that the header promises")
     return Header(entries, metadata, 8 + length)
+
+
+def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> dict[str, Entry]:
+    """Where tensors (name, dtype, shape) lie in a file: the widest first, so that all are aligned.
+
+    Those of one width stay in their order.
+    """
+    entries, start = dict[str, Entry](), 0
+    for name, dtype, shape in sorted(tensors, key=lambda each: -DTYPES[each[1]].itemsize):
+        nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+        entries[name] = Entry(dtype, shape, start, nbytes)
+        start += nbytes
+    return entries
 
 
 def header_json(entries: Mapping[str, Entry], said: Mapping[str, str]) -> bytes:

@@ -13,7 +13,7 @@ from ternarize.errors import FormatError
 from ternarize.files import metadata
 from ternarize.files.checkpoint import Checkpoint, open_files
 from ternarize.files.container import check_data
-from ternarize.files.headers import DTYPES, Entry, byte_view, file_head, read_bytes
+from ternarize.files.headers import DTYPES, byte_view, file_head, lay_out, read_bytes
 from ternarize.files.json_files import strict_json
 from ternarize.files.metadata import KEY, RANS, SCALE_SUFFIX, Record, records_of
 from ternarize.trits.rans import encode_rows
@@ -95,12 +95,8 @@ def _write(
     parts: Mapping[str, _Part],
     streams: Path,
 ) -> None:
-    """One file, the widest types first, so that all are aligned."""
-    entries, at = dict[str, Entry](), 0
-    for name in sorted(parts, key=lambda each: -DTYPES[parts[each].dtype].itemsize):
-        part = parts[name]
-        entries[name] = Entry(part.dtype, part.shape, at, part.nbytes)
-        at += part.nbytes
+    """One file."""
+    entries = lay_out((name, part.dtype, part.shape) for name, part in parts.items())
     recorded = strict_json(checkpoint.metadata[file][KEY]).get("recorded") is True
     table = checkpoint.metadata[file] | metadata.dump_metadata(records, recorded=recorded)
     with path.open("wb") as out:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ternarize.errors import CheckpointError, some
 from ternarize.files import metadata
 from ternarize.files.checkpoint import Checkpoint, TensorInfo
-from ternarize.files.headers import DTYPES, MAX_HEADER, Entry, header_json
+from ternarize.files.headers import DTYPES, MAX_HEADER, Entry, header_json, lay_out
 from ternarize.files.metadata import SCALE_SUFFIX, Record
 from ternarize.native import lib
 from ternarize.plans.copied import BESIDE
@@ -143,15 +143,8 @@ class Shard:
     tensors: tuple[TensorPlan, ...]
 
     def layout(self) -> dict[str, Entry]:
-        """Entries in the order of the file: widest dtype first, so that all are aligned."""
-        stored = [item for tensor in self.tensors for item in tensor.stored()]
-        stored.sort(key=lambda item: -DTYPES[item[1]].itemsize)
-        entries, start = {}, 0
-        for name, dtype, shape in stored:
-            nbytes = math.prod(shape) * DTYPES[dtype].itemsize
-            entries[name] = Entry(dtype, shape, start, nbytes)
-            start += nbytes
-        return entries
+        """Entries in the order of the file."""
+        return lay_out(item for tensor in self.tensors for item in tensor.stored())
 
     def data_start(self) -> int:
         """Where the data begins, the same whatever the digests and the 2-byte dtypes will be.

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ternarize.errors import OutputError
-from ternarize.files.headers import DTYPE_NAMES, DTYPES, Entry, byte_view, file_head, read_header
+from ternarize.files.headers import DTYPE_NAMES, DTYPES, byte_view, file_head, lay_out, read_header
 from ternarize.files.outputs import sync_files
 from ternarize.ranks import World
 from ternarize.train.divided import is_divided, put, whole
@@ -88,12 +88,7 @@ def save_state(
                 tensors[f"optimizer {at} {key}"] = value
             else:
                 rest[f"{at} {key}"] = value
-    entries, start = dict[str, Entry](), 0
-    # the widest first, so that each begins at a multiple of its size
-    for name, value in sorted(tensors.items(), key=lambda each: -each[1].element_size()):
-        size = value.numel() * value.element_size()
-        entries[name] = Entry(DTYPE_NAMES[value.dtype], tuple(value.shape), start, size)
-        start += size
+    entries = lay_out((n, DTYPE_NAMES[v.dtype], tuple(v.shape)) for n, v in tensors.items())
     facts = {"progressed": asdict(progressed), "known": dict(known), "optimizer": rest}
     part = folder / f"{STATE}.part"
     place: Any = part.open("wb") if writes else nullcontext()

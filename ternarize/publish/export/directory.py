@@ -19,7 +19,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ternarize.errors import CheckpointError, UsageError, WeightError
 from ternarize.files.container import as_source
-from ternarize.files.headers import DTYPE_NAMES, DTYPES, byte_view
+from ternarize.files.headers import DTYPE_NAMES, DTYPES, byte_view, file_head, lay_out
 from ternarize.files.names import INDEX, RECORD, SAFETENSORS
 from ternarize.models.configuration import config_dtype
 from ternarize.models.places import locate_tensors
@@ -218,14 +218,15 @@ def _write_weights(folder: Path, items: list[DirectoryItem], progress: Progress 
         files = [f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
     total, done = sum(item.nbytes for item in items), 0
     for file, shard in zip(files, shards, strict=True):
-        header, places = _safetensors_head(shard)
+        entries = lay_out((item.name, item.dtype, item.shape) for item in shard)
+        head = file_head(entries, {"format": "pt"})
         with (folder / file).open("wb") as out:
-            out.write(header)
+            out.write(head)
             for item in shard:
                 tensor = item.read()
                 assert tuple(tensor.shape) == item.shape, item.name
                 assert DTYPE_NAMES[tensor.dtype] == item.dtype, item.name
-                out.seek(len(header) + places[item.name])
+                out.seek(len(head) + entries[item.name].start)
                 out.write(byte_view(tensor).numpy().data)
                 done += item.nbytes
                 if progress:
@@ -261,21 +262,3 @@ def _cut_into_shards(items: Sequence[DirectoryItem]) -> list[list[DirectoryItem]
         shards[-1].append(item)
         size += item.nbytes
     return shards
-
-
-def _safetensors_head(items: Sequence[DirectoryItem]) -> tuple[bytes, dict[str, int]]:
-    """The head of a safetensors file with these tensors, and where the data of each begins.
-
-    The widest dtypes come first, and the head fills whole 8 bytes, so that all are aligned.
-    """
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    places: dict[str, int] = {}
-    start = 0
-    for item in sorted(items, key=lambda item: -DTYPES[item.dtype].itemsize):
-        places[item.name] = start
-        start += item.nbytes
-        offsets = [places[item.name], start]
-        table[item.name] = {"dtype": item.dtype, "shape": item.shape, "data_offsets": offsets}
-    raw = json.dumps(table, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    return len(raw).to_bytes(8, "little") + raw, places
