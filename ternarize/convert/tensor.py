@@ -25,7 +25,7 @@ from ternarize.plans.lossless import exact_groups, not_lossless
 from ternarize.plans.recipe import GPTQ, WITHOUT_DATA, Recipe
 from ternarize.sources.imports.common import Imported
 from ternarize.trits.methods import METHODS, levels, with_zeros
-from ternarize.trits.planes import fit_packed, fit_planes, measured, pack_fit, squared_error
+from ternarize.trits.planes import fit_packed, fit_planes, measured, squared_error
 from ternarize.trits.rotation import rotate
 from ternarize.trits.scales import store_scales
 from ternarize.trits.ternary import Ternary, scaled
@@ -203,11 +203,10 @@ def _ternarize(
         elif whole is not None:
             block, seed = tensor.rotation
             weight = rotate(weight.to(torch.float32), block, seed) if block else weight
-            fit = pack_fit(measured(weight, _part_of(whole, tensor, start, stop)))
+            fit = measured(weight, _part_of(whole, tensor, start, stop))
         else:
             itself = _exactly(weight, source, tensor, exact)
-            found = fit_planes(weight, group_size, method, tensor.planes, dtype, itself, bits)
-            fit = pack_fit(found)
+            fit = fit_planes(weight, group_size, method, tensor.planes, dtype, itself, bits)
         entries.add(tensor.name, fit.packed)
         all_scales.append(fit.scales.reshape(-1))
         error, energy = error + fit.squared_error, energy + fit.energy

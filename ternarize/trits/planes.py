@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,17 +20,10 @@ Method = Callable[[Tensor, int], Ternary]
 
 @dataclass(frozen=True)
 class Fit:
-    """Planes and how they fit a weight: sum (w - w')^2 and sum w^2; trits other than zero."""
+    """The stored bytes of planes, their scales in float64, and how they fit a weight.
 
-    planes: Sequence[Ternary]
-    squared_error: float
-    energy: float
-    nonzero: int
-
-
-@dataclass(frozen=True)
-class PackedFit:
-    """The stored bytes of planes, their scales in float64, and how they fit, as of Fit."""
+    sum (w - w')^2, sum w^2, and how many trits are other than zero.
+    """
 
     packed: Tensor
     scales: Tensor
@@ -38,8 +32,8 @@ class PackedFit:
     nonzero: int
 
 
-def fit_packed(weight: Tensor, group_size: int, name: str) -> PackedFit:
-    """One plane by the method of that name, packed: what `fit_planes` and `pack_planes` make of it.
+def fit_packed(weight: Tensor, group_size: int, name: str) -> Fit:
+    """One plane by the method of that name: what `fit_planes` makes of it.
 
     weight  (rows, cols) float
 
@@ -55,15 +49,13 @@ def fit_packed(weight: Tensor, group_size: int, name: str) -> PackedFit:
         kind, bits = NATIVE_DTYPES[weight.dtype], native_bits(weight.detach())
         bad, *figures = native(bits, kind, group_size, packed, scales, 1)
         if bad < 0:
-            return PackedFit(packed, scales, *figures)
-    return pack_fit(fit_planes(weight, group_size, METHODS[name]))  # which says what is not finite
+            return Fit(packed, scales, *figures)
+    return fit_planes(weight, group_size, METHODS[name])  # which says what is not finite
 
 
-def pack_fit(fit: Fit) -> PackedFit:
-    """The stored bytes of planes."""
-    scales = join_planes([plane.scales.cpu() for plane in fit.planes])
-    figures = fit.squared_error, fit.energy, fit.nonzero
-    return PackedFit(pack_planes(*fit.planes, threads=1), scales, *figures)
+def _packed(planes: Sequence[Ternary], *figures: Any) -> Fit:
+    scales = join_planes([plane.scales.cpu() for plane in planes])
+    return Fit(pack_planes(*planes, threads=1), scales, *figures)
 
 
 def fit_planes(
@@ -89,7 +81,7 @@ def fit_planes(
     error, energy, nonzero = distance(weight, planes[0])
     if count > 1:
         error, nonzero = distance(rest, planes[-1])[0], _nonzero(planes)
-    return Fit(planes, error, energy, nonzero)
+    return _packed(planes, error, energy, nonzero)
 
 
 def _representable(ternary: Ternary) -> Ternary:
@@ -117,7 +109,7 @@ def measured(weight: Tensor, planes: Sequence[Ternary]) -> Fit:
     dense = planes[0].dequantize(torch.float64)
     for plane in planes[1:]:
         dense = dense + plane.dequantize(torch.float64)
-    return Fit(planes, *squared_error(weight, dense, planes[0].group_size), _nonzero(planes))
+    return _packed(planes, *squared_error(weight, dense, planes[0].group_size), _nonzero(planes))
 
 
 def squared_error(weight: Tensor, dense: Tensor, group_size: int) -> tuple[float, float]:
