@@ -254,43 +254,26 @@ def _(
     return x.new_empty((*x.shape[:-1], rows))
 
 
-def _multiply_int8(
-    x: Tensor, packed: Tensor, scale: Tensor, group_size: int, rounded: bool
-) -> Tensor:
-    activations = "int8" if rounded else "none"
-    threads = torch.get_num_threads()
-    return kernels.product_of_int8(x.detach(), packed, scale, group_size, activations, threads)
+def _of_numbers(name: str, product: Callable[..., Tensor]) -> tuple[Any, Any]:
+    """The same two ways of a product from numbers in 8 or 4 bits."""
 
+    def multiply(
+        x: Tensor, packed: Tensor, scale: Tensor, group_size: int, rounded: bool
+    ) -> Tensor:
+        activations = "int8" if rounded else "none"
+        threads = torch.get_num_threads()
+        return product(x.detach(), packed, scale, group_size, activations, threads)
 
-_compiled_multiply_int8 = torch.library.custom_op(
-    "ternarize::int8_product", _multiply_int8, mutates_args=(), device_types="cpu"
-)
+    compiled = torch.library.custom_op(name, multiply, mutates_args=(), device_types="cpu")
 
+    @compiled.register_fake
+    def _(x: Tensor, packed: Tensor, scale: Tensor, group_size: int, rounded: bool) -> Tensor:
+        return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
-@_compiled_multiply_int8.register_fake
-def _(x: Tensor, packed: Tensor, scale: Tensor, group_size: int, rounded: bool) -> Tensor:
-    return x.new_empty((*x.shape[:-1], packed.shape[0]))
-
-
-def _multiply_int4(
-    x: Tensor, packed: Tensor, scale: Tensor, group_size: int, rounded: bool
-) -> Tensor:
-    activations = "int8" if rounded else "none"
-    threads = torch.get_num_threads()
-    return kernels.product_of_int4(x.detach(), packed, scale, group_size, activations, threads)
-
-
-_compiled_multiply_int4 = torch.library.custom_op(
-    "ternarize::int4_product", _multiply_int4, mutates_args=(), device_types="cpu"
-)
-
-
-@_compiled_multiply_int4.register_fake
-def _(x: Tensor, packed: Tensor, scale: Tensor, group_size: int, rounded: bool) -> Tensor:
-    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+    return multiply, compiled
 
 
 _STORED = {
-    INT8: (_multiply_int8, _compiled_multiply_int8),
-    INT4: (_multiply_int4, _compiled_multiply_int4),
+    INT8: _of_numbers("ternarize::int8_product", kernels.product_of_int8),
+    INT4: _of_numbers("ternarize::int4_product", kernels.product_of_int4),
 }
