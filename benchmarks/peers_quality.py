@@ -49,7 +49,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ternarize.measure.documents import cut_windows, read_documents
-from ternarize.measure.language_models import compare_windows
+from ternarize.measure.language_models import summarize, window_columns
 from ternarize.models.reads import open_tokenizer
 
 EVAL_TOKENS, EVAL_LEN = 60_000, 256
@@ -312,7 +312,7 @@ def evaluate_lm(model: Model, network: Any, data: Path) -> dict[str, Any]:
     tokenizer = open_tokenizer(model.checkpoint(data))
     text = read_documents(data / "text" / "eval.txt")
     windows = cut_windows(text, tokenizer, EVAL_LEN, EVAL_TOKENS)
-    measures = compare_windows([network, model.load(data)], windows)
+    measures = summarize(window_columns([network, model.load(data)], windows))
     return {name: measures[name] for name in ("perplexity", "kl_divergence", "top1_agreement")}
 
 

@@ -27,7 +27,7 @@ from common import hide_bars, parser, timed_convert, write_figures
 
 from ternarize.measure.documents import cut, read_documents
 from ternarize.measure.evaluate import evaluate, open_evaluation
-from ternarize.measure.language_models import compare_windows
+from ternarize.measure.language_models import summarize, window_columns
 from ternarize.measure.report import inspect
 from ternarize.measure.writing import Writing
 from ternarize.models.reads import beginning
@@ -56,7 +56,8 @@ def as_they_fall(model: Path, text: Path, seq_len: int, max_tokens: int) -> dict
         ids += beginning(work.tokenizer)
         ids += work.tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
     windows = torch.tensor(cut(ids[:max_tokens], [], seq_len))
-    measures = compare_windows(work.load("cpu", torch.float32), windows, work.batch_size())
+    models = work.load("cpu", torch.float32)
+    measures = summarize(window_columns(models, windows, work.batch_size()))
     return {"windows": len(windows), "tokens": windows.numel(), **measures}
 
 

@@ -24,7 +24,7 @@ from ternarize.errors import CheckpointError, FormatError, TernarizeError, Usage
 from ternarize.measure.documents import cut, cut_windows, read_documents
 from ternarize.measure.encoders import embed
 from ternarize.measure.evaluate import evaluate
-from ternarize.measure.language_models import compare_windows
+from ternarize.measure.language_models import summarize, window_columns
 from ternarize.models.reads import frame, open_tokenizer
 from ternarize.plans.recipe import Recipe
 from ternarize.runtime.generate import generate
@@ -254,33 +254,37 @@ def constant_model(*probabilities: float) -> Any:
     return model
 
 
+def compared(models: list[Any], windows: torch.Tensor, first: int = 1) -> dict[str, Any]:
+    return dict(summarize(window_columns(models, windows, first=first)))
+
+
 def test_the_perplexity_of_a_uniform_prediction_is_the_vocabulary() -> None:
     windows = torch.tensor([[0, 1, 2, 3], [3, 3, 3, 3]])
-    measures = compare_windows([constant_model(0.25, 0.25, 0.25, 0.25)], windows)
+    measures = compared([constant_model(0.25, 0.25, 0.25, 0.25)], windows)
     assert measures["perplexity"]["value"] == pytest.approx(4)
     assert measures["perplexity"]["standard_error"] == pytest.approx(0, abs=1e-6)
 
 
 def test_the_first_token_of_a_window_is_not_counted() -> None:
     windows = torch.tensor([[1, 0, 0], [0, 1, 0]])
-    value = compare_windows([constant_model(0.5, 0.25, 0.25)], windows)["perplexity"]["value"]
+    value = compared([constant_model(0.5, 0.25, 0.25)], windows)["perplexity"]["value"]
     assert value == pytest.approx(2 ** ((1 + 1 + 2 + 1) / 4))
 
 
 def test_a_longer_beginning_of_a_window_is_not_counted_either() -> None:
     windows = torch.tensor([[1, 0, 0, 2], [1, 0, 1, 0]])
     model = constant_model(0.5, 0.25, 0.25)
-    value = compare_windows([model], windows, first=2)["perplexity"]["value"]
+    value = compared([model], windows, first=2)["perplexity"]["value"]
     assert value == pytest.approx(2 ** ((1 + 2 + 2 + 1) / 4))
 
 
 def test_the_divergence_is_that_of_the_packed_model_from_the_source() -> None:
     source, ours = constant_model(0.5, 0.25, 0.25), constant_model(0.25, 0.25, 0.5)
-    measures = compare_windows([ours, source], torch.zeros(2, 3, dtype=torch.int64))
+    measures = compared([ours, source], torch.zeros(2, 3, dtype=torch.int64))
     assert measures["kl_divergence"]["value"] == pytest.approx(0.25 * math.log(2))
     assert measures["top1_agreement"]["value"] == 0
     assert measures["perplexity_ratio"]["value"] == pytest.approx(2)
-    reverse = compare_windows(
+    reverse = compared(
         [constant_model(0.5, 0.5), constant_model(0.9, 0.1)], torch.zeros(2, 3, dtype=torch.int64)
     )
     assert reverse["kl_divergence"]["value"] == pytest.approx(
@@ -290,12 +294,12 @@ def test_the_divergence_is_that_of_the_packed_model_from_the_source() -> None:
 
 def test_words_that_the_source_excludes_add_nothing_to_the_divergence() -> None:
     source, ours = constant_model(0.5, 0.5, 0.0), constant_model(0.25, 0.25, 0.5)
-    measures = compare_windows([ours, source], torch.zeros(2, 3, dtype=torch.int64))
+    measures = compared([ours, source], torch.zeros(2, 3, dtype=torch.int64))
     assert measures["kl_divergence"]["value"] == pytest.approx(math.log(2))
 
 
 def test_one_window_has_no_standard_error() -> None:
-    measures = compare_windows([constant_model(0.5, 0.5)], torch.zeros(1, 3, dtype=torch.int64))
+    measures = compared([constant_model(0.5, 0.5)], torch.zeros(1, 3, dtype=torch.int64))
     assert measures["perplexity"] == {"value": pytest.approx(2), "standard_error": None}
 
 

@@ -58,9 +58,9 @@ def test_other_group_sizes_are_refused_with_their_value(group_size: int) -> None
         check_group_size(group_size)
 
 
-def test_the_last_group_is_padded_with_the_fill() -> None:
+def test_the_last_group_is_padded_with_zeros() -> None:
     values = torch.arange(1, 8).reshape(1, 7)
-    assert split_groups(values, 3, fill=-9).tolist() == [[[1, 2, 3], [4, 5, 6], [7, -9, -9]]]
+    assert split_groups(values, 3).tolist() == [[[1, 2, 3], [4, 5, 6], [7, 0, 0]]]
     assert split_groups(values, -1).tolist() == [[[1, 2, 3, 4, 5, 6, 7]]]
 
 

@@ -28,21 +28,6 @@ MAX_BATCH = 16  # windows or lines
 LOGITS = 1 << 22  # compared at a time, so that what is made of them stays small
 
 
-def compare_windows(
-    models: Sequence[Any],
-    windows: Tensor,
-    batch_size: int = MAX_BATCH,
-    progress: Progress | None = None,
-    *,
-    first: int = 1,
-) -> dict[str, Figure]:
-    """Measures of one model, or of a model and its source, on the same windows.
-
-    Arguments, errors: `window_columns`. Returns the measures of `evaluate`.
-    """
-    return summarize(window_columns(models, windows, batch_size, progress, first=first))
-
-
 def window_columns(
     models: Sequence[Any],
     windows: Tensor,

@@ -57,13 +57,13 @@ def check_device(name: str | None) -> str:
     return name
 
 
-def split_groups(values: Tensor, group_size: int, fill: float = 0) -> Tensor:
-    """View (..., cols) as (..., groups, length), the last group padded with `fill`."""
+def split_groups(values: Tensor, group_size: int) -> Tensor:
+    """View (..., cols) as (..., groups, length), the last group padded with zeros."""
     cols = values.shape[-1]
     length = group_length(cols, group_size)
     missing = group_count(cols, group_size) * length - cols
     if missing:
-        values = torch.nn.functional.pad(values, (0, missing), value=fill)
+        values = torch.nn.functional.pad(values, (0, missing))
     return torch.unflatten(values, -1, (group_count(cols, group_size), length))
 
 
