@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from ternarize.plans.plan import make_plan
 from ternarize.plans.recipe import Calibrate, Recipe
 
 NAMES = (*tiny_models.CONFIGS, *tiny_models.MORE)
+# candidates for a matrix, names and values of gptq.py
+FEW: dict[str, Any] = {"ROUNDS": 1, "SWEEPS": 1, "DAMPINGS": (0.1,), "PULLS": (0.3,)}
 
 
 def save(name: str, directory: Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -68,6 +71,11 @@ def blocks_of(directory: Path) -> tuple[Plan, Blocks]:
     """The blocks that hold what becomes ternary."""
     work = make_plan(directory, Recipe())
     return work, Blocks(work.source, [t.name for t in work.tensors if t.ternary])
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """The SHA-256 of each file of a folder."""
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir()}
 
 
 def load_source(directory: Path) -> nn.Module:

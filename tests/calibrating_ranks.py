@@ -24,10 +24,7 @@ from ternarize.ranks import World, ranks_of_launcher
 
 # few candidates for each matrix, and batches of one sample, so that there are several
 QUICK: list[tuple[Any, str, Any]] = [
-    (gptq, "ROUNDS", 1),
-    (gptq, "SWEEPS", 1),
-    (gptq, "DAMPINGS", (0.1,)),
-    (gptq, "PULLS", (0.3,)),
+    *((gptq, name, value) for name, value in calibrating.FEW.items()),
     (pipeline, "TOKENS_IN_BATCH", 1),
 ]
 

@@ -1,6 +1,5 @@
 """Models run block by block: the same outputs, one block in memory; what a trace sees of one."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,7 @@ from ternarize.calibrate.lanes import Lane
 from ternarize.calibrate.tracing import Group, Product, Trace, sequential_groups
 from ternarize.errors import CheckpointError, WeightError
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # of matrices this small
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run_paused(blocks: Blocks, batch: dict[str, Tensor]) -> tuple[list[str], Any]:

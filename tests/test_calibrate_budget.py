@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ternarize.calibrate import budget, gptq
+from ternarize.calibrate import budget
 from ternarize.calibrate.budget import Offer, _hull, _spend, allocate, count_forms
 from ternarize.convert.run import convert
 from ternarize.convert.verify import verify
@@ -129,10 +129,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_below_the_bits_of_base_3_there_are_more_zeros(
-    wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wide: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"ROUNDS": 1, "SWEEPS": 1, "DAMPINGS": (0.1,), "PULLS": (0.3,)}.items():
-        monkeypatch.setattr(gptq, name, value)
     monkeypatch.setattr(budget, "SAMPLES", 1)
     data = calibrating.data("llama", tmp_path)
     zeros = []

@@ -1,13 +1,11 @@
 """Several processes that calibrate together: the bytes of one, whatever their number."""
 
-import hashlib
 import json
 import os
 import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import calibrating
 import calibrating_ranks
 import pytest
 import torch
+from calibrating import digests
 
 from ternarize.calibrate.pipeline import join
 from ternarize.calibrate.ranks import CHUNKS, rank_of, share_out
@@ -26,18 +25,10 @@ from ternarize.ranks import World, ranks_of_launcher
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _quick(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in the processes."""
     for module, name, value in calibrating_ranks.QUICK:
         monkeypatch.setattr(module, name, value)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def files(directory: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir()}
 
 
 def job(name: str, folder: Path, output: str, **options: Any) -> list[Any]:
@@ -92,7 +83,7 @@ def test_two_processes_give_the_bytes_of_one_which_goes_on_when_one_of_them_dies
     calibrating_ranks.converted(jobs[1])
     for output, own in (("broken", "llama"), ("gpt-oss-2", "gpt_oss")):
         calibrating_ranks.converted(job(own, tmp_path, "alone-" + own))
-        assert files(tmp_path / output) == files(tmp_path / f"alone-{own}"), own
+        assert digests(tmp_path / output) == digests(tmp_path / f"alone-{own}"), own
 
 
 @pytest.mark.slow
@@ -107,7 +98,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(count: int, tmp_path
     assert [code for code, _ in ended] == [0] * count, ended
     for name, options in kinds:
         calibrating_ranks.converted(job(name, tmp_path, f"{name}-1", **options))
-        assert files(tmp_path / f"{name}-{count}") == files(tmp_path / f"{name}-1"), name
+        assert digests(tmp_path / f"{name}-{count}") == digests(tmp_path / f"{name}-1"), name
 
 
 @pytest.mark.slow
@@ -123,7 +114,7 @@ def test_another_number_of_processes_goes_on_to_the_same_bytes(dies: int, tmp_pa
     assert solved_blocks(tmp_path / "broken") == ["00000-00000.safetensors"]
     ended = launched(tmp_path, 2, {"jobs": [broken]})
     assert [code for code, _ in ended] == [0, 0], ended
-    assert files(tmp_path / "broken") == files(tmp_path / "whole")
+    assert digests(tmp_path / "broken") == digests(tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Calibrated conversions: what is measured is what is saved, whatever breaks off in between."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -11,12 +10,13 @@ from typing import Any
 import calibrating
 import pytest
 import torch
+from calibrating import digests
 from safetensors.torch import load_file, save_file
 from test_evaluate import word_tokenizer
 from torch import Tensor
 
 import ternarize
-from ternarize.calibrate import gptq, pipeline, reconstruct, run, solve_block, training
+from ternarize.calibrate import pipeline, reconstruct, run, solve_block, training
 from ternarize.calibrate.gptq import solve
 from ternarize.calibrate.solved import SolvedBlocks
 from ternarize.convert.run import convert
@@ -29,17 +29,7 @@ from ternarize.progress import Progress
 from ternarize.trits.methods import absmean
 
 Seen = list[tuple[dict[str, Tensor], Any, Any]]
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fewer candidates for each matrix: how good they are is tested with the solver."""
-    for name, value in {"ROUNDS": 1, "SWEEPS": 1, "DAMPINGS": (0.1,), "PULLS": (0.3,)}.items():
-        monkeypatch.setattr(gptq, name, value)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # of matrices this small
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")
@@ -209,10 +199,6 @@ def test_head_and_embeddings_are_packed_beside(
 # --- a run that is broken off -------------------------------------------------------------------
 
 
-def files(directory: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir()}
-
-
 def count_solved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
 
@@ -250,7 +236,7 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_bytes(
         assert not (tmp_path / "broken").exists()
     convert(source, tmp_path / "broken", recipe)
     assert len(solved) == whole, "a block has been solved twice"
-    assert files(tmp_path / "broken") == files(tmp_path / "whole")
+    assert digests(tmp_path / "broken") == digests(tmp_path / "whole")
 
 
 def test_every_environment_that_took_part_is_recorded(
@@ -289,7 +275,7 @@ def test_a_break_while_what_was_trained_is_written_does_no_harm(
             convert(source, tmp_path / "broken", recipe)
     assert (tmp_path / "broken.partial/.calibration/00000-00001.safetensors").is_file()
     convert(source, tmp_path / "broken", recipe)
-    assert files(tmp_path / "broken") == files(tmp_path / "whole")
+    assert digests(tmp_path / "broken") == digests(tmp_path / "whole")
 
 
 # --- experts that see too few tokens ------------------------------------------------------------

@@ -44,13 +44,6 @@ TEMPLATE = "{% for each in messages %}w9 {{ each['content'] }} w10 {% endfor %}w
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("models") / "packed"
-    convert(EXAMPLE, output, Recipe("itf"))
-    return output
-
-
-@pytest.fixture(scope="module")
 def model() -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(EXAMPLE, dtype=torch.float32)
 

@@ -484,14 +484,15 @@ def test_int8_weights_are_the_nearest_steps(tmp_path: Path) -> None:
     assert float((weight / scale.double() - q).abs().max()) <= 0.5 + 127 * 2.0**-11
 
 
-def test_int8_scales_that_float16_cannot_hold_are_float32(tmp_path: Path) -> None:
+@pytest.mark.parametrize("head", ["int8", "int4"])
+def test_scales_that_float16_cannot_hold_are_float32(head: str, tmp_path: Path) -> None:
     tiny_models.save("llama", tmp_path / "source", dtype=torch.float32)
     file = tmp_path / "source" / "model.safetensors"
     tensors = load_file(file)
     tensors["lm_head.weight"][7] *= 1e-6
     tensors["lm_head.weight"][8] = 0
     save_file(tensors, file, metadata={"format": "pt"})
-    convert(tmp_path / "source", tmp_path / "packed", Recipe(head="int8"))
+    convert(tmp_path / "source", tmp_path / "packed", Recipe(head=head))
     verify(tmp_path / "packed", tmp_path / "source")
     packing.dense_twin(tmp_path / "packed", tmp_path / "source", tmp_path / "dense")
     assert open_checkpoint(tmp_path / "packed").tensors["lm_head.weight_scale"].dtype == "F32"
@@ -514,20 +515,6 @@ def test_int4_takes_four_and_a_half_bits_a_weight(tmp_path: Path) -> None:
     q, scales = encode_int4(weight, 32, torch.float16)
     assert torch.equal(stored[name], pack_int4(q, 32))
     assert torch.equal(stored[f"{name}_scale"], scales)
-
-
-def test_int4_scales_that_float16_cannot_hold_are_float32(tmp_path: Path) -> None:
-    tiny_models.save("llama", tmp_path / "source", dtype=torch.float32)
-    file = tmp_path / "source" / "model.safetensors"
-    tensors = load_file(file)
-    tensors["lm_head.weight"][7] *= 1e-6
-    tensors["lm_head.weight"][8] = 0
-    save_file(tensors, file, metadata={"format": "pt"})
-    convert(tmp_path / "source", tmp_path / "packed", Recipe(head="int4"))
-    verify(tmp_path / "packed", tmp_path / "source")
-    packing.dense_twin(tmp_path / "packed", tmp_path / "source", tmp_path / "dense")
-    assert open_checkpoint(tmp_path / "packed").tensors["lm_head.weight_scale"].dtype == "F32"
-    assert_like_its_twin(tmp_path)
 
 
 def test_an_int4_head_is_never_dense_at_once(

@@ -16,21 +16,11 @@ import torch
 import transformers
 
 import ternarize
-from ternarize.convert.run import convert
-from ternarize.plans.recipe import Recipe
 from ternarize.publish.hub import _shim
 from ternarize.runtime.packed import Packed
 
 EXAMPLE = Path(__file__).parents[1] / "examples/tiny-llama"
 PROMPT = "The function returns"
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """examples/tiny-llama, packed: it has a tokenizer."""
-    folder = tmp_path_factory.mktemp("pipelines") / "packed"
-    convert(EXAMPLE, folder, Recipe("itf"))
-    return folder
 
 
 def assert_packed(model: Any) -> None:

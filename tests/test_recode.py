@@ -51,13 +51,6 @@ MADE = {
 }
 
 
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("recode") / "packed"
-    convert(EXAMPLE, output, Recipe("itf", 128))
-    return output
-
-
 def logits(model: Path) -> torch.Tensor:
     tokens = torch.arange(1, 17)[None]
     with torch.no_grad():

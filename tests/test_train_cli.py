@@ -10,13 +10,11 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors import safe_open
 from test_cli import ok, run
 from test_train_run import assert_same, source_of, text_of
@@ -28,13 +26,7 @@ from ternarize.plans.recipe import Recipe
 from ternarize.plans.recipe_files import open_recipe
 from ternarize.train import state
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

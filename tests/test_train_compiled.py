@@ -65,6 +65,7 @@ def test_a_training_that_was_broken_off_may_go_on_compiled(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_float32")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with a C++ compiler")
 def test_compiled_for_real_a_training_ends_alike(tmp_path: Path) -> None:
     source, text = source_of("llama", tmp_path / "source"), text_of(tmp_path / "text.txt", 60)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import re
@@ -15,11 +14,12 @@ import pytest
 import tiny_models
 import torch
 import transformers
+from calibrating import digests
 from test_evaluate import word_tokenizer
 from torch import Tensor
 
 import ternarize
-from ternarize.calibrate import gptq, pipeline
+from ternarize.calibrate import pipeline
 from ternarize.convert.run import convert
 from ternarize.convert.scratch import train_from_scratch
 from ternarize.convert.verify import verify
@@ -29,7 +29,7 @@ from ternarize.plans.recipe import Calibrate, Recipe, Train
 from ternarize.plans.recipe_files import open_recipe
 from ternarize.publish.card import make_card
 from ternarize.sources.packed import open_packed
-from ternarize.train import loop, losses, sources, state, students
+from ternarize.train import loop, losses, sources, state
 from ternarize.train import run as train_run
 from ternarize.train.objectives import objective
 
@@ -40,17 +40,8 @@ FRAMES = {"bert": "<s> $A </s>", "t5": "$A </s>"}
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Few looks, few candidates, one thread: of models this small. The same products everywhere."""
-    for name, value in {"ROUNDS": 1, "SWEEPS": 1, "DAMPINGS": (0.1,), "PULLS": (0.3,)}.items():
-        monkeypatch.setattr(gptq, name, value)
+def _few_looks(quick: None, in_float32: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "LOOKS", 4)
-    for place in (students, train_run):  # also where a processor is faster in bfloat16
-        monkeypatch.setattr(place, "fast_dtype", lambda device: torch.float32)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -104,13 +95,9 @@ def calibrated(dataset: Path | str, options: dict[str, Any] | None = None, **own
     return Recipe("gptq", 32, calibrate=base.calibrate, train=Train(**trained))
 
 
-def files(directory: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir()}
-
-
 def assert_same(directory: Path, other: Path) -> None:
     """The same bytes, but for the time that the training took."""
-    one, two = files(directory), files(other)
+    one, two = digests(directory), digests(other)
     names = [name for name in one if one[name] != two.get(name)]
     assert one.keys() == two.keys() and set(names) <= {"ternarize.json", "SHA256SUMS"}
     records = [json.loads((each / "ternarize.json").read_text()) for each in (directory, other)]
@@ -296,7 +283,7 @@ def test_a_share_that_is_there_already_changes_nothing(
         recipe = calibrated(text, {"rotation": 16, "seq_len": 16}, steps=4)
     convert(source, tmp_path / "plain", recipe)
     convert(source, tmp_path / "least", dataclasses.replace(recipe, zeros=0.1))
-    plain, least = (files(tmp_path / name) for name in ("plain", "least"))
+    plain, least = (digests(tmp_path / name) for name in ("plain", "least"))
     assert plain["model.safetensors"] == least["model.safetensors"]
 
 
@@ -579,6 +566,19 @@ def whole(
     return made
 
 
+def assert_goes_on(
+    source: Path, folder: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training that is killed in its fifth step ends like the one that is there."""
+    with monkeypatch.context() as patch:
+        clip = torch.nn.utils.clip_grad_norm_
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", killed_at(5, clip))
+        with pytest.raises(Killed):
+            convert(source, folder / "broken", recipe)
+    convert(source, folder / "broken", recipe)
+    assert_same(folder / "broken", folder / "whole")
+
+
 @pytest.mark.usefixtures("saving")
 def test_words_that_were_sampled_are_the_same_after_a_break(
     llama: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -592,13 +592,7 @@ def test_words_that_were_sampled_are_the_same_after_a_break(
     recipe = recipe_of(text)
     record = convert(source, tmp_path / "whole", recipe)
     assert_learnt(record)
-    with monkeypatch.context() as patch:
-        clip = torch.nn.utils.clip_grad_norm_
-        patch.setattr(torch.nn.utils, "clip_grad_norm_", killed_at(5, clip))
-        with pytest.raises(Killed):
-            convert(source, tmp_path / "broken", recipe)
-    convert(source, tmp_path / "broken", recipe)
-    assert_same(tmp_path / "broken", tmp_path / "whole")
+    assert_goes_on(source, tmp_path, recipe, monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["bert", "t5", "vit"])
@@ -613,13 +607,7 @@ def test_other_models_go_on_to_the_same_bytes(
         source = source_of(name, tmp_path / "source")
         recipe = recipe_of(text_of(tmp_path / "text.txt"))
     convert(source, tmp_path / "whole", recipe)
-    with monkeypatch.context() as patch:
-        clip = torch.nn.utils.clip_grad_norm_
-        patch.setattr(torch.nn.utils, "clip_grad_norm_", killed_at(5, clip))
-        with pytest.raises(Killed):
-            convert(source, tmp_path / "broken", recipe)
-    convert(source, tmp_path / "broken", recipe)
-    assert_same(tmp_path / "broken", tmp_path / "whole")
+    assert_goes_on(source, tmp_path, recipe, monkeypatch)
 
 
 @pytest.mark.usefixtures("saving")
@@ -629,13 +617,7 @@ def test_a_factored_optimizer_goes_on_to_the_same_bytes(
     source, text = llama
     recipe = recipe_of(text, optimizer="adafactor")
     assert_learnt(convert(source, tmp_path / "whole", recipe))
-    with monkeypatch.context() as patch:
-        clip = torch.nn.utils.clip_grad_norm_
-        patch.setattr(torch.nn.utils, "clip_grad_norm_", killed_at(5, clip))
-        with pytest.raises(Killed):
-            convert(source, tmp_path / "broken", recipe)
-    convert(source, tmp_path / "broken", recipe)
-    assert_same(tmp_path / "broken", tmp_path / "whole")
+    assert_goes_on(source, tmp_path, recipe, monkeypatch)
 
 
 @pytest.mark.parametrize("step", [1, 5])
@@ -735,7 +717,7 @@ def test_more_steps_after_a_training_that_was_packed_count(
         record = convert(source, output, recipe_of(text, steps=16))
         assert record["training"]["kept_step"] > 8
     weights = "model.safetensors"
-    assert files(tmp_path / "packed")[weights] == files(tmp_path / "trained")[weights]
+    assert digests(tmp_path / "packed")[weights] == digests(tmp_path / "trained")[weights]
 
 
 def test_a_text_that_has_changed_is_refused_and_what_is_done_stays(tmp_path: Path) -> None:
