@@ -231,7 +231,7 @@ def networks(source: Path, scratch: Path) -> Iterator[tuple[str, Path, Path, Ten
 
 
 def speed(source: Path, rounds: int, json: Path | None) -> None:
-    """Print processor milliseconds of a forward: torch in float32, and packed."""
+    """Print milliseconds of a forward: torch in float32, and packed."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         for name, dense, packed, x in networks(source, Path(scratch)):
@@ -246,9 +246,9 @@ def speed(source: Path, rounds: int, json: Path | None) -> None:
             times: dict[str, list[float]] = {each: [] for each in models}
             for _ in range(rounds + 1):
                 for each, model in models.items():
-                    began = time.process_time()
+                    began = time.perf_counter()
                     model(pixel_values=x)
-                    times[each].append(1e3 * (time.process_time() - began))
+                    times[each].append(1e3 * (time.perf_counter() - began))
             found = {each: statistics.median(some[1:]) for each, some in times.items()}
             ratios = {
                 each: statistics.median(
@@ -264,11 +264,7 @@ def speed(source: Path, rounds: int, json: Path | None) -> None:
             print(rows[-1], file=sys.stderr, flush=True)
     print(f"{torch.get_num_threads()} threads")
     heads = list(rows[0]["ms"])
-    cells = [
-        "processor ms for a forward (times as fast as torch)",
-        *heads,
-        "MB, float32 and packed",
-    ]
+    cells = ["ms for a forward (times as fast as torch)", *heads, "MB, float32 and packed"]
     print(f"| {' | '.join(cells)} |")
     print("|---" * (len(heads) + 2) + "|")
     for row in rows:
@@ -279,9 +275,10 @@ def speed(source: Path, rounds: int, json: Path | None) -> None:
 
 
 def layers(rounds: int) -> None:
-    """Print processor milliseconds of the convolutions of ResNet-18, and of their patches."""
-    print("| channels, size | torch | packed | packed, int8 | patches alone |")
-    print("|---|---|---|---|---|")
+    """Print milliseconds of the convolutions of ResNet-18, of their patches and dense weights."""
+    columns = ("torch", "packed", "packed, int8", "patches alone", "dense weight alone")
+    print(f"| channels, size | {' | '.join(columns)} |")
+    print("|---" * (len(columns) + 1) + "|")
     for channels, size in ((64, 56), (128, 28), (256, 14), (512, 7)):
         torch.manual_seed(0)
         dense = torch.nn.Conv2d(channels, channels, 3, padding=1, bias=False)
@@ -299,13 +296,15 @@ def layers(rounds: int) -> None:
                 packed = ternarize.load_module(output, empty)
             calls.append(lambda x=x, packed=packed: packed(x))  # type: ignore[misc]
         calls.append(lambda x=x, dense=dense: patches_for(x, dense))  # type: ignore[misc]
+        made: Any = packed[1]
+        calls.append(lambda made=made: made.dequantized(torch.float32))  # type: ignore[misc]
         times: list[list[float]] = [[] for _ in calls]
         with torch.inference_mode():
             for _ in range(rounds + 1):
                 for call, mine in zip(calls, times, strict=True):
-                    began = time.process_time()
+                    began = time.perf_counter()
                     call()
-                    mine.append(1e3 * (time.process_time() - began))
+                    mine.append(1e3 * (time.perf_counter() - began))
         cells = " | ".join(f"{statistics.median(mine[1:]):.2f}" for mine in times)
         print(f"| {channels}, {size} x {size} | {cells} |", flush=True)
 

@@ -26,6 +26,7 @@ from ternarize.publish.export import export
 from ternarize.qat.modules import latent_modules
 from ternarize.runtime import unfold
 from ternarize.runtime.forms import Layout
+from ternarize.runtime.modules import convolution
 from ternarize.runtime.modules.convolution import TernaryConv2d, dense_convolution
 from ternarize.runtime.packed import use_lanes
 from ternarize.runtime.products import rounded_linear
@@ -83,6 +84,45 @@ def test_a_packed_convolution_is_the_one_of_its_dense_weight(shape: str, group_s
         assert torch.allclose(ours(x[0]), theirs(x[0]), atol=1e-5)
         last = x.to(memory_format=torch.channels_last)
         assert torch.allclose(ours(last), theirs(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_of_many_places_and_few_kernels_the_weight_is_dense_for_one_convolution(
+    shape: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = packed(a_convolution(**SHAPES[shape]))
+    theirs = dense_convolution(ours, torch.float32)
+    before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    torch.manual_seed(1)
+    x = torch.randn(2, 5, 40, 30)
+    few = x[:1, :, :4, :4]
+    monkeypatch.setattr(convolution, "_CALL", 1000)
+    with torch.no_grad():
+        by_patches = ours(few)
+        monkeypatch.setattr(convolution, "product", None)
+        y = ours(x.to(dtype))
+        with pytest.raises(TypeError):
+            ours(few)
+        assert y.dtype == dtype
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        near = 1e-5 if dtype == torch.float32 else 0.03
+        assert torch.allclose(y.float(), theirs(x), atol=near, rtol=near)
+        monkeypatch.setattr(convolution, "_CALL", -(1 << 17))
+        assert torch.allclose(ours(few), by_patches, atol=1e-5)
+    assert all(torch.equal(before[name], tensor) for name, tensor in ours.state_dict().items())
+
+
+def test_what_is_rounded_or_learned_is_never_made_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convolution, "_CALL", 0)
+    monkeypatch.setattr(convolution, "_WEIGHT", 0)
+    monkeypatch.setattr(TernaryConv2d, "dequantized", None)
+    x = torch.randn(1, 5, 9, 9)
+    assert packed(a_convolution())(x.clone().requires_grad_()).requires_grad
+    with torch.no_grad():
+        assert packed(a_convolution(), activations="int8")(x).shape == (1, 7, 7, 7)
+        with pytest.raises(TypeError):
+            packed(a_convolution())(x)
 
 
 @pytest.mark.skipif(lib is None, reason="needs the compiled core")

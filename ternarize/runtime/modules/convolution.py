@@ -1,14 +1,23 @@
-"""Two-dimensional convolutions with a packed weight, multiplied as linear layers are."""
+"""Two-dimensional convolutions with a packed weight, multiplied as linear layers are.
+
+Of many places and few kernels patches cost more than their product: they are several times as large
+as the images, and each is rounded. There the weight, which is far smaller than they are, is
+dequantized for the length of one convolution of torch's.
+"""
 
 import torch
 from torch import Tensor, nn
 
 from ternarize.runtime.forms import Layout, dense_weight
+from ternarize.runtime.kernels import CORE_DTYPES
 from ternarize.runtime.packed import Packed, empty_parameters
 from ternarize.runtime.products import product
 from ternarize.runtime.unfold import as_images, as_pair, patches_for
 
 _PATCHES = 1 << 21  # numbers of patches that are in memory at a time, if an image has no more
+# A weight costs as much to dequantize as so many numbers of patches, and a call as the second (both
+# of benchmarks/images.py layers)
+_WEIGHT, _CALL = 4, 1 << 17
 
 
 class TernaryConv2d(Packed, nn.Conv2d):
@@ -57,6 +66,10 @@ class TernaryConv2d(Packed, nn.Conv2d):
         """(n, in_channels, height, width) float -> (n, out_channels, ...); or without n."""
         if input.ndim == 3:
             return self(input[None])[0]  # type: ignore[no-any-return]
+        if self._rather_dense(input):
+            bias = None if self.bias is None else self.bias.to(input.dtype)
+            images = input.contiguous(memory_format=torch.channels_last)
+            return self._conv_forward(images, self.dequantized(input.dtype), bias)
         found = [
             product(
                 patches_for(images, self),
@@ -73,9 +86,23 @@ class TernaryConv2d(Packed, nn.Conv2d):
         """Images whose patches are in memory at a time: of many, or large ones, not all."""
         if torch.is_grad_enabled() and input.requires_grad:
             return max(1, len(input))
-        (down, across), cols = as_pair(self.stride), self.layouts["weight"].cols
+        return max(1, _PATCHES // max(1, self._patches(input)))
+
+    def _patches(self, input: Tensor) -> int:
+        """Numbers of the patches of one image, about."""
+        down, across = as_pair(self.stride)
         places = (input.shape[-2] // down + 1) * (input.shape[-1] // across + 1)
-        return max(1, _PATCHES // max(1, places * cols))
+        return places * self.layouts["weight"].cols
+
+    def _rather_dense(self, input: Tensor) -> bool:
+        """Whether a dense weight costs less than patches; never where these are to be rounded."""
+        layout = self.layouts["weight"]
+        served = input.device.type == "cpu" and input.dtype in CORE_DTYPES
+        learns = torch.is_grad_enabled() and input.requires_grad
+        if not served or learns or layout.activations != "none" or torch.compiler.is_compiling():
+            return False
+        weights = self.out_channels * layout.cols
+        return len(input) * self._patches(input) > _WEIGHT * weights + _CALL
 
     def extra_repr(self) -> str:
         layout = self.layouts["weight"]
