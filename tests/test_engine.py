@@ -18,8 +18,10 @@ from typer.testing import CliRunner
 
 from ternarize.cli.app import app
 from ternarize.convert.run import convert
-from ternarize.errors import CheckpointError, TernarizeError
-from ternarize.plans.engine import check_engine, group_for
+from ternarize.errors import CheckpointError, SelectionError, TernarizeError
+from ternarize.files.checkpoint import TensorInfo
+from ternarize.plans.engine import check_engine, check_held, group_for
+from ternarize.plans.layout import TensorPlan
 from ternarize.plans.plan import make_plan
 from ternarize.plans.recipe import LLAMA_CPP, Calibrate, Recipe
 from ternarize.plans.recipe_files import open_recipe
@@ -183,6 +185,14 @@ def test_what_a_file_does_not_have_decides_no_blocks() -> None:
         both = [wide, replace(wide, name=name, shape=(512, 192))]
         table = config.to_dict() | {"linear_num_key_heads": 4, "linear_num_value_heads": 4}
         assert group_for(both, table) == size, name
+    for name in ("mtp.fc.weight", "model.layers.0.mlp.down_proj.weight"):
+        info, choice = TensorInfo(name, "F32", (64, 72), "m"), replace(wide, name=name)
+        check = partial(check_held, [TensorPlan(info, choice, (64, 72), 64, "F32")])
+        if name == "mtp.fc.weight":
+            check(config.to_dict(), Recipe("itf", engine=LLAMA_CPP))
+        else:
+            with pytest.raises(SelectionError, match="72 columns, which blocks of llama.cpp do"):
+                check(config.to_dict(), Recipe("itf", engine=LLAMA_CPP))
     bad = config.to_dict() | {"linear_key_head_dim": 48, "linear_value_head_dim": 48}
     with pytest.raises(CheckpointError, match="heads of 48 values, which no block of llama.cpp"):
         check_engine("m", bad, Recipe("itf", engine=LLAMA_CPP))

@@ -864,6 +864,18 @@ def test_splits_are_known_by_their_definition(
     assert calls["add_add_bos_token"] is False
 
 
+def test_a_text_without_an_end_is_told(tmp_path: Path) -> None:
+    """llama.cpp takes token 11 for the end where a file names none."""
+    tokenizer = train_tokenizer(tmp_path, split=None)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    recorder = Recorder()
+    (note,) = vocabulary.write(recorder, tmp_path, 330)
+    assert "add_eos_token_id" not in recorder.calls
+    word = tokenizer.convert_ids_to_tokens(11)
+    assert note.endswith(f"cannot say: llama.cpp takes {word!r} for it, its token 11")
+
+
 @pytest.mark.parametrize(
     ("split", "options", "message"),
     [

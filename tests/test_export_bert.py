@@ -7,6 +7,7 @@ installed, llama.cpp.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -224,6 +225,15 @@ def test_special_tokens_that_a_file_does_not_name(more: dict[str, Any], first: s
     assert tokenizer.encode("w7 ?").tokens == [first, "w7", "[UNK]", "[SEP]"]
     special = json.loads(files["tokenizer_config.json"])
     assert (special["pad_token"], special["mask_token"]) == ("[PAD]", "[MASK]")
+
+
+def test_a_number_that_is_named_is_no_other_token() -> None:
+    """Neither the first token nor one for unknown words fills texts, or hides words."""
+    files, _ = tokenizer_files("m.gguf", usual_keys(bos_token_id=0, unknown_token_id=103), 110)
+    special = json.loads(files["tokenizer_config.json"])
+    assert (special["cls_token"], special["unk_token"]) == ("[PAD]", "[MASK]")
+    assert special["sep_token"] == "[SEP]"
+    assert not {"pad_token", "mask_token"} & {key for key, value in special.items() if value}
 
 
 def test_words_are_not_taken_for_special_tokens() -> None:
@@ -446,6 +456,22 @@ def test_unknown_words_are_those_of_the_model(tmp_path: Path) -> None:
     recorder.__dict__["add_bool"] = {}.__setitem__
     vocabulary.write(recorder, tmp_path, 512)
     assert recorder.calls["add_unk_token_id"] == 0
+
+
+def test_tokens_that_llama_cpp_takes_to_be_there_are_told(tmp_path: Path) -> None:
+    """It has no other way than to name a number: of WordPiece 0 and 103 fill and hide words."""
+    tokenizer = word_pieces(tmp_path)
+    tokenizer.pad_token = tokenizer.mask_token = None
+    tokenizer.save_pretrained(tmp_path)
+    recorder: Any = Recorder()
+    recorder.__dict__["add_bool"] = {}.__setitem__
+    said = [note for note in vocabulary.write(recorder, tmp_path, 512) if "cannot say" in note]
+    assert not {"add_pad_token_id", "add_mask_token_id"} & recorder.calls.keys()
+    assert [re.sub("'.*'", "X", note) for note in said] == [
+        f"the tokenizer has no {name} token, which a file cannot say: llama.cpp takes X for it, "
+        f"its token {number}"
+        for name, number in (("pad", 0), ("mask", 103))
+    ]
 
 
 def _without_ends(directory: Path) -> None:

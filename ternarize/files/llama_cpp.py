@@ -56,6 +56,8 @@ SPLITS: dict[str, list[dict[str, Any]]] = {
 WHOLE_WORDS = ("llama-bpe",)
 SPACE = "\u2581"
 GOES_ON = "##"  # before pieces of WordPiece that begin no word; files have SPACE before the others
+WORDS = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True}
+WORDS_SPLIT = {"type": "BertPreTokenizer"}
 PREPEND = [{"type": "Prepend", "prepend": SPACE}]
 REPLACE = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
 NO_SPLIT = {
@@ -63,6 +65,27 @@ NO_SPLIT = {
     "pattern": {"String": " "},
     "behavior": "MergedWithPrevious",
     "invert": False,
+}
+
+
+# special tokens by kind of vocabulary: their keys in files, and what transformers calls them
+_NAMES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+SPECIALS = {
+    "gpt2": _NAMES,
+    "llama": _NAMES,
+    "bert": {"bos": "cls", "seperator": "sep", "unknown": "unk", "padding": "pad", "mask": "mask"},
+}
+# and the numbers that llama.cpp takes where a file does not name them, in llama-vocab.cpp
+USUAL = {
+    "gpt2": {"bos": 11, "eos": 11},
+    "llama": {"bos": 1, "eos": 2, "unknown": 0},
+    "bert": {"bos": 101, "seperator": 102, "unknown": 100, "padding": 0, "mask": 103},
+}
+# names of gguf.PoolingType -> how sentence-transformers says it, in either of its ways
+POOLING = {
+    "MEAN": ("mean", "pooling_mode_mean_tokens"),
+    "CLS": ("cls", "pooling_mode_cls_token"),
+    "LAST": ("lasttoken", "pooling_mode_lasttoken"),
 }
 
 
@@ -269,12 +292,10 @@ def gemma_scalar(config: Mapping[str, Any]) -> int:
     return int(config["head_dim"])
 
 
-def gemma_layer_types(layers: int) -> list[str]:
-    """What of the text each layer of Gemma 3 sees, as config.json says it."""
-    return [
-        "sliding_attention" if (layer + 1) % WINDOWS else "full_attention"
-        for layer in range(layers)
-    ]
+def layer_types(layers: int, linear: bool) -> list[str]:
+    """What of the text each layer of Gemma 3 sees, or of Qwen 3.5 (linear), in config.json."""
+    every, others = (FULL, "linear_attention") if linear else (WINDOWS, "sliding_attention")
+    return [others if (layer + 1) % every else "full_attention" for layer in range(layers)]
 
 
 @dataclass(frozen=True)
@@ -319,13 +340,6 @@ class DeltaNet:
 def gguf_part(name: str) -> str:
     """blk.3.attn_q.weight -> attn_q, and blk.3.ssm_a, which has no more to its name -> ssm_a."""
     return name.split(".")[2 if name.startswith("blk.") else 0]
-
-
-def delta_layer_types(layers: int) -> list[str]:
-    """The attention of each layer of Qwen 3.5, as config.json says it."""
-    return [
-        "linear_attention" if (layer + 1) % FULL else "full_attention" for layer in range(layers)
-    ]
 
 
 def sections_take_turns(sections: Sequence[int]) -> bool:
@@ -404,7 +418,7 @@ def _of_delta_net(config: Any) -> _Asked:
     values, keys = config.linear_value_head_dim, config.linear_key_head_dim
     sections = rope_of(config).get("mrope_section", MROPE_SECTIONS)
     return [
-        ("layer_types", config.layer_types, (delta_layer_types(config.num_hidden_layers),)),
+        ("layer_types", config.layer_types, (layer_types(config.num_hidden_layers, True),)),
         ("attention_bias", config.attention_bias, (False,)),
         ("linear_value_head_dim", values, (keys,)),
         ("mrope_section", sections, (sections,) if sections_take_turns(sections) else ()),
@@ -415,7 +429,7 @@ def _of_gemma(config: Any) -> _Asked:
     """What llama.cpp takes for granted of Gemma 3."""
     local = config.rope_parameters["sliding_attention"]
     scalar = gemma_scalar(config.to_dict())
-    pattern = gemma_layer_types(config.num_hidden_layers)
+    pattern = layer_types(config.num_hidden_layers, False)
     return [
         ("attention_bias", config.attention_bias, (False,)),
         ("layer_types", config.layer_types, (pattern,)),

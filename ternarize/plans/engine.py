@@ -68,9 +68,12 @@ def group_for(choices: Iterable[Choice], config: Mapping[str, Any] | None) -> in
     return WIDE if all(width % WIDE == 0 for width in widths) else NARROW
 
 
-def check_held(tensors: Iterable[TensorPlan], recipe: Recipe) -> None:
+def check_held(
+    tensors: Iterable[TensorPlan], config: Mapping[str, Any] | None, recipe: Recipe
+) -> None:
     """Raise SelectionError where the engine's blocks do not hold what tensors are to become."""
-    ternary = [t for t in tensors if t.ternary and not t.tied_to]
+    absent = EXPORTED[(config or {})["architectures"][0]].leaves_out
+    ternary = [t for t in tensors if t.ternary and not t.tied_to and not absent(t.name)]
     narrow = [t.name for t in ternary if t.shape[-1] % NARROW]
     if narrow:
         cols = next(t.shape[-1] for t in ternary if t.name == narrow[0])

@@ -103,7 +103,7 @@ def make_plan(
         check_lossless(source, tensors, recipe.group_size)
     check_fused(((t.choice, t.form) for t in tensors), "Name one --group-size")
     if recipe.engine is not None:
-        check_held(tensors, recipe)
+        check_held(tensors, source.config, recipe)
     alone = isinstance(source, Imported) and source.alone  # what lies around it can be anything
     copied, left_out = ([], []) if alone else small_files(source.directory, source.files)
     notes += not_read(source, left_out)

@@ -105,7 +105,7 @@ def train_model(
         calibrated = _of_packed(training.start, tensors)
         tensors = calibrated.tensors
         if plan.recipe.engine is not None:
-            check_held(tensors, plan.recipe)
+            check_held(tensors, plan.source.config, plan.recipe)
     begun = calibrated.solved if calibrated else {}
     by_name = {t.name: t for t in tensors}
     activations = plan.recipe.activations or "none"

@@ -10,6 +10,7 @@ from ternarize.files.llama_cpp import (
     FULL,
     MROPE_SECTIONS,
     PHI3,
+    POOLING,
     Architecture,
     DeltaNet,
     departures,
@@ -20,12 +21,6 @@ from ternarize.publish.export.common import PackedCheckpoint
 from ternarize.trits import ggml
 
 CONVERTER = "Export it to dense, and use llama.cpp's own converter"
-# how sentence-transformers says it, in either of its ways, and gguf
-_POOLING = {
-    **dict.fromkeys(("mean", "pooling_mode_mean_tokens"), "MEAN"),
-    **dict.fromkeys(("cls", "pooling_mode_cls_token"), "CLS"),
-    **dict.fromkeys(("lasttoken", "pooling_mode_lasttoken"), "LAST"),
-}
 
 
 def architecture_of(packed: PackedCheckpoint, config: Any) -> Architecture:
@@ -67,14 +62,15 @@ def pooling_of(packed: PackedCheckpoint) -> str | None:
     table = read_json(packed.directory / at / "config.json") or {}
     asked = [key for key, value in table.items() if key.startswith("pooling_mode_") and value]
     asked += [table["pooling_mode"]] if isinstance(table.get("pooling_mode"), str) else []
-    if len(asked) != 1 or asked[0] not in _POOLING:
+    found = [name for name, ways in POOLING.items() if len(asked) == 1 and asked[0] in ways]
+    if not found:
         raise CheckpointError(
             packed.directory / at / "config.json",
             f"pooling by {', '.join(asked) or 'nothing that is said'}",
             "the mean, the first token or the last one, and one of these",
             "Export it to dense, which keeps all modules",
         )
-    return _POOLING[asked[0]]
+    return found[0]
 
 
 def _modules(packed: PackedCheckpoint) -> list[tuple[str, str]]:

@@ -52,7 +52,7 @@ def write(writer: Any, directory: Path, size: int) -> list[str]:
 
     size  tokens of the model; where the tokenizer has fewer, the rest is marked as unused
 
-    Returns for which texts llama.cpp gives other tokens, in words, if there are any. Raises
+    Returns where llama.cpp takes texts otherwise, in words, if there are such. Raises
     CheckpointError where there is no tokenizer or llama.cpp would split text differently.
     """
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
@@ -79,23 +79,20 @@ def write(writer: Any, directory: Path, size: int) -> list[str]:
         unknown = model["vocab"].get(model.get("unk_token"))
         if unknown is None:  # of which llama.cpp takes token 100
             raise _unknown(directory, "names no token for unknown words", "one that does")
-        _write_specials(writer, directory, tokenizer, ("cls", "sep"), unknown)
-        return notes
+        return notes + _write_specials(writer, directory, tokenizer, "bert", tokens, unknown)
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    notes = []
-    if model.get("byte_fallback"):
-        writer.add_tokenizer_model("llama")
+    kind, notes = "llama" if model.get("byte_fallback") else "gpt2", list[str]()
+    writer.add_tokenizer_model(kind)
+    if kind == "llama":
         prefix, notes = _space_prefix(directory, definition)
         writer.add_add_space_prefix(prefix)
         writer.add_token_scores(_scores(directory, tokens, types, merges))
     else:
-        writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_split_name(directory, definition))
         writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    _write_specials(writer, directory, tokenizer, ("bos", "eos"))
-    return notes
+    return notes + _write_specials(writer, directory, tokenizer, kind, tokens)
 
 
 def _write_pieces(
@@ -105,9 +102,8 @@ def _write_pieces(
     model, normalizer = definition["model"], definition["normalizer"] or {}
     lower = normalizer.get("lowercase")
     accents = normalizer.get("strip_accents")
-    plain = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True}
-    own = {key: normalizer.get(key) for key in plain}
-    if own != plain or definition["pre_tokenizer"] != {"type": "BertPreTokenizer"}:
+    own = {key: normalizer.get(key) for key in llama_cpp.WORDS}
+    if own != llama_cpp.WORDS or definition["pre_tokenizer"] != llama_cpp.WORDS_SPLIT:
         shown = json.dumps([normalizer, definition["pre_tokenizer"]], ensure_ascii=False)
         raise _unknown(directory, f"prepares text by {shown:.200}", "the way of BERT")
     if model.get("continuing_subword_prefix") != llama_cpp.GOES_ON:
@@ -242,22 +238,34 @@ def _tokens(directory: Path, definition: dict[str, Any], size: int) -> tuple[lis
 
 
 def _write_specials(
-    writer: Any, directory: Path, tokenizer: Any, ends: tuple[str, str], unknown: int | None = None
-) -> None:
+    writer: Any,
+    directory: Path,
+    tokenizer: Any,
+    kind: str,
+    tokens: list[str],
+    unknown: int | None = None,
+) -> list[str]:
     """Numbers of special tokens, which of them a text gets, and the template of chats.
 
-    ends     the kinds of token that a text begins and ends with, if it does with any
+    kind     of the vocabulary
     unknown  the token for unknown words; None: the one that the tokenizer names, if any
+
+    Returns which of those that the tokenizer does not have llama.cpp takes to be there, in words.
     """
-    pieces = ends == ("cls", "sep")
-    kinds = (*ends, "unk", "pad", *(("mask",) if pieces else ()))
-    ids = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in kinds}
-    ids["unk"] = ids["unk"] if unknown is None else unknown
-    for kind, number in ids.items():
+    names, notes, pieces = llama_cpp.SPECIALS[kind], list[str](), kind == "bert"
+    ids = {key: getattr(tokenizer, f"{name}_token_id") for key, name in names.items()}
+    ids["unknown"] = ids["unknown"] if unknown is None else unknown
+    for key, number in ids.items():
+        usual = llama_cpp.USUAL[kind].get(key, len(tokens))
         if number is not None:
             # llama.cpp begins a text with "bos", whatever the model calls it
-            getattr(writer, f"add_{'bos' if kind == 'cls' else kind}_token_id")(number)
-    first, last = (ids[kind] for kind in ends)
+            getattr(writer, f"add_{'bos' if key == 'bos' else names[key]}_token_id")(number)
+        elif key in ("eos", "padding", "mask") and usual < len(tokens):
+            notes.append(
+                f"the tokenizer has no {names[key]} token, which a file cannot say: llama.cpp "
+                f"takes {tokens[usual]!r:.40} for it, its token {usual}"
+            )
+    first, last = (ids[key] for key in ("bos", "seperator" if pieces else "eos"))
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     front = next((n for n in range(len(whole)) if whole[n : n + len(plain)] == plain), 0)
@@ -266,7 +274,7 @@ def _write_specials(
         if first is None or last is None or (before, after) != ([first], [last]):
             around = f"puts {before} before a text and {after} behind it"
             raise _unknown(directory, around, "cls before and sep behind a text of WordPiece")
-        return
+        return notes
     if before not in ([], [first]) or after not in ([], [last]):
         raise _unknown(
             directory, f"puts {before} before a text and {after} behind it", "bos, eos or nothing"
@@ -275,6 +283,7 @@ def _write_specials(
     writer.add_add_eos_token(bool(after))
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
+    return notes
 
 
 def _unknown(directory: Path, what: str, expected: str) -> CheckpointError:

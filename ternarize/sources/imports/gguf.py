@@ -28,7 +28,7 @@ from ternarize.errors import CheckpointError, FormatError, UsageError
 from ternarize.files.checkpoint import TensorInfo
 from ternarize.files.gguf import GgufTensor, read_gguf_files
 from ternarize.files.headers import DTYPE_NAMES, broken_file, read_bytes
-from ternarize.files.llama_cpp import Architecture, DeltaNet, gguf_part, import_gguf
+from ternarize.files.llama_cpp import POOLING, Architecture, DeltaNet, gguf_part, import_gguf
 from ternarize.models.skeleton import skeleton_shapes
 from ternarize.sources.imports.common import Decode, Imported
 from ternarize.sources.imports.gguf_config import gguf_config, not_known, pooling, pooling_note
@@ -101,7 +101,7 @@ def open_gguf(path: Path, layout: str | None = None, alone: bool = True) -> Impo
 def _modules(mode: str, width: int) -> dict[str, bytes]:
     """The files by which sentence-transformers knows how an encoder makes embeddings.
 
-    mode   of pooling, as it is called there
+    mode   of pooling, one of POOLING
     width  of an embedding
     """
     kinds = {"": "Transformer", _POOLING_FOLDER: "Pooling"}
@@ -109,8 +109,7 @@ def _modules(mode: str, width: int) -> dict[str, bytes]:
         {"idx": at, "name": str(at), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for at, (path, kind) in enumerate(kinds.items())
     ]
-    key = {"mean": "mean_tokens", "cls": "cls_token"}.get(mode, mode)
-    table = {"word_embedding_dimension": width, f"pooling_mode_{key}": True}
+    table = {"word_embedding_dimension": width, POOLING[mode][1]: True}
     return {
         "modules.json": json.dumps(modules, indent=2).encode(),
         f"{_POOLING_FOLDER}/config.json": json.dumps(table, indent=2).encode(),

@@ -23,6 +23,7 @@ from ternarize.files.llama_cpp import (
     MIXTRAL,
     MROPE_SECTIONS,
     PHI3,
+    POOLING,
     QWEN2,
     QWEN2_MOE,
     QWEN3,
@@ -30,9 +31,9 @@ from ternarize.files.llama_cpp import (
     QWEN35,
     WINDOWS,
     Architecture,
-    delta_layer_types,
-    gemma_layer_types,
     gemma_scalar,
+    import_gguf,
+    layer_types,
     rope_factors,
     sections_take_turns,
 )
@@ -50,8 +51,17 @@ _IDLE = {
     "attention.sliding_window",
 }
 _WHOLE = ("attention.value_length", "rope.dimension_count")  # which are a head's features
-# numbers of gguf.PoolingType -> what sentence-transformers calls them
-_POOLING = {1: "mean", 2: "cls", 3: "lasttoken"}
+# what GPT-2 and BERT call their sizes, the error of their norms and their activation
+_LEARNED = {
+    GPT2.name: (
+        *("n_embd", "n_layer", "n_head", "n_inner", "n_positions"),
+        *("layer_norm_epsilon", "activation_function"),
+    ),
+    BERT.name: (
+        *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+        *("max_position_embeddings", "layer_norm_eps", "hidden_act"),
+    ),
+}
 Tensors = Mapping[str, GgufTensor]
 
 
@@ -133,10 +143,12 @@ def gguf_config(
     arch = ARCHITECTURES[named]
     if arch is LLAMA and lookup.get("expert_count", 0):
         arch = MIXTRAL
-    make = _bert if arch is BERT else _gpt2 if arch is GPT2 else _config
-    config = make(lookup, arch, tensors, keys)
-    if not arch.encoder and not lookup.get("attention.causal", True, bool):
-        raise lookup.wrong("attention.causal false", "true, as of a model that writes text")
+    config = (_learned if arch.learned else _config)(lookup, arch, tensors, keys)
+    if lookup.get("attention.causal", True, bool) == arch.encoder:
+        raise lookup.wrong(
+            f"attention.causal {str(arch.encoder).lower()}",
+            "false, as of an encoder" if arch.encoder else "true, as of a model that writes text",
+        )
     lookup.close()
     return arch, config
 
@@ -144,10 +156,7 @@ def gguf_config(
 def _config(
     keys: _Keys, arch: Architecture, tensors: Tensors, common: Mapping[str, Any]
 ) -> dict[str, Any]:
-    hidden, heads = keys.need("embedding_length"), keys.need("attention.head_count")
-    layers = keys.need("block_count")
-    if not 0 < layers <= len(tensors) or not heads:
-        raise keys.wrong(f"{layers} blocks of {heads} heads", "as many as there are tensors")
+    hidden, (layers, heads) = keys.need("embedding_length"), _blocks(keys, tensors)
     head_dim = keys.get("attention.key_length", hidden // heads)
     if not head_dim:
         raise keys.wrong(f"{heads} heads of no features", "heads of one feature or more")
@@ -202,72 +211,55 @@ def _special(common: Mapping[str, Any], vocabulary: int) -> dict[str, int]:
     return found
 
 
-def _gpt2(
-    keys: _Keys, arch: Architecture, tensors: Tensors, common: Mapping[str, Any]
-) -> dict[str, Any]:
-    """config.json of GPT-2, under its own names."""
-    vocabulary, hidden = _shape(keys, tensors, "token_embd.weight")
+def _blocks(keys: _Keys, tensors: Tensors) -> tuple[int, int]:
+    """How many blocks there are, and heads in each."""
     layers, heads = keys.need("block_count"), keys.need("attention.head_count")
     if not 0 < layers <= len(tensors) or not heads:
         raise keys.wrong(f"{layers} blocks of {heads} heads", "as many as there are tensors")
-    features = _shape(keys, tensors, "blk.0.ffn_up.weight")[0]
-    dtype = tensors["token_embd.weight"].dtype or torch.float32
-    return {
-        "architectures": [arch.model_class],
-        "model_type": arch.model_type,
-        "vocab_size": vocabulary,
-        "n_embd": keys.agreed("embedding_length", hidden),
-        "n_layer": layers,
-        "n_head": heads,
-        "n_inner": keys.agreed("feed_forward_length", features),
-        "n_positions": keys.agreed(
-            "context_length", _shape(keys, tensors, "position_embd.weight")[0]
-        ),
-        "layer_norm_epsilon": _short(keys.need("attention.layer_norm_epsilon", float)),
-        "activation_function": arch.activation,
-        "tie_word_embeddings": "output.weight" not in tensors,
-        "dtype": str(dtype).removeprefix("torch."),
-        **_special(common, vocabulary),
-    }
+    return layers, heads
 
 
-def _bert(
+def _learned(
     keys: _Keys, arch: Architecture, tensors: Tensors, common: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """config.json of BERT, which reads a text in both directions."""
-    if keys.get("attention.causal", True, bool):
-        raise keys.wrong("attention.causal true", "false, as of an encoder")
+    """config.json of GPT-2 or BERT, whose positions are a table, under its own names."""
     vocabulary, hidden = _shape(keys, tensors, "token_embd.weight")
-    layers, heads = keys.need("block_count"), keys.need("attention.head_count")
-    if not 0 < layers <= len(tensors) or not heads:
-        raise keys.wrong(f"{layers} blocks of {heads} heads", "as many as there are tensors")
     features = _shape(keys, tensors, "blk.0.ffn_up.weight")[0]
     positions = _shape(keys, tensors, "position_embd.weight")[0]
+    values = (
+        keys.agreed("embedding_length", hidden),
+        *_blocks(keys, tensors),
+        keys.agreed("feed_forward_length", features),
+        keys.agreed("context_length", positions),
+        _short(keys.need("attention.layer_norm_epsilon", float)),
+        arch.activation,
+    )
+    special = _special(common, vocabulary)
+    if arch.encoder:
+        more = {"type_vocab_size": _shape(keys, tensors, "token_types.weight")[0]}
+        special = {key: number for key, number in special.items() if key == "pad_token_id"}
+    else:
+        more = {"tie_word_embeddings": "output.weight" not in tensors}
     dtype = tensors["token_embd.weight"].dtype or torch.float32
     return {
         "architectures": [arch.model_class],
         "model_type": arch.model_type,
         "vocab_size": vocabulary,
-        "hidden_size": keys.agreed("embedding_length", hidden),
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": keys.agreed("feed_forward_length", features),
-        "max_position_embeddings": keys.agreed("context_length", positions),
-        "type_vocab_size": _shape(keys, tensors, "token_types.weight")[0],
-        "layer_norm_eps": _short(keys.need("attention.layer_norm_epsilon", float)),
-        "hidden_act": arch.activation,
+        **dict(zip(_LEARNED[arch.name], values, strict=True)),
+        **more,
         "dtype": str(dtype).removeprefix("torch."),
-        **{key: n for key, n in _special(common, vocabulary).items() if key == "pad_token_id"},
+        **special,
     }
 
 
 def pooling(keys: Mapping[str, Any]) -> str | None:
-    """How the states of a text become one embedding, as sentence-transformers calls it.
+    """How the states of a text become one embedding, one of POOLING.
 
     None where a file does not say, or says what is not known here.
     """
+    names = {int(import_gguf().PoolingType[name]): name for name in POOLING}
     found = keys.get(f"{BERT.name}.pooling_type", 0)
-    return _POOLING.get(found) if type(found) is int else None
+    return names.get(found) if type(found) is int else None
 
 
 def pooling_note(keys: Mapping[str, Any], made: bool) -> list[str]:
@@ -293,7 +285,7 @@ def _gemma(keys: _Keys, config: dict[str, Any]) -> dict[str, Any]:
     return {
         "hidden_activation": config.pop("hidden_act"),
         "query_pre_attn_scalar": gemma_scalar(config),
-        "layer_types": gemma_layer_types(layers) if window else ["full_attention"] * layers,
+        "layer_types": layer_types(layers, False) if window else ["full_attention"] * layers,
         "rope_parameters": {
             "full_attention": config["rope_parameters"],
             "sliding_attention": {"rope_type": "default", "rope_theta": local},
@@ -313,7 +305,7 @@ def _add_delta_net(keys: _Keys, config: dict[str, Any], tensors: Tensors) -> Non
         found = f"{values} heads of {dim} values for {groups} of keys"
         raise keys.wrong(found, f"{have} heads and {inner} features, as its tensors have them")
     keys.agreed("ssm.inner_size", inner)
-    types = delta_layer_types(layers)
+    types = layer_types(layers, True)
     listed = keys.take("attention.recurrent_layers")
     said = None if listed is None else [bool(each) for each in listed]
     if keys.get("full_attention_interval", FULL) != FULL or said not in (

@@ -12,7 +12,7 @@ nearly right gives wrong tokens without a word.
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,17 +30,6 @@ _ALSO = {
     "deepseek-r1-qwen": "qwen2",
     "phi-2": "gpt-2",
 }
-# special tokens, as keys and as transformers call them
-_SPECIALS = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
-_SPECIALS_OF_BERT = {
-    "bos": "cls",
-    "seperator": "sep",
-    "unknown": "unk",
-    "padding": "pad",
-    "mask": "mask",
-}
-# what llama.cpp takes where a file with WordPiece names no such token, in llama-vocab.cpp
-_USUAL_OF_BERT = {"bos": 101, "seperator": 102, "unknown": 100, "padding": 0, "mask": 103}
 _LONGEST_WORD = 100  # characters; BERT takes longer ones for unknown
 _LONGEST = 512  # characters of a token; in every place of each a merge is looked for
 _NONE = (
@@ -75,10 +64,8 @@ def tokenizer_files(
     if kind == "bert":
         pairs = zip(tokens, types, strict=True)
         tokens = [_word(token) if each == llama_cpp.NORMAL else token for token, each in pairs]
-    names = _SPECIALS_OF_BERT if kind == "bert" else _SPECIALS
-    specials = _specials(where, keys, tokens, names)
+    names, specials = llama_cpp.SPECIALS[kind], _specials(where, keys, tokens, types, kind)
     if kind == "bert":
-        specials = _specials_of_bert(where, keys, tokens, types, specials)
         missing = [name for name in ("bos", "seperator", "unknown") if name not in specials]
         if missing:
             return {}, [f"its vocabulary names no {missing[0]} token: {_NONE}"]
@@ -173,36 +160,31 @@ def _are(value: Any, kind: type) -> bool:
 
 
 def _specials(
-    where: str, keys: Mapping[str, Any], tokens: Sequence[str], names: Iterable[str]
+    where: str, keys: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], kind: str
 ) -> dict[str, str]:
-    found = {}
-    for name in names:
+    """The special tokens by their keys.
+
+    What a file does not name are llama.cpp's numbers, if these are special and named nothing else;
+    of WordPiece the first token is "cls" in files of 2024.
+    """
+    found: dict[str, int] = {}
+    for name in (*llama_cpp.SPECIALS[kind], *(["cls"] if kind == "bert" else [])):
         number = keys.get(f"tokenizer.ggml.{name}_token_id")
         if number is None:
             continue
         if type(number) is not int or not 0 <= number < len(tokens):
             raise _bad_vocabulary(where, f"{name} token {str(number):.20}", f"one of {len(tokens)}")
-        found[name] = tokens[number]
-    return found
-
-
-def _specials_of_bert(
-    where: str,
-    keys: Mapping[str, Any],
-    tokens: Sequence[str],
-    types: Sequence[int],
-    found: Mapping[str, str],
-) -> dict[str, str]:
-    """The special tokens with those that a file does not name: the first one is "cls" in files of
-    2024; of others llama.cpp takes the numbers of BERT's own vocabulary, if they are special."""
+        found[name] = number
+    first = found.pop("cls", None)
+    found = found if first is None else {"bos": first, **found}
     usual = {
-        name: tokens[number]
-        for name, number in _USUAL_OF_BERT.items()
-        if number < len(tokens) and types[number] in (llama_cpp.CONTROL, llama_cpp.UNKNOWN)
+        name: number
+        for name, number in llama_cpp.USUAL[kind].items()
+        if number < len(tokens)
+        and types[number] in (llama_cpp.CONTROL, llama_cpp.UNKNOWN)
+        and number not in found.values()
     }
-    first = _specials(where, keys, tokens, ("cls",))
-    named = {"bos": first["cls"]} if first else {}
-    return {**usual, **named, **found}
+    return {name: tokens[number] for name, number in {**usual, **found}.items()}
 
 
 def _switch(where: str, keys: Mapping[str, Any], name: str, default: bool) -> bool:
@@ -303,9 +285,7 @@ def _pieces(
 ) -> tokenizers.Tokenizer:
     lower = _switch(where, keys, "normalizer.lowercase", True)
     normalizer = {
-        "type": "BertNormalizer",
-        "clean_text": True,
-        "handle_chinese_chars": True,
+        **llama_cpp.WORDS,
         "strip_accents": _switch(where, keys, "normalizer.strip_accents", lower),
         "lowercase": lower,
     }
@@ -316,7 +296,7 @@ def _pieces(
         "continuing_subword_prefix": llama_cpp.GOES_ON,
         "max_input_chars_per_word": _LONGEST_WORD,
     }
-    tokenizer = _make_tokenizer(where, model, normalizer, {"type": "BertPreTokenizer"})
+    tokenizer = _make_tokenizer(where, model, normalizer, llama_cpp.WORDS_SPLIT)
     tokenizer.decoder = tokenizers.decoders.WordPiece(prefix=llama_cpp.GOES_ON)
     first, last = specials["bos"], specials["seperator"]
     _put_around(where, tokenizer, [first], [last], again=[])
