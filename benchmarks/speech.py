@@ -1,25 +1,31 @@
 """Word error rates of a speech recogniser: source, rounded, calibrated and trained.
 
     apt-get install espeak-ng; pip install 'ternarize[audio]'
-    python benchmarks/speech.py MODEL TEXTS --work FOLDER [--json OUT.json]
+    python benchmarks/speech.py MODEL TEXTS --work FOLDER [--only ROW ...] [--json OUT.json]
+    python benchmarks/speech.py MODEL TEXTS --work FOLDER --speed [--json OUT.json]
 
 MODEL is a checkpoint of Whisper. TEXTS holds `text/general.txt`, from which sentences to calibrate
 and train on are taken, and `text/general_eval.txt`, from which those to measure on are; espeak-ng
 speaks them, in each with other voices. What is calibrated and trained has no transcripts: the
 source's own words take their place. FOLDER keeps speech and models, and what is there is not made
-again.
+again. With --speed: one window of 30 seconds through the encoder, in torch and packed, and what the
+whole model holds.
 """
 
 import hashlib
 import re
+import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from common import hide_bars, parser, write_figures
 
+import ternarize
 from ternarize.convert.run import convert
 from ternarize.measure.documents import read_documents
 from ternarize.measure.report import inspect
@@ -61,6 +67,44 @@ def speak(said: list[str], voices: list[tuple[str, int]], folder: Path, transcri
     return folder
 
 
+def speed(source: Path, packed: Path, rounds: int) -> list[dict[str, Any]]:
+    """Print milliseconds of the encoder for a window, and MB of all that each model holds."""
+    heard: Any = transformers.WhisperForConditionalGeneration
+    models: dict[str, Any] = {
+        "torch, float32": heard.from_pretrained(source, dtype=torch.float32).eval(),
+        "torch, bfloat16": heard.from_pretrained(source, dtype=torch.bfloat16).eval(),
+        "packed, float32": ternarize.load(packed, dtype=torch.float32),
+        "packed, float32, int8 activations": ternarize.load(
+            packed, dtype=torch.float32, activations="int8"
+        ),
+        "packed, bfloat16": ternarize.load(packed, dtype=torch.bfloat16),
+    }
+    config = models["torch, float32"].config
+    torch.manual_seed(0)
+    window = torch.randn(1, config.num_mel_bins, 2 * config.max_source_positions)
+    times: dict[str, list[float]] = {name: [] for name in models}
+    with torch.inference_mode():
+        for _ in range(rounds + 1):
+            for name, model in models.items():
+                began = time.perf_counter()
+                model.get_encoder()(window.to(model.dtype))
+                times[name].append(1e3 * (time.perf_counter() - began))
+    print(
+        f"{torch.get_num_threads()} threads; file {(packed / 'model.safetensors').stat().st_size}"
+    )
+    print("| | encoder, ms | times as fast as torch in float32 | model, MB |")
+    print("|---|---|---|---|")
+    rows, first = [], times["torch, float32"][1:]
+    for name, model in models.items():
+        own = times[name][1:]
+        ratio = statistics.median(a / b for a, b in zip(first, own, strict=True))
+        tensors = [*model.parameters(), *model.buffers()]  # each once, also where two are tied
+        size = sum(each.nbytes for each in tensors)
+        rows.append({"name": name, "ms": statistics.median(own), "ratio": ratio, "bytes": size})
+        print(f"| {name} | {rows[-1]['ms']:.0f} | {ratio:.2f} | {size / 1e6:.1f} |")
+    return rows
+
+
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("model", type=Path, help="a checkpoint of Whisper")
@@ -70,8 +114,17 @@ def main() -> None:
     arguments.add_argument("--measured", type=int, default=120, help="sentences to measure on")
     arguments.add_argument("--num-samples", type=int, default=128, help="windows to calibrate on")
     arguments.add_argument("--minutes", type=float, default=30.0, help="of training; 0: none")
+    arguments.add_argument("--only", nargs="*", help="names of rows")
+    arguments.add_argument("--speed", action="store_true", help="of the encoder, from FOLDER/itf")
+    arguments.add_argument("--rounds", type=int, default=7, help="of --speed")
     args = arguments.parse_args()
     hide_bars()
+    if args.speed:
+        if not (args.work / "itf").exists():
+            convert(args.model, args.work / "itf", Recipe("itf"))
+        figures = {"rows": speed(args.model, args.work / "itf", args.rounds)}
+        write_figures(args.json, __file__, figures)
+        return
     texts: Path = args.texts / "text"
     measured = sentences(texts / "general_eval.txt")[: args.measured]
     others = [s for s in sentences(texts / "general.txt") if s not in set(measured)]
@@ -87,6 +140,8 @@ def main() -> None:
     print("| model | bpw | word error rate | of the source | ratio | words changed | minutes |")
     print("|---|---|---|---|---|---|---|")
     for name, recipe in recipes.items():
+        if args.only is not None and name not in args.only:
+            continue
         print(f"{name} ...", file=sys.stderr)
         output, began = args.work / name, time.perf_counter()
         minutes = None

@@ -662,6 +662,8 @@ def test_the_default_text_needs_nothing() -> None:
 def test_models_that_do_not_read_text_ask_for_tensors(model: str) -> None:
     with pytest.raises(UsageError, match="does not read text alone; expected a .safetensors file"):
         get("default", model, words="none")
+    with pytest.raises(UsageError, match="^speach: no file or folder has this name, and "):
+        get("speach", model, words="none")
 
 
 # --- tensors ------------------------------------------------------------------------------------

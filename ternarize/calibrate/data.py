@@ -22,6 +22,7 @@ from ternarize.calibrate.speech import Ear, read_speech
 from ternarize.calibrate.texts import SELF, check_no_column, open_texts, read_texts
 from ternarize.errors import UsageError
 from ternarize.files.headers import byte_view
+from ternarize.measure.documents import DEFAULT
 from ternarize.measure.encoders import pad
 from ternarize.models.reads import (
     CAUSAL,
@@ -187,9 +188,11 @@ def _tokens_of(sample: Sample) -> int:
 
 def _reads_no_text(dataset: str, model_class: Any) -> UsageError:
     names = ", ".join(arguments(model_class)[:4])
+    reads_none = f"{model_class.__name__} does not read text alone"
+    there = dataset in (DEFAULT, SELF) or Path(dataset).expanduser().exists()
     return UsageError(
         dataset,
-        f"{model_class.__name__} does not read text alone",
+        reads_none if there else f"no file or folder has this name, and {reads_none}",
         f"a .safetensors file with tensors named as its forward names them ({names}, ...), a "
         f"sample per row{', or a folder of audio files' if hears(model_class) else ''}",
         "Make one",

@@ -69,7 +69,8 @@ class TernaryConv2d(Packed, nn.Conv2d):
         if self._rather_dense(input):
             bias = None if self.bias is None else self.bias.to(input.dtype)
             images = input.contiguous(memory_format=torch.channels_last)
-            return self._conv_forward(images, self.dequantized(input.dtype), bias)
+            y: Tensor = self._conv_forward(images, self.dequantized(input.dtype), bias)
+            return y
         found = [
             product(
                 patches_for(images, self),
