@@ -30,7 +30,7 @@ from ternarize.files.outputs import write_whole
 from ternarize.measure.encoders import pool
 from ternarize.measure.figures import Figure, mean_of
 from ternarize.measure.language_models import compare_logits, summarize
-from ternarize.models.configuration import open_config
+from ternarize.models.configuration import class_of, open_config
 from ternarize.models.reads import CAUSAL, ENCODER_DECODER, has_tokenizer, kind_of, open_tokenizer
 from ternarize.plans.layout import Plan, TensorPlan
 from ternarize.plans.recipe import Calibrate
@@ -274,7 +274,7 @@ def samples_of(directory: Path, calibration: Calibrate, *, trained: bool) -> Sam
     trained  whether the model is trained afterwards
     """
     config = open_config(directory)
-    model_class = getattr(transformers, (config.architectures or [""])[0], None)
+    model_class = class_of(config)
     if model_class is None:
         raise CheckpointError(
             directory / "config.json",

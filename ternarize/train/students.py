@@ -25,7 +25,7 @@ from ternarize.calibrate.solved import Solved, form_of, read_numbers, read_solve
 from ternarize.errors import CheckpointError, UsageError
 from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.container import ROUNDED, as_source
-from ternarize.models.configuration import open_config, usable
+from ternarize.models.configuration import class_of, open_config, usable
 from ternarize.models.reads import CAUSAL, kind_of, vocabulary_size
 from ternarize.models.skeleton import model_end
 from ternarize.plans.layout import TensorPlan, logical
@@ -148,7 +148,7 @@ def teacher_folder(directory: Path, training: Train) -> Path:
 def open_model(where: Path, device: str) -> Any:
     """The model of a dense checkpoint, in its own dtype, that nothing trains yet."""
     config = open_config(where)
-    model_class = getattr(transformers, (config.architectures or [""])[0], None)
+    model_class: Any = class_of(config)
     if model_class is None:
         raise CheckpointError(
             where,
