@@ -6,9 +6,15 @@ torch.distributed carries what is exchanged; the processes trust each other.
 import datetime
 import os
 import pickle
+import platform
+import re
+import socket
+import stat
+import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +28,10 @@ _Any = TypeVar("_Any")
 _AT_ONCE = 1 << 22  # elements that are received at a time, to be added
 _START = datetime.timedelta(minutes=10)  # for a process that begins
 _WAIT = datetime.timedelta(days=1)  # for one that solves a large matrix
-_FAULT = "ternarize/fault"
+SILENT = 300  # seconds after which a machine that answers nothing is gone
+_FAULT = "fault"
+_AGAIN = 0.05  # seconds between looks at a store
+_PLACE = r"^\[\S+:\d+\] "  # in the source of gloo
 
 
 class World:
@@ -163,7 +172,7 @@ def others_gone(remedy: str) -> Iterator[None]:
     except RuntimeError as error:
         raise RankError(
             "another process",
-            f"is gone ({str(error).splitlines()[0]:.100})",
+            f"is gone ({re.sub(_PLACE, '', first_line(error)):.100})",
             "all of them to the end",
             remedy,
         ) from error
@@ -193,8 +202,10 @@ def ranks_of_launcher(wait: datetime.timedelta = _WAIT) -> Iterator[World]:
     from torch.distributed.rendezvous import rendezvous
 
     try:
-        store, rank, size = next(rendezvous("env://", timeout=_START))
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=wait)
+        with silence_ends():
+            given, rank, size = next(rendezvous("env://", timeout=_START))
+            store = own_part(given, rank, size)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=wait)
     except (RuntimeError, ValueError) as error:
         raise UsageError(
             "torchrun",
@@ -212,6 +223,94 @@ def ranks_of_launcher(wait: datetime.timedelta = _WAIT) -> Iterator[World]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+def own_part(store: Any, rank: int, size: int, wait: datetime.timedelta = _START) -> Any:
+    """A part of a launcher's store that no other start of the processes has: torchrun keeps its
+    store, with all that was said in it, when it starts them again (--max-restarts).
+
+    Each process leaves a word of its own; the first answers each with the name of the part, until
+    all of them have been there.
+
+    Raises RuntimeError where one does not come.
+    """
+    made: Any = dist.PrefixStore  # type: ignore[attr-defined]
+    own = uuid.uuid4().hex
+    if rank:
+        store.set(f"ternarize/{rank}", own)
+        part = made(store.get(f"ternarize/{own}").decode(), store)
+        part.set(f"came/{rank}", "")
+        return part
+    part = made(own, store)
+    missing, answered, end = set(range(1, size)), set(), time.monotonic() + wait.total_seconds()
+    while missing:
+        for other in (each for each in missing if store.check([f"ternarize/{each}"])):
+            word = store.get(f"ternarize/{other}").decode()
+            if word not in answered:  # it may be one of an earlier start, which nobody waits for
+                store.set(f"ternarize/{word}", own)
+                answered.add(word)
+        missing = {each for each in missing if not part.check([f"came/{each}"])}
+        if time.monotonic() > end:
+            raise RuntimeError(f"rank {min(missing)} has not come within {wait}")
+        time.sleep(_AGAIN if missing else 0)
+    return part
+
+
+@contextmanager
+def silence_ends() -> Iterator[None]:
+    """TCP connections that are made inside break when the other end's machine has answered nothing
+    for SILENT seconds: one that vanishes closes none of its own.
+
+    It is the systems that answer, also for processes that are at work for hours.
+    """
+    before = _sockets()
+    yield
+    options = {
+        "TCP_KEEPIDLE": SILENT // 2,
+        "TCP_KEEPALIVE": SILENT // 2,  # the same on macOS
+        "TCP_KEEPINTVL": max(1, SILENT // 10),
+        "TCP_KEEPCNT": 5,
+        "TCP_USER_TIMEOUT": 1000 * SILENT,  # where something is on its way
+    }
+    for number in _sockets() - before:
+        # what is closed meanwhile, or has no such options, stays as it is
+        with suppress(OSError), socket.socket(fileno=os.dup(number)) as found:
+            inet = found.family in (socket.AF_INET, socket.AF_INET6)
+            if inet and found.type == socket.SOCK_STREAM:
+                found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for name in (each for each in options if hasattr(socket, each)):
+                    found.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), options[name])
+
+
+def _sockets() -> set[int]:
+    """The open files of this process that are sockets, where the system lists them."""
+    found = set()
+    for name in os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else ():
+        with suppress(OSError):  # the listing itself was one of them
+            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                found.add(int(name))
+    return found
+
+
+def gpu_of(device: str) -> tuple[str, int] | None:
+    """The machine and number of a GPU, of the current one without a number; None for others."""
+    place = torch.device(device)
+    if place.type != "cuda":
+        return None
+    return platform.node(), torch.cuda.current_device() if place.index is None else place.index
+
+
+def check_gpus(world: World, device: str) -> None:
+    """Raise UsageError, in all processes, where several are told to use one GPU by its number."""
+    told = world.all(gpu_of(device) if ":" in device else None)
+    for each in told:
+        if each is not None and told.count(each) > 1:
+            raise UsageError(
+                "--device",
+                f"cuda:{each[1]} for {told.count(each)} processes of one machine",
+                "a GPU for each",
+                "Use --device cuda: each takes the one of its LOCAL_RANK",
+            )
 
 
 def _bytes_of(value: Any) -> Tensor:

@@ -193,6 +193,45 @@ def _t5() -> PretrainedConfig:
     )
 
 
+def _switch() -> PretrainedConfig:
+    """Every second layer has experts, each a module of its own, that some samples do not meet."""
+    return transformers.SwitchTransformersConfig(
+        vocab_size=160,
+        d_model=64,
+        d_kv=16,
+        d_ff=136,
+        num_layers=2,
+        num_decoder_layers=2,
+        num_sparse_encoder_layers=1,
+        num_sparse_decoder_layers=1,
+        num_heads=4,
+        num_experts=4,
+        architectures=["SwitchTransformersForConditionalGeneration"],
+        **{**_TOKENS, "decoder_start_token_id": 0},
+    )
+
+
+def _zamba2() -> PretrainedConfig:
+    """The first and the third block have one attention between them."""
+    sizes: dict[str, Any] = dict(
+        vocab_size=160,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        layers_block_type=["hybrid", "mamba", "hybrid", "mamba"],
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        attention_head_dim=32,
+        mamba_d_state=16,
+        mamba_headdim=16,
+        n_mamba_heads=8,
+        num_mem_blocks=1,
+        chunk_size=8,
+        use_mem_rope=False,
+    )
+    return transformers.Zamba2Config(**sizes, **_TOKENS, architectures=["Zamba2ForCausalLM"])
+
+
 def _gpt_oss() -> PretrainedConfig:
     return transformers.GptOssConfig(
         **{**TEXT, "intermediate_size": 72},
@@ -261,13 +300,15 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
 }
 # those whose blocks run in other ways, for calibration
 MORE: dict[str, Callable[[], PretrainedConfig]] = {"albert": _albert, "gptj": _gptj, "neox": _neox}
+# those that single tests ask for
+RARE: dict[str, Callable[[], PretrainedConfig]] = {"switch": _switch, "zamba2": _zamba2}
 
 
 def build(
     name: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **sizes: int
 ) -> PreTrainedModel:
     """The model `name` with random weights that depend on the seed alone; `sizes`: other ones."""
-    config = (CONFIGS | MORE)[name]()
+    config = (CONFIGS | MORE | RARE)[name]()
     config.update(sizes)
     architecture = getattr(transformers, (config.architectures or [""])[0])
     with torch.random.fork_rng(devices=[]):

@@ -28,7 +28,7 @@ from ternarize.convert.run import convert
 from ternarize.convert.scratch import train_from_scratch
 from ternarize.plans.recipe import Recipe, Train
 from ternarize.ranks import World, ranks_of_launcher
-from ternarize.train import loop, parallel
+from ternarize.train import loop, parallel, students
 from ternarize.train import run as train_run
 
 # few candidates for each matrix, and few looks; gradients in several pieces
@@ -40,6 +40,8 @@ QUICK: list[tuple[Any, str, Any]] = [
         (gptq, "PULLS", (0.3,)),
     ),
     *((loop, "LOOKS", 4), (parallel, "AT_ONCE", 10_000)),
+    # also where a processor is faster in bfloat16, of which sums in another order would be seen
+    *((module, "fast_dtype", lambda device: torch.float32) for module in (students, train_run)),
 ]
 DYING: dict[str, tuple[Any, str]] = {
     "add": (parallel.Gradients, "add"),

@@ -52,7 +52,7 @@ def fit(
     where: dict[str, Any] = {"device": device, "progress": progress, "world": world}
     found: Calibrated | None = None
     try:
-        data = open_training(plan) if plan.recipe.training else None
+        data = open_training(plan, device, world.size) if plan.recipe.training else None
         if plan.recipe.calibrate:
             found = calibrate(plan, tensors, folder, **where)
         if data is not None:

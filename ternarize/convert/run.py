@@ -81,12 +81,10 @@ from ternarize.plans.plan import make_plan, refuse_empty
 from ternarize.plans.recipe import Recipe
 from ternarize.progress import Progress
 from ternarize.qat.rounding import Form
-from ternarize.ranks import World
+from ternarize.ranks import World, check_gpus
 from ternarize.runtime.rehearsal import rehearse
 from ternarize.threads import THREADS, TICK, let_through, result_of, thread_pool
 from ternarize.train.divided import check_divided
-from ternarize.train.loop import tokens_at_once
-from ternarize.train.parallel import check_rounds
 from ternarize.train.run import Log
 from ternarize.trits.ternary import check_device
 
@@ -159,8 +157,8 @@ def convert(
     output = Path(os.path.expanduser(output))
     partial, device = partial_of(output), check_device(device)
     if recipe.training:
-        check_rounds(recipe.training, tokens_at_once(device), world.size)
         check_divided(recipe.training, world.size)
+    check_gpus(world, device)
     place = partial if part is None else part_folder(partial, part)
 
     def planned(folder: Path | None = None) -> Plan:

@@ -9,6 +9,7 @@ Source: Zhao et al. 2023, PyTorch FSDP, https://arxiv.org/abs/2304.11277.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -42,7 +43,8 @@ def check_divided(training: Train, count: int) -> None:
 def shard_blocks(
     models: Sequence[Any], paths: Sequence[str], device: str, exchange: Exchange
 ) -> None:
-    """Divide the blocks of models among the processes, in place; the rest goes to the device.
+    """Divide the blocks of models among the processes, in place; the rest, weights that several
+    blocks have among it, goes to the device.
 
     paths  of the blocks
     """
@@ -62,8 +64,11 @@ def shard_blocks(
         )
     mesh = DeviceMesh.from_group(exchange.group, kind)
     for model in models:
-        for path in paths:
-            fully_shard(model.get_submodule(path), mesh=mesh)
+        blocks = [model.get_submodule(path) for path in paths]
+        owners = Counter(parameter for block in blocks for parameter in block.parameters())
+        shared = {parameter for parameter, count in owners.items() if count > 1}
+        for block in blocks:
+            fully_shard(block, mesh=mesh, ignored_params=shared)
         rest = {parameter for parameter in model.parameters() if not is_divided(parameter)}
         root: Any = fully_shard(model.base_model, mesh=mesh, ignored_params=rest)
         # what one process did not use would be left out of the sum there, and others get wrong ones

@@ -8,6 +8,7 @@ Several processes take the micro-batches of a step in turn (parallel.py). The fi
 and the budget, looks at the clock, and writes; the others do as it tells.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ternarize.calibrate.samples import Sample
-from ternarize.errors import CheckpointError, RankError
+from ternarize.errors import CheckpointError, RankError, UsageError
 from ternarize.plans.recipe import BUDGETS, Train
 from ternarize.ranks import World
 from ternarize.threads import let_through, signals_came, signals_held
@@ -133,6 +134,8 @@ def _go_on(
             if looks:
                 gradients.check_same(progressed.step)
                 _look(job, progressed, math.floor(done * LOOKS), done >= job.counts, together)
+                if done < 1:  # a step has what it would have if it went on from a state of now
+                    job.at(done, False)
             if done == 1 or due:
                 if first or together:
                     save()
@@ -262,6 +265,30 @@ def _micro_batches(job: Job, samples: Iterator[Sample]) -> list[list[Sample]]:
 def tokens_at_once(device: str) -> int:
     """How many tokens go through a model at a time where nobody says it."""
     return 2048 if device == "cpu" else 16384
+
+
+def check_rounds(training: Train, usual: int, count: int, samples: Sequence[Sample]) -> None:
+    """Raise UsageError where a step has no micro-batch for each of several processes.
+
+    usual    tokens of a micro-batch where nobody says it
+    samples  like those of a step
+    """
+    if count == 1:
+        return
+    part = training.micro_batch or usual
+    steps = itertools.accumulate(map(tokens_in, itertools.cycle(samples)))
+    taken = 1 + next(at for at, tokens in enumerate(steps) if tokens >= training.batch)
+    step = list(itertools.islice(itertools.cycle(samples), taken))
+    found = len(list(in_parts(step, part)))
+    if found < count:
+        longest = max(map(tokens_in, step))
+        raise UsageError(
+            "torchrun",
+            f"{count} processes, and a step of {training.batch} tokens, which is {found} "
+            f"micro-batches of {part} in samples of {longest}",
+            "a micro-batch for each process",
+            f"Use --batch {count * max(part, longest)}, or a smaller --micro-batch or --train-len",
+        )
 
 
 def in_parts(samples: Sequence[Sample], most: int) -> Iterator[list[Sample]]:

@@ -14,7 +14,6 @@ and not within a kernel of a GPU.
 """
 
 import hashlib
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,8 +23,7 @@ from torch import Tensor
 
 from ternarize.errors import CheckpointError, UsageError
 from ternarize.files.headers import byte_view
-from ternarize.plans.recipe import Train
-from ternarize.ranks import World
+from ternarize.ranks import World, gpu_of, silence_ends
 from ternarize.train.ranks import SILENCE
 
 _Words = TypeVar("_Words")
@@ -185,29 +183,12 @@ def exchange_of(world: World, device: str) -> Exchange | None:
     """NCCL where each process has a GPU of its own, else gloo; None of one process."""
     if world.size == 1:
         return None
-    on_gpu = torch.device(device).type == "cuda"
-    own = (platform.node(), torch.cuda.current_device()) if on_gpu else None
-    places = world.all(own)
+    places = world.all(gpu_of(device))
     alone = None not in places and len(set(places)) == world.size
     backend = "nccl" if alone and dist.is_nccl_available() else "gloo"
-    with world.others_gone():
+    with world.others_gone(), silence_ends():
         group = dist.new_group(backend=backend, timeout=SILENCE)
     return Exchange(group, torch.device(device if backend == "nccl" else "cpu"))
-
-
-def check_rounds(training: Train, usual: int, count: int) -> None:
-    """Raise UsageError where a step has no micro-batch for each of several processes.
-
-    usual  tokens of a micro-batch where nobody says it
-    """
-    part = max(training.micro_batch or usual, training.train_len or 1)
-    if count > 1 and training.batch < count * part:
-        raise UsageError(
-            "torchrun",
-            f"{count} processes, and a step of {training.batch} tokens, {part} in a micro-batch",
-            "a micro-batch for each process",
-            f"Use --batch {count * part}, or a smaller --micro-batch (--train-len is the least)",
-        )
 
 
 def check_alike(world: World, models: Sequence[Any], computed_in: torch.dtype) -> None:

@@ -30,7 +30,7 @@ from ternarize.sources.checkpoint import locate
 from ternarize.sources.packed import check_record, open_packed, refuse_folded
 from ternarize.train.compiled import compile_blocks
 from ternarize.train.divided import by_names, regrouped, shard_blocks, whole
-from ternarize.train.loop import Job, tokens_at_once, train
+from ternarize.train.loop import Job, check_rounds, tokens_at_once, train
 from ternarize.train.objectives import first_error, held_loss, objective
 from ternarize.train.optimizer import make_optimizer
 from ternarize.train.parallel import check_alike, exchange_of
@@ -53,17 +53,21 @@ FOLDER = "training"  # in the folder of the calibration
 Log = Callable[[int, Mapping[str, float]], None]
 
 
-def open_training(plan: Plan) -> Data:
+def open_training(plan: Plan, device: str = "cpu", count: int = 1) -> Data:
     """What a plan's training reads, opened before anything long begins.
 
-    Raises UsageError for texts that cannot be used and for a teacher of other words,
-    CheckpointError where the model or its tokenizer cannot be.
+    count  processes that train together
+
+    Raises UsageError for texts that cannot be used, for a teacher of other words and for more
+    processes than have work, CheckpointError where the model or its tokenizer cannot be used.
     """
     training = plan.recipe.training
     assert training is not None
     if training.objective == "distill":
         teacher_folder(plan.source.directory, training)
-    return data_of(plan.source.directory, training, plan.recipe.calibrate)
+    data = data_of(plan.source.directory, training, plan.recipe.calibrate)
+    check_rounds(training, tokens_at_once(device), count, data.held)
+    return data
 
 
 def train_model(

@@ -1,0 +1,35 @@
+"""The loop of a training: what a step has, whether it was broken off before it or not."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_train_run import assert_same, recipe_of, source_of, text_of
+
+from ternarize.convert.run import convert
+from ternarize.qat import schedule
+from ternarize.train import loop
+
+
+def test_a_training_with_zeros_that_ends_right_behind_a_look_goes_on_to_the_same_bytes(
+    one_thread: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look is at the exact share of zeros, the steps are with that of a sample."""
+    monkeypatch.setattr(loop, "LOOKS", 2)
+    monkeypatch.setattr(schedule, "SAMPLED", 64)
+    source, text = source_of("llama", tmp_path / "source"), text_of(tmp_path / "text.txt", 60)
+    recipe = dataclasses.replace(recipe_of(text, steps=4), zeros=0.7)
+    convert(source, tmp_path / "whole", recipe)
+    step = loop._step
+
+    def broken(job: Any, progressed: Any, *rest: Any) -> Any:
+        if progressed.step == 2:
+            raise KeyboardInterrupt
+        return step(job, progressed, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "_step", broken)
+        convert(source, tmp_path / "broken", recipe)
+    convert(source, tmp_path / "broken", recipe)
+    assert_same(tmp_path / "whole", tmp_path / "broken")
