@@ -4,7 +4,7 @@
 
 Two mixtures of experts, of 400 B and of 1 T parameters, are planned from configurations alone, in
 the form of Qwen3-MoE: of 64 layers with 128 experts, and of 60 with 384, 8 of which a token meets.
-Times are of so many threads like one here, in each process.
+Times are of so many threads like one here, in each process; how fast one is is measured once.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 import transformers
 from common import parser, write_figures
 
-from ternarize.convert.forecast import forecast
+from ternarize.convert.forecast import forecast, pace_of
 from ternarize.plans.plan import make_plan
 from ternarize.plans.recipe import Calibrate, Recipe
 
@@ -46,6 +46,10 @@ BOTH: dict[str, Any] = {
 RECIPES = {"gptq": Recipe("gptq", calibrate=Calibrate()), "itf": Recipe("itf")}
 
 
+def in_time(seconds: float) -> str:
+    return f"{seconds / 3600:.2f} h" if seconds > 60 else f"{seconds:.1f} s"
+
+
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--bandwidth", type=float, default=2.0)
@@ -53,10 +57,10 @@ def main() -> None:
     arguments.add_argument("--counts", type=int, nargs="+", default=[1, 8, 32])
     options = arguments.parse_args()
     figures: dict[str, Any] = {}
-    print(
-        "| model, method | processes | reads | writes | memory | sends | processors | transfers |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    paces: dict[str, float] = {}  # measured once, so that rows differ in what they are of
+    titles = ["model, method", "processes", "reads", "writes", "memory", "of which sums", "sends"]
+    print("|", " | ".join([*titles, "processors", "transfers"]), "|")
+    print("|---" * 9 + "|")
     for model, sizes in MODELS.items():
         for method, recipe in RECIPES.items():
             with TemporaryDirectory() as folder:
@@ -65,18 +69,21 @@ def main() -> None:
                 plan = make_plan(folder, recipe, config_only=True)
             planned = time.perf_counter() - began
             total = sum(t.info.numel for t in plan.tensors)
+            if method not in paces:
+                paces[method] = pace_of(plan)
             for count in options.counts:
                 bandwidth = 1e9 * options.bandwidth
-                found = forecast(plan, count, bandwidth=bandwidth, threads=options.threads)
+                how: dict[str, Any] = {"bandwidth": bandwidth, "threads": options.threads}
+                found = forecast(plan, count, pace=paces[method], **how)
                 most = {k: max(row[k] for row in found["ranks"]) for k in found["ranks"][0]}
                 figures[f"{model} {method} {count}"] = {**most, "planned_seconds": planned}
                 sizes_in_gb = [
                     f"{most[f'{kind}_bytes'] / 1e9:,.1f} GB"
-                    for kind in ("read", "written", "memory", "sent")
+                    for kind in ("read", "written", "memory", "sums", "sent")
                 ]
-                times = [most[f"{kind}_seconds"] / 3600 for kind in ("processor", "transfer")]
+                times = [in_time(most[f"{kind}_seconds"]) for kind in ("processor", "transfer")]
                 cells = [f"{model} ({total / 1e9:,.0f} B), {method}", str(count), *sizes_in_gb]
-                print("|", " | ".join([*cells, *(f"{hours:.2f} h" for hours in times)]), "|")
+                print("|", " | ".join([*cells, *times]), "|")
     print(json.dumps({name: each["planned_seconds"] for name, each in figures.items()}))
     write_figures(options.json, __file__, figures)
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from ternarize.calibrate.ranks import rank_of, share_out
 from ternarize.cli.app import app
 from ternarize.convert import forecast as forecasts
-from ternarize.convert.forecast import experts_of_a_token, forecast
+from ternarize.convert.forecast import experts_of_a_token, forecast, pace_of
 from ternarize.plans.layout import TensorPlan
 from ternarize.plans.plan import make_plan
 from ternarize.plans.recipe import Calibrate, Recipe
@@ -76,6 +76,7 @@ def test_experts_go_by_the_tokens_that_meet_them_and_are_divided(
     one, two = (forecast(plan, count)["ranks"][0] for count in (1, 2))
     assert one["sent_bytes"] == 0 < two["sent_bytes"]
     assert two["memory_bytes"] < one["memory_bytes"]
+    assert (one["sums_bytes"], two["sums_bytes"]) == (4 * 4 * 1024**2, 2 * 4 * 1024**2)
     assert two["processor_seconds"] < 0.8 * one["processor_seconds"]
     assert experts_of_a_token({"text_config": {"num_experts_per_tok": 3}}) == 3
     assert experts_of_a_token({"num_hidden_layers": 3}) is None
@@ -98,6 +99,20 @@ def test_experts_in_tensors_of_their_own_cost_what_those_of_one_tensor_do(
     assert one["processor_seconds"] == pytest.approx(other["processor_seconds"])
     assert one["memory_bytes"] == other["memory_bytes"]
     assert one["sent_bytes"] == pytest.approx(other["sent_bytes"], rel=1e-3)
+
+
+def test_several_forecasts_are_of_one_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the second would find the machine half as fast."""
+    measured = iter([1.0, 2.0])
+    monkeypatch.setattr(forecasts, "_seconds", lambda work: next(measured))
+    plan = planned("llama", tmp_path, Recipe("itf"))
+    pace = pace_of(plan)
+    rows = [forecast(plan, 2, pace=pace, threads=threads)["ranks"][0] for threads in (1, 4)]
+    assert rows[0]["processor_seconds"] == 4 * rows[1]["processor_seconds"]
+    twice = forecast(plan, 2)["ranks"][0]
+    assert twice["processor_seconds"] == 2 * rows[0]["processor_seconds"]
 
 
 def _stacked(name: str, tensors: list[TensorPlan]) -> TensorPlan:
@@ -126,6 +141,7 @@ def test_the_command_says_it_for_each_process(tmp_path: Path) -> None:
     assert len(table["ranks"]) == 3 and "transfer_seconds" not in table["ranks"][0]
     fitted = CliRunner().invoke(app, [*words, "--dataset", "default"])
     assert fitted.exit_code == 0 and "2 to 3" in fitted.output
+    assert "are sums over the samples" in fitted.output.splitlines()[-1]
 
 
 def test_a_plan_that_is_refused_has_no_forecast_and_a_stream_is_not_cut(tmp_path: Path) -> None:

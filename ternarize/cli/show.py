@@ -223,6 +223,9 @@ def _show_forecast(found: dict[str, Any]) -> None:
     stdout().print(grid)
     text = "of sizes what is read and written without data is exact, the rest about; times are"
     print(f"{text} of {found['threads']} threads a process like one here")
+    sums = max(row["sums_bytes"] for row in found["ranks"])
+    if sums:
+        print(f"of the memory {in_bytes(sums)} are sums over the samples")
 
 
 def _in_time(seconds: float) -> str:

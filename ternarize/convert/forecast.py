@@ -7,7 +7,7 @@ report on), and blocks of w weights whose matrices have r rows and c columns, ea
     reads   all of the source;   writes   the packed blocks, the first one the result, too
     holds   16 h (T + 2 U) / n of activations (h columns, n = min(N, 8) that have samples), 8 w of
             the largest block (the source's weights, and what becomes of them), and of its sums
-            8 (c^2 + r c), or of experts 4 c^2 for each that it solves
+            over the samples ("sums") 8 (c^2 + r c), or of experts 4 c^2 for each that it solves
     sends   what docs/calibration.md says, divided by N, were the inputs of all matrices different
     does    FORWARD operations for each weight that a token meets, / n, and SOLVE r c^2 for each
             matrix, of experts for those that it solves
@@ -40,24 +40,33 @@ FORWARD, SOLVE = 40.0, 120.0
 
 
 def forecast(
-    plan: Plan, count: int, *, bandwidth: float | None = None, threads: int = 1, cut: bool = True
+    plan: Plan,
+    count: int,
+    *,
+    bandwidth: float | None = None,
+    threads: int = 1,
+    cut: bool = True,
+    pace: float | None = None,
 ) -> dict[str, Any]:
     """The work of each of `count` processes, as plain data.
 
     bandwidth  bytes a second that each reads, writes and sends; None: no times of that
     threads    of each process
     cut        of a conversion without data: whether files may be cut (plans/parts.py)
+    pace       what `pace_of` gives, so that several forecasts are of one measurement; None:
+               measured now
 
     Returns {"processes", "bandwidth", "threads", "ranks"}; of each rank "read_bytes",
-    "written_bytes", "memory_bytes" (above the interpreter with torch loaded), "sent_bytes",
-    "processor_seconds" on this machine, whose speed is measured for a moment, and
+    "written_bytes", "memory_bytes" (above the interpreter with torch loaded), of which
+    "sums_bytes" are sums over the samples, "sent_bytes", "processor_seconds" on this machine, and
     "transfer_seconds" with a bandwidth.
     """
     calibrate = plan.recipe.calibrate
+    pace = (pace_of(plan) if pace is None else pace) / threads
     if calibrate is None:
-        ranks = _without_data(plan, count, threads, cut=cut)
+        ranks = _without_data(plan, count, threads, pace, cut=cut)
     else:
-        ranks = _calibrated(plan, calibrate, count, threads)
+        ranks = _calibrated(plan, calibrate, count, pace)
     for row in ranks if bandwidth else ():
         moved = row["read_bytes"] + row["written_bytes"] + row["sent_bytes"]
         row["transfer_seconds"] = moved / bandwidth
@@ -65,10 +74,21 @@ def forecast(
     return {**found, "ranks": ranks}
 
 
-def _without_data(plan: Plan, count: int, threads: int, *, cut: bool) -> list[dict[str, Any]]:
+def pace_of(plan: Plan) -> float:
+    """Seconds of one thread on this machine, measured for a moment: for an operation of a product
+    of matrices, or without data for a weight.
+    """
+    if plan.recipe.calibrate is not None:
+        square = torch.randn(1024, 1024)
+        return _seconds(lambda: square @ square) / (2 * 1024**3)
     method, some = METHODS.get(plan.recipe.method, itf), torch.randn(PIECE >> 11, 1 << 11)
     size = plan.recipe.group_size
-    seconds = _seconds(lambda: method(some, 128 if size is None else size))
+    return _seconds(lambda: method(some, 128 if size is None else size)) / some.numel()
+
+
+def _without_data(
+    plan: Plan, count: int, threads: int, pace: float, *, cut: bool
+) -> list[dict[str, Any]]:
     names = names_of_parts(plan, count, cut=cut)
     found = []
     for own in names:
@@ -79,8 +99,9 @@ def _without_data(plan: Plan, count: int, threads: int, *, cut: bool) -> list[di
                 "read_bytes": sum(t.info.nbytes for shard in shards for t in shard.tensors),
                 "written_bytes": sum(shard.nbytes() for shard in shards),
                 "memory_bytes": plan.convert_memory(threads),
+                "sums_bytes": 0,
                 "sent_bytes": 0,
-                "processor_seconds": weights * seconds / some.numel() / threads,
+                "processor_seconds": weights * pace,
             }
         )
     return found
@@ -98,7 +119,7 @@ class _Samples(NamedTuple):
     used: int | None
 
 
-def _calibrated(plan: Plan, calibrate: Calibrate, count: int, threads: int) -> list[dict[str, Any]]:
+def _calibrated(plan: Plan, calibrate: Calibrate, count: int, pace: float) -> list[dict[str, Any]]:
     length = calibrate.seq_len or MAX_SEQ_LEN
     batches = -(-calibrate.num_samples // max(1, TOKENS_IN_BATCH // length))
     samples = _Samples(
@@ -113,7 +134,8 @@ def _calibrated(plan: Plan, calibrate: Calibrate, count: int, threads: int) -> l
     hidden = max(widths, key=widths.__getitem__, default=0)
     sharing = min(count, samples.chunks)
     active = 16 * hidden * (samples.train + 2 * samples.held) // sharing
-    held = max((8 * sum(t.info.numel for t in b) + _sums_held(b, count) for b in blocks), default=0)
+    held = [(8 * sum(t.info.numel for t in b), _sums_held(b, count)) for b in blocks]
+    weights, sums = max(held, key=sum, default=(0, 0))
     sent = sum(_sent(block, samples, count) for block in blocks)
     forwards = solving = 0.0
     for alike in (alike for block in blocks for alike in _kinds(block)):
@@ -123,16 +145,15 @@ def _calibrated(plan: Plan, calibrate: Calibrate, count: int, threads: int) -> l
             rows, cols = t.shape[-2:]
             forwards += FORWARD * t.info.numel * _met(alike, samples)
             solving += SOLVE * rows * cols**2 * _matrices(t) * share
-    square = torch.randn(1024, 1024)
-    seconds = _seconds(lambda: square @ square) / (2 * 1024**3) / threads
     packed = sum(t.stored_bytes() for t in ternary)
     return [
         {
             "read_bytes": sum(t.info.nbytes for t in plan.tensors if not t.tied_to),
             "written_bytes": packed + (0 if rank else plan.packed_bytes()),
-            "memory_bytes": active + held,
+            "memory_bytes": active + weights + sums,
+            "sums_bytes": sums,
             "sent_bytes": sent // count,
-            "processor_seconds": (forwards / sharing + solving) * seconds,
+            "processor_seconds": (forwards / sharing + solving) * pace,
         }
         for rank in range(count)
     ]
