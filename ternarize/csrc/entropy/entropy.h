@@ -10,7 +10,8 @@ constexpr int kRansLanes = 8;              // states that take turns
 constexpr int kRansBits = 12;              // frequencies of a class add up to 2^12
 constexpr int kRansTotal = 1 << kRansBits;
 constexpr int64_t kRansHead = 4 * kRansLanes;  // bytes of a chunk in front of its words
-constexpr int kRansTogether = 4;           // chunks that are decoded at once
+constexpr uint32_t kRansLeast = 1u << 16;  // of a state; below it takes a word of 16 bits
+constexpr int kRansTogether = 8;           // chunks that are decoded at once
 
 // How far the decoding of a chunk is: the bytes that come next, the words that are left, the states.
 struct RansChunk {

@@ -9,8 +9,6 @@ namespace ternarize {
 
 namespace {
 
-constexpr uint32_t kLeast = 1u << 16;  // of a state; below it takes a word of 16 bits
-
 struct Rows {  // as parallel_for cuts them: chunks, and about how many weights each is worth
   int64_t rows;
   int64_t cols;
@@ -40,32 +38,49 @@ int64_t columns(const std::vector<Run>& runs) {
   return count;
 }
 
-// Bytes of a chunk between rows and the order in which they are coded; copy(class, row's bytes, coded's,
-// count).
-template <class Byte, class Copy>
-void in_order(const Classed& x, const std::vector<std::vector<Run>>& runs, Byte* rows,
-              int64_t count, Copy copy) {
-  int64_t at = 0;
-  for (size_t which = 0; which < runs.size(); ++which)
+int64_t longest(const std::vector<Run>& runs) {
+  int64_t most = 0;
+  for (const Run& run : runs) most = run.count > most ? run.count : most;
+  return most;
+}
+
+// The bytes of rows in the order in which they are coded.
+void in_order(const Classed& x, const std::vector<std::vector<Run>>& runs, const uint8_t* rows,
+              int64_t count, uint8_t* ordered) {
+  for (const auto& those : runs)
     for (int64_t row = 0; row < count; ++row)
-      for (const Run& run : runs[which]) {
-        copy(which, rows + row * x.width + run.first, at, static_cast<size_t>(run.count));
-        at += run.count;
+      for (const Run& run : those) {
+        std::memcpy(ordered, rows + row * x.width + run.first, static_cast<size_t>(run.count));
+        ordered += run.count;
       }
 }
 
-// A run of class 0 is copied with what comes behind it, all of which is written after it: later columns,
-// later rows, other classes. So most runs are one move of registers. Behind a run of another class lies
-// what is written already.
-constexpr int64_t kCopied = 32;
+constexpr int64_t kMoved = 32;  // bytes of one move of registers
 
-void copy_run(size_t which, uint8_t* to, const uint8_t* from, size_t n, const uint8_t* end) {
-  if (n == 1)
-    *to = *from;
-  else if (which == 0 && n <= kCopied && end - to >= kCopied)
-    std::memcpy(to, from, kCopied);
-  else
-    std::memcpy(to, from, n);
+// The inverse; `end` is where what is written ends. A short run of class 0 is copied with what comes behind
+// it, all of which is written after it: later columns, later rows, other classes. Behind a run of another
+// class lies what is written already.
+void in_rows(const Classed& x, const std::vector<std::vector<Run>>& runs, const uint8_t* ordered,
+             int64_t count, uint8_t* rows, const uint8_t* end) {
+  for (size_t which = 0; which < runs.size(); ++which) {
+    const int64_t most = longest(runs[which]);
+    for (int64_t i = 0; i < count; ++i) {
+      uint8_t* const row = rows + i * x.width;
+      if (most == 1) {
+        for (const Run& run : runs[which]) row[run.first] = *ordered++;
+      } else if (which == 0 && most <= kMoved && end - row >= x.width + kMoved) {
+        for (const Run& run : runs[which]) {
+          std::memcpy(row + run.first, ordered, kMoved);
+          ordered += run.count;
+        }
+      } else {
+        for (const Run& run : runs[which]) {
+          std::memcpy(row + run.first, ordered, static_cast<size_t>(run.count));
+          ordered += run.count;
+        }
+      }
+    }
+  }
 }
 
 struct Symbol {
@@ -103,7 +118,7 @@ bool take_bytes(uint8_t* bytes, int64_t n, int64_t place, const uint32_t* table,
   const auto one = [&] {
     uint32_t& x = states[(place + i) % kRansLanes];
     x = next(x, bytes[i++]);
-    if (x >= kLeast) return true;
+    if (x >= kRansLeast) return true;
     if (end - at < 2) return false;
     uint16_t word;
     std::memcpy(&word, at, 2);
@@ -121,7 +136,7 @@ bool take_bytes(uint8_t* bytes, int64_t n, int64_t place, const uint32_t* table,
     for (int lane = 0; lane < kRansLanes; ++lane) {  // without a branch that nobody can foresee
       uint16_t word;
       std::memcpy(&word, at, 2);
-      const bool low = x[lane] < kLeast;
+      const bool low = x[lane] < kRansLeast;
       x[lane] = low ? x[lane] << 16 | word : x[lane];
       at += low ? 2 : 0;
     }
@@ -165,12 +180,9 @@ void rans_encode(const uint8_t* bytes, const Classed& x, const uint16_t* frequen
     std::vector<uint8_t> words(2 * ordered.size());
     for (int64_t chunk = first; chunk < last; ++chunk) {
       const int64_t count = x.rows_of(chunk);
-      in_order(x, runs, bytes + chunk * x.chunk_rows * x.width, count,
-               [&](size_t, const uint8_t* row, int64_t at, size_t n) {
-                 std::memcpy(ordered.data() + at, row, n);
-               });
+      in_order(x, runs, bytes + chunk * x.chunk_rows * x.width, count, ordered.data());
       uint32_t states[kRansLanes];
-      for (uint32_t& state : states) state = kLeast;
+      for (uint32_t& state : states) state = kRansLeast;
       uint8_t* const end = words.data() + words.size();
       uint8_t* begin = end;
       int64_t place = count * x.width;
@@ -188,12 +200,12 @@ void rans_encode(const uint8_t* bytes, const Classed& x, const uint16_t* frequen
   });
 }
 
-RansDecoder::RansDecoder(const Classed& x, const uint32_t* table)
-    : x_(x), table_(table), runs_(runs_of(x)) {
+RansDecoder::RansDecoder(const Classed& x, const uint32_t* table, std::vector<uint8_t>& ordered)
+    : x_(x), table_(table), runs_(runs_of(x)), ordered_(ordered) {
   for (const auto& runs : runs_) columns_.push_back(columns(runs));
-  if (x.count > 1)  // else the order is that of the rows
-    ordered_.resize(
-        static_cast<size_t>(kRansTogether * smaller(x.chunk_rows, x.rows) * x.width + kCopied));
+  const auto size = static_cast<size_t>(
+      smaller(kRansTogether * x.chunk_rows, x.rows + x.chunk_rows) * x.width + kMoved);
+  if (x.count > 1 && ordered.size() < size) ordered.resize(size);  // else the order is that of the rows
 }
 
 int64_t RansDecoder::decode(int64_t chunk, int64_t count, const uint8_t* coded,
@@ -211,7 +223,7 @@ int64_t RansDecoder::decode(int64_t chunk, int64_t count, const uint8_t* coded,
     if (!good[c]) continue;
     std::memcpy(one.states, one.at, kRansHead);
     one.at += kRansHead;
-    for (const uint32_t state : one.states) good[c] = good[c] && state >= kLeast;
+    for (const uint32_t state : one.states) good[c] = good[c] && state >= kRansLeast;
   }
   // Of a damaged chunk whatever comes out is dropped.
   const auto take = [&](int64_t c, int64_t n, const uint32_t* table) {
@@ -219,34 +231,31 @@ int64_t RansDecoder::decode(int64_t chunk, int64_t count, const uint8_t* coded,
     good[c] = good[c] && take_bytes(one.bytes, n, places[c], table, one.states, one.at, one.end);
     one.bytes += n, places[c] += n;
   };
-  // All that are as long as each other at once, and the last one, if it is shorter, by itself.
-  const auto take_all = [&](int64_t first, int64_t n_chunks) {
-    for (int which = 0; n_chunks > 0 && which < x_.count; ++which) {
-      const uint32_t* const table = table_ + kRansTotal * which;
-      const int64_t n = x_.rows_of(chunk + first) * columns_[static_cast<size_t>(which)];
-      const int64_t begin = smaller(n, -places[first] & (kRansLanes - 1));  // up to lane 0
-      for (int64_t c = first; c < first + n_chunks; ++c) take(c, begin, table);
-      const int64_t rounds = kernels().entropy.take_rounds(
-          chunks + first, static_cast<int>(n_chunks), n - begin, table);
-      for (int64_t c = first; c < first + n_chunks; ++c) {
-        chunks[c].bytes += rounds, places[c] += rounds;
-        take(c, n - begin - rounds, table);
-      }
+  for (int which = 0; which < x_.count; ++which) {
+    const uint32_t* const table = table_ + kRansTotal * which;
+    int64_t left[kRansTogether];
+    for (int64_t c = 0; c < count; ++c) {
+      left[c] = x_.rows_of(chunk + c) * columns_[static_cast<size_t>(which)];
+      const int64_t begin = smaller(left[c], -places[c] & (kRansLanes - 1));  // up to lane 0
+      take(c, begin, table);
+      left[c] -= begin;
     }
-  };
-  const int64_t alike = count - (x_.rows_of(chunk + count - 1) < x_.chunk_rows);
-  take_all(0, alike);
-  take_all(alike, count - alike);
+    // The last chunk may be shorter: what the others have more is decoded after it.
+    for (int64_t n = count; n > 0 && n >= count - 1; --n) {
+      const int64_t taken = kernels().entropy.take_rounds(
+          chunks, static_cast<int>(n), smaller(left[0], left[n - 1]), table);
+      for (int64_t c = 0; c < n; ++c)
+        chunks[c].bytes += taken, places[c] += taken, left[c] -= taken;
+    }
+    for (int64_t c = 0; c < count; ++c) take(c, left[c], table);
+  }
   uint8_t* const end = rows + (count - 1) * size + x_.rows_of(chunk + count - 1) * x_.width;
   for (int64_t c = 0; c < count; ++c) {
     good[c] = good[c] && chunks[c].at == chunks[c].end;
-    for (const uint32_t state : chunks[c].states) good[c] = good[c] && state == kLeast;
+    for (const uint32_t state : chunks[c].states) good[c] = good[c] && state == kRansLeast;
     if (!good[c]) return chunk + c;
     if (x_.count > 1)
-      in_order(x_, runs_, rows + c * size, x_.rows_of(chunk + c),
-               [&](size_t which, uint8_t* row, int64_t from, size_t n) {
-                 copy_run(which, row, ordered_.data() + c * size + from, n, end);
-               });
+      in_rows(x_, runs_, ordered_.data() + c * size, x_.rows_of(chunk + c), rows + c * size, end);
   }
   return kNone;
 }
@@ -260,11 +269,12 @@ void rans_slots(const uint16_t* frequencies, uint32_t* table) {
 int64_t rans_decode(const uint8_t* coded, const int64_t* ends, const Classed& x,
                     const uint32_t* table, uint8_t* bytes, int threads) {
   return first_of(work_of(x), threads, [&](int64_t first, int64_t last) {
-    RansDecoder decoder(x, table);
-    for (int64_t chunk = first; chunk < last; chunk += kRansTogether) {
-      const int64_t bad =
-          decoder.decode(chunk, smaller(kRansTogether, last - chunk), coded + ends[chunk],
-                         ends + chunk, bytes + chunk * x.chunk_rows * x.width);
+    std::vector<uint8_t> ordered;
+    RansDecoder decoder(x, table, ordered);
+    for (int64_t chunk = first, count; chunk < last; chunk += count) {
+      count = rans_at_once(last - chunk);
+      const int64_t bad = decoder.decode(chunk, count, coded + ends[chunk], ends + chunk,
+                                         bytes + chunk * x.chunk_rows * x.width);
       if (bad != kNone) return bad;
     }
     return kNone;

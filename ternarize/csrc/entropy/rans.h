@@ -31,11 +31,16 @@ void rans_count(const uint8_t* bytes, const Classed& x, int64_t* counts, int thr
 void rans_encode(const uint8_t* bytes, const Classed& x, const uint16_t* frequencies, uint8_t* out,
                  int64_t slot, int32_t* sizes, int threads);
 
-// Decodes chunks that follow each other, several at once, with memory of its own; for one thread. What
-// `x` and `table` point to is kept by the caller; `table` is as of `rans_decode`.
+// How many of the chunks that are left are decoded at once: about as many each time.
+inline int64_t rans_at_once(int64_t left) {
+  return ceil_div(left, ceil_div(left, kRansTogether));
+}
+
+// Decodes chunks that follow each other, several at once; for one thread. What `x` and `table` point to
+// is kept by the caller, and so is `ordered`, memory that it uses; `table` is as of `rans_decode`.
 class RansDecoder {
  public:
-  RansDecoder(const Classed& x, const uint32_t* table);
+  RansDecoder(const Classed& x, const uint32_t* table, std::vector<uint8_t>& ordered);
   // Decodes `count` chunks from `chunk` on, at most kRansTogether, into their rows. They lie in `coded`,
   // one behind the other; chunk + i takes ends[i + 1] - ends[i] bytes. Returns the first that is damaged,
   // or kNone.
@@ -53,7 +58,7 @@ class RansDecoder {
   const uint32_t* table_;
   std::vector<std::vector<Run>> runs_;
   std::vector<int64_t> columns_;  // how many each class has
-  std::vector<uint8_t> ordered_;
+  std::vector<uint8_t>& ordered_;
 };
 
 // Sets the part of `table` that is of one class, kRansTotal slots, from the frequencies of 256 bytes, which

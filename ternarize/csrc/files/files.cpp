@@ -147,12 +147,18 @@ class Opened {
   int64_t which_ = -1;
 };
 
+// Memory for streams: bytes of chunks, what comes of them in the order in which they are coded, and rows.
+struct Rooms {
+  std::vector<uint8_t> coded, ordered, rows;
+};
+
 // What a thread has: files and memory.
 struct Desk {
   const uint8_t* stop;
   Opened file, scale_file;
   int data = -1, beside = -1;  // descriptors, of the tensor that is read
   std::vector<uint8_t> piece, scales, used, scratch;
+  Rooms of_trits, of_scales;
 
   bool stopped() const { return __atomic_load_n(stop, __ATOMIC_RELAXED) != 0; }
 
@@ -180,8 +186,9 @@ std::vector<uint8_t> classes_of_trits(const Layout& x) {
 // A stream in a file, whose rows are asked for in their order, each once.
 class Stream {
  public:
-  Stream(int file, int64_t start, int64_t nbytes, int64_t rows, std::vector<uint8_t> classes)
-      : file_(file), start_(start), nbytes_(nbytes), classes_(std::move(classes)) {
+  Stream(int file, int64_t start, int64_t nbytes, int64_t rows, std::vector<uint8_t> classes,
+         Rooms& rooms)
+      : file_(file), start_(start), nbytes_(nbytes), classes_(std::move(classes)), rooms_(rooms) {
     const int count = *std::max_element(classes_.begin(), classes_.end()) + 1;
     x_ = {rows, static_cast<int64_t>(classes_.size()), 1, classes_.data(), count};
   }
@@ -227,38 +234,38 @@ class Stream {
       ends_.push_back(ends_.back() + each);
     }
     if (ends_.back() != nbytes_) return Read::BadStream;
-    rows_.resize(
-        static_cast<size_t>(smaller(kRansTogether * x_.chunk_rows, x_.rows) * x_.width));
-    decoder_.emplace(x_, table_.data());
+    decoder_.emplace(x_, table_.data(), rooms_.ordered);
     return Read::Done;
   }
 
-  Read rows(int64_t first, int64_t n, uint8_t* out) {
-    while (n > 0) {
-      if (first >= held_) {
-        const Read decoded = next(first / x_.chunk_rows);
-        if (decoded != Read::Done) return decoded;
-      }
-      const int64_t count = smaller(n, held_ - first);
-      const auto bytes = static_cast<size_t>(count * x_.width);
-      std::memcpy(out, rows_.data() + (first - begin_) * x_.width, bytes);
-      out += bytes, first += count, n -= count;
+  // Where n rows from `first` on are, until more are asked for.
+  Read rows(int64_t first, int64_t n, const uint8_t*& found) {
+    if (first + n > held_) {  // those that were asked for make room
+      if (first < held_)
+        std::memmove(rooms_.rows.data(), row(first), static_cast<size_t>((held_ - first) * x_.width));
+      begin_ = first;
     }
+    while (first + n > held_) {
+      const Read decoded = next(held_ / x_.chunk_rows);
+      if (decoded != Read::Done) return decoded;
+    }
+    found = row(first);
     return Read::Done;
   }
 
  private:
-  // Decodes chunks from this one on.
+  uint8_t* row(int64_t which) { return rooms_.rows.data() + (which - begin_) * x_.width; }
+
+  // Decodes chunks from this one on, behind the rows that there are.
   Read next(int64_t chunk) {
-    const int64_t count = smaller(kRansTogether, x_.chunks() - chunk);
+    const int64_t count = rans_at_once(x_.chunks() - chunk);
     const int64_t* const ends = ends_.data() + chunk;
-    coded_.resize(static_cast<size_t>(ends[count] - ends[0]));
-    if (!read_at(file_, start_ + ends[0], coded_.data(), ends[count] - ends[0]))
-      return Read::Unreadable;
-    if (decoder_->decode(chunk, count, coded_.data(), ends, rows_.data()) != kNone)
-      return Read::BadStream;
-    begin_ = chunk * x_.chunk_rows;
-    held_ = smaller(x_.rows, begin_ + count * x_.chunk_rows);
+    uint8_t* const coded = Desk::room(rooms_.coded, ends[count] - ends[0]);
+    if (!read_at(file_, start_ + ends[0], coded, ends[count] - ends[0])) return Read::Unreadable;
+    const int64_t stop = smaller(x_.rows, (chunk + count) * x_.chunk_rows);
+    Desk::room(rooms_.rows, (stop - begin_) * x_.width);
+    if (decoder_->decode(chunk, count, coded, ends, row(held_)) != kNone) return Read::BadStream;
+    held_ = stop;
     return Read::Done;
   }
 
@@ -269,8 +276,8 @@ class Stream {
   std::vector<uint32_t> table_;
   std::vector<int64_t> ends_;
   std::optional<RansDecoder> decoder_;
-  std::vector<uint8_t> coded_, rows_;
-  int64_t begin_ = 0, held_ = 0;  // rows that are decoded: from, to
+  Rooms& rooms_;
+  int64_t begin_ = 0, held_ = 0;  // rows that are decoded and there: from, to
 };
 
 // The scales of a tensor, in the memory of the desk.
@@ -284,9 +291,15 @@ Read read_scales(const Stored& x, Desk& desk) {
   std::vector<uint8_t> classes(static_cast<size_t>(bytes / rows));
   for (size_t i = 0; i < classes.size(); ++i)
     classes[i] = static_cast<uint8_t>(i % static_cast<size_t>(size));
-  Stream stream(desk.beside, x.scale_start, x.scale_bytes, rows, std::move(classes));
+  Stream stream(desk.beside, x.scale_start, x.scale_bytes, rows, std::move(classes),
+                desk.of_scales);
   const Read opened = stream.open();
-  return opened == Read::Done ? stream.rows(0, rows, Desk::room(desk.scales, bytes)) : opened;
+  if (opened != Read::Done) return opened;
+  const uint8_t* all;
+  const Read decoded = stream.rows(0, rows, all);
+  if (decoded == Read::Done)
+    std::memcpy(Desk::room(desk.scales, bytes), all, static_cast<size_t>(bytes));
+  return decoded;
 }
 
 Read read_raw(const Stored& x, Sha256* sha, Desk& desk) {
@@ -306,7 +319,7 @@ Read read_trits(const Stored& x, Sha256* sha, Desk& desk) {
   const bool to_lanes = x.form == Stored::Form::Lanes;
   std::optional<Stream> stream;
   if (x.coded) {
-    stream.emplace(desk.data, x.start, x.nbytes, all.rows, classes_of_trits(all));
+    stream.emplace(desk.data, x.start, x.nbytes, all.rows, classes_of_trits(all), desk.of_trits);
     const Read opened = stream->open();
     if (opened != Read::Done) return opened;
   }
@@ -323,15 +336,18 @@ Read read_trits(const Stored& x, Sha256* sha, Desk& desk) {
     Layout part = all;
     part.rows = smaller(rows, all.rows - first);
     const bool kept = x.out && !to_lanes;
-    uint8_t* piece =
-        kept ? x.out + first * all.width : Desk::room(desk.piece, part.rows * all.width);
+    const int64_t bytes = part.rows * all.width;
+    const uint8_t* piece;
     if (stream) {
       const Read decoded = stream->rows(first, part.rows, piece);
       if (decoded != Read::Done) return decoded;
-    } else if (!read_at(desk.data, x.start + first * all.width, piece, part.rows * all.width)) {
-      return Read::Unreadable;
+      if (kept) std::memcpy(x.out + first * all.width, piece, static_cast<size_t>(bytes));
+    } else {
+      uint8_t* const to = kept ? x.out + first * all.width : Desk::room(desk.piece, bytes);
+      if (!read_at(desk.data, x.start + first * all.width, to, bytes)) return Read::Unreadable;
+      piece = to;
     }
-    if (sha) sha->update(piece, part.rows * all.width);
+    if (sha) sha->update(piece, bytes);
     const int64_t groups = part.rows * all.groups;
     uint8_t* used = Desk::room(desk.used, groups);
     if (kernels().packing.check(part, 0, part.rows, piece, used) != kNone) return Read::NoCode;
