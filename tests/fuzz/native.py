@@ -16,7 +16,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import core_sources  # noqa: E402
 
-TARGETS = ("codec", "ternarize", "products", "decode", "stored")
+TARGETS = ("codec", "ternarize", "products", "decode", "rans", "stored")
 SANITIZERS = "address,undefined"
 # Of the core alone, as are the sanitizers: the plain loops that it is compared with are not what is
 # tested. Comparisons are not traced: they take half of the time, and sizes have no magic numbers.
