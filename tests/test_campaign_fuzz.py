@@ -88,15 +88,16 @@ def test_compiled_core(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(campaign.without_clang()), reason=str(campaign.without_clang()))
-def test_compiled_core_on_stored_tensors(tmp_path: Path) -> None:
+def test_compiled_core_on_streams_and_stored_tensors(tmp_path: Path) -> None:
     """All variants: the portable one has no SHA-256, without which the core reads no files."""
-    program = native.build(tmp_path, ("stored",))["stored"]
-    row = campaign.fuzz_native(program, 5000, 1, tmp_path / "stored")
-    assert row["executions"] == 5000 and row["findings"] == [], row
+    for name, program in native.build(tmp_path, ("rans", "stored")).items():
+        row = campaign.fuzz_native(program, 5000, 1, tmp_path / name)
+        assert row["executions"] == 5000 and row["findings"] == [], row
 
 
 def test_decoders_agree() -> None:
     report = differential.campaign(150, most=3)
     assert report["tensors"] == 150
     assert min(report["compared"][name] for name in ("reference", "q2_0", "tq1_0")) > 5
+    assert report["compared"]["streams whole"] > 200 > report["compared"]["streams flipped"]
     assert report["bytes"] == {"accepted": 120, "refused": 3976}

@@ -9,10 +9,14 @@ read back by whoever can read them:
     gguf        where groups fit blocks and scales are float16 numbers: TQ1_0, TQ2_0 of the export,
                 decoded by the package gguf, and Q2_0, which it does not know, by a plain loop here
 
-All must give the same bytes, trits, scales and weights. Then, in full: every byte in every place of
-rows of 1 to 11 trits in groups of 1 to 11, valid or not: the same trits, or refused by all.
+All must give the same bytes, trits, scales and weights. The bytes of trits and of scales are
+coded, too (formats/rans.md), in chunks of any height; the core and the reference decode them, torch
+one in sixteen times; then one bit is flipped, and all must say the same. Then, in full: every byte
+in every place of rows of 1 to 11 trits in groups of 1 to 11, valid or not: the same trits, or
+refused by all.
 
-Exits with 1 at the first difference, with the tensor's number; --first goes on from it.
+Exits with 1 at the first difference, with the tensor's number; --first goes on from it. With
+--streams nothing but what is coded is compared.
 """
 
 import argparse
@@ -26,6 +30,7 @@ import time
 import unittest.mock
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +51,7 @@ from ternarize.files.headers import byte_view  # noqa: E402
 from ternarize.files.metadata import Record  # noqa: E402
 from ternarize.native import lib  # noqa: E402
 from ternarize.publish.export.common import common_scales  # noqa: E402
-from ternarize.trits import base3, ggml  # noqa: E402
+from ternarize.trits import base3, ggml, rans  # noqa: E402
 from ternarize.trits.planes import join_planes, split_planes  # noqa: E402
 from ternarize.trits.scales import scale_values  # noqa: E402
 from ternarize.trits.ternary import Ternary, group_count, split_groups  # noqa: E402
@@ -180,6 +185,66 @@ def check_tensor(number: int, done: Counter[str]) -> None:
             check_blocks(Ternary(plane, part, group_size), done)
 
 
+def check_streams(number: int, done: Counter[str]) -> None:
+    """Code the bytes of tensor `number`, decode them by all, whole and with a flipped bit."""
+    trits, scales, record = random_tensor(number)
+    assert record.shape is not None
+    cols, group_size = record.shape[-1], record.group_size
+    if lib is not None:
+        variants = lib.cpus()
+        lib.use_cpu(variants[number % len(variants)])
+    planes = [base3.pack(each, group_size) for each in trits.chunk(record.planes, -1)]
+    packed, held = join_planes(planes), byte_view(scales)
+    classes = rans.classes_of_trits(cols, group_size, record.planes)
+    expected = reference.classes_of_trits(cols, group_size, record.planes)
+    same(classes.to(torch.int64), torch.tensor(expected), "classes")
+    check_stream(number, packed, classes, done)
+    items = rans.classes_of_items(scales.shape[-1], scales.element_size())
+    check_stream(number, held.reshape(-1, len(items)), items, done)
+
+
+def check_stream(number: int, rows: Tensor, classes: Tensor, done: Counter[str]) -> None:
+    """One matrix of bytes (..., width), in chunks of a height that the number gives."""
+    draw, rows = np.random.default_rng(number), rows.reshape(-1, rows.shape[-1])
+    shape = (rows.shape[0], rows.shape[1])
+    height = int(draw.integers(1, max(1, len(rows)) + 1))
+    with unittest.mock.patch.object(rans, "CHUNK", height * shape[1]):
+        stream = rans.encode_rows(rows, classes, threads=1)
+    damaged = stream.clone()
+    if len(stream):
+        damaged[int(draw.integers(len(stream)))] ^= 1 << int(draw.integers(8))
+    engines = ENGINES if number % 16 == 0 else ENGINES[:1]
+    for data, what in ((stream, "whole"), (damaged, "flipped")) if len(stream) else ():
+        results: dict[str, bytes | None] = {}
+        for name in engines:
+            with unittest.mock.patch.object(rans, "lib", lib if name == "native" else None):
+                try:
+                    found = rans.decode_rows(partial(_part, data), len(data), shape, classes)
+                    results[name] = found.numpy().tobytes()
+                except FormatError:
+                    results[name] = None
+        try:
+            of_all = classes.tolist()
+            results["reference"] = reference.read_stream(
+                data.numpy().tobytes(), *shape[:1], of_all, ""
+            )
+        except reference.Invalid:
+            results["reference"] = None
+        if len({*results.values()}) > 1:
+            raise Difference(f"a {what} stream of {shape[0]} rows: {results}")
+        if what == "whole" and results["reference"] != rows.contiguous().numpy().tobytes():
+            raise Difference("what comes of a stream")
+        refused = results["reference"] is None
+        done[f"streams {what}" if not refused else "streams refused"] += 1
+        done["streams unnoticed"] += (
+            what == "flipped" and results["reference"] == rows.numpy().tobytes()
+        )
+
+
+def _part(stream: Tensor, at: int, size: int) -> Tensor:
+    return stream[at : at + size].clone()
+
+
 def q2_0(data: NDArray[np.uint8], cols: int) -> NDArray[np.float32]:
     """Weights of Q2_0, one at a time: scale, then four of two bits in a byte, from the low bits."""
     rows = []
@@ -250,18 +315,24 @@ def check_all_bytes(most: int, done: Counter[str]) -> None:
                     done["refused" if results["reference"] is None else "accepted"] += 1
 
 
-def campaign(count: int, first: int = 0, *, most: int = 11) -> dict[str, Any]:
+def campaign(
+    count: int, first: int = 0, *, most: int = 11, streams: bool = False
+) -> dict[str, Any]:
     """Compare tensors [first, first + count) and all bytes; raises Difference.
 
-    most  of the trits of the rows in which all bytes are tried
+    most     of the trits of the rows in which all bytes are tried
+    streams  compare nothing but what is coded
     """
     start, done, every = time.perf_counter(), Counter[str](), Counter[str]()
-    check_all_bytes(most, every)
+    checks = (check_streams,) if streams else (check_tensor, check_streams)
+    if not streams:
+        check_all_bytes(most, every)
     before = lib.cpu() if lib is not None else None
     try:
         for number in range(first, first + count):
             try:
-                check_tensor(number, done)
+                for check in checks:
+                    check(number, done)
             except Difference as error:
                 raise Difference(f"tensor {number}: {error}") from None
     finally:
@@ -281,11 +352,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--count", type=int, default=100_000)
     parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--streams", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     try:
-        report = campaign(options.count, options.first)
+        report = campaign(options.count, options.first, streams=options.streams)
     except Difference as error:
         print(f"difference: {error}", file=sys.stderr)
         return 1
