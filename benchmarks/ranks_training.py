@@ -1,13 +1,14 @@
 """A training by two processes against one, with one thread each: time, memory, traffic, bytes.
 
-    python benchmarks/ranks_training.py WORK_DIRECTORY [--counts 1 2] [--json FIGURES]
+    python benchmarks/ranks_training.py WORK_DIRECTORY [--counts 1 2] [--threads 2] [--json FIGURES]
 
 The model is random and LLaMA-shaped, its texts random words; four micro-batches in a step. Seconds
 are of the steps, with looks at held-out text and the states at the end among them; beside them the
 processor time of the process that took most, which is what machines of their own would take but for
 waiting. Memory is the most in the steps above what the process took before it had read anything
 (Linux). Bytes between the processes are those that they count, and what docs/training.md says. With
-more than one process `--shard` is measured, too.
+more than one process `--shard` is measured, too; with `--threads` one process with so many, which
+is what the others would take the place of on one machine.
 """
 
 import json
@@ -17,7 +18,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from common import parser, save_llama, write_figures
@@ -35,8 +36,8 @@ from ternarize.convert.run import convert
 from ternarize.plans.recipe import Recipe, Train
 from ternarize.ranks import ranks_of_launcher
 from ternarize.train import loop, run
-torch.set_num_threads(1)
-source, output, data, told, shard, steps, batch, part = sys.argv[1:]
+source, output, data, told, shard, threads, steps, batch, part = sys.argv[1:]
+torch.set_num_threads(int(threads))
 found = {}
 
 def memory(name):
@@ -66,6 +67,14 @@ Path(told).write_text(json.dumps(found))
 """
 
 
+class Kind(NamedTuple):
+    """So many processes, threads of each, and whether blocks are divided."""
+
+    count: int
+    threads: int = 1
+    shard: bool = False
+
+
 def make(work: Path) -> tuple[Path, Path]:
     """The model and its texts."""
     source, data = work / "source", work / "data.safetensors"
@@ -82,9 +91,10 @@ def make(work: Path) -> tuple[Path, Path]:
     return source, data
 
 
-def one_run(work: Path, source: Path, data: Path, count: int, *, shard: bool) -> dict[str, Any]:
-    """What `count` processes take: the most of any, bytes all together."""
-    output = work / f"packed-{count}-{int(shard)}"
+def one_run(work: Path, source: Path, data: Path, kind: Kind) -> dict[str, Any]:
+    """What some processes take: the most of any, bytes all together."""
+    count, threads, shard = kind
+    output = work / f"packed-{count}-{threads}-{int(shard)}"
     shutil.rmtree(output, ignore_errors=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -92,9 +102,9 @@ def one_run(work: Path, source: Path, data: Path, count: int, *, shard: bool) ->
     processes = []
     for rank in range(count):
         place = {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": str(threads)}
         words = [str(source), str(output), str(data), str(work / f"told-{rank}"), str(int(shard))]
-        words += [str(STEPS), str(BATCH), str(PART)]
+        words += [str(number) for number in (threads, STEPS, BATCH, PART)]
         command = [sys.executable, "-c", CHILD, *words]
         processes.append(subprocess.Popen(command, env={**os.environ, **place}))
     assert not any(process.wait() for process in processes)
@@ -108,25 +118,29 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("work", type=Path)
     arguments.add_argument("--counts", type=int, nargs="+", default=[1, 2])
+    arguments.add_argument("--threads", type=int)
     options = arguments.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     source, data = make(options.work)
-    kinds = [(count, shard) for count in options.counts for shard in (False, True)[: min(count, 2)]]
-    rows = {kind: one_run(options.work, source, data, kind[0], shard=kind[1]) for kind in kinds}
+    kinds = [Kind(count) for count in options.counts]
+    kinds += [Kind(count, shard=True) for count in options.counts if count > 1]
+    kinds += [Kind(1, options.threads)] if options.threads else []
+    rows = {kind: one_run(options.work, source, data, kind) for kind in kinds}
     weights = {
         (row["output"] / "model.safetensors").read_bytes()
-        for (_, shard), row in rows.items()
-        if not shard
+        for kind, row in rows.items()
+        if kind == Kind(kind.count)
     }
     assert len(weights) == 1, "the bytes differ"
     first = rows[kinds[0]]
     print(f"{first['trained']:,} weights trained, {STEPS} steps of {BATCH} tokens\n")
-    print("| processes | seconds | to one | processor time | to one | memory of one, MB | sent |")
-    print("|---|---|---|---|---|---|---|")
-    for (count, shard), row in rows.items():
-        cells = [f"{count}, `--shard`" if shard else str(count)]
-        for kind in ("seconds", "processor"):
-            cells += [f"{row[kind]:.1f}", f"{row[kind] / first[kind]:.2f}"]
+    titles = ["processes", "threads of each", "seconds", "to one", "processor time", "to one"]
+    print("|", " | ".join([*titles, "memory of one, MB", "sent"]), "|")
+    print("|---" * 8 + "|")
+    for (count, threads, shard), row in rows.items():
+        cells = [f"{count}, `--shard`" if shard else str(count), str(threads)]
+        for what in ("seconds", "processor"):
+            cells += [f"{row[what]:.1f}", f"{row[what] / first[what]:.2f}"]
         cells += [f"{row['memory'] / 1e6:.0f}", "" if shard else f"{row['sent']:,}"]
         print(f"| {' | '.join(cells)} |")
     for count in options.counts:

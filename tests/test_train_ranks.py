@@ -1,7 +1,10 @@
 """Several processes that train one model: the bytes of one, whatever their number."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,6 +136,24 @@ def test_another_number_of_processes_goes_on_to_the_same_bytes(
     assert step_of(tmp_path / "broken") == (steps or 0) + 2
     training_ranks.trained(broken)
     assert_same(tmp_path / "broken", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_training_again(tmp_path: Path) -> None:
+    own = job("llama", tmp_path, "packed")
+    asked = tmp_path / "asked.json"
+    asked.write_text(json.dumps({"jobs": [own], "die": [1, "take", 3]}))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*torchrun, "--max-restarts=1", training_ranks.__file__, str(asked)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    training_ranks.trained(job("llama", tmp_path, "whole"))
+    assert_same(tmp_path / "packed", tmp_path / "whole")
 
 
 def command(job: list[Any], *more: str) -> list[str]:

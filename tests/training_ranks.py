@@ -4,7 +4,8 @@
 
 FILE is JSON: {"jobs": [[source, output, text, options], ...], "die": [rank, name, count],
 "cli": [...], "save_every": seconds, "signal": number}. The process of that rank is sent the signal,
-SIGKILL if none is named, where it calls a function of DYING for the count-th time in the last job.
+SIGKILL if none is named, where it calls a function of DYING for the count-th time in the last job,
+unless torchrun has started it again.
 """
 
 import gc
@@ -113,7 +114,8 @@ def main(file: Path) -> None:
 
     def last() -> None:
         rank, name, count = asked.get("die", (-1, "", 0))
-        if int(os.environ["RANK"]) == rank:
+        first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        if first and int(os.environ["RANK"]) == rank:
             where, own = DYING[name]
             number = asked.get("signal", signal.SIGKILL)
             setattr(where, own, dying(getattr(where, own), count, number))
