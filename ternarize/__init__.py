@@ -49,6 +49,7 @@ from ternarize.runtime.load import install_hook, load
 from ternarize.version import __version__
 
 if TYPE_CHECKING:
+    from ternarize import qat
     from ternarize.convert.module import pack_module
     from ternarize.publish.patches import apply_patch, diff_packed
     from ternarize.runtime.load_module import load_module
@@ -75,6 +76,7 @@ __all__ = [
     "load",
     "load_module",
     "pack_module",
+    "qat",
 ]
 
 _LATER = {
@@ -89,6 +91,8 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "qat":  # a room whose names are called by it
+        return importlib.import_module("ternarize.qat")
     if name in _LATER:
         return getattr(importlib.import_module(f"ternarize.{_LATER[name]}"), name)
     raise AttributeError(f"module 'ternarize' has no attribute {name!r}")

@@ -754,7 +754,8 @@ REGISTERED = """
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 assert "ternarize" in AUTO_QUANTIZER_MAPPING and "ternarize" in AUTO_QUANTIZATION_CONFIG_MAPPING
 import ternarize
-assert callable(ternarize.load) and ternarize.TernaryLinear and ternarize.TernarizeConfig
+assert all(getattr(ternarize, name) for name in ternarize.__all__)
+assert callable(ternarize.load) and callable(ternarize.qat.prepare)
 """
 
 
