@@ -1356,6 +1356,7 @@ def invalid_streams(spoil: Callable[[int, int], Callable[[bytearray], None]]) ->
         "stream-chunk-bad-large",
         lambda data: data.__setitem__(slice(0, 4), (2**19 + 1).to_bytes(4, "little")),
     )
+    files["stream-chunk-bad-other"] = Draft(coded(ternary("w.weight", trits, 5), 3)).file()
     put("stream-frequency-bad", spoil(36, 1))
 
     def no_frequency(data: bytearray) -> None:

@@ -444,7 +444,9 @@ def read_stream(data: bytes, rows: int, classes: list[int], name: str) -> bytes:
     require(len(data) >= 4, "stream-short", f"{name}: {len(data)} bytes")
     height = int.from_bytes(data[:4], "little")
     told = f"{name}: chunks of {height} rows of {width} bytes"
-    require(1 <= height * width <= MAX_ROW, "stream-chunk-bad", told)
+    usual = MAX_ROW // width
+    good = 1 <= height <= usual and (height < rows or height == usual)
+    require(good, "stream-chunk-bad", told)
     at, tables = 4, []
     for _ in range(max(classes) + 1):
         mask = int.from_bytes(data[at : at + 32], "little")

@@ -191,7 +191,8 @@ def _read_head(
     if len(head) < 4:
         raise _broken(f"it has {nbytes} bytes")
     chunk_rows = int.from_bytes(head[:4], "little")
-    if not 1 <= chunk_rows * width <= CHUNK:
+    most = CHUNK // width
+    if not 1 <= chunk_rows <= most or (chunk_rows >= count and chunk_rows != most):
         raise _broken(f"chunks of {chunk_rows} rows of {width} bytes")
     at, tables = 4, []
     for _ in range(kinds):

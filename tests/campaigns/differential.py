@@ -207,8 +207,9 @@ def check_stream(number: int, rows: Tensor, classes: Tensor, done: Counter[str])
     """One matrix of bytes (..., width), in chunks of a height that the number gives."""
     draw, rows = np.random.default_rng(number), rows.reshape(-1, rows.shape[-1])
     shape = (rows.shape[0], rows.shape[1])
-    height = int(draw.integers(1, max(1, len(rows)) + 1))
-    with unittest.mock.patch.object(rans, "CHUNK", height * shape[1]):
+    height = int(draw.integers(1, max(1, len(rows)) + 1))  # where it is that of all: the usual one
+    most = height * shape[1] if height < len(rows) else rans.CHUNK
+    with unittest.mock.patch.object(rans, "CHUNK", most):
         stream = rans.encode_rows(rows, classes, threads=1)
     damaged = stream.clone()
     if len(stream):

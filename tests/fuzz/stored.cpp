@@ -140,8 +140,13 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   }
   for (int64_t i = 0; i < x.groups * scale_size; ++i)
     of_scales.push_back(static_cast<uint8_t>(i % scale_size));
-  const int64_t chunk = 1 + in.below(40);
-  const int64_t scale_chunk = 1 + in.below(std::min<int64_t>(40, 65536 / (x.groups * scale_size)));
+  // rows of a chunk; where there is one chunk, as many as may be
+  const auto height = [&](int64_t rows, int64_t width) {
+    const int64_t most = 65536 / width, drawn = 1 + in.below(std::min<int64_t>(40, most));
+    return drawn < rows ? drawn : most;
+  };
+  const int64_t chunk = height(x.rows, x.width);
+  const int64_t scale_chunk = height(one_scale ? 1 : x.rows, x.groups * scale_size);
   const Bytes first = is_coded ? coded(packed, x.width, classes, chunk) : packed;
   const Bytes second =
       scales_are ? coded(scales, x.groups * scale_size, of_scales, scale_chunk) : scales;

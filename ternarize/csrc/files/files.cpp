@@ -202,7 +202,9 @@ class Stream {
     if (!read_at(file_, start_, head.data(), size)) return Read::Unreadable;
     uint32_t chunk_rows;
     std::memcpy(&chunk_rows, head.data(), 4);
-    if (chunk_rows == 0 || chunk_rows > kLargest / x_.width) return Read::BadStream;
+    const int64_t most = kLargest / x_.width;
+    if (chunk_rows == 0 || chunk_rows > most) return Read::BadStream;
+    if (chunk_rows >= x_.rows && chunk_rows != most) return Read::BadStream;  // of one chunk
     x_.chunk_rows = chunk_rows;
     table_.resize(static_cast<size_t>(kRansTotal * x_.count));
     int64_t at = 4;
@@ -228,9 +230,9 @@ class Stream {
     if (!read_at(file_, start_ + at, reinterpret_cast<uint8_t*>(sizes.data()), 4 * chunks))
       return Read::Unreadable;
     ends_ = {at + 4 * chunks};
-    const int64_t most = kRansHead + 2 * x_.chunk_rows * x_.width;
+    const int64_t longest = kRansHead + 2 * x_.chunk_rows * x_.width;
     for (const uint32_t each : sizes) {
-      if (each < kRansHead || each > most) return Read::BadStream;
+      if (each < kRansHead || each > longest) return Read::BadStream;
       ends_.push_back(ends_.back() + each);
     }
     if (ends_.back() != nbytes_) return Read::BadStream;
