@@ -2,14 +2,17 @@
 
     python benchmarks/zeros.py MODEL TEXT [--dataset OTHER] [--shares 0 0.5 0.6 ...]
         [--targets 1.6 1.4 ...] [--scale-bits 16 8 6] [--group-size N] [--num-samples N]
-        [--cal-len N] [--seq-len N] [--max-tokens N] [--plot OUT.png] [--json OUT.json]
+        [--cal-len N] [--seq-len N] [--max-tokens N] [--plot OUT.png] [--earlier RUN.json ...]
+        [--json OUT.json]
 
 MODEL is converted with --codec rans, for each number of bits of a scale: without data (`itf`), as
 it is (share 0) and with each share of zeros; with --dataset calibrated on that (`gptq`), likewise,
 and with each --target-bpw. Each is measured by `ternarize eval` on TEXT. Bits are those of the
-files: trits, scales, tables and chunks.
+files: trits, scales, tables and chunks. The plot has the rows of earlier runs, too, of the same
+MODEL and TEXT.
 """
 
+import json
 import sys
 import tempfile
 import time
@@ -100,6 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--seq-len", type=int, default=256)
     arguments.add_argument("--max-tokens", type=int, default=8192)
     arguments.add_argument("--plot", type=Path)
+    arguments.add_argument("--earlier", type=Path, nargs="*", default=[])
     options = arguments.parse_args(argv)
     hide_bars()
     protocol: Any = {"text": options.text, "seq_len": options.seq_len}
@@ -123,7 +127,9 @@ def main(argv: list[str] | None = None) -> int:
             flush=True,
         )
     if options.plot:
-        draw(rows, "kl_divergence" if "kl_divergence" in rows[0] else "cosine", options.plot)
+        earlier = [row for path in options.earlier for row in json.loads(path.read_text())["rows"]]
+        measure = "kl_divergence" if "kl_divergence" in rows[0] else "cosine"
+        draw([*rows, *earlier], measure, options.plot)
     write_figures(options.json, __file__, {"rows": rows})
     return 0
 

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .kill import CALIBRATED, EXAMPLE
+from .kill import CALIBRATED, CODED, EXAMPLE
 from .runs import HERE, convert, digests, fork, make_source, preloaded, report, warm_up, workshop
 
 INDEX = "model.safetensors.index.json"
@@ -40,6 +40,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
         *("--method", "itf", "--scale-bits", "8"),
         *("--planes", "*.o_proj.weight", "--head", "int8"),
     ),
+    "coded": (*CODED, "--scale-bits", "6"),
 }
 
 
@@ -124,12 +125,16 @@ def work(
     folder: Path, sources: Sequence[str], repeat: int, seed: int, recipes: int
 ) -> list[dict[str, Any]]:
     """Rows of what came of the runs of this process."""
+    from ternarize.native import lib
+
     rows = []
     for name in sources:
         for recipe, options in list(RECIPES.items())[:recipes]:
             found: dict[str, list[str]] = {}
             # with one recipe as often as asked for, with the others a quarter
             count = repeat if not options else quarter(repeat)
+            if lib is None and "--codec" in options:  # torch codes byte by byte
+                count = 1
             for kind, source, threads, before in planned(folder / name, count, seed):
                 more = ("--threads", str(threads), *options)
                 got = converted(source, folder / f"out{os.getpid()}", more, before)

@@ -280,10 +280,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the table here, too")
     parser.add_argument("--only", default="", help="groups whose name contains this")
+    seeds = hostile_files.SEEDS
+    parser.add_argument("--flipped", nargs="+", default=seeds, choices=seeds, help="files of flips")
     parser.add_argument("--sample", type=int, help="at most so many cases of a group, no slow ones")
     arguments = parser.parse_args()
     sources = hostile_sources.cases(arguments.seed, arguments.count)
-    every = [*hostile_files.cases(arguments.seed, arguments.count), *sources]
+    of_files = hostile_files.cases(arguments.seed, arguments.count, arguments.flipped)
+    every = [*of_files, *sources]
     every = [case for case in every if arguments.only in case.group]
     rows = run(every if arguments.sample is None else sample(every, arguments.sample))
     show(rows)

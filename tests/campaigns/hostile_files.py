@@ -10,7 +10,7 @@ import hashlib
 import json
 import random
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -424,10 +424,10 @@ def scales(rng: random.Random, count: int) -> Iterator[Case]:
     yield Case("scales", lambda: rebuilt("rows", missing))
 
 
-def flips(rng: random.Random, count: int) -> Iterator[Case]:
+def flips(rng: random.Random, count: int, seeds: Sequence[str] = SEEDS) -> Iterator[Case]:
     """Single flipped bits anywhere in a file; both loading and verifying must find each."""
     for i in range(count):
-        seed = SEEDS[i % len(SEEDS)]
+        seed = seeds[i % len(seeds)]
         whole = bytearray(weights(seed))
         bit = rng.randrange(8 * len(whole))
         whole[bit // 8] ^= 1 << bit % 8
@@ -665,8 +665,8 @@ def conversions(rng: random.Random, count: int) -> Iterator[Case]:
             )
 
 
-def cases(seed: int, count: int) -> Iterator[Case]:
-    """All cases of loading; `count` bits are flipped, the rest is in proportion."""
+def cases(seed: int, count: int, flipped: Sequence[str] = SEEDS) -> Iterator[Case]:
+    """All cases of loading; `count` bits are flipped, of these files; the rest is in proportion."""
     rng = random.Random(seed)
     for each in (
         truncations,
@@ -683,6 +683,6 @@ def cases(seed: int, count: int) -> Iterator[Case]:
         versions,
         configurations,
         conversions,
-        flips,
+        partial(flips, seeds=flipped),
     ):
         yield from each(rng, count)

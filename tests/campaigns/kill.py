@@ -374,7 +374,8 @@ def _written(old: bytes, at: int, data: bytes) -> bytes:
 
 
 def _row(trial: Trial, kind: str, count: int, failures: list[str], **more: int) -> dict[str, Any]:
-    options = "calibrated" if "--dataset" in trial.options else ""
+    told = {"--dataset": "calibrated", "--codec": "coded"}
+    options = " ".join(name for option, name in told.items() if option in trial.options)
     return row_of(f"{trial.name} {options}".strip(), kind, count, failures, **more)
 
 
@@ -384,6 +385,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--every", type=int, default=1, help="of the boundaries, each n-th")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--calibrated", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--coded", action="store_true", help="all sources with --codec rans")
     parser.add_argument("--sources", nargs="*", choices=SOURCES, default=SOURCES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--where", type=Path, help="a fast disk, such as /dev/shm")
@@ -401,13 +403,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             make_source(name, shop / name)
         warm_up(EXAMPLE, *(shop / name for name in args.sources))
         few = -(-args.count // 4)
-        trials = [Trial(name, shop) for name in args.sources]
+        trials = [Trial(name, shop, CODED if args.coded else ()) for name in args.sources]
         if args.calibrated:
             shutil.copytree(EXAMPLE, shop / "example")
             trials += [Trial("example", shop, options) for options in (CALIBRATED, CODED)]
         for trial in trials:
             chance = random.Random(f"{args.seed} {trial.name}")
-            slow = bool(trial.options)
+            slow = trial.name == "example"
             if "random" in args.kinds:
                 add(random_kills(trial, few if slow else args.count, chance))
             if "boundary" in args.kinds:

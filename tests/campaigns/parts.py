@@ -16,10 +16,11 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .kill import CODED
 from .runs import (
     KILL,
     SOURCES,
@@ -47,12 +48,13 @@ DONE = "exists already"  # who comes when all is put together
 class Divided:
     """A source, and what it becomes in one piece."""
 
-    def __init__(self, name: str, shop: Path) -> None:
+    def __init__(self, name: str, shop: Path, options: Sequence[str] = ()) -> None:
         self.name, self.source, self.place = name, shop / name, shop / f"{name}-parts"
+        self.options = tuple(options)
         self.before, self.output = stamp(self.source), self.place / "out"
         self.log = shop / f"{name}.calls"
         self.place.mkdir()
-        run = fork(convert(self.source, self.output))
+        run = fork(self.convert())
         assert run.code == 0, run.said
         self.whole = digests(self.output)
         self.clear()
@@ -63,20 +65,21 @@ class Divided:
         shutil.rmtree(self.place)
         self.place.mkdir()
 
+    def convert(self, *words: str) -> Callable[[], int]:
+        return convert(self.source, self.output, *words, *self.options)
+
     def part(self, index: int, count: int, *more: str, faults: Faults | None = None) -> Run:
-        words = ("--part", f"{index}/{count}", *more)
-        return fork(convert(self.source, self.output, *words), faults=faults)
+        return fork(self.convert("--part", f"{index}/{count}", *more), faults=faults)
 
     def finish(self, *more: str, faults: Faults | None = None, after: float | None = None) -> Run:
-        words = ("--finish", *more)
-        return fork(convert(self.source, self.output, *words), faults=faults, kill_after=after)
+        return fork(self.convert("--finish", *more), faults=faults, kill_after=after)
 
     def side_by_side(self, count: int, victim: int, after: float) -> bool:
         """Run all parts at once, and kill one; whether it was still at work."""
         with tempfile.TemporaryDirectory() as folder:
             pids = []
             for index in range(1, count + 1):
-                work = convert(self.source, self.output, "--part", f"{index}/{count}")
+                work = self.convert("--part", f"{index}/{count}")
                 pids.append(start(work, Path(folder) / str(index)))
             time.sleep(after)
             os.kill(pids[victim - 1], signal.SIGKILL)  # not reaped yet: it is this process
@@ -167,6 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=50, help="random kills for each source")
     parser.add_argument("--every", type=int, default=1, help="of the boundaries, each n-th")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--coded", action="store_true", help="all sources with --codec rans")
     parser.add_argument("--sources", nargs="*", choices=SOURCES, default=SOURCES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--where", type=Path, help="a fast disk, such as /dev/shm")
@@ -179,7 +183,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             make_source(name, shop / name)
         warm_up(*(shop / name for name in args.sources))
         for name in args.sources:
-            trial, chance = Divided(name, shop), random.Random(f"{args.seed} {name}")
+            trial = Divided(name, shop, CODED if args.coded else ())
+            chance = random.Random(f"{args.seed} {name}")
             if "random" in args.kinds:
                 rows.append(random_kills(trial, args.count, chance))
                 print(rows[-1], flush=True)
