@@ -114,6 +114,7 @@ def main() -> None:
     arguments.add_argument("--measured", type=int, default=120, help="sentences to measure on")
     arguments.add_argument("--num-samples", type=int, default=128, help="windows to calibrate on")
     arguments.add_argument("--minutes", type=float, default=30.0, help="of training; 0: none")
+    arguments.add_argument("--batch", type=int, default=4096, help="tokens of a step of training")
     arguments.add_argument("--only", nargs="*", help="names of rows")
     arguments.add_argument("--speed", action="store_true", help="of the encoder, from FOLDER/itf")
     arguments.add_argument("--rounds", type=int, default=7, help="of --speed")
@@ -131,11 +132,12 @@ def main() -> None:
     learn = speak(others[: args.recordings], TO_LEARN, args.work / "learn", transcripts=False)
     measure = speak(measured, TO_MEASURE, args.work / "measure", transcripts=True)
     calibrate = Calibrate(str(learn), num_samples=args.num_samples)
-    recipes = {"itf": Recipe("itf"), "calibrated": Recipe("gptq", calibrate=calibrate)}
+    form: dict[str, Any] = {"group_size": 64, "scale_bits": 8}  # 1.75 bits a weight, as itf's 128
+    recipes = {"itf": Recipe("itf"), "calibrated": Recipe("gptq", calibrate=calibrate, **form)}
     if args.minutes:
         start = str(args.work / "calibrated")
-        train = Train(texts=(str(learn),), start=start, minutes=args.minutes)
-        recipes["trained"] = Recipe("itf", train=train)
+        train = Train((str(learn),), start=start, minutes=args.minutes, batch=args.batch)
+        recipes["trained"] = Recipe("itf", train=train, **form)
     rows = []
     print("| model | bpw | word error rate | of the source | ratio | words changed | minutes |")
     print("|---|---|---|---|---|---|---|")

@@ -334,6 +334,25 @@ def test_a_conversion_shows_what_came_out(tmp_path: Path) -> None:
     assert "lose" not in advice  # what is measured says more than the error of weights
 
 
+UNMEASURED = " by what the model is for: `ternarize eval` does not measure it."
+
+
+@pytest.mark.parametrize(
+    ("model", "how", "data"),
+    [
+        ("whisper", r":\n  ternarize eval .* --audio FOLDER\n", "FOLDER with recordings"),
+        ("vit", UNMEASURED, "FILE.safetensors with inputs"),
+        ("t5", UNMEASURED, "default "),
+    ],
+)
+def test_what_is_advised_fits_the_model(tmp_path: Path, model: str, how: str, data: str) -> None:
+    tiny_models.save(model, tmp_path / "source")
+    advice = ok("convert", tmp_path / "source", tmp_path / "packed").stderr
+    assert re.search(f"Measure how much{how}", advice), advice
+    assert f"; --dataset {data}" in advice  # behind what the default method is told
+    assert "--text FILE" not in advice
+
+
 @pytest.mark.parametrize("option", ["--no-check", "-q"])
 def test_nothing_is_measured_where_nobody_wants_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str

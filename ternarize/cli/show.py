@@ -344,23 +344,31 @@ def show_hints(
     """What to expect of the result, and what to do next; `found`: what was checked, if it was."""
     error = report["totals"]["relative_error"]
     methods = {row["method"] for row in report["tensors"] if row["kind"] == "ternary"}
-    heard = "recordings" in ((report["calibration"] or {}).get("data") or {})
-    what, kind = ("--audio FOLDER", "speech") if heard else ("--text FILE", "text")
-    own = f"ternarize eval {shlex.quote(str(output))} --source {shlex.quote(model)} {what}"
     if methods == {"lossless"}:
         err.print("The source was ternary already: packed without loss.")
-    elif report["calibration"] is not None or report["training"] is not None:
-        advise(
-            f"\nThese figures are on {kind} like that of the calibration. Measure on your own:\n  "
-            + own
-        )
+        return
+    from ternarize.measure.measured import kinds_of
+    from ternarize.models.reads import SPEECH, TENSORS
+
+    measured, reads = kinds_of(output)
+    what, alike, data = "--text FILE", "text like that", "--dataset default (or your own texts)"
+    if measured == SPEECH:
+        what, alike, data = "--audio FOLDER", "speech like that", "--dataset FOLDER with recordings"
+    elif reads == TENSORS:
+        alike, data = "inputs like those", "--dataset FILE.safetensors with inputs of the model"
+    own = f":\n  ternarize eval {shlex.quote(str(output))} --source {shlex.quote(model)} {what}"
+    if measured is None:  # `eval` would refuse it
+        own = " by what the model is for: `ternarize eval` does not measure it."
+    if report["calibration"] is not None or report["training"] is not None:
+        advise(f"\nThese figures are on {alike} of the calibration. Measure on your own{own}")
     elif error is not None:
         _say_what_is_lost(error, own, found)
         absmean = report["recipe"]["method"] == "absmean"
-        better = "--method itf gives a smaller error at the same size; " if absmean else ""
-        advise(
-            f"{better}--dataset default (or your own texts) calibrates, for clearly better answers."
-        )
+        better = ["--method itf gives a smaller error at the same size"] if absmean else []
+        if reads is not None:  # calibration runs the model
+            better.append(f"{data} calibrates, for clearly better answers")
+        if better:
+            advise(f"{'; '.join(better)}.")
 
 
 def _say_what_is_lost(error: float, own: str, found: dict[str, Any] | None) -> None:
@@ -370,7 +378,7 @@ def _say_what_is_lost(error: float, own: str, found: dict[str, Any] | None) -> N
     )
     ratio = found["perplexity_ratio"]["value"] if found and "perplexity_ratio" in found else 1.0
     if found is None:
-        advise(f"{lost}Measure how much:\n  {own}")
+        advise(f"{lost}Measure how much{own}")
     elif not found["measured"]:
         advise(f"{lost}\nNot measured: {printable(found['why'])}")
         if found["command"] is not None:
@@ -381,4 +389,4 @@ def _say_what_is_lost(error: float, own: str, found: dict[str, Any] | None) -> N
             "it before it has been calibrated."
         )
     else:
-        advise(f"\nMeasure on your own text:\n  {own}")
+        advise(f"\nMeasure on your own text{own}")

@@ -141,6 +141,25 @@ def config_if_measured(model: str | Path) -> Any | None:
     return checkpoint.config if reads else None
 
 
+def kinds_of(packed: str | Path) -> tuple[str | None, str | None]:
+    """What is measured of a packed model (CAUSAL, ENCODER, SPEECH), and what it reads (`kind_of`).
+
+    None for what is not measured; twice where transformers has no class of the model.
+    """
+    try:
+        config = open_config(Path(packed))
+    except CheckpointError:
+        return None, None
+    model_class = class_of(config)
+    if model_class is None:
+        return None, None
+    reads = kind_of(model_class, config)
+    try:
+        return measured_kind(model_class, config), reads
+    except CheckpointError:
+        return None, reads
+
+
 def open_pair(packed: str | Path, source: str | Path | None) -> list[Measured]:
     """A model, and its source if there is one; UsageError where that is of another kind."""
     checkpoints = [Measured.at(path) for path in (packed, source) if path is not None]
