@@ -1,8 +1,8 @@
 """Journals of steps on the digits of scikit-learn: accuracy for bytes, edits, cost, several ranks.
 
     pip install scikit-learn
-    python benchmarks/steps_digits.py [--only NAME ...] [--seeds N] [--plot OUT.png]
-        [--json OUT.json]
+    python benchmarks/steps_digits.py [--only NAME ...] [--rules NAME ...] [--seeds N] [--jobs N]
+        [--plot OUT.png] [--json OUT.json]
 
 1,797 images of 8 x 8; 360 of them, drawn once, are the test, and nothing is chosen by them. The net
 is 64-128-128-10 in trits alone, 25,856 of them, each layer behind a layer norm without parameters,
@@ -12,6 +12,7 @@ net in float32, and in trits trained straight-through by the package's own `tern
 
 import importlib
 import math
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -54,38 +56,42 @@ TEST = 360
 ZEROS = 1 << 30  # half of the trits begin as zeros
 SHARES = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.004)
 FEW = (0.001, 0.003)  # 2 or 6 of 2,048
+ONE = (1 / 16384, 2 / 16384, 5 / 16384)
 BYTES = 1500
-RULES: dict[str, tuple[Votes, int]] = {
+# how steps are found, attempts at most, drawn images that decide
+Rule = tuple[Votes, int, int]
+RULES: dict[str, Rule] = {
     "half of 128, one density": (
         Votes(k=128, bits=(8,), shares=(0.5,), thrift=0.0, nbytes=BYTES),
         600,
+        500,
     ),
     "any share of 256, between": (
         Votes(k=256, bits=(8, 10, 12), shares=SHARES, thrift=0.5, nbytes=BYTES),
         600,
+        500,
     ),
     "2 or 6 of 2,048, gain for each bit": (
         Votes(k=2048, bits=(8, 10, 12, 13), shares=FEW, thrift=1.0, nbytes=BYTES),
         600,
+        500,
     ),
-    "the same, 5,000 bytes": (
+    "1, 2 or 5 of 16,384, gain for each bit": (
+        Votes(k=16384, bits=(8, 10, 12, 13), shares=ONE, thrift=1.0, nbytes=BYTES),
+        600,
+        1000,
+    ),
+    "2 or 6 of 2,048, 5,000 bytes": (
         Votes(k=2048, bits=(8, 10, 12, 13), shares=FEW, thrift=1.0, nbytes=5000),
         1200,
+        500,
     ),
 }
-NO_BACKWARD: dict[str, tuple[Votes, int]] = {
-    "tangents (jvp)": (
-        Votes(k=64, bits=(8, 10, 12), shares=(0.2, 0.06, 0.02), thrift=0.0, probe="jvp"),
-        350,
-    ),
-    "forwards alone": (
-        Votes(k=64, bits=(8, 10, 12), shares=(0.2, 0.06, 0.02), thrift=0.0, probe="forwards"),
-        350,
-    ),
-    "backward, for comparison": (
-        Votes(k=64, bits=(8, 10, 12), shares=(0.2, 0.06, 0.02), thrift=0.0),
-        150,
-    ),
+_WITHOUT = Votes(k=64, bits=(8, 10, 12), shares=(0.2, 0.06, 0.02), thrift=0.0)
+NO_BACKWARD: dict[str, Rule] = {
+    "tangents (jvp)": (replace(_WITHOUT, probe="jvp"), 350, 500),
+    "forwards alone": (replace(_WITHOUT, probe="forwards"), 600, 1000),
+    "backward, for comparison": (_WITHOUT, 150, 500),
 }
 
 
@@ -150,54 +156,67 @@ def header_of(seed: int) -> JournalHeader:
     return JournalHeader(0x7E57 * (seed + 1), ZEROS, SHAPES)
 
 
-def halves(digits: Digits) -> Callable[[int], tuple[Any, Any]]:
-    """All images are probed; 500 that are drawn for each attempt decide."""
-    return lambda number: (digits.train, digits.batch(number, 500))
+def halves(digits: Digits, count: int) -> Callable[[int], tuple[Any, Any]]:
+    """All images are probed; so many that are drawn for each attempt decide."""
+    return lambda number: (digits.train, digits.batch(number, count))
 
 
-def few(digits: Digits) -> Callable[[int], tuple[Any, Any]]:
-    """256 are probed, where each perturbation takes two forwards; 500 others decide."""
-    return lambda number: (digits.batch(2 * number, 256), digits.batch(2 * number + 1, 500))
+def few(digits: Digits, count: int) -> Callable[[int], tuple[Any, Any]]:
+    """256 are probed, where each perturbation takes two forwards; so many others decide."""
+    return lambda number: (digits.batch(2 * number, 256), digits.batch(2 * number + 1, count))
 
 
 def run(
-    folder: Path, digits: Digits, seed: int, votes: Votes, attempts: int, batches: Any = None
+    folder: Path, digits: Digits, seed: int, rule: Rule, batches: Any = None
 ) -> tuple[Journal, Moved, float, int]:
     """Train one journal: it, the values, processor seconds, bytes of the compact file."""
+    votes, attempts, deciding = rule
     path = folder / f"{seed}-{time.monotonic_ns()}.steps"
     moved, begun = started(seed), time.process_time()
     with Appender(path, header_of(seed)) as appender:
-        of = batches or (halves if votes.probe == "backward" else few)(digits)
+        of = batches or (halves if votes.probe == "backward" else few)(digits, deciding)
         train_votes(moved, loss, of, appender.journal, appender.append, votes, attempts)
     seconds = time.process_time() - begun
     small = compact(path, path.with_suffix(".small"))
     return read_journal(path), moved, seconds, small.size
 
 
-def show_rules(
-    digits: Digits, folder: Path, rules: dict[str, tuple[Votes, int]], seeds: int
-) -> list[dict[str, Any]]:
+# test accuracy, training loss, bytes, processor seconds; the curve
+Told = tuple[tuple[float, float, int, float], list[tuple[int, int, float]]]
+
+
+def measured(folder: Path, seed: int, rule: Rule) -> Told:
+    """What comes of one seed, in a process of its own."""
+    torch.set_num_threads(1)
+    digits = Digits()
+    journal, moved, seconds, size = run(folder, digits, seed, rule)
+    with torch.no_grad():
+        value = float(loss(moved.module, digits.train))
+    found = accuracy(moved.module, digits.test), value, size, seconds
+    return found, curve(digits, seed, journal)
+
+
+def show_rules(folder: Path, rules: dict[str, Rule], seeds: int, jobs: int) -> list[dict[str, Any]]:
     print(
         "| rule | attempts | test accuracy, mean (least to most) | training loss | bytes | CPU s |"
     )
     print("|---|---|---|---|---|---|")
     rows: list[dict[str, Any]] = []
-    for name, (votes, attempts) in rules.items():
-        found, curves = [], []
-        for seed in range(1, seeds + 1):
-            journal, moved, seconds, size = run(folder, digits, seed, votes, attempts)
-            curves.append(curve(digits, seed, journal))
-            with torch.no_grad():
-                value = float(loss(moved.module, digits.train))
-            found.append((accuracy(moved.module, digits.test), value, size, seconds))
-        tests, losses, sizes, seconds_ = zip(*found, strict=True)
-        mean = statistics.mean
-        print(
-            f"| {name} | {attempts} | {mean(tests):.4f} ({min(tests):.3f} to {max(tests):.3f}) | "
-            f"{mean(losses):.3f} | {mean(sizes):,.0f} | {mean(seconds_):.1f} |",
-            flush=True,
-        )
-        rows.append({"rule": name, "attempts": attempts, "runs": found, "curves": curves})
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as processes:
+        for name, rule in rules.items():
+            each = [processes.submit(measured, folder, s, rule) for s in range(1, seeds + 1)]
+            told = [one.result() for one in each]
+            found, curves = [one[0] for one in told], [one[1] for one in told]
+            tests, losses, sizes, seconds_ = zip(*found, strict=True)
+            mean = statistics.mean
+            print(
+                f"| {name} | {rule[1]} | {mean(tests):.4f} ({min(tests):.3f} to "
+                f"{max(tests):.3f}) | {mean(losses):.3f} | {mean(sizes):,.0f} | "
+                f"{mean(seconds_):.1f} |",
+                flush=True,
+            )
+            rows.append({"rule": name, "attempts": rule[1], "runs": found, "curves": curves})
     return rows
 
 
@@ -246,8 +265,7 @@ def show_baselines(digits: Digits, seeds: int) -> list[dict[str, Any]]:
 
 def show_edits(digits: Digits, folder: Path) -> dict[str, Any]:
     """What undoing, leaving out and turning round do, and a cure of poisoned steps."""
-    votes, attempts = RULES["any share of 256, between"]
-    journal, moved, _, _ = run(folder, digits, 1, votes, attempts)
+    journal, moved, _, _ = run(folder, digits, 1, RULES["any share of 256, between"])
     steps = journal.steps
     print(f"\n{len(steps)} steps; test accuracy {accuracy(moved.module, digits.test):.3f}\n")
     print("| edit | accuracy |")
@@ -280,7 +298,7 @@ def _poison(
     digits: Digits, folder: Path, told: Callable[[str, list[Step]], float]
 ) -> dict[str, float]:
     """40 attempts on images whose threes are called eights, in the middle of a training."""
-    votes, _ = RULES["any share of 256, between"]
+    votes, _, deciding = RULES["any share of 256, between"]
     x, y = digits.train
     wrong = x, torch.where(y == 3, 8, y)
 
@@ -288,11 +306,11 @@ def _poison(
         chosen = wrong if 80 <= number < 120 else (x, y)
         return chosen, chosen
 
-    journal, moved, _, _ = run(folder, digits, 1, votes, 120, batches)
+    journal, moved, _, _ = run(folder, digits, 1, (votes, 120, deciding), batches)
     rows = {"poisoned": told("40 poisoned attempts at the end", journal.steps)}
     clean = [step for step in journal.steps if step.number < 80]
     rows["cured at the end"] = told("... masked: what it was before", clean)
-    journal, moved, _, _ = run(folder, digits, 1, votes, 200, batches)
+    journal, moved, _, _ = run(folder, digits, 1, (votes, 200, deciding), batches)
     rows["middle"] = told("80 attempts, 40 poisoned ones, 80 attempts", journal.steps)
     masked = [step for step in journal.steps if not 80 <= step.number < 120]
     rows["masked"] = told("... the poisoned ones masked", masked)
@@ -398,7 +416,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__)
     parts = ("rules", "no-backward", "baselines", "edits", "ranks")
     arguments.add_argument("--only", nargs="+", choices=parts, default=parts)
+    arguments.add_argument("--rules", nargs="+", choices=[*RULES, *NO_BACKWARD])
     arguments.add_argument("--seeds", type=int, default=5)
+    arguments.add_argument("--jobs", type=int, default=1)
     arguments.add_argument("--plot", type=Path)
     arguments.add_argument("--worker")
     arguments.add_argument("--folder", type=Path)
@@ -410,10 +430,10 @@ def main(argv: list[str] | None = None) -> int:
     digits, figures = Digits(), dict[str, Any]()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        if "rules" in options.only:
-            figures["rules"] = show_rules(digits, folder, RULES, options.seeds)
-        if "no-backward" in options.only:
-            figures["no_backward"] = show_rules(digits, folder, NO_BACKWARD, options.seeds)
+        for part, rules in (("rules", RULES), ("no-backward", NO_BACKWARD)):
+            chosen = {n: r for n, r in rules.items() if not options.rules or n in options.rules}
+            if part in options.only and chosen:
+                figures[part] = show_rules(folder, chosen, options.seeds, options.jobs)
         if "baselines" in options.only:
             figures["baselines"] = show_baselines(digits, options.seeds)
         if "edits" in options.only:
@@ -421,7 +441,7 @@ def main(argv: list[str] | None = None) -> int:
         if "ranks" in options.only:
             figures["ranks"] = show_ranks(folder)
     if options.plot:
-        draw(figures.get("rules", []) + figures.get("no_backward", []), options.plot)
+        draw(figures.get("rules", []) + figures.get("no-backward", []), options.plot)
     write_figures(options.json, __file__, figures)
     return 0
 

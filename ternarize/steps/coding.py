@@ -15,7 +15,6 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from functools import partial
 
-_FEW = 512  # one of so many perturbations is taken: search, and do not walk
 MOST_ZEROS = 32  # before a number in Elias' code: the largest difference of two steps has 33 bits
 
 
@@ -81,14 +80,10 @@ def set_width(k: int, m: int) -> int:
 
 def put_choice(bits: Bits, k: int, chosen: Sequence[int], signs: Sequence[int]) -> None:
     """Write which of k perturbations are taken (rising), and how: 1 along, -1 against."""
-    number, c, i = 0, k - 1, len(chosen)
-    binomial = math.comb(c, i)
-    while i:
-        taken = c == chosen[i - 1]
-        number += binomial * taken
-        binomial, i = _below(binomial, c, i, taken)
-        c -= 1
-    bits.put(number, set_width(k, len(chosen)))
+    m = len(chosen)
+    few = _are_few(k, m)
+    number = sum(map(math.comb, chosen, range(1, m + 1))) if few else _counted(chosen, k)
+    bits.put(number, set_width(k, m))
     for sign in signs:
         bits.put(int(sign < 0), 1)
 
@@ -98,9 +93,26 @@ def take_choice(bits: BitReader, k: int, m: int) -> tuple[tuple[int, ...], tuple
     number = bits.take(set_width(k, m))
     if number >= math.comb(k, m):
         raise ValueError
-    chosen = _searched(number, k, m) if _FEW * m <= k else _walked(number, k, m)
+    chosen = (_searched if _are_few(k, m) else _walked)(number, k, m)
     signs = tuple(1 - 2 * bits.take(1) for _ in range(m))
     return tuple(reversed(chosen)), signs
+
+
+def _are_few(k: int, m: int) -> bool:
+    """Whether it is sooner to compute each coefficient than to walk through all perturbations."""
+    return m * m <= k
+
+
+def _counted(chosen: Sequence[int], k: int) -> int:
+    """The number of a set, each coefficient made of the one before it."""
+    number, c, i = 0, k - 1, len(chosen)
+    binomial = math.comb(c, i)
+    while i:
+        taken = c == chosen[i - 1]
+        number += binomial * taken
+        binomial, i = _below(binomial, c, i, taken)
+        c -= 1
+    return number
 
 
 def _walked(number: int, k: int, m: int) -> list[int]:

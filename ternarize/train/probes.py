@@ -152,12 +152,13 @@ def by_forwards(moved: Moved, loss: ModuleLoss, batch: Any, step: Step) -> Tenso
 def tried(moved: Moved, step: Step) -> Iterator[None]:
     """Inside, a step has been taken; afterwards the values are as they were."""
     state, target = moved.state, step.target
-    before = [state.values(part, target).clone() for part in state.parts]
+    changed = [state.values(part, target) for part in state.parts]
+    changed += [parameter.data for parameter in moved.parameters.values()]
+    before = [each.clone() for each in changed]
     state.apply([step])
     moved.write()
     try:
         yield
     finally:
-        for part, values in zip(state.parts, before, strict=True):
-            state.values(part, target).copy_(values)
-        moved.write()
+        for each, kept in zip(changed, before, strict=True):
+            each.copy_(kept)
