@@ -2,15 +2,19 @@
 
     python benchmarks/steps_lm.py MODEL TEXT EVAL [--bytes N ...] [--steps N] [--batch N] [--rate R]
         [--train-len N] [--seq-len N] [--max-tokens N] [--group-size N] [--start PACKED]
-        [--trits N] [--straight N] [--plot OUT.png] [--json OUT.json]
+        [--trits N ...] [--trit-steps N] [--straight N] [--threads N] [--plot OUT.png]
+        [--json OUT.json]
 
 MODEL is converted without data (`itf`) in groups of 128, or START is a packed checkpoint of it.
-Scales are trained by gradients on TEXT, and written as steps for each number of bytes; from the
-last of these on, --trits attempts of votes on trits follow. Each journal is made compact, replayed
-on its base, and measured by `ternarize eval` on EVAL, which nothing has used. The row
-"straight-through" is `ternarize train` from the same start, for as many steps of as many tokens.
+Scales are trained by gradients on TEXT, and written as steps, of which the first are taken that fit
+each number of bytes; behind all of them trits follow, for each number of bytes in all of --trits.
+"Patch" is what `ternarize diff` takes for the same trits and scales, "CPU s" what the training and
+its writing took. Each journal is made compact, replayed on its base, and measured by `ternarize
+eval` on EVAL, which nothing has used. The row "straight-through" is `ternarize train` from the same
+start, for as many steps of as many tokens.
 """
 
+import shutil
 import sys
 import tempfile
 import time
@@ -18,24 +22,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import hide_bars, parser, write_figures
 
 from ternarize.convert.run import convert
 from ternarize.measure.evaluate import evaluate
 from ternarize.measure.report import figure_for
 from ternarize.plans.recipe import Recipe, Train
+from ternarize.publish.patches import diff_packed
 from ternarize.steps.checkpoint import replay
-from ternarize.steps.journal import read_journal
-from ternarize.steps.operations import compact
-from ternarize.train.journals import code_journal, train_journal
-from ternarize.train.votes import Votes, first_attempt
+from ternarize.steps.journal import bits_left, read_journal
+from ternarize.steps.operations import compact, fork
+from ternarize.train.journals import code_journal
 
 MEASURES = {"kl_divergence": ".4f", "perplexity": ",.2f", "top1_agreement": ".4f"}
 
 
 def show(row: dict[str, Any]) -> None:
     cells = [f"{row[key]['value']:{form}}" for key, form in MEASURES.items()]
-    of = f"{row['steps']:,} | {row['bytes']:,}" if row["bytes"] else "|"
+    of = f"{row['steps']:,} | {row['bytes']:,} | {row['patch']:,}" if row["bytes"] else "| |"
     print(f"| {row['name']} | {of} | {' | '.join(cells)} | {row['seconds']:,.0f} |", flush=True)
 
 
@@ -53,11 +58,14 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--max-tokens", type=int, default=8192)
     arguments.add_argument("--group-size", type=int, default=128)
     arguments.add_argument("--start", type=Path)
-    arguments.add_argument("--trits", type=int, default=0)
+    arguments.add_argument("--trits", type=int, nargs="+", default=[])
+    arguments.add_argument("--trit-steps", type=int, default=200)
     arguments.add_argument("--straight", type=int, default=0)
+    arguments.add_argument("--threads", type=int, default=1)
     arguments.add_argument("--plot", type=Path)
     options = arguments.parse_args(argv)
     hide_bars()
+    torch.set_num_threads(options.threads)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -69,21 +77,22 @@ def main(argv: list[str] | None = None) -> int:
             protocol: Any = {"seq_len": options.seq_len, "max_tokens": options.max_tokens}
             return evaluate(packed, source=options.model, text=options.eval, **protocol)
 
-        def told(name: str, journal: Path | None, packed: Path, began: float) -> None:
-            seconds, size, steps = time.process_time() - began, 0, 0
+        def told(name: str, journal: Path | None, packed: Path, seconds: float) -> None:
+            size = steps = patch = 0
             if journal is not None:
                 small = journal.with_suffix(".small")
                 made = compact(journal, small)
                 size, steps = made.size, len(made.steps)
                 packed = folder / f"{journal.stem}-replayed"
                 replay(small, base, packed)
-            row = {"name": name, "bytes": size, "steps": steps, "seconds": seconds}
+                patch = diff_packed(base, packed, small.with_suffix(".patch"))["bytes"]
+            row = {"name": name, "bytes": size, "steps": steps, "patch": patch, "seconds": seconds}
             rows.append(row | measured(packed))
             show(rows[-1])
 
-        print("| journal | steps | bytes | divergence | perplexity | top-1 | CPU s |")
-        print("|---|---|---|---|---|---|---|")
-        told("none: the start", None, base, time.process_time())
+        print("| journal | steps | bytes | patch | divergence | perplexity | top-1 | CPU s |")
+        print("|---|---|---|---|---|---|---|---|")
+        told("none: the start", None, base, 0.0)
         training = Train(
             texts=(str(options.text),),
             teacher=str(options.model),
@@ -92,18 +101,19 @@ def main(argv: list[str] | None = None) -> int:
             train_len=options.train_len,
             lr=options.rate,
         )
-        for size in options.bytes:
-            began, journal = time.process_time(), folder / f"scales{size}.steps"
-            code_journal(base, journal, training, size)
-            told("scales by gradient", journal, base, began)
-        if options.trits:
-            began = time.process_time()
-            votes = Votes("trits", 1024, (10, 12, 14), (0.5, 0.2, 0.05), thrift=0.5)
-            attempts = first_attempt(read_journal(journal)) + options.trits
-            train_journal(base, journal, replace(training, steps=attempts, lr=None), votes)
-            journal.with_suffix(".small").unlink()
-            named = journal.rename(folder / "trits.steps")
-            told("then trits by votes", named, base, began)
+        began, journal = time.process_time(), folder / "scales.steps"
+        code_journal(base, journal, training, max(options.bytes))
+        took = time.process_time() - began
+        for size in sorted(options.bytes):
+            named = folder / f"scales{size}.steps"
+            shorten(journal, named, size)
+            told("scales by gradient", named, base, took)
+        for size in options.trits:
+            began, named = time.process_time(), folder / f"trits{size}.steps"
+            shutil.copyfile(journal, named)
+            training = replace(training, steps=options.trit_steps, lr=None)
+            code_journal(base, named, training, size, target="trits")
+            told("then trits by gradient", named, base, time.process_time() - began)
         if options.straight:
             began, output = time.process_time(), folder / "straight"
             train = Train(
@@ -114,11 +124,20 @@ def main(argv: list[str] | None = None) -> int:
                 train_len=options.train_len,
             )
             convert(options.model, output, Recipe("itf", options.group_size, train=train))
-            told("straight-through", None, output, began)
+            told("straight-through", None, output, time.process_time() - began)
     if options.plot:
         draw(rows, options.plot)
     write_figures(options.json, __file__, {"rows": rows})
     return 0
+
+
+def shorten(journal: Path, new: Path, nbytes: int) -> None:
+    """Begin another journal with as many first steps as so many bytes have."""
+    found = read_journal(journal)
+    count = len(found.steps)
+    while bits_left(found.header, found.steps[:count], nbytes) < 0:
+        count -= 1
+    fork(journal, new, found.steps[count].number if count < len(found.steps) else None)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

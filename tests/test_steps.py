@@ -485,6 +485,10 @@ def test_wrong_uses_of_the_commands_end_in_one_line(walk: Path, tmp_path: Path) 
         (("diff", walk, text), "no journ"),
         (("compact", walk, text), "text: exists already"),
         (("train", GOLDEN / "rows", out, "--texts", "x", "--seed", -1), "seed: -1"),
+        (
+            ("train", GOLDEN / "rows", out, "--texts", "x", "--by", "votes", "--lr", 1),
+            "--lr: by votes",
+        ),
     ):
         assert said in refused(*words), words
     before = walk.read_bytes()

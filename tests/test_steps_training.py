@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ternarize.convert.run import convert
 from ternarize.errors import FormatError, OutputError, UsageError
+from ternarize.measure.step_log import log_of
 from ternarize.plans.recipe import Recipe, Train
 from ternarize.runtime.load import load
 from ternarize.sources.packed import open_packed
@@ -23,6 +24,7 @@ from ternarize.steps.base import opened_state
 from ternarize.steps.checkpoint import replay
 from ternarize.steps.generator import SCALES, TRITS
 from ternarize.steps.journal import (
+    MOVED,
     NO_STEP,
     Edit,
     JournalHeader,
@@ -32,8 +34,8 @@ from ternarize.steps.journal import (
     read_journal,
 )
 from ternarize.steps.operations import check_digests, compact, edit
-from ternarize.steps.replay import Values
-from ternarize.train.coded import Wanted, coded_steps
+from ternarize.steps.replay import Part, Values
+from ternarize.train.coded import Wanted, coded_steps, placed_steps, single_cell
 from ternarize.train.journals import code_journal, train_journal
 from ternarize.train.moved import Moved, Standing
 from ternarize.train.probes import by_forwards, by_jvp, gradient, sums_along
@@ -446,6 +448,9 @@ def test_scales_that_gradients_have_found_are_written_as_steps(
     assert told["loss_wanted"] < told["loss_before"] and told["loss"] < told["loss_before"]
     assert compact(journal, tmp_path / "small.steps").size <= 700
     assert told["steps"] == len(read_journal(journal).steps) > 5
+    logged = {"written_from": 0}
+    logged |= {name: round(told[name], 6) for name in ("loss_before", "loss")}
+    assert log_of(journal)["written"] == [logged]
     records = open_packed(packed)
     assert check_digests(read_journal(journal), *records) == 1
     whole = journal.read_bytes()
@@ -477,6 +482,94 @@ def test_steps_go_where_they_are_wanted_for_few_bits() -> None:
     assert distances[900] < 0.1 * before
 
 
+@pytest.mark.parametrize("target", [TRITS, SCALES])
+def test_values_move_one_by_one_where_they_are_wanted_most(target: int) -> None:
+    torch.manual_seed(0)
+    begun, name = started().state, MOVED[target]
+    flat = {part.name: begun.values(part, target).flatten().float() for part in begun.parts}
+    spread = {TRITS: 0.4, SCALES: 8.0}[target]
+    wanted = Wanted(
+        {n: (v + spread * torch.randn(len(v))).clamp(-1.5, 1.5) for n, v in flat.items()}
+        if target == TRITS
+        else {n: spread * torch.randn(len(v)) for n, v in flat.items()},
+        {n: torch.rand(len(v)) for n, v in flat.items()},
+    )
+
+    def distance(state: Values) -> float:
+        rests = [wanted.values[p.name] - state.values(p, target).flatten() for p in state.parts]
+        weights = [wanted.weight[p.name] for p in state.parts]
+        return sum(float((w * r * r).sum()) for w, r in zip(weights, rests, strict=True))
+
+    distances = [distance(begun)]
+    for bits in (160, 600, 6000):
+        state = started().state
+        steps = list(placed_steps(state, wanted, name, NO_STEP, 5, 64, bits))
+        assert 8 * (len(block_bytes(steps)) - 13) < bits + 8
+        assert all(step.target == target and step.number >= 5 for step in steps)
+        distances.append(distance(state))
+        again = started().state
+        again.apply(steps)
+        assert_same_values(again, state)
+        for part in state.parts:
+            before, now = begun.values(part, target), state.values(part, target)
+            towards = (wanted.values[part.name].view(now.shape) - before).sign()
+            assert bool((((now - before).sign() == towards) | (now == before)).all())
+    assert distances[0] > distances[1] >= distances[2] >= distances[3]
+    assert distances[3] < (0.01 if target == SCALES else 0.7) * distances[0]
+    rounded = {n: v.round().clamp(-1, 1) for n, v in wanted.values.items()}
+    if target == TRITS:  # with bits enough all are where they are wanted
+        for part in state.parts:
+            assert torch.equal(state.trits[part.name].flatten().float(), rounded[part.name])
+
+
+def test_trits_that_gradients_have_found_are_written_as_steps(
+    llama: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    source, packed, text = llama
+    journal, training = tmp_path / "a.steps", training_of(source, text, 20, lr=0.05)
+    told = code_journal(packed, journal, training, 3000, target="trits", k=512)
+    assert told["loss_wanted"] < told["loss_before"] and told["loss"] < told["loss_before"]
+    small = compact(journal, tmp_path / "small.steps")
+    assert small.size <= 3000 and {step.target for step in small.steps} == {TRITS}
+    assert check_digests(read_journal(journal), *open_packed(packed)) == 1
+    more = code_journal(packed, journal, training_of(source, text, 8), 3400)
+    assert more["loss_before"] == pytest.approx(told["loss"], abs=1e-5)
+    assert {step.target for step in read_journal(journal).steps} == {TRITS, SCALES}
+    replay(journal, packed, tmp_path / "replayed")
+
+
+def test_what_does_not_help_documents_put_aside_is_not_written(
+    llama: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    source, packed, text = llama
+    journal, training = tmp_path / "a.steps", training_of(source, text, 3, lr=1.0)
+    told = code_journal(packed, journal, training, 3000, target="trits")
+    assert told["loss_wanted"] > told["loss_before"] == told["loss"]
+    assert told["written"] == told["steps"] == 0 and read_journal(journal).steps == []
+
+
+def test_very_many_scales_move_one_by_one(
+    llama: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, packed, text = llama
+    monkeypatch.setattr("ternarize.train.journals.DENSE_EXPONENTS", 1)
+    told = code_journal(packed, tmp_path / "a.steps", training_of(source, text, 8), 900, k=512)
+    assert told["loss"] < told["loss_before"]
+    steps = read_journal(tmp_path / "a.steps").steps
+    assert (
+        len({step.bits for step in steps}) == 1
+        and compact(tmp_path / "a.steps", tmp_path / "b.steps").size <= 900
+    )
+
+
+def test_more_values_than_one_direction_can_tell_apart_are_refused() -> None:
+    part = Part("w", (1 << 16, 1 << 15), -1, 0, 0)
+    state = Values(1, [part], {"w": torch.zeros(1, dtype=torch.int8)})
+    state.trits["w"] = torch.zeros(1, dtype=torch.int8).expand(1 << 16, 1 << 15)
+    with pytest.raises(UsageError, match=f"the trits of the base: are {1 << 31}; expected at most"):
+        single_cell(state, "trits")
+
+
 def test_a_text_itself_can_be_learnt_and_without_backward(
     llama: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
@@ -493,6 +586,14 @@ def test_what_cannot_be_trained_is_refused(llama: tuple[Path, Path, Path], tmp_p
     votes, journal = Votes("scales", 4, (4,)), tmp_path / "a.steps"
     with pytest.raises(UsageError, match="Name the source with --teacher"):
         train_journal(packed, journal, training_of(source, text, 1, teacher=None), votes)
+    alone = training_of(source, text, 1, teacher=None, objective="text")
+    with pytest.raises(UsageError, match="without the weights that .* was made of"):
+        code_journal(packed, journal, alone, 3000, target="trits")
+    assert read_journal(journal).steps == []
+    journal.unlink()
+    for given in ({"target": "weights"}, {"k": 1 << 16}):
+        with pytest.raises(UsageError, match=next(iter(given))):
+            code_journal(packed, journal, alone, 3000, **given)
     source_of("mixtral", tmp_path / "experts")
     convert(tmp_path / "experts", tmp_path / "moe", Recipe("itf", 32))
     training = training_of(tmp_path / "experts", text, 1)

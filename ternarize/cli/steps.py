@@ -30,8 +30,8 @@ def steps_train(
     ],
     by: Annotated[
         str,
-        "gradient: scales are trained by gradients, and steps go where they came to; votes: each "
-        "step is probed and tried.",
+        "gradient: what is moved is trained by gradients, and steps go where it came to; votes: "
+        "each step is probed and tried.",
         OneOf(("gradient", "votes")),
     ] = "gradient",
     attempts: Annotated[
@@ -44,7 +44,9 @@ def steps_train(
         ),
     ] = None,
     target: Annotated[
-        str, "What steps move; trits by votes alone.", OneOf(("scales", "trits"))
+        str,
+        "What steps move; of trits by gradient the teacher is the source.",
+        OneOf(("scales", "trits")),
     ] = "scales",
     objective: Annotated[
         str,
@@ -58,6 +60,11 @@ def steps_train(
     bits: Annotated[
         list[int] | None,
         typer.Option(help="One non-zero in 2^BITS values, each tried; default: by the target."),
+    ] = None,
+    lr: Annotated[
+        float | None,
+        "Of gradients, at the beginning: in 1/32 of an octave of scales (default: 1), or in trits "
+        "(default: 0.006).",
     ] = None,
     thrift: Annotated[
         float | None,
@@ -85,19 +92,20 @@ def steps_train(
 ) -> None:
     """Train a packed model by random directions, keeping the steps instead of the weights.
 
-    By gradient, real scales are trained first, and each step takes the directions that bring the
-    stored ones nearest to them for its bits. By votes, a step follows directions along which the
-    loss falls, and is kept if it lowers the loss of another batch. Interrupted, the same command
-    goes on; with more attempts or bytes it goes on, too.
+    By gradient, real scales or trits are trained first, and each step takes the directions that
+    bring the stored ones nearest to them for its bits. By votes, a step follows directions along
+    which the loss falls, and is kept if it lowers the loss of another batch. Interrupted, the same
+    command goes on; with more attempts or bytes it goes on, too.
 
     Example: ternarize steps train packed my.steps --texts default --teacher examples/tiny-llama
     --attempts 2 --batch 512 --bytes 300
     """
     from ternarize.plans.recipe import Train
-    from ternarize.ranks import ranks_of_launcher
+    from ternarize.ranks import check_gpus, ranks_launched, ranks_of_launcher
     from ternarize.train.journals import CODED, DIRECTIONS, code_journal, train_journal
     from ternarize.train.ranks import SILENCE
     from ternarize.train.votes import DENSITIES, VOTED, Votes
+    from ternarize.trits.ternary import check_device
 
     training = Train(
         texts=tuple(texts),
@@ -106,6 +114,7 @@ def steps_train(
         steps=attempts,
         train_len=train_len,
         batch=batch,
+        lr=lr,
         seed=seed,
         text_column=text_column,
     )
@@ -114,6 +123,10 @@ def steps_train(
     if by == "gradient" and (of_votes or bits):
         name = next(iter(of_votes), "bits")
         raise UsageError(f"--{name}", "by gradient", "--by votes beside it", "Leave it out")
+    if by == "gradient" and ranks_launched() > 1:
+        raise UsageError("torchrun", "by gradient", "--by votes", "Start one process, or use votes")
+    if by == "votes" and lr is not None:
+        raise UsageError("--lr", "by votes, which have no rate", "--by gradient", "Leave it out")
     for name, value in (("perturbations", perturbations), ("bytes", nbytes)):
         if value is not None and value < 1:
             raise UsageError(f"--{name}", f"{value}", "at least 1")
@@ -124,14 +137,13 @@ def steps_train(
         nbytes=nbytes or 0,
         **of_votes,
     )
-    if by == "gradient" and target != "scales":
-        raise UsageError("--target", "trits, by gradient", "scales", "Use --by votes")
-    with progress_bar(quiet) as update, ranks_of_launcher(SILENCE):
-        how: dict[str, Any] = {"seed": seed, "device": device or "cpu"}
+    with progress_bar(quiet) as update, ranks_of_launcher(SILENCE) as world:
+        how: dict[str, Any] = {"seed": seed, "device": check_device(device)}
+        check_gpus(world, how["device"])
         how["heard"] = _heard(update, attempts)
         if by == "gradient":
-            k = perturbations or DIRECTIONS
-            result = code_journal(base, journal, training, nbytes or CODED, k=k, **how)
+            how |= {"target": target, "k": perturbations or DIRECTIONS}
+            result = code_journal(base, journal, training, nbytes or CODED, **how)
         else:
             result = train_journal(base, journal, training, votes, **how)
     if as_json:
@@ -155,6 +167,11 @@ def _tell_trained(result: dict[str, Any]) -> None:
         f"{result['steps']} steps in {in_bytes(result['bytes'])}; loss on documents put aside "
         f"{result['loss_before']:.4f} -> {result['loss']:.4f}"
     )
+    if result.get("written") == 0:
+        print(
+            f"nothing was written: what was trained takes it to {result['loss_wanted']:.4f}. "
+            "Use more --attempts, or another --lr"
+        )
 
 
 def steps_replay(
@@ -237,6 +254,11 @@ def steps_log(
         f"\n{len(found['steps'])} steps of {found['attempts']} attempts, "
         f"{in_bytes(found['bytes'])}, seed {found['seed']}, from {shown(found['start'])}"
     )
+    for each in found["written"]:
+        first, *losses = each.values()
+        if None not in losses:
+            fall = " -> ".join(f"{loss:.4f}" for loss in losses)
+            print(f"from step {first} on by gradient: loss on documents put aside {fall}")
     if found["torn_bytes"]:
         print(f"{found['torn_bytes']} bytes at the end are of a record that was not written whole")
 

@@ -8,6 +8,8 @@ from ternarize.measure.report import figure_for
 from ternarize.steps.checkpoint import open_journal
 from ternarize.steps.journal import MOVED, Note, entry_bytes, is_step_number
 
+# of steps that gradients have found: the first of them, and losses on documents put aside
+WRITTEN = ("written_from", "loss_before", "loss")
 EDITED = {"": "", "mask": "masked", "negate": "negated"}
 
 
@@ -33,6 +35,11 @@ def log_of(path: str | Path) -> dict[str, Any]:
         }
         for step, edit in zip(journal.steps, journal.edited, strict=True)
     ]
+    written = [
+        {name: _as_number(each.content.get(name)) for name in WRITTEN}
+        for each in journal.entries
+        if isinstance(each, Note) and is_step_number(each.content.get("written_from"))
+    ]
     header = journal.header
     return {
         "journal": str(path),
@@ -41,6 +48,7 @@ def log_of(path: str | Path) -> dict[str, Any]:
         "attempts": max([journal.next_number, *(n + 1 for n in losses)]),
         "steps": rows,
         "losses": sorted(losses.items()),
+        "written": written,
         "bytes": journal.size,
         "torn_bytes": journal.torn,
     }

@@ -23,6 +23,6 @@ conversion writes.
     moved.py       the values of a journal of steps in a module, and gradients by them
     probes.py      how the loss changes along perturbations, with and without backward
     votes.py       steps of a journal, found by probing and trying
-    coded.py       exponents trained by gradients, and steps that go there
+    coded.py       scales or trits trained by gradients, and steps that go there
     journals.py    a packed model trained by a journal of steps
 """

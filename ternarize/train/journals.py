@@ -32,7 +32,7 @@ from ternarize.steps.journal import (
     is_step_number,
     parse_journal,
 )
-from ternarize.train.coded import coded_steps, trained_exponents
+from ternarize.train.coded import Wanted, coded_steps, placed_steps, single_cell, trained_values
 from ternarize.train.loop import Objective
 from ternarize.train.moved import Moved, Standing
 from ternarize.train.objectives import held_loss, labels_of, objective
@@ -45,7 +45,9 @@ from ternarize.train.votes import Heard, Votes, first_attempt, train_votes
 SEED = 0  # of the perturbations, when none is asked for
 CODED = 2500  # bytes of a journal by gradients, when none are asked for
 DIRECTIONS = 4096  # that a step draws towards what gradients want
-EXPONENT_RATE = 1.0  # of exponents, in 1/32 of an octave
+# of what is trained by gradients, at its highest: in 1/32 of an octave, and in trits
+RATES = {"scales": 1.0, "trits": 0.006}
+DENSE_EXPONENTS = 1 << 18  # for more, a step that moves many at once takes seconds to find
 _REMEMBERED = 64  # outputs of the teacher
 _STEP_BITS = 64  # room for one step, which takes some 12 bits beside its choice
 
@@ -129,22 +131,26 @@ def code_journal(
     training: Train,
     nbytes: int,
     *,
+    target: str = "scales",
     k: int = DIRECTIONS,
     seed: int = SEED,
     device: str = "cpu",
     heard: Heard | None = None,
 ) -> dict[str, Any]:
-    """Train the scales of a packed model by gradients, and write what they became as steps.
+    """Train a packed model by gradients, and write what became of it as steps.
 
     nbytes  of the journal that is to be written, once it is compact
+    target  "scales" or "trits": what is trained; of trits the teacher has to be the source
     k       directions that a step draws
 
     The other arguments and errors are those of `train_journal`; `training.steps` are those of the
-    gradient, `training.lr` in 1/32 of an octave. A run that was broken off trains again from where
-    it began, and writes what is left to be written. Returns the same, with the loss of real
-    exponents ("loss_wanted").
+    gradient, `training.lr` is in 1/32 of an octave, or in trits (None: `RATES`). A run that was
+    broken off trains again from where it began, and writes what is left to be written; what other
+    documents put aside do not gain by is not written. Returns the same, with the number of new
+    steps ("written") and the loss of what was wanted ("loss_wanted"): real exponents, or all trits.
     """
     assert training.steps is not None
+    Votes(target, k)  # refuses what cannot be written
     at = _session(base, training, seed, device, plain=False)
     with Appender(journal, at.header) as appender:
         begun = appender.journal
@@ -159,36 +165,64 @@ def code_journal(
                 "Name more",
             )
         before = at.brought_to([step for step in begun.effective() if step.number < first])
-        of_batches = (_taken(at.data.stream, training.batch) for _ in itertools.count())
-        rate = EXPONENT_RATE if training.lr is None else training.lr
-
-        def told(number: int, loss: float) -> None:
-            if heard is not None:
-                heard(number, loss, None)
-
-        wanted = trained_exponents(
-            at.moved, at.loss, lambda _: next(of_batches), training.steps, rate, heard=told
+        state, chosen = at.moved.state, at.choose()
+        dense = (
+            target == "scales"
+            and sum(e.numel() for e in state.exponents.values()) <= DENSE_EXPONENTS
         )
-        at.moved.write(wanted.values)
-        best = at.held()
-        state, steps = at.moved.state, [NO_STEP, *begun.steps]
+        if not dense:
+            single_cell(state, target)
+        wanted = _wanted(at, training, target, heard)
+        with wanted.shown(at.moved, target):
+            best, helps = at.held(), at.choose() < chosen
+        steps = [NO_STEP, *begun.steps]
         state.apply([step for step in begun.effective() if step.number >= first])
         appender.append(Note({"coded_from": first}))
-        for step in coded_steps(state, wanted, steps[-1], begun.next_number, k, left):
+        behind = steps[-1], begun.next_number, k, left
+        if dense:
+            written = coded_steps(state, wanted, *behind)
+        else:
+            written = placed_steps(state, wanted, target, *behind)
+        for step in itertools.islice(written, None if helps else 0):
             appender.append(step)
             steps.append(step)
         last = max(begun.next_number, steps[-1].number + 1)
         appender.append(Mark(last, state.digest()), Note({"coded": first}))
-    at.moved.write()
+        at.moved.write()
+        loss = at.held()
+        losses = {"loss_before": round(before, 6), "loss": round(loss, 6)}
+        appender.append(Note({"written_from": first, **losses}))
     return {
         "texts": at.data.about["texts"],
         "attempts": training.steps,
         "steps": len(steps) - 1,
+        "written": len(steps) - 1 - len(begun.steps),
         "loss_before": before,
         "loss_wanted": best,
-        "loss": at.held(),
+        "loss": loss,
         "bytes": Path(journal).stat().st_size,
     }
+
+
+def _wanted(at: "_Session", training: Train, target: str, heard: Heard | None) -> Wanted:
+    """Where gradients bring scales or trits."""
+    assert training.steps is not None
+    of_batches = (_taken(at.data.stream, training.batch) for _ in itertools.count())
+
+    def told(number: int, loss: float) -> None:
+        if heard is not None:
+            heard(number, loss, None)
+
+    return trained_values(
+        at.moved,
+        at.loss,
+        lambda _: next(of_batches),
+        target,
+        training.steps,
+        RATES[target] if training.lr is None else training.lr,
+        begin=at.latent() if target == "trits" else None,
+        heard=told,
+    )
 
 
 def _began(journal: Journal) -> int:
@@ -207,9 +241,11 @@ def _began(journal: Journal) -> int:
 class _Session:
     """A packed model that is trained by steps.
 
-    moved  the model and its values
-    loss   of samples
-    held   the loss of documents put aside
+    moved    the model and its values
+    loss     of samples
+    held     the loss of documents put aside
+    choose   that of others, by which is chosen
+    teacher  None where the texts are learnt
     """
 
     header: JournalHeader
@@ -217,6 +253,26 @@ class _Session:
     moved: Moved
     loss: Callable[[nn.Module, list[Sample]], Tensor]
     held: Callable[[], float]
+    choose: Callable[[], float]
+    teacher: Any
+
+    def latent(self) -> dict[str, Tensor]:
+        """Trits as real numbers, by the weights that they were made of; UsageError without them."""
+        weights = dict[str, Tensor]()
+        if self.teacher is not None:
+            weights |= self.teacher.named_parameters(remove_duplicate=False)
+        found = {}
+        for place in self.moved.places:
+            weight, own = weights.get(place.parameter), self.moved.parameters[place.part.name]
+            if weight is None or weight.shape != own.shape:
+                raise UsageError(
+                    "--target trits, by gradient",
+                    f"without the weights that {place.part.name} was made of",
+                    "the source as the teacher: how near a trit is to another follows from it",
+                    "Name it with --teacher, or use --by votes",
+                )
+            found[place.part.name] = self.moved.latent(place, weight)
+        return found
 
     def brought_to(self, steps: Sequence[Step]) -> float:
         """The held-out loss after steps, which are applied to the start."""
@@ -241,6 +297,8 @@ def _session(base: str | Path, training: Train, seed: int, device: str, *, plain
         moved,
         lambda _, samples: of_samples(samples)[0],
         lambda: held_loss(of_samples, data.report),
+        lambda: held_loss(of_samples, data.held),
+        pair.teacher,
     )
 
 

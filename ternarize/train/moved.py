@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ternarize.qat.prepare import MARGIN
+from ternarize.qat.rounding import FLOOR
 from ternarize.steps.base import moved_scales
 from ternarize.steps.generator import SCALES, TRITS
 from ternarize.steps.replay import LIMITS, Part, Values
@@ -48,10 +50,10 @@ class Standing:
         block, seed = self.rotation
         return self.turn(unrotate(values, block, seed) if block else values)
 
-    def stored_slope(self, slope: Tensor) -> Tensor:
-        """The gradient by what is stored of that by the parameter."""
+    def as_stored(self, weight: Tensor) -> Tensor:
+        """What is in the parameter's place, a weight or a gradient, in that of what is stored."""
         block, seed = self.rotation
-        wide = self.turn(slope).to("cpu", torch.float32)  # where values are
+        wide = self.turn(weight).to("cpu", torch.float32)  # where values are
         return rotate(wide, block, seed) if block else wide
 
 
@@ -104,7 +106,7 @@ class Moved:
         found = {}
         for place in self.places:
             part, scales = place.part, self.scales(place, real)
-            slope = place.stored_slope(grads[part.name])
+            slope = place.as_stored(grads[part.name])
             if target == TRITS:
                 slope = slope * spread_scales(scales, part.shape[-1], part.group_size)
             else:
@@ -114,6 +116,16 @@ class Moved:
                 slope = slope * (math.log(2) / 32)
             found[part.name] = slope.reshape(-1).contiguous()
         return found
+
+    def latent(self, place: Standing, weight: Tensor) -> Tensor:
+        """Trits as real numbers, which say how near each is to another: flat, float32.
+
+        weight  that the trits were made of, in the parameter's shape
+        """
+        part, trits = place.part, self.state.trits[place.part.name]
+        level = spread_scales(self.scales(place), part.shape[-1], part.group_size).clamp(min=FLOOR)
+        real = place.as_stored(weight.detach()).view(part.shape) / level
+        return (trits + (real - trits).clamp(-MARGIN, MARGIN)).view(-1)
 
     def room(self, place: Standing, target: int) -> tuple[Tensor, Tensor]:
         """Which values can be one more, and which one less: flat, bool."""
