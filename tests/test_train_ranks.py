@@ -85,8 +85,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "two towers": ("clip", ROWS),
     "one block over and over": ("albert", ROWS),
     "encoder": ("bert", {}),
-    "encoder-decoder": ("t5", {}),
-    "experts met by few": ("switch", {}),
+    "encoder-decoder": ("t5", {"batch": 128}),  # whose samples are of twice as many tokens
+    "experts met by few": ("switch", {"batch": 128}),
     "blocks that share weights": ("zamba2", {}),
     "text": ("llama", {"objective": "text", "all_weights": True, "micro_batch": 20}),
     "ends": ("llama_tied", {"head": "int8", "embeddings": "int8", "recompute": True}),
