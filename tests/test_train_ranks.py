@@ -176,7 +176,8 @@ def test_the_first_process_alone_speaks(tmp_path: Path) -> None:
     assert [code for code, _ in ended] == [130, 1], ended
     assert ended[0][1].strip() == "interrupted; the same command goes on from here"
     assert step_of(tmp_path / "packed") == 5, "three more than the two of which a state was"
-    few = launch(tmp_path, 2, {"cli": [*words, "--batch", "16"]})
+    asked = {"cli": command(job("llama", tmp_path, "few"), "--batch", "16")}
+    few = launch(tmp_path, 2, asked)
     assert [code for code, _ in few] == [2, 1], "one micro-batch"
     assert few[0][1].count("error:") == 1 and "--batch 32" in few[0][1]
     assert "error:" not in few[1][1]
@@ -249,7 +250,8 @@ def test_a_divided_training_goes_on_with_another_number_and_whole_and_back(tmp_p
     ended = launch(tmp_path, 2, {"jobs": [parts]})
     assert [code for code, _ in ended] == [0, 0], ended
     found = looks(tmp_path / "broken")
-    assert found == near(looks(tmp_path / "whole"))
+    # a trit that falls the other way is seen in a model this small
+    assert found == pytest.approx(looks(tmp_path / "whole"), rel=1e-3)
 
 
 # --- what goes from one process to another ------------------------------------------------------
