@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import packing
@@ -292,6 +293,26 @@ def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
         (tmp_path / str(number)).mkdir()
         packed = MODELS[name](tmp_path / str(number))
         assert tokens_of_vllm([packed], tmp_path, **TWO) == [tokens_of_ours(packed)], name
+
+
+@ENGINE
+@pytest.mark.parametrize("up", ["up_proj", "w1"])
+def test_experts_without_a_gate_in_one_tensor_are_refused_by_name(up: str) -> None:
+    config = importlib.import_module("ternarize.publish.vllm.config").VllmConfiguration({})
+    tensor = importlib.import_module("ternarize.publish.vllm.layers").LayerTensor
+    names = [f"experts.{up}", "experts.down_proj"]
+    dtypes = (torch.uint8, torch.float16)
+    config.stored = {name: tensor(name, 64, Layout(32, 16), dtypes) for name in names}
+    # as vLLM has it: the name of the up projection stands where that of the gate does
+    layer = SimpleNamespace(
+        ckpt_gate_proj_name=up,
+        ckpt_up_proj_name=None,
+        ckpt_down_proj_name="down_proj",
+        is_fused_checkpoint_transposed=False,
+        moe_config=SimpleNamespace(num_logical_experts=2),
+    )
+    with pytest.raises(UsageError, match="holds all experts in one tensor.* --engine"):
+        config._of_experts(layer, "experts")
 
 
 @ENGINE

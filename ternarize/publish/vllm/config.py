@@ -191,9 +191,11 @@ class VllmConfiguration(QuantizationConfig):  # type: ignore[misc]
         """Experts that lie in two tensors, of gates and ups and of downs, by (expert, shard).
 
         vLLM takes them apart, in `RoutedExperts.load_weights`. Nothing where they lie otherwise (in
-        columns, say, of which it would cut bytes), or none is packed.
+        columns, say, of which it would cut bytes, or without a gate), or none is packed.
         """
         both = {"gate_proj": "gate_up_proj", "w1": "w13"}.get(layer.ckpt_gate_proj_name)
+        if both is None or layer.ckpt_up_proj_name is None:  # without a gate only ups are in one
+            return {}
         names = [f"{path}.{both}", f"{path}.{layer.ckpt_down_proj_name}"]
         found = [self.stored[name] for name in names if name in self.stored]
         if all(each.layout is None for each in found) or layer.is_fused_checkpoint_transposed:
