@@ -55,12 +55,15 @@ def a_convolution(**options: Any) -> nn.Conv2d:
 
 
 def packed(dense: nn.Conv2d, group_size: int = 8, activations: str = "none") -> TernaryConv2d:
-    """A packed convolution with the weight that `itf` gives, in lanes where there are kernels."""
+    """A packed convolution with the weight that `itf` gives, in lanes where there are kernels.
+
+    With scales in float16, or in float32 where that does not hold them.
+    """
     kernel = tuple(dense.weight.shape[1:])
     layout = Layout(dense.weight[0].numel(), group_size, activations=activations, kernel=kernel)
     rows = 1 if group_size == 0 else dense.out_channels
-    made = TernaryConv2d(dense, layout, rows, torch.float16)
     codes, scales = container.encode(itf(dense.weight.detach().flatten(1), group_size))
+    made = TernaryConv2d(dense, layout, rows, scales.dtype)
     state = {"weight": codes, "weight_scale": scales}
     if dense.bias is not None:
         state["bias"] = dense.bias.detach()
@@ -86,7 +89,7 @@ def test_a_packed_convolution_is_the_one_of_its_dense_weight(shape: str, group_s
         assert torch.allclose(ours(last), theirs(x), atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_of_many_places_and_few_kernels_the_weight_is_dense_for_one_convolution(
     shape: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -123,6 +126,23 @@ def test_what_is_rounded_or_learned_is_never_made_dense(monkeypatch: pytest.Monk
         assert packed(a_convolution(), activations="int8")(x).shape == (1, 7, 7, 7)
         with pytest.raises(TypeError):
             packed(a_convolution())(x)
+
+
+@pytest.mark.skipif(lib is None, reason="needs the compiled core")
+@pytest.mark.parametrize(("of_weight", "of_input"), [(-22, 13), (0, 0), (22, -13)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_weight_is_not_dense_in_float16_where_that_does_not_hold_it(
+    of_weight: int, of_input: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = a_convolution(bias=False)
+    dense.weight.data *= 2.0**of_weight
+    ours, x = packed(dense), torch.randn(1, 5, 9, 9) * 2.0**of_input
+    monkeypatch.setattr(convolution, "_CALL", 0)
+    monkeypatch.setattr(convolution, "_WEIGHT", 0)
+    assert ours._rather_dense(x.to(dtype)) == (of_weight == 0 or dtype != torch.float16)
+    with torch.no_grad():
+        expected = dense_convolution(ours, torch.float32)(x)
+        assert (ours(x.to(dtype)) - expected).abs().max() < 0.03 * expected.abs().max()
 
 
 @pytest.mark.skipif(lib is None, reason="needs the compiled core")

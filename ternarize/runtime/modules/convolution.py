@@ -2,7 +2,8 @@
 
 Of many places and few kernels patches cost more than their product: they are several times as large
 as the images, and each is rounded. There the weight, which is far smaller than they are, is
-dequantized for the length of one convolution of torch's.
+dequantized for the length of one convolution of torch's, in the dtype of the input: never in
+float16 where that does not hold its scales.
 """
 
 import torch
@@ -13,6 +14,7 @@ from ternarize.runtime.kernels import CORE_DTYPES
 from ternarize.runtime.packed import Packed, empty_parameters
 from ternarize.runtime.products import product
 from ternarize.runtime.unfold import as_images, as_pair, patches_for
+from ternarize.trits.base3 import BASE3
 
 _PATCHES = 1 << 21  # numbers of patches that are in memory at a time, if an image has no more
 # A weight costs as much to dequantize as so many numbers of patches, and a call as the second (both
@@ -102,8 +104,19 @@ class TernaryConv2d(Packed, nn.Conv2d):
         learns = torch.is_grad_enabled() and input.requires_grad
         if not served or learns or layout.activations != "none" or torch.compiler.is_compiling():
             return False
+        if input.dtype == torch.float16 and not self._fits_float16():
+            return False
         weights = self.out_channels * layout.cols
         return len(input) * self._patches(input) > _WEIGHT * weights + _CALL
+
+    def _fits_float16(self) -> bool:
+        """Whether each weight is a number of float16 as it is: none becomes 0 or infinite there."""
+        layout, stored = self.layouts["weight"], self.weight_scale.dtype
+        if layout.lanes is not None:
+            stored = layout.lanes.scale_dtype
+        return (
+            layout.codec == BASE3 and layout.planes == 1 and stored in (torch.float16, torch.uint8)
+        )
 
     def extra_repr(self) -> str:
         layout = self.layouts["weight"]
