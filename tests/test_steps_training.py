@@ -1,15 +1,20 @@
 """Training by votes: a journal says what was trained, however it was found or broken off."""
 
+import itertools
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from test_train_run import source_of, text_of
 from torch import Tensor, nn
 
@@ -29,8 +34,11 @@ from ternarize.steps.journal import (
     Edit,
     JournalHeader,
     Mark,
+    Note,
     Step,
     block_bytes,
+    entry_bytes,
+    journal_header,
     read_journal,
 )
 from ternarize.steps.operations import check_digests, compact, edit
@@ -38,6 +46,7 @@ from ternarize.steps.replay import Part, Values
 from ternarize.train.coded import Wanted, coded_steps, placed_steps, single_cell
 from ternarize.train.journals import code_journal, train_journal
 from ternarize.train.moved import Moved, Standing
+from ternarize.train.objectives import held_loss
 from ternarize.train.probes import by_forwards, by_jvp, gradient, sums_along
 from ternarize.train.ranks import Ranks
 from ternarize.train.votes import Votes, best_step, candidates, first_attempt, train_votes
@@ -546,6 +555,165 @@ def test_what_does_not_help_documents_put_aside_is_not_written(
     told = code_journal(packed, journal, training, 3000, target="trits")
     assert told["loss_wanted"] > told["loss_before"] == told["loss"]
     assert told["written"] == told["steps"] == 0 and read_journal(journal).steps == []
+    assert told["not_written"] == "gain" and log_of(journal)["written"] == []
+
+
+@pytest.mark.parametrize("helping", [True, False])
+def test_of_steps_the_part_that_helps_documents_put_aside_is_written(
+    helping: bool, llama: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that is wanted helps; what fits into the bytes does not, or only its first quarter."""
+    source, packed, text = llama
+    good = list[Step]()
+
+    def offered(state: Values, wanted: Wanted, target: str, *behind: Any) -> Iterator[Step]:
+        flat = {name: trits.flatten().float() for name, trits in state.trits.items()}
+        away = Wanted({n: 2 * flat[n] - v for n, v in wanted.values.items()}, wanted.weight)
+        before, number, k, _ = behind
+        if helping:
+            for step in placed_steps(state, wanted, target, *behind[:3], 16_000):
+                good.append(step)
+                yield step
+            before, number = good[-1], good[-1].number + 1
+        bad = placed_steps(state, away, target, before, number, k, 1e6)
+        yield from itertools.islice(bad, 3 * max(1, len(good)))
+
+    monkeypatch.setattr("ternarize.train.journals.placed_steps", offered)
+    journal, training = tmp_path / "a.steps", training_of(source, text, 20, lr=0.05)
+    told = code_journal(packed, journal, training, 9000, target="trits", k=512)
+    assert told["loss_wanted"] < told["loss_before"]
+    assert read_journal(journal).steps == good and told["written"] == len(good)
+    if helping:
+        assert told["loss"] < told["loss_before"] and told["not_written"] is None
+    else:
+        assert told["loss"] == told["loss_before"] and told["not_written"] == "gain"
+    assert check_digests(read_journal(journal), *open_packed(packed)) == 1
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["named", "as older versions wrote it"])
+def test_a_coding_that_was_broken_off_stays_where_another_target_is_trained(
+    named: bool, llama: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    source, packed, text = llama
+    journal, training = tmp_path / "a.steps", training_of(source, text, 8)
+    told = code_journal(packed, journal, training, 700, k=64)
+    whole = read_journal(journal)
+    kept = list(whole.entries[: len(whole.steps) // 2])
+    assert kept[0] == Note({"coded_from": 0, "target": "scales"})
+    if not named:
+        kept[0] = Note({"coded_from": 0})
+    journal.write_bytes(journal_header(whole.header) + b"".join(map(entry_bytes, kept)))
+    begun = read_journal(journal)
+    assert 0 < len(begun.steps) < len(whole.steps)
+    more = code_journal(packed, journal, training_of(source, text, 1), 900, target="trits")
+    assert more["loss_before"] < told["loss_before"] - 0.3 * (told["loss_before"] - told["loss"])
+    found = read_journal(journal)
+    assert found.entries[: len(kept)] == begun.entries
+    assert Note({"coded_from": begun.next_number, "target": "trits"}) in found.entries
+    assert check_digests(found, *open_packed(packed)) == 1
+
+
+def test_a_run_that_ends_before_its_losses_are_known_writes_nothing(
+    llama: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, packed, text = llama
+    journal, training = tmp_path / "a.steps", training_of(source, text, 4)
+    looks = 0
+
+    def looked(*given: Any) -> float:
+        nonlocal looks
+        looks += 1
+        if looks == 7:  # before, what is wanted, four beginnings, and what became of it
+            raise KeyboardInterrupt
+        return held_loss(*given)
+
+    monkeypatch.setattr("ternarize.train.journals.held_loss", looked)
+    with pytest.raises(KeyboardInterrupt):
+        code_journal(packed, journal, training, 700, k=64)
+    assert read_journal(journal).entries == ()
+    told = code_journal(packed, journal, training, 700, k=64)
+    steps, *others = told["steps"], log_of(journal)["written"]
+    assert steps > 4 and others == [
+        [
+            {
+                "written_from": 0,
+                "loss_before": round(told["loss_before"], 6),
+                "loss": round(told["loss"], 6),
+            }
+        ]
+    ]
+    whole = read_journal(journal)
+    kept = whole.entries[: 1 + steps]  # the digest, and notes behind it, were not written
+    journal.write_bytes(journal_header(whole.header) + b"".join(map(entry_bytes, kept)))
+    again = code_journal(packed, journal, training, 240, k=64)
+    assert again["written"] == 0 and again["not_written"] == "before"
+    assert again["steps"] == steps and log_of(journal)["written"][0]["written_from"] == 0
+
+
+@pytest.mark.parametrize("target", [TRITS, SCALES])
+def test_a_step_that_is_too_large_is_cut_down(target: int) -> None:
+    name = MOVED[target]
+    begun = started().state
+    flat = {part.name: begun.values(part, target).flatten().float() for part in begun.parts}
+    wanted = Wanted(
+        {n: torch.where(v > 0, v - 1, v + 1) for n, v in flat.items()},
+        {n: torch.ones_like(v) for n, v in flat.items()},
+    )
+    for bits in (70, 80, 200):
+        state = started().state
+        steps = list(placed_steps(state, wanted, name, NO_STEP, 0, 1 << 12, bits))
+        assert steps and 8 * (len(block_bytes(steps)) - 13) < bits + 8
+        assert sum(len(step.chosen) for step in steps) >= 1
+    ended = placed_steps(started().state, wanted, name, NO_STEP, 0, 1 << 12, 50)
+    with pytest.raises(StopIteration) as end:
+        next(ended)
+    assert end.value.value is True, "for want of bits"
+    state = started().state
+    for part in state.parts:
+        state.values(part, target).copy_(
+            wanted.values[part.name].view_as(state.values(part, target))
+        )
+    ended = placed_steps(state, wanted, name, NO_STEP, 0, 64, 500)
+    with pytest.raises(StopIteration) as end:
+        next(ended)
+    assert end.value.value is False, "all are where they are wanted"
+
+
+def test_gradients_take_one_process_a_rate_and_the_source(
+    llama: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, packed, text = llama
+    journal, training = tmp_path / "a.steps", training_of(source, text, 1)
+    for target, rate in (("scales", 0.0), ("scales", 33.0), ("trits", 1.5), ("trits", math.nan)):
+        with pytest.raises(UsageError, match=r"--lr: .*; expected above 0, and (32|1) at most"):
+            code_journal(packed, journal, training, 3000, target=target, rate=rate)
+    with monkeypatch.context() as patched:
+        for name, value in {"RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
+            patched.setenv(name, value)
+        patched.setenv("WORLD_SIZE", "2")
+        with pytest.raises(UsageError, match="torchrun: by gradient"):
+            code_journal(packed, journal, training, 3000)
+    with monkeypatch.context() as patched:
+        patched.setattr("torch.distributed.is_initialized", lambda: True)
+        patched.setattr("torch.distributed.get_world_size", lambda: 2)
+        with pytest.raises(UsageError, match="torchrun: by gradient"):
+            code_journal(packed, journal, training, 3000)
+    assert not journal.exists()
+    other = tmp_path / "other"
+    shutil.copytree(source, other)
+    tensors = load_file(other / "model.safetensors")
+    generator = torch.Generator().manual_seed(9)
+    save_file(
+        {n: torch.randn(t.shape, generator=generator).to(t) * t.std() for n, t in tensors.items()},
+        other / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(
+        UsageError, match=r"--teacher: its weights, rounded, are 0\.3\d of the trits"
+    ):
+        code_journal(packed, journal, training_of(other, text, 1), 3000, target="trits")
+    fast = code_journal(packed, journal, training_of(source, text, 2), 700, k=64, rate=8.0)
+    assert fast["attempts"] == 2
 
 
 def test_very_many_scales_move_one_by_one(

@@ -19,6 +19,15 @@ Base = Annotated[
     str | None, "Packed checkpoint that it begins from; none for a start from its seed."
 ]
 Upto = Annotated[int | None, "Leave out this step and those behind it."]
+# by what `code_journal` says of it
+_NOT_WRITTEN = {
+    "before": "what was trained had been written before it was broken off",
+    "bytes": "no step fits into what is left of the bytes. Name more --bytes",
+    "moves": "no value has moved by half of what a step moves. Use more --attempts, or a higher "
+    "--lr",
+    "gain": "what fits into the bytes does not help documents put aside; all that was trained "
+    "takes it to {wanted}. Use more --attempts, more --bytes, or another --lr",
+}
 
 
 def steps_train(
@@ -63,8 +72,8 @@ def steps_train(
     ] = None,
     lr: Annotated[
         float | None,
-        "Of gradients, at the beginning: in 1/32 of an octave of scales (default: 1), or in trits "
-        "(default: 0.006).",
+        "Of gradients, at the beginning, above 0: in 1/32 of an octave of scales (at most 32, "
+        "default: 1), or in trits (at most 1, default: 0.006).",
     ] = None,
     thrift: Annotated[
         float | None,
@@ -95,14 +104,15 @@ def steps_train(
     By gradient, real scales or trits are trained first, and each step takes the directions that
     bring the stored ones nearest to them for its bits. By votes, a step follows directions along
     which the loss falls, and is kept if it lowers the loss of another batch. Interrupted, the same
-    command goes on; with more attempts or bytes it goes on, too.
+    command goes on (by gradient it trains again, since steps are written at the end); with more
+    attempts or bytes it goes on, too.
 
     Example: ternarize steps train packed my.steps --texts default --teacher examples/tiny-llama
     --attempts 2 --batch 512 --bytes 300
     """
     from ternarize.plans.recipe import Train
-    from ternarize.ranks import check_gpus, ranks_launched, ranks_of_launcher
-    from ternarize.train.journals import CODED, DIRECTIONS, code_journal, train_journal
+    from ternarize.ranks import check_gpus, ranks_of_launcher
+    from ternarize.train.journals import CODED, DIRECTIONS, check_alone, code_journal, train_journal
     from ternarize.train.ranks import SILENCE
     from ternarize.train.votes import DENSITIES, VOTED, Votes
     from ternarize.trits.ternary import check_device
@@ -114,7 +124,6 @@ def steps_train(
         steps=attempts,
         train_len=train_len,
         batch=batch,
-        lr=lr,
         seed=seed,
         text_column=text_column,
     )
@@ -123,8 +132,8 @@ def steps_train(
     if by == "gradient" and (of_votes or bits):
         name = next(iter(of_votes), "bits")
         raise UsageError(f"--{name}", "by gradient", "--by votes beside it", "Leave it out")
-    if by == "gradient" and ranks_launched() > 1:
-        raise UsageError("torchrun", "by gradient", "--by votes", "Start one process, or use votes")
+    if by == "gradient":
+        check_alone()
     if by == "votes" and lr is not None:
         raise UsageError("--lr", "by votes, which have no rate", "--by gradient", "Leave it out")
     for name, value in (("perturbations", perturbations), ("bytes", nbytes)):
@@ -142,7 +151,7 @@ def steps_train(
         check_gpus(world, how["device"])
         how["heard"] = _heard(update, attempts)
         if by == "gradient":
-            how |= {"target": target, "k": perturbations or DIRECTIONS}
+            how |= {"target": target, "k": perturbations or DIRECTIONS, "rate": lr}
             result = code_journal(base, journal, training, nbytes or CODED, **how)
         else:
             result = train_journal(base, journal, training, votes, **how)
@@ -167,11 +176,10 @@ def _tell_trained(result: dict[str, Any]) -> None:
         f"{result['steps']} steps in {in_bytes(result['bytes'])}; loss on documents put aside "
         f"{result['loss_before']:.4f} -> {result['loss']:.4f}"
     )
-    if result.get("written") == 0:
-        print(
-            f"nothing was written: what was trained takes it to {result['loss_wanted']:.4f}. "
-            "Use more --attempts, or another --lr"
-        )
+    why = result.get("not_written")
+    if why is not None:
+        wanted = f"{result['loss_wanted']:.4f}"
+        print(f"nothing was written: {_NOT_WRITTEN[why].format(wanted=wanted)}")
 
 
 def steps_replay(

@@ -15,7 +15,7 @@ values take M (log2(n / M) + 2.4) bits, which is what a list of them takes.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -140,8 +140,10 @@ def trained_values(
 
 def coded_steps(
     state: Values, wanted: Wanted, before: Step, number: int, k: int, bits: float
-) -> Iterator[Step]:
+) -> Generator[Step, None, bool]:
     """Steps that bring exponents towards what is wanted, until so many bits are used up.
+
+    Returns whether it ended for want of bits: True; or of a step that goes there: False.
 
     state   is moved by each step that is yielded
     before  the step behind which they come; NO_STEP of a journal without one
@@ -156,23 +158,28 @@ def coded_steps(
         if made % 3 == 0:  # now and then the densities beside the last one
             tried |= {max(_DENSITIES[0], density - 1), min(_DENSITIES[1], density + 1)}
         best: tuple[float, Step, float] | None = None
+        large = False
         for each in sorted(tried):
             for step in _candidates(state, wanted, number, k, each):
                 after = wanted.distance(state, step)
                 gain = (distance - after) / bits_of(step)
                 if gain > 0 and (best is None or gain > best[0]):
-                    best = gain, step, after
+                    if bits_in_block(step, before) > bits:
+                        large = True
+                    else:
+                        best = gain, step, after
         number += 1
+        if best is None and large:
+            return True
         if best is None:
             misses += 1
             continue
         _, step, distance = best
         bits -= bits_in_block(step, before)
-        if bits < 0:
-            return
         before, density, misses, made = step, step.bits, 0, made + 1
         state.apply([step])
         yield step
+    return False
 
 
 def _candidates(state: Values, wanted: Wanted, number: int, k: int, bits: int) -> Iterator[Step]:
@@ -211,30 +218,43 @@ def single_cell(state: Values, target: str) -> int:
 
 def placed_steps(
     state: Values, wanted: Wanted, target: str, before: Step, number: int, k: int, bits: float
-) -> Iterator[Step]:
+) -> Generator[Step, None, bool]:
     """The same by directions with one non-zero each: the values with the largest fall of D move.
 
     target  "trits" or "scales"
 
-    The other arguments are those of `coded_steps`, the errors those of `single_cell`.
+    The other arguments and what it returns are those of `coded_steps`, the errors those of
+    `single_cell`.
     """
     kind, cell = target_of(target), single_cell(state, target)
     while bits >= _ROUND:
         amount, moves = _worthwhile(state, wanted, target, bits, cell)
         if not bool(moves.any()):
-            return
+            return False
         end = number + _PASSES * -(-(1 << cell) // k)
         while number < end:
             step = _met(state, moves, Step(number, kind, cell, amount, k, (), ()))
             number += 1
             if step is None:
                 continue
-            bits -= bits_in_block(step, before)
-            if bits < 0:
-                return
-            before = step
-            state.apply([step])
-            yield step
+            cut = _cut_down(step, before, bits)
+            if cut is not None:
+                bits -= bits_in_block(cut, before)
+                before = cut
+                state.apply([cut])
+                yield cut
+            if cut != step:
+                return True
+    return True
+
+
+def _cut_down(step: Step, before: Step, bits: float) -> Step | None:
+    """A step with as many of its directions as so many bits hold; None: not even one."""
+    while bits_in_block(step, before) > bits:
+        if len(step.chosen) == 1:
+            return None
+        step = replace(step, chosen=step.chosen[:-1], signs=step.signs[:-1])
+    return step
 
 
 def _worthwhile(

@@ -1,13 +1,14 @@
 """A packed model trained by a journal of steps, on texts."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from ternarize.errors import UsageError
 from ternarize.files.metadata import SCALE_SUFFIX
 from ternarize.models.places import locate_tensors
 from ternarize.plans.recipe import Train
+from ternarize.ranks import ranks_launched
 from ternarize.runtime.load import load
 from ternarize.sources.packed import open_packed
 from ternarize.steps.appender import Appender
@@ -34,7 +36,7 @@ from ternarize.steps.journal import (
 )
 from ternarize.train.coded import Wanted, coded_steps, placed_steps, single_cell, trained_values
 from ternarize.train.loop import Objective
-from ternarize.train.moved import Moved, Standing
+from ternarize.train.moved import Moved, Standing, target_of
 from ternarize.train.objectives import held_loss, labels_of, objective
 from ternarize.train.ranks import Ranks
 from ternarize.train.sources import Data, data_of
@@ -47,9 +49,12 @@ CODED = 2500  # bytes of a journal by gradients, when none are asked for
 DIRECTIONS = 4096  # that a step draws towards what gradients want
 # of what is trained by gradients, at its highest: in 1/32 of an octave, and in trits
 RATES = {"scales": 1.0, "trits": 0.006}
+FASTEST = {"scales": 32.0, "trits": 1.0}  # such a rate
 DENSE_EXPONENTS = 1 << 18  # for more, a step that moves many at once takes seconds to find
 _REMEMBERED = 64  # outputs of the teacher
 _STEP_BITS = 64  # room for one step, which takes some 12 bits beside its choice
+# what trits and rounded weights have in common beyond chance, of 1: a source has 0.5 and more
+_AKIN = 0.2
 
 
 @dataclass
@@ -133,6 +138,7 @@ def code_journal(
     *,
     target: str = "scales",
     k: int = DIRECTIONS,
+    rate: float | None = None,
     seed: int = SEED,
     device: str = "cpu",
     heard: Heard | None = None,
@@ -142,21 +148,32 @@ def code_journal(
     nbytes  of the journal that is to be written, once it is compact
     target  "scales" or "trits": what is trained; of trits the teacher has to be the source
     k       directions that a step draws
+    rate    at the beginning: in 1/32 of an octave, or in trits, above 0 and up to `FASTEST`; None:
+            `training.lr`, and without that `RATES`
 
     The other arguments and errors are those of `train_journal`; `training.steps` are those of the
-    gradient, `training.lr` is in 1/32 of an octave, or in trits (None: `RATES`). A run that was
-    broken off trains again from where it began, and writes what is left to be written; what other
-    documents put aside do not gain by is not written. Returns the same, with the number of new
-    steps ("written") and the loss of what was wanted ("loss_wanted"): real exponents, or all trits.
+    gradient. It runs in one process. Steps are written together, at the end; a run that was broken
+    off trains again from where it began, and writes what is left to be written. Of the steps that
+    the bytes hold all, a half, a quarter or none are written, whatever other documents put aside
+    gain most by. Returns the same, with the number of new steps ("written"), why there are none
+    ("not_written": "before", written before a break; "bytes", none fits; "moves", nothing has moved
+    far enough; "gain", none helps; else None), and the loss of what was wanted ("loss_wanted"):
+    real exponents, or all trits.
     """
     assert training.steps is not None
+    check_alone()
     Votes(target, k)  # refuses what cannot be written
+    if rate is None:
+        rate = RATES[target] if training.lr is None else training.lr
+    if not 0 < rate <= FASTEST[target]:
+        raise UsageError("--lr", f"{rate:g}", f"above 0, and {FASTEST[target]:g} at most")
     at = _session(base, training, seed, device, plain=False)
     with Appender(journal, at.header) as appender:
         begun = appender.journal
         left = bits_left(at.header, begun.steps, nbytes)
-        first = _began(begun)
-        if left < _STEP_BITS and first == begun.next_number:
+        first = _began(begun, target)
+        there = [step for step in begun.effective() if step.number >= first]
+        if left < _STEP_BITS and not there:
             taken = nbytes - left // 8
             raise UsageError(
                 "--bytes",
@@ -165,38 +182,37 @@ def code_journal(
                 "Name more",
             )
         before = at.brought_to([step for step in begun.effective() if step.number < first])
-        state, chosen = at.moved.state, at.choose()
+        state = at.moved.state
         dense = (
             target == "scales"
             and sum(e.numel() for e in state.exponents.values()) <= DENSE_EXPONENTS
         )
         if not dense:
             single_cell(state, target)
-        wanted = _wanted(at, training, target, heard)
+        wanted = _wanted(at, training, target, rate, heard)
         with wanted.shown(at.moved, target):
-            best, helps = at.held(), at.choose() < chosen
-        steps = [NO_STEP, *begun.steps]
-        state.apply([step for step in begun.effective() if step.number >= first])
-        appender.append(Note({"coded_from": first}))
-        behind = steps[-1], begun.next_number, k, left
+            best = at.held()
+        state.apply(there)
+        behind = (begun.steps or [NO_STEP])[-1], begun.next_number, k, left
         if dense:
-            written = coded_steps(state, wanted, *behind)
+            offered = coded_steps(state, wanted, *behind)
         else:
-            written = placed_steps(state, wanted, target, *behind)
-        for step in itertools.islice(written, None if helps else 0):
-            appender.append(step)
-            steps.append(step)
-        last = max(begun.next_number, steps[-1].number + 1)
-        appender.append(Mark(last, state.digest()), Note({"coded": first}))
-        at.moved.write()
+            offered = placed_steps(state, wanted, target, *behind)
+        steps, why = _helping(at, target, offered)
         loss = at.held()
-        losses = {"loss_before": round(before, 6), "loss": round(loss, 6)}
-        appender.append(Note({"written_from": first, **losses}))
+        last = steps[-1].number + 1 if steps else begun.next_number
+        notes = [Note({"coded": first})]
+        if there or steps:
+            losses = {"loss_before": round(before, 6), "loss": round(loss, 6)}
+            notes.append(Note({"written_from": first, **losses}))
+        beginning = Note({"coded_from": first, "target": target})
+        appender.append(beginning, *steps, Mark(last, state.digest()), *notes)
     return {
         "texts": at.data.about["texts"],
         "attempts": training.steps,
-        "steps": len(steps) - 1,
-        "written": len(steps) - 1 - len(begun.steps),
+        "steps": len(begun.steps) + len(steps),
+        "written": len(steps),
+        "not_written": "before" if why and there else why,
         "loss_before": before,
         "loss_wanted": best,
         "loss": loss,
@@ -204,7 +220,51 @@ def code_journal(
     }
 
 
-def _wanted(at: "_Session", training: Train, target: str, heard: Heard | None) -> Wanted:
+def check_alone() -> None:
+    """UsageError where several processes would train by gradient, each of them the same."""
+    joined = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if joined or ranks_launched() > 1:
+        raise UsageError("torchrun", "by gradient", "--by votes", "Start one process, or use votes")
+
+
+def _helping(
+    at: "_Session", target: str, offered: Generator[Step, None, bool]
+) -> tuple[list[Step], str | None]:
+    """Of steps the beginning that documents put aside gain most by, which the model then has.
+
+    Returns them, and why there are none, if so.
+    """
+    state, steps = at.moved.state, list[Step]()
+    values = [state.values(part, target_of(target)) for part in state.parts]
+    before = [each.clone() for each in values]
+    full: bool | None = None
+    while full is None:
+        try:
+            steps.append(next(offered))
+        except StopIteration as end:
+            full = bool(end.value)
+
+    def bring(count: int) -> None:
+        for each, kept in zip(values, before, strict=True):
+            each.copy_(kept)
+        state.apply(steps[:count])
+        at.moved.write()
+
+    if not steps:
+        bring(0)
+        return [], "bytes" if full else "moves"
+    losses = dict[int, float]()
+    for count in sorted({0, len(steps) // 4, len(steps) // 2, len(steps)}):
+        bring(count)
+        losses[count] = at.choose()
+    count = min(losses, key=lambda each: losses[each])
+    bring(count)
+    return steps[:count], None if count else "gain"
+
+
+def _wanted(
+    at: "_Session", training: Train, target: str, rate: float, heard: Heard | None
+) -> Wanted:
     """Where gradients bring scales or trits."""
     assert training.steps is not None
     of_batches = (_taken(at.data.stream, training.batch) for _ in itertools.count())
@@ -219,21 +279,29 @@ def _wanted(at: "_Session", training: Train, target: str, heard: Heard | None) -
         lambda _: next(of_batches),
         target,
         training.steps,
-        RATES[target] if training.lr is None else training.lr,
+        rate,
         begin=at.latent() if target == "trits" else None,
         heard=told,
     )
 
 
-def _began(journal: Journal) -> int:
-    """The number that a coding's steps begin with: of one that was broken off, or of a new one."""
+def _began(journal: Journal, target: str) -> int:
+    """The number that a coding's steps begin with: of one that was broken off, or of a new one.
+
+    One of another target that was broken off stays as it is, and a new one goes on from there.
+    """
     found: int | None = None
     for each in journal.entries:
         content = each.content if isinstance(each, Note) else {}
         if is_step_number(content.get("coded_from")):
             found = content["coded_from"]
+            if content.get("target", target) != target:
+                found = None
         elif content.keys() & {"coded", "attempt"} or isinstance(each, Edit):
             found = None  # done, or something else came of it
+    if found is not None:  # notes of older versions do not name the target
+        others = [s for s in journal.steps if s.number >= found and s.target != target_of(target)]
+        found = None if others else found
     return journal.next_number if found is None else found
 
 
@@ -257,11 +325,16 @@ class _Session:
     teacher: Any
 
     def latent(self) -> dict[str, Tensor]:
-        """Trits as real numbers, by the weights that they were made of; UsageError without them."""
+        """Trits as real numbers, by the weights that they were made of; UsageError without them.
+
+        Weights of another model are known by what they have in common with the trits, beyond
+        chance (Cohen's kappa).
+        """
         weights = dict[str, Tensor]()
         if self.teacher is not None:
             weights |= self.teacher.named_parameters(remove_duplicate=False)
-        found = {}
+        found, levels = {}, (-1, 0, 1)
+        same, of_trits, of_weights = 0, [0, 0, 0], [0, 0, 0]
         for place in self.moved.places:
             weight, own = weights.get(place.parameter), self.moved.parameters[place.part.name]
             if weight is None or weight.shape != own.shape:
@@ -271,7 +344,23 @@ class _Session:
                     "the source as the teacher: how near a trit is to another follows from it",
                     "Name it with --teacher, or use --by votes",
                 )
-            found[place.part.name] = self.moved.latent(place, weight)
+            real, trits = self.moved.real(place, weight), self.moved.state.trits[place.part.name]
+            rounded = real.round().clamp(-1, 1).to(trits.dtype)
+            same += int((rounded == trits).sum())
+            of_trits = [n + int((trits == t).sum()) for n, t in zip(of_trits, levels, strict=True)]
+            of_weights = [
+                n + int((rounded == t).sum()) for n, t in zip(of_weights, levels, strict=True)
+            ]
+            found[place.part.name] = self.moved.latent(place, real)
+        count = sum(of_trits)
+        chance = sum(a * b for a, b in zip(of_trits, of_weights, strict=True)) / count**2
+        if same / count < chance + _AKIN * (1 - chance):
+            raise UsageError(
+                "--teacher",
+                f"its weights, rounded, are {same / count:.2f} of the trits (chance: {chance:.2f})",
+                "the weights that the trits were made of, as they were rounded (not folded)",
+                "Name the source, or use --by votes",
+            )
         return found
 
     def brought_to(self, steps: Sequence[Step]) -> float:

@@ -117,14 +117,18 @@ class Moved:
             found[part.name] = slope.reshape(-1).contiguous()
         return found
 
-    def latent(self, place: Standing, weight: Tensor) -> Tensor:
+    def real(self, place: Standing, weight: Tensor) -> Tensor:
+        """A weight in the parameter's shape, in units of the scales: (..., rows, cols) float32."""
+        part = place.part
+        level = spread_scales(self.scales(place), part.shape[-1], part.group_size).clamp(min=FLOOR)
+        return place.as_stored(weight.detach()).view(part.shape) / level
+
+    def latent(self, place: Standing, real: Tensor) -> Tensor:
         """Trits as real numbers, which say how near each is to another: flat, float32.
 
-        weight  that the trits were made of, in the parameter's shape
+        real  of the weight that the trits were made of (`real`)
         """
-        part, trits = place.part, self.state.trits[place.part.name]
-        level = spread_scales(self.scales(place), part.shape[-1], part.group_size).clamp(min=FLOOR)
-        real = place.as_stored(weight.detach()).view(part.shape) / level
+        trits = self.state.trits[place.part.name]
         return (trits + (real - trits).clamp(-MARGIN, MARGIN)).view(-1)
 
     def room(self, place: Standing, target: int) -> tuple[Tensor, Tensor]:
