@@ -11,7 +11,8 @@ read back by whoever can read them:
 
 All must give the same bytes, trits, scales and weights. The bytes of trits and of scales are
 coded, too (formats/rans.md), in chunks of any height; the core and the reference decode them, torch
-one in sixteen times; then one bit is flipped, and all must say the same. Then, in full: every byte
+one in sixteen times; then one bit is flipped, and all must say the same: refused, or other bytes,
+which their digest tells. Then, in full: every byte
 in every place of rows of 1 to 11 trits in groups of 1 to 11, valid or not: the same trits, or
 refused by all.
 
@@ -211,9 +212,10 @@ def check_stream(number: int, rows: Tensor, classes: Tensor, done: Counter[str])
     most = height * shape[1] if height < len(rows) else rans.CHUNK
     with unittest.mock.patch.object(rans, "CHUNK", most):
         stream = rans.encode_rows(rows, classes, threads=1)
-    damaged = stream.clone()
+    damaged, place = stream.clone(), 0
     if len(stream):
-        damaged[int(draw.integers(len(stream)))] ^= 1 << int(draw.integers(8))
+        place = int(draw.integers(len(stream)))
+        damaged[place] ^= 1 << int(draw.integers(8))
     engines = ENGINES if number % 16 == 0 else ENGINES[:1]
     for data, what in ((stream, "whole"), (damaged, "flipped")) if len(stream) else ():
         results: dict[str, bytes | None] = {}
@@ -237,9 +239,11 @@ def check_stream(number: int, rows: Tensor, classes: Tensor, done: Counter[str])
             raise Difference("what comes of a stream")
         refused = results["reference"] is None
         done[f"streams {what}" if not refused else "streams refused"] += 1
-        done["streams unnoticed"] += (
-            what == "flipped" and results["reference"] == rows.numpy().tobytes()
-        )
+        if what == "flipped" and results["reference"] == rows.numpy().tobytes():
+            # the height of chunks of which nothing has to be read may be another (formats/rans.md)
+            if place >= 4 or any(len(rows[:, classes == c].unique()) > 1 for c in classes.unique()):
+                raise Difference(f"byte {place} of a stream is flipped, and nobody notices")
+            done["streams unnoticed"] += 1
 
 
 def _part(stream: Tensor, at: int, size: int) -> Tensor:
