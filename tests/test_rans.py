@@ -194,6 +194,24 @@ def head_of(stream: Tensor) -> int:
     return at
 
 
+def test_another_height_of_chunks_is_seen_unless_it_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of several chunks without a word, as many of another height give the same bytes."""
+    monkeypatch.setattr(rans, "CHUNK", 45)  # five rows of nine bytes
+    rows, classes = torch.full((8, 9), 121, dtype=torch.uint8), torch.zeros(9).byte()
+    several, one = encode_rows(rows, classes), encode_rows(rows[:4], classes)
+    assert torch.equal(decoded(with_head(several, 4), rows, classes), rows)
+    with pytest.raises(FormatError, match="its stream"):
+        decoded(with_head(several, 3), rows, classes)
+    with pytest.raises(FormatError, match="chunks of 4 rows"):
+        decoded(with_head(one, 4), rows[:4], classes)
+    mixed = rows.clone()
+    mixed[0, 0] = 120
+    with pytest.raises(FormatError, match="its stream"):
+        decoded(with_head(encode_rows(mixed, classes), 4), mixed, classes)
+
+
 def test_streams_that_would_take_much_memory_are_refused_at_once() -> None:
     rows, classes = ROWS["groups of 128"]()
     stream = encode_rows(rows, classes)
