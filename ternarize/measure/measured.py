@@ -144,7 +144,8 @@ def config_if_measured(model: str | Path) -> Any | None:
 def kinds_of(packed: str | Path) -> tuple[str | None, str | None]:
     """What is measured of a packed model (CAUSAL, ENCODER, SPEECH), and what it reads (`kind_of`).
 
-    None for what is not measured; twice where transformers has no class of the model.
+    None for what is not measured, as a text model without a tokenizer; twice where transformers has
+    no class of the model.
     """
     try:
         config = open_config(Path(packed))
@@ -155,9 +156,10 @@ def kinds_of(packed: str | Path) -> tuple[str | None, str | None]:
         return None, None
     reads = kind_of(model_class, config)
     try:
-        return measured_kind(model_class, config), reads
+        measured = measured_kind(model_class, config)
     except CheckpointError:
         return None, reads
+    return measured if measured == SPEECH or has_tokenizer(Path(packed)) else None, reads
 
 
 def open_pair(packed: str | Path, source: str | Path | None) -> list[Measured]:
