@@ -38,7 +38,7 @@ from ternarize.trits.scales import store_scales
 from ternarize.trits.ternary import Ternary
 
 GROUP_SIZES = (256, 128, 64, 32)
-USUAL = 0.36  # share of zeros that a calibration leaves where none is asked for, about, at least
+USUAL_ZEROS = 0.36  # share of zeros that a calibration leaves where none is asked for, about, at least
 ZEROS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 SAMPLES = 4  # batches on which harm is measured
 
@@ -230,7 +230,7 @@ def _coded_bytes(plans: Sequence[TensorPlan], found: Sequence[Ternary]) -> int:
         part = min(1.0, len(encode_rows(data, classes)) / data.numel())
     size = 0.0
     for plan in plans:
-        zeros = USUAL if plan.zeros is None else plan.zeros
+        zeros = USUAL_ZEROS if plan.zeros is None else plan.zeros
         packed, of_scales = plan.record("").stored_shapes()
         plain = math.prod(packed)
         if plan.record("").can_be_coded:
