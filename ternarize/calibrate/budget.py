@@ -38,7 +38,7 @@ from ternarize.trits.scales import store_scales
 from ternarize.trits.ternary import Ternary
 
 GROUP_SIZES = (256, 128, 64, 32)
-USUAL_ZEROS = 0.36  # share of zeros that a calibration leaves where none is asked for, about, at least
+USUAL_ZEROS = 0.36  # share that a calibration leaves where none is asked for, about, at least
 ZEROS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 SAMPLES = 4  # batches on which harm is measured
 
