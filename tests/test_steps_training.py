@@ -571,7 +571,7 @@ def test_of_steps_the_part_that_helps_documents_put_aside_is_written(
         away = Wanted({n: 2 * flat[n] - v for n, v in wanted.values.items()}, wanted.weight)
         before, number, k, _ = behind
         if helping:
-            for step in placed_steps(state, wanted, target, *behind[:3], 16_000):
+            for step in placed_steps(state, wanted, target, before, number, k, 16_000):
                 good.append(step)
                 yield step
             before, number = good[-1], good[-1].number + 1
