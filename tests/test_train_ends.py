@@ -9,7 +9,7 @@ import torch
 from test_train_run import (  # noqa: F401
     Killed,
     Seen,
-    _quick,
+    _few_looks,
     assert_learnt,
     assert_measured,
     assert_same,
