@@ -70,7 +70,7 @@ Path(told).write_text(json.dumps(found))
 class Kind(NamedTuple):
     """So many processes, threads of each, and whether blocks are divided."""
 
-    count: int
+    processes: int
     threads: int = 1
     shard: bool = False
 
@@ -129,7 +129,7 @@ def main() -> None:
     weights = {
         (row["output"] / "model.safetensors").read_bytes()
         for kind, row in rows.items()
-        if kind == Kind(kind.count)
+        if kind == Kind(kind.processes)
     }
     assert len(weights) == 1, "the bytes differ"
     first = rows[kinds[0]]
