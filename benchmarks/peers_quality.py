@@ -23,8 +23,9 @@ scales, zero points or offsets, and what else decoding needs. Where they are cou
     HQQ               all tensors of its layer: packed codes, scales, zeros, and theirs
     ternary-quant     its own packing of the codes (2 bits each), group scales and offsets
 
-Limits. ternary-quant keeps the inputs of all layers in memory, so it gets 128 windows of the
-language model; it only uses their mean squares per column. GPTQModel knows no BERT.
+Limits. ternary-quant keeps the inputs of all layers in memory, where it only uses their mean
+squares per column: it is given those in their place (`MeanSquares`), and of the language model 128
+windows, as before that. GPTQModel knows no BERT.
 """
 
 import importlib
@@ -199,10 +200,32 @@ def hqq(model: Model, data: Path, variant: Variant) -> Quantized:
     return weights, bits
 
 
+class MeanSquares:
+    """What ternary-quant asks of the inputs of a layer, in the place of its `ActivationCapture`."""
+
+    def __init__(self) -> None:
+        self.total, self.count = torch.zeros(()), 0
+
+    def register(self, module: nn.Module) -> None:
+        self.hook = module.register_forward_pre_hook(self._add)
+
+    def _add(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows = args[0].detach().double().flatten(0, -2)
+        self.total, self.count = self.total + rows.square().sum(0), self.count + len(rows)
+
+    def get_activations(self) -> Tensor:
+        """One row of which the squares are the means of all, (1, cols) float32."""
+        return (self.total / self.count).sqrt().float()[None]
+
+    def remove(self) -> None:
+        self.hook.remove()
+
+
 def ternary_quant(model: Model, data: Path, variant: Variant) -> Quantized:
     """Trits with a scale and an offset per group, fitted in turns, columns weighted by inputs."""
     adapters: Any = importlib.import_module("ternary_quant.generative_adapters")
     storage: Any = importlib.import_module("ternary_quant.storage")
+    adapters.ActivationCapture = MeanSquares
     component = adapters.GenerativeComponentInfo("blocks", model.blocks, "", "", 0, 0, [])
     info = adapters.GenerativeModelInfo(model.name, "", "", [], "", [component], ["blocks"])
     config = adapters.BroadQuantizationConfig(
@@ -214,9 +237,10 @@ def ternary_quant(model: Model, data: Path, variant: Variant) -> Quantized:
     )
     windows = model.calibration(data)
     windows = windows[:: max(1, len(windows) // 128)]
-    result = adapters.quantize_components_inplace(
-        model.load(data), info, inputs(windows, BATCH), config
-    )
+    batches: list[dict[str, Any]] = [*inputs(windows, BATCH)]
+    if model.auto_class == "AutoModelForCausalLM":  # its logits are of no use
+        batches = [batch | {"logits_to_keep": 1} for batch in batches]
+    result = adapters.quantize_components_inplace(model.load(data), info, batches, config)
     weights, bits = {}, 0
     for name, parameter in result.quantized_params.items():
         if parameter.sparse_indices is not None or parameter.lr_U is not None:
