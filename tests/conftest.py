@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,15 @@ import torch
 from ternarize.calibrate import gptq
 from ternarize.convert.run import convert
 from ternarize.plans.recipe import Recipe
+
+
+def pytest_configure() -> None:
+    """Ctrl-C ends what tests start, also where a shell has started them in the background.
+
+    It does that with SIGINT ignored, which programs inherit, and which the command respects.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

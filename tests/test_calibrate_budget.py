@@ -123,7 +123,7 @@ def test_more_bits_are_spent_the_more_there_are(llama: Plan) -> None:
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose matrices are large enough that tables of frequencies pay."""
     source = tmp_path_factory.mktemp("wide") / "source"
-    sizes = {"hidden_size": 256, "intermediate_size": 1024}
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 1}
     tiny_models.save("llama", source, torch.float32, **sizes)
     return source
 
@@ -142,7 +142,7 @@ def test_below_the_bits_of_base_3_there_are_more_zeros(
         assert 0.85 * target < totals["ternary_bpw"] <= 1.01 * target
         zeros.append(totals["sparsity"])
         forms = record["calibration"]["forms"]
-        assert sum(forms.values()) == 14 and any("% zeros" in form for form in forms)
+        assert sum(forms.values()) == 7 and any("% zeros" in form for form in forms)
         assert verify(packed, wide)["source_compared"]
     assert zeros[0] > zeros[1] + 0.1
 

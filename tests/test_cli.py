@@ -223,7 +223,7 @@ def test_a_signal_exits_with_128_and_its_number_and_says_how_to_go_on(
 
     def interrupt(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), number)
-        time.sleep(5)  # handled by the main thread, meanwhile
+        time.sleep(1)  # handled by the main thread, meanwhile
 
     monkeypatch.setattr("ternarize.convert.run.convert_tensor", interrupt)
     result = run("convert", source, tmp_path / "packed")

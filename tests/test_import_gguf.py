@@ -4,6 +4,7 @@ The oracles: the packed models that our own exports are made of (their weights, 
 the package `gguf` for blocks and files, and the layouts of I2_S written down once more, as loops.
 """
 
+import functools
 import json
 import struct
 from collections.abc import Callable
@@ -355,6 +356,12 @@ def write_gguf(
 
 def bitnet(layout: str = "x86") -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
     """Keys and tensors of a file of bitnet.cpp, and the weights that it says."""
+    keys, tensors, weights = _bitnet(layout)
+    return dict(keys), dict(tensors), weights
+
+
+@functools.cache
+def _bitnet(layout: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
     keys: dict[str, Any] = {"general.architecture": "bitnet-b1.58"}
     keys |= {
         f"bitnet-b1.58.{key}": value

@@ -1,8 +1,6 @@
 """A conversion that succeeds loads: what would not is refused before the work, by name."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import tiny_models
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from test_cli import run
 from test_imports import WIDE, affine, make
 from torch import Tensor
 
@@ -456,18 +455,13 @@ def test_a_subfolder_and_a_variant_are_loaded_as_transformers_does(
 # --- what the command says -----------------------------------------------------------------------
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ternarize", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
 def test_nothing_ternary_is_explained_by_the_dry_run_that_shows_the_reasons(tmp_path: Path) -> None:
     tiny_models.save("clip", tmp_path / "source", torch.float32)
     edit_config(tmp_path / "source", architectures=["CLIPModel"])
     done = run(
         "convert", tmp_path / "source", tmp_path / "out", "--keep", "*", "--dry-run", "--json"
     )
-    assert done.returncode == 1
+    assert done.exit_code == 1
     assert {row["becomes"] for row in json.loads(done.stdout)["tensors"]} == {"kept"}
     assert "--keep leaves no tensor to ternarize" in done.stderr
 
@@ -478,9 +472,9 @@ def test_the_command_tells_what_it_left_out_and_what_is_missing(
     drop(source, MISSING)
     torch.save({"weight": torch.ones(1, 64)}, source / "sparse_linear.pt")
     refused = run("convert", source, tmp_path / "out", "--dry-run")
-    assert (refused.returncode, MISSING in refused.stderr) == (1, True)
+    assert (refused.exit_code, MISSING in refused.stderr) == (1, True)
     done = run("convert", source, tmp_path / "out", "--allow-missing", "--no-check")
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     assert "note: left out: sparse_linear.pt" in done.stderr
     assert MISSING in done.stderr
 

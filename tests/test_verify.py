@@ -27,6 +27,8 @@ from ternarize.plans.recipe import Calibrate, Recipe
 from ternarize.plans.recipe_files import read_recipe
 from ternarize.sources.checkpoint import open_checkpoint
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -104,7 +104,7 @@ def evaluate_command(
 
     Example: ternarize eval packed --source examples/tiny-llama --text examples/eval.txt
 
-    Example: ternarize eval packed --text default --generate --num-prompts 8
+    Example: ternarize eval packed --text default --max-tokens 4096 --generate --num-prompts 8
     """
     for_text: dict[str, Any] = {"seq_len": seq_len, "max_tokens": max_tokens}
     for_prompts = {"num_prompts": num_prompts, "prompt_tokens": prompt_tokens}

@@ -52,7 +52,7 @@ def train_command(
     least loss on documents put aside; others give the figures. Interrupted, the same command goes
     on. Those that torchrun starts train together; the first of them writes and prints.
 
-    Example: ternarize train examples/tiny-llama trained --num-samples 8 --steps 3
+    Example: ternarize train examples/tiny-llama trained --num-samples 8 --steps 3 --train-len 64
     """
     given = {name: value for name, value in options.items() if value is not None and value != []}
     start = Recipe() if recipe is None else open_recipe(recipe)
