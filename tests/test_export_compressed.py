@@ -1,5 +1,6 @@
 """compressed-tensors: the layout, decoded here by its formula, holds what is packed."""
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,29 @@ def test_experts_that_stand_by_themselves_are_held_and_routers_stay(
     routers = [n.removesuffix(".weight") for n in out if n.endswith("gate.weight")]
     assert len(routers) == 2 and set(routers) <= set(ignored) and "lm_head" in ignored
     assert not any(f"{name}.weight_packed" in out for name in ignored)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize("kind", ["int2", "int4"])
+def test_the_package_of_that_name_gives_the_weights_as_packed(
+    packed: Packed, tmp_path: Path, kind: str, name: str
+) -> None:
+    """In an environment that has it, as that of vLLM."""
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    quantization = importlib.import_module("compressed_tensors.quantization")
+    model = packed(32, name)
+    export(model, tmp_path / "out", TO, kind=kind)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    scheme = quantization.QuantizationScheme.model_validate(config["config_groups"]["group_0"])
+    package = compressors.BaseCompressor.get_value_from_registry(config["format"])
+    stored, out = packing.read_checkpoint(model), packing.read_checkpoint(tmp_path / "out")
+    records = metadata.records_of(open_files(model, ["model.safetensors"]))
+    ternary = [name for name, record in records.items() if record.shape is not None]
+    for each in ternary:
+        parts = {f"weight_{leaf}": out[f"{each}_{leaf}"] for leaf in ("packed", "scale", "shape")}
+        dense = container.dequantize(stored[each], stored[each + "_scale"], records[each])
+        assert torch.equal(package.decompress(parts, scheme)["weight"].float(), dense)
+    assert len(ternary) == (14 if name == "llama" else 2 * (4 + 4 * 3))
 
 
 @pytest.mark.parametrize(
