@@ -109,7 +109,7 @@ def expected(
     """What the definition gives, computed once for all variants of the core."""
     key: tuple[Any, ...] = group_size, activations
     for each in (x, numbers, scales):
-        data = each.contiguous().view(torch.uint8).numpy()
+        data = each.contiguous().view(torch.uint8).numpy().tobytes()
         key += each.dtype, each.shape, hashlib.sha256(data).digest()
     if key not in _expected:
         _expected[key] = product_of_trits(x, numbers, scales, group_size, activations)

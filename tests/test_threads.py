@@ -12,8 +12,11 @@ from pathlib import Path
 from types import FrameType
 
 import pytest
+import torch
 
+from ternarize.native import lib
 from ternarize.threads import in_threads, let_through, signals_held
+from ternarize.trits.base3 import pack
 
 
 @pytest.fixture
@@ -162,3 +165,15 @@ def test_a_signal_while_a_lock_is_taken_does_not_leave_threads_waiting() -> None
     command = [sys.executable, "-c", CODE]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.stdout == "interrupted\n", done.stderr[-2000:]
+
+
+@pytest.mark.skipif(lib is None, reason="without the compiled core")
+def test_no_signal_is_lost_while_the_core_is_given_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nanobind would clear what the method raises by which it asks tensors for their memory."""
+    assert lib is not None
+    asked: list[object] = []
+    monkeypatch.setattr(torch.Tensor, "__dlpack__", lambda *given, **_: asked.append(given))
+    pack(torch.ones(3, 20, dtype=torch.int8), -1)
+    assert not asked
+    taking = [each for each in vars(lib).values() if "ndarray" in (each.__doc__ or "")]
+    assert len(taking) > 15 and all(hasattr(each, "__wrapped__") for each in taking)
