@@ -214,6 +214,9 @@ def test_a_trained_module_is_packed_as_its_forward_is(scale_bits: int, tmp_path:
     loaded = ternarize.load_module(tmp_path / "packed", Net().eval())
     assert loaded.get_submodule("blocks.0.up").activations == "int8"
     torch.testing.assert_close(loaded(x), expected, rtol=1e-4, atol=1e-5)
+    plain = ternarize.load_module(tmp_path / "packed", Net().eval(), activations="none")
+    assert plain.get_submodule("blocks.0.up").activations == "none"
+    assert not torch.allclose(plain(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_what_cannot_be_packed_is_refused_and_leaves_nothing(net: Net, tmp_path: Path) -> None:

@@ -326,7 +326,8 @@ def test_a_conversion_shows_what_came_out(tmp_path: Path) -> None:
     assert figures
     assert float(figures[2]) / float(figures[1]) == pytest.approx(float(figures[3]), rel=1e-3)
     assert re.search(r'\n"The best way [^"]*" goes on\n  source: \S.*\n  packed: \S.*\n$', text)
-    assert "Measure on your own text:" in advice and "calibrates, for" in advice
+    assert "Measure on your own text:" in advice
+    assert "--dataset default (or your own texts) calibrates, for" in advice
     assert "lose" not in advice  # what is measured says more than the error of weights
 
 
@@ -338,8 +339,8 @@ UNMEASURED = " by what the model is for: `ternarize eval` does not measure it."
     [
         ("whisper", r":\n  ternarize eval .* --audio FOLDER\n", "FOLDER with recordings"),
         ("vit", UNMEASURED, "FILE.safetensors with inputs"),
-        ("t5", UNMEASURED, "default "),
-        ("llama", UNMEASURED, "default "),  # whose text is not read: it has no tokenizer
+        ("t5", UNMEASURED, "FILE.safetensors with inputs"),  # without a tokenizer
+        ("llama", UNMEASURED, "FILE.safetensors with inputs"),
     ],
 )
 def test_what_is_advised_fits_the_model(tmp_path: Path, model: str, how: str, data: str) -> None:

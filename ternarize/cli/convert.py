@@ -225,7 +225,7 @@ def _refuse_calibration(name: str, method: str | None) -> None:
             option,
             "is for calibration, which nothing asks for",
             "--dataset with it",
-            "Add --dataset default or a text of your own",
+            "Add --dataset with data that the model reads (texts: default)",
         )
     raise UsageError(
         option,

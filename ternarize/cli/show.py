@@ -348,13 +348,13 @@ def show_hints(
         err.print("The source was ternary already: packed without loss.")
         return
     from ternarize.measure.measured import kinds_of
-    from ternarize.models.reads import SPEECH, TENSORS
+    from ternarize.models.reads import SPEECH, TENSORS, has_tokenizer
 
     measured, reads = kinds_of(output)
     what, alike, data = "--text FILE", "text like that", "--dataset default (or your own texts)"
     if measured == SPEECH:
         what, alike, data = "--audio FOLDER", "speech like that", "--dataset FOLDER with recordings"
-    elif reads == TENSORS:
+    elif reads == TENSORS or not has_tokenizer(output):
         alike, data = "inputs like those", "--dataset FILE.safetensors with inputs of the model"
     own = f":\n  ternarize eval {shlex.quote(str(output))} --source {shlex.quote(model)} {what}"
     if measured is None:  # `eval` would refuse it

@@ -14,6 +14,7 @@ from ternarize.trits.ternary import split_groups
 
 SHARP = 60.0  # k of the soft rounding at its end, from where on it is hard
 SAMPLED = 1 << 16  # latent weights that the threshold for a share of zeros is taken from
+DECAYS = 0.5  # share of the steps in which weights decay, as BitNet has it
 
 
 class Schedule(TrainerCallback):
@@ -127,30 +128,20 @@ def _put(module: Qat, name: str, value: float | None) -> None:
 
 
 def parameter_groups(
-    model: nn.Module,
-    lr: float,
-    *,
-    scale_lr: float | None = None,
-    other_lr: float | None = None,
-    relative: bool = False,
-    weight_decay: float = 0.0,
-    decay_until: float = 0.5,
+    model: nn.Module, lr: float, *, relative: bool = False, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
     """Groups for an optimizer: latent weights, their scales, and all others that are trained.
 
-    lr        of latent weights; with `relative` in units of a ternary weight's mean scale (0.005: a
-              trit takes some hundred steps of Adam), for which each gets a group of its own
-    scale_lr  of log-scales, None: lr / 4 with `relative`, else lr; lr where the numbers stay, of
-              which nothing else moves
-    other_lr  of norms, biases and what else is trained, None: the same as of scales; with
-              `relative` in units of a parameter's root mean square
-    weight_decay  of latent weights (and of other matrices) until a share `decay_until` of the
-              steps, as BitNet has it (a `Schedule` among the callbacks ends it, or `end_decay`);
-              never of scales, norms and biases. 0 to fine-tune: it pulls towards zero trits
+    lr            of latent weights; with `relative` in units of a ternary weight's mean scale
+                  (0.005: a trit takes some hundred steps of Adam), for which each gets a group of
+                  its own. Of log-scales the same, with `relative` a quarter (but lr where the
+                  numbers stay, of which nothing else moves); of norms, biases and what else is
+                  trained as of scales, with `relative` in units of a parameter's root mean square
+    weight_decay  of latent weights (and of other matrices) for half of the steps, as BitNet has it
+                  (a `Schedule` among the callbacks ends it, or `end_decay`); never of scales, norms
+                  and biases. 0 to fine-tune: it pulls towards zero trits
     """
-    alone_lr = lr if scale_lr is None else scale_lr
-    scale_lr = (lr / 4 if relative else lr) if scale_lr is None else scale_lr
-    other_lr = scale_lr if other_lr is None else other_lr
+    scale_lr = lr / 4 if relative else lr
     latents: dict[int, float] = {}
     alone = set[int]()
     with torch.no_grad():
@@ -172,13 +163,13 @@ def parameter_groups(
         if id(parameter) in latents:
             rate = lr * latents[id(parameter)]
         elif name.endswith(LOG_SCALE):
-            rate, decay = alone_lr if id(parameter) in alone else scale_lr, 0.0
+            rate, decay = lr if id(parameter) in alone else scale_lr, 0.0
         else:
             unit = float(parameter.detach().float().square().mean().sqrt()) + 1e-4
-            rate = other_lr * (unit if relative else 1.0)
+            rate = scale_lr * (unit if relative else 1.0)
         group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay})
         group["params"].append(parameter)
-        group |= {"decay_until": decay_until} if decay else {}
+        group |= {"decay_until": DECAYS} if decay else {}
     return list(groups.values())
 
 
