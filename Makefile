@@ -15,8 +15,9 @@ venv: .venv/.stamp
 
 # An environment, $(1), of what a file of pins, $(2), says, and nothing else. The build tools come
 # first, so that the build takes them, and not the newest. Editable: Python sources are used where they
-# are; the compiled core is built again when its own sources change.
-PIP := -m pip install --quiet --disable-pip-version-check
+# are; the compiled core is built again when its own sources change. Of Python what is imported is
+# compiled then, and not all that is installed.
+PIP := -m pip install --quiet --disable-pip-version-check --no-compile
 define ENVIRONMENT
 test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 $(1)/bin/python $(PIP) -c $(2) cmake nanobind ninja pip scikit-build-core
