@@ -48,7 +48,6 @@ from ternarize.steps.journal import (
 )
 from ternarize.steps.operations import compact
 from ternarize.train.moved import Moved, Standing
-from ternarize.train.ranks import Ranks
 from ternarize.train.votes import Votes, train_votes
 
 WIDTH = 128
@@ -375,14 +374,13 @@ def work(exchange: str, path: Path) -> None:
     digits, attempts = Digits(), 150
     # few candidates: of each, the loss is exchanged
     votes = Votes(k=128, bits=(8, 10), shares=(0.2, 0.05), thrift=0.5, exchange=exchange)
-    with ranks_of_launcher():
-        ranks = Ranks(exchange)
+    with ranks_of_launcher() as world:
         x, y = digits.train
-        own = x[ranks.rank :: ranks.count], y[ranks.rank :: ranks.count]
-        appender = None if ranks.rank else Appender(path, header_of(1))
-        begun = parse_journal(ranks.firsts(path.read_bytes() if appender else b""))
+        own = x[world.rank :: world.size], y[world.rank :: world.size]
+        appender = None if world.rank else Appender(path, header_of(1))
+        begun = parse_journal(world.firsts(path.read_bytes() if appender else b""))
         moved = started(1)
-        ranks.sent = 0
+        world.sent.clear()
         train_votes(
             moved,
             loss,
@@ -391,11 +389,12 @@ def work(exchange: str, path: Path) -> None:
             appender.append if appender else lambda *_: None,
             votes,
             attempts,
-            ranks=ranks,
+            world=world,
         )
         if appender:
             appender.__exit__()
-        print(moved.state.digest(), ranks.sent, attempts, accuracy(moved.module, digits.test))
+        sent = sum(world.sent.values())
+        print(moved.state.digest(), sent, attempts, accuracy(moved.module, digits.test))
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

@@ -6,7 +6,6 @@ torch.distributed carries what is exchanged; the processes trust each other.
 import datetime
 import os
 import pickle
-import platform
 import re
 import socket
 import stat
@@ -28,6 +27,7 @@ _Any = TypeVar("_Any")
 _AT_ONCE = 1 << 22  # elements that are received at a time, to be added
 _START = datetime.timedelta(minutes=10)  # for a process that begins
 _WAIT = datetime.timedelta(days=1)  # for one that solves a large matrix
+SILENCE = datetime.timedelta(minutes=30)  # of one that trains
 SILENT = 300  # seconds after which a machine that answers nothing is gone
 _FAULT = "fault"
 _AGAIN = 0.05  # seconds between looks at a store
@@ -55,6 +55,16 @@ class World:
         if self.size == 1:
             return [value]
         return [self._told_by(rank, value, kind) for rank in range(self.size)]
+
+    def gather(self, tensor: Tensor, kind: str) -> list[Tensor]:
+        """The tensors of one form that each gives, on the CPU, in their order, at all of them."""
+        if self.size == 1:
+            return [tensor]
+        each = [torch.empty_like(tensor) for _ in range(self.size)]
+        with self.others_gone():
+            dist.all_gather(each, tensor)
+        self.sent[kind] += tensor.nbytes * (self.size - 1)
+        return each
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
@@ -132,15 +142,19 @@ class World:
     @contextmanager
     def others_gone(self) -> Iterator[None]:
         """Inside, another process that has ended is a RankError, with its reason."""
-        with others_gone("Run the same command again: it goes on from what is done"):
-            try:
-                yield
-            except RuntimeError:
-                said = self._fault()
-                if said is not None:
-                    where, found, expected, remedy = said
-                    raise RankError(where, found, expected, remedy) from None
-                raise
+        try:
+            yield
+        except RuntimeError as error:
+            said = self._fault()
+            if said is not None:
+                where, found, expected, remedy = said
+                raise RankError(where, found, expected, remedy) from None
+            raise RankError(
+                "another process",
+                f"is gone ({re.sub(_PLACE, '', first_line(error)):.100})",
+                "all of them to the end",
+                "Run the same command again: it goes on from what is done",
+            ) from error
 
     def tell_fault(self, error: Exception) -> None:
         """Leave word of why this process ends, for the first one."""
@@ -162,20 +176,6 @@ class World:
         except RuntimeError:
             return None  # the store is gone with its owner: what is known stays
         return None
-
-
-@contextmanager
-def others_gone(remedy: str) -> Iterator[None]:
-    """Inside, another process that has died is a RankError."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RankError(
-            "another process",
-            f"is gone ({re.sub(_PLACE, '', first_line(error)):.100})",
-            "all of them to the end",
-            remedy,
-        ) from error
 
 
 def ranks_launched() -> int:
@@ -292,22 +292,26 @@ def _sockets() -> set[int]:
     return found
 
 
-def gpu_of(device: str) -> tuple[str, int] | None:
-    """The machine and number of a GPU, of the current one without a number; None for others."""
+def gpu_of(device: str) -> str | None:
+    """The UUID of a GPU, of the current one without a number; None for other devices.
+
+    Numbers are a process's own: a launcher may show each another GPU as its first.
+    """
     place = torch.device(device)
     if place.type != "cuda":
         return None
-    return platform.node(), torch.cuda.current_device() if place.index is None else place.index
+    return str(torch.cuda.get_device_properties(place).uuid)  # type: ignore[attr-defined]
 
 
 def check_gpus(world: World, device: str) -> None:
     """Raise UsageError, in all processes, where several are told to use one GPU by its number."""
-    told = world.all(gpu_of(device) if ":" in device else None)
-    for each in told:
-        if each is not None and told.count(each) > 1:
+    told = world.all((gpu_of(device) if ":" in device else None, device))
+    gpus = [gpu for gpu, _ in told]
+    for gpu, name in told:
+        if gpu is not None and gpus.count(gpu) > 1:
             raise UsageError(
                 "--device",
-                f"cuda:{each[1]} for {told.count(each)} processes of one machine",
+                f"{name} for {gpus.count(gpu)} processes is one GPU ({gpu})",
                 "a GPU for each",
                 "Use --device cuda: each takes the one of its LOCAL_RANK",
             )

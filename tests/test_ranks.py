@@ -9,9 +9,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from ternarize import ranks
@@ -193,15 +195,20 @@ class Told(World):
         return [value, self.said]
 
 
-def test_a_gpu_of_a_number_is_for_one_process() -> None:
-    own = ranks.gpu_of("cuda:0")
-    assert own is not None
-    with pytest.raises(UsageError, match="cuda:0 for 2 processes.*Use --device cuda: .*LOCAL_RANK"):
-        check_gpus(Told(own), "cuda:0")
-    check_gpus(Told((own[0], 1)), "cuda:0")
-    check_gpus(Told(("another machine", 0)), "cuda:0")
-    check_gpus(Told(None), "cuda")
-    check_gpus(Told(None), "cpu:0")
+def test_a_gpu_of_a_number_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever number it has in each: a launcher may show each another one as its first."""
+
+    def properties(place: torch.device) -> Any:
+        return SimpleNamespace(uuid=f"GPU-{place.index or 0}")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    assert [ranks.gpu_of(name) for name in ("cuda", "cuda:1", "cpu")] == ["GPU-0", "GPU-1", None]
+    said = r"cuda:0 for 2 processes is one GPU \(GPU-0\).*Use --device cuda: .*LOCAL_RANK"
+    with pytest.raises(UsageError, match=said):
+        check_gpus(Told(("GPU-0", "cuda:1")), "cuda:0")
+    check_gpus(Told(("GPU-7", "cuda:0")), "cuda:0")
+    check_gpus(Told((None, "cuda")), "cuda")
+    check_gpus(Told((None, "cpu:0")), "cpu:0")
     check_gpus(World(), "cuda:0")
 
 

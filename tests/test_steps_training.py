@@ -19,9 +19,10 @@ from test_train_run import source_of, text_of
 from torch import Tensor, nn
 
 from ternarize.convert.run import convert
-from ternarize.errors import FormatError, OutputError, UsageError
+from ternarize.errors import CheckpointError, FormatError, OutputError, UsageError
 from ternarize.measure.step_log import log_of
 from ternarize.plans.recipe import Recipe, Train
+from ternarize.ranks import World
 from ternarize.runtime.load import load
 from ternarize.sources.packed import open_packed
 from ternarize.steps.appender import Appender
@@ -48,8 +49,17 @@ from ternarize.train.journals import code_journal, train_journal
 from ternarize.train.moved import Moved, Standing
 from ternarize.train.objectives import held_loss
 from ternarize.train.probes import by_forwards, by_jvp, gradient, sums_along
-from ternarize.train.ranks import Ranks
-from ternarize.train.votes import Votes, best_step, candidates, first_attempt, train_votes
+from ternarize.train.votes import (
+    Votes,
+    _agreed,
+    _mark,
+    _mean,
+    best_step,
+    candidates,
+    first_attempt,
+    train_votes,
+)
+from ternarize.trits.base3 import pack
 
 SHAPES = (("first.weight", (24, 16), -1), ("second.weight", (3, 24), 8))
 HEADER = JournalHeader(0x123456789ABCDEF0, 1 << 30, SHAPES)
@@ -200,7 +210,7 @@ def test_a_step_is_taken_only_if_it_lowers_the_loss_of_the_other_batch(tmp_path:
         for number in range(12):
             probed, deciding = batches(number)
             before = value_of(moved, deciding)
-            step, after = best_step(moved, loss, probed, deciding, VOTES, number, Ranks())
+            step, after = best_step(moved, loss, probed, deciding, VOTES, number, World())
             if step is not None:
                 moved.state.apply([step])
                 moved.write()
@@ -212,7 +222,7 @@ def test_a_step_is_taken_only_if_it_lowers_the_loss_of_the_other_batch(tmp_path:
 
 def test_trying_leaves_the_values_as_they_were() -> None:
     moved = started()
-    best_step(moved, loss, *batches(0), VOTES, 0, Ranks())
+    best_step(moved, loss, *batches(0), VOTES, 0, World())
     assert_same_values(moved.state, started().state)
     for name, parameter in started().module.named_parameters():
         assert torch.equal(moved.module.get_parameter(name), parameter), name
@@ -222,7 +232,7 @@ def test_thrift_takes_steps_of_fewer_perturbations() -> None:
     counts = {}
     for thrift in (0.0, 1.0):
         votes = Votes("trits", 64, (3,), (1.0, 0.5, 0.1, 0.02), thrift=thrift)
-        steps = [best_step(started(), loss, *batches(n), votes, n, Ranks())[0] for n in range(6)]
+        steps = [best_step(started(), loss, *batches(n), votes, n, World())[0] for n in range(6)]
         counts[thrift] = sum(len(step.chosen) for step in steps if step is not None)
     assert 0 < counts[1.0] < counts[0.0]
 
@@ -230,7 +240,7 @@ def test_thrift_takes_steps_of_fewer_perturbations() -> None:
 def test_candidates_go_downhill_on_the_batch_that_is_probed() -> None:
     moved, batch = started(), batch_of(0, 2048)
     slopes = moved.slopes(TRITS, gradient(moved, loss, batch)[1])
-    for step in candidates(moved, loss, batch, VOTES, 4, Ranks()):
+    for step in candidates(moved, loss, batch, VOTES, 4, World()):
         changes = sums_along(moved, slopes, step)
         for chosen, sign in zip(step.chosen, step.signs, strict=True):
             assert changes[chosen, 0 if sign > 0 else 1] < 0
@@ -332,34 +342,32 @@ from test_steps_training import HEADER, batch_of, loss, started
 from ternarize.steps.appender import Appender
 from ternarize.steps.journal import parse_journal, read_journal
 from ternarize.ranks import ranks_of_launcher
-from ternarize.train.ranks import Ranks
 from ternarize.train.votes import Votes, first_attempt, train_votes
 
 torch.set_num_threads(1)
 path, attempts, exchange, die = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 votes = Votes("trits", 64, (3, 5), (0.5, 0.1), thrift=0.0, exchange=exchange)
-with ranks_of_launcher():
-    ranks = Ranks(exchange)
+with ranks_of_launcher() as world:
 
     def batches(number):
-        if ranks.rank == 1 and number == die:
+        if world.rank == 1 and number == die:
             os._exit(9)
-        at = 2 * (number * ranks.count + ranks.rank)
+        at = 2 * (number * world.size + world.rank)
         return batch_of(at, 64), batch_of(at + 1, 64)
 
-    appender = None if ranks.rank else Appender(path, HEADER)
-    begun = parse_journal(ranks.firsts(path.read_bytes() if appender else b""))
+    appender = None if world.rank else Appender(path, HEADER)
+    begun = parse_journal(world.firsts(path.read_bytes() if appender else b""))
     moved = started()
     moved.state.apply(begun.steps)
     moved.write()
     try:
         train_votes(moved, loss, batches, begun, appender.append if appender else lambda *_: None,
-                    votes, attempts, ranks=ranks)
+                    votes, attempts, world=world)
     finally:
         if appender:
             appender.__exit__()
-    told = dict(digest=moved.state.digest(), sent=ranks.sent)
-    Path(f"{{path}}.{{ranks.rank}}").write_text(json.dumps(told))
+    told = dict(digest=moved.state.digest(), sent=sum(world.sent.values()))
+    Path(f"{{path}}.{{world.rank}}").write_text(json.dumps(told))
 """
 
 
@@ -399,11 +407,37 @@ def test_two_processes_write_one_journal_of_both_their_data(tmp_path: Path) -> N
     assert value_of(moved, held) < before
 
 
+class Told(World):
+    """One of two processes, the other of which says what it is given."""
+
+    def __init__(self, said: Any) -> None:
+        super().__init__(0, 2)
+        self.said = said
+
+    def gather(self, tensor: Tensor, kind: str) -> list[Tensor]:
+        return [tensor, self.said]
+
+    def all(self, value: Any, kind: str = "words") -> list[Any]:
+        return [value, self.said]
+
+
 def test_votes_are_whole_numbers_and_means_are_of_all() -> None:
-    alone = Ranks()
     changes = torch.tensor([[1.0, -1.0], [-0.5, 0.25]], dtype=torch.float64)
-    assert torch.equal(alone.agreed(changes), changes) and alone.mean(2.5) == 2.5
-    assert alone.firsts(b"abc") == b"abc" and alone.sent == 0
+    for exchange in ("alignments", "votes"):
+        assert torch.equal(_agreed(changes, exchange, World()), changes)
+    other = Told(torch.tensor([[3.0, 1.0], [-1.0, -1.0]]))
+    assert _agreed(changes, "alignments", other).tolist() == [[2, 0], [-0.75, -0.375]]
+    voted = Told(pack(torch.tensor([[-1, 1]], dtype=torch.int8), -1))
+    assert _agreed(changes, "votes", voted).tolist() == [[2, -2], [-1, 1]], "-1 and 0 of its own"
+    assert _mean(2.5, World()) == 2.5 and _mean(2.5, Told(torch.tensor(0.5))) == 1.5
+
+
+def test_a_process_that_has_come_to_other_values_ends_all() -> None:
+    moved, said = started(), list[Any]()
+    _mark(moved, said.append, Told(moved.state.digest()), 7)
+    with pytest.raises(CheckpointError, match="rank 1: has other values after attempt 7"):
+        _mark(moved, said.append, Told("another"), 7)
+    assert said == [Mark(7, moved.state.digest())]
 
 
 # --- language models ---

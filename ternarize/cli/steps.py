@@ -111,9 +111,8 @@ def steps_train(
     --attempts 2 --batch 512 --bytes 300
     """
     from ternarize.plans.recipe import Train
-    from ternarize.ranks import check_gpus, ranks_of_launcher
+    from ternarize.ranks import SILENCE, check_gpus, ranks_of_launcher
     from ternarize.train.journals import CODED, DIRECTIONS, check_alone, code_journal, train_journal
-    from ternarize.train.ranks import SILENCE
     from ternarize.train.votes import DENSITIES, VOTED, Votes
     from ternarize.trits.ternary import check_device
 
@@ -154,7 +153,7 @@ def steps_train(
             how |= {"target": target, "k": perturbations or DIRECTIONS, "rate": lr}
             result = code_journal(base, journal, training, nbytes or CODED, **how)
         else:
-            result = train_journal(base, journal, training, votes, **how)
+            result = train_journal(base, journal, training, votes, world=world, **how)
     if as_json:
         print_json({"journal": str(journal), **result})
     elif "bytes" in result:

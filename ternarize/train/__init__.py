@@ -9,7 +9,6 @@ conversion writes.
     texts.py       documents of any number -> samples without end, and those that are kept apart
     sources.py     the samples of a training, for each kind of model and text
     students.py    the two models, and how their outputs are compared
-    ranks.py       what several processes that write one journal tell each other
     parallel.py    what several processes that train one model tell each other
     divided.py     blocks divided among processes
     recompute.py   blocks that run again in the backward pass, for less memory

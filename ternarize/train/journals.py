@@ -17,7 +17,7 @@ from ternarize.errors import UsageError
 from ternarize.files.metadata import SCALE_SUFFIX
 from ternarize.models.places import locate_tensors
 from ternarize.plans.recipe import Train
-from ternarize.ranks import ranks_launched
+from ternarize.ranks import World, ranks_launched
 from ternarize.runtime.load import load
 from ternarize.sources.packed import open_packed
 from ternarize.steps.appender import Appender
@@ -38,7 +38,6 @@ from ternarize.train.coded import Wanted, coded_steps, placed_steps, single_cell
 from ternarize.train.loop import Objective
 from ternarize.train.moved import Moved, Standing, target_of
 from ternarize.train.objectives import held_loss, labels_of, objective
-from ternarize.train.ranks import Ranks
 from ternarize.train.sources import Data, data_of
 from ternarize.train.students import Pair, fast_dtype, open_model, teacher_folder, widen
 from ternarize.train.texts import IGNORED, batch_of, tokens_in
@@ -84,6 +83,7 @@ def train_journal(
     seed: int = SEED,
     device: str = "cpu",
     heard: Heard | None = None,
+    world: World | None = None,
 ) -> dict[str, Any]:
     """Train a packed model by steps, which are appended to a journal; an old one goes on.
 
@@ -93,6 +93,7 @@ def train_journal(
     votes     how steps are found
     seed      of the perturbations
     heard     told of each attempt
+    world     processes that train together, each of which calls this, and the first of which writes
 
     Returns plain data: attempts, steps taken, the loss on held-out documents before and after.
     Raises UsageError where texts, teacher or base cannot be used, OutputError where the journal is
@@ -100,14 +101,14 @@ def train_journal(
     """
     assert training.steps is not None
     at = _session(base, training, seed, device, plain=votes.probe == "jvp")
-    ranks = Ranks(votes.exchange)
+    world = world or World()
     with ExitStack() as stack:
         # one process writes; the others get what is there from it
-        appender = stack.enter_context(Appender(journal, at.header)) if not ranks.rank else None
+        appender = stack.enter_context(Appender(journal, at.header)) if not world.rank else None
         there = Path(journal).read_bytes() if appender else b""
-        begun = parse_journal(ranks.firsts(there), str(journal))
+        begun = parse_journal(world.firsts(there), str(journal))
         before = at.brought_to(begun.effective())
-        pairs = _batches(at.data, training, first_attempt(begun), ranks)
+        pairs = _batches(at.data, training, first_attempt(begun), world)
         taken = train_votes(
             at.moved,
             at.loss,
@@ -116,7 +117,7 @@ def train_journal(
             appender.append if appender else lambda *_: None,
             votes,
             training.steps,
-            ranks=ranks,
+            world=world,
             heard=heard,
         )
     return {
@@ -125,7 +126,7 @@ def train_journal(
         "steps": len(begun.steps) + taken,
         "loss_before": before,
         "loss": at.held(),
-        "sent_bytes": ranks.sent,
+        "sent_bytes": sum(world.sent.values()),
         **({"bytes": Path(journal).stat().st_size} if appender else {}),
     }
 
@@ -461,13 +462,13 @@ def _places(packed: Any, records: Mapping[str, Any], model: Any) -> list[Standin
 
 
 def _batches(
-    data: Data, training: Train, first: int, ranks: Ranks
+    data: Data, training: Train, first: int, world: World
 ) -> Iterator[tuple[list[Sample], list[Sample]]]:
     """Batches of a process to probe and to decide, from the attempt on that comes first."""
     for number in itertools.count():
-        for rank in range(ranks.count):
+        for rank in range(world.size):
             pair = _taken(data.stream, training.batch), _taken(data.stream, training.batch)
-            if number >= first and rank == ranks.rank:
+            if number >= first and rank == world.rank:
                 yield pair
 
 

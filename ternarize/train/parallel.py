@@ -23,8 +23,7 @@ from torch import Tensor
 
 from ternarize.errors import CheckpointError, UsageError
 from ternarize.files.headers import byte_view
-from ternarize.ranks import World, gpu_of, silence_ends
-from ternarize.train.ranks import SILENCE
+from ternarize.ranks import SILENCE, World, gpu_of, silence_ends
 
 _Words = TypeVar("_Words")
 

@@ -8,6 +8,10 @@ tried: the candidate with the largest gain on another batch, as
 
 is taken, if there is a gain.
 
+Of several processes each has a share of the data and all values. They exchange how the loss changes
+along perturbations, or their votes on them in trits, and the losses of candidates; the first one's
+record is what all apply, so that no rounding can drive them apart, and digests are compared.
+
 Source: noise_step, https://github.com/wbrickner/noise_step, whose rule (all alignments above the
 median, unseen) is the candidate of a half; that a step is accepted by its result on another batch
 is ours, and what makes it work (benchmarks/results/steps.md).
@@ -22,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ternarize.errors import CheckpointError, UsageError
+from ternarize.ranks import World
 from ternarize.steps.coding import set_width
 from ternarize.steps.generator import MOST_BITS, TRITS
 from ternarize.steps.journal import (
@@ -47,9 +52,10 @@ from ternarize.train.probes import (
     sums_along,
     tried,
 )
-from ternarize.train.ranks import EXCHANGES, Ranks
+from ternarize.trits.base3 import pack, unpack
 
 VOTED = 256  # perturbations of a step, when none are asked for
+EXCHANGES = ("alignments", "votes")
 # bits of a cell that are tried when none are asked for
 DENSITIES = {"trits": (8, 10, 12), "scales": (4, 6, 8)}
 _OVERHEAD = 12  # bits of a step beside its choice, in a block
@@ -73,7 +79,7 @@ class Votes:
     thrift   0: the largest gain, whatever it takes; 1: the largest gain for each bit
     probe    "backward", "jvp" or "forwards"
     nbytes   of the journal, once it is compact, behind which no step is taken; 0: any number
-    exchange of several processes: "alignments" or "votes" (ranks.py)
+    exchange of several processes: "alignments", means of float32, or "votes", sums of trits
     """
 
     target: str = "trits"
@@ -114,7 +120,7 @@ def train_votes(
     votes: Votes,
     attempts: int,
     *,
-    ranks: Ranks | None = None,
+    world: World | None = None,
     heard: Heard | None = None,
 ) -> int:
     """Try steps until so many have been tried, and append those that are taken; returns how many.
@@ -122,16 +128,16 @@ def train_votes(
     moved     module, places and values, which are what the journal says
     journal   what has been done; append: writes on it (`Appender`)
     attempts  in all, those of earlier runs included
-    ranks     the processes, each with batches of its own
+    world     the processes, each with batches of its own
     """
-    ranks = Ranks(votes.exchange) if ranks is None else ranks
+    world = world or World()
     taken, last = 0, journal.steps[-1] if journal.steps else NO_STEP
     left = bits_left(journal.header, journal.steps, votes.nbytes) if votes.nbytes else math.inf
     number = first_attempt(journal)
     vain = number - len(journal.steps)
     while number < attempts and left > 0:
         probed, deciding = batches(number)
-        found, value = best_step(moved, loss, probed, deciding, votes, number, ranks, vain)
+        found, value = best_step(moved, loss, probed, deciding, votes, number, world, vain)
         if not math.isfinite(value):
             raise CheckpointError(
                 journal.path,
@@ -139,7 +145,7 @@ def train_votes(
                 "a finite one",
                 "Look after the data, or the base",
             )
-        told = ranks.firsts(b"" if found is None else entry_bytes(found))
+        told = world.firsts(b"" if found is None else entry_bytes(found))
         step = next(iter(parse_journal(journal_header(journal.header) + told).steps), None)
         if step is not None:
             left -= bits_in_block(step, last)
@@ -156,17 +162,46 @@ def train_votes(
         if heard is not None:
             heard(number - 1, value, step)
         if number % MARK_EVERY == 0 and number < attempts:
-            _mark(moved, append, ranks, number)
+            _mark(moved, append, world, number)
     if number > first_attempt(journal):
-        _mark(moved, append, ranks, number)
+        _mark(moved, append, world, number)
     return taken
 
 
-def _mark(moved: Moved, append: Callable[..., None], ranks: Ranks, number: int) -> None:
+def _mark(moved: Moved, append: Callable[..., None], world: World, number: int) -> None:
     """A digest of the steps below a number, which all processes have to have."""
     digest = moved.state.digest()
-    ranks.check_same(number, digest)
+    told = world.all(digest)
+    others = [rank for rank, each in enumerate(told) if each != told[0]]
+    if others:
+        raise CheckpointError(
+            f"rank {others[0]}",
+            f"has other values after attempt {number} than rank 0",
+            "the same in all",
+            "Start again: the journal is as the first process has it",
+        )
     append(Mark(number, digest))
+
+
+def _agreed(changes: Tensor, exchange: str, world: World) -> Tensor:
+    """What all say of perturbations: (k, 2), how the loss changes along them and against."""
+    if world.size == 1:
+        return changes
+    if exchange == "alignments":
+        each = world.gather(changes.to("cpu", torch.float32), exchange)
+        return (sum(each[1:], each[0]) / world.size).to(changes)
+    falls, side = changes.min(1)
+    strong = falls <= falls.median()
+    trits = torch.where(strong & (falls < 0), 1 - 2 * side, 0).to("cpu", torch.int8)
+    said = [unpack(own, len(trits), -1)[0] for own in world.gather(pack(trits[None], -1), exchange)]
+    votes = torch.stack(said).sum(0).to(changes)
+    return torch.stack([-votes, votes], 1)
+
+
+def _mean(value: float, world: World) -> float:
+    """The mean of a loss over all processes."""
+    each = world.gather(torch.tensor(value, dtype=torch.float64), "losses")
+    return sum(map(float, each)) / world.size
 
 
 def first_attempt(journal: Journal) -> int:
@@ -183,7 +218,7 @@ def best_step(
     deciding: Any,
     votes: Votes,
     number: int,
-    ranks: Ranks,
+    world: World,
     vain: int = 0,
 ) -> tuple[Step | None, float]:
     """The candidate with the largest gain, None where none has any; and the loss then.
@@ -192,11 +227,11 @@ def best_step(
           not help, then the next
     """
     with torch.no_grad():
-        before = ranks.mean(float(loss(moved.module, deciding)))
+        before = _mean(float(loss(moved.module, deciding)), world)
     chosen, most, after = None, 0.0, before
-    for step in candidates(moved, loss, probed, votes, number, ranks, vain):
+    for step in candidates(moved, loss, probed, votes, number, world, vain):
         with torch.no_grad(), tried(moved, step):
-            value = ranks.mean(float(loss(moved.module, deciding)))
+            value = _mean(float(loss(moved.module, deciding)), world)
         gain = (before - value) / bits_of(step) ** votes.thrift
         if gain > most:
             chosen, most, after = step, gain, value
@@ -214,13 +249,13 @@ def candidates(
     batch: Any,
     votes: Votes,
     number: int,
-    ranks: Ranks,
+    world: World,
     vain: int = 0,
 ) -> Iterator[Step]:
     """The steps that are tried: for each density and amount those of the largest alignments."""
     for drawn, changes in _alignments(moved, loss, batch, votes, number, vain):
         amounts = (1,) if drawn.target == TRITS else votes.amounts
-        falls, side = ranks.agreed(changes).min(1)
+        falls, side = _agreed(changes, votes.exchange, world).min(1)
         order = falls.argsort(stable=True)
         order = order[falls[order] < 0]
         seen = set[int]()
