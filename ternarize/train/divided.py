@@ -114,21 +114,18 @@ def by_names(
 
 def regrouped(
     groups: Iterable[Mapping[str, Any]], parameters: Mapping[str, Tensor]
-) -> tuple[list[dict[str, Any]], list[Tensor]]:
+) -> list[dict[str, Any]]:
     """Groups of an optimizer of those of `by_names`: divided parameters and others apart, since
     one operation takes no mixture of them.
-
-    Returns the groups, and the parameters in the order of those that were given.
     """
-    found, order = list[dict[str, Any]](), list[Tensor]()
+    found = list[dict[str, Any]]()
     for group in groups:
         own = [parameters[name] for name in group["params"]]
-        order += own
         for divided in (True, False):
             some = [parameter for parameter in own if is_divided(parameter) == divided]
             if some:
                 found.append({**group, "params": some})
-    return found, order
+    return found
 
 
 @torch.no_grad()

@@ -61,7 +61,6 @@ class Job:
     world       the processes that share it; of those beside the first folder, known and told are
                 not used, and keep is where blocks are divided, when all have to take part in it
     exchange    of several processes
-    order       the parameters as the optimizer's state counts them, where it has them in another
     """
 
     training: Train
@@ -78,7 +77,6 @@ class Job:
     counts: float = 0.0
     world: World = field(default_factory=World)
     exchange: Exchange | None = None
-    order: Sequence[Tensor] = ()
 
 
 def train(job: Job, samples: Iterator[Sample]) -> Progressed:
@@ -87,13 +85,15 @@ def train(job: Job, samples: Iterator[Sample]) -> Progressed:
     What is interrupted between two steps, or within one, goes on after the last whole one.
     """
     gradients = Gradients(job.world, job.parameters, job.exchange)
-    own, order = (job.parameters, job.optimizer, job.known), job.order
+    own = job.parameters, job.optimizer, job.known
     try:
         with ExitStack() as stack:
+            # put back as it was: a signal at the end of a no_grad of torch's leaves gradients off
+            stack.enter_context(torch.enable_grad())
             if gradients.divided:  # all processes end together
                 stack.enter_context(signals_held())
                 stack.enter_context(watched(job.world))
-            progressed = load_state(job.folder, *own, order=order, world=job.world)
+            progressed = load_state(job.folder, *own, world=job.world)
             _note_budget(job.training, progressed)
             for _ in range(0 if job.world.rank else progressed.samples):
                 next(samples)
@@ -114,7 +114,7 @@ def _go_on(
     def save() -> None:
         with signals_held():
             own = job.parameters, job.optimizer, job.known
-            save_state(job.folder, progressed, *own, order=job.order, writes=first)
+            save_state(job.folder, progressed, *own, writes=first)
 
     def save_alone() -> None:
         if first and progressed.held and not together:

@@ -139,12 +139,12 @@ def train_model(
     check_alike(world, models, pair.dtype)
     environments = environments_of(folder, device, world)
     sigma = world.firsts(0.0 if world.rank else first_error(pair, data.held, data.pad))
-    exchange, order = exchange_of(world, device), list[Tensor]()
+    exchange = exchange_of(world, device)
     if training.shard:
         assert exchange is not None
         groups = by_names(groups, pair.trained())  # whole parameters are to be gone
         shard_blocks(models, blocks.paths, device, exchange)
-        groups, order = regrouped(groups, pair.trained())
+        groups = regrouped(groups, pair.trained())
     loss = objective(pair, data.common, data.first, training.seed, data.pad, sigma)
 
     def hold(value: Tensor) -> Tensor:
@@ -183,7 +183,6 @@ def train_model(
         ramp,
         world,
         exchange,
-        order,
     )
     had = _had(training.start, data)
     progressed = train(job, itertools.islice(data.stream, had, None))

@@ -1,6 +1,7 @@
 """How far a training is, on the disk: what it goes on from, and the best of what it has had.
 
-    state.safetensors    parameters, the optimizer's state, in the metadata the rest (`Progressed`)
+    state.safetensors    parameters, the optimizer's state of each, in the metadata the rest
+                         (`Progressed`)
     best-12.safetensors  what is stored of the state after step 12, which had the least loss on
                          held-out text: trits, scales and vectors, as a packed file
 
@@ -12,7 +13,7 @@ any number of them goes on from it.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -71,23 +72,21 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     known: Mapping[str, Any],
     *,
-    order: Sequence[Tensor] = (),
     writes: bool = True,
 ) -> None:
     """Write all that a training goes on from, and forget what was the best before.
 
     known   what must be the same when it does
-    order   the parameters as the optimizer's state counts them, where it has them in another
     writes  whether it is the first process: of divided tensors all have to take part
     """
     tensors: dict[str, Tensor] = {f"parameter {name}": value for name, value in parameters.items()}
     rest: dict[str, Any] = {}
-    for at, parameter in enumerate(order or _counted(optimizer)):
+    for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"optimizer {at} {key}"] = value
+                tensors[f"optimizer {name} {key}"] = value
             else:
-                rest[f"{at} {key}"] = value
+                rest[f"{name} {key}"] = value
     entries = lay_out((n, DTYPE_NAMES[v.dtype], tuple(v.shape)) for n, v in tensors.items())
     facts = {"progressed": asdict(progressed), "known": dict(known), "optimizer": rest}
     part = folder / f"{STATE}.part"
@@ -114,7 +113,6 @@ def load_state(
     optimizer: torch.optim.Optimizer,
     known: Mapping[str, Any],
     *,
-    order: Sequence[Tensor] = (),
     world: World | None = None,
 ) -> Progressed:
     """Take a training up where `save_state` left it, or begin.
@@ -135,16 +133,15 @@ def load_state(
     if begun is None:
         return Progressed()
     facts, tensors = begun
-    counted = order or _counted(optimizer)
-    states: dict[int, dict[str, Any]] = {}
+    states: dict[str, dict[str, Any]] = {name: {} for name in parameters}
     for key, value in facts["optimizer"].items():
-        at, name = key.split(" ")
-        states.setdefault(int(at), {})[name] = value
+        name, what = key.split(" ")
+        states[name][what] = value
     opened: Any = safe_open(path, framework="pt") if world.rank == 0 else nullcontext()
     with opened as file:
         for key, about in tensors.items():
-            kind, at, *rest = key.split(" ")
-            like = parameters[at] if kind == "parameter" else counted[int(at)]
+            kind, name, *what = key.split(" ")
+            like = parameters[name]
             own = None if file is None else file.get_tensor(key)
             place = like.detach() if kind == "parameter" else None
             if is_divided(like) and about[0] == tuple(like.shape):  # moments are, as their weights
@@ -154,28 +151,15 @@ def load_state(
                 own = _everywhere(world, own, *about)
                 place = own if place is None else place.copy_(own)
             if kind == "optimizer":
-                states.setdefault(int(at), {})[rest[0]] = place
-    table = optimizer.state_dict()
-    optimizer.load_state_dict({**table, "state": _as_counted(states, counted, optimizer)})
+                states[name][what[0]] = place
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    counted = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {at: states[names[id(parameter)]] for at, parameter in enumerate(counted)}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     progressed = Progressed(**facts["progressed"])
     progressed.held = [(int(step), float(loss)) for step, loss in progressed.held]
     progressed.budgets = [(int(step), budget) for step, budget in progressed.budgets]
     return progressed
-
-
-def _counted(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The parameters of an optimizer, in the order in which its state counts them."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _as_counted(
-    states: Mapping[int, dict[str, Any]],
-    counted: Sequence[Tensor],
-    optimizer: torch.optim.Optimizer,
-) -> dict[int, dict[str, Any]]:
-    """The states of parameters by their number in the optimizer, from that among `counted`."""
-    numbers = {id(parameter): at for at, parameter in enumerate(_counted(optimizer))}
-    return {numbers[id(counted[at])]: own for at, own in states.items()}
 
 
 def _everywhere(world: World, value: Tensor | None, shape: Any, dtype: torch.dtype) -> Tensor:
