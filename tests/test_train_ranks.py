@@ -14,7 +14,6 @@ import calibrating
 import pytest
 import torch
 import training_ranks
-from safetensors import safe_open
 from test_calibrate_ranks import launched
 from test_train_run import assert_same, source_of, text_of
 from torch import Tensor
@@ -27,7 +26,6 @@ from ternarize.train import parallel
 from ternarize.train.divided import check_divided
 from ternarize.train.loop import check_rounds, tokens_at_once
 from ternarize.train.parallel import Exchange, Gradients, check_alike
-from ternarize.train.state import STATE
 
 
 @pytest.fixture(autouse=True)
@@ -58,9 +56,14 @@ def launch(folder: Path, count: int, asked: dict[str, Any]) -> list[tuple[int, s
 
 def step_of(output: Path) -> int:
     """How far the state of a broken training is."""
-    place = output.with_name(output.name + ".partial") / ".calibration" / "training" / STATE
-    with safe_open(place, framework="pt") as file:
-        return int(json.loads(file.metadata()["facts"])["progressed"]["step"])
+    partial = output.with_name(output.name + ".partial")
+    return training_ranks.step_of(partial / ".calibration" / "training")
+
+
+def noted(folder: Path, count: int, rank: int) -> dict[str, int]:
+    """What stood in a process when its last training began."""
+    found: dict[str, int] = json.loads((folder / f"asked-{count}.weights-{rank}").read_text())
+    return found
 
 
 def test_two_processes_give_the_bytes_of_one_which_goes_on_when_one_of_them_dies(
@@ -141,7 +144,7 @@ def test_another_number_of_processes_goes_on_to_the_same_bytes(
 @pytest.mark.slow
 def test_torchrun_starts_a_training_again(tmp_path: Path) -> None:
     own = job("llama", tmp_path, "packed")
-    asked = tmp_path / "asked.json"
+    asked = tmp_path / "asked-2.json"
     asked.write_text(json.dumps({"jobs": [own], "die": [1, "take", 3]}))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     done = subprocess.run(
@@ -152,6 +155,7 @@ def test_torchrun_starts_a_training_again(tmp_path: Path) -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
+    assert noted(tmp_path, 2, 0)["step"] == 2, "what began last went on from a state"
     training_ranks.trained(job("llama", tmp_path, "whole"))
     assert_same(tmp_path / "packed", tmp_path / "whole")
 
@@ -209,11 +213,11 @@ def test_two_processes_have_a_half_of_the_blocks_each_and_train_as_one(tmp_path:
     assert step_of(tmp_path / "divided") == 4
     alone = [job("llama", tmp_path, name, steps=6) for name in ("divided", "whole")]
     assert launch(tmp_path, 1, {"jobs": alone})[0][0] == 0
-    *weights, held = json.loads((tmp_path / "asked-1.weights-0").read_text())
-    assert weights[0] == weights[1]
-    for rank in range(2):
-        own, all_of_it, here = json.loads((tmp_path / f"asked-2.weights-{rank}").read_text())
-        assert own < 0.53 * all_of_it and here < 0.7 * held, "what does not divide by two is small"
+    whole = noted(tmp_path, 1, 0)
+    assert whole["own"] == whole["all"]
+    for here in (noted(tmp_path, 2, rank) for rank in range(2)):
+        assert here["own"] < 0.53 * here["all"], "what does not divide by two is small"
+        assert here["held"] < 0.7 * whole["held"]
     found, expected = looks(tmp_path / "divided"), looks(tmp_path / "whole")
     assert found == near(expected)
     assert found[-1] < 0.99 * found[0]
@@ -266,7 +270,7 @@ def test_the_traffic_is_what_the_documents_say(count: int, tmp_path: Path) -> No
     sent: Counter[str] = Counter()
     for rank in range(count):
         sent += Counter(json.loads((tmp_path / f"asked-{count}.{rank}").read_text()))
-    _, weights, _ = json.loads((tmp_path / f"asked-{count}.weights-0").read_text())
+    weights = noted(tmp_path, count, 0)["all"]
     pieces, rest = divmod(weights, 10_000)
     shares = pieces * -(-10_000 // count) + -(-rest // count)
     assert sent["gradients"] == 3 * (4 + count) * (count - 1) * shares * 4

@@ -19,6 +19,7 @@ from typing import Any
 
 import calibrating
 import torch
+from safetensors import safe_open
 from test_train_cli import Fake, tracking
 from test_train_run import recipe_of
 from torch import Tensor
@@ -31,6 +32,7 @@ from ternarize.plans.recipe import Recipe, Train
 from ternarize.ranks import World, ranks_of_launcher
 from ternarize.train import loop, parallel, students
 from ternarize.train import run as train_run
+from ternarize.train.state import STATE
 
 # few candidates for each matrix, and few looks; gradients in several pieces
 QUICK: list[tuple[Any, str, Any]] = [
@@ -68,9 +70,18 @@ def local(tensor: Any) -> Tensor:
     return found
 
 
+def step_of(folder: Path) -> int:
+    """How far the state in a folder is, 0 without one."""
+    if not (folder / STATE).exists():
+        return 0
+    with safe_open(folder / STATE, framework="pt") as state:
+        return int(json.loads(state.metadata()["facts"])["progressed"]["step"])
+
+
 def noted(file: Path) -> None:
     """Have written what stands in this process when a training begins: of the parameters how many
-    weights, of how many; and the bytes of all tensors.
+    weights ("own"), of how many ("all"), the bytes of all tensors ("held"), and the step that the
+    state in its folder is of ("step").
     """
     train = loop.train
 
@@ -81,7 +92,8 @@ def noted(file: Path) -> None:
         tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
         stored = [local(t).untyped_storage() for t in tensors]
         held = {each.data_ptr(): each.nbytes() for each in stored if each.data_ptr()}
-        file.write_text(json.dumps([own, whole, sum(held.values())]))
+        about = {"own": own, "all": whole, "held": sum(held.values())}
+        file.write_text(json.dumps({**about, "step": step_of(job.folder)}))
         return train(job, samples)
 
     setattr(train_run, "train", noting)  # noqa: B010
