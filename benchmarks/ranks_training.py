@@ -134,11 +134,13 @@ def main() -> None:
     assert len(weights) == 1, "the bytes differ"
     first = rows[kinds[0]]
     print(f"{first['trained']:,} weights trained, {STEPS} steps of {BATCH} tokens\n")
-    titles = ["processes", "threads of each", "seconds", "to one", "processor time", "to one"]
+    titles = ["processes", "threads of each", "tokens a second"]
+    titles += ["seconds", "to one", "processor time", "to one"]
     print("|", " | ".join([*titles, "memory of one, MB", "sent"]), "|")
-    print("|---" * 8 + "|")
+    print("|---" * 9 + "|")
     for (count, threads, shard), row in rows.items():
         cells = [f"{count}, `--shard`" if shard else str(count), str(threads)]
+        cells += [f"{STEPS * BATCH / row['seconds']:,.0f}"]
         for what in ("seconds", "processor"):
             cells += [f"{row[what]:.1f}", f"{row[what] / first[what]:.2f}"]
         cells += [f"{row['memory'] / 1e6:.0f}", "" if shard else f"{row['sent']:,}"]
