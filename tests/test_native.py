@@ -716,6 +716,31 @@ def test_the_environment_chooses_the_cpu() -> None:
     assert "TERNARIZE_CPU is 'abacus'" in wrong.stderr
 
 
+OUT_OF_MEMORY = """
+import resource
+import numpy as np
+from ternarize import _native
+
+width = 1 << 24  # of a row and so of a chunk: two parts, each of which wants 48 MB
+out, sizes = np.empty((2, 32 + 2 * width), np.uint8), np.empty(2, np.int32)
+given = np.zeros((2, width), np.uint8), np.zeros(width, np.uint8)
+often = np.array([[4096] + [0] * 255], np.uint16)
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (24 << 20),) * 2)  # room for the stack of a thread
+try:
+    _native.rans_encode(*given, often, 1, out, sizes, 2)
+except MemoryError:
+    print("no memory")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the limit does not hold")
+def test_memory_that_runs_out_in_threads_is_an_error_and_no_abort() -> None:
+    done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("no memory\n", 0), done.stderr
+
+
 def test_an_unknown_cpu_is_refused() -> None:
     with pytest.raises(ValueError, match="abacus"):
         native.use_cpu("abacus")

@@ -9,47 +9,29 @@ namespace ternarize {
 
 namespace {
 
-struct Rows {  // as parallel_for cuts them: chunks, and about how many weights each is worth
-  int64_t rows;
-  int64_t cols;
-};
+// About how many weights a chunk is worth: a byte that is coded as 8.
+int64_t work_of(const Classed& x) { return 8 * smaller(x.chunk_rows, x.rows) * x.width; }
 
-Rows work_of(const Classed& x) {
-  return {x.chunks(), 8 * smaller(x.chunk_rows, x.rows) * x.width};  // a coded byte as 8 weights
-}
-
-using Run = RansDecoder::Run;
-
-std::vector<std::vector<Run>> runs_of(const Classed& x) {
-  std::vector<std::vector<Run>> found(static_cast<size_t>(x.count));
+std::vector<ClassColumns> columns_of(const Classed& x) {
+  std::vector<ClassColumns> found(static_cast<size_t>(x.count));
   for (int64_t col = 0; col < x.width; ++col) {
-    auto& runs = found[x.classes[col]];
-    if (!runs.empty() && runs.back().first + runs.back().count == col)
-      ++runs.back().count;
+    ClassColumns& one = found[x.classes[col]];
+    if (!one.runs.empty() && one.runs.back().first + one.runs.back().count == col)
+      ++one.runs.back().count;
     else
-      runs.push_back({col, 1});
+      one.runs.push_back({col, 1});
+    ++one.count;
+    if (one.runs.back().count > one.longest) one.longest = one.runs.back().count;
   }
   return found;
 }
 
-int64_t columns(const std::vector<Run>& runs) {
-  int64_t count = 0;
-  for (const Run& run : runs) count += run.count;
-  return count;
-}
-
-int64_t longest(const std::vector<Run>& runs) {
-  int64_t most = 0;
-  for (const Run& run : runs) most = run.count > most ? run.count : most;
-  return most;
-}
-
 // The bytes of rows in the order in which they are coded.
-void in_order(const Classed& x, const std::vector<std::vector<Run>>& runs, const uint8_t* rows,
+void in_order(const Classed& x, const std::vector<ClassColumns>& columns, const uint8_t* rows,
               int64_t count, uint8_t* ordered) {
-  for (const auto& those : runs)
+  for (const ClassColumns& those : columns)
     for (int64_t row = 0; row < count; ++row)
-      for (const Run& run : those) {
+      for (const Run& run : those.runs) {
         std::memcpy(ordered, rows + row * x.width + run.first, static_cast<size_t>(run.count));
         ordered += run.count;
       }
@@ -60,21 +42,22 @@ constexpr int64_t kMoved = 32;  // bytes of one move of registers
 // The inverse; `end` is where what is written ends. A short run of class 0 is copied with what comes behind
 // it, all of which is written after it: later columns, later rows, other classes. Behind a run of another
 // class lies what is written already.
-void in_rows(const Classed& x, const std::vector<std::vector<Run>>& runs, const uint8_t* ordered,
+void in_rows(const Classed& x, const std::vector<ClassColumns>& columns, const uint8_t* ordered,
              int64_t count, uint8_t* rows, const uint8_t* end) {
-  for (size_t which = 0; which < runs.size(); ++which) {
-    const int64_t most = longest(runs[which]);
+  for (size_t which = 0; which < columns.size(); ++which) {
+    const std::vector<Run>& runs = columns[which].runs;
+    const int64_t most = columns[which].longest;
     for (int64_t i = 0; i < count; ++i) {
       uint8_t* const row = rows + i * x.width;
       if (most == 1) {
-        for (const Run& run : runs[which]) row[run.first] = *ordered++;
+        for (const Run& run : runs) row[run.first] = *ordered++;
       } else if (which == 0 && most <= kMoved && end - row >= x.width + kMoved) {
-        for (const Run& run : runs[which]) {
+        for (const Run& run : runs) {
           std::memcpy(row + run.first, ordered, kMoved);
           ordered += run.count;
         }
       } else {
-        for (const Run& run : runs[which]) {
+        for (const Run& run : runs) {
           std::memcpy(row + run.first, ordered, static_cast<size_t>(run.count));
           ordered += run.count;
         }
@@ -153,7 +136,7 @@ void rans_count(const uint8_t* bytes, const Classed& x, int64_t* counts, int thr
   std::mutex added;
   const auto size = static_cast<size_t>(256 * x.count);
   for (size_t i = 0; i < size; ++i) counts[i] = 0;
-  parallel_for(Rows{x.rows, x.width}, threads, [&](int, int64_t first, int64_t last) {
+  parallel_for(x.rows, x.width, threads, [&](int, int64_t first, int64_t last) {
     std::vector<int64_t> own(size);
     for (int64_t row = first; row < last; ++row)
       for (int64_t col = 0; col < x.width; ++col)
@@ -165,7 +148,7 @@ void rans_count(const uint8_t* bytes, const Classed& x, int64_t* counts, int thr
 
 void rans_encode(const uint8_t* bytes, const Classed& x, const uint16_t* frequencies, uint8_t* out,
                  int64_t slot, int32_t* sizes, int threads) {
-  const auto runs = runs_of(x);
+  const auto columns = columns_of(x);
   std::vector<Symbol> symbols(static_cast<size_t>(256 * x.count));
   for (int which = 0; which < x.count; ++which) {
     uint32_t start = 0;
@@ -175,19 +158,19 @@ void rans_encode(const uint8_t* bytes, const Classed& x, const uint16_t* frequen
       start += frequency;
     }
   }
-  parallel_for(work_of(x), threads, [&](int, int64_t first, int64_t last) {
+  parallel_for(x.chunks(), work_of(x), threads, [&](int, int64_t first, int64_t last) {
     std::vector<uint8_t> ordered(static_cast<size_t>(smaller(x.chunk_rows, x.rows) * x.width));
     std::vector<uint8_t> words(2 * ordered.size());
     for (int64_t chunk = first; chunk < last; ++chunk) {
       const int64_t count = x.rows_of(chunk);
-      in_order(x, runs, bytes + chunk * x.chunk_rows * x.width, count, ordered.data());
+      in_order(x, columns, bytes + chunk * x.chunk_rows * x.width, count, ordered.data());
       uint32_t states[kRansLanes];
       for (uint32_t& state : states) state = kRansLeast;
       uint8_t* const end = words.data() + words.size();
       uint8_t* begin = end;
       int64_t place = count * x.width;
       for (int which = x.count - 1; which >= 0; --which) {
-        const int64_t n = count * columns(runs[static_cast<size_t>(which)]);
+        const int64_t n = count * columns[static_cast<size_t>(which)].count;
         place -= n;
         begin = put_bytes(ordered.data() + place, n, place, symbols.data() + 256 * which, states,
                           begin);
@@ -201,8 +184,7 @@ void rans_encode(const uint8_t* bytes, const Classed& x, const uint16_t* frequen
 }
 
 RansDecoder::RansDecoder(const Classed& x, const uint32_t* table, std::vector<uint8_t>& ordered)
-    : x_(x), table_(table), runs_(runs_of(x)), ordered_(ordered) {
-  for (const auto& runs : runs_) columns_.push_back(columns(runs));
+    : x_(x), table_(table), columns_(columns_of(x)), ordered_(ordered) {
   const auto size = static_cast<size_t>(
       smaller(kRansTogether * x.chunk_rows, x.rows + x.chunk_rows) * x.width + kMoved);
   if (x.count > 1 && ordered.size() < size) ordered.resize(size);  // else the order is that of the rows
@@ -235,7 +217,7 @@ int64_t RansDecoder::decode(int64_t chunk, int64_t count, const uint8_t* coded,
     const uint32_t* const table = table_ + kRansTotal * which;
     int64_t left[kRansTogether];
     for (int64_t c = 0; c < count; ++c) {
-      left[c] = x_.rows_of(chunk + c) * columns_[static_cast<size_t>(which)];
+      left[c] = x_.rows_of(chunk + c) * columns_[static_cast<size_t>(which)].count;
       const int64_t begin = smaller(left[c], -places[c] & (kRansLanes - 1));  // up to lane 0
       take(c, begin, table);
       left[c] -= begin;
@@ -255,7 +237,7 @@ int64_t RansDecoder::decode(int64_t chunk, int64_t count, const uint8_t* coded,
     for (const uint32_t state : chunks[c].states) good[c] = good[c] && state == kRansLeast;
     if (!good[c]) return chunk + c;
     if (x_.count > 1)
-      in_rows(x_, runs_, ordered_.data() + c * size, x_.rows_of(chunk + c), rows + c * size, end);
+      in_rows(x_, columns_, ordered_.data() + c * size, x_.rows_of(chunk + c), rows + c * size, end);
   }
   return kNone;
 }
@@ -268,7 +250,7 @@ void rans_slots(const uint16_t* frequencies, uint32_t* table) {
 
 int64_t rans_decode(const uint8_t* coded, const int64_t* ends, const Classed& x,
                     const uint32_t* table, uint8_t* bytes, int threads) {
-  return first_of(work_of(x), threads, [&](int64_t first, int64_t last) {
+  return first_of(x.chunks(), work_of(x), threads, [&](int64_t first, int64_t last) {
     std::vector<uint8_t> ordered;
     RansDecoder decoder(x, table, ordered);
     for (int64_t chunk = first, count; chunk < last; chunk += count) {

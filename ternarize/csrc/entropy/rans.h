@@ -36,6 +36,19 @@ inline int64_t rans_at_once(int64_t left) {
   return ceil_div(left, ceil_div(left, kRansTogether));
 }
 
+// Columns that are next to each other.
+struct Run {
+  int64_t first;
+  int64_t count;
+};
+
+// The columns of one class.
+struct ClassColumns {
+  std::vector<Run> runs;
+  int64_t count = 0;    // columns of all runs
+  int64_t longest = 0;  // of the longest run
+};
+
 // Decodes chunks that follow each other, several at once; for one thread. What `x` and `table` point to
 // is kept by the caller, and so is `ordered`, memory that it uses; `table` is as of `rans_decode`.
 class RansDecoder {
@@ -47,17 +60,10 @@ class RansDecoder {
   int64_t decode(int64_t chunk, int64_t count, const uint8_t* coded, const int64_t* ends,
                  uint8_t* rows);
 
-  // Columns of one class that are next to each other.
-  struct Run {
-    int64_t first;
-    int64_t count;
-  };
-
  private:
   Classed x_;
   const uint32_t* table_;
-  std::vector<std::vector<Run>> runs_;
-  std::vector<int64_t> columns_;  // how many each class has
+  std::vector<ClassColumns> columns_;
   std::vector<uint8_t>& ordered_;
 };
 

@@ -13,7 +13,7 @@ const Latent& of(Kind kind) { return kernels().latent[static_cast<int>(kind)]; }
 
 void read_latent(Kind kind, const Layout& x, const float* latent, const float* scales, void* out,
                  int threads) {
-  parallel_for(x, threads, [&](int, int64_t first, int64_t last) {
+  parallel_for(x.rows, x.cols, threads, [&](int, int64_t first, int64_t last) {
     of(kind).read(x, first, last, latent, scales, out);
   });
 }
@@ -21,7 +21,7 @@ void read_latent(Kind kind, const Layout& x, const float* latent, const float* s
 void latent_gradients(Kind kind, const Layout& x, const float* latent, const float* scales,
                       const void* given, float edge, float* to_latent, float* to_scales,
                       int threads) {
-  parallel_for(x, threads, [&](int, int64_t first, int64_t last) {
+  parallel_for(x.rows, x.cols, threads, [&](int, int64_t first, int64_t last) {
     of(kind).gradients(x, first, last, latent, scales, given, edge, to_latent, to_scales);
   });
 }

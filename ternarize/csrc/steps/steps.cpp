@@ -13,11 +13,6 @@ constexpr int64_t kChunk = 1 << 16;    // values that one thread works on at a t
 constexpr int64_t kTouched = 1 << 16;  // non-zeros of a step that are added up before they act
 constexpr int kQuads = 16;             // counters whose words are worked out beside each other, at most
 
-struct Rows {
-  int64_t rows;
-  int64_t cols;
-};
-
 // Philox 4x32-10 of some counters in a row: words[4 i + j] is word j of counter i.
 template <int kCount>
 void philox(uint64_t quad, uint32_t perturbation, uint32_t number, uint32_t purpose, uint64_t seed,
@@ -114,8 +109,7 @@ void apply_to_chunk(int8_t* values, uint64_t n, uint64_t first, int limit, uint3
 void apply_steps(int8_t* values, int64_t n, uint64_t first, int limit, uint32_t purpose,
                  const Steps& steps, int threads) {
   if (n <= 0 || steps.count <= 0) return;
-  const Rows chunks{(n + kChunk - 1) / kChunk, kChunk};
-  parallel_for(chunks, threads, [&](int, int64_t from, int64_t to) {
+  parallel_for(ceil_div(n, kChunk), kChunk, threads, [&](int, int64_t from, int64_t to) {
     std::vector<int32_t> sums(kChunk, 0), touched;
     touched.reserve(kTouched);
     for (int64_t chunk = from; chunk < to; ++chunk) {
@@ -132,8 +126,7 @@ void align(const float* up, const float* down, int64_t n, uint64_t first, uint64
     std::fill(out, out + 2 * k, 0.0);
     return;
   }
-  const Rows perturbations{k, (n >> bits) + 1};
-  parallel_for(perturbations, threads, [&](int, int64_t from, int64_t to) {
+  parallel_for(k, (n >> bits) + 1, threads, [&](int, int64_t from, int64_t to) {
     const uint64_t last = first + static_cast<uint64_t>(n) - 1;
     for (int64_t i = from; i < to; ++i) {
       double along = 0, against = 0;

@@ -18,7 +18,7 @@ const Ternarizing& of(Kind kind) { return kernels().ternarizing[static_cast<int>
 template <class Work>
 bool all_of(const Layout& x, int threads, Work work) {
   return work(0, smaller(1, x.rows)) &&
-         first_of(x, threads, [&](int64_t first, int64_t last) {
+         first_of(x.rows, x.cols, threads, [&](int64_t first, int64_t last) {
            return work(first, last) ? kNone : first;
          }) == kNone;
 }
@@ -41,7 +41,7 @@ struct Tensor {
   static double at(double x) { return x; }
   Total all() const { return above(-1.0); }
   Total above(double threshold) const {
-    parallel_for(x, threads, [&](int, int64_t first, int64_t last) {
+    parallel_for(x.rows, x.cols, threads, [&](int, int64_t first, int64_t last) {
       of(kind).row_totals(x, first, last, weights, threshold, totals);
     });
     int64_t count = 0;
@@ -55,7 +55,7 @@ struct Tensor {
 
 int64_t ternarize(Method method, Kind kind, const Layout& x, const void* weights, int8_t* trits,
                   double* scales, int threads) {
-  return first_of(x, threads, [&](int64_t first, int64_t last) {
+  return first_of(x.rows, x.cols, threads, [&](int64_t first, int64_t last) {
     return of(kind).ternarize(method, x, first, last, weights, trits, scales);
   });
 }
@@ -70,7 +70,7 @@ bool levels(Kind kind, const Layout& x, const void* weights, int8_t* trits, doub
 Distance distance(Kind kind, const Layout& x, const void* weights, const int8_t* trits,
                   const double* scales, int64_t scale_rows, Distance* rows, int threads) {
   if (x.rows == 0) return {0.0, 0.0, 0};
-  parallel_for(x, threads, [&](int, int64_t first, int64_t last) {
+  parallel_for(x.rows, x.cols, threads, [&](int, int64_t first, int64_t last) {
     of(kind).distances(x, first, last, weights, trits, scales, x.rows / scale_rows, rows);
   });
   return sum_of(rows, x.rows);
@@ -79,7 +79,7 @@ Distance distance(Kind kind, const Layout& x, const void* weights, const int8_t*
 int64_t ternarize_packed(Method method, Kind kind, const Layout& x, const void* weights,
                          uint8_t* packed, double* scales, Distance* rows, Distance* distance,
                          int threads) {
-  const int64_t bad = first_of(x, threads, [&](int64_t first, int64_t last) {
+  const int64_t bad = first_of(x.rows, x.cols, threads, [&](int64_t first, int64_t last) {
     std::vector<int8_t> trits(static_cast<size_t>(x.group));
     return of(kind).packed(method, x, first, last, weights, packed, scales, rows, trits.data());
   });
@@ -89,13 +89,13 @@ int64_t ternarize_packed(Method method, Kind kind, const Layout& x, const void* 
 
 int64_t ternarize_tensor(Method method, Kind kind, const Layout& x, const void* weights,
                          int8_t* trits, double* scale, Total* totals, int threads) {
-  const int64_t bad = first_of(x, threads, [&](int64_t first, int64_t last) {
+  const int64_t bad = first_of(x.rows, x.cols, threads, [&](int64_t first, int64_t last) {
     return of(kind).first_not_finite(x, first, last, weights);
   });
   if (bad != kNone) return bad;
   double threshold;
   *scale = fit(method, Tensor{kind, x, weights, totals, threads}, &threshold);
-  parallel_for(x, threads, [&](int, int64_t first, int64_t last) {
+  parallel_for(x.rows, x.cols, threads, [&](int, int64_t first, int64_t last) {
     of(kind).cut(x, first, last, weights, threshold, trits);
   });
   return kNone;
