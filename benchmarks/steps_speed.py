@@ -4,8 +4,9 @@
         [--json OUT.json]
 
 A matrix of trits of 4,096 x 4,096, and 100 steps of 128 perturbations of which 16 are followed, for
-each number of bits of a cell: all of it by the compiled core with one and two threads, by torch,
-and one row by itself. Medians; what is prepared once for a journal (its arrays) is not counted.
+each number of bits of a cell: all of it by the compiled core with one and two threads, the first
+two steps by torch, and one row by itself. Medians; what is prepared once for a journal (its arrays)
+is not counted.
 """
 
 import random
@@ -25,12 +26,13 @@ from ternarize.steps.journal import Step
 from ternarize.steps.replay import Moves
 
 SEED, COUNT, K, FOLLOWED = 0x0123456789ABCDEF, 100, 128, 16
+BY_TORCH = 2  # steps
 
 
-def steps_of(bits: int) -> list[Step]:
+def steps_of(bits: int, count: int) -> list[Step]:
     rng = random.Random(bits)
     made = []
-    for number in range(COUNT):
+    for number in range(count):
         chosen = tuple(sorted(rng.sample(range(K), FOLLOWED)))
         signs = tuple(rng.choice((1, -1)) for _ in chosen)
         made.append(Step(number, TRITS, bits, 1, K, chosen, signs))
@@ -49,13 +51,14 @@ def seconds_of(moves: Moves, values: Tensor, first: int, threads: int, repeats: 
 
 def row_of(bits: int, start: Tensor, cols: int, repeats: int) -> dict[str, Any]:
     """Measure journals of one density, and print it."""
-    moves = Moves(steps_of(bits), TRITS, SEED)
+    moves = Moves(steps_of(bits, COUNT), TRITS, SEED)
     nonzeros = COUNT * FOLLOWED * -(-len(start) >> bits)
     seconds = [seconds_of(moves, start.clone(), 0, threads, repeats) for threads in (1, 2)]
     at = 7 * cols
     single = seconds_of(moves, start[at : at + cols].clone(), at, 1, 20 * repeats)
     with mock.patch.object(replay, "lib", None):
-        seconds.append(seconds_of(moves, start.clone(), 0, 1, 1))
+        few = Moves(steps_of(bits, BY_TORCH), TRITS, SEED)
+        seconds.append(seconds_of(few, start.clone(), 0, 1, 1) * COUNT / BY_TORCH)
     speeds = [nonzeros / each / 1e6 for each in seconds]
     print(
         f"| {1 << bits:,} | {nonzeros:,} | {speeds[0]:.0f} | {speeds[1]:.0f} | {speeds[2]:.1f} | "

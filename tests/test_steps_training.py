@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ternarize.convert.run import convert
 from ternarize.errors import CheckpointError, FormatError, OutputError, UsageError
-from ternarize.measure.step_log import log_of
+from ternarize.measure.step_log import curves_of, log_of
 from ternarize.plans.recipe import Recipe, Train
 from ternarize.ranks import World
 from ternarize.runtime.load import load
@@ -493,7 +493,15 @@ def test_scales_that_gradients_have_found_are_written_as_steps(
     assert told["steps"] == len(read_journal(journal).steps) > 5
     logged = {"written_from": 0}
     logged |= {name: round(told[name], 6) for name in ("loss_before", "loss")}
-    assert log_of(journal)["written"] == [logged]
+    logged["upto"] = read_journal(journal).next_number
+    log = log_of(journal)
+    assert log["written"] == [logged]
+    size = sum(row["bytes"] for row in log["steps"])
+    losses = logged["loss_before"], logged["loss"]
+    assert curves_of(log) == {
+        "attempts": [list(zip((0, logged["upto"]), losses, strict=True))],
+        "bytes": [list(zip((0, size), losses, strict=True))],
+    }
     records = open_packed(packed)
     assert check_digests(read_journal(journal), *records) == 1
     whole = journal.read_bytes()
@@ -673,6 +681,7 @@ def test_a_run_that_ends_before_its_losses_are_known_writes_nothing(
                 "written_from": 0,
                 "loss_before": round(told["loss_before"], 6),
                 "loss": round(told["loss"], 6),
+                "upto": read_journal(journal).next_number,
             }
         ]
     ]

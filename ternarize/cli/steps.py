@@ -234,7 +234,7 @@ def steps_log(
 
     Example: ternarize steps log my.steps
     """
-    from ternarize.measure.step_log import log_of, plot_log
+    from ternarize.measure.step_log import WRITTEN, log_of, plot_log
 
     found = log_of(journal)
     if plot is not None:
@@ -262,7 +262,7 @@ def steps_log(
         f"{in_bytes(found['bytes'])}, seed {found['seed']}, from {shown(found['start'])}"
     )
     for each in found["written"]:
-        first, *losses = each.values()
+        first, *losses = (each[name] for name in WRITTEN)
         if None not in losses:
             fall = " -> ".join(f"{loss:.4f}" for loss in losses)
             print(f"from step {first} on by gradient: loss on documents put aside {fall}")

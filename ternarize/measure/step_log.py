@@ -6,7 +6,7 @@ from typing import Any
 
 from ternarize.measure.report import figure_for
 from ternarize.steps.checkpoint import open_journal
-from ternarize.steps.journal import MOVED, Note, entry_bytes, is_step_number
+from ternarize.steps.journal import MOVED, Note, Step, entry_bytes, is_step_number
 
 # of steps that gradients have found: the first of them, and losses on documents put aside
 WRITTEN = ("written_from", "loss_before", "loss")
@@ -35,11 +35,13 @@ def log_of(path: str | Path) -> dict[str, Any]:
         }
         for step, edit in zip(journal.steps, journal.edited, strict=True)
     ]
-    written = [
-        {name: _as_number(each.content.get(name)) for name in WRITTEN}
-        for each in journal.entries
-        if isinstance(each, Note) and is_step_number(each.content.get("written_from"))
-    ]
+    written, last = list[dict[str, Any]](), 0
+    for each in journal.entries:
+        if isinstance(each, Step):
+            last = each.number + 1
+        elif isinstance(each, Note) and is_step_number(each.content.get("written_from")):
+            told = {name: _as_number(each.content.get(name)) for name in WRITTEN}
+            written.append({**told, "upto": last})
     header = journal.header
     return {
         "journal": str(path),
@@ -58,15 +60,34 @@ def _as_number(value: Any) -> float | None:
     return value if type(value) in (int, float) else None
 
 
+def curves_of(log: dict[str, Any]) -> dict[str, list[list[tuple[int, float]]]]:
+    """Losses over "attempts" and over "bytes" of steps, a list of lines each.
+
+    Votes have a loss for each attempt; a training by gradient has one before its steps, and one
+    behind them.
+    """
+    steps = log["steps"]
+    sizes = [0, *itertools.accumulate(row["bytes"] for row in steps)]
+    told = [(size, row["loss"]) for size, row in zip(sizes[1:], steps, strict=True)]
+    curves = {"attempts": [log["losses"]], "bytes": [told]}
+    for each in log["written"]:
+        ends = each["written_from"], each["upto"]
+        losses = each["loss_before"], each["loss"]
+        counts = [sum(row["step"] < number for row in steps) for number in ends]
+        curves["attempts"].append(list(zip(ends, losses, strict=True)))
+        curves["bytes"].append([(sizes[n], loss) for n, loss in zip(counts, losses, strict=True)])
+    return {
+        what: [known for line in lines if (known := [p for p in line if p[1] is not None])]
+        for what, lines in curves.items()
+    }
+
+
 def plot_log(log: dict[str, Any], path: str | Path) -> None:
-    """Draw the loss of a journal over its attempts and over its bytes; see `figure_for`."""
+    """Draw the curves of a journal; see `figure_for`."""
     with figure_for(path, (8, 7)) as figure:
-        over_attempts, over_bytes = figure.subplots(2, 1)
-        points = [(n, loss) for n, loss in log["losses"] if loss is not None]
-        over_attempts.plot([n for n, _ in points], [loss for _, loss in points])
-        over_attempts.set(xlabel="attempt", ylabel="loss")
-        sizes = itertools.accumulate(row["bytes"] for row in log["steps"])
-        told = [(n, row["loss"]) for n, row in zip(sizes, log["steps"], strict=True)]
-        told = [(n, loss) for n, loss in told if loss is not None]
-        over_bytes.plot([n for n, _ in told], [loss for _, loss in told])
-        over_bytes.set(xlabel="bytes of steps", ylabel="loss")
+        labels = {"attempts": "attempt", "bytes": "bytes of steps"}
+        curves = curves_of(log)
+        for axes, (what, label) in zip(figure.subplots(2, 1), labels.items(), strict=True):
+            for line in curves[what]:
+                axes.plot([x for x, _ in line], [loss for _, loss in line], ".-")
+            axes.set(xlabel=label, ylabel="loss")

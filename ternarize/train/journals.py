@@ -334,8 +334,7 @@ class _Session:
         weights = dict[str, Tensor]()
         if self.teacher is not None:
             weights |= self.teacher.named_parameters(remove_duplicate=False)
-        found, levels = {}, (-1, 0, 1)
-        same, of_trits, of_weights = 0, [0, 0, 0], [0, 0, 0]
+        found, counts = {}, torch.zeros(9, dtype=torch.int64)
         for place in self.moved.places:
             weight, own = weights.get(place.parameter), self.moved.parameters[place.part.name]
             if weight is None or weight.shape != own.shape:
@@ -346,19 +345,15 @@ class _Session:
                     "Name it with --teacher, or use --by votes",
                 )
             real, trits = self.moved.real(place, weight), self.moved.state.trits[place.part.name]
-            rounded = real.round().clamp(-1, 1).to(trits.dtype)
-            same += int((rounded == trits).sum())
-            of_trits = [n + int((trits == t).sum()) for n, t in zip(of_trits, levels, strict=True)]
-            of_weights = [
-                n + int((rounded == t).sum()) for n, t in zip(of_weights, levels, strict=True)
-            ]
+            rounded = real.nan_to_num().round().clamp(-1, 1)
+            counts += (3 * trits + rounded + 4).flatten().to(torch.int64).bincount(minlength=9)
             found[place.part.name] = self.moved.latent(place, real)
-        count = sum(of_trits)
-        chance = sum(a * b for a, b in zip(of_trits, of_weights, strict=True)) / count**2
-        if same / count < chance + _AKIN * (1 - chance):
+        shares = counts.view(3, 3) / counts.sum()  # trits, rounded weights
+        same, chance = float(shares.trace()), float(shares.sum(0) @ shares.sum(1))
+        if same < chance + _AKIN * (1 - chance):
             raise UsageError(
                 "--teacher",
-                f"its weights, rounded, are {same / count:.2f} of the trits (chance: {chance:.2f})",
+                f"its weights, rounded, are {same:.2f} of the trits (chance: {chance:.2f})",
                 "the weights that the trits were made of, as they were rounded (not folded)",
                 "Name the source, or use --by votes",
             )
