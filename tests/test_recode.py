@@ -28,6 +28,7 @@ from ternarize.files.recoded import recode_file
 from ternarize.files.unmapped import open_file
 from ternarize.measure.report import inspect
 from ternarize.plans.recipe import Recipe
+from ternarize.publish.card import make_card
 from ternarize.publish.patches import diff_packed
 from ternarize.publish.recode import recode
 from ternarize.sources.packed import open_packed
@@ -90,11 +91,7 @@ def test_all_that_was_packed_is_there_in_fewer_bytes_and_comes_back(
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files but for what tells how they came to be: the codec in the recipe, and the sums."""
-    found = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "SHA256SUMS"}
-    record = json.loads(found["ternarize.json"])
-    record["recipe"].pop("codec")
-    return {**found, "ternarize.json": json.dumps(record).encode()}
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +139,24 @@ def test_scales_of_6_bits_take_less_than_those_of_8(tmp_path: Path) -> None:
             assert codes.dtype == torch.uint8 and bool((codes % 2 == 1).any()) == (bits == 8)
         assert verify(tmp_path / f"of {bits}", tmp_path / "source")["source_compared"]
     assert stored[1] < stored[0]
+    recode(tmp_path / "of 6", tmp_path / "back", "base3")  # which no recipe asks for
+    assert verify(tmp_path / "back", tmp_path / "source")["source_compared"]
+
+
+def test_a_budget_is_spent_otherwise_in_a_conversion_that_codes(
+    packed: Path, tmp_path: Path
+) -> None:
+    """So that the recipe stays, and the card says what was done after it."""
+    calibrated = Path(shutil.copytree(packed, tmp_path / "calibrated"))
+    (calibrated / "SHA256SUMS").unlink()
+    record = json.loads((calibrated / "ternarize.json").read_text())
+    record["recipe"] |= {"method": "gptq", "calibrate": {"target_bpw": 2.0}}
+    (calibrated / "ternarize.json").write_text(json.dumps(record))
+    recode(calibrated, tmp_path / "coded")
+    made = json.loads((tmp_path / "coded" / "ternarize.json").read_text())
+    assert made["recipe"] == record["recipe"]
+    assert "ternarize recode packed smaller" in make_card(tmp_path / "coded", "user/tiny")
+    assert "ternarize recode" not in make_card(calibrated, "user/tiny")
 
 
 def is_coded(file: Path) -> bool:

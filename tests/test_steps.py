@@ -16,6 +16,7 @@ import reference
 import reference_steps as theirs
 import tiny_models
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
@@ -23,14 +24,18 @@ import ternarize
 from ternarize.cli.app import app
 from ternarize.convert.run import convert
 from ternarize.convert.verify import verify
-from ternarize.errors import DigestError, OutputError, UsageError
+from ternarize.errors import DigestError, FormatError, OutputError, UsageError
+from ternarize.files.headers import DTYPES, read_header
 from ternarize.files.names import RECORD
 from ternarize.files.sums import SUMS, listed, sha256
+from ternarize.measure.report import inspect
 from ternarize.plans.recipe import Recipe
+from ternarize.publish.card import make_card
 from ternarize.sources.packed import open_packed
 from ternarize.steps import appender as appender_module
+from ternarize.steps import checkpoint as checkpoint_module
 from ternarize.steps.appender import Appender
-from ternarize.steps.base import base_digest, opened_state, parts_of_base
+from ternarize.steps.base import base_digest, opened_state, parts_of_base, replayed
 from ternarize.steps.checkpoint import replay, replayed_rows, write_rows
 from ternarize.steps.coding import set_width
 from ternarize.steps.generator import SCALES, TRITS
@@ -152,6 +157,57 @@ def test_a_replay_is_a_checkpoint_as_the_specification_has_it(
     assert files_of(out).keys() == before.keys()
 
 
+def test_what_is_told_of_a_replay_is_true_of_its_own_trits(packed: Path, tmp_path: Path) -> None:
+    path, out = of_base(tmp_path / "my.steps", packed, *WALK[:3]), tmp_path / "out"
+    replay(path, packed, out, upto=3)
+    before, after = inspect(packed), inspect(out)
+    assert after["totals"]["sparsity"] != before["totals"]["sparsity"]
+    tensors, rows = reference.decode(out), [r for r in after["tensors"] if r["kind"] == "ternary"]
+    for row in rows:
+        assert (row["method"], row["relative_error"]) == ("steps", None)
+        tensor = tensors[row["name"]]
+        assert isinstance(tensor, reference.Ternary)
+        assert abs(row["sparsity"] - (tensor.trits == 0).mean()) < 1e-6
+    with pytest.raises(FormatError, match="moved by the steps of a journal; .* Verify its base"):
+        verify(out, EXAMPLE)
+    said = make_card(out, "user/tiny")
+    assert f"Then 2 steps, those below 3, of a journal with SHA-256 {sha256(path)}" in said
+    assert "verify packed --source" not in said and "squared error" not in said
+    assert "verify packed --source" in make_card(packed, "user/tiny")
+    # and once more
+    second = of_base(tmp_path / "second.steps", out, WALK[3])
+    replay(second, out, tmp_path / "again")
+    said = make_card(tmp_path / "again", "user/tiny")
+    assert said.index(sha256(path)) < said.index(
+        f"Then 1 steps of a journal with SHA-256 {sha256(second)}"
+    )
+
+
+def test_what_no_step_has_moved_keeps_its_figures(tmp_path: Path) -> None:
+    base = GOLDEN / "groups"
+    replay(of_base(tmp_path / "my.steps", base), base, tmp_path / "out")
+    rows = [json.loads((each / RECORD).read_text())["tensors"] for each in (base, tmp_path / "out")]
+    assert rows[0] == rows[1]
+
+
+def test_what_comes_in_the_place_of_a_replay_meanwhile_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, out = GOLDEN / "rows", tmp_path / "out"
+    path = of_base(tmp_path / "my.steps", base, *WALK)
+
+    def late(*given: Any) -> Any:
+        out.mkdir()
+        return replayed(*given)
+
+    monkeypatch.setattr(checkpoint_module, "replayed", late)
+    with pytest.raises(OutputError, match="out: exists already"):
+        replay(path, base, out)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["my.steps", "out"]
+    with pytest.raises(OutputError, match="inside the model"):
+        replay(path, base, base / "out")
+
+
 def load_tensor(folder: Path, name: str) -> torch.Tensor:
     packed, _ = open_packed(folder)
     return packed.read(name)
@@ -265,6 +321,9 @@ def test_a_start_from_a_seed_is_written_in_the_container_format(walk: Path, tmp_
     replay(walk, None, tmp_path / "w.safetensors")
     expected = theirs.replay(theirs.read_journal(walk.read_bytes()))
     found = reference.decode(tmp_path / "w.safetensors")
+    header = read_header(tmp_path / "w.safetensors")
+    for entry in header.entries.values():
+        assert (header.data_start + entry.start) % DTYPES[entry.dtype].itemsize == 0
     assert found.keys() == {name for name, _, _ in TENSORS}
     for name, trits, exponents, size in expected.parts():
         tensor = found[name]
@@ -333,6 +392,26 @@ def test_a_journal_that_is_full_is_not_written_on(
     assert walk.read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "/"])
+def test_a_name_that_is_none_of_a_file_is_refused(name: str) -> None:
+    with pytest.raises(OutputError, match="exists already; expected a new name"):
+        Appender(name, SEED)
+
+
+def test_a_lock_that_cannot_be_taken_is_left_to_its_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    lock = tmp_path / "my.steps.lock"
+    lock.touch()
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    with pytest.raises(OutputError, match="my.steps: cannot be made .Permission denied"):
+        Appender(tmp_path / "my.steps", SEED)
+    assert lock.exists()
+
+
 def test_an_edit_concerns_no_step_that_comes_later(walk: Path) -> None:
     edit(walk, Edit("mask", 5, 1000))
     later = Step(20, TRITS, 3, 1, 9, (1,), (1,))
@@ -395,6 +474,9 @@ def test_two_journals_are_joined_behind_what_they_have_in_common(
     state = state_of(read_journal(walk))
     state.apply(own[:1])
     assert digest_of(tmp_path / "both.steps") == state.digest()
+    edit(new, Edit("mask", 3, 3))  # of a step that both have: the first one's edits count
+    again = merge(walk, new, tmp_path / "again.steps")
+    assert [step.number for step in again.steps][:3] == [0, 1, 3]
     # steps of another seed keep it
     other = written(tmp_path / "other.steps", JournalHeader(5, 1 << 30, TENSORS), WALK[0])
     with pytest.raises(UsageError, match="begins otherwise than"):

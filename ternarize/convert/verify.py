@@ -111,6 +111,13 @@ def _compare(
             "the record of its conversion, without which it cannot be repeated",
             "Verify without --source",
         )
+    if "steps" in table:
+        raise FormatError(
+            packed.directory,
+            "was moved by the steps of a journal",
+            "what a conversion gives",
+            "Verify its base with --source, and the journal with `ternarize steps verify`",
+        )
     recipe = read_recipe(table)
     of_module = MODULE in (packed.config or {})  # its class is not at hand: the record says what
     verdicts = verdicts_on_record(table["tensors"]) if of_module else None

@@ -13,7 +13,7 @@ and what all rooms share.
     metadata.py    what a packed file's header says of its tensors: records, and checks of them
     stored.py      tensors of packed files read and checked by the compiled core
     container.py   the stored bytes of a packed tensor
-    recoded.py     a packed file written again, with its tensors as streams or without
+    recoded.py     packed files written again, with tensors as streams or without
     unmapped.py    packed files read into memory where transformers would map them
     sections.py    changes of tensors as bytes
     patch.py       the file of a patch

@@ -2,21 +2,28 @@
 
 import errno
 import os
-from collections.abc import Collection
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
 from ternarize.errors import OutputError
 
 
-def partial_of(output: Path) -> Path:
-    """Where a result is written until it is complete, beside its final name.
+def name_beside(output: Path, ending: str) -> Path:
+    """The name of a file beside a result, which begins as the result's.
 
     Raises OutputError for "", ".", ".." and "/": beside them nothing can be put.
     """
     if output.name in ("", ".."):
         raise OutputError(output, "exists already", "a new name", "Name another")
-    return output.with_name(output.name + ".partial")
+    return output.with_name(output.name + ending)
+
+
+def partial_of(output: Path) -> Path:
+    """Where a result is written until it is complete; OutputError as `name_beside`."""
+    return name_beside(output, ".partial")
 
 
 def check_free(output: Path) -> None:
@@ -46,7 +53,7 @@ def write_whole(path: Path, data: bytes, mark: str = "") -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
@@ -94,3 +101,50 @@ def sync_names(directory: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextmanager
+def fresh_output(source: Path, output: Path, *, folder: bool) -> Iterator[Path]:
+    """A place beside `output` to write to, which gets its name when all is written, or goes away.
+
+    source  directory of what it is made of, which is never changed
+    folder  whether a directory is made, or a file
+
+    Raises OutputError where something has the name already, or nothing can be written.
+    """
+    source = source.resolve()
+    partial = partial_of(output)
+    check_free(output)
+    if source in output.resolve().parents:
+        raise OutputError(
+            output,
+            f"is inside the model {source}",
+            "another place: the source is never changed",
+            "Name another",
+        )
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        if folder:
+            partial.mkdir()
+        else:
+            partial.touch(exist_ok=False)
+    except OSError as error:
+        remedy = "Remove what is there, or name another output"
+        raise cannot_make(partial, error, remedy) from None
+    try:
+        yield partial
+        sync_files(partial)
+        check_free(output)  # again: a rename would replace what has come in the meantime
+        partial.rename(output)
+        sync_names(output.parent)
+    except OSError as error:
+        raise OutputError(
+            partial,
+            f"cannot be written ({error.strerror or error})",
+            remedy="Make room or permission",
+        ) from error
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink(missing_ok=True)

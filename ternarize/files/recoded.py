@@ -1,10 +1,13 @@
-"""A packed file written again, with its ternary tensors as streams or as they were before.
+"""Packed files written again: in a directory beside the rest of a checkpoint, with other tensors.
 
-What `ternarize recode` does with a checkpoint, and a conversion with its own files.
+With ternary tensors as streams, or as they were before, is what `ternarize recode` does with a
+checkpoint, and a conversion with its own files.
 """
 
 import math
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -13,10 +16,46 @@ from ternarize.errors import FormatError
 from ternarize.files import metadata
 from ternarize.files.checkpoint import Checkpoint, open_files
 from ternarize.files.container import check_data
-from ternarize.files.headers import DTYPES, byte_view, file_head, lay_out, read_bytes
+from ternarize.files.headers import DTYPES, Entry, byte_view, file_head, lay_out, read_bytes
 from ternarize.files.json_files import strict_json
 from ternarize.files.metadata import KEY, RANS, SCALE_SUFFIX, Record, records_of
+from ternarize.files.outputs import fresh_output
+from ternarize.files.sums import SUMS, renew_sums
 from ternarize.trits.rans import encode_rows
+
+
+@contextmanager
+def rewritten(packed: Checkpoint, output: Path) -> Iterator[Path]:
+    """A packed checkpoint's directory again: all that is in it but its weights, which come inside.
+
+    What is wrong inside leaves nothing. SHA256SUMS is renewed where there was one. Raises
+    OutputError as `fresh_output`.
+    """
+    top = packed.directory  # weights of the same name below are those of modules
+    left = [*packed.files, SUMS]
+    with fresh_output(top, output, folder=True) as partial:
+        shutil.copytree(
+            top,
+            partial,
+            ignore=lambda at, names: left if Path(at) == top else [],
+            dirs_exist_ok=True,
+        )
+        yield partial
+        if (top / SUMS).is_file():
+            renew_sums(partial)
+
+
+def head_again(
+    checkpoint: Checkpoint, file: str, entries: Mapping[str, Entry], records: Mapping[str, Record]
+) -> bytes:
+    """The head of a packed file that is written again: what else its metadata says stays.
+
+    entries  of all its tensors, in the order of their data
+    records  of its tensors; which digests they have changes no length
+    """
+    recorded = strict_json(checkpoint.metadata[file][KEY]).get("recorded") is True
+    said = checkpoint.metadata[file] | metadata.dump_metadata(records, recorded=recorded)
+    return file_head(entries, said)
 
 
 @dataclass(frozen=True)
@@ -97,10 +136,8 @@ def _write(
 ) -> None:
     """One file."""
     entries = lay_out((name, part.dtype, part.shape) for name, part in parts.items())
-    recorded = strict_json(checkpoint.metadata[file][KEY]).get("recorded") is True
-    table = checkpoint.metadata[file] | metadata.dump_metadata(records, recorded=recorded)
     with path.open("wb") as out:
-        out.write(file_head(entries, table))
+        out.write(head_again(checkpoint, file, entries, records))
         for name in entries:
             start = parts[name].start
             if start is None:

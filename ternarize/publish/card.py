@@ -11,6 +11,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from ternarize.files.metadata import RANS
 from ternarize.files.names import RECORD
 from ternarize.measure.report import inspect
 from ternarize.plans.recipe import GROUP_SIZE, KEEP, Recipe
@@ -80,7 +81,7 @@ def make_card(
         _introduction(report, base_model),
         _figures(report),
         "## How it was made",
-        *_how(record, hub),
+        *_how(record, hub, any(each.coded for each in records.values())),
         "## How to load it",
         *_loading(where, (packed.config or {}).get("architectures"), shim),
         "## Licence",
@@ -157,25 +158,55 @@ def _figures(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _how(record: dict[str, Any], hub: dict[str, str]) -> list[str]:
+def _how(record: dict[str, Any], hub: dict[str, str], coded: bool) -> list[str]:
     if not record:
         return [f"The checkpoint has no record of its conversion ({RECORD})."]
     source = f"{hub['id']}@{hub['commit']}" if hub else UNNAMED
     version = str(_table_of(record, "tool").get("version"))
     if not re.fullmatch(r"\d[\w.+-]*", version):
         version = "(of unknown version)"
+    recipe = read_recipe(record)
     parts = [
         f"With ternarize {version}:",
-        _code("console", command_of(read_recipe(record), source, _was_ternary(record))),
-        f"`{RECORD}` is the record of it, tensor by tensor. To check it against the source, "
-        "byte by byte:",
-        _code("console", shlex.join(["ternarize", "verify", "packed", "--source", source])),
+        _code("console", command_of(recipe, source, _was_ternary(record))),
     ]
+    if coded and recipe.codec != RANS:
+        parts += ["Then, the same tensors in fewer bytes:"]
+        parts += [_code("console", "ternarize recode packed smaller")]
+    if "steps" in record:
+        parts += _moved_by(record)
+    else:
+        parts += [
+            f"`{RECORD}` is the record of it, tensor by tensor. To check it against the source, "
+            "byte by byte:",
+            _code("console", shlex.join(["ternarize", "verify", "packed", "--source", source])),
+        ]
     if _table_of(_table_of(record, "source"), "imported"):
         parts.append("The source was ternary already, and is packed without loss.")
     if not hub:
         parts.append(f"({UNNAMED} was a directory, whose name is not on record.)")
     return parts
+
+
+def _moved_by(record: dict[str, Any]) -> list[str]:
+    """By which journals its trits and scales were moved afterwards, as the record says."""
+    parts, said = list[str](), _table_of(record, "steps")
+    while said:
+        parts.insert(0, _journal_of(said))
+        said = _table_of(said, "before")
+    return [*parts, f"`{RECORD}` is the record of it, tensor by tensor."]
+
+
+def _journal_of(said: dict[str, Any]) -> str:
+    journal = _table_of(said, "journal")
+    count, upto, sha = said.get("steps"), journal.get("upto"), str(journal.get("sha256"))
+    many = f"{count:,} steps" if isinstance(count, int) else "steps"
+    before = f", those below {upto:,}," if isinstance(upto, int) else ""
+    of = f"with SHA-256 {sha}" if re.fullmatch(r"[0-9a-f]{64}", sha) else "that is not on record"
+    return (
+        f"Then {many}{before} of a journal {of} were applied (`ternarize steps replay`): the "
+        "weights are no longer those that the source gives."
+    )
 
 
 def _was_ternary(record: dict[str, Any]) -> bool:

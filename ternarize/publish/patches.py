@@ -28,7 +28,7 @@ from ternarize.files.headers import DTYPES, read_bytes
 from ternarize.files.json_files import readable
 from ternarize.files.metadata import SCALE_SUFFIX, Record
 from ternarize.files.names import CARD
-from ternarize.files.outputs import reserve, write_at
+from ternarize.files.outputs import fresh_output, reserve, write_at
 from ternarize.files.patch import (
     BY_TENSOR,
     IN_BASE,
@@ -56,7 +56,7 @@ from ternarize.files.sections import (
 )
 from ternarize.files.sums import SUMS, listed, sha256
 from ternarize.progress import Progress
-from ternarize.publish.export.common import PackedCheckpoint, fresh_output
+from ternarize.publish.export.common import PackedCheckpoint
 from ternarize.sources.packed import check_uncoded, open_packed
 from ternarize.threads import THREADS, in_threads
 from ternarize.trits.base3 import BASE3
@@ -95,7 +95,7 @@ def diff_packed(
     if old.directory.resolve() in patch.resolve().parents:
         raise OutputError(patch, f"is inside {a}", "another place", "Name another")
     changes = [n for n, r in new.records.items() if r.sha256 != old.records[n].sha256]
-    with fresh_output(new, patch, folder=False) as partial:
+    with fresh_output(new.directory, patch, folder=False) as partial:
         files = _describe_files(old, new, threads)
         base = {name: old.records[name].sha256 for name in changes}
         folder = partial.parent
@@ -140,7 +140,7 @@ def apply_patch(
     output = Path(output).expanduser()
     told = open_patch(Path(patch).expanduser())
     old = _opened(base)
-    with fresh_output(old, output, folder=True) as partial:
+    with fresh_output(old.directory, output, folder=True) as partial:
         _write_small(told, old, partial)
         with _of_the_patch(told):
             new = _opened(partial)

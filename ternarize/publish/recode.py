@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,8 @@ from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.json_files import read_json
 from ternarize.files.metadata import RANS, SCALE_SUFFIX, Record
 from ternarize.files.names import INDEX, RECORD, SAFETENSORS
-from ternarize.files.recoded import recode_file
-from ternarize.files.sums import SUMS, renew_sums
+from ternarize.files.recoded import recode_file, rewritten
 from ternarize.progress import Progress
-from ternarize.publish.export.common import PackedCheckpoint, fresh_output
 from ternarize.sources.packed import open_packed
 from ternarize.threads import THREADS
 from ternarize.trits.base3 import BASE3
@@ -48,27 +45,18 @@ def recode(
         raise UsageError("--codec", f"{codec!r}", f"one of {', '.join(_CODECS)}")
     output = Path(output).expanduser()
     verify(model, threads=threads)
-    packed = PackedCheckpoint(*open_packed(model))
-    checkpoint, records, top = packed.checkpoint, packed.records, packed.directory
+    checkpoint, records = open_packed(model)
     sizes, done = dict[str, int](), itertools.count(1)
 
     def told(name: str) -> None:
         if progress is not None:
             progress(next(done), len(records), name, "coding")
 
-    with fresh_output(packed, output, folder=True) as partial:
-        shutil.copytree(
-            top,
-            partial,
-            ignore=lambda at, names: [*checkpoint.files, SUMS] if Path(at) == top else [],
-            dirs_exist_ok=True,
-        )
+    with rewritten(checkpoint, output) as partial:
         for file in checkpoint.files:
             own = {n: r for n, r in records.items() if checkpoint.tensors[n].file == file}
             sizes |= recode_file(checkpoint, file, own, codec, partial, threads, told)
-        _renew(records, sizes, partial)
-        if (top / SUMS).is_file():
-            renew_sums(partial)
+        _renew(records, sizes, codec, partial)
         made, after = open_packed(partial)
         container.check_data(made, after, threads=threads)
     ternary = [name for name, record in records.items() if record.kind == "ternary"]
@@ -76,7 +64,9 @@ def recode(
     return {
         "output": str(output),
         "codec": codec,
-        "bytes_before": sum((top / file).stat().st_size for file in checkpoint.files),
+        "bytes_before": sum(
+            (checkpoint.directory / file).stat().st_size for file in checkpoint.files
+        ),
         "bytes": sum((output / file).stat().st_size for file in checkpoint.files),
         "bpw_before": _bits(checkpoint, ternary, weights),
         "ternary_bpw": _bits(made, ternary, weights),
@@ -95,9 +85,22 @@ def _numel(record: Record) -> int:
     return math.prod(record.shape)
 
 
-def _renew(records: Mapping[str, Record], sizes: Mapping[str, int], output: Path) -> None:
-    """Bring what says sizes of tensors up to date."""
+def _is_of_both(recipe: Any) -> bool:
+    """Whether a conversion by a recipe on record gives the same trits in either codec."""
+    if not isinstance(recipe, dict):
+        return False
+    calibrate = recipe.get("calibrate")
+    spent = isinstance(calibrate, dict) and calibrate.get("target_bpw") is not None
+    return not spent and recipe.get("scale_bits") != 6  # a budget counts what is stored
+
+
+def _renew(
+    records: Mapping[str, Record], sizes: Mapping[str, int], codec: str, output: Path
+) -> None:
+    """Bring what says sizes of tensors up to date, and how a conversion would give them."""
     record, index = (read_json(output / name) for name in (RECORD, SAFETENSORS + INDEX))
+    if record is not None and _is_of_both(record.get("recipe")):
+        record["recipe"]["codec"] = codec
     for name, row in (record or {}).get("tensors", {}).items():
         if name in records and "stored_bytes" in row:
             packed = records[name].shape is not None

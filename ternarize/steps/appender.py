@@ -7,7 +7,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ternarize.errors import OutputError
-from ternarize.files.outputs import cannot_make, write_at, write_whole
+from ternarize.files.outputs import cannot_make, name_beside, write_at, write_whole
 from ternarize.steps.journal import (
     MOST_STEPS,
     JournalEntry,
@@ -32,19 +32,18 @@ class Appender:
 
     def __init__(self, path: str | Path, header: JournalHeader) -> None:
         self._path = path = Path(path)
-        self._lock = FileLock(path.with_name(path.name + ".lock"), timeout=0)
+        self._lock = FileLock(name_beside(path, ".lock"), timeout=0)
         try:
             self._lock.acquire()
-            if not path.exists():
-                write_whole(path, journal_header(header), f".{os.getpid()}")
         except Timeout:
             raise OutputError(
                 path, "another process is writing it", "to be alone", "Wait for it"
             ) from None
         except OSError as error:
-            self._unlock()
             raise cannot_make(path, error, "Name another file") from None
         try:
+            if not path.exists():
+                self._begin(header)
             self.journal = read_journal(path)
             if self.journal.header != header:
                 raise OutputError(
@@ -60,6 +59,12 @@ class Appender:
         except BaseException:
             self._unlock()
             raise
+
+    def _begin(self, header: JournalHeader) -> None:
+        try:
+            write_whole(self._path, journal_header(header), f".{os.getpid()}")
+        except OSError as error:
+            raise cannot_make(self._path, error, "Name another file") from None
 
     def append(self, *entries: JournalEntry) -> None:
         """Add records at once; a digest is on the disk, with all before it, when this returns."""

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,23 +13,16 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ternarize.errors import OutputError, UsageError
+from ternarize.errors import UsageError
 from ternarize.files import metadata
 from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.container import check_data, digest
-from ternarize.files.headers import (
-    DTYPE_NAMES,
-    Entry,
-    byte_view,
-    file_head,
-    read_bytes,
-    read_header,
-)
-from ternarize.files.json_files import strict_json
-from ternarize.files.metadata import KEY, SCALE_SUFFIX, Record
+from ternarize.files.headers import DTYPE_NAMES, byte_view, file_head, lay_out, read_header
+from ternarize.files.metadata import SCALE_SUFFIX, Record
 from ternarize.files.names import RECORD
-from ternarize.files.outputs import check_free, sync_files, write_whole
-from ternarize.files.sums import SUMS, renew_sums, sha256
+from ternarize.files.outputs import check_free, write_at, write_whole
+from ternarize.files.recoded import head_again, rewritten
+from ternarize.files.sums import sha256
 from ternarize.sources.fetch import fetch_file, split_id
 from ternarize.sources.packed import check_record, check_uncoded, open_packed
 from ternarize.steps.base import (
@@ -48,7 +40,7 @@ from ternarize.trits.base3 import unpack
 from ternarize.trits.scales import scale_values
 from ternarize.trits.ternary import largest_of_groups, spread_scales
 
-_PIECE = 1 << 24  # bytes copied at a time
+_PIECE = 1 << 22  # elements copied at a time
 
 
 def replay(
@@ -75,13 +67,10 @@ def replay(
     check_base(path, journal.header, records)
     check_uncoded(packed, records)
     check_data(packed, records)
-    if packed.directory.resolve() in output.resolve().parents:
-        raise OutputError(output, "is within the base", "a place outside", "Name another")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
-        made = Path(folder) / "made"
-        about = _write_packed(journal, packed, records, made, upto)
-        made.rename(output)
+    about = _about(journal, upto)
+    with rewritten(packed, output) as partial:
+        now = _write_weights(journal, packed, records, partial, upto)
+        _renew_record(packed, records, now, partial, about)
     return about
 
 
@@ -193,62 +182,48 @@ def _about(journal: Journal, upto: int | None) -> dict[str, Any]:
     }
 
 
-def _write_packed(
+def _write_weights(
     journal: Journal,
     packed: Checkpoint,
     records: Mapping[str, Record],
-    output: Path,
+    folder: Path,
     upto: int | None,
-) -> dict[str, Any]:
-    """The base's files, with the tensors that steps have moved."""
-    top = os.fspath(packed.directory)  # weights of the same name below are those of modules
-    shutil.copytree(
-        top, output, ignore=lambda at, names: {*packed.files, SUMS} & {*names} if at == top else ()
-    )
-    moved = replayed(packed, records, journal.header, journal.effective(upto))
-    after: dict[str, tuple[Tensor, Tensor]] = {}  # those of one file
+) -> dict[str, Record]:
+    """The base's files of weights after steps, a tensor at a time; returns their records."""
+    moved = {each for p in parts_of_base(records) for each in (p.name, p.name + SCALE_SUFFIX)}
+    headers = {file: read_header(packed.directory / file) for file in packed.files}
+    own = {f: [n for n in records if packed.tensors[n].file == f] for f in packed.files}
+
+    def head_of(file: str, records: Mapping[str, Record]) -> bytes:
+        here = {name: records[name] for name in own[file]}
+        return head_again(packed, file, headers[file].entries, here)
+
+    places = dict[str, int]()
+    for file, header in headers.items():
+        with (folder / file).open("wb") as out:
+            out.write(head_of(file, records))
+            for name, entry in header.entries.items():
+                places[name] = out.tell()
+                if name in moved:
+                    out.truncate(out.seek(entry.nbytes, os.SEEK_CUR))
+                    continue
+                count = packed.tensors[name].numel
+                for at in range(0, count, _PIECE):
+                    piece = packed.read(name, at, min(at + _PIECE, count))
+                    out.write(byte_view(piece).numpy().data)
     now = dict(records)
-    for part, trits, exponents, stored in moved:
+    for part, trits, exponents, stored in replayed(
+        packed, records, journal.header, journal.effective(upto)
+    ):
         tensors = stored_after(trits, exponents, stored, part)
         now[part.name] = replace(records[part.name], sha256=digest(*tensors))
-        after[part.name] = tensors
-    for file in packed.files:
-        _copy_file(packed, file, output / file, now, after)
-    about = _about(journal, upto)
-    _renew_record(packed, records, now, output, about)
-    if (packed.directory / SUMS).is_file():
-        renew_sums(output)
-    sync_files(output)
-    return about
-
-
-def _copy_file(
-    packed: Checkpoint,
-    file: str,
-    output: Path,
-    records: Mapping[str, Record],
-    after: Mapping[str, tuple[Tensor, Tensor]],
-) -> None:
-    """One file of the base, with new tensors in the place of those in `after`."""
-    source = packed.directory / file
-    header = read_header(source)
-    said = strict_json(header.metadata[KEY])
-    here = {name: records[name] for name in said["tensors"]}
-    table = dict(header.metadata)
-    table |= metadata.dump_metadata(here, recorded=said.get("recorded") is True)
-    with output.open("wb") as out:
-        out.write(file_head(header.entries, table))
-        for name, entry in header.entries.items():
-            owner = name.removesuffix(SCALE_SUFFIX)
-            if name in after:
-                out.write(byte_view(after[name][0]).numpy().data)
-            elif name not in here and owner in after:
-                out.write(byte_view(after[owner][1]).numpy().data)
-            else:
-                for at in range(0, entry.nbytes, _PIECE):
-                    size = min(_PIECE, entry.nbytes - at)
-                    piece = read_bytes(source, header.data_start + entry.start + at, size)
-                    out.write(piece.numpy().data)
+        for name, tensor in zip((part.name, part.name + SCALE_SUFFIX), tensors, strict=True):
+            with (folder / packed.tensors[name].file).open("r+b", buffering=0) as there:
+                write_at(there, places[name], byte_view(tensor).numpy().data)
+    for file in packed.files:  # of the same length, with the digests
+        with (folder / file).open("r+b", buffering=0) as there:
+            write_at(there, 0, memoryview(head_of(file, now)))
+    return now
 
 
 def _renew_record(
@@ -263,11 +238,15 @@ def _renew_record(
     if record is None:
         return
     for name, row in record["tensors"].items():
-        if "sha256" in row and name in now:
-            row["sha256"] = now[name].sha256
+        if name in now and now[name].sha256 != records[name].sha256:
+            if "sha256" in row:
+                row["sha256"] = now[name].sha256
+            row["method"] = "steps"
+            for figure in ("relative_error", "sparsity"):
+                row.pop(figure, None)
     for part in ("calibration", "training"):
         record.pop(part, None)
-    record["steps"] = about
+    record["steps"] = {**about, "before": record["steps"]} if "steps" in record else about
     (output / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
 
 
@@ -295,12 +274,8 @@ def _write_from_seed(journal: Journal, output: Path, upto: int | None) -> None:
         stored, scales = stored_after(trits, exponents, ones, part)
         tensors |= {part.name: stored, part.name + SCALE_SUFFIX: scales}
         records[part.name] = Record(digest(stored, scales), part.shape, part.group_size)
-    entries, at = dict[str, Entry](), 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        entries[name] = Entry(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), at, size)
-        at += size
+    entries = lay_out((n, DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in tensors.items())
     head = file_head(entries, metadata.dump_metadata(records))
-    body = b"".join(byte_view(tensor).numpy().tobytes() for tensor in tensors.values())
+    body = b"".join(byte_view(tensors[name]).numpy().tobytes() for name in entries)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(output, head + body, f".{os.getpid()}")

@@ -101,8 +101,9 @@ def compact(path: str | Path, new: str | Path) -> Journal:
 def merge(path: str | Path, other: str | Path, new: str | Path) -> Journal:
     """The steps of the first, then those that the second has and the first has not.
 
-    Both must begin alike. The steps of the second keep what they are drawn with; edits of both are
-    applied for good. What comes out is a starting point, not a result.
+    Both must begin alike. The steps of the second keep what they are drawn with; edits are applied
+    for good, of the steps that both have those of the first. What comes out is a starting point,
+    not a result.
     """
     first, second = read_journal(path), read_journal(other)
     check_same_start(first, second)

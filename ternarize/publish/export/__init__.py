@@ -2,7 +2,7 @@
 
 A module for each target, beside what they have in common:
 
-    common.py      reading the packed checkpoint, what is lost, the output's place
+    common.py      reading the packed checkpoint, what is lost
     directory.py   a checkpoint in the layout of the Hub, written
     dense.py       floating point
     bitnet.py      transformers' BitLinear

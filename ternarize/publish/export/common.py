@@ -1,4 +1,4 @@
-"""What all exports have in common: reading the packed checkpoint, what is lost, the output's place.
+"""What all exports have in common: reading the packed checkpoint, what is lost.
 
 An engine stores a matrix in groups of its own, with scales of its own type. A packed tensor is
 *carried* if the engine's groups can hold its trits and scales as they are. What cannot be carried
@@ -10,9 +10,7 @@ weight, and measured:
 
 import math
 import re
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ternarize.errors import CheckpointError, OutputError
+from ternarize.errors import CheckpointError
 from ternarize.files import container
 from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.metadata import SCALE_SUFFIX, Record
-from ternarize.files.outputs import cannot_make, check_free, partial_of, sync_files, sync_names
 from ternarize.sources.packed import open_packed
 from ternarize.trits.base3 import BASE3
 from ternarize.trits.methods import itf
@@ -236,49 +233,3 @@ class Losses:
             "lost": [*self.general, *lost],
             "errors": rows,
         }
-
-
-@contextmanager
-def fresh_output(packed: PackedCheckpoint, output: Path, *, folder: bool) -> Iterator[Path]:
-    """A place beside `output` to write to, which gets its name when all is written, or goes away.
-
-    folder  whether a directory is made, or a file
-
-    Raises OutputError where something has the name already, or nothing can be written.
-    """
-    source = packed.directory.resolve()
-    partial = partial_of(output)
-    check_free(output)
-    if source in output.resolve().parents:
-        raise OutputError(
-            output,
-            f"is inside the model {source}",
-            "another place: the source is never changed",
-            "Name another",
-        )
-    try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        if folder:
-            partial.mkdir()
-        else:
-            partial.touch(exist_ok=False)
-    except OSError as error:
-        remedy = "Remove what is there, or name another output"
-        raise cannot_make(partial, error, remedy) from None
-    try:
-        yield partial
-        sync_files(partial)
-        check_free(output)  # again: a rename would replace what has come in the meantime
-        partial.rename(output)
-        sync_names(output.parent)
-    except OSError as error:
-        raise OutputError(
-            partial,
-            f"cannot be written ({error.strerror or error})",
-            remedy="Make room or permission",
-        ) from error
-    finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        else:
-            partial.unlink(missing_ok=True)

@@ -21,11 +21,12 @@ from ternarize.errors import CheckpointError, UsageError, WeightError
 from ternarize.files.container import as_source
 from ternarize.files.headers import DTYPE_NAMES, DTYPES, byte_view, file_head, lay_out
 from ternarize.files.names import INDEX, RECORD, SAFETENSORS
+from ternarize.files.outputs import fresh_output
 from ternarize.models.configuration import config_dtype
 from ternarize.models.places import locate_tensors
 from ternarize.plans.copied import small_files
 from ternarize.progress import Progress
-from ternarize.publish.export.common import Losses, PackedCheckpoint, fresh_output, model_config
+from ternarize.publish.export.common import Losses, PackedCheckpoint, model_config
 from ternarize.publish.hub import SHIM
 
 SHARD = 5 * 10**9  # bytes of a file, as save_pretrained has it
@@ -67,7 +68,7 @@ def export_directory(
     """
     losses = Losses(to, allow_requantize)
     items, config = contents(packed, losses, **options)
-    with fresh_output(packed, output, folder=True) as partial:
+    with fresh_output(packed.directory, output, folder=True) as partial:
         _write_weights(partial, items, progress)
         table = {**_plain_config(packed), **config}
         (partial / "config.json").write_text(json.dumps(table, indent=2) + "\n")

@@ -28,7 +28,7 @@ from ternarize.files.llama_cpp import (
     rope_factors,
     rope_of,
 )
-from ternarize.files.outputs import check_free
+from ternarize.files.outputs import check_free, fresh_output
 from ternarize.models.configuration import text_config
 from ternarize.progress import Progress
 from ternarize.publish.export import vocabulary
@@ -38,7 +38,6 @@ from ternarize.publish.export.common import (
     carry,
     carry_or_refit,
     common_scales,
-    fresh_output,
     model_config,
     refit,
 )
@@ -133,7 +132,7 @@ def export_gguf(
     for item in items:
         writer.add_tensor_info(item.name, item.shape, np.dtype(np.void), item.nbytes, item.type)
     write_keys(gguf, writer, packed, config, architecture, kind)
-    with fresh_output(packed, output, folder=False) as partial:
+    with fresh_output(packed.directory, output, folder=False) as partial:
         try:
             writer.write_header_to_file(partial)
             writer.write_kv_data_to_file()
