@@ -31,7 +31,7 @@ from ternarize.convert.record import write_small_files
 from ternarize.convert.run import convert
 from ternarize.convert.tensor import Change, Result, convert_tensor
 from ternarize.convert.verify import verify
-from ternarize.convert.workplace import JOURNAL
+from ternarize.convert.workplace import JOURNAL, exclusive
 from ternarize.errors import (
     CheckpointError,
     FormatError,
@@ -41,7 +41,7 @@ from ternarize.errors import (
     WeightError,
 )
 from ternarize.files import container
-from ternarize.files.outputs import write_at
+from ternarize.files.outputs import write_at, write_whole
 from ternarize.plans import layout
 from ternarize.plans.plan import make_plan
 from ternarize.plans.recipe import Calibrate, Recipe
@@ -792,6 +792,41 @@ def test_two_conversions_cannot_write_one_output(source: Path, tmp_path: Path) -
         pytest.raises(OutputError, match="another conversion"),
     ):
         convert(source, tmp_path / "out")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a file that is open keeps its name")
+def test_a_lock_whose_name_goes_as_it_is_taken_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older versions of filelock do not look, and two would have it."""
+    import fcntl
+
+    partial, path, really = tmp_path / "out.partial", tmp_path / "out.partial.lock", fcntl.flock
+    calls: list[int] = []
+
+    def flock(handle: int, operation: int) -> None:
+        calls.append(operation)
+        if len(calls) == 1:  # the process before this one is done
+            path.unlink()
+        really(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with exclusive(partial, 10):
+        assert path.exists()
+        with pytest.raises(OutputError, match="another conversion"), exclusive(partial):
+            pass
+
+
+def test_a_small_file_that_is_broken_off_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(handle: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "my.steps", b"data")
+    assert not list(tmp_path.iterdir())
 
 
 def test_patterns_that_match_nothing_and_keeping_everything_are_refused(
