@@ -30,9 +30,9 @@ from ternarize.files.names import RECORD
 from ternarize.measure.documents import DEFAULT
 from ternarize.measure.evaluate import Evaluation, open_evaluation
 from ternarize.measure.language_models import LOGITS
-from ternarize.measure.measured import config_if_measured
-from ternarize.models.configuration import in_one_line
-from ternarize.models.reads import CAUSAL, max_positions, vocabulary_size
+from ternarize.measure.measured import kinds_of
+from ternarize.models.configuration import in_one_line, open_config
+from ternarize.models.reads import CAUSAL, SPEECH, max_positions, vocabulary_size
 from ternarize.progress import Progress
 from ternarize.runtime.generate import generate
 
@@ -68,11 +68,10 @@ def check_conversion(
 
     What keeps it from being measured is no error: the conversion has succeeded.
     """
-    config = config_if_measured(output)
-    if config is None:
+    if kinds_of(output)[0] in (None, SPEECH):
         return None
     began = time.perf_counter()
-    seq_len = min(SEQ_LEN, max_positions(config))
+    seq_len = min(SEQ_LEN, max_positions(open_config(Path(output))))
     command: str | None = _command(output, source, seq_len)
     try:
         why = "its source was streamed, and is no longer on this disk" if streamed else None

@@ -128,19 +128,6 @@ class Measured:
         return model if device == "auto" else model.to(device)
 
 
-def config_if_measured(model: str | Path) -> Any | None:
-    """The configuration of a model that `evaluate` measures; None of any other.
-
-    That is a causal language model or a text encoder of transformers, with a tokenizer.
-    """
-    try:
-        checkpoint = Measured.at(model)
-    except CheckpointError:
-        return None
-    reads = checkpoint.kind != SPEECH and has_tokenizer(checkpoint.directory)
-    return checkpoint.config if reads else None
-
-
 def kinds_of(packed: str | Path) -> tuple[str | None, str | None]:
     """What is measured of a packed model (CAUSAL, ENCODER, SPEECH), and what it reads (`kind_of`).
 

@@ -57,15 +57,15 @@ def key_of(seed: int) -> tuple[int, int]:
     return seed & _WORD, seed >> 32
 
 
-def start_trits(seed: int, zeros: int, first: int, count: int, device: str = "cpu") -> Tensor:
+def start_trits(seed: int, zeros: int, first: int, count: int) -> Tensor:
     """Trits of a random start: (count,) int8, those from `first` on in the flat index.
 
     zeros  of 2^31: how many of the values of 31 bits become 0
     """
-    made = torch.empty(count, dtype=torch.int8, device=device)
+    made = torch.empty(count, dtype=torch.int8)
     for at in range(0, count, _PIECE):
         stop = min(count, at + _PIECE)
-        words = _words(seed, 0, [0], START, first + at, first + stop, device)[0]
+        words = _words(seed, 0, [0], START, first + at, first + stop, "cpu")[0]
         signs = 1 - 2 * (words >> 31)
         made[at:stop] = torch.where((words & 0x7FFFFFFF) < zeros, 0, signs)
     return made
