@@ -267,6 +267,7 @@ def test_without_backward_a_density_stays_until_it_does_not_help(tmp_path: Path)
         {"bits": (31,)},
         {"bits": ()},
         {"shares": (1.5,)},
+        {"shares": (0.5, 0.0)},
         {"amounts": (0,)},
         {"probe": "guess"},
         {"thrift": 2.0},

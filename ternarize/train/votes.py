@@ -97,7 +97,7 @@ class Votes:
             ("target", self.target, self.target in ("trits", "scales"), "trits or scales"),
             ("k", self.k, 1 <= self.k < 1 << 16, "1 to 65535"),
             ("bits", self.bits, _within(self.bits, 0, MOST_BITS), f"0 to {MOST_BITS} each"),
-            ("shares", self.shares, _within(self.shares, 0, 1), "above 0, to 1 each"),
+            ("shares", self.shares, all(0 < s <= 1 for s in self.shares or [0]), "above 0, to 1"),
             ("amounts", self.amounts, _within(self.amounts, 1, 127), "1 to 127 each"),
             ("probe", self.probe, self.probe in WAYS, f"one of {', '.join(WAYS)}"),
             ("exchange", self.exchange, self.exchange in EXCHANGES, " or ".join(EXCHANGES)),
