@@ -2,7 +2,7 @@
 
 OUTPUT.start holds the model as it was drawn, from which a run that was broken off goes on. It is
 removed when the output is complete: its weights are the seed's, and nobody needs them again. Of
-several processes each draws the same for itself, which `join` compares.
+several processes the first draws it, and gives it to the others.
 """
 
 import hashlib
@@ -26,6 +26,7 @@ from ternarize.ranks import World
 from ternarize.train.run import Log
 
 DRAWN = ".drawn.json"  # in OUTPUT.start: of what it was drawn
+_PIECE = 1 << 26  # bytes of a file that are told at a time
 
 
 def train_from_scratch(
@@ -51,12 +52,13 @@ def train_from_scratch(
     assert recipe.train is not None
     if world is not None and world.rank:
         with TemporaryDirectory(prefix="ternarize-") as own:
-            _draw(folder, Path(own) / "start", recipe.train.seed)
-            return convert(Path(own) / "start", output, recipe, device=device, world=world)
+            _give(Path(own), world)
+            return convert(own, output, recipe, device=device, world=world)
     if (output.exists() or output.is_symlink()) and not start.is_dir():
         raise OutputError(output, "exists already", "a new directory", "Remove it or name another")
     _draw(folder, start, recipe.train.seed)
     try:
+        _give(start, world or World())
         return convert(
             start,
             output,
@@ -110,3 +112,22 @@ def _draw(folder: Path, start: Path, seed: int) -> None:
     open_tokenizer(folder).save_pretrained(part)
     (part / DRAWN).write_text(json.dumps(drawn), "utf-8")
     part.rename(start)
+
+
+def _give(folder: Path, world: World) -> None:
+    """Have the files of the first process's folder in those of all others."""
+    if world.size == 1:
+        return
+    sizes = world.firsts({path.name: path.stat().st_size for path in sorted(folder.iterdir())})
+    for name, size in sizes.items():
+        path = folder / name
+        pieces = [(at, min(_PIECE, size - at)) for at in range(0, size, _PIECE)]
+        if world.rank == 0:
+            flat = torch.from_file(str(path), size=size, dtype=torch.uint8)
+            for at, count in pieces:
+                for other in range(1, world.size):
+                    world.send(flat[at : at + count], other, "files")
+            continue
+        with path.open("wb") as file:
+            for _, count in pieces:
+                file.write(world.receive((count,), torch.uint8, 0).numpy().data)
