@@ -300,7 +300,8 @@ def gpu_of(device: str) -> str | None:
     place = torch.device(device)
     if place.type != "cuda":
         return None
-    return str(torch.cuda.get_device_properties(place).uuid)  # type: ignore[attr-defined]
+    properties: Any = torch.cuda.get_device_properties(place)
+    return str(properties.uuid)
 
 
 def check_gpus(world: World, device: str) -> None:

@@ -140,7 +140,7 @@ def load_state(
     opened: Any = safe_open(path, framework="pt") if world.rank == 0 else nullcontext()
     with opened as file:
         for key, about in tensors.items():
-            kind, name, *what = key.split(" ")
+            kind, name, *rest = key.split(" ")
             like = parameters[name]
             own = None if file is None else file.get_tensor(key)
             place = like.detach() if kind == "parameter" else None
@@ -151,7 +151,7 @@ def load_state(
                 own = _everywhere(world, own, *about)
                 place = own if place is None else place.copy_(own)
             if kind == "optimizer":
-                states[name][what[0]] = place
+                states[name][rest[0]] = place
     names = {id(parameter): name for name, parameter in parameters.items()}
     counted = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {at: states[names[id(parameter)]] for at, parameter in enumerate(counted)}
