@@ -149,12 +149,12 @@ for piece in json.loads(sys.argv[1]):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="runs each piece of code in a forked child")
 def test_what_is_pushed_is_loaded_elsewhere_in_every_way_of_its_card(
-    hub: Hub, packed: Path, tmp_path: Path
+    client: Hub, packed: Path, tmp_path: Path
 ) -> None:
-    here, there = environment(hub, tmp_path / "here"), environment(hub, tmp_path / "there")
+    hub, there = client, environment(client, tmp_path / "there")
     before = {path.name: path.read_bytes() for path in packed.iterdir()}
     words = ["push", str(packed), "user/tiny", "--base-model", "user/source", "--shim", "-q"]
-    url = run([*TERNARIZE, *words], here).strip()
+    url = CliRunner().invoke(app, words).stdout.strip()
     repo = hub.repos["user/tiny"]
     assert url == f"{hub.url}/user/tiny/commit/{repo.refs['main']}"
     assert len(repo.commits) == 2  # the one that made it, and the push
