@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_train_run import assert_same, recipe_of, source_of, text_of
 
 from ternarize.convert.run import convert
@@ -33,3 +34,22 @@ def test_a_training_with_zeros_that_ends_right_behind_a_look_goes_on_to_the_same
         convert(source, tmp_path / "broken", recipe)
     convert(source, tmp_path / "broken", recipe)
     assert_same(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_after_a_break_there_are_gradients(
+    one_thread: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who trains in a notebook may go on in the same process."""
+
+    def broken(*_: Any) -> Any:
+        torch.set_grad_enabled(False)  # as where a signal comes at the end of a no_grad
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_step", broken)
+    source, text = source_of("llama", tmp_path / "source"), text_of(tmp_path / "text.txt", 60)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, tmp_path / "packed", recipe_of(text, steps=4))
+        assert torch.is_grad_enabled()
+    finally:
+        torch.set_grad_enabled(True)
