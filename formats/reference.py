@@ -456,10 +456,9 @@ def read_stream(data: bytes, rows: int, classes: list[int], name: str) -> bytes:
         often = np.frombuffer(data[at + 32 : end], "<u2").astype(np.int64)
         good = bool((often > 0).all()) and int(often.sum()) == 4096
         require(good, "stream-frequency-bad", f"{name}: frequencies add up to {int(often.sum())}")
-        slots = np.repeat(np.arange(len(found)), often)
-        starts = np.cumsum(often) - often
-        table = zip(slots.tolist(), range(4096), strict=True)
-        tables.append([(found[k], int(often[k]), slot - int(starts[k])) for k, slot in table])
+        places = np.arange(4096) - np.repeat(np.cumsum(often) - often, often)
+        held, widths = np.repeat(found, often), np.repeat(often, often)
+        tables.append([*zip(held.tolist(), widths.tolist(), places.tolist(), strict=True)])
         at = end
     count = -(-rows // height)
     require(at + 4 * count <= len(data), "stream-short", f"{name}: no room for {count} sizes")

@@ -446,7 +446,7 @@ Stored checked_stored(const int64_t* row, int64_t files) {
   x.scales_coded = row[kScalesCoded] != 0;
   x.scale_kind = static_cast<ScaleKind>(row[kScaleKind]);
   x.one_scale = group_size == 0;
-  const int64_t scale_size = row[kScaleKind] == 2 ? 4 : row[kScaleKind] == 3 ? 1 : 2;
+  const int64_t scale_size = size_of(x.scale_kind);
   const int64_t row_scales = x.lanes.stored.groups * scale_size;
   if (x.scale_bytes < 0 || (x.scales_coded ? row_scales > kMostCoded
                                            : x.scale_bytes != x.scales() * scale_size))

@@ -47,76 +47,51 @@ bool read_at(int file, int64_t at, uint8_t* out, int64_t n) {
   return true;
 }
 
-// Bits of scales in the order of the file, and what they are as floats in a run-time layout.
-struct Half {
-  using Bits = uint16_t;
-  using Out = uint16_t;
-  static bool fits(Bits b) { return b < 0x7c00; }
-  static Out out(Bits b) { return b; }
-};
-struct Brain {
-  using Bits = uint16_t;
-  using Out = uint32_t;
-  static bool fits(Bits b) { return b < 0x7f80; }
-  static Out out(Bits b) { return static_cast<Out>(b) << 16; }
-};
-struct Single {
-  using Bits = uint32_t;
-  using Out = uint32_t;
-  static bool fits(Bits b) { return b < 0x7f800000; }
-  static Out out(Bits b) { return b; }
-};
-struct Eight {
-  using Bits = uint8_t;
-  using Out = uint16_t;
-  static bool fits(Bits b) { return b == 0 || (b >= 8 && b <= 247); }
-  static Out out(Bits b) { return static_cast<Out>(b << 7); }
+// The loops over stored scales of one dtype.
+struct ScaleLoops {
+  // Whether n of them are finite and not negative, and 0 exactly where their groups have no trit but 0.
+  bool (*fit)(const uint8_t* scales, const uint8_t* used, int64_t n);
+  // Puts them in the order of a run-time layout.
+  void (*lay_out)(const Stored& x, const uint8_t* scales);
 };
 
-int64_t size_of(ScaleKind kind) {
-  return kind == ScaleKind::F32 ? 4 : kind == ScaleKind::E ? 1 : 2;
-}
-
-// Whether n scales are finite, not negative (which of the bits is the largest), and 0 exactly where their
-// groups have no trit other than 0.
-template <class S>
-bool fit(const uint8_t* scales, const uint8_t* used, int64_t n) {
-  const auto* bits = reinterpret_cast<const typename S::Bits*>(scales);
-  bool bad = false;
-  for (int64_t i = 0; i < n; ++i) bad |= !S::fits(bits[i]) | ((bits[i] != 0) != (used[i] != 0));
-  return !bad;
-}
-
-bool fit(ScaleKind kind, const uint8_t* scales, const uint8_t* used, int64_t n) {
-  switch (kind) {
-    case ScaleKind::F16: return fit<Half>(scales, used, n);
-    case ScaleKind::BF16: return fit<Brain>(scales, used, n);
-    case ScaleKind::F32: return fit<Single>(scales, used, n);
-    default: return fit<Eight>(scales, used, n);
-  }
-}
-
-template <class S>
-void lay_out(const Stored& x, const uint8_t* scales) {
-  const Lanes& lanes = x.lanes;
-  const int64_t groups = lanes.stored.groups, block = lanes.block;
-  const auto* bits = reinterpret_cast<const typename S::Bits*>(scales);
-  auto* out = static_cast<typename S::Out*>(x.scale_out);
-  for (int64_t first = 0; first < lanes.blocks * block; first += block, out += groups * block)
-    for (int64_t i = 0; i < block; ++i) {
-      const int64_t row = first + i;
-      const bool none = row >= lanes.stored.rows;
-      const auto* from = bits + (none || x.one_scale ? 0 : row * groups);
-      for (int64_t g = 0; g < groups; ++g) out[g * block + i] = none ? 0 : S::out(from[g]);
+// Those above 0 have bits from `least` to `most`; a run-time layout has the same bits, shifted.
+template <class Bits, class Out, uint32_t least, uint32_t most, int shift>
+struct Scales {
+  static bool fit(const uint8_t* scales, const uint8_t* used, int64_t n) {
+    const auto* bits = reinterpret_cast<const Bits*>(scales);
+    bool bad = false;
+    for (int64_t i = 0; i < n; ++i) {
+      const bool above = bits[i] >= least && bits[i] <= most;
+      bad |= used[i] != 0 ? !above : bits[i] != 0;
     }
-}
+    return !bad;
+  }
 
-void lay_out(const Stored& x, const uint8_t* scales) {
-  switch (x.scale_kind) {
-    case ScaleKind::F16: return lay_out<Half>(x, scales);
-    case ScaleKind::BF16: return lay_out<Brain>(x, scales);
-    case ScaleKind::F32: return lay_out<Single>(x, scales);
-    default: return lay_out<Eight>(x, scales);
+  static void lay_out(const Stored& x, const uint8_t* scales) {
+    const Lanes& lanes = x.lanes;
+    const int64_t groups = lanes.stored.groups, block = lanes.block;
+    const auto* bits = reinterpret_cast<const Bits*>(scales);
+    auto* out = static_cast<Out*>(x.scale_out);
+    for (int64_t first = 0; first < lanes.blocks * block; first += block, out += groups * block)
+      for (int64_t i = 0; i < block; ++i) {
+        const int64_t row = first + i;
+        const bool none = row >= lanes.stored.rows;
+        const auto* from = bits + (none || x.one_scale ? 0 : row * groups);
+        for (int64_t g = 0; g < groups; ++g)
+          out[g * block + i] = static_cast<Out>(none ? 0 : static_cast<Out>(from[g]) << shift);
+      }
+  }
+
+  static constexpr ScaleLoops loops{fit, lay_out};
+};
+
+const ScaleLoops& loops_of(ScaleKind kind) {
+  switch (kind) {
+    case ScaleKind::F16: return Scales<uint16_t, uint16_t, 1, 0x7bff, 0>::loops;
+    case ScaleKind::BF16: return Scales<uint16_t, uint32_t, 1, 0x7f7f, 16>::loops;
+    case ScaleKind::F32: return Scales<uint32_t, uint32_t, 1, 0x7f7fffff, 0>::loops;
+    default: return Scales<uint8_t, uint16_t, 8, 247, 7>::loops;
   }
 }
 
@@ -147,7 +122,7 @@ class Opened {
   int64_t which_ = -1;
 };
 
-// Memory for streams: bytes of chunks, what comes of them in the order in which they are coded, and rows.
+// Memory for a stream: bytes of chunks, what comes of them in the order in which they are coded, and rows.
 struct Rooms {
   std::vector<uint8_t> coded, ordered, rows;
 };
@@ -282,26 +257,22 @@ class Stream {
   int64_t begin_ = 0, held_ = 0;  // rows that are decoded and there: from, to
 };
 
-// The scales of a tensor, in the memory of the desk.
-Read read_scales(const Stored& x, Desk& desk) {
+// The scales of a tensor: `found`, in the memory of the desk.
+Read read_scales(const Stored& x, Desk& desk, const uint8_t*& found) {
   const int64_t size = size_of(x.scale_kind), rows = x.one_scale ? 1 : x.lanes.stored.rows;
   const int64_t bytes = x.scales() * size;
-  if (!x.scales_coded)
-    return read_at(desk.beside, x.scale_start, Desk::room(desk.scales, bytes), bytes)
-               ? Read::Done
-               : Read::Unreadable;
+  if (!x.scales_coded) {
+    uint8_t* const plain = Desk::room(desk.scales, bytes);
+    found = plain;
+    return read_at(desk.beside, x.scale_start, plain, bytes) ? Read::Done : Read::Unreadable;
+  }
   std::vector<uint8_t> classes(static_cast<size_t>(bytes / rows));
   for (size_t i = 0; i < classes.size(); ++i)
     classes[i] = static_cast<uint8_t>(i % static_cast<size_t>(size));
   Stream stream(desk.beside, x.scale_start, x.scale_bytes, rows, std::move(classes),
                 desk.of_scales);
   const Read opened = stream.open();
-  if (opened != Read::Done) return opened;
-  const uint8_t* all;
-  const Read decoded = stream.rows(0, rows, all);
-  if (decoded == Read::Done)
-    std::memcpy(Desk::room(desk.scales, bytes), all, static_cast<size_t>(bytes));
-  return decoded;
+  return opened == Read::Done ? stream.rows(0, rows, found) : opened;
 }
 
 Read read_raw(const Stored& x, Sha256* sha, Desk& desk) {
@@ -325,10 +296,11 @@ Read read_trits(const Stored& x, Sha256* sha, Desk& desk) {
     const Read opened = stream->open();
     if (opened != Read::Done) return opened;
   }
-  const Read beside = read_scales(x, desk);
+  const uint8_t* scales;
+  const Read beside = read_scales(x, desk, scales);
   if (beside != Read::Done) return beside;
   const int64_t scale_size = size_of(x.scale_kind);
-  const uint8_t* scales = desk.scales.data();
+  const ScaleLoops& loops = loops_of(x.scale_kind);
   // Whole blocks of a run-time layout, each of which begins where a row does.
   const int64_t unit = to_lanes ? lanes.block : 1;
   const int64_t rows = std::max<int64_t>(1, kPiece / std::max<int64_t>(1, all.width * unit)) * unit;
@@ -355,7 +327,7 @@ Read read_trits(const Stored& x, Sha256* sha, Desk& desk) {
     if (kernels().packing.check(part, 0, part.rows, piece, used) != kNone) return Read::NoCode;
     if (x.one_scale) {
       for (int64_t i = 0; i < groups; ++i) any |= used[i];
-    } else if (sha && !fit(x.scale_kind, scales + first * all.groups * scale_size, used, groups)) {
+    } else if (sha && !loops.fit(scales + first * all.groups * scale_size, used, groups)) {
       return Read::BadScale;
     }
     if (!to_lanes) continue;
@@ -364,10 +336,10 @@ Read read_trits(const Stored& x, Sha256* sha, Desk& desk) {
       block_to_lanes(lanes, piece + row * all.width, smaller(lanes.block, part.rows - row),
                      x.out + (first + row) / lanes.block * lanes.quads * 64, scratch);
   }
-  if (sha && x.one_scale && !fit(x.scale_kind, scales, &any, 1)) return Read::BadScale;
+  if (sha && x.one_scale && !loops.fit(scales, &any, 1)) return Read::BadScale;
   if (sha) sha->update(scales, x.scales() * scale_size);
   if (to_lanes)
-    lay_out(x, scales);
+    loops.lay_out(x, scales);
   else if (x.scale_out)
     std::memcpy(x.scale_out, scales, static_cast<size_t>(x.scales() * scale_size));
   return Read::Done;

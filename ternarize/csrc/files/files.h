@@ -9,6 +9,9 @@ namespace ternarize {
 
 // The dtype of stored scales; E: 8 bits, the upper half of a float16.
 enum class ScaleKind { F16, BF16, F32, E };
+inline int64_t size_of(ScaleKind kind) {  // bytes
+  return kind == ScaleKind::F32 ? 4 : kind == ScaleKind::E ? 1 : 2;
+}
 
 // A tensor in a file.
 struct Stored {
