@@ -549,6 +549,7 @@ def test_wrong_uses_of_the_commands_end_in_one_line(walk: Path, tmp_path: Path) 
     out, missing = tmp_path / "out", tmp_path / "missing.steps"
     text = tmp_path / "text"
     text.write_text("no journal")
+    of_rows = of_base(tmp_path / "rows.steps", GOLDEN / "rows")
     huge = written(tmp_path / "huge.steps", JournalHeader(1, 0, (("h", (1 << 28, 1 << 29), 0),)))
     for words, said in (
         (("verify", missing), "missing.steps: cannot be read"),
@@ -558,6 +559,9 @@ def test_wrong_uses_of_the_commands_end_in_one_line(walk: Path, tmp_path: Path) 
         (("replay", walk, out, "--tensor", "a", "--rows", "2:1"), "two rising numbers"),
         (("replay", walk, out, "--tensor", "a", "--rows", "0:25"), "0:25; expected some of the 24"),
         (("replay", walk, out, "--tensor", "z"), "'z' is not moved by steps"),
+        (("replay", of_rows, out, "--tensor", "a"), "Name it with --base"),
+        (("replay", of_rows, out), "Name it with --base"),
+        (("verify", of_rows), "begins from a packed checkpoint"),
         (("replay", huge, out), "memory"),
         (("edit", walk), "nothing; expected --mask"),
         (("edit", walk, "--mask", "9:12"), "has no step from 9 to 11"),
@@ -573,6 +577,7 @@ def test_wrong_uses_of_the_commands_end_in_one_line(walk: Path, tmp_path: Path) 
         ),
     ):
         assert said in refused(*words), words
+    assert run("replay", walk, out, "--upto", -1).exit_code == 2
     before = walk.read_bytes()
     assert read_journal(walk).edits == [] and walk.read_bytes() == before
     assert not out.exists()

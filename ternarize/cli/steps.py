@@ -18,7 +18,7 @@ NewJournal = Annotated[Path, "Journal to write; must not exist."]
 Base = Annotated[
     str | None, "Packed checkpoint that it begins from; none for a start from its seed."
 ]
-Upto = Annotated[int | None, "Leave out this step and those behind it."]
+Upto = Annotated[int | None, typer.Option(min=0, help="Leave out this step and those behind it.")]
 # by what `code_journal` says of it
 _NOT_WRITTEN = {
     "before": "what was trained had been written before it was broken off",

@@ -54,8 +54,20 @@ def base_digest(records: Mapping[str, Record]) -> str:
     return sha.hexdigest()
 
 
-def check_base(where: object, header: JournalHeader, records: Mapping[str, Record]) -> None:
-    """Raise UsageError where a journal begins from another packed checkpoint, or from a seed."""
+def check_base(where: object, header: JournalHeader, records: Mapping[str, Record] | None) -> None:
+    """Raise UsageError where a journal begins otherwise than from the base that is named.
+
+    records  of that packed checkpoint; None: none is named, for a start from the seed
+    """
+    if records is None:
+        if header.base is not None:
+            raise UsageError(
+                where,
+                "begins from a packed checkpoint",
+                "that checkpoint beside it",
+                "Name it with --base",
+            )
+        return
     if header.base is None:
         raise UsageError(
             where,

@@ -110,8 +110,7 @@ def replayed_rows(
     """
     journal = open_journal(path)
     packed, records = (None, {}) if base is None else open_packed(base)
-    if packed is not None:
-        check_base(path, journal.header, records)
+    check_base(path, journal.header, None if packed is None else records)
     parts = parts_in_order(journal.header.tensors) if packed is None else parts_of_base(records)
     part = next((each for each in parts if each.name == name), None)
     if part is None:
@@ -252,13 +251,7 @@ def _renew_record(
 
 def _write_from_seed(journal: Journal, output: Path, upto: int | None) -> None:
     """One container file with the tensors of a journal that begins from its seed."""
-    if journal.header.base is not None:
-        raise UsageError(
-            journal.path,
-            "begins from a packed checkpoint",
-            "that checkpoint beside it",
-            "Name it with --base",
-        )
+    check_base(journal.path, journal.header, None)
     state = opened_state(journal.header, None, {})
     state.apply(journal.effective(upto))
     names = {part.name for part in state.parts}

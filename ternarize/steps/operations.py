@@ -158,10 +158,11 @@ def check_digests(
 
     packed, records  of its base; None and {} for a start from the seed
 
-    Raises DigestError for one that is another, and for a base that is damaged.
+    Raises DigestError for one that is another, and for a base that is damaged, UsageError where the
+    base is another.
     """
+    check_base(journal.path, journal.header, None if packed is None else records)
     if packed is not None:
-        check_base(journal.path, journal.header, records)
         check_data(packed, records)
     marks, at = 0, 0
     state: Values | None = None
