@@ -12,17 +12,19 @@ that train, shifted and mirrored. The 10,000 others are never trained or calibra
 are of them. `quality` converts it, calibrates it on some of the images that train, without labels,
 and trains that to give what the source gives (`ternarize.qat`), without labels too. `speed` times
 it beside torch, as it is (from FOLDER-packed, which `quality` leaves) and in the sizes of ResNet-18
-with random weights; `layers` its convolutions one by one.
+with random weights; `layers` such convolutions one by one, both ways that they have.
 """
 
 import argparse
+import copy
 import gzip
 import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +38,13 @@ from torch import Tensor
 import ternarize
 from ternarize.measure.report import inspect
 from ternarize.plans.recipe import Calibrate, Recipe
-from ternarize.runtime.unfold import patches_for
+from ternarize.runtime.modules import convolution
 
 DATA = Path("/usr/share/datasets/fashion-mnist")
 MEAN, DEVIATION = 0.2860, 0.3530  # of the pixels of the images that train, 0 to 1
 BATCH = 128
 CALIBRATED = "gptq, 128, calibrated"
+CALL = convolution._CALL
 
 
 def images_of(part: str) -> tuple[Tensor, Tensor]:
@@ -275,38 +278,57 @@ def speed(source: Path, rounds: int, json: Path | None) -> None:
 
 
 def layers(rounds: int) -> None:
-    """Print milliseconds of the convolutions of ResNet-18, of their patches and dense weights."""
-    columns = ("torch", "packed", "packed, int8", "patches alone", "dense weight alone")
-    print(f"| channels, size | {' | '.join(columns)} |")
+    """Print milliseconds of convolutions of ResNet-18 and ResNet-50: torch's, and packed.
+
+    Packed as `TernaryConv2d` chooses, then by patches and by a dense weight whatever it chooses.
+    """
+
+    def by(model: Any, x: Tensor, cost: int) -> None:
+        convolution._CALL = cost  # of a dense weight
+        model(x)
+
+    columns = ("torch", "packed", "by patches", "by a dense weight", "packed, int8")
+    print(f"| channels, kernel, size, images | {' | '.join(columns)} |")
     print("|---" * (len(columns) + 1) + "|")
-    for channels, size in ((64, 56), (128, 28), (256, 14), (512, 7)):
+    for channels, kernels, width, size in (
+        (64, 64, 3, 56),
+        (128, 128, 3, 28),
+        (256, 256, 3, 14),
+        (512, 512, 3, 7),
+        (64, 256, 1, 56),
+        (256, 64, 1, 56),
+        (512, 128, 1, 28),
+        (256, 1024, 1, 14),
+    ):
         torch.manual_seed(0)
-        dense = torch.nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        dense = torch.nn.Conv2d(channels, kernels, width, padding=width // 2, bias=False)
         around = torch.nn.Sequential(torch.nn.Identity(), dense)
-        x = torch.randn(1, channels, size, size).to(memory_format=torch.channels_last)
-        calls: list[Callable[[], Any]] = [lambda x=x, dense=dense: dense(x)]  # type: ignore[misc]
-        for activations in ("none", "int8"):
-            with tempfile.TemporaryDirectory() as scratch:
-                output = Path(scratch) / "packed"
-                ternarize.pack_module(around, output, include=["1.weight"], activations=activations)
-                empty = torch.nn.Sequential(
-                    torch.nn.Identity(),
-                    torch.nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-                )
-                packed = ternarize.load_module(output, empty)
-            calls.append(lambda x=x, packed=packed: packed(x))  # type: ignore[misc]
-        calls.append(lambda x=x, dense=dense: patches_for(x, dense))  # type: ignore[misc]
-        made: Any = packed[1]
-        calls.append(lambda made=made: made.dequantized(torch.float32))  # type: ignore[misc]
-        times: list[list[float]] = [[] for _ in calls]
-        with torch.inference_mode():
-            for _ in range(rounds + 1):
-                for call, mine in zip(calls, times, strict=True):
-                    began = time.perf_counter()
-                    call()
-                    mine.append(1e3 * (time.perf_counter() - began))
-        cells = " | ".join(f"{statistics.median(mine[1:]):.2f}" for mine in times)
-        print(f"| {channels}, {size} x {size} | {cells} |", flush=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "packed"
+            ternarize.pack_module(around, folder, include=["1.weight"])
+            packed, rounded = (
+                ternarize.load_module(folder, copy.deepcopy(around), activations=activations)
+                for activations in ("none", "int8")
+            )
+        for images in (1, 8):
+            x = torch.randn(images, channels, size, size).to(memory_format=torch.channels_last)
+            calls = (
+                partial(dense, x),
+                partial(by, packed, x, CALL),
+                partial(by, packed, x, 1 << 60),
+                partial(by, packed, x, -(1 << 60)),
+                partial(rounded, x),
+            )
+            times: list[list[float]] = [[] for _ in calls]
+            with torch.inference_mode():
+                for _ in range(rounds + 1):
+                    for call, mine in zip(calls, times, strict=True):
+                        began = time.perf_counter()
+                        call()
+                        mine.append(1e3 * (time.perf_counter() - began))
+            cells = " | ".join(f"{statistics.median(mine[1:]):.2f}" for mine in times)
+            name = f"{channels} to {kernels}, {width} x {width}, {size} x {size}, {images}"
+            print(f"| {name} | {cells} |", flush=True)
 
 
 def main() -> None:
