@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from torch import Tensor
-from torch.utils.dlpack import to_dlpack
+from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 
 def _with_capsules(function: Callable[..., Any]) -> Callable[..., Any]:
