@@ -130,7 +130,8 @@ class VllmConfiguration(QuantizationConfig):  # type: ignore[misc]
                 name,
                 "is packed, but the model of vLLM has no layer that takes packed weights there",
                 "a linear layer, experts, or an embedding or head of a model that takes it",
-                "Convert the model with --keep for this tensor (--head keep, --embeddings keep)",
+                "Convert the model with --keep for this tensor (--head keep, --embeddings keep), "
+                "or serve it with --engine transformers",
             )
 
     def _names(self, prefix: str) -> list[str]:
@@ -153,22 +154,18 @@ class VllmConfiguration(QuantizationConfig):  # type: ignore[misc]
 
     def _of_vocabulary(self, layer: Any, prefix: str) -> Any:
         head, check = isinstance(layer, ParallelLMHead), self.check_all_taken
-        name = f"{prefix}.weight"
-        if name not in self.stored:
-            name = self.embedding  # whose path not every model tells, and to which heads are tied
-            found = self._packed([name])
-            if head:
-                return PackedVocabularyMethod(check, None, False, True) if found else None
-        else:
-            found = self._packed([name])
+        own = f"{prefix}.weight"
+        # the embedding, whose path not every model tells, and to which heads are tied
+        found = self._packed([own if own in self.stored else self.embedding])
         if not found:
             return None
-        (stored,), ends = found, head or self.tied
+        if head and own not in self.stored:
+            return PackedVocabularyMethod(check, None, False, True)
+        (stored,) = found
         assert stored.layout is not None
+        # inputs of ends stay as they are
         whole = replace(stored, layout=replace(stored.layout, activations="none"))
-        return PackedVocabularyMethod(
-            check, whole, not head, ends
-        )  # inputs of ends stay as they are
+        return PackedVocabularyMethod(check, whole, not head, head or self.tied)
 
     def _of_experts(self, layer: Any, path: str) -> Any:
         stacks = self._stacks(layer, path)
@@ -178,7 +175,12 @@ class VllmConfiguration(QuantizationConfig):  # type: ignore[misc]
         found = {key: self.stored[name] for key, name in names.items() if name in self.stored}
         stacked = [name for name in self.stored if name.startswith(f"{path}.") and not found]
         if any(self.stored[name].layout is not None for name in stacked):
-            return self._refuse_stack(min(stacked))
+            raise UsageError(
+                min(stacked),
+                "holds all experts in one tensor, in a way that the plug-in does not take apart",
+                "a tensor for each expert",
+                "Serve it with --engine transformers",
+            )
         if all(each.layout is None for each in found.values()):
             return None
         if len(found) < len(names):
@@ -217,14 +219,6 @@ class VllmConfiguration(QuantizationConfig):  # type: ignore[misc]
         shards = {"w1": half, "w3": half, "w2": down}
         experts = range(layer.moe_config.num_logical_experts)
         return {(expert, shard): each for expert in experts for shard, each in shards.items()}
-
-    def _refuse_stack(self, name: str) -> None:
-        raise UsageError(
-            name,
-            "holds all experts in one tensor, in a way that the plug-in does not take apart",
-            "a tensor for each expert",
-            "Serve it with --engine transformers",
-        )
 
 
 def _names_of_experts(layer: Any, path: str) -> Iterator[tuple[tuple[int, str], str]]:
