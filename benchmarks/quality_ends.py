@@ -1,7 +1,7 @@
 """What rounding the output head and the token embedding alone costs a language model.
 
-    python benchmarks/quality_ends.py MODEL TEXT [--calibrate TEXT] [--only NAME ...] [--seq-len N]
-        [--max-tokens N] [--sizes] [--json OUT.json]
+    python benchmarks/quality_ends.py MODEL TEXT [--packed START] [--calibrate TEXT]
+        [--only NAME ...] [--seq-len N] [--max-tokens N] [--sizes] [--json OUT.json]
     python benchmarks/quality_ends.py MODEL --errors
 
 MODEL is a checkpoint in which the two are tied, with its tokenizer; TEXT a file whose documents
@@ -9,10 +9,12 @@ stand apart by lines `<|doc|>`. Nothing else of the model is rounded, in float32
 tensor is encoded and decoded as a conversion does it, and the model compared with itself as it was,
 by the protocol of `ternarize eval` (4,096 tokens, windows of 512 that begin with what the tokenizer
 puts in front). The rows "head alone" and "embedding alone" give it to one of the two and leave the
-other. --calibrate adds rows in which 4 bits are chosen by what the head meets on another text: H,
-the second moments of the last hidden states of 16,384 tokens. "weighted": the scale of each group
-has the least squared error weighted by the diagonal of H. "compensated": column after column, what
-the rounding of a weight misses is made up for by the weights to its right, as in GPTQ
+other. --packed gives them to a packed checkpoint of MODEL that keeps them, which is then what is
+compared with MODEL, in a row of its own too. --calibrate adds rows in which 4 bits are chosen by
+what the head meets on another text: H, the second moments of the last hidden states of 16,384
+tokens. "weighted": the scale of each group has the least squared error weighted by the diagonal of
+H. "compensated": column after column, what the rounding of a weight misses is made up for by the
+weights to its right, as in GPTQ
 (https://arxiv.org/abs/2210.17323), by H + d I with d its mean diagonal: the embedding, which meets
 no such inputs, is to lose nothing. --sizes also prints what the whole model takes with each of the
 choices of `--embeddings` (`itf` in groups of 128), as planned: bytes, bits a parameter, times
@@ -36,6 +38,7 @@ from ternarize.measure.evaluate import open_evaluation
 from ternarize.measure.language_models import compare_logits, summarize
 from ternarize.plans.plan import make_plan
 from ternarize.plans.recipe import ENDS, Recipe
+from ternarize.runtime.load import load
 from ternarize.sources.checkpoint import open_checkpoint
 from ternarize.trits.base3 import packed_width
 from ternarize.trits.int4 import INT4_GROUP_SIZE, dequantize_int4, encode_int4, pack_int4
@@ -90,6 +93,11 @@ def as_ternary(weight: Tensor, group_size: int) -> Rounded:
     return Rounded(len(trits) * packed_width(weight.shape[1], group_size) + scales.nbytes, rows)
 
 
+def as_it_is(weight: Tensor) -> Rounded:
+    return Rounded(2 * weight.numel(), partial(_part_of, weight))
+
+
+KEPT = "16 bits"
 CODECS: dict[str, Callable[[Tensor], Rounded]] = {
     "int8": as_int8,
     **{f"int4, groups of {n}": partial(as_int4, group_size=n) for n in (32, 64, 128)},
@@ -174,10 +182,15 @@ def measure(
     seq_len: int,
     max_tokens: int,
     calibration: Path | None,
+    packed: Path | None = None,
 ) -> list[dict[str, Any]]:
     """The figures of the rows: the source's logits of a window are made once for all of them."""
     work = open_evaluation(model, None, text, seq_len, max_tokens)
-    (lm,) = work.load("cpu", torch.float32)
+    (exact,) = work.load("cpu", torch.float32)
+    lm: Any = exact
+    if packed is not None:
+        CODECS[KEPT], ROWS[KEPT] = as_it_is, (KEPT, BOTH)
+        lm, names = load(packed, dtype=torch.float32), [KEPT, *names]
     if calibration is not None:
         seen = moments(model, calibration, seq_len, lm)
         for way, rounding in SEEN.items():
@@ -198,7 +211,7 @@ def measure(
     kept, rows = head.weight, {name: dict[str, Any]() for name in names}
     columns: dict[str, list[list[float]]] = {name: [] for name in names}
     for number, window in enumerate(work.ids):
-        expected = logits_of(lm, window)
+        expected = logits_of(exact, window)
         for name in names:
             codec, ends = ROWS[name]
             fill(buffer.data, forms[codec])
@@ -346,6 +359,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("model", type=Path, help="checkpoint directory")
     arguments.add_argument("text", type=Path, nargs="?", help="text to measure on")
+    arguments.add_argument("--packed", type=Path, help="packed checkpoint of it to give them to")
     arguments.add_argument("--calibrate", type=Path, help="text to round by")
     arguments.add_argument("--errors", action="store_true", help="of 4 bits, and nothing else")
     arguments.add_argument("--only", nargs="*", choices=ROWS, default=list(ROWS), help="rows")
@@ -358,7 +372,7 @@ def main() -> None:
         return errors(args.model)
     rows = []
     if args.only:
-        given = (args.seq_len, args.max_tokens, args.calibrate)
+        given = (args.seq_len, args.max_tokens, args.calibrate, args.packed)
         rows = measure(args.model, args.text, args.only, *given)
         print(markdown(rows), flush=True)
     found = sizes(args.model) if args.sizes else []
