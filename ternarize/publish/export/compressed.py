@@ -7,7 +7,7 @@ With t the trits and s their scales, b bits:
     <x>.weight_shape I64 [2]
 
 vLLM reads it without a plug-in, by its source 2 bits on CUDA alone (experts not) and 4 bits also on
-CPUs with AVX-512; it holds the scales in the dtype that it runs the model in. https://github.com/vllm-project/compressed-tensors
+CPUs with AVX-512 (experts not); it holds the scales in the dtype that it runs the model in. https://github.com/vllm-project/compressed-tensors
 """
 
 from collections.abc import Mapping
