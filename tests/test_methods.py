@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ternarize.errors import UsageError, WeightError
-from ternarize.trits.methods import METHODS, absmean, itf, levels, twn, with_zeros
+from ternarize.trits.methods import METHODS, absmean, itf, levels, twn, with_scale_bits, with_zeros
 from ternarize.trits.methods.grouped import distance, fixed_sum, group_sum
-from ternarize.trits.ternary import Ternary
+from ternarize.trits.scales import scale_codes, scale_values, store_scales
+from ternarize.trits.ternary import Ternary, scaled
 
 Floats = npt.NDArray[np.float64]
 Trits = npt.NDArray[np.int8]
@@ -248,6 +249,37 @@ def test_itf_is_all_but_optimal_on_gaussian_weights(name: str) -> None:
     optimum = float(((magnitude**2).sum(1) - gain.max(1)).sum())
     assert optimum <= error <= 1.0002 * optimum
     assert error_of_twn > 1.0002 * optimum  # so that the line above says something
+
+
+@pytest.mark.parametrize("group_size", [-1, 0, 7, 128])
+@pytest.mark.parametrize("bits", [8, 6])
+@every_dtype
+def test_itf_for_scales_of_few_bits_takes_the_trits_that_are_nearest_to_those(
+    bits: int, group_size: int, kind: str
+) -> None:
+    weight = make_weight("normal", 5, (6, 300), kind)
+    plain, found = itf(weight, group_size), with_scale_bits(bits)(weight, group_size)
+    stored = scale_codes(plain.scales, bits)
+    assert torch.equal(found.scales, scale_values(stored, torch.float64))
+    assert torch.equal(store_scales(found.scales, bits=bits), stored)
+    assert bool((found.trits * weight.sign() >= 0).all())
+    own = weight.double()
+    missed = {t: (own - scaled(torch.full_like(own, t), found.scales, group_size)).abs()
+              for t in (-1, 0, 1)}  # fmt: skip
+    least = torch.stack([*missed.values()]).amin(0)
+    for trit, miss in missed.items():
+        at = found.trits == trit
+        assert torch.equal(miss[at], least[at])
+    before = distance(weight, Ternary(plain.trits, found.scales, group_size))[0]
+    assert distance(weight, found)[0] <= before * (1 + 1e-6)
+
+
+def test_itf_for_scales_of_few_bits_leaves_those_that_these_cannot_hold() -> None:
+    weight = torch.tensor([[1e-6, -2e-6, 1e5, 1e5, 1.0, -1.1]])
+    found, plain = with_scale_bits(8)(weight, 2), itf(weight, 2)
+    assert torch.equal(found.trits, plain.trits)
+    assert torch.equal(found.scales[:, :2], plain.scales[:, :2])
+    assert found.scales[0, 2] == 1.0  # of 1.05
 
 
 # ------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from ternarize.plans.layout import PIECE, TensorPlan, logical
 from ternarize.plans.lossless import exact_groups, not_lossless
 from ternarize.plans.recipe import GPTQ, WITHOUT_DATA, Recipe
 from ternarize.sources.imports.common import Imported
-from ternarize.trits.methods import METHODS, levels, with_zeros
+from ternarize.trits.methods import METHODS, levels, with_scale_bits, with_zeros
 from ternarize.trits.planes import fit_packed, fit_planes, measured, squared_error
 from ternarize.trits.rotation import rotate
 from ternarize.trits.scales import store_scales
@@ -192,8 +192,12 @@ def _ternarize(
     group_size, dtype = tensor.group_size, DTYPES[tensor.scale_dtype]
     bits = tensor.scale_bits if dtype == torch.uint8 else 16
     name = WITHOUT_DATA if recipe.method == GPTQ else recipe.method
-    method = METHODS[name] if recipe.zeros is None else with_zeros(recipe.zeros)
-    plain = solved is None and exact is None and recipe.zeros is None and tensor.planes == 1
+    method = METHODS[name]
+    if recipe.zeros is not None:
+        method = with_zeros(recipe.zeros)
+    elif name == "itf" and bits < 16:
+        method = with_scale_bits(bits)
+    plain = solved is None and exact is None and method is METHODS[name] and tensor.planes == 1
     whole = None if solved is None else read_solved(solved[0], tensor.name, solved[1])
     all_scales, nonzero, error, energy = [], 0, 0.0, 0.0
     # what calibration has found is only measured here, where `verify` will do it again
