@@ -288,7 +288,7 @@ def show_edits(digits: Digits, folder: Path) -> dict[str, Any]:
         kept = [step for step, out in zip(steps, gone.tolist(), strict=True) if not out]
         rows[f"mask {share}"] = told(f"{share:.0%} at random left out", kept)
         other = [turned(s) if out else s for s, out in zip(steps, gone.tolist(), strict=True)]
-        rows[f"negate {share}"] = told(f"{share:.0%} at random turned round", other)
+        rows[f"negate {share}"] = told(f"{share:.0%} at random negated", other)
     rows |= _poison(digits, folder, told)
     return {"steps": len(steps), "edits": rows}
 

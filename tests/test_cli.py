@@ -320,7 +320,7 @@ def test_a_conversion_shows_what_came_out(tmp_path: Path) -> None:
     assert re.search(read + r"<\|endoftext\|>, in \d+ s:\n", text)
     figures = re.search(
         r"\nperplexity (\d+\.?\d*) -> (\d+\.?\d*) \((1\.\d+) times\), KL divergence 0\.\d+ nats "
-        r"per token, same likeliest token \d\d\.\d%\n",
+        r"per token, top-1 agreement \d\d\.\d%\n",
         text,
     )
     assert figures
@@ -385,8 +385,8 @@ def test_a_model_far_from_its_source_is_told_so_with_what_to_do(
     found_out(monkeypatch)
     result = ok("convert", EXAMPLE, tmp_path / "p")
     assert (
-        "perplexity 31 -> 67,000,000 (2,161,290 times), KL divergence 14.25 nats per token, same "
-        "likeliest token 0.4%\n" in result.stdout
+        "perplexity 31 -> 67,000,000 (2,161,290 times), KL divergence 14.25 nats per token, "
+        "top-1 agreement 0.4%\n" in result.stdout
     )
     # a line each, whatever a model writes
     assert '"Words" goes on\n  source: of\\nsense\n  packed: 深 \\x1b[31m\n' in result.stdout

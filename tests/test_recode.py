@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import ternarize
 from ternarize.cli.app import app
-from ternarize.convert import coding
+from ternarize.convert import entropy
 from ternarize.convert.run import convert
 from ternarize.convert.verify import verify
 from ternarize.convert.workplace import CODING
@@ -190,7 +190,7 @@ def test_a_conversion_that_was_broken_off_while_it_coded_goes_on(
         again.append(file)
         return recode_file(checkpoint, file, *more)
 
-    monkeypatch.setattr(coding, "recode_file", noted)
+    monkeypatch.setattr(entropy, "recode_file", noted)
     convert(
         sharded,
         tmp_path / "broken",

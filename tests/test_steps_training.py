@@ -44,11 +44,11 @@ from ternarize.steps.journal import (
 )
 from ternarize.steps.operations import check_digests, compact, edit
 from ternarize.steps.replay import Part, Values
-from ternarize.train.coded import Wanted, coded_steps, placed_steps, single_cell
 from ternarize.train.journals import code_journal, train_journal
 from ternarize.train.moved import Moved, Standing
 from ternarize.train.objectives import held_loss
 from ternarize.train.probes import by_forwards, by_jvp, gradient, sums_along
+from ternarize.train.pursuit import Wanted, coded_steps, placed_steps, single_cell
 from ternarize.train.votes import (
     Votes,
     _agreed,

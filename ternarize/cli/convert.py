@@ -35,7 +35,7 @@ def convert_command(
         list[str] | None,
         typer.Option(
             metavar="NAME=VALUE",
-            help="Fail unless samples put aside give at most this perplexity, perplexity_ratio or "
+            help="Fail unless held-out samples give at most this perplexity, perplexity_ratio or "
             "kl_divergence, or at least this top1_agreement or cosine.",
         ),
     ] = None,
@@ -85,7 +85,7 @@ def convert_command(
 
     Linear weights in the repeated blocks of the model become ternary; the rest is kept, and
     --dry-run says why. With --dataset they are fitted, block by block, to what the model does on
-    those texts, and the result is measured on texts put aside. Interrupted, the same command goes
+    those texts, and the result is measured on held-out text. Interrupted, the same command goes
     on; OUTPUT appears when all of it is verified.
 
     Without data, several processes or machines can share the work: each runs the same command with

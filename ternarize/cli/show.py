@@ -319,7 +319,7 @@ def show_check(found: dict[str, Any] | None) -> None:
         )
         lines.append(
             f"perplexity {source} -> {packed} ({ratio} times), KL divergence {divergence} nats per "
-            f"token, same likeliest token {value['top1_agreement']:.1%}"
+            f"token, top-1 agreement {value['top1_agreement']:.1%}"
         )
         writes = found["writes"]
         lines.append(f'"{writes["prompt"]}" goes on')

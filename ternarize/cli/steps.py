@@ -25,7 +25,7 @@ _NOT_WRITTEN = {
     "bytes": "no step fits into what is left of the bytes. Name more --bytes",
     "moves": "no value has moved by half of what a step moves. Use more --attempts, or a higher "
     "--lr",
-    "gain": "what fits into the bytes does not help documents put aside; all that was trained "
+    "gain": "what fits into the bytes does not help held-out documents; all that was trained "
     "takes it to {wanted}. Use more --attempts, more --bytes, or another --lr",
 }
 
@@ -172,7 +172,7 @@ def _heard(update: Any, attempts: int) -> Callable[[int, float, Any], None]:
 
 def _tell_trained(result: dict[str, Any]) -> None:
     print(
-        f"{result['steps']} steps in {in_bytes(result['bytes'])}; loss on documents put aside "
+        f"{result['steps']} steps in {in_bytes(result['bytes'])}; loss on held-out documents "
         f"{result['loss_before']:.4f} -> {result['loss']:.4f}"
     )
     why = result.get("not_written")
@@ -265,7 +265,7 @@ def steps_log(
         first, *losses = (each[name] for name in WRITTEN)
         if None not in losses:
             fall = " -> ".join(f"{loss:.4f}" for loss in losses)
-            print(f"from step {first} on by gradient: loss on documents put aside {fall}")
+            print(f"from step {first} on by gradient: loss on held-out documents {fall}")
     if found["torn_bytes"]:
         print(f"{found['torn_bytes']} bytes at the end are of a record that was not written whole")
 

@@ -26,7 +26,7 @@ def train_command(
         list[str] | None,
         typer.Option(
             metavar="NAME=VALUE",
-            help="Fail unless documents put aside give at most this perplexity, perplexity_ratio "
+            help="Fail unless held-out documents give at most this perplexity, perplexity_ratio "
             "or kl_divergence, or at least this top1_agreement or cosine.",
         ),
     ] = None,
@@ -49,7 +49,7 @@ def train_command(
     Weights are calibrated first, as by `ternarize convert --dataset` (with --method itf they are
     not), then the whole model learns from its source what that says of texts. It ends with the
     first of --tokens, --minutes and --steps that is used up. What is kept is the state with the
-    least loss on documents put aside; others give the figures. Interrupted, the same command goes
+    least loss on held-out documents; others give the figures. Interrupted, the same command goes
     on. Those that torchrun starts train together; the first of them writes and prints.
 
     Example: ternarize train examples/tiny-llama trained --num-samples 8 --steps 3 --train-len 64

@@ -6,7 +6,7 @@ may import from all rooms but `publish` and `cli`.
     tensor.py     one tensor: read a piece, fit it, write it; what it turned out to need
     workplace.py  OUTPUT.partial: who may work there, whose it is, whether it has ended
     journal.py    which tensors are done, and how a second run takes them up
-    coding.py     files stored by their frequencies
+    entropy.py    files coded by the frequencies of their trits
     limits.py     memory, threads and room on the disk
     record.py     what is written beside the weights: ternarize.json, config.json, index
     parts.py      several processes at one conversion, and all put together

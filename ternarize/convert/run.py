@@ -24,7 +24,7 @@ from typing import Any, TextIO
 from torch import Tensor
 
 from ternarize.calibrate.pipeline import join
-from ternarize.convert.coding import code_shards
+from ternarize.convert.entropy import code_shards
 from ternarize.convert.fitting import fit, fit_beside
 from ternarize.convert.journal import State, check_same, note, resume
 from ternarize.convert.limits import check_disk, threads_that_fit

@@ -6,7 +6,7 @@ and what all rooms share.
     names.py       what files of a checkpoint are called
     json_files.py  what can be read, and JSON: strictly ours, config.json without what would harm
     headers.py     headers of safetensors files, and bytes behind them
-    coded.py       tensors that are stored as streams
+    entropy.py     tensors that are stored as entropy-coded streams
     checkpoint.py  the tensors of a checkpoint's files
     outputs.py     the place of a result, and bytes that reach the disk whole
     sums.py        SHA256SUMS

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ternarize.errors import FormatError
-from ternarize.files.coded import Coded
+from ternarize.files.entropy import Coded
 from ternarize.files.headers import (
     DTYPE_NAMES,
     DTYPES,

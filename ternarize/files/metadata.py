@@ -25,7 +25,7 @@ from typing import Any
 
 from ternarize.errors import DigestError, FormatError, damaged
 from ternarize.files.checkpoint import Checkpoint, TensorInfo, uncollected
-from ternarize.files.coded import Coded
+from ternarize.files.entropy import Coded
 from ternarize.files.headers import Header
 from ternarize.files.json_files import strict_json
 from ternarize.trits.base3 import BASE3, packed_width

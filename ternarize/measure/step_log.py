@@ -8,7 +8,7 @@ from ternarize.measure.report import figure_for
 from ternarize.steps.checkpoint import open_journal
 from ternarize.steps.journal import MOVED, Note, Step, entry_bytes, is_step_number
 
-# of steps that gradients have found: the first of them, and losses on documents put aside
+# of steps that gradients have found: the first of them, and losses on held-out documents
 WRITTEN = ("written_from", "loss_before", "loss")
 EDITED = {"": "", "mask": "masked", "negate": "negated"}
 

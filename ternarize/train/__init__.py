@@ -1,7 +1,7 @@
 """Training of a whole model: what a rule or calibration has left learns from its source, or a text.
 
 Texts stream by and become samples; the student is the model with latent weights (`ternarize.qat`),
-its teacher the source or another model. Its best state on documents put aside is what a conversion
+its teacher the source or another model. Its best state on held-out documents is what a conversion
 stores. The room knows models, plans and the files of calibration, and nothing of the files that a
 conversion writes.
 
@@ -22,6 +22,6 @@ conversion writes.
     moved.py       the values of a journal of steps in a module, and gradients by them
     probes.py      how the loss changes along perturbations, with and without backward
     votes.py       steps of a journal, found by probing and trying
-    coded.py       scales or trits trained by gradients, and steps that go there
+    pursuit.py     scales or trits trained by gradients, and steps that go there
     journals.py    a packed model trained by a journal of steps
 """

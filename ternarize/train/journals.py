@@ -34,10 +34,10 @@ from ternarize.steps.journal import (
     is_step_number,
     parse_journal,
 )
-from ternarize.train.coded import Wanted, coded_steps, placed_steps, single_cell, trained_values
 from ternarize.train.loop import Objective
 from ternarize.train.moved import Moved, Standing, target_of
 from ternarize.train.objectives import held_loss, labels_of, objective
+from ternarize.train.pursuit import Wanted, coded_steps, placed_steps, single_cell, trained_values
 from ternarize.train.sources import Data, data_of
 from ternarize.train.students import Pair, fast_dtype, open_model, teacher_folder, widen
 from ternarize.train.texts import IGNORED, batch_of, tokens_in
@@ -157,7 +157,7 @@ def code_journal(
     The other arguments and errors are those of `train_journal`; `training.steps` are those of the
     gradient. It runs in one process. Steps are written together, at the end; a run that was broken
     off trains again from where it began, and writes what is left to be written. Of the steps that
-    the bytes hold all, a half, a quarter or none are written, whatever other documents put aside
+    the bytes hold all, a half, a quarter or none are written, whatever other held-out documents
     gain most by. Returns the same, with the number of new steps ("written"), why there are none
     ("not_written": "before", written before a break; "bytes", none fits; "moves", nothing has moved
     far enough; "gain", none helps; else None), and the loss of what was wanted ("loss_wanted"):
@@ -233,7 +233,7 @@ def check_alone() -> None:
 def _helping(
     at: "_Session", target: str, offered: Generator[Step, None, bool]
 ) -> tuple[list[Step], str | None]:
-    """Of steps the beginning that documents put aside gain most by, which the model then has.
+    """Of steps the beginning that held-out documents gain most by, which the model then has.
 
     Returns them, and why there are none, if so.
     """
@@ -314,7 +314,7 @@ class _Session:
 
     moved    the model and its values
     loss     of samples
-    held     the loss of documents put aside
+    held     the loss of held-out documents
     choose   that of others, by which is chosen
     teacher  None where the texts are learnt
     """

@@ -100,7 +100,7 @@ def embedding_notes(packed: PackedCheckpoint) -> list[str]:
     first = packed.directory / (modules[0][1] if modules else "")
     if (read_json(first / "sentence_bert_config.json") or {}).get("do_lower_case"):
         notes.append(
-            "sentence-transformers makes small letters of all text (do_lower_case of "
+            "sentence-transformers lower-cases all text (do_lower_case of "
             "sentence_bert_config.json), llama.cpp does what its tokenizer does"
         )
     prompts = read_json(packed.directory / "config_sentence_transformers.json") or {}

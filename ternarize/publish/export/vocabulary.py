@@ -42,9 +42,7 @@ _PIECES = [
     "llama.cpp makes other tokens than transformers of Hangul and of vowel signs that take a space "
     "of their own (Devanagari, say), and cuts words of more than 100 characters into pieces"
 ]
-_OWN_CASE = (
-    "a llama.cpp that does not know tokenizer.ggml.normalizer.lowercase makes small letters of all"
-)
+_OWN_CASE = "a llama.cpp that does not know tokenizer.ggml.normalizer.lowercase lower-cases all"
 
 
 def write(writer: Any, directory: Path, size: int) -> list[str]:
@@ -120,7 +118,7 @@ def _write_pieces(
     writer.add_token_types(types)
     if lower and accents is not False:
         return list(_PIECES)
-    # what llama.cpp takes for granted is small letters without accents
+    # what llama.cpp takes for granted is lower case without accents
     writer.add_bool("tokenizer.ggml.normalizer.lowercase", bool(lower))
     writer.add_bool("tokenizer.ggml.normalizer.strip_accents", bool(accents))
     return [*_PIECES, _OWN_CASE]
