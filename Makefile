@@ -15,8 +15,8 @@ venv: .venv/.stamp
 
 # An environment, $(1), of what a file of pins, $(2), says, and nothing else. The build tools come
 # first, so that the build takes them, and not the newest. Editable: Python sources are used where they
-# are; the compiled core is built again when its own sources change. Of Python what is imported is
-# compiled then, and not all that is installed.
+# are; the compiled core is built again when its own sources change. Bytecode is
+# made when a module is first imported, not for all that is installed.
 PIP := -m pip install --quiet --disable-pip-version-check --no-compile
 define ENVIRONMENT
 test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
@@ -104,8 +104,10 @@ types: venv
 
 # Known faults of the dependencies. The list of them is on the network.
 audit: venv
-	$(BIN)/python $(PIP) -c constraints.txt pip-audit
-	$(BIN)/pip-audit --local --skip-editable --progress-spinner off
+	test -x build/audit/bin/python || $(PYTHON) -m venv build/audit
+	build/audit/bin/python $(PIP) -c constraints.txt pip-audit
+	build/audit/bin/pip-audit --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+		--skip-editable --progress-spinner off
 
 # CLI.md, from the program itself.
 docs: venv

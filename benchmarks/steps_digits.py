@@ -338,7 +338,7 @@ def _poison(
 
 def show_ranks(folder: Path) -> list[dict[str, Any]]:
     """One, two and four processes with a share of the data each."""
-    print("\n| processes | exchange | test accuracy | bytes sent by each, a step | of a gradient |")
+    print("\n| processes | exchange | test accuracy | bytes of each an attempt | of a gradient |")
     print("|---|---|---|---|---|")
     gradient = 4 * sum(math.prod(shape) for _, shape, _ in SHAPES)
     rows: list[dict[str, Any]] = []

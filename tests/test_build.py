@@ -7,6 +7,7 @@ those of the test environment.
 import importlib.util
 import os
 import shutil
+import site
 import stat
 import subprocess
 import sys
@@ -89,10 +90,10 @@ def lib_of(target: Path) -> str:
     code = "from ternarize import native; print(native.lib, native.__file__)"
     environment = {key: value for key, value in os.environ.items() if key != "TERNARIZE_NATIVE"}
     found = subprocess.run(
-        # -S: without site-packages, whose editable ternarize would come first
+        # -S: site-packages are there for torch, but not the editable ternarize of their .pth file
         [sys.executable, "-S", "-c", code],
         cwd=target,
-        env=environment | {"PYTHONPATH": str(target)},
+        env=environment | {"PYTHONPATH": os.pathsep.join([str(target), *site.getsitepackages()])},
         capture_output=True,
         text=True,
         check=True,

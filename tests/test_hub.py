@@ -1197,7 +1197,7 @@ def test_a_journal_is_pushed_and_loaded_as_its_card_says(
     for row in (
         f"| SHA-256 of the base's trits and scales | {base_digest(records)} |",
         "| steps | 3 |",
-        "| of them left out or turned round | 1 |",
+        "| of them left out or negated | 1 |",
         "| perturbations that are followed | 3 |",
         "| what they move | trits and scales |",
         f"| size | {len(whole):,} bytes |",

@@ -186,8 +186,8 @@ def test_what_is_told_of_a_replay_is_true_of_its_own_trits(packed: Path, tmp_pat
 def test_what_no_step_has_moved_keeps_its_figures(tmp_path: Path) -> None:
     base = GOLDEN / "groups"
     replay(of_base(tmp_path / "my.steps", base), base, tmp_path / "out")
-    rows = [json.loads((each / RECORD).read_text())["tensors"] for each in (base, tmp_path / "out")]
-    assert rows[0] == rows[1]
+    records = [json.loads((each / RECORD).read_text()) for each in (base, tmp_path / "out")]
+    assert records[0] == records[1]
 
 
 def test_what_comes_in_the_place_of_a_replay_meanwhile_stays(

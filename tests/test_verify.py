@@ -100,6 +100,19 @@ def test_experts_that_saw_too_little_have_their_share_of_zeros_too(tmp_path: Pat
     assert compared["by_error"] >= len(few)
 
 
+def test_experts_that_saw_too_little_are_what_a_conversion_without_data_gives(
+    tmp_path: Path,
+) -> None:
+    data = calibrating.data("mixtral", tmp_path, length=8)
+    options = {"scale_bits": 8, "num_samples": 8, "rotation": 0}
+    source = calibrating.save("mixtral", tmp_path / "source")
+    record = convert(source, tmp_path / "packed", calibrating.recipe(data, **options))
+    few = {name for each in record["calibration"]["blocks"] for name in each["uncalibrated"]}
+    again = {name for name in few if record["tensors"][name]["method"] == "itf"}
+    assert again
+    assert verify(tmp_path / "packed", source)["compared"]["converted_again"] >= len(again)
+
+
 def test_the_error_on_record_is_that_of_the_weights_that_are_loaded(
     samples: Path, tmp_path: Path
 ) -> None:

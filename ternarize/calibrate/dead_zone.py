@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ternarize.trits.methods import itf, with_zeros
+from ternarize.trits.methods import itf, with_scale_bits, with_zeros
 from ternarize.trits.ternary import Ternary, group_length
 
 FIRST_PENALTY = 0.1  # at which the search begins, in units of the mean D s^2
@@ -117,13 +117,16 @@ def _zeros(trits: Tensor) -> float:
     return 1 - int(trits.count_nonzero()) / max(1, trits.numel())
 
 
-def nearest(weight: Tensor, group_size: int, zeros: float | None = None) -> Ternary:
+def nearest(
+    weight: Tensor, group_size: int, zeros: float | None = None, scale_bits: int = 16
+) -> Ternary:
     """A matrix ternarized without data: by `itf`, or where that has fewer zeros, with this share.
 
     Arguments and result are those of the methods; each group has one zero more where the share is
-    not to be had.
+    not to be had. Without a share it is, to the last bit, what a conversion without data gives.
     """
-    found = itf(weight, group_size)
+    plain = itf if zeros is not None or scale_bits == 16 else with_scale_bits(scale_bits)
+    found = plain(weight, group_size)
     if zeros is None or int((found.trits == 0).sum()) >= zeros * found.trits.numel():
         return found
     length = weight.numel() if group_size == 0 else group_length(weight.shape[-1], group_size)

@@ -122,6 +122,7 @@ def solve(
     planes: int = 1,
     bias: bool = False,
     zeros: float | None = None,
+    scale_bits: int = 16,
 ) -> Solution:
     """Ternarize a matrix so that its products are what they should be (module docstring).
 
@@ -135,13 +136,14 @@ def solve(
                 leave
     bias        whether the matrix has a bias to be fitted
     zeros       the least share of zeros among its trits, 0 to below 1; None: what comes of it
+    scale_bits  of stored scales
     """
     rows = probe_rows(len(weight)).to(weight.device)
     target, total = train.target, train.total
     if target is None:
         target, total = train.inputs.product(weight), weight.double() @ train.inputs.total
     judge = _judge_of(weight[rows], held, bias)
-    plain = partial(_plain, weight, group_size, rounding, planes, zeros)
+    plain = partial(_plain, weight, group_size, rounding, planes, zeros, scale_bits)
     plain_error = judge(_sum_of_planes(_rows_of(plain(), rows)))
     found, error = None, plain_error
     calibrated = train.inputs.tokens >= MIN_TOKENS and held.inputs.tokens > 0
@@ -417,13 +419,18 @@ def _mean_part(total: Tensor, inputs: Inputs) -> Tensor:
 
 
 def _plain(
-    weight: Tensor, group_size: int, rounding: Rounding, planes: int, zeros: float | None
+    weight: Tensor,
+    group_size: int,
+    rounding: Rounding,
+    planes: int,
+    zeros: float | None,
+    scale_bits: int,
 ) -> tuple[Ternary, ...]:
     """The matrix without statistics."""
     found: list[Ternary] = []
     while len(found) < planes:
         rest = weight - _sum_of_planes(found) if found else weight
-        found.append(_with_stored_scales(nearest(rest, group_size, zeros), rounding))
+        found.append(_with_stored_scales(nearest(rest, group_size, zeros, scale_bits), rounding))
     return tuple(found)
 
 

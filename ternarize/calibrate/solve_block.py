@@ -25,7 +25,8 @@ def without_data(loaded: LoadedBlock) -> dict[str, Tensor]:
     for name in loaded.names():
         form = form_of(loaded.plan(name))
         logical = form.turn(loaded.weight(name)).contiguous()
-        plain = nearest(logical, form.group_size, loaded.plan(name).zeros)
+        plan = loaded.plan(name)
+        plain = nearest(logical, form.group_size, plan.zeros, plan.bits_of_scales)
         patch[name] = form.turn(plain.dequantize(torch.float32))
     return patch
 
@@ -151,8 +152,17 @@ def _solve(
     own = as_stored(form.turn(stack[expert]).contiguous(), form)
     empty = Inputs.empty(own.shape[1], keep=True, device=own.device)
     train, held = (each or Moments.empty(empty, 0, target=False) for each in moments)
-    size, planes = form.group_size, plan.planes
-    return solve(own, train, held, size, rounding, planes=planes, bias=bias, zeros=plan.zeros)
+    return solve(
+        own,
+        train,
+        held,
+        form.group_size,
+        rounding,
+        planes=plan.planes,
+        bias=bias,
+        zeros=plan.zeros,
+        scale_bits=plan.bits_of_scales,
+    )
 
 
 def _of_all(loaded: LoadedBlock, own: dict[MatrixKey, Solution]) -> dict[MatrixKey, Solution]:

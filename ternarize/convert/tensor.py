@@ -190,7 +190,7 @@ def _ternarize(
     if exact is not None and exact != tensor.group_size:
         return Change(tensor.name, exact, tensor.scale_dtype)
     group_size, dtype = tensor.group_size, DTYPES[tensor.scale_dtype]
-    bits = tensor.scale_bits if dtype == torch.uint8 else 16
+    bits = tensor.bits_of_scales
     name = WITHOUT_DATA if recipe.method == GPTQ else recipe.method
     method = METHODS[name]
     if recipe.zeros is not None:

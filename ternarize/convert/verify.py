@@ -158,7 +158,7 @@ def _compare(
     return dict(ways)
 
 
-_SOURCE = "Check that it is the source, and that both are unchanged"
+_SOURCE = "Check that it is the source, both are unchanged, and this version converted it"
 
 
 def _way_to_compare(tensor: TensorPlan, record: Record, row: dict[str, Any], recipe: Recipe) -> str:

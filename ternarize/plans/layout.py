@@ -70,6 +70,10 @@ class TensorPlan:
         return self.choice.codec != ""
 
     @property
+    def bits_of_scales(self) -> int:
+        return self.scale_bits if self.scale_dtype == "U8" else 16
+
+    @property
     def kernel(self) -> tuple[int, ...]:
         """Sizes of the kernels that are the rows of a packed matrix; () of others."""
         return self.info.shape[1:] if self.packed and self.choice.convolution else ()

@@ -150,8 +150,8 @@ def _figures(report: dict[str, Any]) -> str:
             kind = "training"
         lines += [
             "",
-            f"Measured on {data.get('report_samples')} samples of the {kind}'s data that "
-            "were put aside (± standard error).",
+            f"Measured on {data.get('report_samples')} held-out samples of the {kind}'s data "
+            "(± standard error).",
         ]
     else:
         lines += ["", "How well it does its work, against its source, is not on record."]
@@ -170,12 +170,12 @@ def _how(record: dict[str, Any], hub: dict[str, str], coded: bool) -> list[str]:
         f"With ternarize {version}:",
         _code("console", command_of(recipe, source, _was_ternary(record))),
     ]
+    if "steps" in record:
+        parts += _moved_by(record)
     if coded and recipe.codec != RANS:
         parts += ["Then, the same tensors in fewer bytes:"]
         parts += [_code("console", "ternarize recode packed smaller")]
-    if "steps" in record:
-        parts += _moved_by(record)
-    else:
+    if "steps" not in record:
         parts += [
             f"`{RECORD}` is the record of it, tensor by tensor. To check it against the source, "
             "byte by byte:",

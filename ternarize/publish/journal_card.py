@@ -75,7 +75,7 @@ def _figures(journal: Journal) -> str:
     targets = [name for target, name in MOVED.items() if any(s.target == target for s in steps)]
     rows += [
         ("steps", f"{len(steps):,}"),
-        ("of them left out or turned round", f"{sum(map(bool, journal.edited)):,}"),
+        ("of them left out or negated", f"{sum(map(bool, journal.edited)):,}"),
         ("perturbations that are followed", f"{sum(len(s.chosen) for s in counted):,}"),
         ("what they move", " and ".join(targets) or "nothing"),
         ("size", f"{journal.size:,} bytes"),

@@ -99,7 +99,8 @@ def _renew(
 ) -> None:
     """Bring what says sizes of tensors up to date, and how a conversion would give them."""
     record, index = (read_json(output / name) for name in (RECORD, SAFETENSORS + INDEX))
-    if record is not None and _is_of_both(record.get("recipe")):
+    # what steps have moved was of base 3 when they did
+    if record is not None and "steps" not in record and _is_of_both(record.get("recipe")):
         record["recipe"]["codec"] = codec
     for name, row in (record or {}).get("tensors", {}).items():
         if name in records and "stored_bytes" in row:

@@ -232,9 +232,10 @@ def _renew_record(
     output: Path,
     about: dict[str, Any],
 ) -> None:
-    """The record of the conversion, with the new digests, and without figures of the base."""
+    """The record of the conversion, with the new digests, and without figures of the base: as it
+    was, if no step has moved anything."""
     record = check_record(packed, dict(records))
-    if record is None:
+    if record is None or all(now[name].sha256 == records[name].sha256 for name in records):
         return
     for name, row in record["tensors"].items():
         if name in now and now[name].sha256 != records[name].sha256:

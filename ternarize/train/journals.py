@@ -52,9 +52,9 @@ FASTEST = {"scales": 32.0, "trits": 1.0}  # such a rate
 DENSE_EXPONENTS = 1 << 18  # for more, a step that moves many at once takes seconds to find
 _REMEMBERED = 64  # outputs of the teacher
 _STEP_BITS = 64  # room for one step, which takes some 12 bits beside its choice
-# what trits and rounded weights have in common beyond chance, of 1: a source has 0.5 and more, and
-# other weights nothing. Of some that pass wrongly real trits still begin as the stored ones, at
-# most `MARGIN` away, and what does not help is not written.
+# how far trits and rounded weights agree beyond chance (0: as chance has it, 1: all): the source
+# comes to 0.5 and more, other weights to about 0. A wrong teacher that passes does no harm: latent
+# trits begin within MARGIN of the stored ones, and steps that do not help are not written.
 _AKIN = 0.2
 
 

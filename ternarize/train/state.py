@@ -119,7 +119,7 @@ def load_state(
 
     world  the processes that go on, each of which calls this; the folder is the first one's
 
-    Raises OutputError where something of `known` was another then.
+    Raises OutputError where something of `known`, or what is trained, was another then.
     """
     path, world = folder / STATE, world or World()
     begun: tuple[dict[str, Any], dict[str, tuple[Any, torch.dtype]]] | None = None
@@ -129,6 +129,15 @@ def load_state(
             facts = json.loads(header.metadata["facts"])
             _check_known(folder, facts["known"], json.loads(json.dumps(dict(known))))
             begun = facts, {n: (e.shape, DTYPES[e.dtype]) for n, e in header.entries.items()}
+            named = {key.split(" ")[1] for key in begun[1]}
+            named |= {key.split(" ")[0] for key in facts["optimizer"]}
+            if not named <= parameters.keys():
+                raise OutputError(
+                    folder,
+                    "holds a training of another version of ternarize, or of another model",
+                    "one that this version began",
+                    "Remove it to begin anew",
+                )
     begun = world.firsts(begun)
     if begun is None:
         return Progressed()

@@ -3,9 +3,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <new>
 #include <optional>
-#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -388,7 +388,7 @@ bool read_stored(const char* const* files, const Stored* tensors, int64_t n, boo
   for (int64_t i = 1; i < smaller(threads, n); ++i) {
     try {
       others.emplace_back(work);
-    } catch (const std::system_error&) {  // no more threads to be had: those that are there do it
+    } catch (const std::exception&) {  // no more threads, or memory for one: those there do it
       break;
     }
   }

@@ -3,8 +3,8 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -75,7 +75,7 @@ class Pool {
         std::thread([this, index = started_, seen = number_of(job_.load())] {
           help(index, seen);
         }).detach();
-      } catch (const std::system_error&) {  // no more threads to be had: those that are there do it
+      } catch (const std::exception&) {  // no more threads, or memory for one: those there do it
         return;
       }
     }
