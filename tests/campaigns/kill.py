@@ -296,9 +296,12 @@ class Disk:
             if path.name in folder.names:
                 self._name(folder, [(path.name, None)])
         elif what == "rename":
-            assert path.parent == Path(other).parent, "only names of one folder are renamed"
-            node = self.find(path)
-            self._name(self.find(path.parent), [(path.name, None), (Path(other).name, node)])
+            node, target = self.find(path), Path(other)
+            if path.parent == target.parent:
+                self._name(self.find(path.parent), [(path.name, None), (target.name, node)])
+            else:  # harder than journals of file systems are, in which both are one change
+                self._name(self.find(target.parent), [(target.name, node)])
+                self._name(self.find(path.parent), [(path.name, None)])
         elif what == "fsync":
             node = self.find(path)
             node.kept_names, node.kept_data, node.changes = dict(node.names), node.data, []
