@@ -145,7 +145,7 @@ def steps_train(
         nbytes=nbytes or 0,
         **of_votes,
     )
-    with progress_bar(quiet) as update, ranks_of_launcher(SILENCE) as world:
+    with ranks_of_launcher(SILENCE) as world, progress_bar(quiet or world.rank > 0) as update:
         how: dict[str, Any] = {"seed": seed, "device": check_device(device)}
         check_gpus(world, how["device"])
         how["heard"] = _heard(update, attempts)
@@ -154,6 +154,8 @@ def steps_train(
             result = code_journal(base, journal, training, nbytes or CODED, **how)
         else:
             result = train_journal(base, journal, training, votes, world=world, **how)
+    if world.rank:
+        return
     if as_json:
         print_json({"journal": str(journal), **result})
     elif "bytes" in result:
