@@ -301,8 +301,11 @@ def steps_edit(
 
     Example: ternarize steps edit my.steps --mask 1
     """
-    from ternarize.steps.journal import Edit
+    from ternarize.sources.packed import open_packed
+    from ternarize.steps.base import check_base
+    from ternarize.steps.journal import Edit, read_journal
     from ternarize.steps.operations import edit
+    from ternarize.trits.ternary import check_device
 
     edits = [
         Edit(operation, first, stop - 1)
@@ -313,12 +316,15 @@ def steps_edit(
         raise UsageError("edit", "nothing", "--mask, --negate or --restore", "Name some steps")
     if repair and (base is None or not texts):
         raise UsageError("--repair", "without --base and --texts", "both", "Name them")
+    place = check_device(device)
+    if repair and base is not None:  # before the journal is changed
+        check_base(journal, read_journal(journal).header, open_packed(base)[1])
     done: dict[str, Any] = {}
     for each, numbers in zip(edits, edit(journal, *edits), strict=True):
         done.setdefault(each.operation, []).extend(numbers)
     if repair:
         assert base is not None and texts
-        done["repair"] = _repaired(journal, base, texts, teacher, repair, device, quiet)
+        done["repair"] = _repaired(journal, base, texts, teacher, repair, place, quiet)
     if as_json:
         print_json({"journal": str(journal), **done})
         return
@@ -335,7 +341,7 @@ def _repaired(
     texts: list[str],
     teacher: str | None,
     attempts: int,
-    device: str | None,
+    device: str,
     quiet: bool,
 ) -> dict[str, Any]:
     """Steps behind an edit, which move what the last one moved."""
@@ -357,7 +363,7 @@ def _repaired(
     votes = Votes(target, last.k, DENSITIES[target])
     with progress_bar(quiet) as update:
         heard = _heard(update, first_attempt(found) + attempts)
-        how: dict[str, Any] = {"seed": found.header.seed, "device": device or "cpu"}
+        how: dict[str, Any] = {"seed": found.header.seed, "device": device}
         return train_journal(base, journal, training, votes, heard=heard, **how)
 
 
