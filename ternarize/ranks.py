@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ternarize.errors import RankError, TernarizeError, UsageError, first_line
+from ternarize.errors import CheckpointError, RankError, TernarizeError, UsageError, first_line
 
 _Any = TypeVar("_Any")
 
@@ -65,6 +65,14 @@ class World:
             dist.all_gather(each, tensor)
         self.sent[kind] += tensor.nbytes * (self.size - 1)
         return each
+
+    def check_same(self, value: object, found: str, remedy: str) -> None:
+        """Raise CheckpointError in all processes where one has another value than the first."""
+        told = self.all(value)
+        others = [rank for rank, each in enumerate(told) if each != told[0]]
+        if others:
+            where = f"rank {others[0]}"
+            raise CheckpointError(where, f"{found} than rank 0", "the same in all", remedy)
 
     @contextmanager
     def agreed(self) -> Iterator[None]:

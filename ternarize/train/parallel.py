@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ternarize.errors import CheckpointError, UsageError
+from ternarize.errors import UsageError
 from ternarize.files.headers import byte_view
 from ternarize.ranks import SILENCE, World, gpu_of, silence_ends
 
@@ -126,16 +126,12 @@ class Gradients:
             return
         # sums of bit patterns do not depend on the order in which they are taken
         sums = [int(p.detach().view(torch.int32).sum()) for p in self.parameters]
-        told = self.world.all(sums)
-        others = [rank for rank, each in enumerate(told) if each != told[0]]
-        if others:
-            raise CheckpointError(
-                f"rank {others[0]}",
-                f"has other weights after step {step} than rank 0",
-                "the same in all",
-                "Use processors of one kind, with the same versions and number of threads; the "
-                "same command goes on from the last state",
-            )
+        self.world.check_same(
+            sums,
+            f"has other weights after step {step}",
+            "Use processors of one kind, with the same versions and number of threads; the same "
+            "command goes on from the last state",
+        )
 
     def _share(self, piece: Sequence[_Span]) -> int:
         """Weights of a piece that a process adds up; some at the end are none."""

@@ -171,15 +171,11 @@ def train_votes(
 def _mark(moved: Moved, append: Callable[..., None], world: World, number: int) -> None:
     """A digest of the steps below a number, which all processes have to have."""
     digest = moved.state.digest()
-    told = world.all(digest)
-    others = [rank for rank, each in enumerate(told) if each != told[0]]
-    if others:
-        raise CheckpointError(
-            f"rank {others[0]}",
-            f"has other values after attempt {number} than rank 0",
-            "the same in all",
-            "Start again: the journal is as the first process has it",
-        )
+    world.check_same(
+        digest,
+        f"has other values after attempt {number}",
+        "Start again: the journal is as the first process has it",
+    )
     append(Mark(number, digest))
 
 
