@@ -313,8 +313,12 @@ def gpu_of(device: str) -> str | None:
 
 
 def check_gpus(world: World, device: str) -> None:
-    """Raise UsageError, in all processes, where several are told to use one GPU by its number."""
-    told = world.all((gpu_of(device) if ":" in device else None, device))
+    """Raise UsageError, in all processes, where several would use one GPU.
+
+    By its number, or since nothing gives each its own: with a LOCAL_RANK they may share one.
+    """
+    given = ":" not in device and "LOCAL_RANK" in os.environ
+    told = world.all((None if given else gpu_of(device), device))
     gpus = [gpu for gpu, _ in told]
     for gpu, name in told:
         if gpu is not None and gpus.count(gpu) > 1:
@@ -322,7 +326,7 @@ def check_gpus(world: World, device: str) -> None:
                 "--device",
                 f"{name} for {gpus.count(gpu)} processes is one GPU ({gpu})",
                 "a GPU for each",
-                "Use --device cuda: each takes the one of its LOCAL_RANK",
+                "Use --device cuda: each takes the one of its LOCAL_RANK, which torchrun sets",
             )
 
 

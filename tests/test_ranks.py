@@ -207,7 +207,11 @@ def test_a_gpu_of_a_number_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(UsageError, match=said):
         check_gpus(Told(("GPU-0", "cuda:1")), "cuda:0")
     check_gpus(Told(("GPU-7", "cuda:0")), "cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     check_gpus(Told((None, "cuda")), "cuda")
+    monkeypatch.delenv("LOCAL_RANK")
+    with pytest.raises(UsageError, match=said.replace("cuda:0", "cuda", 1)):
+        check_gpus(Told(("GPU-0", "cuda")), "cuda")
     check_gpus(Told((None, "cpu:0")), "cpu:0")
     check_gpus(World(), "cuda:0")
 
