@@ -48,6 +48,8 @@ from ternarize.steps.journal import (
     Mark,
     Note,
     Step,
+    bits_in_block,
+    bits_left,
     read_journal,
 )
 from ternarize.steps.operations import check_digests, compact, difference, edit, fork, merge
@@ -447,6 +449,20 @@ def test_a_compact_journal_says_the_same_in_fewer_bytes(walk: Path, tmp_path: Pa
     assert small.size < journal.size * 2 / 3
     assert check_digests(small, None, {}) == 1
     assert compact(tmp_path / "small.steps", tmp_path / "again.steps").size == small.size
+
+
+def test_bits_that_are_left_are_those_of_a_compact_journal(tmp_path: Path) -> None:
+    """With steps of another seed, which stand alone, between others, and edits."""
+    others = [replace(step, number=10 + step.number, seed=5, drawn=step.number) for step in WALK]
+    edits = [Edit("mask", number, number) for number in range(6)]
+    path = written(tmp_path / "my.steps", SEED, *WALK, *others, *edits)
+    left, before, number = bits_left(read_journal(path), 1000), others[-1], 20
+    with Appender(path, SEED) as appender:
+        while (left := left - bits_in_block(replace(WALK[0], number=number), before)) >= 0:
+            before, number = replace(WALK[0], number=number), number + 1
+            appender.append(before)
+        appender.append(Mark(number, "0" * 64))
+    assert 970 < compact(path, tmp_path / "small.steps").size <= 1000
 
 
 def test_a_block_of_the_largest_steps_fits_a_record() -> None:

@@ -46,7 +46,7 @@ from ternarize.steps.operations import check_digests, compact, edit
 from ternarize.steps.replay import Part, Values
 from ternarize.train.journals import code_journal, train_journal
 from ternarize.train.moved import Moved, Standing
-from ternarize.train.objectives import held_loss
+from ternarize.train.objectives import held_loss, objective
 from ternarize.train.probes import by_forwards, by_jvp, gradient, sums_along
 from ternarize.train.pursuit import Wanted, coded_steps, placed_steps, single_cell
 from ternarize.train.votes import (
@@ -483,6 +483,26 @@ def test_a_packed_model_is_trained_and_replayed_to_what_was_measured(
         assert torch.equal(direct.state_dict()[name], value), name
 
 
+def test_votes_end_where_a_step_does_not_fit_into_the_bytes_and_say_so(
+    llama: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    source, packed, text = llama
+    votes = [Votes("scales", 64, (4,), (0.1,), (4,), nbytes=n) for n in (150, 270, 290)]
+    training, journal, whole = training_of(source, text, 40), tmp_path / "a.steps", tmp_path / "b"
+    with pytest.raises(UsageError, match=r"--bytes: 150, of which header, digest and 0 steps take"):
+        train_journal(packed, journal, training, votes[0])
+    told = train_journal(packed, journal, training, votes[1])
+    assert told["attempts"] < 40 and told["not_written"] == "bytes"
+    assert told["written"] == told["steps"] == len(read_journal(journal).steps) > 0
+    again = train_journal(packed, journal, training, votes[1])
+    assert (again["written"], again["attempts"]) == (0, told["attempts"])
+    assert again["loss_before"] == again["loss"] == pytest.approx(told["loss"], abs=1e-6)
+    more = train_journal(packed, journal, training, votes[2])
+    assert more["written"] > 0 and compact(journal, tmp_path / "small.steps").size <= 290
+    train_journal(packed, whole, training, votes[2])
+    assert read_journal(whole).steps == read_journal(journal).steps
+
+
 def test_scales_that_gradients_have_found_are_written_as_steps(
     llama: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
@@ -765,8 +785,15 @@ def test_very_many_scales_move_one_by_one(
 ) -> None:
     source, packed, text = llama
     monkeypatch.setattr("ternarize.train.journals.DENSE_EXPONENTS", 1)
+    pairs = list[Any]()
+    monkeypatch.setattr(
+        "ternarize.train.journals.objective",
+        lambda pair, *how: pairs.append(pair) or objective(pair, *how),
+    )
     told = code_journal(packed, tmp_path / "a.steps", training_of(source, text, 8), 900, k=512)
     assert told["loss"] < told["loss_before"]
+    kept = [pair.known for pair in pairs if hasattr(pair, "known")]
+    assert [len(each) for each in kept] == [2], "held-out samples, and no batch of the eight"
     steps = read_journal(tmp_path / "a.steps").steps
     assert (
         len({step.bits for step in steps}) == 1

@@ -19,14 +19,14 @@ Base = Annotated[
     str | None, "Packed checkpoint that it begins from; none for a start from its seed."
 ]
 Upto = Annotated[int | None, typer.Option(min=0, help="Leave out this step and those behind it.")]
-# by what `code_journal` says of it
+# by what a training says of it
 _NOT_WRITTEN = {
     "before": "what was trained had been written before it was broken off",
-    "bytes": "no step fits into what is left of the bytes. Name more --bytes",
+    "bytes": "the next step does not fit into what is left of the bytes. Name more --bytes",
     "moves": "no value has moved by half of what a step moves. Use more --attempts, or a higher "
     "--lr",
     "gain": "what fits into the bytes does not help held-out documents; all that was trained "
-    "takes it to {wanted}. Use more --attempts, more --bytes, or another --lr",
+    "takes it to {wanted:.4f}. Use more --attempts, more --bytes, or another --lr",
 }
 
 
@@ -49,7 +49,9 @@ def steps_train(
     nbytes: Annotated[
         int | None,
         typer.Option(
-            "--bytes", help="Of a compact journal; default: 2500 by gradient, any number by votes."
+            "--bytes",
+            min=1,
+            help="Of a compact journal; default: 2500 by gradient, any number by votes.",
         ),
     ] = None,
     target: Annotated[
@@ -64,7 +66,11 @@ def steps_train(
     ] = "distill",
     teacher: Annotated[str | None, "Model to learn from, with the same words."] = None,
     perturbations: Annotated[
-        int | None, "Random directions that a step draws; default: 4096 by gradient, 256 by votes."
+        int | None,
+        typer.Option(
+            min=1,
+            help="Random directions that a step draws; default: 4096 by gradient, 256 by votes.",
+        ),
     ] = None,
     bits: Annotated[
         list[int] | None,
@@ -126,25 +132,16 @@ def steps_train(
         seed=seed,
         text_column=text_column,
     )
-    given = {"thrift": thrift, "probe": probe, "exchange": exchange}
-    of_votes: dict[str, Any] = {n: value for n, value in given.items() if value is not None}
-    if by == "gradient" and (of_votes or bits):
-        name = next(iter(of_votes), "bits")
-        raise UsageError(f"--{name}", "by gradient", "--by votes beside it", "Leave it out")
+    given = {"thrift": thrift, "probe": probe, "exchange": exchange, "bits": tuple(bits or ())}
+    of_votes: dict[str, Any] = {n: v for n, v in given.items() if v not in (None, ())}
     if by == "gradient":
+        for name in of_votes:
+            raise UsageError(f"--{name}", "by gradient", "--by votes beside it", "Leave it out")
         check_alone()
-    if by == "votes" and lr is not None:
+    elif lr is not None:
         raise UsageError("--lr", "by votes, which have no rate", "--by gradient", "Leave it out")
-    for name, value in (("perturbations", perturbations), ("bytes", nbytes)):
-        if value is not None and value < 1:
-            raise UsageError(f"--{name}", f"{value}", "at least 1")
-    votes = Votes(
-        target,
-        perturbations or VOTED,
-        tuple(bits) if bits else DENSITIES[target],
-        nbytes=nbytes or 0,
-        **of_votes,
-    )
+    of_votes.setdefault("bits", DENSITIES[target])
+    votes = Votes(target, perturbations or VOTED, nbytes=nbytes or 0, **of_votes)
     with ranks_of_launcher(SILENCE) as world, progress_bar(quiet or world.rank > 0) as update:
         how: dict[str, Any] = {"seed": seed, "device": check_device(device)}
         check_gpus(world, how["device"])
@@ -162,10 +159,10 @@ def steps_train(
         _tell_trained(result)
 
 
-def _heard(update: Any, attempts: int) -> Callable[[int, float, Any], None]:
+def _heard(update: Any, attempts: int) -> Callable[[int, float], None]:
     """What shows how far a training is."""
 
-    def heard(number: int, loss: float, _: Any) -> None:
+    def heard(number: int, loss: float) -> None:
         if update is not None:
             update(number + 1, attempts, f"loss {loss:.4f}", "training")
 
@@ -177,10 +174,11 @@ def _tell_trained(result: dict[str, Any]) -> None:
         f"{result['steps']} steps in {in_bytes(result['bytes'])}; loss on held-out documents "
         f"{result['loss_before']:.4f} -> {result['loss']:.4f}"
     )
-    why = result.get("not_written")
-    if why is not None:
-        wanted = f"{result['loss_wanted']:.4f}"
-        print(f"nothing was written: {_NOT_WRITTEN[why].format(wanted=wanted)}")
+    why = _NOT_WRITTEN.get(result["not_written"], "")
+    if why:
+        more = f"more was written after {result['attempts']} attempts"
+        what = more if result["written"] else "was written"
+        print(f"nothing {what}: {why.format(wanted=result.get('loss_wanted'))}")
 
 
 def steps_replay(

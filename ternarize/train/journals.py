@@ -37,10 +37,10 @@ from ternarize.steps.journal import (
 from ternarize.train.loop import Objective
 from ternarize.train.moved import Moved, Standing, target_of
 from ternarize.train.objectives import held_loss, labels_of, objective
-from ternarize.train.pursuit import Wanted, coded_steps, placed_steps, single_cell, trained_values
+from ternarize.train.pursuit import coded_steps, placed_steps, single_cell, trained_values
 from ternarize.train.sources import Data, data_of
 from ternarize.train.students import Pair, fast_dtype, open_model, teacher_folder, widen
-from ternarize.train.texts import IGNORED, batch_of, tokens_in
+from ternarize.train.texts import IGNORED, batch_of, next_samples
 from ternarize.train.votes import Heard, Votes, first_attempt, train_votes
 
 SEED = 0  # of the perturbations, when none is asked for
@@ -50,7 +50,7 @@ DIRECTIONS = 4096  # that a step draws towards what gradients want
 RATES = {"scales": 1.0, "trits": 0.006}
 FASTEST = {"scales": 32.0, "trits": 1.0}  # such a rate
 DENSE_EXPONENTS = 1 << 18  # for more, a step that moves many at once takes seconds to find
-_REMEMBERED = 64  # outputs of the teacher
+_REMEMBERED = 16  # outputs of the teacher
 _STEP_BITS = 64  # room for one step, which takes some 12 bits beside its choice
 # how far trits and rounded weights agree beyond chance (0: as chance has it, 1: all): the source
 # comes to 0.5 and more, other weights to about 0. A wrong teacher that passes does no harm: latent
@@ -60,7 +60,7 @@ _AKIN = 0.2
 
 @dataclass
 class _Remembering(Pair):
-    """A pair whose teacher's last outputs are kept: each candidate asks for them again."""
+    """A pair whose teacher's last outputs are kept: what is tried asks for them again."""
 
     known: dict[bytes, Tensor] = field(default_factory=dict)
 
@@ -97,9 +97,10 @@ def train_journal(
     heard     told of each attempt
     world     processes that train together, each of which calls this, and the first of which writes
 
-    Returns plain data: attempts, steps taken, the loss on held-out documents before and after.
-    Raises UsageError where texts, teacher or base cannot be used, OutputError where the journal is
-    another's.
+    Returns plain data: the attempts that were made and the steps that there are ("written": by this
+    run), why there are not more ("not_written": "bytes", the next one does not fit; else None), and
+    the loss on held-out documents before and after. Raises UsageError where texts, teacher, base or
+    bytes cannot be used, OutputError where the journal is another's.
     """
     assert training.steps is not None
     at = _session(base, training, seed, device, plain=votes.probe == "jvp")
@@ -109,9 +110,11 @@ def train_journal(
         appender = stack.enter_context(Appender(journal, at.header)) if not world.rank else None
         there = Path(journal).read_bytes() if appender else b""
         begun = parse_journal(world.firsts(there), str(journal))
+        if votes.nbytes:
+            _room(begun, votes.nbytes, goes_on=bool(begun.steps))
         before = at.brought_to(begun.effective())
         pairs = _batches(at.data, training, first_attempt(begun), world)
-        taken = train_votes(
+        taken, attempts = train_votes(
             at.moved,
             at.loss,
             lambda _: next(pairs),
@@ -124,8 +127,10 @@ def train_journal(
         )
     return {
         "texts": at.data.about["texts"],
-        "attempts": max(training.steps, first_attempt(begun)),
+        "attempts": attempts,
         "steps": len(begun.steps) + taken,
+        "written": taken,
+        "not_written": "bytes" if attempts < training.steps else None,
         "loss_before": before,
         "loss": at.held(),
         "sent_bytes": sum(world.sent.values()),
@@ -173,26 +178,25 @@ def code_journal(
     at = _session(base, training, seed, device, plain=False)
     with Appender(journal, at.header) as appender:
         begun = appender.journal
-        left = bits_left(at.header, begun.steps, nbytes)
         first = _began(begun, target)
         there = [step for step in begun.effective() if step.number >= first]
-        if left < _STEP_BITS and not there:
-            taken = nbytes - left // 8
-            raise UsageError(
-                "--bytes",
-                f"{nbytes}, of which header, digest and {len(begun.steps)} steps take {taken}",
-                f"at least {taken + _STEP_BITS // 8}",
-                "Name more",
-            )
+        left = _room(begun, nbytes, goes_on=bool(there))
         before = at.brought_to([step for step in begun.effective() if step.number < first])
         state = at.moved.state
-        dense = (
-            target == "scales"
-            and sum(e.numel() for e in state.exponents.values()) <= DENSE_EXPONENTS
-        )
+        count = sum(each.numel() for each in state.exponents.values())
+        dense = target == "scales" and count <= DENSE_EXPONENTS
         if not dense:
             single_cell(state, target)
-        wanted = _wanted(at, training, target, rate, heard)
+        wanted = trained_values(
+            at.moved,
+            at.loss,
+            lambda _: next_samples(at.data.stream, training.batch),
+            target,
+            training.steps,
+            rate,
+            begin=at.latent() if target == "trits" else None,
+            heard=heard,
+        )
         with wanted.shown(at.moved, target):
             best = at.held()
         state.apply(there)
@@ -230,6 +234,20 @@ def check_alone() -> None:
         raise UsageError("torchrun", "by gradient", "--by votes", "Start one process, or use votes")
 
 
+def _room(journal: Journal, nbytes: int, *, goes_on: bool) -> int:
+    """Bits that are left for steps; UsageError where none fits, and nothing is there to go on."""
+    left = bits_left(journal, nbytes)
+    if left < _STEP_BITS and not goes_on:
+        taken = nbytes - left // 8
+        raise UsageError(
+            "--bytes",
+            f"{nbytes}, of which header, digest and {len(journal.steps)} steps take {taken}",
+            f"at least {taken + _STEP_BITS // 8}",
+            "Name more",
+        )
+    return left
+
+
 def _helping(
     at: "_Session", target: str, offered: Generator[Step, None, bool]
 ) -> tuple[list[Step], str | None]:
@@ -263,29 +281,6 @@ def _helping(
     count = min(losses, key=lambda each: losses[each])
     bring(count)
     return steps[:count], None if count else "gain"
-
-
-def _wanted(
-    at: "_Session", training: Train, target: str, rate: float, heard: Heard | None
-) -> Wanted:
-    """Where gradients bring scales or trits."""
-    assert training.steps is not None
-    of_batches = (_taken(at.data.stream, training.batch) for _ in itertools.count())
-
-    def told(number: int, loss: float) -> None:
-        if heard is not None:
-            heard(number, loss, None)
-
-    return trained_values(
-        at.moved,
-        at.loss,
-        lambda _: next(of_batches),
-        target,
-        training.steps,
-        rate,
-        begin=at.latent() if target == "trits" else None,
-        heard=told,
-    )
 
 
 def _began(journal: Journal, target: str) -> int:
@@ -375,21 +370,23 @@ def _session(base: str | Path, training: Train, seed: int, device: str, *, plain
     pair = _pair(packed.directory, training, device, plain=plain)
     state = opened_state(header, packed, records)
     moved = Moved(pair.student, _places(packed, records, pair.student), state)
-    of_samples = objective(pair, data.common, data.first, training.seed, data.pad, 1.0)
     if plain:
-        of_samples = _plain(pair, data)
+        once = again = _plain(pair, data)
+    else:
+        how = data.common, data.first, training.seed, data.pad, 1.0
+        once, again = objective(pair, *how), objective(_Remembering(**vars(pair)), *how)
     return _Session(
         header,
         data,
         moved,
-        lambda _, samples: of_samples(samples)[0],
-        lambda: held_loss(of_samples, data.report),
-        lambda: held_loss(of_samples, data.held),
+        lambda _, samples: (once if torch.is_grad_enabled() else again)(samples)[0],
+        lambda: held_loss(again, data.report),
+        lambda: held_loss(again, data.held),
         pair.teacher,
     )
 
 
-def _pair(directory: Path, training: Train, device: str, *, plain: bool) -> _Remembering:
+def _pair(directory: Path, training: Train, device: str, *, plain: bool) -> Pair:
     """The packed model, dense, and what it learns from.
 
     plain  in operations that know tangents, which fast attention does not
@@ -408,7 +405,7 @@ def _pair(directory: Path, training: Train, device: str, *, plain: bool) -> _Rem
             )
         teacher = open_model(teacher_folder(directory, training), device)
         widen(teacher, dtype)
-    return _Remembering.of(student, teacher, dtype)
+    return Pair.of(student, teacher, dtype)
 
 
 def _plain(pair: Pair, data: Data) -> Objective:
@@ -464,13 +461,7 @@ def _batches(
     """Batches of a process to probe and to decide, from the attempt on that comes first."""
     for number in itertools.count():
         for rank in range(world.size):
-            pair = _taken(data.stream, training.batch), _taken(data.stream, training.batch)
+            probed = next_samples(data.stream, training.batch)
+            deciding = next_samples(data.stream, training.batch)
             if number >= first and rank == world.rank:
-                yield pair
-
-
-def _taken(stream: Iterator[Sample], tokens: int) -> list[Sample]:
-    taken: list[Sample] = []
-    while sum(map(tokens_in, taken)) < tokens:
-        taken.append(next(stream))
-    return taken
+                yield probed, deciding

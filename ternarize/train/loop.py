@@ -28,7 +28,7 @@ from ternarize.threads import let_through, signals_came, signals_held
 from ternarize.train.divided import clip, watched
 from ternarize.train.parallel import Exchange, Gradients
 from ternarize.train.state import Progressed, best_file, load_state, save_state
-from ternarize.train.texts import ahead, learnt_in, tokens_in
+from ternarize.train.texts import ahead, learnt_in, next_samples, tokens_in
 
 WARM = 0.02  # share of the budget in which rates go up
 CLIP = 1.0  # largest norm of the gradient
@@ -253,12 +253,9 @@ def _step(
 
 def _micro_batches(job: Job, samples: Iterator[Sample]) -> list[list[Sample]]:
     """The next samples, as they go through the model."""
-    taken: list[Sample] = []
-    while sum(map(tokens_in, taken)) < job.training.batch:
-        sample = next(samples)
-        if job.world.size > 1:  # a row of a table is told with all of it
-            sample = {name: value.clone() for name, value in sample.items()}
-        taken.append(sample)
+    taken = next_samples(samples, job.training.batch)
+    if job.world.size > 1:  # a row of a table is told with all of it
+        taken = [{name: value.clone() for name, value in each.items()} for each in taken]
     return list(in_parts(taken, job.part))
 
 

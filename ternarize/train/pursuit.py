@@ -11,7 +11,7 @@ code of a random codebook, found as in matching pursuit (Mallat and Zhang 1993,
 https://doi.org/10.1109/78.258082).
 
 Trits, and very many exponents, are moved one by one, by directions with one non-zero each: M of n
-values take M (log2(n / M) + 2.4) bits, which is what a list of them takes.
+values take about M (log2(n / M) + 3.5) bits, of which a list of them would take M (... + 2.4).
 """
 
 import math
@@ -30,7 +30,7 @@ from ternarize.steps.journal import Step, bits_in_block
 from ternarize.steps.replay import LIMITS, Moves, Values
 from ternarize.train.moved import Moved, target_of
 from ternarize.train.probes import ModuleLoss, aligned, gradient
-from ternarize.train.votes import bits_of
+from ternarize.train.votes import Heard, bits_of
 
 _BETAS, _EPSILON = (0.9, 0.95), 1e-12
 TRIED = 20  # numbers without a gain, after which nothing more is to be had
@@ -94,7 +94,7 @@ def trained_values(
     rate: float,
     *,
     begin: Mapping[str, Tensor] | None = None,
-    heard: Callable[[int, float], None] | None = None,
+    heard: Heard | None = None,
 ) -> Wanted:
     """Train values as real numbers, by Adam with a cosine; those of the state stay as they are.
 

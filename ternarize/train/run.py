@@ -18,6 +18,7 @@ from ternarize.files import metadata
 from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.headers import stamp
 from ternarize.files.metadata import SCALE_SUFFIX
+from ternarize.measure.measured import fast_dtype
 from ternarize.plans.engine import check_held
 from ternarize.plans.layout import Plan, TensorPlan
 from ternarize.plans.recipe import Train
@@ -37,7 +38,7 @@ from ternarize.train.parallel import check_alike, exchange_of
 from ternarize.train.recompute import recompute_blocks
 from ternarize.train.sources import Data, data_of
 from ternarize.train.state import Progressed
-from ternarize.train.students import Pair, fast_dtype, make_pair, teacher_folder
+from ternarize.train.students import Pair, make_pair, teacher_folder
 from ternarize.train.texts import batch_of
 from ternarize.trits.base3 import BASE3
 from ternarize.trits.ternary import scaled

@@ -25,6 +25,7 @@ from ternarize.calibrate.solved import Solved, form_of, read_numbers, read_solve
 from ternarize.errors import CheckpointError, UsageError
 from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.container import ROUNDED, as_source
+from ternarize.measure.measured import fast_dtype
 from ternarize.models.configuration import class_of, open_config, usable
 from ternarize.models.reads import CAUSAL, kind_of, vocabulary_size
 from ternarize.models.skeleton import model_end
@@ -83,14 +84,6 @@ class Pair:
     def autocast(self) -> torch.autocast:
         device = next(self.student.parameters()).device.type
         return torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32)
-
-
-def fast_dtype(device: str) -> torch.dtype:
-    """In which products are fast: bfloat16 on GPUs and on CPUs with AMX or AVX-512 BF16."""
-    if device != "cpu":
-        return torch.bfloat16
-    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return torch.bfloat16 if able.get("amx_bf16") or able.get("avx512_bf16") else torch.float32
 
 
 def make_pair(

@@ -130,6 +130,14 @@ def mixed(streams: Sequence[tuple[Iterator[Sample], float]], seed: int) -> Itera
         yield next(rng.choices(each, weights)[0])
 
 
+def next_samples(samples: Iterator[Sample], tokens: int) -> list[Sample]:
+    """The next samples, as many as come to so many tokens."""
+    taken: list[Sample] = []
+    while sum(map(tokens_in, taken)) < tokens:
+        taken.append(next(samples))
+    return taken
+
+
 @contextmanager
 def ahead(samples: Iterator[Sample]) -> Iterator[Iterator[Sample]]:
     """Let a thread make the next samples while others are used: a GPU need not wait for words.

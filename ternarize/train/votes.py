@@ -63,8 +63,8 @@ MARK_EVERY = 100  # attempts between digests
 
 # attempt -> the batch that is probed, and the one that decides
 Batches = Callable[[int], tuple[Any, Any]]
-# (attempt, loss on the batch that decides, the step that was taken or None)
-Heard = Callable[[int, float, Step | None], None]
+# (attempt, loss on the batch that decides); or by gradients (step, loss)
+Heard = Callable[[int, float], None]
 
 
 @dataclass(frozen=True)
@@ -122,17 +122,21 @@ def train_votes(
     *,
     world: World | None = None,
     heard: Heard | None = None,
-) -> int:
-    """Try steps until so many have been tried, and append those that are taken; returns how many.
+) -> tuple[int, int]:
+    """Try steps until so many have been tried, and append those that are taken.
 
     moved     module, places and values, which are what the journal says
     journal   what has been done; append: writes on it (`Appender`)
     attempts  in all, those of earlier runs included
     world     the processes, each with batches of its own
+
+    Returns how many were taken, and the number of the attempt that comes next: below `attempts`
+    where a step does not fit into the bytes. With more of them that one is made again, so that
+    the journal is the one that they would have had at once.
     """
     world = world or World()
     taken, last = 0, journal.steps[-1] if journal.steps else NO_STEP
-    left = bits_left(journal.header, journal.steps, votes.nbytes) if votes.nbytes else math.inf
+    left = bits_left(journal, votes.nbytes) if votes.nbytes else math.inf
     number = first_attempt(journal)
     vain = number - len(journal.steps)
     while number < attempts and left > 0:
@@ -160,12 +164,12 @@ def train_votes(
         append(*([step] if step else []), note)
         number += 1
         if heard is not None:
-            heard(number - 1, value, step)
+            heard(number - 1, value)
         if number % MARK_EVERY == 0 and number < attempts:
             _mark(moved, append, world, number)
     if number > first_attempt(journal):
         _mark(moved, append, world, number)
-    return taken
+    return taken, number
 
 
 def _mark(moved: Moved, append: Callable[..., None], world: World, number: int) -> None:
