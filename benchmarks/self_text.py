@@ -19,9 +19,10 @@ from torch import Tensor
 
 from ternarize.calibrate.apart import divide_text
 from ternarize.measure.documents import SEPARATOR
+from ternarize.measure.measured import fast_dtype
 from ternarize.models.reads import beginning, open_tokenizer
 from ternarize.runtime.decode import cache_of
-from ternarize.train.students import fast_dtype, open_model
+from ternarize.train.students import open_model
 
 
 def beginnings(text: Path, tokenizer: Any, count: int, length: int, seed: int) -> Tensor:
