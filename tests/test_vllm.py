@@ -32,6 +32,7 @@ from ternarize.errors import UsageError
 from ternarize.files import container
 from ternarize.files.metadata import Record
 from ternarize.plans.recipe import Recipe
+from ternarize.publish.export import export
 from ternarize.publish.vllm.matrices import (
     Matrix,
     columns_of,
@@ -129,7 +130,7 @@ if __name__ == "__main__":
     models, prompts, length, options = map(json.loads, sys.argv[1:])
     sampling = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
     for model in models:
-        engine = LLM(model=model, dtype="float32", max_model_len=64, max_num_seqs=8, **options)
+        engine = LLM(model=model, max_model_len=64, max_num_seqs=8, **options)
         given = [{"prompt_token_ids": prompt} for prompt in prompts]
         found = engine.generate(given, sampling, use_tqdm=False)
         print("TOKENS", json.dumps([list(each.outputs[0].token_ids) for each in found]), flush=True)
@@ -150,7 +151,8 @@ def engine_run(
     """A process that writes with vLLM: for each model a line of stdout with the tokens."""
     script = folder / "run.py"
     script.write_text(_RUN)
-    options = {"enforce_eager": True, "skip_tokenizer_init": True, **options}
+    usual = {"dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True}
+    options = usual | options
     given = [json.dumps(each) for each in (list(map(str, models)), PROMPTS, LENGTH, options)]
     two = options.get("tensor_parallel_size") == 2
     ours = {"VLLM_CPU_OMP_THREADS_BIND": "0|1" if two else "auto"}
@@ -213,14 +215,14 @@ def random(
 
 
 def in_one_tensor(
-    config: Any, turned: bool = False, group_size: int = 16
+    config: Any, turned: bool = False, group_size: int = 16, original: bool = False
 ) -> Callable[[Path], Path]:
-    """All experts of a layer stored in one tensor, as transformers has them."""
+    """All experts of a layer stored in one tensor, as transformers has them (or the Hub)."""
 
     def make(folder: Path) -> Path:
         torch.manual_seed(0)
         made: Any = getattr(transformers, config.architectures[0])(config)
-        made.save_pretrained(folder / "source", save_original_format=False)
+        made.save_pretrained(folder / "source", save_original_format=original)
         convert(folder / "source", folder / "packed", Recipe("itf", group_size))
         if turned:
             rewrite(folder / "packed", turn)
@@ -296,6 +298,31 @@ def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
 
 
 @ENGINE
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not torch.cuda.is_available() and torch.backends.cpu.get_cpu_capability() != "AVX512",
+    reason="vLLM multiplies 4 bits on CUDA, and on CPUs with AVX-512",
+)
+def test_vllm_alone_writes_what_is_packed_from_an_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "none")  # of ours, too
+    makes = {
+        "example": example(Recipe("itf", 128)),
+        "rows": random("llama", recipe=Recipe("itf", -1), head_dim=32, intermediate_size=128),
+    }
+    exports, ours = [], []
+    for name, make in makes.items():
+        (tmp_path / name).mkdir()
+        packed = make(tmp_path / name)
+        exports.append(tmp_path / name / "export")
+        export(packed, exports[-1], "compressed-tensors", kind="int4")
+        ours.append(tokens_of_ours(packed))
+    # its products of 4 bits do not know float32
+    assert tokens_of_vllm(exports, tmp_path, dtype="float16") == ours
+
+
+@ENGINE
 @pytest.mark.parametrize("up", ["up_proj", "w1"])
 def test_experts_without_a_gate_in_one_tensor_are_refused_by_name(up: str) -> None:
     config = importlib.import_module("ternarize.publish.vllm.config").VllmConfiguration({})
@@ -323,6 +350,7 @@ def test_what_vllm_cannot_serve_is_said_in_one_line(tmp_path: Path) -> None:
         ("cut", example(Recipe("itf", 256)), TWO),
         ("one scale", in_one_tensor(_QWEN, group_size=0), {}),
         ("columns", random("llama4", head_dim=32), {}),
+        ("names of its own", in_one_tensor(_GRANITE, original=True), {}),
         ("not taken", random("mixtral", recipe=Recipe("itf", 16, embeddings="int8")), {}),
     ):
         (tmp_path / name).mkdir()
@@ -331,4 +359,5 @@ def test_what_vllm_cannot_serve_is_said_in_one_line(tmp_path: Path) -> None:
     assert "expected whole groups in each. Use fewer processes, or convert with" in said["cut"]
     assert "has one scale for the gate and the up projection" in said["one scale"]
     assert "for each expert, as it is packed. Serve it with --engine" in said["columns"]
-    assert "is packed, but the model of vLLM has no layer that takes" in said["not taken"]
+    for name in ("names of its own", "not taken"):
+        assert "is packed, but the model of vLLM has no layer that takes" in said[name]
