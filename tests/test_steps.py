@@ -27,6 +27,7 @@ from ternarize.convert.verify import verify
 from ternarize.errors import DigestError, FormatError, OutputError, UsageError
 from ternarize.files.headers import DTYPES, read_header
 from ternarize.files.names import RECORD
+from ternarize.files.outputs import fresh_output
 from ternarize.files.sums import SUMS, listed, sha256
 from ternarize.measure.report import inspect
 from ternarize.plans.recipe import Recipe
@@ -208,6 +209,29 @@ def test_what_comes_in_the_place_of_a_replay_meanwhile_stays(
     assert sorted(each.name for each in tmp_path.iterdir()) == ["my.steps", "out"]
     with pytest.raises(OutputError, match="inside the model"):
         replay(path, base, base / "out")
+
+
+def test_what_a_killed_replay_has_left_goes_away_and_nothing_else(tmp_path: Path) -> None:
+    base, out = GOLDEN / "rows", tmp_path / "out"
+    path, partial = of_base(tmp_path / "my.steps", base, *WALK), tmp_path / "out.partial"
+    with fresh_output(base, out, folder=True) as place:
+        (place / "model.safetensors").write_bytes(b"half")
+        with pytest.raises(OutputError, match="out.partial: another process is writing here"):
+            replay(path, base, out)
+        shutil.copytree(partial, tmp_path / "killed")
+    shutil.rmtree(out)
+    (tmp_path / "killed").rename(partial)
+    (partial / "mine").touch()
+    with pytest.raises(OutputError, match=r"no unfinished result .mine.; .* Move it away"):
+        replay(path, base, out)
+    assert (partial / "whole" / "model.safetensors").read_bytes() == b"half"
+    (partial / "mine").unlink()
+    replay(path, base, out)
+    assert verify(out)["listed"] and not partial.exists()
+    shutil.rmtree(out)
+    (partial / "whole").mkdir(parents=True)  # without the lock, which comes first
+    with pytest.raises(OutputError, match="no unfinished result .whole."):
+        replay(path, base, out)
 
 
 def load_tensor(folder: Path, name: str) -> torch.Tensor:

@@ -4,11 +4,15 @@ import errno
 import os
 import shutil
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from ternarize.errors import OutputError
+
+_LOCK, _WHOLE = ".lock", "whole"  # in the folder of a result that is not complete
 
 
 def name_beside(output: Path, ending: str) -> Path:
@@ -110,7 +114,8 @@ def fresh_output(source: Path, output: Path, *, folder: bool) -> Iterator[Path]:
     source  directory of what it is made of, which is never changed
     folder  whether a directory is made, or a file
 
-    Raises OutputError where something has the name already, or nothing can be written.
+    What one that was killed has left there goes away, too. Raises OutputError where something has
+    the name already, another process is writing it, or nothing can be written.
     """
     source = source.resolve()
     partial = partial_of(output)
@@ -122,29 +127,57 @@ def fresh_output(source: Path, output: Path, *, folder: bool) -> Iterator[Path]:
             "another place: the source is never changed",
             "Name another",
         )
+    with _alone_in(partial) as place:
+        try:
+            place.mkdir() if folder else place.touch(exist_ok=False)
+            yield place
+            sync_files(place)
+            check_free(output)  # again: a rename would replace what has come in the meantime
+            place.rename(output)
+            sync_names(output.parent)
+        except OSError as error:
+            raise OutputError(
+                partial,
+                f"cannot be written ({error.strerror or error})",
+                remedy="Make room or permission",
+            ) from error
+
+
+@contextmanager
+def _alone_in(partial: Path) -> Iterator[Path]:
+    """A name in a folder that this process alone has; nothing is left of either in the end.
+
+    A lock is the first thing in it, and the last: what another one, which was killed, has left
+    there is known by it, and goes away; what anything else has put there stays.
+    """
+    lock, place = FileLock(partial / _LOCK, timeout=0), partial / _WHOLE
     try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        if folder:
-            partial.mkdir()
-        else:
-            partial.touch(exist_ok=False)
+        partial.mkdir(parents=True, exist_ok=True)
+        there = set(os.listdir(partial))
+        there -= {_LOCK, _WHOLE} if _LOCK in there else set()
+        if there or partial.is_symlink():
+            found = f"exists and is no unfinished result ({min(there, default='a link')})"
+            raise OutputError(partial, found, "a free name", "Move it away, or name another output")
+        lock.acquire()
+        _remove(place)
+    except Timeout:
+        found = "another process is writing here"
+        raise OutputError(partial, found, "to be alone", "Wait for it") from None
     except OSError as error:
         remedy = "Remove what is there, or name another output"
         raise cannot_make(partial, error, remedy) from None
     try:
-        yield partial
-        sync_files(partial)
-        check_free(output)  # again: a rename would replace what has come in the meantime
-        partial.rename(output)
-        sync_names(output.parent)
-    except OSError as error:
-        raise OutputError(
-            partial,
-            f"cannot be written ({error.strerror or error})",
-            remedy="Make room or permission",
-        ) from error
+        yield place
     finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        else:
-            partial.unlink(missing_ok=True)
+        _remove(place)
+        with suppress(OSError):  # the next one has come, and takes what is there
+            (partial / _LOCK).unlink()
+            partial.rmdir()
+        lock.release()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
