@@ -23,8 +23,10 @@ from ternarize.convert.run import convert
 from ternarize.errors import CheckpointError, UsageError
 from ternarize.measure.audio import list_recordings, read_sound
 from ternarize.measure.figures import ratio_of
-from ternarize.measure.speech import evaluate_speech, word_errors
+from ternarize.measure.measured import fast_dtype
+from ternarize.measure.speech import evaluate_speech, word_errors, write_heard
 from ternarize.plans.recipe import Calibrate, Recipe, Train
+from ternarize.train.sources import data_of
 
 soundfile = pytest.importorskip("soundfile", reason="needs ternarize[audio]")
 
@@ -95,6 +97,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def packed(source: Path) -> Path:
     convert(source, source.parent / "packed", Recipe("itf", group_size=32))
     return source.parent / "packed"
+
+
+@pytest.fixture
+def all_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An untrained model writes one word over and over, of which windows would be left out."""
+    monkeypatch.setattr("ternarize.calibrate.speech._repeats", lambda *_: False)
 
 
 # --- a folder of audio --------------------------------------------------------------------------
@@ -284,6 +292,7 @@ def test_a_language_is_one_by_any_of_its_names_and_recorded_where_it_was_told(
 # --- calibration and training -------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("all_windows")
 def test_a_conversion_is_calibrated_on_speech(tmp_path: Path, source: Path) -> None:
     folder = speech(tmp_path / "audio", 12, said=False)
     calibrate = Calibrate(str(folder), num_samples=8, rotation=16)
@@ -334,14 +343,16 @@ def test_a_length_of_samples_is_not_ignored(tmp_path: Path, source: Path) -> Non
         samples_of(source, Calibrate(str(folder), num_samples=8, seq_len=64), trained=False)
 
 
+@pytest.mark.usefixtures("all_windows")
 def test_samples_are_what_the_source_hears_and_writes(tmp_path: Path, source: Path) -> None:
     folder = speech(tmp_path / "audio", 10, said=False)
     samples = samples_of(source, Calibrate(str(folder), num_samples=8), trained=False)
-    model = HF.WhisperForConditionalGeneration.from_pretrained(source)
+    dtype = fast_dtype("cpu")
+    model = HF.WhisperForConditionalGeneration.from_pretrained(source, dtype=dtype)
     assert samples.first == 4  # behind the tokens that all start from
     tokens = 0
     for batch in samples.batches:
-        written = model.generate(batch["input_features"], max_new_tokens=16).tolist()
+        written = model.generate(batch["input_features"].to(dtype), max_new_tokens=16).tolist()
         rows = zip(
             batch["decoder_input_ids"], batch["decoder_attention_mask"], written, strict=True
         )
@@ -357,6 +368,44 @@ def test_samples_are_what_the_source_hears_and_writes(tmp_path: Path, source: Pa
         samples.digest
         == samples_of(source, Calibrate(str(folder), num_samples=8), trained=False).digest
     )
+
+
+def test_windows_in_which_the_source_repeats_itself_are_left_out(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that end in a loop, and those that zlib makes much smaller; and it is said."""
+    written = iter([[10, 11] * 8, [30] * 14 + [50, 51], *([7, at, 8] for at in range(60, 100))])
+
+    def write(model: Any, features: Any, new_tokens: int, **how: Any) -> list[list[int]]:
+        assert how == {"end_loops": True}
+        return [[START, *LANGUAGE, *next(written)] for _ in features["input_features"]]
+
+    monkeypatch.setattr("ternarize.calibrate.speech.write_heard", write)
+    folder = speech(
+        tmp_path / "audio", 12, seconds=0.6, said=False
+    )  # two are too long for one window
+    samples = samples_of(source, Calibrate(str(folder), num_samples=8), trained=False)
+    ids = [b["decoder_input_ids"] for b in samples.batches + samples.heldout + samples.report]
+    assert torch.cat(ids)[:, 4:].tolist() == [[7, at, 8] for at in range(60, 70)]
+    assert samples.description["windows_left_out"] == 2
+    note = "2 of 12 windows are left out: in them the source repeats itself"
+    assert note in samples.description["notes"]
+    written = iter([[12] * 16, *([7, at, 8] for at in range(60, 100))])
+    assert data_of(source, Train(texts=(str(folder),), steps=1)).about["windows_left_out"] == 1
+    written = iter([[12] * 16] * 7 + [[7, at, 8] for at in range(60, 65)])
+    with pytest.raises(UsageError, match="5 windows of speech, and 7 in which the source repeats"):
+        samples_of(source, Calibrate(str(folder), num_samples=8), trained=False)
+
+
+def test_a_text_is_broken_off_in_a_loop_where_that_is_asked_for(source: Path) -> None:
+    model = HF.WhisperForConditionalGeneration.from_pretrained(source)
+    norm = model.model.decoder.layer_norm
+    with torch.no_grad():
+        norm.weight.zero_()  # whatever it hears, it writes w7
+        norm.bias.copy_(100 * model.proj_out.weight[7])
+    features = {"input_features": torch.randn(2, 16, 64)}
+    assert write_heard(model, features, 24) == [[START, *LANGUAGE, *[7] * 24]] * 2
+    assert write_heard(model, features, 24, end_loops=True) == [[START, *LANGUAGE, *[7] * 16]] * 2
 
 
 @pytest.mark.parametrize("told", [True, False])
@@ -394,6 +443,7 @@ def test_recordings_are_joined_where_there_are_more_than_windows(
     assert all(count % 3 == 0 for count in words)
 
 
+@pytest.mark.usefixtures("all_windows")
 def test_long_recordings_without_transcripts_are_cut(tmp_path: Path, source: Path) -> None:
     folder = speech(tmp_path / "audio", 1, seconds=9.5, said=False)
     samples = samples_of(source, Calibrate(str(folder), num_samples=8), trained=False)
@@ -433,6 +483,7 @@ def test_a_source_that_lacks_a_part_is_refused(tmp_path: Path, missing: str, wha
         samples_of(model, Calibrate(str(folder), num_samples=8), trained=False)
 
 
+@pytest.mark.usefixtures("all_windows")
 def test_a_model_is_trained_on_speech_without_labels(tmp_path: Path, source: Path) -> None:
     folder = speech(tmp_path / "audio", 12, said=False)
     train = Train(texts=(str(folder),), steps=2, batch=512, lr=0.01)

@@ -157,7 +157,7 @@ def _from_speech(calibration: Calibrate, ear: Ear, rng: random.Random) -> _Found
         )
     heard = read_speech(calibration, ear, rng)
     name = Path(calibration.dataset).expanduser().resolve().name
-    return _Found(heard.sets, name, heard.length, heard.starts, False, [], heard.more)
+    return _Found(heard.sets, name, heard.length, heard.starts, False, heard.notes, heard.more)
 
 
 def _check_words(sets: Sequence[Sequence[Sample]], first: int, dataset: str) -> None:

@@ -2,21 +2,32 @@
 
 A recogniser hears a window of some length, Whisper's of 30 seconds, and what is shorter is filled
 up with silence. Sentences alone would be calibrated on silence for the most part, so recordings are
-joined, a pause between them, up to a length that is drawn for each window, between half and all
-of it; fewer where the folder would make less than FEWEST windows. A recording without a transcript
-that is longer than a window is cut into several, which need not be in one set.
+joined, a pause between them, up to a length that is drawn for each window, between nothing (one
+recording alone, as it is heard later) and all of it; fewer where the folder would make less than
+FEWEST windows. A recording without a transcript that is longer than a window is cut into several,
+which need not be in one set.
 
-The source writes down what it hears. Where all recordings of a window have transcripts, those take
+The source writes down what it hears, in the dtype in which products are fast. Windows in which it
+repeats itself are left out: no good example of what to write, and long ones. As Whisper's own
+decoding has it, that is a text which zlib makes more than REPEATED times smaller; or one that ends
+in a loop (measure.writing), where it is broken off.
+
+ Where all recordings of a window have transcripts, those take
 the place of its words, behind the same tokens that it starts from (language, task): they depend on
 what is heard. Decoders get all but the end token, filled up to one length, with a mask.
+
+Robust Speech Recognition via Large-Scale Weak Supervision, section 4.5:
+https://arxiv.org/abs/2212.04356
 """
 
 import hashlib
 import random
+import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,13 +45,17 @@ from ternarize.measure.audio import (
     open_extractor,
     read_sound,
 )
+from ternarize.measure.measured import fast_dtype
 from ternarize.measure.speech import BATCH, new_tokens_of, write_heard
+from ternarize.measure.writing import ends_in_loop
 from ternarize.models.configuration import usable
 from ternarize.models.reads import hears, no_tokenizer
 from ternarize.plans.recipe import Calibrate
 
 PAUSE = 0.25  # seconds between recordings of a window
 FEWEST = 64  # windows, below which recordings are not joined
+REPEATED = 2.4  # bytes of a text over those of it deflated
+LEFT_OUT = "windows_left_out"  # how many are, in the record
 STARTS = 8  # tokens, among which are those that a model starts from
 
 
@@ -55,14 +70,14 @@ class Ear:
 
     @cached_property
     def model(self) -> Any:
-        """The source, in float32."""
+        """The source, in the dtype in which this processor is fast."""
         with usable(self.directory):
-            found = self.model_class.from_pretrained(self.directory, dtype=torch.float32)
+            found = self.model_class.from_pretrained(self.directory, dtype=fast_dtype("cpu"))
         return found.eval()
 
     def write(self, features: dict[str, Tensor], new_tokens: int) -> list[list[int]]:
-        """What the source writes of each row: what it starts from, and words."""
-        return write_heard(self.model, features, new_tokens)
+        """What the source writes of each row, to where it loops: what it starts from, and words."""
+        return write_heard(self.model, features, new_tokens, end_loops=True)
 
 
 def ear_for(dataset: str, directory: Path, model_class: Any, tokenizer: Any) -> Ear | None:
@@ -83,6 +98,7 @@ class SpeechSamples(NamedTuple):
     sets: list[list[Sample]]
     starts: list[int]
     length: int
+    notes: list[str]
     more: dict[str, Any]
 
 
@@ -94,35 +110,46 @@ class _Window(NamedTuple):
     names: list[str]
 
 
+# features of a window, the tokens that its words start from, and its words
+_Row = tuple[dict[str, Tensor], list[int], list[int]]
+
+
 def read_speech(calibration: Calibrate, ear: Ear, rng: random.Random) -> SpeechSamples:
     """Samples of a folder of audio files: the features, decoder_input_ids and their mask.
 
     Recordings are taken in the order of SHA-256(seed, file), equal ones once, so that of two that
-    read a folder the one that asks for fewer windows has the first of the other's. Raises
-    UsageError where they cannot be read, are too few, or a transcript is longer than what the
-    model writes.
+    read a folder the one that asks for fewer windows has the first of the other's. Windows in which
+    the source repeats itself are left out, and the next ones taken. Raises UsageError where they
+    cannot be read, are too few, or a transcript is longer than what the model writes.
     """
     recordings = _in_order(calibration)
     wanted = sum(wanted_sizes(calibration.num_samples))
-    windows = []
-    for window in _windows(recordings, min(wanted, FEWEST), ear.extractor, rng):
-        windows.append(window)
-        if len(windows) == wanted:
-            break
-    sizes = portion(len(windows), calibration, "windows of speech")
-    rows: list[tuple[dict[str, Tensor], list[int], list[int]]] = []
-    for at in range(0, sum(sizes), BATCH):
-        rows += _rows_of(windows[at : at + BATCH], ear, calibration.dataset)
-    del rows[sum(sizes) :]
+    heard = _windows(recordings, min(wanted, FEWEST), ear.extractor, rng)
+    windows: list[_Window] = []
+    rows: list[_Row] = []
+    repeated = 0
+    while some := list(islice(heard, min(BATCH, wanted - len(rows)))):
+        for window, row in zip(some, _rows_of(some, ear, calibration.dataset), strict=True):
+            if window.said is None and _repeats(row[2], ear.tokenizer):
+                repeated += 1
+                continue
+            windows.append(window)
+            rows.append(row)
+    what = f"{repeated} of {len(rows) + repeated} windows are left out: in them the source repeats "
+    notes = [f"{what}itself"] if repeated else []
+    also = f", and {repeated} in which the source repeats itself" if repeated else ""
+    sizes = portion(len(rows), calibration, f"windows of speech{also}")
+    windows, rows = windows[: sum(sizes)], rows[: sum(sizes)]
     length = max(len(starts) + len(words) for _, starts, words in rows)
     samples = iter([_sample(*row, length, ear.tokenizer.pad_token_id or 0) for row in rows])
     more = {
         "recordings": len({name for each in windows for name in each.names}),
         "windows_with_transcripts": sum(each.said is not None for each in windows),
+        **({LEFT_OUT: repeated} if repeated else {}),
     }
     starts = _common([starts for _, starts, _ in rows])
     return SpeechSamples(
-        [[next(samples) for _ in range(size)] for size in sizes], starts, length, more
+        [[next(samples) for _ in range(size)] for size in sizes], starts, length, notes, more
     )
 
 
@@ -162,7 +189,7 @@ def _windows(
             continue
         check_length(recording, sound, extractor)
         parts, said, names = [sound], [recording.said], [recording.name]
-        target = rng.uniform(0.5, 1) * (most or 0)
+        target = rng.random() * (most or 0)
         while spare and (another := following()) is not None:
             together = sum(map(len, parts)) + len(pause) + len(another[1])
             if together > target:
@@ -177,10 +204,7 @@ def _windows(
         yield _Window(torch.cat(parts), words, names)
 
 
-def _rows_of(
-    windows: Sequence[_Window], ear: Ear, dataset: str
-) -> Iterator[tuple[dict[str, Tensor], list[int], list[int]]]:
-    """Features of each window, the tokens that its words start from, and its words."""
+def _rows_of(windows: Sequence[_Window], ear: Ear, dataset: str) -> Iterator[_Row]:
     features = features_of([each.sound for each in windows], ear.extractor)
     most = new_tokens_of(ear.model.config)
     known = all(each.said is not None for each in windows)
@@ -205,6 +229,12 @@ def _apart(row: list[int], tokenizer: Any) -> tuple[list[int], list[int]]:
     while at < len(row) and not tokenizer.decode([row[at]], skip_special_tokens=True).strip():
         at += 1
     return row[:at], row[at:]
+
+
+def _repeats(words: list[int], tokenizer: Any) -> bool:
+    """Whether a text of the source repeats itself: it ends in a loop, or zlib finds it so."""
+    text = tokenizer.decode(words, skip_special_tokens=True).strip().encode()
+    return ends_in_loop(words) or len(text) > REPEATED * len(zlib.compress(text))
 
 
 def _ids_of(said: str, words: list[int], tokenizer: Any) -> list[int]:

@@ -103,6 +103,9 @@ def show_training(report: dict[str, Any]) -> None:
         f"{looks[found['kept_step']]:.4f} as kept, of step {found['kept_step']}"
     )
     stdout().print(said, highlight=False, soft_wrap=True)
+    if found.get("windows_left_out"):
+        windows = f"{found['windows_left_out']} windows of speech are left out"
+        print(f"note: {windows}: in them the source repeats itself")
     show_measures(found["quality"])
 
 

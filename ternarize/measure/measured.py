@@ -238,6 +238,14 @@ def shared_tokenizer(checkpoints: Sequence[Measured]) -> Any:
     raise no_tokenizer(checkpoints[0].directory)
 
 
+def fast_dtype(device: str) -> torch.dtype:
+    """In which products are fast: bfloat16 on GPUs and on CPUs with AMX or AVX-512 BF16."""
+    if device != "cpu":
+        return torch.bfloat16
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return torch.bfloat16 if able.get("amx_bf16") or able.get("avx512_bf16") else torch.float32
+
+
 def compute_dtype(dtype: str | torch.dtype | None, device: str | None) -> torch.dtype | None:
     """The dtype to compute in; None: as in the checkpoint. Raises UsageError."""
     if dtype is None:

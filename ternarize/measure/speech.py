@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.models.whisper import english_normalizer
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
@@ -40,7 +40,7 @@ from ternarize.measure.audio import (
 )
 from ternarize.measure.figures import Figure, ratio_of
 from ternarize.measure.measured import Measured, compute_dtype, open_pair, shared_tokenizer
-from ternarize.measure.writing import OnlyNumbers
+from ternarize.measure.writing import OnlyNumbers, ends_in_loop
 from ternarize.models.configuration import in_one_line
 from ternarize.models.reads import ENCODER, SPEECH, max_positions
 from ternarize.progress import Progress
@@ -207,15 +207,28 @@ def normalizer_of(checkpoints: Sequence[Measured], language: str | None) -> Norm
     return english
 
 
+class _EndLoops(StoppingCriteria):  # type: ignore[misc]
+    """Ends a text that has fallen into a loop, which would go on for as long as it may."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.tensor([ends_in_loop(row) for row in input_ids.tolist()]).to(input_ids.device)
+
+
 @torch.inference_mode()
 def write_heard(
-    model: Any, features: Mapping[str, Tensor], new_tokens: int, language: str | None = None
+    model: Any,
+    features: Mapping[str, Tensor],
+    new_tokens: int,
+    language: str | None = None,
+    *,
+    end_loops: bool = False,
 ) -> list[list[int]]:
     """What a model of transformers writes of what it hears, greedily.
 
     features    what `features_of` gives
     new_tokens  at most
     language    a code, told to models that can be told
+    end_loops   a text ends once it has fallen into a loop, in which it is left
 
     Returns the token ids of each recording: those that the model starts from, then its words,
     without the end token. Raises CheckpointError where the model cannot do it.
@@ -233,6 +246,7 @@ def write_heard(
             max_new_tokens=new_tokens,
             return_dict_in_generate=True,
             logits_processor=LogitsProcessorList([OnlyNumbers(model)]),
+            stopping_criteria=StoppingCriteriaList([_EndLoops()] if end_loops else []),
             **told,
         )
     end = settings.eos_token_id

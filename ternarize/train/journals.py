@@ -16,6 +16,7 @@ from ternarize.calibrate.samples import Sample
 from ternarize.errors import UsageError
 from ternarize.files.metadata import SCALE_SUFFIX
 from ternarize.models.places import locate_tensors
+from ternarize.measure.measured import fast_dtype
 from ternarize.plans.recipe import Train
 from ternarize.ranks import World, ranks_launched
 from ternarize.runtime.load import load
@@ -39,7 +40,7 @@ from ternarize.train.moved import Moved, Standing, target_of
 from ternarize.train.objectives import held_loss, labels_of, objective
 from ternarize.train.pursuit import coded_steps, placed_steps, single_cell, trained_values
 from ternarize.train.sources import Data, data_of
-from ternarize.train.students import Pair, fast_dtype, open_model, teacher_folder, widen
+from ternarize.train.students import Pair, open_model, teacher_folder, widen
 from ternarize.train.texts import IGNORED, batch_of, next_samples
 from ternarize.train.votes import Heard, Votes, first_attempt, train_votes
 

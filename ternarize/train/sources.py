@@ -14,6 +14,7 @@ from ternarize.calibrate.apart import divide_text
 from ternarize.calibrate.data import IDS, digest_of
 from ternarize.calibrate.pipeline import samples_of
 from ternarize.calibrate.samples import Cut, Finish, Sample, cutter
+from ternarize.calibrate.speech import LEFT_OUT
 from ternarize.calibrate.texts import SELF, Document
 from ternarize.errors import UsageError
 from ternarize.measure.documents import cut as cut_ids
@@ -103,12 +104,13 @@ def data_of(directory: Path, training: Train, calibration: Calibrate | None = No
     mixture = read_mixture(given)
     names_given = [each.name for each in mixture]
     reader = _reader_of(directory, training, calibration, names_given)
-    streams, held, report, names = [], list[Sample](), list[Sample](), []
+    streams, held, report, names, left_out = [], list[Sample](), list[Sample](), [], 0
     for name, weight in mixture:
-        stream, choose, figures, called = _samples_of_text(reader, name, len(mixture))
+        stream, choose, figures, called, without = _samples_of_text(reader, name, len(mixture))
         streams.append((stream, weight))
         held += choose
         report += figures
+        left_out += without
         names.append(called if weight == 1 else f"{called}={weight:g}")
     looked_at = _put_back(streams, FIRST)
     about = {
@@ -117,6 +119,7 @@ def data_of(directory: Path, training: Train, calibration: Calibrate | None = No
         "held_samples": len(held),
         "report_samples": len(report),
         "digest": digest_of([held, report, looked_at]),
+        **({LEFT_OUT: left_out} if left_out else {}),
     }
     prefix = frame(reader.tokenizer).prefix if reader.tokenizer is not None else []
     first = max(1, len(prefix)) if reader.kind == CAUSAL else 1
@@ -167,12 +170,15 @@ def _in_rows(name: str, kind: str) -> bool:
 
 def _samples_of_text(
     reader: _Reader, name: str, texts: int
-) -> tuple[Iterator[Sample], list[Sample], list[Sample], str]:
-    """Samples without end, those that choose, those that give the figures; the text's name."""
+) -> tuple[Iterator[Sample], list[Sample], list[Sample], str, int]:
+    """Samples without end, those that choose, those that give the figures; the text's name.
+
+    And how many windows of speech are left out.
+    """
     training = reader.training
     if _in_rows(name, reader.kind):
-        train, held, report = _rows(reader, name)
-        return repeated(train, training.seed), held, report, Path(name).name
+        (train, held, report), left_out = _rows(reader, name)
+        return repeated(train, training.seed), held, report, Path(name).name, left_out
 
     def finish(piece: Any) -> Sample:
         sample = reader.finish(piece)
@@ -184,11 +190,13 @@ def _samples_of_text(
         kept_apart(text, part, reader.cut, finish, -(-count // texts), reader.length)
         for part, count in (("held", HELD), ("report", REPORT))
     )
-    return training_samples(text, reader.cut, finish, training.seed), held, report, text.name
+    return training_samples(text, reader.cut, finish, training.seed), held, report, text.name, 0
 
 
-def _rows(reader: _Reader, name: str) -> list[list[Sample]]:
+def _rows(reader: _Reader, name: str) -> tuple[list[list[Sample]], int]:
     """Three sets of samples as they are: tensors of a file, or what the model itself writes.
+
+    And how many windows of speech are left out.
 
     All rows of a file train but those few that choose, and that give the figures: the last of their
     order, of which a calibration, which takes fewer, has the first.
@@ -207,7 +215,8 @@ def _rows(reader: _Reader, name: str) -> list[list[Sample]]:
         ]
         for batches in (samples.batches, samples.heldout, samples.report)
     )
-    return [[*train, *held[:-HELD], *report[:-REPORT]], held[-HELD:], report[-REPORT:]]
+    sets = [[*train, *held[:-HELD], *report[:-REPORT]], held[-HELD:], report[-REPORT:]]
+    return sets, samples.description.get(LEFT_OUT, 0)
 
 
 def _put_back(streams: list[tuple[Iterator[Sample], float]], count: int) -> list[Sample]:
