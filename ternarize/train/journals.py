@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ternarize.calibrate.samples import Sample
 from ternarize.errors import UsageError
 from ternarize.files.metadata import SCALE_SUFFIX
-from ternarize.models.places import locate_tensors
 from ternarize.measure.measured import fast_dtype
+from ternarize.models.places import locate_tensors
 from ternarize.plans.recipe import Train
 from ternarize.ranks import World, ranks_launched
 from ternarize.runtime.load import load
