@@ -39,6 +39,7 @@ from ternarize.train.losses import Head, Words
 from ternarize.trits.base3 import BASE3
 from ternarize.trits.rotation import unrotate
 
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 CLOSE = 1e-3  # of logits from hidden states, relative to their size, in float32
 
 
@@ -286,8 +287,15 @@ class WidenedRows(Widened):
 
 
 def widen(model: Any, dtype: torch.dtype) -> None:
-    """Let a model compute in float32, its frozen matrices staying as they are stored."""
+    """Let a model compute in float32, its frozen matrices staying as they are stored.
+
+    In another dtype, which autocast sees to, only torch's norms are made wide: theirs can be no
+    narrower than an input that comes of two 16-bit dtypes.
+    """
     if dtype != torch.float32:
+        for module in model.modules():
+            if isinstance(module, NORMS):
+                module.float()
         return
     for module in model.modules():
         weight = module._parameters.get("weight")
