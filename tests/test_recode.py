@@ -155,8 +155,11 @@ def test_a_budget_is_spent_otherwise_in_a_conversion_that_codes(
     recode(calibrated, tmp_path / "coded")
     made = json.loads((tmp_path / "coded" / "ternarize.json").read_text())
     assert made["recipe"] == record["recipe"]
-    assert "ternarize recode packed smaller" in make_card(tmp_path / "coded", "user/tiny")
-    assert "ternarize recode" not in make_card(calibrated, "user/tiny")
+    said = make_card(tmp_path / "coded", "user/tiny")
+    assert "ternarize recode packed smaller" in said
+    assert "packed five to a byte, and entropy-coded (rANS). (" in said
+    said = make_card(calibrated, "user/tiny")
+    assert "ternarize recode" not in said and "packed five to a byte. (" in said
 
 
 def is_coded(file: Path) -> bool:

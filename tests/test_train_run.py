@@ -848,6 +848,15 @@ def test_a_trained_model_has_a_card_that_says_how(llama: tuple[Path, Path], tmp_
     (command,) = re.findall(r"^ternarize train .*$", card, re.M)
     for said in ("--texts text.txt", "--steps 8", "--seed 3", "--method itf"):
         assert command.count(said) == 1, command
+    assert "(`--texts` names what was on the disk of whoever made it; " in card
+    path = tmp_path / "packed" / "ternarize.json"
+    record = json.loads(path.read_text())
+    record["training"]["texts"] = [f"user/texts@{'0' * 40}=0.5", "default"]
+    path.write_text(json.dumps(record))
+    card = make_card(tmp_path / "packed", "user/name")
+    assert (
+        f"--texts user/texts@{'0' * 40}=0.5 --texts default" in card and "on the disk" not in card
+    )
     recipe = calibrated(text, {"seed": 3, "seq_len": 16}, seed=3)
     convert(source, tmp_path / "other", recipe)
     (command,) = re.findall(

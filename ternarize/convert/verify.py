@@ -158,7 +158,10 @@ def _compare(
     return dict(ways)
 
 
-_SOURCE = "Check that it is the source, both are unchanged, and this version converted it"
+_SOURCE = (
+    "Check that it is the source, and that both are unchanged. What another version of ternarize "
+    "has converted can differ: verify that without --source, or convert it again"
+)
 
 
 def _way_to_compare(tensor: TensorPlan, record: Record, row: dict[str, Any], recipe: Recipe) -> str:

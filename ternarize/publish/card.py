@@ -8,9 +8,11 @@ import hashlib
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ternarize.calibrate.texts import DEFAULT, SELF
 from ternarize.files.metadata import RANS
 from ternarize.files.names import RECORD
 from ternarize.measure.report import inspect
@@ -19,6 +21,7 @@ from ternarize.plans.recipe_files import read_recipe
 from ternarize.sources.fetch import split_id
 from ternarize.sources.origin import inherit
 from ternarize.sources.packed import check_record, open_packed
+from ternarize.version import __version__
 
 MARK = "<!-- ternarize wrote the text above (sha256 "
 MARK_END = "). Once it is edited, no push replaces it. -->"
@@ -75,13 +78,14 @@ def make_card(
         "tags": ["ternarize", "ternary", "1.58-bit"],
     }
     name = where.partition("@")[0].rpartition("/")[2]
+    coded = [each.coded for each in records.values() if each.kind == "ternary"]
     parts = [
         "---\n" + ModelCardData(**data).to_yaml() + "\n---",
         f"# {name}",
-        _introduction(report, base_model),
+        _introduction(report, base_model, coded),
         _figures(report),
         "## How it was made",
-        *_how(record, hub, any(each.coded for each in records.values())),
+        *_how(record, hub, where, any(coded)),
         "## How to load it",
         *_loading(where, (packed.config or {}).get("architectures"), shim),
         "## Licence",
@@ -104,13 +108,17 @@ def _hub(source: dict[str, Any]) -> dict[str, str]:
     return {"id": name, "commit": commit} if hub and good else {}
 
 
-def _introduction(report: dict[str, Any], base_model: str | None) -> str:
+def _introduction(report: dict[str, Any], base_model: str | None, coded: list[bool]) -> str:
     totals = report["totals"]
     of = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "its source"
+    packed = "packed five to a byte"
+    if any(coded):
+        some = "" if all(coded) else f" in {sum(coded)} of {len(coded)} tensors"
+        packed += f", and entropy-coded (rANS){some}"
     return (
         f"{of} with ternary weights: {totals['ternary_parameters']:,} of its "
-        f"{totals['parameters']:,} parameters are -1, 0 or +1 times a scale, packed five to a "
-        "byte. (Counters that take each byte for a parameter show fewer.) Made with ternarize."
+        f"{totals['parameters']:,} parameters are -1, 0 or +1 times a scale, {packed}. "
+        "(Counters that take each byte for a parameter show fewer.) Made with ternarize."
     )
 
 
@@ -158,18 +166,23 @@ def _figures(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _how(record: dict[str, Any], hub: dict[str, str], coded: bool) -> list[str]:
+def _how(record: dict[str, Any], hub: dict[str, str], where: str, coded: bool) -> list[str]:
     if not record:
         return [f"The checkpoint has no record of its conversion ({RECORD})."]
     source = f"{hub['id']}@{hub['commit']}" if hub else UNNAMED
     version = str(_table_of(record, "tool").get("version"))
     if not re.fullmatch(r"\d[\w.+-]*", version):
         version = "(of unknown version)"
-    recipe = read_recipe(record)
+    recipe, here = _with_data(read_recipe(record), record)
     parts = [
         f"With ternarize {version}:",
         _code("console", command_of(recipe, source, _was_ternary(record))),
     ]
+    if here:
+        parts.append(
+            f"({here} names what was on the disk of whoever made it; the digest of its samples is "
+            "on record.)"
+        )
     if "steps" in record:
         parts += _moved_by(record)
     if coded and recipe.codec != RANS:
@@ -179,13 +192,36 @@ def _how(record: dict[str, Any], hub: dict[str, str], coded: bool) -> list[str]:
         parts += [
             f"`{RECORD}` is the record of it, tensor by tensor. To check it against the source, "
             "byte by byte:",
-            _code("console", shlex.join(["ternarize", "verify", "packed", "--source", source])),
+            _code("console", shlex.join(["ternarize", "verify", where, "--source", source])),
         ]
     if _table_of(_table_of(record, "source"), "imported"):
         parts.append("The source was ternary already, and is packed without loss.")
     if not hub:
         parts.append(f"({UNNAMED} was a directory, whose name is not on record.)")
     return parts
+
+
+def _with_data(recipe: Recipe, record: dict[str, Any]) -> tuple[Recipe, str]:
+    """The recipe with its data as on record, which says at what commit the Hub gave them.
+
+    And the options that name none of the Hub's, in words.
+    """
+    data = _table_of(_table_of(record, "calibration"), "data").get("dataset")
+    texts: Any = _table_of(record, "training").get("texts")
+    here = []
+    if recipe.calibrate is not None and isinstance(data, str):
+        recipe = replace(recipe, calibrate=replace(recipe.calibrate, dataset=data))
+        here += [] if _can_be_had(data) else ["`--dataset`"]
+    named = isinstance(texts, list) and all(isinstance(each, str) for each in texts)
+    if recipe.train is not None and recipe.train.texts and named:
+        recipe = replace(recipe, train=replace(recipe.train, texts=tuple(texts)))
+        here += [] if all(map(_can_be_had, texts)) else ["`--texts`"]
+    return recipe, " or ".join(here)
+
+
+def _can_be_had(data: str) -> bool:
+    """Whether texts, or a share of a mixture, are a data set of the Hub or come with ternarize."""
+    return re.fullmatch(rf"({SELF}|{DEFAULT}|.*@[0-9a-f]{{40}})(=[\d.e+-]+)?", data) is not None
 
 
 def _moved_by(record: dict[str, Any]) -> list[str]:
@@ -276,9 +312,8 @@ def _loading(where: str, architectures: Any, shim: bool) -> list[str]:
     line = f"verify {shlex.quote(where)}"
     if causal:
         line = f"generate {shlex.quote(where)} --prompt 'Once upon a time'"
-    install = "`pip install ternarize`, then"
     parts = [
-        f"{install} on the command line:",
+        f"With ternarize {__version__} or newer installed, on the command line:",
         _code("console", "ternarize " + line),
         "in Python:",
         _code("python", f"import ternarize\n\nmodel = ternarize.load({json.dumps(where)})"),

@@ -41,7 +41,7 @@ SHIM = "configuration_ternarize.py"
 _SHIM_CLASS = "TernarizeConfigShim"
 _SHIM_CODE = '''\
 """Lets transformers read this checkpoint with trust_remote_code=True: it imports ternarize, which
-must be installed (pip install ternarize), and gives back the ordinary configuration."""
+must be installed, and gives back the ordinary configuration."""
 
 import ternarize  # noqa: F401
 from transformers import CONFIG_MAPPING, PretrainedConfig

@@ -8,6 +8,7 @@ from ternarize.errors import UsageError
 from ternarize.files.names import STEPS_FILE
 from ternarize.publish.card import marked
 from ternarize.steps.journal import MOVED, Journal
+from ternarize.version import __version__
 
 
 def make_journal_card(journal: Journal, where: str, base_model: str | None) -> str:
@@ -84,14 +85,14 @@ def _figures(journal: Journal) -> str:
 
 
 def _use(where: str, base_model: str | None) -> list[str]:
-    steps = shlex.quote(where)
+    steps, installed = shlex.quote(where), f"With ternarize {__version__} or newer installed,"
     if base_model is None:
         replay = f"ternarize steps replay {steps} weights.safetensors"
-        return ["`pip install ternarize`, then write its weights:", _code("console", replay)]
+        return [f"{installed} write its weights:", _code("console", replay)]
     base = shlex.quote(base_model)
     python = f"ternarize.load({json.dumps(base_model)}, steps={json.dumps(where)})"
     return [
-        "`pip install ternarize`, then in Python:",
+        f"{installed} load it in Python:",
         _code("python", f"import ternarize\n\nmodel = {python}"),
         "or make a packed checkpoint of both, and compare the digests of the journal:",
         _code(

@@ -8,7 +8,6 @@ is not there: one that was torn off at the end of the file is dropped, damage be
 """
 
 import heapq
-import itertools
 import json
 import math
 import re
@@ -260,20 +259,6 @@ def bits_in_block(step: Step, before: Step) -> int:
     return fields.count + set_width(step.k, len(step.chosen)) + len(step.chosen)
 
 
-def bits_left(journal: Journal, nbytes: int) -> int:
-    """Bits that more steps can have in a journal that is to have so many bytes once compact."""
-    own = [step for step in journal.steps if step.seed is None]
-    used = sum(bits_in_block(b, a) for a, b in itertools.pairwise([NO_STEP, *own]))
-    runs = itertools.groupby([*journal.steps, NO_STEP], key=lambda step: step.seed is None)
-    blocks = sum(is_own for is_own, _ in runs) - 1  # beside the first
-    around = len(journal_header(journal.header)) + _AROUND + _OF_BLOCK * (nbytes // 2048 + blocks)
-    beside = [*journal.edits, *(step for step in journal.steps if step.seed is not None)]
-    return 8 * (nbytes - around - sum(len(entry_bytes(each)) for each in beside)) - used
-
-
-# bytes of a compact journal around its steps: a digest, the frame of a block; and what each further
-# block takes, of which there is at most one for so many bytes
-_AROUND, _OF_BLOCK = 58, 24
 # what the first step of a block is compared with
 NO_STEP = Step(-1, TRITS, 10, 1, 128, (), ())
 

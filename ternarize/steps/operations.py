@@ -1,5 +1,6 @@
 """What is done with journals besides replaying them: checked, edited, joined, made smaller."""
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,12 +16,14 @@ from ternarize.steps.base import check_base, opened_state
 from ternarize.steps.journal import (
     EDITS,
     LARGEST,
+    NO_STEP,
     Edit,
     Journal,
     JournalEntry,
     Mark,
     Note,
     Step,
+    bits_in_block,
     block_bytes,
     entry_bytes,
     journal_header,
@@ -29,6 +32,9 @@ from ternarize.steps.journal import (
 )
 from ternarize.steps.replay import Values
 
+# bytes of a compact journal around its steps: a digest, the frame of a block; and what each further
+# block takes, of which there is at most one for so many bytes
+_AROUND, _OF_BLOCK = 58, 24
 _IN_BLOCK = 1024  # steps: those of the most perturbations are below the longest record, too
 
 
@@ -96,6 +102,17 @@ def compact(path: str | Path, new: str | Path) -> Journal:
     last = next((m for m in marks[-1:] if m.number >= journal.next_number), None)
     behind = [each for each in journal.entries if isinstance(each, Edit) or each is last]
     return _write(new, journal, records + [entry_bytes(each) for each in behind])
+
+
+def bits_left(journal: Journal, nbytes: int) -> int:
+    """Bits that more steps can have in a journal that is to have so many bytes once compact."""
+    own = [step for step in journal.steps if step.seed is None]
+    used = sum(bits_in_block(b, a) for a, b in itertools.pairwise([NO_STEP, *own]))
+    runs = itertools.groupby([*journal.steps, NO_STEP], key=lambda step: step.seed is None)
+    blocks = sum(is_own for is_own, _ in runs) - 1  # beside the first
+    around = len(journal_header(journal.header)) + _AROUND + _OF_BLOCK * (nbytes // 2048 + blocks)
+    beside = [*journal.edits, *(step for step in journal.steps if step.seed is not None)]
+    return 8 * (nbytes - around - sum(len(entry_bytes(each)) for each in beside)) - used
 
 
 def merge(path: str | Path, other: str | Path, new: str | Path) -> Journal:

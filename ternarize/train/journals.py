@@ -31,10 +31,10 @@ from ternarize.steps.journal import (
     Mark,
     Note,
     Step,
-    bits_left,
     is_step_number,
     parse_journal,
 )
+from ternarize.steps.operations import bits_left
 from ternarize.train.loop import Objective
 from ternarize.train.moved import Moved, Standing, target_of
 from ternarize.train.objectives import held_loss, labels_of, objective

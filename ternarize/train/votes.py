@@ -36,12 +36,12 @@ from ternarize.steps.journal import (
     Note,
     Step,
     bits_in_block,
-    bits_left,
     entry_bytes,
     is_step_number,
     journal_header,
     parse_journal,
 )
+from ternarize.steps.operations import bits_left
 from ternarize.train.moved import Moved, target_of
 from ternarize.train.probes import (
     WAYS,
