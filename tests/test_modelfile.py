@@ -170,7 +170,8 @@ def test_a_template_that_cannot_be_said_is_left_out_with_a_note(
     (said,) = write_modelfile(tmp_path, tmp_path / "m.gguf")
     assert note in said
     text = (tmp_path / "m.Modelfile").read_text()
-    assert f"# no TEMPLATE: {said}\n" in text and 'PARAMETER stop "<eos>"' in text
+    comment = said.removeprefix("the Modelfile has ")
+    assert f"# {comment}\n" in text and 'PARAMETER stop "<eos>"' in text
 
 
 def test_a_template_without_a_message_of_the_system_says_so() -> None:

@@ -132,8 +132,13 @@ def carry(
         what = names.get(group_size, f"one scale for {block} weights")
         return None, f"{have}, where the target has {what},"
     rounded = to_float(scales, dtype).to(torch.float64)
-    lost = "" if torch.equal(rounded, scales) else f"scales that {str(dtype)[6:]} does not hold"
+    lost = "" if torch.equal(rounded, scales) else unheld(dtype)
     return Ternary(plane.trits, rounded, group_size), lost
+
+
+def unheld(dtype: torch.dtype) -> str:
+    """What `carry` says of scales that a dtype rounds."""
+    return f"scales that {str(dtype)[6:]} does not hold"
 
 
 def carry_or_refit(
@@ -152,9 +157,13 @@ def refit(dense: Tensor, group_size: int, dtype: torch.dtype) -> Ternary:
 
 
 def largest_group(
-    packed: PackedCheckpoint, names: Sequence[str], groups: Sequence[int], dtype: torch.dtype
-) -> tuple[int, list[str]]:
-    """The largest group that holds every tensor exactly, else the smallest; what is lost of each.
+    packed: PackedCheckpoint,
+    names: Sequence[str],
+    groups: Sequence[int],
+    dtype: torch.dtype,
+    losses: "Losses",
+) -> int:
+    """The largest group that holds every tensor exactly, else the smallest, and what it loses.
 
     groups  sizes to choose from, the largest first; the smallest divides the columns of all
     """
@@ -162,8 +171,10 @@ def largest_group(
         if all(packed.info(name)[1][-1] % group == 0 for name in names):
             lost = [carry(packed, name, group, dtype)[1] for name in names]
             if group == groups[-1] or not any(lost):
-                return group, lost
-    raise AssertionError("the smallest group divides them all")
+                break
+    for name, reason in zip(names, lost, strict=True):
+        losses.add(reason, name)
+    return group
 
 
 @dataclass

@@ -25,10 +25,12 @@ from ternarize.publish.export.common import Losses, PackedCheckpoint, carry_or_r
 from ternarize.publish.export.directory import (
     Contents,
     DirectoryItem,
+    advice,
     directory_items,
     plain_model,
     refuse_activations,
     target_dtype,
+    words_of_codes,
 )
 
 _BITS = {"int2": 2, "int4": 4}
@@ -57,14 +59,12 @@ def compressed_contents(
     model = plain_model(packed)
     places = locate_tensors(model, packed.records)
     matrices = _matrices(packed, model, places, losses)
-    group, lost = largest_group(packed, matrices, _GROUPS, target)
-    for name, reason in zip(matrices, lost, strict=True):
-        losses.add(reason, name)
-    losses.stop_unless_allowed(
-        packed,
+    group = largest_group(packed, matrices, _GROUPS, target, losses)
+    otherwise = (
         "Convert the source with --group-size 128 --rotation 0 --head keep --embeddings keep, "
-        "--keep what it has no room for, or choose a --dtype.",
+        "and --keep what it has no room for."
     )
+    losses.stop_unless_allowed(packed, advice(losses, target, otherwise))
 
     # the entries of a tensor are made one after the other
     ternary = lru_cache(maxsize=1)(lambda name: carry_or_refit(packed, name, group, target))
@@ -73,7 +73,8 @@ def compressed_contents(
         rows, cols = packed.info(name)[1]
 
         def words() -> Tensor:
-            return packed_integers(ternary(name).trits, bits)
+            codes = ternary(name).trits + (1 << bits - 1)
+            return words_of_codes(codes, bits).to(torch.int32)  # the low 32 bits, as they are
 
         def scales() -> Tensor:
             losses.measure(name, packed.dense(name), ternary(name).dequantize())
@@ -105,14 +106,6 @@ def compressed_contents(
         },
     }
     return directory_items(packed, matrices, parts, losses, target), config
-
-
-def packed_integers(trits: Tensor, bits: int) -> Tensor:
-    """Trits (rows, cols) int8 as words (rows, cols bits / 32) int32; see the module's docstring."""
-    per_word = 32 // bits
-    codes = trits.to(torch.int64) + (1 << (bits - 1))
-    words = (codes.view(len(trits), -1, per_word) << torch.arange(0, 32, bits)).sum(-1)
-    return words.to(torch.int32)  # the low 32 bits, as they are
 
 
 def _matrices(

@@ -26,7 +26,7 @@ from ternarize.models.configuration import config_dtype
 from ternarize.models.places import locate_tensors
 from ternarize.plans.copied import small_files
 from ternarize.progress import Progress
-from ternarize.publish.export.common import Losses, PackedCheckpoint, model_config
+from ternarize.publish.export.common import Losses, PackedCheckpoint, model_config, unheld
 from ternarize.publish.hub import SHIM
 
 SHARD = 5 * 10**9  # bytes of a file, as save_pretrained has it
@@ -87,6 +87,13 @@ def activations_of(packed: PackedCheckpoint) -> str:
 def refuse_activations(packed: PackedCheckpoint, losses: Losses) -> None:
     if activations_of(packed) != "none":
         losses.general.append(f"activations in {activations_of(packed)}")
+
+
+def advice(losses: Losses, target: torch.dtype, otherwise: str) -> str:
+    """What to do where the dtype of the scales alone is in the way, or else."""
+    if losses.general or set(losses.reasons) != {unheld(target)}:
+        return otherwise
+    return "Choose a --dtype that does, or convert the source with --scale-bits 8."
 
 
 def target_dtype(packed: PackedCheckpoint, asked: str | None) -> torch.dtype:
@@ -209,6 +216,12 @@ def dense_item(
         return as_source(cast, record)
 
     return DirectoryItem(name, DTYPE_NAMES[dtype], shape, read)
+
+
+def words_of_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes (rows, cols) as words of 32 bits, (rows, cols bits / 32) int64, from the low bits."""
+    groups = codes.to(torch.int64).view(len(codes), -1, 32 // bits)
+    return (groups << torch.arange(0, 32, bits)).sum(-1)
 
 
 def _write_weights(folder: Path, items: list[DirectoryItem], progress: Progress | None) -> None:

@@ -16,9 +16,11 @@ from ternarize.publish.export.common import Losses, PackedCheckpoint, carry_or_r
 from ternarize.publish.export.directory import (
     Contents,
     DirectoryItem,
+    advice,
     directory_items,
     refuse_activations,
     target_dtype,
+    words_of_codes,
 )
 
 MLX_GROUPS = (128, 64, 32)
@@ -37,12 +39,9 @@ def mlx_contents(packed: PackedCheckpoint, losses: Losses, *, dtype: str | None 
     refuse_activations(packed, losses)
     target = target_dtype(packed, dtype)
     matrices = _matrices(packed, losses)
-    group, lost = largest_group(packed, matrices, MLX_GROUPS, target)
-    for name, reason in zip(matrices, lost, strict=True):
-        losses.add(reason, name)
-    losses.stop_unless_allowed(
-        packed, "Convert the source with --group-size 128 --rotation 0, or choose a --dtype."
-    )
+    group = largest_group(packed, matrices, MLX_GROUPS, target, losses)
+    otherwise = "Convert the source with --group-size 128 --rotation 0."
+    losses.stop_unless_allowed(packed, advice(losses, target, otherwise))
 
     # the entries of a tensor are made one after the other
     ternary = lru_cache(maxsize=1)(lambda name: carry_or_refit(packed, name, group, target))
@@ -53,9 +52,7 @@ def mlx_contents(packed: PackedCheckpoint, losses: Losses, *, dtype: str | None 
         base = name.removesuffix("weight")
 
         def weight() -> Tensor:
-            codes = (ternary(name).trits + 1).to(torch.int64).view(rows, -1, 16)
-            words = (codes << torch.arange(0, 32, 2)).sum(-1)
-            return words.to(torch.uint32)
+            return words_of_codes(ternary(name).trits + 1, 2).to(torch.uint32)
 
         def scales() -> Tensor:
             losses.measure(name, packed.dense(name), ternary(name).dequantize())

@@ -94,6 +94,7 @@ def write_modelfile(directory: Path, gguf_file: Path) -> list[str]:
         lines.append(f'TEMPLATE """{form.template()}"""')
     else:
         lines.append(f"# no TEMPLATE: {notes[0]}")
+        notes = [f"the Modelfile has no TEMPLATE: {notes[0]}"]
     settings = _settings(directory)
     lines += [f'PARAMETER stop "{word}"' for word in _stops(tokenizer, settings, form)]
     lines += [f"PARAMETER {name} {value}" for name, value in _parameters(settings)]
