@@ -47,7 +47,7 @@ from ternarize.steps.journal import (
     read_journal,
 )
 from ternarize.steps.operations import compact
-from ternarize.train.moved import Moved, Standing
+from ternarize.train.moved import MovedModule, Placement
 from ternarize.train.votes import Votes, train_votes
 
 WIDTH = 128
@@ -144,11 +144,11 @@ def accuracy(module: nn.Module, batch: tuple[Tensor, Tensor]) -> float:
     return float((module(batch[0]).argmax(-1) == batch[1]).float().mean())
 
 
-def started(seed: int, steps: list[Step] | None = None) -> Moved:
+def started(seed: int, steps: list[Step] | None = None) -> MovedModule:
     state = opened_state(header_of(seed), None, {})
     state.apply(steps or [])
-    places = [Standing(part, part.name, torch.ones(part.scales_shape)) for part in state.parts]
-    return Moved(Net(), places, state)
+    places = [Placement(part, part.name, torch.ones(part.scales_shape)) for part in state.parts]
+    return MovedModule(Net(), places, state)
 
 
 def header_of(seed: int) -> JournalHeader:
@@ -167,7 +167,7 @@ def few(digits: Digits, count: int) -> Callable[[int], tuple[Any, Any]]:
 
 def run(
     folder: Path, digits: Digits, seed: int, rule: Rule, batches: Any = None
-) -> tuple[Journal, Moved, float, int]:
+) -> tuple[Journal, MovedModule, float, int]:
     """Train one journal: it, the values, processor seconds, bytes of the compact file."""
     votes, attempts, deciding = rule
     path = folder / f"{seed}-{time.monotonic_ns()}.steps"

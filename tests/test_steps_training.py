@@ -45,7 +45,7 @@ from ternarize.steps.journal import (
 from ternarize.steps.operations import check_digests, compact, edit
 from ternarize.steps.replay import Part, Values
 from ternarize.train.journals import code_journal, train_journal
-from ternarize.train.moved import Moved, Standing
+from ternarize.train.moved import MovedModule, Placement
 from ternarize.train.objectives import held_loss, objective
 from ternarize.train.probes import by_forwards, by_jvp, gradient, sums_along
 from ternarize.train.pursuit import Wanted, coded_steps, placed_steps, single_cell
@@ -82,7 +82,7 @@ def loss(module: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(module(batch[0]), batch[1])
 
 
-def value_of(moved: Moved, batch: Any) -> float:
+def value_of(moved: MovedModule, batch: Any) -> float:
     with torch.no_grad():
         return float(loss(moved.module, batch))
 
@@ -98,13 +98,15 @@ def batches(number: int) -> tuple[Any, Any]:
     return batch_of(2 * number), batch_of(2 * number + 1)
 
 
-def started(header: JournalHeader = HEADER) -> Moved:
+def started(header: JournalHeader = HEADER) -> MovedModule:
     state = opened_state(header, None, {})
-    places = [Standing(part, part.name, torch.ones(part.scales_shape)) for part in state.parts]
-    return Moved(Net(), places, state)
+    places = [Placement(part, part.name, torch.ones(part.scales_shape)) for part in state.parts]
+    return MovedModule(Net(), places, state)
 
 
-def trained(path: Path, attempts: int, votes: Votes = VOTES, moved: Moved | None = None) -> Moved:
+def trained(
+    path: Path, attempts: int, votes: Votes = VOTES, moved: MovedModule | None = None
+) -> MovedModule:
     moved = started() if moved is None else moved
     with Appender(path, HEADER) as appender:
         train_votes(moved, loss, batches, appender.journal, appender.append, votes, attempts)

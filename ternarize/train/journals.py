@@ -36,7 +36,7 @@ from ternarize.steps.journal import (
 )
 from ternarize.steps.operations import bits_left
 from ternarize.train.loop import Objective
-from ternarize.train.moved import Moved, Standing, target_of
+from ternarize.train.moved import MovedModule, Placement, target_of
 from ternarize.train.objectives import held_loss, labels_of, objective
 from ternarize.train.pursuit import coded_steps, placed_steps, single_cell, trained_values
 from ternarize.train.sources import Data, data_of
@@ -317,7 +317,7 @@ class _Session:
 
     header: JournalHeader
     data: Data
-    moved: Moved
+    moved: MovedModule
     loss: Callable[[nn.Module, list[Sample]], Tensor]
     held: Callable[[], float]
     choose: Callable[[], float]
@@ -370,7 +370,7 @@ def _session(base: str | Path, training: Train, seed: int, device: str, *, plain
     data = data_of(packed.directory, training)
     pair = _pair(packed.directory, training, device, plain=plain)
     state = opened_state(header, packed, records)
-    moved = Moved(pair.student, _places(packed, records, pair.student), state)
+    moved = MovedModule(pair.student, _places(packed, records, pair.student), state)
     if plain:
         once = again = _plain(pair, data)
     else:
@@ -428,7 +428,7 @@ def _plain(pair: Pair, data: Data) -> Objective:
     return loss
 
 
-def _places(packed: Any, records: Mapping[str, Any], model: Any) -> list[Standing]:
+def _places(packed: Any, records: Mapping[str, Any], model: Any) -> list[Placement]:
     """Where the tensors that steps move stand in the model; UsageError for one that is fused."""
     parts = parts_of_base(records)
     where = locate_tensors(model, [part.name for part in parts])
@@ -451,7 +451,7 @@ def _places(packed: Any, records: Mapping[str, Any], model: Any) -> list[Standin
             )
         stored = packed.read(part.name + SCALE_SUFFIX).view(part.scales_shape)
         found.append(
-            Standing(part, place.parameters[0], stored, record.rotation, record.transposed)
+            Placement(part, place.parameters[0], stored, record.rotation, record.transposed)
         )
     return found
 

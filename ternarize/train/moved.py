@@ -25,7 +25,7 @@ from ternarize.trits.ternary import group_sums, scaled, spread_scales
 
 
 @dataclass(frozen=True)
-class Standing:
+class Placement:
     """Where a tensor of a journal stands in a module.
 
     part         the tensor
@@ -57,7 +57,7 @@ class Standing:
         return rotate(wide, block, seed) if block else wide
 
 
-class Moved:
+class MovedModule:
     """A module whose parameters follow the values of a journal.
 
     module  any; other parameters than those of the places stay as they are
@@ -65,7 +65,7 @@ class Moved:
     state   the values
     """
 
-    def __init__(self, module: nn.Module, places: Sequence[Standing], state: Values) -> None:
+    def __init__(self, module: nn.Module, places: Sequence[Placement], state: Values) -> None:
         self.module, self.places, self.state = module, list(places), state
         own = dict(module.named_parameters(remove_duplicate=False))
         self.parameters = {place.part.name: own[place.parameter] for place in places}
@@ -74,7 +74,7 @@ class Moved:
             parameter.requires_grad_(True)
         self.write()
 
-    def scales(self, place: Standing, real: Mapping[str, Tensor] | None = None) -> Tensor:
+    def scales(self, place: Placement, real: Mapping[str, Tensor] | None = None) -> Tensor:
         """The scales after the steps, float32, or with real exponents in the place of theirs."""
         if real is not None:
             moved = scale_values(place.stored) * (real[place.part.name] / 32).exp2().view(
@@ -84,7 +84,7 @@ class Moved:
         exponents = self.state.exponents[place.part.name]
         return scale_values(moved_scales(place.stored, exponents))
 
-    def stored(self, place: Standing, scales: Tensor) -> Tensor:
+    def stored(self, place: Placement, scales: Tensor) -> Tensor:
         """s 2^(e / 32) t, (..., rows, cols) float32."""
         return scaled(self.state.trits[place.part.name], scales, place.part.group_size)
 
@@ -117,13 +117,13 @@ class Moved:
             found[part.name] = slope.reshape(-1).contiguous()
         return found
 
-    def real(self, place: Standing, weight: Tensor) -> Tensor:
+    def real(self, place: Placement, weight: Tensor) -> Tensor:
         """A weight in the parameter's shape, in units of the scales: (..., rows, cols) float32."""
         part = place.part
         level = spread_scales(self.scales(place), part.shape[-1], part.group_size).clamp(min=FLOOR)
         return place.as_stored(weight.detach()).view(part.shape) / level
 
-    def latent(self, place: Standing, real: Tensor) -> Tensor:
+    def latent(self, place: Placement, real: Tensor) -> Tensor:
         """Trits as real numbers, which say how near each is to another: flat, float32.
 
         real  of the weight that the trits were made of (`real`)
@@ -131,7 +131,7 @@ class Moved:
         trits = self.state.trits[place.part.name]
         return (trits + (real - trits).clamp(-MARGIN, MARGIN)).view(-1)
 
-    def room(self, place: Standing, target: int) -> tuple[Tensor, Tensor]:
+    def room(self, place: Placement, target: int) -> tuple[Tensor, Tensor]:
         """Which values can be one more, and which one less: flat, bool."""
         values = self.state.values(place.part, target).view(-1)
         limit = LIMITS[target]
@@ -142,7 +142,7 @@ class Moved:
             up, down = up & free, down & free
         return up, down
 
-    def tangent(self, place: Standing, target: int, moves: Tensor) -> Tensor:
+    def tangent(self, place: Placement, target: int, moves: Tensor) -> Tensor:
         """How the parameter moves with its values: moves (n,), flat -> of the parameter's shape."""
         part, scales = place.part, self.scales(place)
         if target == TRITS:

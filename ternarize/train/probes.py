@@ -23,7 +23,7 @@ from ternarize.steps.generator import perturbations
 from ternarize.steps.journal import Step
 from ternarize.steps.replay import Values
 from ternarize.threads import THREADS
-from ternarize.train.moved import Moved, Standing
+from ternarize.train.moved import MovedModule, Placement
 
 WAYS = ("backward", "jvp", "forwards")
 _TOGETHER = 16  # tangents of one forward
@@ -43,7 +43,7 @@ class _WithLoss(nn.Module):
         return self.loss(self.module, batch)
 
 
-def gradient(moved: Moved, loss: ModuleLoss, batch: Any) -> tuple[float, dict[str, Tensor]]:
+def gradient(moved: MovedModule, loss: ModuleLoss, batch: Any) -> tuple[float, dict[str, Tensor]]:
     """The loss, and its gradient by the parameters of all tensors, by name."""
     for parameter in moved.parameters.values():
         parameter.grad = None
@@ -56,7 +56,7 @@ def gradient(moved: Moved, loss: ModuleLoss, batch: Any) -> tuple[float, dict[st
     return float(value.detach()), grads
 
 
-def sums_along(moved: Moved, slopes: Mapping[str, Tensor], step: Step) -> Tensor:
+def sums_along(moved: MovedModule, slopes: Mapping[str, Tensor], step: Step) -> Tensor:
     """Sums of slopes over the non-zeros of perturbations: (k, 2) float64, along and against.
 
     step  says which: its own choice counts for nothing, here and below
@@ -94,7 +94,7 @@ def aligned(
     return found
 
 
-def by_jvp(moved: Moved, loss: ModuleLoss, batch: Any, step: Step) -> Tensor:
+def by_jvp(moved: MovedModule, loss: ModuleLoss, batch: Any, step: Step) -> Tensor:
     """Alignments by forward-mode products: (k, 2) float64, along and against."""
     model = _WithLoss(moved.module, loss)
     names = {place.part.name: f"module.{place.parameter}" for place in moved.places}
@@ -123,7 +123,7 @@ def by_jvp(moved: Moved, loss: ModuleLoss, batch: Any, step: Step) -> Tensor:
     return torch.cat(found)
 
 
-def _dense_moves(moved: Moved, place: Standing, step: Step, which: Sequence[int]) -> Tensor:
+def _dense_moves(moved: MovedModule, place: Placement, step: Step, which: Sequence[int]) -> Tensor:
     """What perturbations do to a tensor's values: (perturbations, 2, n) float32."""
     part, state, target = place.part, moved.state, step.target
     first, count = part.first(target), state.values(part, target).numel()
@@ -137,7 +137,7 @@ def _dense_moves(moved: Moved, place: Standing, step: Step, which: Sequence[int]
 
 
 @torch.no_grad()
-def by_forwards(moved: Moved, loss: ModuleLoss, batch: Any, step: Step) -> Tensor:
+def by_forwards(moved: MovedModule, loss: ModuleLoss, batch: Any, step: Step) -> Tensor:
     """Alignments by moving there: (k, 2) float64, how the loss changes along and against."""
     before = float(loss(moved.module, batch))
     found = torch.zeros(step.k, 2, dtype=torch.float64)
@@ -149,7 +149,7 @@ def by_forwards(moved: Moved, loss: ModuleLoss, batch: Any, step: Step) -> Tenso
 
 
 @contextmanager
-def tried(moved: Moved, step: Step) -> Iterator[None]:
+def tried(moved: MovedModule, step: Step) -> Iterator[None]:
     """Inside, a step has been taken; afterwards the values are as they were."""
     state, target = moved.state, step.target
     changed = [state.values(part, target) for part in state.parts]

@@ -28,7 +28,7 @@ from ternarize.qat.rounding import EDGE
 from ternarize.steps.generator import MOST_BITS, SCALES, perturbations
 from ternarize.steps.journal import Step, bits_in_block
 from ternarize.steps.replay import LIMITS, Moves, Values
-from ternarize.train.moved import Moved, target_of
+from ternarize.train.moved import MovedModule, target_of
 from ternarize.train.probes import ModuleLoss, aligned, gradient
 from ternarize.train.votes import Heard, bits_of
 
@@ -65,7 +65,7 @@ class Wanted:
         return found
 
     @contextmanager
-    def shown(self, moved: Moved, target: str) -> Iterator[None]:
+    def shown(self, moved: MovedModule, target: str) -> Iterator[None]:
         """Inside, the module has what is wanted: real exponents, or rounded trits."""
         state, of_trits = moved.state, target == "trits"
         before = {name: trits.clone() for name, trits in state.trits.items()}
@@ -86,7 +86,7 @@ def _round(real: Mapping[str, Tensor], state: Values) -> None:
 
 
 def trained_values(
-    moved: Moved,
+    moved: MovedModule,
     loss: ModuleLoss,
     batches: Callable[[int], Any],
     target: str,
@@ -102,7 +102,7 @@ def trained_values(
     target   "scales": exponents; "trits": latent ones, rounded in the forward pass, whose gradient
              is that of the rounded ones (Bengio et al. 2013, https://arxiv.org/abs/1308.3432)
     rate     at the beginning, in 1/32 of an octave, or in trits
-    begin    latent trits, flat, float32, by name (`Moved.latent`); None: the values themselves
+    begin    latent trits, flat, float32, by name (`latent`); None: the values themselves
     """
     state, kind, of_trits = moved.state, target_of(target), target == "trits"
     limit = EDGE if of_trits else LIMITS[kind]

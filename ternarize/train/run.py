@@ -4,6 +4,7 @@ import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ternarize.files.metadata import SCALE_SUFFIX
 from ternarize.measure.measured import fast_dtype
 from ternarize.plans.engine import check_held
 from ternarize.plans.layout import Plan, TensorPlan
-from ternarize.plans.recipe import Train
+from ternarize.plans.recipe import Recipe, Train
 from ternarize.progress import Progress
 from ternarize.qat.modules import LOG_SCALE, hold_dense, latent_modules
 from ternarize.qat.rounding import Form
@@ -123,17 +124,8 @@ def train_model(
     if training.compile:
         compile_blocks(models, blocks.paths, device)
         pair.compiled = True
-    schedule, ramp = None, 0.0
-    if plan.recipe.zeros is not None and todo:  # that a calibration has reached, or is to be
-        ramp = RAMP if plan.recipe.calibrate is None else 0.0
-        schedule = Schedule(pair.student, zeros=plan.recipe.zeros, ramp=ramp, least=True)
-        schedule.at(0.0)
-    if training.from_scratch:
-        rate = SCRATCH_RATE if training.lr is None else training.lr
-        groups = parameter_groups(pair.student, rate, weight_decay=SCRATCH_DECAY)
-    else:
-        rate = LATENT_RATE if training.lr is None else training.lr
-        groups = parameter_groups(pair.student, rate, relative=True)
+    schedule, ramp = _schedule_of(plan.recipe, pair.student) if todo else (None, 0.0)
+    groups = _groups_of(training, pair.student)
     place = folder / FOLDER
     place.mkdir(parents=True, exist_ok=True)
 
@@ -158,12 +150,6 @@ def train_model(
         if world.rank == 0:
             write_solved(file, blocks, by_name, values, {"held": json.dumps(loss)}, ends)
 
-    def told(step: int, done: float, figures: Mapping[str, float]) -> None:
-        if progress is not None:
-            progress(int(_TICKS * done), _TICKS, _in_words(step, figures), "training")
-        if log is not None:
-            log(step, figures)
-
     def at(done: float, exact: bool) -> None:
         end_decay(job.optimizer, done)
         if schedule is not None:
@@ -178,7 +164,7 @@ def train_model(
         lambda: held_loss(loss, data.held, world),
         keep,
         _known(data, pair, device, training),
-        told,
+        partial(_tell, progress, log),
         training.micro_batch or tokens_at_once(device),
         at,
         ramp,
@@ -202,6 +188,36 @@ def train_model(
     }
     solved_now = {**begun} | {name: (best, each) for name, each in records.items()}
     return Calibrated(solved_now, list(tensors), record, described)
+
+
+def _schedule_of(recipe: Recipe, student: Any) -> tuple[Schedule | None, float]:
+    """What keeps the zeros that are asked for, and the share of the budget in which they come.
+
+    A calibration has reached them, or this training is to.
+    """
+    if recipe.zeros is None:
+        return None, 0.0
+    ramp = RAMP if recipe.calibrate is None else 0.0
+    schedule = Schedule(student, zeros=recipe.zeros, ramp=ramp, least=True)
+    schedule.at(0.0)
+    return schedule, ramp
+
+
+def _groups_of(training: Train, student: Any) -> list[dict[str, Any]]:
+    """The optimizer's groups, with their rates at their highest."""
+    scratch = training.from_scratch
+    usual, decay = (SCRATCH_RATE, SCRATCH_DECAY) if scratch else (LATENT_RATE, 0.0)
+    rate = usual if training.lr is None else training.lr
+    return parameter_groups(student, rate, relative=not scratch, weight_decay=decay)
+
+
+def _tell(
+    progress: Progress | None, log: Log | None, step: int, done: float, figures: Mapping[str, float]
+) -> None:
+    if progress is not None:
+        progress(int(_TICKS * done), _TICKS, _in_words(step, figures), "training")
+    if log is not None:
+        log(step, figures)
 
 
 def _without_texts(data: Data) -> Data:

@@ -42,7 +42,7 @@ from ternarize.steps.journal import (
     parse_journal,
 )
 from ternarize.steps.operations import bits_left
-from ternarize.train.moved import Moved, target_of
+from ternarize.train.moved import MovedModule, target_of
 from ternarize.train.probes import (
     WAYS,
     ModuleLoss,
@@ -112,7 +112,7 @@ def _within(values: tuple[float, ...], low: float, high: float) -> bool:
 
 
 def train_votes(
-    moved: Moved,
+    moved: MovedModule,
     loss: ModuleLoss,
     batches: Batches,
     journal: Journal,
@@ -172,7 +172,7 @@ def train_votes(
     return taken, number
 
 
-def _mark(moved: Moved, append: Callable[..., None], world: World, number: int) -> None:
+def _mark(moved: MovedModule, append: Callable[..., None], world: World, number: int) -> None:
     """A digest of the steps below a number, which all processes have to have."""
     digest = moved.state.digest()
     world.check_same(
@@ -212,7 +212,7 @@ def first_attempt(journal: Journal) -> int:
 
 
 def best_step(
-    moved: Moved,
+    moved: MovedModule,
     loss: ModuleLoss,
     probed: Any,
     deciding: Any,
@@ -244,7 +244,7 @@ def bits_of(step: Step) -> int:
 
 
 def candidates(
-    moved: Moved,
+    moved: MovedModule,
     loss: ModuleLoss,
     batch: Any,
     votes: Votes,
@@ -271,7 +271,7 @@ def candidates(
 
 
 def _alignments(
-    moved: Moved, loss: ModuleLoss, batch: Any, votes: Votes, number: int, vain: int
+    moved: MovedModule, loss: ModuleLoss, batch: Any, votes: Votes, number: int, vain: int
 ) -> Iterator[tuple[Step, Tensor]]:
     """A step without a choice and its alignments (k, 2), for each density.
 

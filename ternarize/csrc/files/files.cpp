@@ -122,25 +122,25 @@ class Opened {
   int64_t which_ = -1;
 };
 
+// Memory with room for n bytes at the least.
+uint8_t* grown(std::vector<uint8_t>& memory, int64_t n) {
+  if (static_cast<int64_t>(memory.size()) < n) memory.resize(static_cast<size_t>(n));
+  return memory.data();
+}
+
 // Memory for a stream: bytes of chunks, what comes of them in the order in which they are coded, and rows.
-struct Rooms {
+struct Buffers {
   std::vector<uint8_t> coded, ordered, rows;
 };
 
 // What a thread has: files and memory.
-struct Desk {
+struct ThreadState {
   const uint8_t* stop;
   Opened file, scale_file;
   int data = -1, beside = -1;  // descriptors, of the tensor that is read
   std::vector<uint8_t> piece, scales, used, scratch;
-  Rooms of_trits, of_scales;
-
+  Buffers of_trits, of_scales;
   bool stopped() const { return __atomic_load_n(stop, __ATOMIC_RELAXED) != 0; }
-
-  static uint8_t* room(std::vector<uint8_t>& memory, int64_t n) {
-    if (static_cast<int64_t>(memory.size()) < n) memory.resize(static_cast<size_t>(n));
-    return memory.data();
-  }
 };
 
 // The classes of the columns of packed rows: bytes that hold as many trits are of one, those with the
@@ -162,8 +162,8 @@ std::vector<uint8_t> classes_of_trits(const Layout& x) {
 class Stream {
  public:
   Stream(int file, int64_t start, int64_t nbytes, int64_t rows, std::vector<uint8_t> classes,
-         Rooms& rooms)
-      : file_(file), start_(start), nbytes_(nbytes), classes_(std::move(classes)), rooms_(rooms) {
+         Buffers& buffers)
+      : file_(file), start_(start), nbytes_(nbytes), classes_(std::move(classes)), buffers_(buffers) {
     const int count = *std::max_element(classes_.begin(), classes_.end()) + 1;
     x_ = {rows, static_cast<int64_t>(classes_.size()), 1, classes_.data(), count};
   }
@@ -211,7 +211,7 @@ class Stream {
       ends_.push_back(ends_.back() + each);
     }
     if (ends_.back() != nbytes_) return Read::BadStream;
-    decoder_.emplace(x_, table_.data(), rooms_.ordered);
+    decoder_.emplace(x_, table_.data(), buffers_.ordered);
     return Read::Done;
   }
 
@@ -219,7 +219,7 @@ class Stream {
   Read rows(int64_t first, int64_t n, const uint8_t*& found) {
     if (first + n > held_) {  // those that were asked for make room
       if (first < held_)
-        std::memmove(rooms_.rows.data(), row(first), static_cast<size_t>((held_ - first) * x_.width));
+        std::memmove(buffers_.rows.data(), row(first), static_cast<size_t>((held_ - first) * x_.width));
       begin_ = first;
     }
     while (first + n > held_) {
@@ -231,16 +231,16 @@ class Stream {
   }
 
  private:
-  uint8_t* row(int64_t which) { return rooms_.rows.data() + (which - begin_) * x_.width; }
+  uint8_t* row(int64_t which) { return buffers_.rows.data() + (which - begin_) * x_.width; }
 
   // Decodes chunks from this one on, behind the rows that there are.
   Read next(int64_t chunk) {
     const int64_t count = rans_at_once(x_.chunks() - chunk);
     const int64_t* const ends = ends_.data() + chunk;
-    uint8_t* const coded = Desk::room(rooms_.coded, ends[count] - ends[0]);
+    uint8_t* const coded = grown(buffers_.coded, ends[count] - ends[0]);
     if (!read_at(file_, start_ + ends[0], coded, ends[count] - ends[0])) return Read::Unreadable;
     const int64_t stop = smaller(x_.rows, (chunk + count) * x_.chunk_rows);
-    Desk::room(rooms_.rows, (stop - begin_) * x_.width);
+    grown(buffers_.rows, (stop - begin_) * x_.width);
     if (decoder_->decode(chunk, count, coded, ends, row(held_)) != kNone) return Read::BadStream;
     held_ = stop;
     return Read::Done;
@@ -253,51 +253,51 @@ class Stream {
   std::vector<uint32_t> table_;
   std::vector<int64_t> ends_;
   std::optional<RansDecoder> decoder_;
-  Rooms& rooms_;
+  Buffers& buffers_;
   int64_t begin_ = 0, held_ = 0;  // rows that are decoded and there: from, to
 };
 
-// The scales of a tensor: `found`, in the memory of the desk.
-Read read_scales(const Stored& x, Desk& desk, const uint8_t*& found) {
+// The scales of a tensor: `found`, in the memory of the thread.
+Read read_scales(const Stored& x, ThreadState& own, const uint8_t*& found) {
   const int64_t size = size_of(x.scale_kind), rows = x.one_scale ? 1 : x.lanes.stored.rows;
   const int64_t bytes = x.scales() * size;
   if (!x.scales_coded) {
-    uint8_t* const plain = Desk::room(desk.scales, bytes);
+    uint8_t* const plain = grown(own.scales, bytes);
     found = plain;
-    return read_at(desk.beside, x.scale_start, plain, bytes) ? Read::Done : Read::Unreadable;
+    return read_at(own.beside, x.scale_start, plain, bytes) ? Read::Done : Read::Unreadable;
   }
   std::vector<uint8_t> classes(static_cast<size_t>(bytes / rows));
   for (size_t i = 0; i < classes.size(); ++i)
     classes[i] = static_cast<uint8_t>(i % static_cast<size_t>(size));
-  Stream stream(desk.beside, x.scale_start, x.scale_bytes, rows, std::move(classes),
-                desk.of_scales);
+  Stream stream(own.beside, x.scale_start, x.scale_bytes, rows, std::move(classes),
+                own.of_scales);
   const Read opened = stream.open();
   return opened == Read::Done ? stream.rows(0, rows, found) : opened;
 }
 
-Read read_raw(const Stored& x, Sha256* sha, Desk& desk) {
+Read read_raw(const Stored& x, Sha256* sha, ThreadState& own) {
   for (int64_t at = 0; at < x.nbytes; at += kPiece) {
-    if (desk.stopped()) return Read::Stopped;
+    if (own.stopped()) return Read::Stopped;
     const int64_t n = smaller(kPiece, x.nbytes - at);
-    uint8_t* to = x.out ? x.out + at : Desk::room(desk.piece, n);
-    if (!read_at(desk.data, x.start + at, to, n)) return Read::Unreadable;
+    uint8_t* to = x.out ? x.out + at : grown(own.piece, n);
+    if (!read_at(own.data, x.start + at, to, n)) return Read::Unreadable;
     if (sha) sha->update(to, n);
   }
   return Read::Done;
 }
 
-Read read_trits(const Stored& x, Sha256* sha, Desk& desk) {
+Read read_trits(const Stored& x, Sha256* sha, ThreadState& own) {
   const Lanes& lanes = x.lanes;
   const Layout& all = lanes.stored;
   const bool to_lanes = x.form == Stored::Form::Lanes;
   std::optional<Stream> stream;
   if (x.coded) {
-    stream.emplace(desk.data, x.start, x.nbytes, all.rows, classes_of_trits(all), desk.of_trits);
+    stream.emplace(own.data, x.start, x.nbytes, all.rows, classes_of_trits(all), own.of_trits);
     const Read opened = stream->open();
     if (opened != Read::Done) return opened;
   }
   const uint8_t* scales;
-  const Read beside = read_scales(x, desk, scales);
+  const Read beside = read_scales(x, own, scales);
   if (beside != Read::Done) return beside;
   const int64_t scale_size = size_of(x.scale_kind);
   const ScaleLoops& loops = loops_of(x.scale_kind);
@@ -306,7 +306,7 @@ Read read_trits(const Stored& x, Sha256* sha, Desk& desk) {
   const int64_t rows = std::max<int64_t>(1, kPiece / std::max<int64_t>(1, all.width * unit)) * unit;
   uint8_t any = 0;  // of one scale for all
   for (int64_t first = 0; first < all.rows; first += rows) {
-    if (desk.stopped()) return Read::Stopped;
+    if (own.stopped()) return Read::Stopped;
     Layout part = all;
     part.rows = smaller(rows, all.rows - first);
     const bool kept = x.out && !to_lanes;
@@ -317,13 +317,13 @@ Read read_trits(const Stored& x, Sha256* sha, Desk& desk) {
       if (decoded != Read::Done) return decoded;
       if (kept) std::memcpy(x.out + first * all.width, piece, static_cast<size_t>(bytes));
     } else {
-      uint8_t* const to = kept ? x.out + first * all.width : Desk::room(desk.piece, bytes);
-      if (!read_at(desk.data, x.start + first * all.width, to, bytes)) return Read::Unreadable;
+      uint8_t* const to = kept ? x.out + first * all.width : grown(own.piece, bytes);
+      if (!read_at(own.data, x.start + first * all.width, to, bytes)) return Read::Unreadable;
       piece = to;
     }
     if (sha) sha->update(piece, bytes);
     const int64_t groups = part.rows * all.groups;
-    uint8_t* used = Desk::room(desk.used, groups);
+    uint8_t* used = grown(own.used, groups);
     if (kernels().packing.check(part, 0, part.rows, piece, used) != kNone) return Read::NoCode;
     if (x.one_scale) {
       for (int64_t i = 0; i < groups; ++i) any |= used[i];
@@ -331,7 +331,7 @@ Read read_trits(const Stored& x, Sha256* sha, Desk& desk) {
       return Read::BadScale;
     }
     if (!to_lanes) continue;
-    uint8_t* scratch = Desk::room(desk.scratch, block_scratch(lanes));
+    uint8_t* scratch = grown(own.scratch, block_scratch(lanes));
     for (int64_t row = 0; row < part.rows; row += lanes.block)
       block_to_lanes(lanes, piece + row * all.width, smaller(lanes.block, part.rows - row),
                      x.out + (first + row) / lanes.block * lanes.quads * 64, scratch);
@@ -345,12 +345,12 @@ Read read_trits(const Stored& x, Sha256* sha, Desk& desk) {
   return Read::Done;
 }
 
-Read read_one(const char* const* files, const Stored& x, Sha256* sha, Desk& desk) {
-  desk.data = desk.file.of(files, x.file);
-  if (desk.data < 0) return Read::Unreadable;
-  if (x.form == Stored::Form::Raw) return read_raw(x, sha, desk);
-  desk.beside = x.scale_file == x.file ? desk.data : desk.scale_file.of(files, x.scale_file);
-  return desk.beside < 0 ? Read::Unreadable : read_trits(x, sha, desk);
+Read read_one(const char* const* files, const Stored& x, Sha256* sha, ThreadState& own) {
+  own.data = own.file.of(files, x.file);
+  if (own.data < 0) return Read::Unreadable;
+  if (x.form == Stored::Form::Raw) return read_raw(x, sha, own);
+  own.beside = x.scale_file == x.file ? own.data : own.scale_file.of(files, x.scale_file);
+  return own.beside < 0 ? Read::Unreadable : read_trits(x, sha, own);
 }
 
 }  // namespace
@@ -363,16 +363,16 @@ bool read_stored(const char* const* files, const Stored* tensors, int64_t n, boo
   if (!blocks) return false;
   std::atomic<int64_t> next{0};
   const auto work = [&] {
-    Desk desk{};
-    desk.stop = stop;
+    ThreadState own{};
+    own.stop = stop;
     for (int64_t i; (i = next.fetch_add(1)) < n;) {
       const Stored& x = tensors[i];
       Read state = Read::Stopped;
-      if (!desk.stopped()) {
+      if (!own.stopped()) {
         Sha256 sha(blocks);
         Sha256* hash = checked ? &sha : nullptr;
         try {
-          state = read_one(files, x, hash, desk);
+          state = read_one(files, x, hash, own);
         } catch (const std::bad_alloc&) {
           state = Read::NoMemory;
         } catch (...) {
