@@ -18,6 +18,9 @@ from ternarize.plans.recipe import Recipe, Train
 from ternarize.runtime.load import load
 from ternarize.sources.packed import open_packed
 from ternarize.steps.checkpoint import replay
+from ternarize.steps.generator import SCALES, TRITS
+from ternarize.steps.journal import Step
+from ternarize.steps.replay import Moves
 from ternarize.train import loop
 from ternarize.train.journals import train_journal
 from ternarize.train.votes import Votes
@@ -119,6 +122,18 @@ def test_a_gpu_computes_what_a_processor_computes(
         for model in models
     ]
     assert torch.equal(written[0], written[1]) and torch.equal(written[0], written[2])
+
+
+@pytest.mark.parametrize("target", [TRITS, SCALES])
+def test_steps_move_the_same_values_on_a_gpu(target: int) -> None:
+    chosen = tuple(range(0, 120, 6))
+    signs = tuple(1 if each % 4 else -1 for each in chosen)
+    steps = [Step(n, target, bits, 1, 128, chosen, signs) for n, bits in enumerate((0, 3, 10, 17))]
+    here = torch.zeros(140_000, dtype=torch.int8)
+    moves, first, there = Moves(steps, target, 77), 2**36 - 70_001, here.to(GPU)
+    moves.apply(here, first)
+    moves.apply(there, first)
+    assert torch.equal(here, there.cpu()) and bool(here.any())
 
 
 @pytest.mark.parametrize("target", ["scales", "trits"])
