@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import ternarize
 from ternarize.convert.run import convert
+from ternarize.errors import CheckpointError
 from ternarize.measure.documents import cut_windows, read_documents
 from ternarize.measure.encoders import embed
 from ternarize.models.reads import open_tokenizer
@@ -157,13 +158,17 @@ def compare(model: Any, engine: Any, windows: Tensor) -> dict[str, float]:
 def measure(
     name: str, packed: Path, text: Path, positions: int, types: tuple[str, ...], folder: Path
 ) -> Iterator[dict[str, Any]]:
-    """A row for each type."""
+    """A row for each type that holds what is packed."""
     tokenizer, documents = open_tokenizer(packed), read_documents(text)
     windows = cut_windows(documents, tokenizer, SEQ_LEN, positions)
     model = ternarize.load(packed, dtype="float32", activations="none")
     for kind in types:
         path = folder / f"{kind}.gguf"
-        report = export(packed, path, "gguf", kind=kind)
+        try:
+            report = export(packed, path, "gguf", kind=kind)
+        except CheckpointError as error:
+            print(f"{name}, {kind.upper()}: {error}", flush=True)
+            continue
         engine = open_engine(path, THREADS)
         row = {"name": name, "type": kind, "bytes": report["bytes"], "lost": report["lost"]}
         row |= compare(model, engine, windows)

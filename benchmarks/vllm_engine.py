@@ -8,7 +8,8 @@ its tokens per second (those written, of all requests, over the time of the whol
 of 16 tokens included). `generate` is one request with the packed model in transformers, decoded by
 the compiled core. Resident memory is what the process has more after its first answers than before
 loading, so that what vLLM needs beside weights (a cache of keys and values of 1 GiB, as far as it
-is touched) is in it. What is written, greedily, is not looked at.
+is touched) is in it; what the packed linear layers alone hold in vLLM is told as a share of 16 bits
+a weight. What is written, greedily, is not looked at.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from ternarize.measure.bench import run
 
 PROMPT = 16
 CACHE_GIB = 1
+Made = tuple[Callable[[int], object], dict[str, Any]]  # what writes, and figures of it
 ENGINES = {"generate": "PACKED", "vllm, packed": "PACKED", "vllm, bfloat16": "SOURCE"}
 
 
@@ -51,6 +53,8 @@ def main() -> None:
         rates = found[name]["tokens_per_second"].items()
         said = ", ".join(f"{rate:.1f} with {number}" for number, rate in rates)
         print(f"{name}: {found[name]['resident_mb']:.0f} MB, tokens/s {said}", flush=True)
+        if "linear_share" in found[name]:
+            print(f"linear layers take {found[name]['linear_share']:.1%} of 16 bits a weight")
     asked = {"requests": args.requests, "new_tokens": args.new_tokens, "dtype": args.dtype}
     common.write_figures(args.json, __file__, {**asked, "rounds": args.rounds, "engines": found})
 
@@ -80,9 +84,9 @@ def measured(
     make = of_generate if name == "generate" else of_vllm
     importlib.import_module("transformers" if name == "generate" else "vllm")
     before = resident()
-    write = make(model, dtype, new_tokens)
+    write, figures = make(model, dtype, new_tokens)
     write(1)
-    figures: dict[str, Any] = {"resident_mb": (resident() - before) / 2**20}
+    figures |= {"resident_mb": (resident() - before) / 2**20}
     rates = {}
     for number in [1] if name == "generate" else requests:
         write(number)
@@ -95,21 +99,35 @@ def measured(
     return {**figures, "tokens_per_second": rates}
 
 
-def of_vllm(model: str, dtype: str, new_tokens: int) -> Callable[[int], object]:
+def of_vllm(model: str, dtype: str, new_tokens: int) -> Made:
     vllm = importlib.import_module("vllm")
     size = {"max_model_len": PROMPT + new_tokens, "max_num_seqs": 32}
     # prompts that were read before are to be read again
     size["enable_prefix_caching"] = False
     engine = vllm.LLM(model=model, dtype=dtype, enforce_eager=True, **size)
     sampling = vllm.SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
-    return lambda number: engine.generate(
-        [{"prompt_token_ids": prompt(each)} for each in range(number)], sampling, use_tqdm=False
-    )
+    figures = {}
+    if "quantization_config" in json.loads((Path(model) / "config.json").read_text()):
+        figures["linear_share"] = engine.apply_model(linear_share)[0]
+
+    def write(number: int) -> object:
+        given = [{"prompt_token_ids": prompt(each)} for each in range(number)]
+        return engine.generate(given, sampling, use_tqdm=False)
+
+    return write, figures
 
 
-def of_generate(model: str, dtype: str, new_tokens: int) -> Callable[[int], object]:
+def linear_share(model: Any) -> float:
+    """What the linear layers of vLLM's model hold, by what 16 bits a weight would take."""
+    kind = importlib.import_module("vllm.model_executor.layers.linear").LinearBase
+    layers = [each for each in model.modules() if isinstance(each, kind)]
+    held = sum(each.nbytes for layer in layers for each in layer.parameters())
+    return float(held / sum(2 * each.input_size * each.output_size for each in layers))
+
+
+def of_generate(model: str, dtype: str, new_tokens: int) -> Made:
     loaded = ternarize.load(model, dtype=dtype)
-    return lambda number: run(loaded, PROMPT, new_tokens, number)
+    return lambda number: run(loaded, PROMPT, new_tokens, number), {}
 
 
 def prompt(number: int) -> list[int]:
