@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ternarize.calibrate.texts import DEFAULT, SELF
+from ternarize.calibrate.texts import SELF
 from ternarize.files.metadata import RANS
 from ternarize.files.names import RECORD
+from ternarize.measure.documents import DEFAULT
 from ternarize.measure.report import inspect
 from ternarize.plans.recipe import GROUP_SIZE, KEEP, Recipe
 from ternarize.plans.recipe_files import read_recipe

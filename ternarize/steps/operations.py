@@ -107,12 +107,14 @@ def compact(path: str | Path, new: str | Path) -> Journal:
 def bits_left(journal: Journal, nbytes: int) -> int:
     """Bits that more steps can have in a journal that is to have so many bytes once compact."""
     own = [step for step in journal.steps if step.seed is None]
+    others = [step for step in journal.steps if step.seed is not None]
     used = sum(bits_in_block(b, a) for a, b in itertools.pairwise([NO_STEP, *own]))
     runs = itertools.groupby([*journal.steps, NO_STEP], key=lambda step: step.seed is None)
-    blocks = sum(is_own for is_own, _ in runs) - 1  # beside the first
+    blocks = sum(1 for is_own, _ in runs if is_own) - 1  # beside the first
     around = len(journal_header(journal.header)) + _AROUND + _OF_BLOCK * (nbytes // 2048 + blocks)
-    beside = [*journal.edits, *(step for step in journal.steps if step.seed is not None)]
-    return 8 * (nbytes - around - sum(len(entry_bytes(each)) for each in beside)) - used
+    around += sum(len(entry_bytes(each)) for each in journal.edits)
+    around += sum(len(entry_bytes(each)) for each in others)
+    return 8 * (nbytes - around) - used
 
 
 def merge(path: str | Path, other: str | Path, new: str | Path) -> Journal:
