@@ -207,7 +207,7 @@ def normalizer_of(checkpoints: Sequence[Measured], language: str | None) -> Norm
     return english
 
 
-class _EndLoops(StoppingCriteria):  # type: ignore[misc]
+class _EndLoops(StoppingCriteria):
     """Ends a text that has fallen into a loop, which would go on for as long as it may."""
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
