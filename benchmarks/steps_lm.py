@@ -31,8 +31,8 @@ from ternarize.measure.report import figure_for
 from ternarize.plans.recipe import Recipe, Train
 from ternarize.publish.patches import diff_packed
 from ternarize.steps.checkpoint import replay
-from ternarize.steps.journal import bits_left, read_journal
-from ternarize.steps.operations import compact, fork
+from ternarize.steps.journal import read_journal
+from ternarize.steps.operations import bits_left, compact, fork
 from ternarize.train.journals import code_journal
 
 MEASURES = {"kl_divergence": ".4f", "perplexity": ",.2f", "top1_agreement": ".4f"}
@@ -135,7 +135,7 @@ def shorten(journal: Path, new: Path, nbytes: int) -> None:
     """Begin another journal with as many first steps as so many bytes have."""
     found = read_journal(journal)
     count = len(found.steps)
-    while bits_left(found.header, found.steps[:count], nbytes) < 0:
+    while bits_left(replace(found, entries=tuple(found.steps[:count])), nbytes) < 0:
         count -= 1
     fork(journal, new, found.steps[count].number if count < len(found.steps) else None)
 

@@ -155,7 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="BitNet b1.58 and its float twin, in small.")
     parser.add_argument("--output", type=Path, required=True, help="directory to write")
     parser.add_argument("--text", type=Path, help="documents, apart by lines <|doc|>")
-    parser.add_argument("--minutes", type=float, default=120, help="of the processor, for each model")
+    parser.add_argument("--minutes", type=float, default=120, help="of the processor, each")
     parser.add_argument("--sizes", nargs="*", choices=SIZES, default=list(SIZES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)

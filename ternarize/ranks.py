@@ -27,7 +27,7 @@ _Any = TypeVar("_Any")
 _AT_ONCE = 1 << 22  # elements that are received at a time, to be added
 _START = datetime.timedelta(minutes=10)  # for a process that begins
 _WAIT = datetime.timedelta(days=1)  # for one that solves a large matrix
-SILENCE = datetime.timedelta(minutes=30)  # of one that trains
+TRAINING_WAIT = datetime.timedelta(minutes=30)  # for one that trains
 SILENT = 300  # seconds after which a machine that answers nothing is gone
 _FAULT = "fault"
 _AGAIN = 0.05  # seconds between looks at a store

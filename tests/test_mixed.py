@@ -204,7 +204,7 @@ def test_the_second_plane_is_the_method_on_what_the_first_leaves(bits: int, tmp_
     source = load_file(tmp_path / "source" / "model.safetensors")
     stored = packing.read_checkpoint(tmp_path / "packed")
     _, records = open_packed(tmp_path / "packed")
-    rule = METHODS["itf"] if bits == 16 else with_scale_bits(bits)
+    rule = with_scale_bits(bits)
     for name, record in records.items():
         if record.shape is not None:
             first, second = container.decode_planes(stored[name], stored[f"{name}_scale"], record)

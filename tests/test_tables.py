@@ -16,7 +16,7 @@ from ternarize.errors import SelectionError, UsageError
 from ternarize.files.sums import renew_sums
 from ternarize.runtime.modules.embedding import PackedEmbedding
 from ternarize.sources.packed import open_packed
-from ternarize.trits.methods import itf, with_scale_bits
+from ternarize.trits.methods import with_scale_bits
 from ternarize.trits.scales import scale_values, store_scales
 from ternarize.trits.ternary import scaled
 
@@ -72,7 +72,7 @@ def test_ternary_tables_are_those_of_the_method(
     loaded = ternarize.load_module(tmp_path / "packed", empty)
     twin = Towers(padding_idx=0).eval()
     twin.load_state_dict(towers.state_dict())
-    method = itf if scale_bits == 16 else with_scale_bits(scale_bits)
+    method = with_scale_bits(scale_bits)
     for name in TABLES:
         fit = method(towers.get_parameter(name), 128 if group_size is None else group_size)
         values = scale_values(store_scales(fit.scales, bits=scale_bits), torch.float64)

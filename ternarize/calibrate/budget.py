@@ -221,7 +221,7 @@ def _coded_bytes(plans: Sequence[TensorPlan], found: Sequence[Ternary]) -> int:
     found  the planes of the parameter that they load into, of which the scales count
     """
     scales = join_planes([plane.scales.cpu() for plane in found])
-    stored = store_scales(scales, bits=plans[0].bits_of_scales)
+    stored = store_scales(scales, bits=plans[0].stored_scale_bits)
     data = byte_view(stored).view(-1, stored.shape[-1] * stored.element_size())
     part = 1.0  # of its bytes that is left of the scales
     if data.numel() and plans[0].record("").can_be_coded:

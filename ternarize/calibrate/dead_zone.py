@@ -125,8 +125,8 @@ def nearest(
     Arguments and result are those of the methods; each group has one zero more where the share is
     not to be had. Without a share it is, to the last bit, what a conversion without data gives.
     """
-    plain = itf if zeros is not None or scale_bits == 16 else with_scale_bits(scale_bits)
-    found = plain(weight, group_size)
+    # beside a share the zeros of `itf` are only counted
+    found = (itf if zeros is not None else with_scale_bits(scale_bits))(weight, group_size)
     if zeros is None or int((found.trits == 0).sum()) >= zeros * found.trits.numel():
         return found
     length = weight.numel() if group_size == 0 else group_length(weight.shape[-1], group_size)

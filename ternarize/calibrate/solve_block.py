@@ -26,7 +26,7 @@ def without_data(loaded: LoadedBlock) -> dict[str, Tensor]:
         form = form_of(loaded.plan(name))
         logical = form.turn(loaded.weight(name)).contiguous()
         plan = loaded.plan(name)
-        plain = nearest(logical, form.group_size, plan.zeros, plan.bits_of_scales)
+        plain = nearest(logical, form.group_size, plan.zeros, plan.stored_scale_bits)
         patch[name] = form.turn(plain.dequantize(torch.float32))
     return patch
 
@@ -161,7 +161,7 @@ def _solve(
         planes=plan.planes,
         bias=bias,
         zeros=plan.zeros,
-        scale_bits=plan.bits_of_scales,
+        scale_bits=plan.stored_scale_bits,
     )
 
 

@@ -117,7 +117,7 @@ def steps_train(
     --attempts 2 --batch 512 --bytes 300
     """
     from ternarize.plans.recipe import Train
-    from ternarize.ranks import SILENCE, check_gpus, ranks_of_launcher
+    from ternarize.ranks import TRAINING_WAIT, check_gpus, ranks_of_launcher
     from ternarize.train.journals import CODED, DIRECTIONS, check_alone, code_journal, train_journal
     from ternarize.train.votes import DENSITIES, VOTED, Votes
     from ternarize.trits.ternary import check_device
@@ -142,7 +142,7 @@ def steps_train(
         raise UsageError("--lr", "by votes, which have no rate", "--by gradient", "Leave it out")
     of_votes.setdefault("bits", DENSITIES[target])
     votes = Votes(target, perturbations or VOTED, nbytes=nbytes or 0, **of_votes)
-    with ranks_of_launcher(SILENCE) as world, progress_bar(quiet or world.rank > 0) as update:
+    with ranks_of_launcher(TRAINING_WAIT) as world, progress_bar(quiet or world.rank > 0) as update:
         how: dict[str, Any] = {"seed": seed, "device": check_device(device)}
         check_gpus(world, how["device"])
         how["heard"] = _heard(update, attempts)

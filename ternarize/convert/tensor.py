@@ -190,12 +190,12 @@ def _ternarize(
     if exact is not None and exact != tensor.group_size:
         return Change(tensor.name, exact, tensor.scale_dtype)
     group_size, dtype = tensor.group_size, DTYPES[tensor.scale_dtype]
-    bits = tensor.bits_of_scales
+    bits = tensor.stored_scale_bits
     name = WITHOUT_DATA if recipe.method == GPTQ else recipe.method
     method = METHODS[name]
     if recipe.zeros is not None:
         method = with_zeros(recipe.zeros)
-    elif name == "itf" and bits < 16:
+    elif name == "itf":
         method = with_scale_bits(bits)
     plain = solved is None and exact is None and method is METHODS[name] and tensor.planes == 1
     whole = None if solved is None else read_solved(solved[0], tensor.name, solved[1])

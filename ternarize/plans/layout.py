@@ -70,7 +70,8 @@ class TensorPlan:
         return self.choice.codec != ""
 
     @property
-    def bits_of_scales(self) -> int:
+    def stored_scale_bits(self) -> int:
+        """`scale_bits` where scales are stored as codes; 16 where they are floats all the same."""
         return self.scale_bits if self.scale_dtype == "U8" else 16
 
     @property

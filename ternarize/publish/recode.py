@@ -85,13 +85,14 @@ def _numel(record: Record) -> int:
     return math.prod(record.shape)
 
 
-def _is_of_both(recipe: Any) -> bool:
+def _same_in_either_codec(recipe: Any) -> bool:
     """Whether a conversion by a recipe on record gives the same trits in either codec."""
     if not isinstance(recipe, dict):
         return False
     calibrate = recipe.get("calibrate")
     spent = isinstance(calibrate, dict) and calibrate.get("target_bpw") is not None
-    return not spent and recipe.get("scale_bits") != 6  # a budget counts what is stored
+    # a budget counts what is stored, and base 3 has no scales in 6 bits
+    return not spent and recipe.get("scale_bits") != 6
 
 
 def _renew(
@@ -100,7 +101,7 @@ def _renew(
     """Bring what says sizes of tensors up to date, and how a conversion would give them."""
     record, index = (read_json(output / name) for name in (RECORD, SAFETENSORS + INDEX))
     # what steps have moved was of base 3 when they did
-    if record is not None and "steps" not in record and _is_of_both(record.get("recipe")):
+    if record is not None and "steps" not in record and _same_in_either_codec(record.get("recipe")):
         record["recipe"]["codec"] = codec
     for name, row in (record or {}).get("tensors", {}).items():
         if name in records and "stored_bytes" in row:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ternarize.errors import UsageError
 from ternarize.files.headers import byte_view
-from ternarize.ranks import SILENCE, World, gpu_of, silence_ends
+from ternarize.ranks import TRAINING_WAIT, World, gpu_of, silence_ends
 
 _Words = TypeVar("_Words")
 
@@ -182,7 +182,7 @@ def exchange_of(world: World, device: str) -> Exchange | None:
     alone = None not in places and len(set(places)) == world.size
     backend = "nccl" if alone and dist.is_nccl_available() else "gloo"
     with world.others_gone(), silence_ends():
-        group = dist.new_group(backend=backend, timeout=SILENCE)
+        group = dist.new_group(backend=backend, timeout=TRAINING_WAIT)
     return Exchange(group, torch.device(device if backend == "nccl" else "cpu"))
 
 

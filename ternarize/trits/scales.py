@@ -30,7 +30,7 @@ def scale_codes(scales: Tensor, bits: int = 8) -> Tensor:
     return torch.where(scales > 0, code.clamp(8, 248 - unit), 0).to(torch.uint8)
 
 
-def coded(scales: Tensor, bits: int) -> Tensor:
+def rounded_scales(scales: Tensor, bits: int) -> Tensor:
     """What scales are once they are stored in 8 or 6 bits, float64; those beyond stay."""
     fit = (scales >= _SCALE8[0]) & (scales <= _SCALE8[1])
     return torch.where(fit, scale_values(scale_codes(scales, bits), torch.float64), scales)

@@ -6,8 +6,9 @@ With t the trits and s their scales, b bits:
     low bits, as t + 2^(b - 1);  <x>.weight_scale [rows, cols / group] = s;
     <x>.weight_shape I64 [2]
 
-vLLM reads it without a plug-in, by its source 2 bits on CUDA alone (experts not) and 4 bits also on
-CPUs with AVX-512 (experts not); it holds the scales in the dtype that it runs the model in. https://github.com/vllm-project/compressed-tensors
+vLLM reads it without a plug-in: by its source 2 bits on CUDA, without experts; 4 bits on CUDA and,
+without experts, on CPUs with AVX-512. It holds scales in the dtype that it runs the model in.
+https://github.com/vllm-project/compressed-tensors
 """
 
 from collections.abc import Mapping

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ternarize.trits.methods.grouped import above, ternarize_groups
 from ternarize.trits.methods.twn import least_squares_scale, twn_rule
-from ternarize.trits.scales import coded
+from ternarize.trits.scales import rounded_scales
 from ternarize.trits.ternary import Ternary, spread_scales
 
 MAX_ROUNDS = 100  # each round lowers the error; groups of 128 settle in about ten
@@ -38,11 +38,13 @@ def with_scale_bits(bits: int) -> Callable[[Tensor, int], Ternary]:
         trit  = sign(w) where |w| > scale / 2, else 0
 
     Of Gaussian weights that makes up for more than a third of the error that rounding adds. A scale
-    that such bits cannot hold stays as it is.
+    that such bits cannot hold stays as it is. For 16 bits it is `itf`.
     """
+    if bits == 16:
+        return itf
 
     def method(weight: Tensor, group_size: int) -> Ternary:
-        scales = coded(itf(weight, group_size).scales, bits)
+        scales = rounded_scales(itf(weight, group_size).scales, bits)
         # half of a scale of 8 bits is a number of every dtype of weights
         half = (scales / 2).to(weight.dtype)
         border = spread_scales(half, weight.shape[-1], group_size)
