@@ -262,6 +262,9 @@ MODELS = {
     "activations in int8": example(Recipe("itf", 64, activations="int8", head="ternary")),
     "rotated": random("qwen3", turned=True, head_dim=32, intermediate_size=128),
     "untied": random("llama", head_dim=32),
+    "head and embedding in two codecs": random(
+        "llama", recipe=Recipe("itf", 16, head="int4", embeddings="int8"), head_dim=32
+    ),
     "experts": random("qwen3_moe", head_dim=32, moe_intermediate_size=48),
     "rotated experts": random("qwen3_moe", turned=True, head_dim=32, moe_intermediate_size=48),
     "experts in one tensor, rotated": in_one_tensor(_QWEN, turned=True),
