@@ -21,12 +21,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from ternarize.errors import CheckpointError, OutputError, some
 from ternarize.files.headers import stamp
 from ternarize.files.names import RECORD
-from ternarize.files.outputs import cannot_make, partial_of, sync_names
+from ternarize.files.outputs import cannot_make, locked, name_beside, partial_of, sync_names
 from ternarize.plans.layout import Plan
 from ternarize.plans.parts import PartNumber
 from ternarize.sources.imports.common import Imported
@@ -48,24 +46,16 @@ def exclusive(partial: Path, wait: float = 0) -> Iterator[None]:
 
     wait  seconds that it may be at work yet
     """
-    lock = FileLock(partial.with_name(partial.name + ".lock"), timeout=wait)
     made = [folder for folder in partial.parents if not folder.exists()]
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         for folder in made:
             sync_names(folder.parent)
-        lock.acquire()
-    except Timeout:
-        found = "another conversion is writing here"
-        raise OutputError(partial, found, "to be alone", "Wait for it") from None
     except OSError as error:
         raise cannot_make(partial, error) from None
-    try:
+    busy = "another conversion is writing here"
+    with locked(name_beside(partial, ".lock"), partial, busy, wait=wait):
         yield
-    finally:
-        with suppress(OSError):  # a lock that nobody holds may stay: the next one takes it
-            Path(lock.lock_file).unlink()
-        lock.release()
 
 
 def part_folder(partial: Path, part: PartNumber) -> Path:

@@ -42,6 +42,36 @@ def cannot_make(path: Path, error: OSError, remedy: str = "Name another output")
     return OutputError(path, found, "a place to write", remedy)
 
 
+@contextmanager
+def locked(
+    lock: Path, where: Path, busy: str, remedy: str = "Name another output", wait: float = 0
+) -> Iterator[None]:
+    """Hold a lock file, which goes away in the end.
+
+    where, busy  what cannot be written, and what is said if another process holds the lock
+    remedy       where there can be no lock
+    wait         seconds that another process may hold it yet
+
+    Raises OutputError in both cases.
+    """
+    held = FileLock(lock, timeout=wait)
+    try:
+        held.acquire()
+    except Timeout:
+        raise OutputError(where, busy, "to be alone", "Wait for it") from None
+    except NotImplementedError:
+        found = "is on a file system that has no locks"
+        raise OutputError(where, found, "one that has", remedy) from None
+    except OSError as error:
+        raise cannot_make(where, error, remedy) from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # a lock that nobody holds may stay: the next one takes it
+            lock.unlink()
+        held.release()
+
+
 def write_whole(path: Path, data: bytes, mark: str = "") -> None:
     """Write a small file that is complete on the disk before it has its name.
 
@@ -150,30 +180,29 @@ def _alone_in(partial: Path) -> Iterator[Path]:
     A lock is the first thing in it, and the last: what another one, which was killed, has left
     there is known by it, and goes away; what anything else has put there stays.
     """
-    lock, place = FileLock(partial / _LOCK, timeout=0), partial / _WHOLE
+    place, remedy = partial / _WHOLE, "Remove what is there, or name another output"
     try:
         partial.mkdir(parents=True, exist_ok=True)
         there = set(os.listdir(partial))
-        there -= {_LOCK, _WHOLE} if _LOCK in there else set()
-        if there or partial.is_symlink():
-            found = f"exists and is no unfinished result ({min(there, default='a link')})"
-            raise OutputError(partial, found, "a free name", "Move it away, or name another output")
-        lock.acquire()
-        _remove(place)
-    except Timeout:
-        found = "another process is writing here"
-        raise OutputError(partial, found, "to be alone", "Wait for it") from None
     except OSError as error:
-        remedy = "Remove what is there, or name another output"
         raise cannot_make(partial, error, remedy) from None
+    there -= {_LOCK, _WHOLE} if _LOCK in there else set()
+    if there or partial.is_symlink():
+        found = f"exists and is no unfinished result ({min(there, default='a link')})"
+        raise OutputError(partial, found, "a free name", "Move it away, or name another output")
     try:
-        yield place
+        with locked(partial / _LOCK, partial, "another process is writing here", remedy):
+            try:
+                _remove(place)
+            except OSError as error:
+                raise cannot_make(partial, error, remedy) from None
+            try:
+                yield place
+            finally:
+                _remove(place)
     finally:
-        _remove(place)
         with suppress(OSError):  # the next one has come, and takes what is there
-            (partial / _LOCK).unlink()
             partial.rmdir()
-        lock.release()
 
 
 def _remove(path: Path) -> None:

@@ -1,13 +1,11 @@
 """A journal that is written on, record by record, by one process at a time."""
 
 import os
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from ternarize.errors import OutputError
-from ternarize.files.outputs import cannot_make, name_beside, write_at, write_whole
+from ternarize.files.outputs import cannot_make, locked, name_beside, write_at, write_whole
 from ternarize.steps.journal import (
     MOST_STEPS,
     JournalEntry,
@@ -19,6 +17,8 @@ from ternarize.steps.journal import (
     read_journal,
 )
 from ternarize.threads import signals_held
+
+_REMEDY = "Name another file"
 
 
 class Appender:
@@ -32,15 +32,10 @@ class Appender:
 
     def __init__(self, path: str | Path, header: JournalHeader) -> None:
         self._path = path = Path(path)
-        self._lock = FileLock(name_beside(path, ".lock"), timeout=0)
-        try:
-            self._lock.acquire()
-        except Timeout:
-            raise OutputError(
-                path, "another process is writing it", "to be alone", "Wait for it"
-            ) from None
-        except OSError as error:
-            raise cannot_make(path, error, "Name another file") from None
+        self._lock = ExitStack()
+        self._lock.enter_context(
+            locked(name_beside(path, ".lock"), path, "another process is writing it", _REMEDY)
+        )
         try:
             if not path.exists():
                 self._begin(header)
@@ -57,14 +52,14 @@ class Appender:
             self._steps = len(self.journal.steps)
             self._file.truncate(self._size)
         except BaseException:
-            self._unlock()
+            self._lock.close()
             raise
 
     def _begin(self, header: JournalHeader) -> None:
         try:
             write_whole(self._path, journal_header(header), f".{os.getpid()}")
         except OSError as error:
-            raise cannot_make(self._path, error, "Name another file") from None
+            raise cannot_make(self._path, error, _REMEDY) from None
 
     def append(self, *entries: JournalEntry) -> None:
         """Add records at once; a digest is on the disk, with all before it, when this returns."""
@@ -84,11 +79,6 @@ class Appender:
         if any(isinstance(entry, Mark) for entry in entries):
             os.fsync(self._file.fileno())
 
-    def _unlock(self) -> None:
-        with suppress(OSError):  # a lock that nobody holds may stay: the next one takes it
-            Path(self._lock.lock_file).unlink()
-        self._lock.release()
-
     def __enter__(self) -> "Appender":
         return self
 
@@ -97,4 +87,4 @@ class Appender:
             os.fsync(self._file.fileno())
         finally:
             self._file.close()
-            self._unlock()
+            self._lock.close()
