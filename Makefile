@@ -139,7 +139,7 @@ try-wheel: wheel
 		ternarize generate packed --prompt "The function returns"
 
 # All that comes before an upload, of a tree that is committed under a version that CHANGELOG.md has. The
-# source distribution is built and installed from, too, with the newest tools, as pip does where no wheel fits.
+# source distribution is built from, too, with the newest tools, as pip does where no wheel fits.
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 release:
 	test -z "$$(git status --porcelain)" || { echo "there are changes that are not committed"; exit 1; }

@@ -326,7 +326,7 @@ def check_gpus(world: World, device: str) -> None:
                 "--device",
                 f"{name} for {gpus.count(gpu)} processes is one GPU ({gpu})",
                 "a GPU for each",
-                "Use --device cuda: each takes the one of its LOCAL_RANK, which torchrun sets",
+                "Use --device cuda, with a LOCAL_RANK for each, as torchrun sets it",
             )
 
 

@@ -10,11 +10,10 @@ which need not be in one set.
 The source writes down what it hears, in the dtype in which products are fast. Windows in which it
 repeats itself are left out: no good example of what to write, and long ones. As Whisper's own
 decoding has it, that is a text which zlib makes more than REPEATED times smaller; or one that ends
-in a loop (measure.writing), where it is broken off.
-
- Where all recordings of a window have transcripts, those take
-the place of its words, behind the same tokens that it starts from (language, task): they depend on
-what is heard. Decoders get all but the end token, filled up to one length, with a mask.
+in a loop (measure.writing), where it is broken off. Where all recordings of a window have
+transcripts, those take the place of its words, behind the same tokens that it starts from
+(language, task): they depend on what is heard. Decoders get all but the end token, filled up to
+one length, with a mask.
 
 Robust Speech Recognition via Large-Scale Weak Supervision, section 4.5:
 https://arxiv.org/abs/2212.04356

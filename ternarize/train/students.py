@@ -39,7 +39,7 @@ from ternarize.train.losses import Head, Words
 from ternarize.trits.base3 import BASE3
 from ternarize.trits.rotation import unrotate
 
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 CLOSE = 1e-3  # of logits from hidden states, relative to their size, in float32
 
 
