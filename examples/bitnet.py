@@ -1,12 +1,11 @@
 """BitNet b1.58 in small: a ternary LLaMA and its twin in floating point, trained from nothing.
 
-Both begin with the same weights, read the same text in the same order and get the same time of the
-processor, so that what is between their validation losses is the price of being ternary, whatever
-else the machine does; two sizes show how it changes as a model grows. Products are in bfloat16,
-weights and steps in float32. The ternary one has one scale for each matrix and inputs in 8 bits, as
+Both begin with the same weights and read the same tokens in the same order, so that what is between
+their validation losses is the price of being ternary, whatever the machine does; two sizes show how
+it changes as a model grows. Products are in bfloat16, weights and steps in float32. The ternary one has one scale for each matrix and inputs in 8 bits, as
 BitNet b1.58 has them, is packed without loss, loaded, and measured once more as packed.
 
-    python examples/bitnet.py --output build/bitnet [--text FILE] [--minutes 120]
+    python examples/bitnet.py --output build/bitnet [--text FILE] [--tokens 16000000]
 
 The text is the standard library's documentation, as in train.py, or a file whose documents stand
 apart by lines `<|doc|>`. https://arxiv.org/abs/2402.17764
@@ -66,14 +65,14 @@ def configuration(size: str, vocabulary: int) -> LlamaConfig:
 
 
 def train_for(
-    model: Any, kind: str, documents: list[list[int]], seconds: float, seed: int
+    model: Any, kind: str, documents: list[list[int]], most: int, seed: int
 ) -> dict[str, Any]:
-    """Train for a time of the processor: rates go up, then down as a cosine to a fiftieth."""
+    """Train on so many tokens: rates up over their first part, then down as a cosine to a fiftieth."""
     groups = qat.parameter_groups(model, RATE[kind], weight_decay=DECAY)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-    started, steps, tokens, average = time.process_time(), 0, 0, 0.0
+    steps, tokens, average, started = 0, 0, 0.0, time.monotonic()
     for batch in batches(documents, BATCH, seed):
-        done = (time.process_time() - started) / seconds
+        done = tokens / most
         if done >= 1:
             break
         rate = min((done + 1e-4) / WARM, 0.51 + 0.49 * math.cos(math.pi * done))
@@ -89,9 +88,10 @@ def train_for(
         steps, tokens = steps + 1, tokens + batch.numel()
         average = loss.item() if steps == 1 else 0.95 * average + 0.05 * loss.item()
         if steps % 50 == 0:
-            left = seconds * (1 - done) / 60
+            left = (time.monotonic() - started) * (most / tokens - 1) / 60
             print(f"{kind}: step {steps}  loss {average:.3f}  {left:.1f} min left", flush=True)
-    return {"steps": steps, "tokens": tokens, "training_loss": average}
+    seconds = time.monotonic() - started
+    return {"steps": steps, "tokens": tokens, "training_loss": average, "seconds": seconds}
 
 
 def speed(model: Any) -> float:
@@ -118,7 +118,7 @@ def twins(
         if kind == "ternary":
             qat.prepare(model, group_size=0, scale="absmean", estimator="ste", activations="int8")
         own = [list(document) for document in documents]
-        found = train_for(model, kind, own, args.minutes * 60, args.seed)
+        found = train_for(model, kind, own, args.tokens, args.seed)
         loss = validation_loss(model.eval(), held_out)
         row[kind] = found | {"loss": loss, "perplexity": math.exp(loss)}
         if kind == "float":
@@ -155,7 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="BitNet b1.58 and its float twin, in small.")
     parser.add_argument("--output", type=Path, required=True, help="directory to write")
     parser.add_argument("--text", type=Path, help="documents, apart by lines <|doc|>")
-    parser.add_argument("--minutes", type=float, default=120, help="of the processor, each")
+    parser.add_argument("--tokens", type=int, default=16_000_000, help="that each model reads")
     parser.add_argument("--sizes", nargs="*", choices=SIZES, default=list(SIZES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
@@ -178,7 +178,7 @@ def main() -> None:
             f"gap {row['gap']:.4f} nats",
             flush=True,
         )
-    figures = {"minutes": args.minutes, "rows": rows}
+    figures = {"tokens": args.tokens, "rows": rows}
     (args.output / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
 
 
