@@ -2,8 +2,9 @@
 
 Both begin with the same weights and read the same tokens in the same order, so that what is between
 their validation losses is the price of being ternary, whatever the machine does; two sizes show how
-it changes as a model grows. Products are in bfloat16, weights and steps in float32. The ternary one has one scale for each matrix and inputs in 8 bits, as
-BitNet b1.58 has them, is packed without loss, loaded, and measured once more as packed.
+it changes as a model grows. Products are in bfloat16, weights and steps in float32. The ternary one
+has one scale for each matrix and inputs in 8 bits, as BitNet b1.58 has them, is packed without
+loss, loaded, and measured once more as packed.
 
     python examples/bitnet.py --output build/bitnet [--text FILE] [--tokens 16000000]
 
@@ -67,7 +68,7 @@ def configuration(size: str, vocabulary: int) -> LlamaConfig:
 def train_for(
     model: Any, kind: str, documents: list[list[int]], most: int, seed: int
 ) -> dict[str, Any]:
-    """Train on so many tokens: rates up over their first part, then down as a cosine to a fiftieth."""
+    """Train on so many tokens; rates go up at first, then down as a cosine to a fiftieth."""
     groups = qat.parameter_groups(model, RATE[kind], weight_decay=DECAY)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     steps, tokens, average, started = 0, 0, 0.0, time.monotonic()
