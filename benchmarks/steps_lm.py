@@ -33,7 +33,7 @@ from ternarize.publish.patches import diff_packed
 from ternarize.steps.checkpoint import replay
 from ternarize.steps.journal import read_journal
 from ternarize.steps.operations import bits_left, compact, fork
-from ternarize.train.journals import code_journal
+from ternarize.train.journals import train_by_gradient
 
 MEASURES = {"kl_divergence": ".4f", "perplexity": ",.2f", "top1_agreement": ".4f"}
 
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
             lr=options.rate,
         )
         began, journal = time.process_time(), folder / "scales.steps"
-        code_journal(base, journal, training, max(options.bytes))
+        train_by_gradient(base, journal, training, max(options.bytes))
         took = time.process_time() - began
         for size in sorted(options.bytes):
             named = folder / f"scales{size}.steps"
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
             began, named = time.process_time(), folder / f"trits{size}.steps"
             shutil.copyfile(journal, named)
             training = replace(training, steps=options.trit_steps, lr=None)
-            code_journal(base, named, training, size, target="trits")
+            train_by_gradient(base, named, training, size, target="trits")
             told("then trits by gradient", named, base, time.process_time() - began)
         if options.straight:
             began, output = time.process_time(), folder / "straight"

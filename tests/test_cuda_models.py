@@ -22,7 +22,7 @@ from ternarize.steps.generator import SCALES, TRITS
 from ternarize.steps.journal import Step
 from ternarize.steps.replay import Moves
 from ternarize.train import loop
-from ternarize.train.journals import train_journal
+from ternarize.train.journals import train_by_votes
 from ternarize.train.votes import Votes
 
 GPU = "cuda"
@@ -146,7 +146,7 @@ def test_a_journal_of_a_gpu_is_replayed_by_a_processor(
     votes = Votes(target, 64, (4, 8), (0.5, 0.1, 0.02), (4,), probe=probe)
     training = Train(texts=(str(text),), teacher=str(source), steps=6, batch=256, train_len=16)
     journal = tmp_path / "a.steps"
-    told = train_journal(tmp_path / "packed", journal, training, votes, device=GPU)
+    told = train_by_votes(tmp_path / "packed", journal, training, votes, device=GPU)
     assert told["attempts"] == 6
     replay(journal, tmp_path / "packed", tmp_path / "replayed")  # digests of its marks are checked
     directly = load(tmp_path / "packed", steps=journal, dtype=torch.float32, device=GPU)

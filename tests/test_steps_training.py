@@ -44,11 +44,11 @@ from ternarize.steps.journal import (
 )
 from ternarize.steps.operations import check_digests, compact, edit
 from ternarize.steps.replay import Part, Values
-from ternarize.train.journals import code_journal, train_journal
+from ternarize.train.journals import train_by_gradient, train_by_votes
 from ternarize.train.moved import MovedModule, Placement
 from ternarize.train.objectives import held_loss, objective
 from ternarize.train.probes import by_forwards, by_jvp, gradient, sums_along
-from ternarize.train.pursuit import Wanted, coded_steps, placed_steps, single_cell
+from ternarize.train.pursuit import Wanted, dense_steps, placed_steps, single_cell
 from ternarize.train.votes import (
     Votes,
     _agreed,
@@ -468,15 +468,15 @@ def test_a_packed_model_is_trained_and_replayed_to_what_was_measured(
 ) -> None:
     source, packed, text = llama
     journal, votes = tmp_path / "a.steps", Votes(target, 64, (4, 8), (0.5, 0.1, 0.02), (4,))
-    first = train_journal(packed, journal, training_of(source, text, 6), votes)
-    again = train_journal(packed, journal, training_of(source, text, 12), votes)
+    first = train_by_votes(packed, journal, training_of(source, text, 6), votes)
+    again = train_by_votes(packed, journal, training_of(source, text, 12), votes)
     assert again["loss_before"] == pytest.approx(first["loss"], abs=1e-6)
     assert again["steps"] > 0 and again["loss"] != first["loss_before"]
     whole = tmp_path / "whole.steps"
-    train_journal(packed, whole, training_of(source, text, 12), votes)
+    train_by_votes(packed, whole, training_of(source, text, 12), votes)
     assert read_journal(whole).steps == read_journal(journal).steps
     replay(journal, packed, tmp_path / "replayed")
-    other = train_journal(
+    other = train_by_votes(
         tmp_path / "replayed", tmp_path / "b.steps", training_of(source, text, 1), votes
     )
     assert other["loss_before"] == pytest.approx(again["loss"], abs=1e-5)
@@ -492,16 +492,16 @@ def test_votes_end_where_a_step_does_not_fit_into_the_bytes_and_say_so(
     votes = [Votes("scales", 64, (4,), (0.1,), (4,), nbytes=n) for n in (150, 270, 290)]
     training, journal, whole = training_of(source, text, 40), tmp_path / "a.steps", tmp_path / "b"
     with pytest.raises(UsageError, match=r"--bytes: 150, of which header, digest and 0 steps take"):
-        train_journal(packed, journal, training, votes[0])
-    told = train_journal(packed, journal, training, votes[1])
+        train_by_votes(packed, journal, training, votes[0])
+    told = train_by_votes(packed, journal, training, votes[1])
     assert told["attempts"] < 40 and told["not_written"] == "bytes"
     assert told["written"] == told["steps"] == len(read_journal(journal).steps) > 0
-    again = train_journal(packed, journal, training, votes[1])
+    again = train_by_votes(packed, journal, training, votes[1])
     assert (again["written"], again["attempts"]) == (0, told["attempts"])
     assert again["loss_before"] == again["loss"] == pytest.approx(told["loss"], abs=1e-6)
-    more = train_journal(packed, journal, training, votes[2])
+    more = train_by_votes(packed, journal, training, votes[2])
     assert more["written"] > 0 and compact(journal, tmp_path / "small.steps").size <= 290
-    train_journal(packed, whole, training, votes[2])
+    train_by_votes(packed, whole, training, votes[2])
     assert read_journal(whole).steps == read_journal(journal).steps
 
 
@@ -510,7 +510,7 @@ def test_scales_that_gradients_have_found_are_written_as_steps(
 ) -> None:
     source, packed, text = llama
     journal, training = tmp_path / "a.steps", training_of(source, text, 8)
-    told = code_journal(packed, journal, training, 700, k=64)
+    told = train_by_gradient(packed, journal, training, 700, k=64)
     assert told["loss_wanted"] < told["loss_before"] and told["loss"] < told["loss_before"]
     assert compact(journal, tmp_path / "small.steps").size <= 700
     assert told["steps"] == len(read_journal(journal).steps) > 5
@@ -529,10 +529,10 @@ def test_scales_that_gradients_have_found_are_written_as_steps(
     assert check_digests(read_journal(journal), *records) == 1
     whole = journal.read_bytes()
     journal.write_bytes(whole[: len(whole) // 2])
-    again = code_journal(packed, journal, training, 700, k=64)
+    again = train_by_gradient(packed, journal, training, 700, k=64)
     assert again["loss_wanted"] == pytest.approx(told["loss_wanted"], abs=1e-5)
     assert again["loss"] == pytest.approx(told["loss"], abs=0.02 * told["loss_before"])
-    more = code_journal(packed, journal, training, 1400, k=64)
+    more = train_by_gradient(packed, journal, training, 1400, k=64)
     assert more["steps"] > again["steps"] and more["loss_before"] == pytest.approx(again["loss"])
 
 
@@ -546,7 +546,7 @@ def test_steps_go_where_they_are_wanted_for_few_bits() -> None:
     distances = {}
     for bits in (100, 300, 900):
         state = started().state
-        steps = list(coded_steps(state, wanted, NO_STEP, 0, 64, bits))
+        steps = list(dense_steps(state, wanted, NO_STEP, 0, 64, bits))
         assert 8 * (len(block_bytes(steps)) - 13) < bits + 8
         distances[bits] = wanted.distance(state)
         again = started().state
@@ -601,12 +601,12 @@ def test_trits_that_gradients_have_found_are_written_as_steps(
 ) -> None:
     source, packed, text = llama
     journal, training = tmp_path / "a.steps", training_of(source, text, 20, lr=0.05)
-    told = code_journal(packed, journal, training, 3000, target="trits", k=512)
+    told = train_by_gradient(packed, journal, training, 3000, target="trits", k=512)
     assert told["loss_wanted"] < told["loss_before"] and told["loss"] < told["loss_before"]
     small = compact(journal, tmp_path / "small.steps")
     assert small.size <= 3000 and {step.target for step in small.steps} == {TRITS}
     assert check_digests(read_journal(journal), *open_packed(packed)) == 1
-    more = code_journal(packed, journal, training_of(source, text, 8), 3400)
+    more = train_by_gradient(packed, journal, training_of(source, text, 8), 3400)
     assert more["loss_before"] == pytest.approx(told["loss"], abs=1e-5)
     assert {step.target for step in read_journal(journal).steps} == {TRITS, SCALES}
     replay(journal, packed, tmp_path / "replayed")
@@ -617,7 +617,7 @@ def test_what_does_not_help_documents_put_aside_is_not_written(
 ) -> None:
     source, packed, text = llama
     journal, training = tmp_path / "a.steps", training_of(source, text, 3, lr=1.0)
-    told = code_journal(packed, journal, training, 3000, target="trits")
+    told = train_by_gradient(packed, journal, training, 3000, target="trits")
     assert told["loss_wanted"] > told["loss_before"] == told["loss"]
     assert told["written"] == told["steps"] == 0 and read_journal(journal).steps == []
     assert told["not_written"] == "gain" and log_of(journal)["written"] == []
@@ -645,7 +645,7 @@ def test_of_steps_the_part_that_helps_documents_put_aside_is_written(
 
     monkeypatch.setattr("ternarize.train.journals.placed_steps", offered)
     journal, training = tmp_path / "a.steps", training_of(source, text, 20, lr=0.05)
-    told = code_journal(packed, journal, training, 9000, target="trits", k=512)
+    told = train_by_gradient(packed, journal, training, 9000, target="trits", k=512)
     assert told["loss_wanted"] < told["loss_before"]
     assert read_journal(journal).steps == good and told["written"] == len(good)
     if helping:
@@ -661,7 +661,7 @@ def test_a_coding_that_was_broken_off_stays_where_another_target_is_trained(
 ) -> None:
     source, packed, text = llama
     journal, training = tmp_path / "a.steps", training_of(source, text, 8)
-    told = code_journal(packed, journal, training, 700, k=64)
+    told = train_by_gradient(packed, journal, training, 700, k=64)
     whole = read_journal(journal)
     kept = list(whole.entries[: len(whole.steps) // 2])
     assert kept[0] == Note({"coded_from": 0, "target": "scales"})
@@ -670,7 +670,7 @@ def test_a_coding_that_was_broken_off_stays_where_another_target_is_trained(
     journal.write_bytes(journal_header(whole.header) + b"".join(map(entry_bytes, kept)))
     begun = read_journal(journal)
     assert 0 < len(begun.steps) < len(whole.steps)
-    more = code_journal(packed, journal, training_of(source, text, 1), 900, target="trits")
+    more = train_by_gradient(packed, journal, training_of(source, text, 1), 900, target="trits")
     assert more["loss_before"] < told["loss_before"] - 0.3 * (told["loss_before"] - told["loss"])
     found = read_journal(journal)
     assert found.entries[: len(kept)] == begun.entries
@@ -694,9 +694,9 @@ def test_a_run_that_ends_before_its_losses_are_known_writes_nothing(
 
     monkeypatch.setattr("ternarize.train.journals.held_loss", looked)
     with pytest.raises(KeyboardInterrupt):
-        code_journal(packed, journal, training, 700, k=64)
+        train_by_gradient(packed, journal, training, 700, k=64)
     assert read_journal(journal).entries == ()
-    told = code_journal(packed, journal, training, 700, k=64)
+    told = train_by_gradient(packed, journal, training, 700, k=64)
     steps, *others = told["steps"], log_of(journal)["written"]
     assert steps > 4 and others == [
         [
@@ -711,7 +711,7 @@ def test_a_run_that_ends_before_its_losses_are_known_writes_nothing(
     whole = read_journal(journal)
     kept = whole.entries[: 1 + steps]  # the digest, and notes behind it, were not written
     journal.write_bytes(journal_header(whole.header) + b"".join(map(entry_bytes, kept)))
-    again = code_journal(packed, journal, training, 240, k=64)
+    again = train_by_gradient(packed, journal, training, 240, k=64)
     assert again["written"] == 0 and again["not_written"] == "before"
     assert again["steps"] == steps and log_of(journal)["written"][0]["written_from"] == 0
 
@@ -752,18 +752,18 @@ def test_gradients_take_one_process_a_rate_and_the_source(
     journal, training = tmp_path / "a.steps", training_of(source, text, 1)
     for target, rate in (("scales", 0.0), ("scales", 33.0), ("trits", 1.5), ("trits", math.nan)):
         with pytest.raises(UsageError, match=r"--lr: .*; expected above 0, and (32|1) at most"):
-            code_journal(packed, journal, training, 3000, target=target, rate=rate)
+            train_by_gradient(packed, journal, training, 3000, target=target, rate=rate)
     with monkeypatch.context() as patched:
         for name, value in {"RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
             patched.setenv(name, value)
         patched.setenv("WORLD_SIZE", "2")
         with pytest.raises(UsageError, match="torchrun: by gradient"):
-            code_journal(packed, journal, training, 3000)
+            train_by_gradient(packed, journal, training, 3000)
     with monkeypatch.context() as patched:
         patched.setattr("torch.distributed.is_initialized", lambda: True)
         patched.setattr("torch.distributed.get_world_size", lambda: 2)
         with pytest.raises(UsageError, match="torchrun: by gradient"):
-            code_journal(packed, journal, training, 3000)
+            train_by_gradient(packed, journal, training, 3000)
     assert not journal.exists()
     other = tmp_path / "other"
     shutil.copytree(source, other)
@@ -777,8 +777,8 @@ def test_gradients_take_one_process_a_rate_and_the_source(
     with pytest.raises(
         UsageError, match=r"--teacher: its weights, rounded, are 0\.3\d of the trits"
     ):
-        code_journal(packed, journal, training_of(other, text, 1), 3000, target="trits")
-    fast = code_journal(packed, journal, training_of(source, text, 2), 700, k=64, rate=8.0)
+        train_by_gradient(packed, journal, training_of(other, text, 1), 3000, target="trits")
+    fast = train_by_gradient(packed, journal, training_of(source, text, 2), 700, k=64, rate=8.0)
     assert fast["attempts"] == 2
 
 
@@ -794,7 +794,7 @@ def test_very_many_scales_move_one_by_one(
         return objective(pair, *how)
 
     monkeypatch.setattr("ternarize.train.journals.objective", noted)
-    told = code_journal(packed, tmp_path / "a.steps", training_of(source, text, 8), 900, k=512)
+    told = train_by_gradient(packed, tmp_path / "a.steps", training_of(source, text, 8), 900, k=512)
     assert told["loss"] < told["loss_before"]
     kept = [pair.known for pair in pairs if hasattr(pair, "known")]
     assert [len(each) for each in kept] == [2], "held-out samples, and no batch of the eight"
@@ -820,7 +820,7 @@ def test_a_text_itself_can_be_learnt_and_without_backward(
     for probe in ("jvp", "forwards"):
         votes = Votes("scales", 4, (4,), (0.5,), (8,), probe=probe)
         training = Train(texts=(str(text),), objective="text", steps=2, batch=64, train_len=16)
-        told = train_journal(packed, tmp_path / f"{probe}.steps", training, votes)
+        told = train_by_votes(packed, tmp_path / f"{probe}.steps", training, votes)
         assert told["attempts"] == 2 and told["loss"] <= told["loss_before"] + 0.05
 
 
@@ -828,18 +828,18 @@ def test_what_cannot_be_trained_is_refused(llama: tuple[Path, Path, Path], tmp_p
     source, packed, text = llama
     votes, journal = Votes("scales", 4, (4,)), tmp_path / "a.steps"
     with pytest.raises(UsageError, match="Name the source with --teacher"):
-        train_journal(packed, journal, training_of(source, text, 1, teacher=None), votes)
+        train_by_votes(packed, journal, training_of(source, text, 1, teacher=None), votes)
     alone = training_of(source, text, 1, teacher=None, objective="text")
     with pytest.raises(UsageError, match="without the weights that .* was made of"):
-        code_journal(packed, journal, alone, 3000, target="trits")
+        train_by_gradient(packed, journal, alone, 3000, target="trits")
     assert read_journal(journal).steps == []
     journal.unlink()
     for given in ({"target": "weights"}, {"k": 1 << 16}):
         with pytest.raises(UsageError, match=next(iter(given))):
-            code_journal(packed, journal, alone, 3000, **given)
+            train_by_gradient(packed, journal, alone, 3000, **given)
     source_of("mixtral", tmp_path / "experts")
     convert(tmp_path / "experts", tmp_path / "moe", Recipe("itf", 32))
     training = training_of(tmp_path / "experts", text, 1)
     with pytest.raises(UsageError, match="fused with others"):
-        train_journal(tmp_path / "moe", journal, training, votes)
+        train_by_votes(tmp_path / "moe", journal, training, votes)
     assert not journal.exists()

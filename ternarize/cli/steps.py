@@ -118,7 +118,13 @@ def steps_train(
     """
     from ternarize.plans.recipe import Train
     from ternarize.ranks import TRAINING_WAIT, check_gpus, ranks_of_launcher
-    from ternarize.train.journals import CODED, DIRECTIONS, check_alone, code_journal, train_journal
+    from ternarize.train.journals import (
+        DIRECTIONS,
+        GRADIENT_BYTES,
+        check_alone,
+        train_by_gradient,
+        train_by_votes,
+    )
     from ternarize.train.votes import DENSITIES, VOTED, Votes
     from ternarize.trits.ternary import check_device
 
@@ -135,8 +141,9 @@ def steps_train(
     given = {"thrift": thrift, "probe": probe, "exchange": exchange, "bits": tuple(bits or ())}
     of_votes: dict[str, Any] = {n: v for n, v in given.items() if v not in (None, ())}
     if by == "gradient":
-        for name in of_votes:
-            raise UsageError(f"--{name}", "by gradient", "--by votes beside it", "Leave it out")
+        if of_votes:
+            name = f"--{next(iter(of_votes))}"
+            raise UsageError(name, "by gradient", "--by votes beside it", "Leave it out")
         check_alone()
     elif lr is not None:
         raise UsageError("--lr", "by votes, which have no rate", "--by gradient", "Leave it out")
@@ -148,14 +155,14 @@ def steps_train(
         how["heard"] = _heard(update, attempts)
         if by == "gradient":
             how |= {"target": target, "k": perturbations or DIRECTIONS, "rate": lr}
-            result = code_journal(base, journal, training, nbytes or CODED, **how)
+            result = train_by_gradient(base, journal, training, nbytes or GRADIENT_BYTES, **how)
         else:
-            result = train_journal(base, journal, training, votes, world=world, **how)
+            result = train_by_votes(base, journal, training, votes, world=world, **how)
     if world.rank:
         return
     if as_json:
         print_json({"journal": str(journal), **result})
-    elif "bytes" in result:
+    else:
         _tell_trained(result)
 
 
@@ -277,7 +284,7 @@ def steps_edit(
         list[str] | None, typer.Option(metavar="A:B", help="Leave out steps A to B, or one.")
     ] = None,
     negate: Annotated[
-        list[str] | None, typer.Option(metavar="A:B", help="Turn steps A to B round, or one.")
+        list[str] | None, typer.Option(metavar="A:B", help="Negate steps A to B, or one.")
     ] = None,
     restore: Annotated[
         list[str] | None, typer.Option(metavar="A:B", help="Undo the edits of steps A to B.")
@@ -291,7 +298,7 @@ def steps_edit(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Leave out steps, turn them round, or restore them; B itself is not among A:B.
+    """Leave out steps, negate them, or restore them; B itself is not among A:B.
 
     An edit is appended: nothing is lost. Steps behind an edited one were chosen in its presence, so
     that what comes out is another model, which more steps have to repair; of the last steps alone
@@ -345,24 +352,20 @@ def _repaired(
     """Steps behind an edit, which move what the last one moved."""
     from ternarize.plans.recipe import Train
     from ternarize.steps.journal import MOVED, read_journal
-    from ternarize.train.journals import train_journal
+    from ternarize.train.journals import train_by_votes
     from ternarize.train.votes import DENSITIES, Votes, first_attempt
 
     found = read_journal(journal)
     last = found.steps[-1]
     target = MOVED[last.target]
     objective = "text" if teacher is None else "distill"
-    training = Train(
-        texts=tuple(texts),
-        objective=objective,
-        teacher=teacher,
-        steps=first_attempt(found) + attempts,
-    )
+    end = first_attempt(found) + attempts
+    training = Train(texts=tuple(texts), objective=objective, teacher=teacher, steps=end)
     votes = Votes(target, last.k, DENSITIES[target])
     with progress_bar(quiet) as update:
-        heard = _heard(update, first_attempt(found) + attempts)
+        heard = _heard(update, end)
         how: dict[str, Any] = {"seed": found.header.seed, "device": device}
-        return train_journal(base, journal, training, votes, heard=heard, **how)
+        return train_by_votes(base, journal, training, votes, heard=heard, **how)
 
 
 def steps_fork(

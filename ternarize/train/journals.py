@@ -38,14 +38,14 @@ from ternarize.steps.operations import bits_left
 from ternarize.train.loop import Objective
 from ternarize.train.moved import MovedModule, Placement, target_of
 from ternarize.train.objectives import held_loss, labels_of, objective
-from ternarize.train.pursuit import coded_steps, placed_steps, single_cell, trained_values
+from ternarize.train.pursuit import dense_steps, placed_steps, single_cell, trained_values
 from ternarize.train.sources import Data, data_of
 from ternarize.train.students import Pair, open_model, teacher_folder, widen
 from ternarize.train.texts import IGNORED, batch_of, next_samples
 from ternarize.train.votes import Heard, Votes, first_attempt, train_votes
 
 SEED = 0  # of the perturbations, when none is asked for
-CODED = 2500  # bytes of a journal by gradients, when none are asked for
+GRADIENT_BYTES = 2500  # bytes of a journal by gradients, when none are asked for
 DIRECTIONS = 4096  # that a step draws towards what gradients want
 # of what is trained by gradients, at its highest: in 1/32 of an octave, and in trits
 RATES = {"scales": 1.0, "trits": 0.006}
@@ -77,7 +77,7 @@ class _Remembering(Pair):
         return self.known[key]
 
 
-def train_journal(
+def train_by_votes(
     base: str | Path,
     journal: str | Path,
     training: Train,
@@ -139,7 +139,7 @@ def train_journal(
     }
 
 
-def code_journal(
+def train_by_gradient(
     base: str | Path,
     journal: str | Path,
     training: Train,
@@ -160,7 +160,7 @@ def code_journal(
     rate    at the beginning: in 1/32 of an octave, or in trits, above 0 and up to `FASTEST`; None:
             `training.lr`, and without that `RATES`
 
-    The other arguments and errors are those of `train_journal`; `training.steps` are those of the
+    The other arguments and errors are those of `train_by_votes`; `training.steps` are those of the
     gradient. It runs in one process. Steps are written together, at the end; a run that was broken
     off trains again from where it began, and writes what is left to be written. Of the steps that
     the bytes hold all, a half, a quarter or none are written, whatever other held-out documents
@@ -203,7 +203,7 @@ def code_journal(
         state.apply(there)
         behind = (begun.steps or [NO_STEP])[-1], begun.next_number, k, left
         if dense:
-            offered = coded_steps(state, wanted, *behind)
+            offered = dense_steps(state, wanted, *behind)
         else:
             offered = placed_steps(state, wanted, target, *behind)
         steps, why = _helping(at, target, offered)
@@ -375,6 +375,7 @@ def _session(base: str | Path, training: Train, seed: int, device: str, *, plain
         once = again = _plain(pair, data)
     else:
         how = data.common, data.first, training.seed, data.pad, 1.0
+        # batches with gradients come once: kept, they would push out those that are asked for again
         once, again = objective(pair, *how), objective(_Remembering(**vars(pair)), *how)
     return _Session(
         header,

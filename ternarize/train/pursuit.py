@@ -138,7 +138,7 @@ def trained_values(
     return Wanted(real, {name: each.sqrt() for name, each in squares.items()})
 
 
-def coded_steps(
+def dense_steps(
     state: Values, wanted: Wanted, before: Step, number: int, k: int, bits: float
 ) -> Generator[Step, None, bool]:
     """Steps that bring exponents towards what is wanted, until so many bits are used up.
@@ -223,7 +223,7 @@ def placed_steps(
 
     target  "trits" or "scales"
 
-    The other arguments and what it returns are those of `coded_steps`, the errors those of
+    The other arguments and what it returns are those of `dense_steps`, the errors those of
     `single_cell`.
     """
     kind, cell = target_of(target), single_cell(state, target)

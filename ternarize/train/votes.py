@@ -137,7 +137,7 @@ def train_votes(
     world = world or World()
     taken, last = 0, journal.steps[-1] if journal.steps else NO_STEP
     left = bits_left(journal, votes.nbytes) if votes.nbytes else math.inf
-    number = first_attempt(journal)
+    number = begun = first_attempt(journal)
     vain = number - len(journal.steps)
     while number < attempts and left > 0:
         probed, deciding = batches(number)
@@ -162,12 +162,12 @@ def train_votes(
             vain += 1
         note = Note({"attempt": number, "loss": round(value, 6)})
         append(*([step] if step else []), note)
-        number += 1
         if heard is not None:
-            heard(number - 1, value)
+            heard(number, value)
+        number += 1
         if number % MARK_EVERY == 0 and number < attempts:
             _mark(moved, append, world, number)
-    if number > first_attempt(journal):
+    if number > begun:
         _mark(moved, append, world, number)
     return taken, number
 
