@@ -203,7 +203,7 @@ def test_a_gpu_of_a_number_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     assert [ranks.gpu_of(name) for name in ("cuda", "cuda:1", "cpu")] == ["GPU-0", "GPU-1", None]
-    said = r"cuda:0 for 2 processes is one GPU \(GPU-0\).*Use --device cuda: .*LOCAL_RANK"
+    said = r"cuda:0 for 2 processes is one GPU \(GPU-0\).*Use --device cuda, .*LOCAL_RANK"
     with pytest.raises(UsageError, match=said):
         check_gpus(Told(("GPU-0", "cuda:1")), "cuda:0")
     check_gpus(Told(("GPU-7", "cuda:0")), "cuda:0")
