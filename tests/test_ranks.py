@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from two_processes import Told
 
 from ternarize import ranks
 from ternarize.errors import UsageError
@@ -182,17 +183,6 @@ def test_a_machine_that_vanishes_is_missed(tmp_path: Path) -> None:
 
 
 # --- GPUs ----------------------------------------------------------------------------------------
-
-
-class Told(World):
-    """One of two processes, the other of which says what it is given."""
-
-    def __init__(self, said: Any) -> None:
-        super().__init__(0, 2)
-        self.said = said
-
-    def all(self, value: Any, kind: str = "words") -> list[Any]:
-        return [value, self.said]
 
 
 def test_a_gpu_of_a_number_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -218,6 +218,20 @@ def test_what_comes_in_the_place_of_a_replay_meanwhile_stays(
         replay(path, base, base / "out")
 
 
+def test_a_file_system_without_locks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_flock(*_: Any, **__: Any) -> None:
+        raise NotImplementedError("flock")
+
+    base = GOLDEN / "rows"
+    path = of_base(tmp_path / "my.steps", base, *WALK)
+    monkeypatch.setattr("filelock.FileLock.acquire", no_flock)
+    with pytest.raises(OutputError, match="out.partial: is on a file system that has no locks"):
+        replay(path, base, tmp_path / "out")
+    assert [each.name for each in tmp_path.iterdir()] == ["my.steps"]
+
+
 def test_what_a_killed_replay_has_left_goes_away_and_nothing_else(tmp_path: Path) -> None:
     base, out = GOLDEN / "rows", tmp_path / "out"
     path, partial = of_base(tmp_path / "my.steps", base, *WALK), tmp_path / "out.partial"

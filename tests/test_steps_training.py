@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from test_train_run import source_of, text_of
 from torch import Tensor, nn
+from two_processes import Told
 
 from ternarize.convert.run import convert
 from ternarize.errors import CheckpointError, FormatError, OutputError, UsageError
@@ -408,20 +409,6 @@ def test_two_processes_write_one_journal_of_both_their_data(tmp_path: Path) -> N
     moved.state.apply(journal.steps)
     moved.write()
     assert value_of(moved, held) < before
-
-
-class Told(World):
-    """One of two processes, the other of which says what it is given."""
-
-    def __init__(self, said: Any) -> None:
-        super().__init__(0, 2)
-        self.said = said
-
-    def gather(self, tensor: Tensor, kind: str) -> list[Tensor]:
-        return [tensor, self.said]
-
-    def all(self, value: Any, kind: str = "words") -> list[Any]:
-        return [value, self.said]
 
 
 def test_votes_are_whole_numbers_and_means_are_of_all() -> None:

@@ -17,6 +17,7 @@ import training_ranks
 from test_calibrate_ranks import launched
 from test_train_run import assert_same, source_of, text_of
 from torch import Tensor
+from two_processes import Told
 
 from ternarize.convert.parts import check_ranks
 from ternarize.errors import CheckpointError, UsageError
@@ -286,24 +287,13 @@ def test_weights_go_in_pieces_and_each_once() -> None:
 # --- what several processes do not do -----------------------------------------------------------
 
 
-class Told(World):
-    """One of two processes, the other of which says what it is given."""
-
-    def __init__(self, rank: int, said: Any) -> None:
-        super().__init__(rank, 2)
-        self.said = said
-
-    def all(self, value: Any, kind: str = "words") -> list[Any]:
-        return [value, self.said] if self.rank == 0 else [self.said, value]
-
-
 def test_a_process_that_has_come_to_other_weights_ends_all() -> None:
     weights = {"a": torch.tensor([1.0, 2.0])}
     bits = [int(weights["a"].view(torch.int32).sum())]
     exchange = Exchange(None, torch.device("cpu"))
-    Gradients(Told(0, bits), weights, exchange).check_same(7)
+    Gradients(Told(bits), weights, exchange).check_same(7)
     with pytest.raises(CheckpointError, match="rank 1: has other weights after step 7"):
-        Gradients(Told(0, [bits[0] + 1]), weights, exchange).check_same(7)
+        Gradients(Told([bits[0] + 1]), weights, exchange).check_same(7)
 
 
 def test_a_process_with_another_teacher_is_refused() -> None:

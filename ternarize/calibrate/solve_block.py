@@ -23,9 +23,9 @@ def without_data(loaded: LoadedBlock) -> dict[str, Tensor]:
     """The parameters of the block as `nearest` without data would have them."""
     patch = {}
     for name in loaded.names():
-        form = form_of(loaded.plan(name))
-        logical = form.turn(loaded.weight(name)).contiguous()
         plan = loaded.plan(name)
+        form = form_of(plan)
+        logical = form.turn(loaded.weight(name)).contiguous()
         plain = nearest(logical, form.group_size, plan.zeros, plan.stored_scale_bits)
         patch[name] = form.turn(plain.dequantize(torch.float32))
     return patch

@@ -134,9 +134,11 @@ def read_speech(calibration: Calibrate, ear: Ear, rng: random.Random) -> SpeechS
                 continue
             windows.append(window)
             rows.append(row)
-    what = f"{repeated} of {len(rows) + repeated} windows are left out: in them the source repeats "
-    notes = [f"{what}itself"] if repeated else []
-    also = f", and {repeated} in which the source repeats itself" if repeated else ""
+    notes, also = [], ""
+    if repeated:
+        itself = "the source repeats itself"
+        notes = [f"{repeated} of {len(rows) + repeated} windows are left out: in them {itself}"]
+        also = f", and {repeated} in which {itself}"
     sizes = portion(len(rows), calibration, f"windows of speech{also}")
     windows, rows = windows[: sum(sizes)], rows[: sum(sizes)]
     length = max(len(starts) + len(words) for _, starts, words in rows)

@@ -59,7 +59,7 @@ def locked(
         held.acquire()
     except Timeout:
         raise OutputError(where, busy, "to be alone", "Wait for it") from None
-    except NotImplementedError:
+    except NotImplementedError:  # how filelock says that the system has no flock there
         found = "is on a file system that has no locks"
         raise OutputError(where, found, "one that has", remedy) from None
     except OSError as error:
