@@ -93,7 +93,7 @@ def first_line(error: object) -> str:
     first, *others = (str(error).strip() or "no message").split("\n")
     if first.endswith(":") and others:
         first += " " + others[0].strip()
-    return first[:200].rstrip(".")
+    return shortened(first, 200)
 
 
 def is_no_memory(error: Exception) -> bool:
@@ -146,3 +146,10 @@ class OutputError(TernarizeError):
 def damaged(where: object, found: str, expected: str = "") -> FormatError:
     """The error for bytes that no program of ours writes."""
     return FormatError(where, found, expected, "The file is damaged: fetch it again")
+
+
+def shortened(text: str, most: int) -> str:
+    """The beginning of a text, of at most about so many characters, cut between words; no stop."""
+    if len(text) <= most:
+        return text.rstrip(". ")
+    return text[: most + 1].rsplit(" ", 1)[0].rstrip(".,; ") + " ..."

@@ -768,7 +768,7 @@ def test_the_context_limits_what_is_generated(model: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": 0}, "new tokens: 0"),
+        ({"max_new_tokens": 0}, "max-new-tokens: 0"),
         ({"temperature": -1.0}, "temperature: -1.0"),
         ({"temperature": math.nan}, "temperature: nan"),
         ({"top_k": 0}, "top-k: 0"),

@@ -397,9 +397,9 @@ def test_an_encoder_writes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("writing", "message"),
     [
-        (Writing(number=0), "number of prompts: 0"),
-        (Writing(prompt_tokens=0), "prompt tokens: 0"),
-        (Writing(max_new_tokens=0), "new tokens: 0"),
+        (Writing(number=0), "num-prompts: 0"),
+        (Writing(prompt_tokens=0), "prompt-tokens: 0"),
+        (Writing(max_new_tokens=0), "max-new-tokens: 0"),
         (Writing(prompt_tokens=5000), "more than 5000 tokens"),
         (Writing(max_new_tokens=300), "model's context of 256 together"),
     ],

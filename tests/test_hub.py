@@ -307,6 +307,7 @@ def test_a_token_that_cannot_be_one_is_not_shown(
 def test_errors_show_neither_tokens_nor_queries() -> None:
     text = "Illegal header b'Bearer hf_abc def' from https://x.y/z?sig=s3cret&a=b, hf_0123\nagain"
     assert bare_line(text) == "Illegal header b'Bearer ***' from https://x.y/z hf_*** again"
+    assert bare_line("no snapshot " * 20) == "no snapshot " * 13 + "no ..."
 
 
 def test_a_branch_and_a_pull_request(client: Hub, packed: Path) -> None:

@@ -23,7 +23,6 @@ from ternarize.convert.run import convert
 from ternarize.errors import CheckpointError, UsageError
 from ternarize.measure.audio import list_recordings, read_sound
 from ternarize.measure.figures import ratio_of
-from ternarize.measure.measured import fast_dtype
 from ternarize.measure.speech import evaluate_speech, word_errors, write_heard
 from ternarize.plans.recipe import Calibrate, Recipe, Train
 from ternarize.train.sources import data_of
@@ -346,10 +345,14 @@ def test_a_length_of_samples_is_not_ignored(tmp_path: Path, source: Path) -> Non
 
 
 @pytest.mark.usefixtures("all_windows")
-def test_samples_are_what_the_source_hears_and_writes(tmp_path: Path, source: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_samples_are_what_the_source_hears_and_writes(
+    tmp_path: Path, source: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the dtype that is fast on a processor, which is one of the two."""
+    monkeypatch.setattr("ternarize.calibrate.speech.fast_dtype", lambda device: dtype)
     folder = speech(tmp_path / "audio", 10, said=False)
     samples = samples_of(source, Calibrate(str(folder), num_samples=8), trained=False)
-    dtype = fast_dtype("cpu")
     model = HF.WhisperForConditionalGeneration.from_pretrained(source, dtype=dtype)
     assert samples.first == 4  # behind the tokens that all start from
     tokens = 0

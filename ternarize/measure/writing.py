@@ -83,9 +83,9 @@ def choose_prompts(
     Raises UsageError where there are none, or a number cannot be used.
     """
     for name, value in (
-        ("number of prompts", writing.number),
-        ("prompt tokens", writing.prompt_tokens),
-        ("new tokens", writing.max_new_tokens),
+        ("num-prompts", writing.number),
+        ("prompt-tokens", writing.prompt_tokens),
+        ("max-new-tokens", writing.max_new_tokens),
     ):
         if value is not None and value < 1:
             raise UsageError(name, f"{value}", "at least 1", "Use a larger number")

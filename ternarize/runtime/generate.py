@@ -412,8 +412,9 @@ def check_sampling(
     seed: int | None,
 ) -> None:
     """Raise UsageError for an option of `generate` whose value cannot be used."""
+    some = max_new_tokens is None or max_new_tokens > 0
     for name, value, good, expected in (
-        ("new tokens", max_new_tokens, max_new_tokens is None or max_new_tokens > 0, "at least 1"),
+        ("max-new-tokens", max_new_tokens, some, "at least 1"),
         ("temperature", temperature, 0 <= temperature < float("inf"), "0 (greedy) or more"),
         ("seed", seed, seed is None or 0 <= seed < 2**64, "0 to 2^64 - 1"),
         ("top-k", top_k, top_k is None or top_k > 0, "at least 1"),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ternarize.errors import TernarizeError
+from ternarize.errors import TernarizeError, shortened
 
 LOGIN = "Check the name, or log in with `hf auth login`"
 
@@ -96,4 +96,4 @@ def bare_line(error: Any) -> str:
     text = re.sub(r"(?i)\b(bearer) ([^'\"]*(?=['\"])|\S+)", r"\1 ***", text)
     text = re.sub(r"\bhf_\w+", "hf_***", text)
     text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\")]*", r"\1", text)
-    return text[:160].rstrip(". ")
+    return shortened(text, 160)
