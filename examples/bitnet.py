@@ -39,6 +39,7 @@ import ternarize
 import ternarize.qat as qat
 
 SIZES = {  # hidden size, layers
+    "tiny": (128, 4),
     "small": (256, 4),
     "large": (512, 8),
 }
@@ -49,7 +50,7 @@ VOCABULARY = 4096
 
 
 def configuration(size: str, vocabulary: int) -> LlamaConfig:
-    """A LLaMA whose matrices have a multiple of 256 inputs."""
+    """A LLaMA whose matrices have a multiple of 128 inputs."""
     hidden, layers = SIZES[size]
     return LlamaConfig(
         vocab_size=vocabulary,
