@@ -34,8 +34,9 @@ from ternarize.measure.encoders import embed
 from ternarize.models.reads import open_tokenizer
 from ternarize.plans.recipe import LLAMA_CPP, Recipe
 from ternarize.publish.export import export
+from ternarize.trits import ggml
 
-TYPES = ("tq2_0", "tq1_0", "q2_0")
+TYPES = tuple(ggml.TYPES)
 TRAINED_ON = (16, 128)  # windows of a step, and their tokens
 RATE = 2e-3
 THREADS = 2

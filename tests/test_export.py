@@ -287,6 +287,19 @@ def test_a_block_of_q2_0() -> None:
     assert ggml.encode_blocks(ternary, "q2_0").numpy().tobytes().hex() == "003806aa" + 14 * "55"
 
 
+@pytest.mark.parametrize("kind", ["q2_k", "q4_0"])
+@pytest.mark.parametrize("seed", range(3))
+def test_types_for_more_than_trits_hold_them_exactly(kind: str, seed: int) -> None:
+    block = ggml.TYPES[kind].block
+    ternary = random_ternary(7, 3, block, seed)
+    number = gguf.GGMLQuantizationType[kind.upper()]
+    found = ggml.encode_blocks(ternary, kind).numpy()
+    assert np.array_equal(gguf.dequantize(found, number), ternary.dequantize().numpy())
+    assert ggml.TYPES[kind].id == number
+    assert (block, ggml.TYPES[kind].nbytes) == gguf.GGML_QUANT_SIZES[number]
+    assert ggml.TYPES[kind].file_type == gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"]
+
+
 def test_blocks_of_q8_0_are_those_of_gguf() -> None:
     generator = torch.Generator().manual_seed(0)
     values = torch.randint(-127, 128, (5, 96), generator=generator, dtype=torch.int8)
@@ -494,6 +507,24 @@ def container_of(directory: Path) -> Any:
     from ternarize.sources.checkpoint import open_checkpoint
 
     return open_checkpoint(directory)
+
+
+@pytest.mark.parametrize(("group_size", "kind"), [(256, "q2_k"), (128, "q4_0"), (32, "q4_0")])
+def test_a_modelfile_has_weights_that_ollama_reads(
+    group_size: int, kind: str, packed: Callable[..., Path], tmp_path: Path
+) -> None:
+    report = export(packed(group_size), tmp_path / "m.gguf", "gguf", modelfile=True)
+    assert report["type"] == kind and report["exact"]
+    assert not any("does not read" in note for note in report["notes"])
+
+
+def test_another_type_beside_a_modelfile_is_said(
+    packed: Callable[..., Path], tmp_path: Path
+) -> None:
+    report = export(packed(256), tmp_path / "m.gguf", "gguf", kind="tq2_0", modelfile=True)
+    assert "Ollama does not read TQ2_0: use q2_k or q4_0" in report["notes"]
+    with pytest.raises(CheckpointError, match="Use --type q4_0, or convert"):
+        export(packed(128), tmp_path / "n.gguf", "gguf", kind="q2_k", modelfile=True)
 
 
 def test_groups_of_64_and_128_fit_q2_0(packed: Callable[..., Path], tmp_path: Path) -> None:

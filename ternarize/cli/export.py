@@ -11,7 +11,10 @@ from ternarize.cli.terminal import in_bytes, print_json, progress_bar, shown, st
 from ternarize.errors import UsageError
 
 TARGET_NAMES = OneOf(["gguf", "dense", "bitnet", "gemma-int2", "mlx", "compressed-tensors"])
-_TYPES = {"gguf": ("tq2_0", "tq1_0", "q2_0"), "compressed-tensors": ("int2", "int4")}
+_TYPES = {
+    "gguf": ("tq2_0", "tq1_0", "q2_0", "q2_k", "q4_0"),
+    "compressed-tensors": ("int2", "int4"),
+}
 # option: the targets that have it
 ONLY_FOR = {
     "type": ("gguf", "compressed-tensors"),
@@ -31,8 +34,9 @@ def export_command(
         str | None,
         typer.Option(
             "--type",
-            help="gguf: blocks of ternary weights: tq2_0 and tq1_0 of 256, q2_0 of 64; default: "
-            "tq2_0, or q2_0 where that alone holds what is packed. compressed-tensors: int2, which "
+            help="gguf: blocks of ternary weights: tq2_0, tq1_0 and q2_k of 256, q2_0 of 64, q4_0 "
+            "of 32; default: tq2_0, or q2_0 where that alone holds what is packed, and q2_k or "
+            "q4_0 with --modelfile, since Ollama reads no others. compressed-tensors: int2, which "
             "vLLM runs on CUDA, or int4, on some CPUs too; default: int2.",
         ),
         OneOf([*_TYPES["gguf"], *_TYPES["compressed-tensors"]]),

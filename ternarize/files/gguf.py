@@ -24,7 +24,8 @@ from ternarize.files.llama_cpp import import_gguf
 from ternarize.trits import ggml
 
 _FLOATS = {number: DTYPES[name] for name, number in ggml.FLOATS.items()}
-_TERNARY = {block.id: kind for kind, block in ggml.TYPES.items()} | {ggml.I2_S_TYPE: "i2_s"}
+_TERNARY = {block.id: kind for kind, block in ggml.TYPES.items() if block.alone}
+_TERNARY[ggml.I2_S_TYPE] = "i2_s"
 PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")  # of a model in several files
 
 
@@ -50,7 +51,7 @@ class GgufTensor:
 
     @property
     def ternary(self) -> str | None:
-        """The name of a ternary type: one of ggml.TYPES, or "i2_s"; None for any other type."""
+        """The name of a type that is ternary alone, of ggml.TYPES or "i2_s"; else None."""
         return _TERNARY.get(self.type)
 
     def read(self, first: int, last: int) -> Tensor:

@@ -12,11 +12,15 @@ A block holds `block` weights of a row and one float16 scale d; weight = d * tri
             each as ceil(v * 256 / 243) with v = sum of (trit_n + 1) * 3^(4 - n); then d
     Q2_0    64 weights, 18 bytes, 2.25 bits each
             d; then qs[16]: byte m has weights 4 m + {0, 1, 2, 3} from the low bits, as trit + 1
+    Q2_K    256 weights, 84 bytes, 2.625 bits each: 16 bytes, one for each 16 weights, whose low
+            bits have their part of the first d and the high ones that of the second, here 1 and
+            1; qs[64] as of TQ2_0; d; and again d, since weight = d * digit - d
     Q8_0    32 weights, 34 bytes, 8.5 bits each: d; then 32 int8
     Q4_0    32 weights, 18 bytes, 4.5 bits each: d, which can be negative; then qs[16]: byte m has
             weights m and m + 16 from the low bits, as integers + 8
 
-Described in ggml-common.h and ggml-quants.c of llama.cpp; all numbers are little-endian.
+Q2_K and Q4_0 hold more than trits, and are not read as ternary ones. Described in ggml-common.h and
+ggml-quants.c of llama.cpp; all numbers are little-endian.
 
 I2_S of bitnet.cpp, which is read only, has one float32 scale d behind all weights of a matrix and
 32 bytes there for it. What lies before depends on the machine that wrote it, and the file does not
@@ -39,24 +43,28 @@ from ternarize.trits.ternary import Ternary
 
 @dataclass(frozen=True)
 class BlockType:
-    """A ternary type of ggml.
+    """A type of ggml that holds ternary weights.
 
     id         ggml's number of the type
     file_type  general.file_type of a model that is mostly of this type
     block      weights in a block
     nbytes     bytes of a block
+    alone      whether it holds nothing else
     """
 
     id: int
     file_type: int
     block: int
     nbytes: int
+    alone: bool = True
 
 
 TYPES = {
     "tq1_0": BlockType(34, 36, 256, 54),
     "tq2_0": BlockType(35, 37, 256, 66),
     "q2_0": BlockType(42, 41, 64, 18),
+    "q2_k": BlockType(10, 10, 256, 84, alone=False),
+    "q4_0": BlockType(2, 2, 32, 18, alone=False),
 }
 FLOATS = {"F32": 0, "F16": 1, "BF16": 30}  # ggml's numbers of floating-point types
 Q8_0, Q4_0 = 8, 2
@@ -73,12 +81,16 @@ def encode_blocks(ternary: Ternary, kind: str) -> Tensor:
     Returns (rows, cols / block * nbytes) uint8.
     """
     rows = ternary.trits.shape[0]
+    if kind == "q4_0":
+        return encode_q4_0(ternary.trits, ternary.scales)
     digits = (ternary.trits + 1).to(torch.uint8).reshape(-1, TYPES[kind].block)
     d = _scale_bytes(ternary.scales)
+    parts_of_one = torch.full((len(digits), 16), 0x11, dtype=torch.uint8)
     parts = {
         "tq1_0": lambda: [_base3(digits), d],
         "tq2_0": lambda: [two_bits(digits.view(-1, 2, 4, 32), 2).flatten(1), d],
         "q2_0": lambda: [d, two_bits(digits.view(-1, 16, 4), 2)],
+        "q2_k": lambda: [parts_of_one, two_bits(digits.view(-1, 2, 4, 32), 2).flatten(1), d, d],
     }[kind]()
     return torch.cat(parts, 1).view(rows, -1)
 
@@ -87,7 +99,7 @@ def decode_blocks(data: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """The weights that blocks of a ternary type hold, as they are stored.
 
     data  (blocks, nbytes) uint8
-    kind  a name of TYPES
+    kind  a name of TYPES, of a type that holds nothing else
 
     Returns digits (blocks, block) uint8, trit + 1, or 3 where a type of two bits has more than
     trits; and d (blocks,) float16.

@@ -8,7 +8,7 @@ and gguf_keys.py have them); the vocabulary is written by vocabulary.py.
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,6 +57,8 @@ from ternarize.trits.ternary import Ternary
 KEPT_TYPES = {"f16": "F16", "bf16": "BF16", "f32": "F32", "q8_0": "Q8_0"}
 _VECTORS = (".ffn_gate_inp.weight", "token_types.weight", ".ssm_conv1d.weight")
 DEFAULT_TYPES = ("tq2_0", "q2_0")  # the first is smaller, faster, and known to older engines
+# those that Ollama reads (fs/ggml/type.go, 21 August 2026: it knows no size of the ternary ones)
+OLLAMA_TYPES = ("q2_k", "q4_0")
 # parts of names -> what is left out with the tensors that have them
 _LEFT = {
     r"pooler\.": "the pooler is left out: llama.cpp gives embeddings without it",
@@ -93,7 +95,7 @@ def export_gguf(
     """Write a packed language model as one GGUF file.
 
     kind              type of ternary tensors, a name of ggml.TYPES; None: the first of
-                      DEFAULT_TYPES that holds them all
+                      DEFAULT_TYPES that holds them all, with a Modelfile of OLLAMA_TYPES
     kept_type         type of kept matrices, a name of KEPT_TYPES; None: as they are
     tokenizer         False writes no vocabulary; such a file can be run on token numbers alone
     modelfile         write an Ollama Modelfile beside it (modelfile.py)
@@ -117,7 +119,9 @@ def export_gguf(
     asked = kind
     moved = _moved(packed, config, architecture)
     left = [name for name in packed.records if architecture.leaves_out(name)]
-    kind, losses = _chosen(packed, asked, allow_requantize, moved, left)
+    usual = OLLAMA_TYPES if modelfile else DEFAULT_TYPES
+    types = usual if asked is None else (asked,)
+    kind, losses = _chosen(packed, types, allow_requantize, moved, left)
     losses.stop_unless_allowed(packed, _advice(packed, asked))
     writer = gguf.GGUFWriter(None, architecture.name)
     notes: list[str] = []
@@ -148,6 +152,8 @@ def export_gguf(
             writer.close()
     if modelfile:
         notes += write_modelfile(packed.directory, output)
+        if kind not in OLLAMA_TYPES:
+            notes.append(f"Ollama does not read {kind.upper()}: use {' or '.join(OLLAMA_TYPES)}")
     return {"to": "gguf", "type": kind, "tensors": len(items), "notes": notes, **losses.report()}
 
 
@@ -200,18 +206,18 @@ def _moved(packed: PackedCheckpoint, config: Any, architecture: Architecture) ->
 
 def _chosen(
     packed: PackedCheckpoint,
-    kind: str | None,
+    types: Sequence[str],
     allow_requantize: bool,
     moved: Mapping[str, _Moves],
     left: Collection[str],
 ) -> tuple[str, Losses]:
-    """The type of ternary tensors, and what is lost in it: if nothing holds them, of the first.
+    """Of some types one for ternary tensors, and what is lost in it: if none holds them, the first.
 
     left  names of those that the file does not have
     """
     ternary = [n for n, r in packed.records.items() if r.kind == "ternary" and n not in left]
     tried = []
-    for each in DEFAULT_TYPES if kind is None else (kind,):
+    for each in types:
         losses = Losses(each.upper(), allow_requantize)
         for name in ternary:
             block = ggml.TYPES[each].block
@@ -230,7 +236,9 @@ def _advice(packed: PackedCheckpoint, asked: str | None) -> str:
     """asked  the type of ternary tensors, if one was named"""
     ternary = [r for r in packed.records.values() if r.kind == "ternary"]
     plain = all(r.planes == 1 and not r.rotation[0] for r in ternary)
-    other = "Use --type q2_0, or convert" if plain and asked not in (None, "q2_0") else "Convert"
+    smaller = "q4_0" if asked == "q2_k" else "q2_0"  # blocks
+    several = asked is not None and ggml.TYPES[asked].block > ggml.TYPES[smaller].block
+    other = f"Use --type {smaller}, or convert" if plain and several else "Convert"
     return f"{other} the source with --for llama.cpp, which chooses what such a file holds."
 
 
