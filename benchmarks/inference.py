@@ -10,10 +10,11 @@ it is its turn, so that none disturbs another; in a round each has a turn: a pro
 then 32 tokens one at a time (then ours 8 texts at once). Medians and best of the rounds; the
 ratios are medians of those within a round.
 
-llama.cpp has the head and the embedding in F16, as they are in ours, or in Q8_0 beside our int8.
-Its scales of rows are exact; groups of 128 it cannot have. Resident memory is what a process has
-more after its first turn than before loading, when it had already loaded a tiny model. Pages of the
-file, which the system can drop, count in it, but not in private memory. The peak is of loading.
+llama.cpp has the head and the embedding in F16, as they are in ours, in Q8_0 beside our int8, or in
+Q4_0, which is our int4 in groups of 32, number for number. Its scales of rows are exact; groups of
+128 it cannot have. Resident memory is what a process has more after its first turn than before
+loading, when it had already loaded a tiny model. Pages of the file, which the system can drop,
+count in it, but not in private memory. The peak is of loading.
 """
 
 import argparse
@@ -83,25 +84,29 @@ def make_engines(folder: Path, args: argparse.Namespace) -> dict[str, Engine]:
         synthetic.write_llama(folder / "tiny", 1)
     packed = {"rows": -1, "groups of 128": 128}
     for name, group_size in packed.items():
-        if not (folder / name).exists():
-            convert(source, folder / name, Recipe(method="absmean", group_size=group_size))
+        for end, head in ((name, "keep"), (f"{name}, int4 head", "int4")):
+            if not (folder / end).exists():
+                recipe = Recipe(method="absmean", group_size=group_size, head=head)
+                convert(source, folder / end, recipe)
     if not (folder / "tiny packed").exists():
         convert(folder / "tiny", folder / "tiny packed", Recipe(method="absmean"))
     engines: dict[str, Engine] = {}
     for name in packed:
         for activations in ("int8", "none"):
-            for head in (None, "int8"):
-                label = f"{name}, activations {activations}" + (", int8 head" if head else "")
-                options = {"activations": activations, "head": head}
-                engines[label] = {"kind": "ternarize", "path": name, "options": options}
+            for head in (None, "int8", "int4"):
+                label = f"{name}, activations {activations}" + (f", {head} head" if head else "")
+                path = f"{name}, int4 head" if head == "int4" else name
+                options = {"activations": activations, "head": head if head == "int8" else None}
+                engines[label] = {"kind": "ternarize", "path": path, "options": options}
     engines["torch bf16"] = {"kind": "torch", "path": "source"}
     if not args.no_llama:
         for blocks in ("tq2_0", "tq1_0"):
-            for head, kept in (("F16", "f16"), ("Q8_0", "q8_0")):
-                file = folder / f"{blocks}.{kept}.gguf"
+            for head, kept in (("F16", "f16"), ("Q8_0", "q8_0"), ("Q4_0", None)):
+                file = folder / f"{blocks}.{head.lower()}.gguf"
                 if not file.exists():
+                    of = folder / ("rows" if kept else "rows, int4 head")
                     how: Any = {"kind": blocks, "kept_type": kept, "tokenizer": False}
-                    export(folder / "rows", file, "gguf", allow_requantize=True, **how)
+                    export(of, file, "gguf", allow_requantize=True, **how)
                 label = f"llama.cpp {blocks.upper()}, {head} head"
                 engines[label] = {"kind": "llama", "path": file.name}
     engines = {

@@ -1,15 +1,18 @@
 """A packed model in vLLM: beside `ternarize generate`, and beside its source in the same engine.
 
-    python benchmarks/vllm_engine.py PACKED SOURCE [--requests 1 8 32] [--new-tokens 64] [--json F]
+    python benchmarks/vllm_engine.py PACKED SOURCE [--requests 1 8 32] [--new-tokens 64]
+        [--compiled] [--json F]
 
 For an environment with vLLM. Each engine is a process of its own, one after the other: it is
 loaded, answers a batch of each size once uncounted and then --rounds times, and says the median of
 its tokens per second (those written, of all requests, over the time of the whole batch, its prompts
 of 16 tokens included). `generate` is one request with the packed model in transformers, decoded by
-the compiled core. Resident memory is what the process has more after its first answers than before
-loading, so that what vLLM needs beside weights (a cache of keys and values of 1 GiB, as far as it
-is touched) is in it; what the packed linear layers alone hold in vLLM is told as a share of 16 bits
-a weight. What is written, greedily, is not looked at.
+the compiled core. vLLM calls operators one by one; with --compiled it compiles the model first, as
+it does by itself, which takes a minute where it has not done so before. Resident memory is what the
+process has more after its first answers than before loading, so that what vLLM needs beside weights
+(a cache of keys and values of 1 GiB, as far as it is touched) is in it; what the packed linear
+layers alone hold in vLLM is told as a share of 16 bits a weight. What is written, greedily, is not
+looked at.
 """
 
 import argparse
@@ -21,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +49,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--compiled", action="store_true", help="vLLM compiles the models")
     parser.add_argument("--only", nargs="+", choices=ENGINES)
     args = parser.parse_args()
     found = {}
@@ -56,13 +61,14 @@ def main() -> None:
         if "linear_share" in found[name]:
             print(f"linear layers take {found[name]['linear_share']:.1%} of 16 bits a weight")
     asked = {"requests": args.requests, "new_tokens": args.new_tokens, "dtype": args.dtype}
+    asked |= {"compiled": args.compiled}
     common.write_figures(args.json, __file__, {**asked, "rounds": args.rounds, "engines": found})
 
 
 def in_a_process(name: str, args: argparse.Namespace) -> dict[str, Any]:
     model = args.packed if ENGINES[name] == "PACKED" else args.source
     given = {"name": name, "model": model, "new_tokens": args.new_tokens, "dtype": args.dtype}
-    given |= {"requests": args.requests, "rounds": args.rounds}
+    given |= {"requests": args.requests, "rounds": args.rounds, "compiled": args.compiled}
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     quiet |= {"VLLM_CPU_KVCACHE_SPACE": f"{CACHE_GIB}", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     found = subprocess.run(
@@ -78,10 +84,18 @@ def in_a_process(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measured(
-    name: str, model: str, new_tokens: int, dtype: str, requests: list[int], rounds: int
+    name: str,
+    model: str,
+    new_tokens: int,
+    dtype: str,
+    requests: list[int],
+    rounds: int,
+    compiled: bool,
 ) -> dict[str, Any]:
     """Tokens per second by the number of requests, and the memory that the engine took."""
-    make = of_generate if name == "generate" else of_vllm
+    make: Callable[[str, str, int], Made] = partial(of_vllm, compiled=compiled)
+    if name == "generate":
+        make = of_generate
     importlib.import_module("transformers" if name == "generate" else "vllm")
     before = resident()
     write, figures = make(model, dtype, new_tokens)
@@ -99,12 +113,12 @@ def measured(
     return {**figures, "tokens_per_second": rates}
 
 
-def of_vllm(model: str, dtype: str, new_tokens: int) -> Made:
+def of_vllm(model: str, dtype: str, new_tokens: int, compiled: bool) -> Made:
     vllm = importlib.import_module("vllm")
     size = {"max_model_len": PROMPT + new_tokens, "max_num_seqs": 32}
-    # prompts that were read before are to be read again
-    size["enable_prefix_caching"] = False
-    engine = vllm.LLM(model=model, dtype=dtype, enforce_eager=True, **size)
+    # prompts that were read before are to be read again, and texts are none
+    size |= {"enable_prefix_caching": False, "skip_tokenizer_init": True}
+    engine = vllm.LLM(model=model, dtype=dtype, enforce_eager=not compiled, **size)
     sampling = vllm.SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
     figures = {}
     if "quantization_config" in json.loads((Path(model) / "config.json").read_text()):
