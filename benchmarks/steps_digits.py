@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -342,7 +342,7 @@ def show_ranks(folder: Path) -> list[dict[str, Any]]:
     print("|---|---|---|---|---|")
     gradient = 4 * sum(math.prod(shape) for _, shape, _ in SHAPES)
     rows: list[dict[str, Any]] = []
-    for count, exchange in ((1, "alignments"), (2, "alignments"), (2, "votes"), (4, "votes")):
+    for count, exchange in ((1, "alignments"), *product((2, 4), ("alignments", "votes"))):
         path = folder / f"{count}-{exchange}.steps"
         environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
         environment |= {"WORLD_SIZE": str(count), "MASTER_PORT": str(29_500 + len(rows))}

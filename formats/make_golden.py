@@ -57,6 +57,7 @@ from ternarize.steps.appender import Appender
 from ternarize.steps.base import base_digest, opened_state
 from ternarize.steps.generator import SCALES, TRITS
 from ternarize.steps.journal import Edit, JournalHeader, Mark, Note, Step, block_bytes
+from ternarize.steps.start import StartModel
 
 HERE = Path(__file__).resolve().parent
 TABLE = "golden.json"
@@ -225,7 +226,11 @@ def make_kept(path: Path) -> None:
 
 
 # begins from a checkpoint of CASES, or from its seed
-JOURNALS: dict[str, str | None] = {"groups.steps": "groups", "seed.steps": None}
+JOURNALS: dict[str, str | None] = {
+    "groups.steps": "groups",
+    "seed.steps": None,
+    "model.steps": None,
+}
 
 
 def make_journal(path: Path, base: Path | None) -> None:
@@ -235,6 +240,11 @@ def make_journal(path: Path, base: Path | None) -> None:
     header = JournalHeader(7, 1 << 30, tensors)
     if base:
         header = JournalHeader(7, base=base_digest(records))
+    elif path.stem == "model":
+        ones = (("norm.weight", (30,), 1), ("norm.bias", (30,), 0))
+        files = {"tokenizer.json": "5a" * 32}
+        model = StartModel((-83, 16), ones, {"model_type": "none", "eps": 1e-06}, files)
+        header = replace(header, model=model)
     state = opened_state(header, packed, records)
     rng = random.Random(0)
 
@@ -269,10 +279,14 @@ def describe_journal(path: Path, base: Path | None) -> list[Any]:
     journal = reference_steps.read_journal(path.read_bytes())
     state = reference_steps.replay(journal, begun)
     found = {}
-    for name, trits, exponents, size in state.parts():
+    for at, (name, trits, exponents, size) in enumerate(state.parts()):
         parts = [trits.tobytes(), exponents.tobytes()]
         if begun:
             scales = reference_steps.moved_scales(begun.tensors[name], exponents, trits)
+            parts.append(reference_steps.pack(trits, size) + scales)
+        elif journal.model:
+            begun_at = journal.model.exponents[at]
+            scales = reference_steps.seed_scales(begun_at, exponents, trits, size)
             parts.append(reference_steps.pack(trits, size) + scales)
         digests: list[str | None] = [hashlib.sha256(part).hexdigest() for part in parts]
         found[name] = [*digests, None][:3]

@@ -224,6 +224,43 @@ def header(table: dict[str, Any] | bytes) -> bytes:
     return head + struct.pack("<I", zlib.crc32(head))
 
 
+def model_of(given: list[tuple[str, Row, int]], exponents: Row, **changed: Any) -> dict[str, Any]:
+    """The object of a model; `changed` members spoil it, those that are None go."""
+    both = zip(given, exponents, strict=True)
+    table = {
+        "tensors": [
+            {"name": n, "shape": s, "group_size": g, "exponent": e} for (n, s, g), e in both
+        ],
+        "constants": [
+            {"name": "norm.weight", "shape": [8], "value": 1},
+            {"name": "bias", "shape": [], "value": 0},
+        ],
+        "config": {"model_type": "x", "eps": 1e-06},
+        "files": {"tokenizer.json": "0f" * 32, "a/b-1_.txt": "e3" * 32},
+    }
+    return {name: v for name, v in (table | changed).items() if v is not None}
+
+
+def stored_stream(text: bytes) -> bytes:
+    """A zlib stream of one stored block: the same bytes from any library."""
+    assert len(text) < 2**16
+    head = struct.pack("<BHH", 1, len(text), 2**16 - 1 - len(text))
+    return b"\x78\x01" + head + text + struct.pack(">I", zlib.adler32(text))
+
+
+def model_block(stream: bytes) -> bytes:
+    head = struct.pack("<I", len(stream)) + stream
+    return head + struct.pack("<I", zlib.crc32(head))
+
+
+def model_header(model: dict[str, Any] | bytes, **changed: Any) -> bytes:
+    """A header and a model; `changed` members spoil the header."""
+    table = {"format_version": 1, "features": ["model"], "seed": f"{SEED:016x}"}
+    table |= {"start": {"kind": "seed", "zeros": 2**30}} | changed
+    text = model if isinstance(model, bytes) else compact(model)
+    return header(table) + model_block(stored_stream(text))
+
+
 def table_of(tensors: list[tuple[str, Row, int]], zeros: int = 2**30) -> dict[str, Any]:
     return {
         "format_version": 1,
@@ -360,8 +397,9 @@ class Draft:
     start    the values that it begins with
     """
 
-    def __init__(self, table: dict[str, Any], values: Values) -> None:
-        self.data, self.start = header(table), values
+    def __init__(self, table: dict[str, Any] | bytes, values: Values) -> None:
+        self.data = table if isinstance(table, bytes) else header(table)
+        self.start = values
         self.steps: list[Step] = []
         self.edits: list[Row] = []
         self.digests: list[tuple[int, str]] = []
@@ -475,6 +513,50 @@ def extremes() -> Draft:
     return made.step(Step(WORD - 1, [0], [1], bits=0, k=1))
 
 
+def of_model(
+    tensors: list[tuple[str, Row, int]], exponents: Row, stream: Any = stored_stream, **changed: Any
+) -> Draft:
+    """A journal of a model; its scales begin as those of a packed start with scales in F32."""
+    count = sum(math.prod(shape) for _, shape, _ in tensors)
+    trits = [start_trit(SEED, 2**30, at) for at in range(count)]
+    begun = {}
+    for (name, shape, size), exponent in zip(tensors, exponents, strict=True):
+        twelve = Fraction(round(4096 * 2 ** (exponent % 32 / 32)), 4096)
+        scale = float(twelve * Fraction(2) ** (exponent // 32))
+        begun[name] = ("F32", [scale] * len(Values.groups(shape, size)))
+    table = model_of(tensors, exponents, **changed)
+    data = model_header(table)
+    if stream is not stored_stream:
+        plain = model_block(stored_stream(compact(table)))
+        data = data.removesuffix(plain) + model_block(stream(compact(table)))
+    return Draft(data, Values(tensors, trits, begun))
+
+
+def model() -> Draft:
+    """Exponents of either sign, and steps of both targets."""
+    made = of_model(SEVERAL, [-80, 0, 37]).digest(0).note({"loss": 7.5})
+    made.step(Step(0, [0, 2, 5], [1, 1, -1]), Step(1, [1, 6], [-1, -1], SCALES, 1, amount=45))
+    made.digest(2).step(Step(2, [0, 3], [1, -1], SCALES, 0, amount=31), Step(4, [1], [1]))
+    return made.edit(1, 0, 0).digest(5)
+
+
+def model_extremes() -> Draft:
+    """Scales at both ends; no constants and files, an unknown member, a stream in pieces."""
+
+    def in_pieces(text: bytes) -> bytes:
+        at = len(text) // 2
+        blocks = b""
+        for last, piece in ((0, text[:at]), (1, text[at:])):
+            blocks += struct.pack("<BHH", last, len(piece), 2**16 - 1 - len(piece)) + piece
+        return b"\x78\xda" + blocks + struct.pack(">I", zlib.adler32(text))
+
+    tensors: list[tuple[str, Row, int]] = [("w", [3, 4], 2), ("v", [1, 3], 0)]
+    members: dict[str, Any] = {"constants": [], "files": {}, "tool": "x"}
+    made = of_model(tensors, [1024, -1024], in_pieces, **members)
+    made.step(Step(0, [0, 1], [1, 1], SCALES, 1, 127, 9)).step(Step(1, [3], [-1], SCALES, 0, 5, 9))
+    return made.step(Step(2, list(range(9)), [-1] * 9, bits=0, k=9)).digest(3)
+
+
 def valid_journals(base: dict[str, Any]) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
 
@@ -494,6 +576,8 @@ def valid_journals(base: dict[str, Any]) -> dict[str, bytes]:
     made = Draft(table, values).digest(0).step(Step(0, [0, 1, 2], [1, -1, 1], bits=1))
     made.step(Step(1, [0, 4], [1, 1], SCALES, 0, 21)).digest(2)
     put("packed", made.step(Step(2, [0], [-1], SCALES, 1, 127)).edit(1, 0, 0))
+    put("model", model())
+    put("model-extremes", model_extremes())
 
     def one() -> Draft:
         return from_seed(SMALL).step(Step(0, [1], [1]))
@@ -598,6 +682,69 @@ def invalid_headers() -> dict[str, bytes]:
     return files
 
 
+def invalid_models() -> dict[str, bytes]:
+    names, ends = [("w", [2, 8], -1)], [0]
+    least: dict[str, Any] = {"constants": [], "config": {}, "files": {}}
+    text = compact(model_of(names, ends, **least))
+    good = model_header(text)
+    head = good.removesuffix(model_block(stored_stream(text)))
+
+    def but(**changed: Any) -> bytes:
+        return model_header(model_of(names, ends, **(least | changed)))
+
+    def tensor(**changed: Any) -> bytes:
+        members = {"name": "w", "shape": [2, 8], "group_size": -1, "exponent": 0} | changed
+        return but(tensors=[{name: v for name, v in members.items() if v is not None}])
+
+    def constant(**changed: Any) -> bytes:
+        return but(constants=[{"name": "n", "shape": [8], "value": 1} | changed])
+
+    def file(name: str, digest: Any = "0f" * 32) -> bytes:
+        return but(files={name: digest})
+
+    packed = {"kind": "packed", "sha256": "0" * 64}
+    stream = stored_stream(text)
+    return {
+        "feature-unknown-beside-model": model_header(text, features=["model", "x"]),
+        "start-bad-model": model_header(text, start=packed),
+        "tensors-bad-model": but(tensors=[]),
+        "tensor-twice-constant": constant(name="w"),
+        "tensors-too-large-constants": constant(shape=[2**30, 2**28 + 1]),
+        "model-torn": good[:-1],
+        "model-torn-missing": head,
+        "model-torn-huge": head + struct.pack("<I", 2**24 + 1) + good[len(head) + 4 :],
+        "model-damaged": good[:-1] + bytes([good[-1] ^ 1]),
+        "model-not-json": model_header(text[:-1]),
+        "model-not-json-list": model_header(b"[]"),
+        "model-not-json-nan": model_header(text[:-1] + b',"x":NaN}'),
+        "model-not-json-plain": head + model_block(text),
+        "model-not-json-cut": head + model_block(stream[:-1]),
+        "model-not-json-behind": head + model_block(stream + b"\0"),
+        "duplicate-key-model": model_header(text[:-1] + b',"files":{}}'),
+        "exponent-bad": tensor(exponent=-1025),
+        "exponent-bad-float": tensor(exponent=1.0),
+        "exponent-bad-missing": tensor(exponent=None),
+        "constants-bad": but(constants={}),
+        "constants-bad-missing": but(constants=None),
+        "constants-bad-name": constant(name=1),
+        "constants-bad-shape": constant(shape=[0]),
+        "constants-bad-shape-rank": constant(shape=[1] * 5),
+        "constants-bad-value": constant(value=2),
+        "constants-bad-value-float": constant(value=1.0),
+        "config-bad": but(config=[]),
+        "config-bad-missing": but(config=None),
+        "files-bad": but(files=["x"]),
+        "files-bad-missing": but(files=None),
+        "files-bad-above": file("../tokenizer.json"),
+        "files-bad-root": file("/tokenizer.json"),
+        "files-bad-hidden": file("a/.b"),
+        "files-bad-empty": file(""),
+        "files-bad-config": file("config.json"),
+        "files-bad-weights": file("model.safetensors"),
+        "files-bad-digest": file("a", "0" * 63),
+    }
+
+
 def invalid_records() -> dict[str, bytes]:
     head = header(table_of(SMALL))
     step = Step(1, [1, 3], [1, -1], k=5)
@@ -693,7 +840,7 @@ def build(base: dict[str, Any], base_file: bytes) -> dict[str, bytes]:
     wrong = header(table | {"start": {"kind": "packed", "sha256": "0" * 64}})
     mismatch = Draft(table, values).data + digest_record(0, "0" * 64)
     files = {"base-mismatch": wrong, "digest-mismatch-packed": mismatch}
-    files |= invalid_headers() | invalid_records()
+    files |= invalid_headers() | invalid_models() | invalid_records()
     made = {f"invalid/{name}.steps": data for name, data in files.items()}
     made |= {f"valid/{name}": data for name, data in valid_journals(base).items()}
     made["generator.json"], made["choice.json"] = generator_vectors(), choice_vectors()

@@ -4,12 +4,13 @@
 
 replays each journal, compares its digests, and prints one line per tensor (name, logical shape,
 group size, sparsity, SHA-256 of the trits and of the exponents as int8, row-major, of a packed
-start also that of its new record, and `ok`). A line before them says how many steps there are and
-how many bytes were torn off. It exits with 1 if a journal breaks a rule. Needs Python 3.10, numpy
-and reference.py beside it, nothing of the package whose files it reads.
+start and of a model also that of its new record, and `ok`). A line before them says how many steps
+there are and how many bytes were torn off. It exits with 1 if a journal breaks a rule. Needs Python
+3.10, numpy and reference.py beside it, nothing of the package whose files it reads.
 
-The file is laid out as the document is: the generator, the file, the code of a choice, the records,
-the start, the replay, the scales. Each refusal starts with the name of the rule it enforces.
+The file is laid out as the document is: the generator, the file, the model, the code of a choice,
+the records, the start, the replay, the scales. Each refusal starts with the name of the rule it
+enforces.
 """
 
 import argparse
@@ -32,11 +33,12 @@ from reference import Invalid, parse_object, require
 MAGIC = b"TRNSTEPS"
 LONGEST = 2**24  # of a header, of a payload
 SEARCHED = 2**28  # bytes of possible records behind one that is not whole
-FEATURES: set[str] = set()
+FEATURES = {"model"}
 START, TRITS, SCALES = 0, 1, 2  # purposes of words; a step has one of the last two as its target
 LIMITS = {TRITS: 1, SCALES: 127}
 MOST_AMOUNT = {TRITS: 1, SCALES: 127}
 MOST_VALUES = 2**58  # of a start
+MOST_EXPONENT = 1024  # of a model
 MOST_STEPS = 2**20
 MOST_HERE = 2**28  # values that this program replays
 FACTORS = [
@@ -94,11 +96,31 @@ Entry = Step | Edit | Digest | Note
 Tensor = tuple[str, tuple[int, ...], int]  # name, logical shape, group size
 
 
+Constant = tuple[str, tuple[int, ...], int]  # name, shape, 0 or 1
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the tensors of a start from the seed are a model with.
+
+    exponents  where the scales of each tensor begin
+    constants  tensors that no step moves
+    config     what config.json holds
+    files      of those beside the weights: name -> SHA-256
+    """
+
+    exponents: tuple[int, ...]
+    constants: tuple[Constant, ...]
+    config: dict[str, Any]
+    files: dict[str, str]
+
+
 @dataclass(frozen=True)
 class Journal:
     """A journal that keeps the rules of the file.
 
     zeros, tensors   of a start from the seed
+    model            of one with the feature `model`; None otherwise
     base             of a packed start: its digest; None otherwise
     size, torn       bytes up to the end of the last whole record, and behind it
     """
@@ -106,6 +128,7 @@ class Journal:
     seed: int
     zeros: int
     tensors: tuple[Tensor, ...]
+    model: Model | None
     base: str | None
     entries: tuple[Entry, ...]
     size: int
@@ -188,6 +211,9 @@ def start_trits(seed: int, zeros: int, first: int, stop: int) -> Int8:
 def read_journal(data: bytes) -> Journal:
     """Parse a journal.  Raises Invalid."""
     seed, zeros, tensors, base, at = read_header(data)
+    model = None
+    if not tensors and base is None:
+        tensors, model, at = read_model(data, at)
     entries: list[Entry] = []
     steps = 0
     number = -1  # of the last step; no step up to it, and no digest up to it, can follow
@@ -211,7 +237,7 @@ def read_journal(data: bytes) -> Journal:
                 number = entry.number - 1
             entries.append(entry)
         at = end
-    return Journal(seed, zeros, tensors, base, tuple(entries), at, len(data) - at)
+    return Journal(seed, zeros, tensors, model, base, tuple(entries), at, len(data) - at)
 
 
 def end_of_record(data: bytes, at: int) -> int | None:
@@ -239,7 +265,10 @@ def record_behind(data: bytes, at: int) -> bool:
 
 
 def read_header(data: bytes) -> tuple[int, int, tuple[Tensor, ...], str | None, int]:
-    """Return the seed, the zeros, the tensors, the digest of the base, and the header's end."""
+    """Return the seed, the zeros, the tensors, the digest of the base, and the header's end.
+
+    There are neither tensors nor a base where a model stands behind it.
+    """
     require(data[:8] == MAGIC, "magic-wrong", f"begins with {data[:8]!r}")
     length = int.from_bytes(data[8:12], "little")
     end = 12 + length
@@ -263,6 +292,9 @@ def read_header(data: bytes) -> tuple[int, int, tuple[Tensor, ...], str | None, 
     good = isinstance(start, dict) and start.get("kind") in ("seed", "packed")
     require(good, "start-bad", f"start is {start!r}")
     found: dict[str, Any] = dict(start or {})
+    with_model = "model" in (features or [])
+    good = not with_model or found["kind"] == "seed"
+    require(good, "start-bad", "a model begins from a seed")
     if found["kind"] == "packed":
         good = is_hex(found.get("sha256"), 64)
         require(good, "start-sha256-bad", f"sha256 is {found.get('sha256')!r}")
@@ -270,7 +302,8 @@ def read_header(data: bytes) -> tuple[int, int, tuple[Tensor, ...], str | None, 
     zeros = found.get("zeros")
     good = type(zeros) is int and 0 <= zeros <= 2**31
     require(good, "start-zeros-bad", f"zeros is {zeros!r}")
-    return int(str(seed), 16), int(found["zeros"]), read_tensors(table), None, end + 4
+    tensors = () if with_model else read_tensors(table)
+    return int(str(seed), 16), int(found["zeros"]), tensors, None, end + 4
 
 
 def is_hex(value: object, digits: int) -> bool:
@@ -287,9 +320,7 @@ def read_tensors(table: dict[str, Any]) -> tuple[Tensor, ...]:
         good = isinstance(tensor, dict) and isinstance(tensor.get("name"), str)
         require(good, "tensors-bad", f"{tensor!r} has no name")
         shape, size = tensor.get("shape"), tensor.get("group_size")
-        good = isinstance(shape, list) and len(shape) in (2, 3)
-        good = good and all(type(n) is int and 1 <= n < 2**31 for n in shape)
-        require(good, "tensors-bad", f"{tensor['name']}: shape is {shape!r}")
+        require(is_shape(shape, 2, 3), "tensors-bad", f"{tensor['name']}: shape is {shape!r}")
         good = type(size) is int and -1 <= size < 2**31
         require(good, "tensors-bad", f"{tensor['name']}: group_size is {size!r}")
         found.append((tensor["name"], tuple(shape), size))
@@ -298,6 +329,76 @@ def read_tensors(table: dict[str, Any]) -> tuple[Tensor, ...]:
     total = sum(math.prod(shape) for _, shape, _ in found)
     require(total <= MOST_VALUES, "tensors-too-large", f"{total} trits; 2^58 at most")
     return tuple(found)
+
+
+def is_shape(value: object, least: int, most: int) -> bool:
+    """True for a list of so many sizes."""
+    good = isinstance(value, list) and least <= len(value) <= most
+    return good and all(type(n) is int and 1 <= n < 2**31 for n in value)  # type: ignore[attr-defined]
+
+
+# The model
+
+
+def read_model(data: bytes, at: int) -> tuple[tuple[Tensor, ...], Model, int]:
+    """Return the tensors of a model, the rest of it, and where it ends."""
+    length = int.from_bytes(data[at : at + 4], "little")
+    end = at + 4 + length
+    there = len(data) >= at + 4 and length <= LONGEST and end + 4 <= len(data)
+    require(there, "model-torn", f"a model of {length} bytes in a file of {len(data)}")
+    same = zlib.crc32(data[at:end]) == int.from_bytes(data[end : end + 4], "little")
+    require(same, "model-damaged", "its checksum is another")
+    table = parse_object(inflate(data[at + 4 : end]), "model-not-json", "model")
+    tensors = read_tensors(table)
+    exponents = tuple(tensor.get("exponent") for tensor in table["tensors"])
+    good = all(type(e) is int and -MOST_EXPONENT <= e <= MOST_EXPONENT for e in exponents)
+    require(good, "exponent-bad", f"exponents are {exponents}")
+    constants = read_constants(table)
+    names = [name for name, _, _ in (*tensors, *constants)]
+    require(len(set(names)) == len(names), "tensor-twice", f"in {names}")
+    config, files = table.get("config"), table.get("files")
+    require(isinstance(config, dict), "config-bad", f"config is {config!r}")
+    require(isinstance(files, dict), "files-bad", f"files is {files!r}")
+    for name, digest in dict(files or {}).items():
+        require(is_beside(name) and is_hex(digest, 64), "files-bad", f"{name!r}: {digest!r}")
+    return tensors, Model(exponents, constants, dict(config or {}), dict(files or {})), end + 4
+
+
+def inflate(stream: bytes) -> bytes:
+    """What a zlib stream of at most 2^24 bytes holds."""
+    reader = zlib.decompressobj()
+    try:
+        text = reader.decompress(stream, LONGEST + 1)
+    except zlib.error as error:
+        raise Invalid(f"model-not-json {error}") from None
+    whole = reader.eof and not reader.unused_data and len(text) <= LONGEST
+    require(whole, "model-not-json", "not one whole zlib stream of at most 2^24 bytes")
+    return text
+
+
+def read_constants(table: dict[str, Any]) -> tuple[Constant, ...]:
+    """The tensors that no step moves."""
+    constants = table.get("constants")
+    require(isinstance(constants, list), "constants-bad", "no list of constants")
+    found: list[Constant] = []
+    for constant in constants or []:
+        good = isinstance(constant, dict) and isinstance(constant.get("name"), str)
+        require(good, "constants-bad", f"{constant!r} has no name")
+        shape, value = constant.get("shape"), constant.get("value")
+        good = is_shape(shape, 0, 4) and type(value) is int and value in (0, 1)
+        require(good, "constants-bad", f"{constant['name']}: {shape!r} of {value!r}")
+        found.append((constant["name"], tuple(shape), value))
+    total = sum(math.prod(shape) for _, shape, _ in found)
+    require(total <= MOST_VALUES, "tensors-too-large", f"{total} elements; 2^58 at most")
+    return tuple(found)
+
+
+def is_beside(name: str) -> bool:
+    """True for the name of a file that may belong beside the weights."""
+    part = "[0-9A-Za-z_-][0-9A-Za-z_.-]*"
+    good = len(name) <= 255 and re.fullmatch(f"{part}(/{part})*", name) is not None
+    own = name in ("config.json", "ternarize.json", "SHA256SUMS") or name.endswith(".safetensors")
+    return good and not own
 
 
 # The code of a choice
@@ -488,7 +589,7 @@ class State:
     """What steps have made of a start: all trits and all exponents, each in their flat index."""
 
     def __init__(self, journal: Journal, base: Base | None = None) -> None:
-        self.base, self.tensors = base, list(journal.tensors)
+        self.base, self.model, self.tensors = base, journal.model, list(journal.tensors)
         if base is not None:
             self.tensors = [(n, t.trits.shape, t.group_size) for n, t in base.tensors.items()]
         require(
@@ -569,12 +670,19 @@ def replay(journal: Journal, base: Base | None = None) -> State:
 # The scales
 
 
-def factors(exponents: Int8) -> NDArray[np.float32]:
+def factors(exponents: NDArray[np.signedinteger[Any]]) -> NDArray[np.float32]:
     """2^(e / 32) as steps.md has it, exact in float32."""
     wide = exponents.astype(np.int64)
     table = np.array(FACTORS, np.float32) / np.float32(4096)
     found: NDArray[np.float32] = np.ldexp(table[wide % 32], wide // 32).astype(np.float32)
     return found
+
+
+def seed_scales(exponent: int, exponents: Int8, trits: Int8, group_size: int) -> bytes:
+    """The scales of a tensor that begins from the seed, after steps, in F32."""
+    begun = factors(np.full(exponents.shape, exponent, np.int64))
+    start = reference.Ternary(trits, begun, "F32", group_size, False, 1)
+    return moved_scales(start, exponents, trits)
 
 
 def moved_scales(tensor: reference.Ternary, exponents: Int8, trits: Int8) -> bytes:
@@ -623,11 +731,14 @@ def stored(scales: NDArray[np.float32], dtype: str) -> bytes:
 
 def describe(state: State) -> Iterator[str]:
     """One line per tensor."""
-    for name, trits, exponents, size in state.parts():
+    for at, (name, trits, exponents, size) in enumerate(state.parts()):
         sparsity = 1 - np.count_nonzero(trits) / trits.size if trits.size else 0.0
         digests = [hashlib.sha256(part.tobytes()).hexdigest() for part in (trits, exponents)]
         if state.base is not None:
             scales = moved_scales(state.base.tensors[name], exponents, trits)
+            digests.append(hashlib.sha256(pack(trits, size) + scales).hexdigest())
+        elif state.model is not None:
+            scales = seed_scales(state.model.exponents[at], exponents, trits, size)
             digests.append(hashlib.sha256(pack(trits, size) + scales).hexdigest())
         shape = list(trits.shape)
         yield f"{json.dumps(name)[1:-1]} {shape} {size} {sparsity:.4f} {' '.join(digests)} ok"

@@ -53,6 +53,8 @@ from ternarize.train.pursuit import Wanted, dense_steps, placed_steps, single_ce
 from ternarize.train.votes import (
     Votes,
     _agreed,
+    _decoded,
+    _in_bits,
     _mark,
     _mean,
     best_step,
@@ -412,11 +414,18 @@ def test_two_processes_write_one_journal_of_both_their_data(tmp_path: Path) -> N
 
 
 def test_votes_are_whole_numbers_and_means_are_of_all() -> None:
-    changes = torch.tensor([[1.0, -1.0], [-0.5, 0.25]], dtype=torch.float64)
+    changes = torch.tensor([[1.0, -1.0], [-0.6, 0.25]], dtype=torch.float64)
     for exchange in ("alignments", "votes"):
         assert torch.equal(_agreed(changes, exchange, World()), changes)
-    other = Told(torch.tensor([[3.0, 1.0], [-1.0, -1.0]]))
-    assert _agreed(changes, "alignments", other).tolist() == [[2, 0], [-0.75, -0.375]]
+    told = _in_bits(torch.tensor([[3.5, 1.0], [-1.0, -0.2]], dtype=torch.float64))
+    assert len(told) == 4 + 2, "four bits each, and a scale"
+    # of this process 7, -7, -4.2 and 1.75 sevenths, rounded; of the other one halves
+    mine, theirs = [[1, -1], [-4 / 7, 2 / 7]], [[3.5, 1.0], [-1.0, 0.0]]
+    expected = (torch.tensor(mine) + torch.tensor(theirs)) / 2
+    found = _agreed(changes, "alignments", Told(told))
+    assert torch.allclose(found, expected.double(), atol=1e-6)
+    for none in (torch.zeros(3, 2), torch.tensor([[1.0, torch.nan], [torch.inf, 0.0]])):
+        assert not _decoded(_in_bits(none), len(none)).any()
     voted = Told(pack(torch.tensor([[-1, 1]], dtype=torch.int8), -1))
     assert _agreed(changes, "votes", voted).tolist() == [[2, -2], [-1, 1]], "-1 and 0 of its own"
     assert _mean(2.5, World()) == 2.5 and _mean(2.5, Told(torch.tensor(0.5))) == 1.5
@@ -679,7 +688,7 @@ def test_a_run_that_ends_before_its_losses_are_known_writes_nothing(
             raise KeyboardInterrupt
         return held_loss(*given)
 
-    monkeypatch.setattr("ternarize.train.journals.held_loss", looked)
+    monkeypatch.setattr("ternarize.train.session.held_loss", looked)
     with pytest.raises(KeyboardInterrupt):
         train_by_gradient(packed, journal, training, 700, k=64)
     assert read_journal(journal).entries == ()
@@ -780,7 +789,7 @@ def test_very_many_scales_move_one_by_one(
         pairs.append(pair)
         return objective(pair, *how)
 
-    monkeypatch.setattr("ternarize.train.journals.objective", noted)
+    monkeypatch.setattr("ternarize.train.session.objective", noted)
     told = train_by_gradient(packed, tmp_path / "a.steps", training_of(source, text, 8), 900, k=512)
     assert told["loss"] < told["loss_before"]
     kept = [pair.known for pair in pairs if hasattr(pair, "known")]

@@ -20,6 +20,7 @@ Only this room prints, and nothing imports from it; it may import from all other
     push.py             `ternarize push`
     recode.py           `ternarize recode`
     patches.py          `ternarize diff` and `ternarize apply`
+    steps_train.py      `ternarize steps train`
     steps.py            `ternarize steps ...`
     app.py              the program: its commands, signals, errors
 """

@@ -1,4 +1,4 @@
-"""`ternarize steps`: journals of steps, trained, replayed, looked at and edited."""
+"""`ternarize steps`: journals of steps, replayed, looked at and edited."""
 
 import re
 from collections.abc import Callable
@@ -8,189 +8,27 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ternarize.cli.options import AsJson, Debug, Device, OneOf, PackedArgument, Quiet
-from ternarize.cli.terminal import in_bytes, print_json, progress_bar, shown, stdout
+from ternarize.cli.options import AsJson, Debug, Device, Quiet
+from ternarize.cli.steps_train import repaired, steps_train, tell_trained
+from ternarize.cli.terminal import in_bytes, print_json, shown, stdout
 from ternarize.errors import UsageError
 
 JournalArgument = Annotated[Path, "Journal of steps: file."]
 ReadJournal = Annotated[str, "Journal of steps: file, or Hub id user/name@revision."]
 NewJournal = Annotated[Path, "Journal to write; must not exist."]
 Base = Annotated[
-    str | None, "Packed checkpoint that it begins from; none for a start from its seed."
+    str | None,
+    "What it begins from: packed checkpoint; of a model from its seed the folder with its "
+    "tokenizer.",
 ]
 Upto = Annotated[int | None, typer.Option(min=0, help="Leave out this step and those behind it.")]
-# by what a training says of it
-_NOT_WRITTEN = {
-    "before": "what was trained had been written before it was broken off",
-    "bytes": "the next step does not fit into what is left of the bytes. Name more --bytes",
-    "moves": "no value has moved by half of what a step moves. Use more --attempts, or a higher "
-    "--lr",
-    "gain": "what fits into the bytes does not help held-out documents; all that was trained "
-    "takes it to {wanted:.4f}. Use more --attempts, more --bytes, or another --lr",
-}
-
-
-def steps_train(
-    base: PackedArgument,
-    journal: Annotated[Path, "File to write; one of the same base and seed goes on."],
-    *,
-    texts: Annotated[
-        list[str], typer.Option(help="Train on texts, each FILE or FILE=WEIGHT for a mixture.")
-    ],
-    by: Annotated[
-        str,
-        "gradient: what is moved is trained by gradients, and steps go where it came to; votes: "
-        "each step is probed and tried.",
-        OneOf(("gradient", "votes")),
-    ] = "gradient",
-    attempts: Annotated[
-        int, "Steps of the gradient; or of votes that are tried, those of earlier runs included."
-    ] = 100,
-    nbytes: Annotated[
-        int | None,
-        typer.Option(
-            "--bytes",
-            min=1,
-            help="Of a compact journal; default: 2500 by gradient, any number by votes.",
-        ),
-    ] = None,
-    target: Annotated[
-        str,
-        "What steps move; of trits by gradient the teacher is the source.",
-        OneOf(("scales", "trits")),
-    ] = "scales",
-    objective: Annotated[
-        str,
-        "distill: towards what the teacher says of every next word; text: towards the texts.",
-        OneOf(("distill", "text")),
-    ] = "distill",
-    teacher: Annotated[str | None, "Model to learn from, with the same words."] = None,
-    perturbations: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Random directions that a step draws; default: 4096 by gradient, 256 by votes.",
-        ),
-    ] = None,
-    bits: Annotated[
-        list[int] | None,
-        typer.Option(help="One non-zero in 2^BITS values, each tried; default: by the target."),
-    ] = None,
-    lr: Annotated[
-        float | None,
-        "Of gradients, at the beginning, above 0: in 1/32 of an octave of scales (at most 32, "
-        "default: 1), or in trits (at most 1, default: 0.006).",
-    ] = None,
-    thrift: Annotated[
-        float | None,
-        "Of votes; 0: steps of the largest gain; 1: of the largest for each bit; default: 0.5.",
-    ] = None,
-    probe: Annotated[
-        str | None,
-        "Of votes: how the loss along a direction is found; default: backward; the others need "
-        "none.",
-        OneOf(("backward", "jvp", "forwards")),
-    ] = None,
-    exchange: Annotated[
-        str | None,
-        "Of votes: what several processes (torchrun) tell each other; default: alignments.",
-        OneOf(("alignments", "votes")),
-    ] = None,
-    train_len: Annotated[int | None, "Tokens of a sample."] = None,
-    batch: Annotated[int, "Tokens of a batch; a step needs two."] = 4096,
-    seed: Annotated[int, "Of the directions, and of the order of samples."] = 0,
-    text_column: Annotated[str | None, "Column of the texts, if they are tables."] = None,
-    device: Device = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Train a packed model by random directions, keeping the steps instead of the weights.
-
-    By gradient, real scales or trits are trained first, and each step takes the directions that
-    bring the stored ones nearest to them for its bits. By votes, a step follows directions along
-    which the loss falls, and is kept if it lowers the loss of another batch. Interrupted, the same
-    command goes on (by gradient it trains again, since steps are written at the end); with more
-    attempts or bytes it goes on, too.
-
-    Example: ternarize steps train packed my.steps --texts default --teacher examples/tiny-llama
-    --attempts 2 --batch 512 --bytes 300
-    """
-    from ternarize.plans.recipe import Train
-    from ternarize.ranks import TRAINING_WAIT, check_gpus, ranks_of_launcher
-    from ternarize.train.journals import (
-        DIRECTIONS,
-        GRADIENT_BYTES,
-        check_alone,
-        train_by_gradient,
-        train_by_votes,
-    )
-    from ternarize.train.votes import DENSITIES, VOTED, Votes
-    from ternarize.trits.ternary import check_device
-
-    training = Train(
-        texts=tuple(texts),
-        objective=objective,
-        teacher=teacher,
-        steps=attempts,
-        train_len=train_len,
-        batch=batch,
-        seed=seed,
-        text_column=text_column,
-    )
-    given = {"thrift": thrift, "probe": probe, "exchange": exchange, "bits": tuple(bits or ())}
-    of_votes: dict[str, Any] = {n: v for n, v in given.items() if v not in (None, ())}
-    if by == "gradient":
-        if of_votes:
-            name = f"--{next(iter(of_votes))}"
-            raise UsageError(name, "by gradient", "--by votes beside it", "Leave it out")
-        check_alone()
-    elif lr is not None:
-        raise UsageError("--lr", "by votes, which have no rate", "--by gradient", "Leave it out")
-    of_votes.setdefault("bits", DENSITIES[target])
-    votes = Votes(target, perturbations or VOTED, nbytes=nbytes or 0, **of_votes)
-    with ranks_of_launcher(TRAINING_WAIT) as world, progress_bar(quiet or world.rank > 0) as update:
-        how: dict[str, Any] = {"seed": seed, "device": check_device(device)}
-        check_gpus(world, how["device"])
-        how["heard"] = _heard(update, attempts)
-        if by == "gradient":
-            how |= {"target": target, "k": perturbations or DIRECTIONS, "rate": lr}
-            result = train_by_gradient(base, journal, training, nbytes or GRADIENT_BYTES, **how)
-        else:
-            result = train_by_votes(base, journal, training, votes, world=world, **how)
-    if world.rank:
-        return
-    if as_json:
-        print_json({"journal": str(journal), **result})
-    else:
-        _tell_trained(result)
-
-
-def _heard(update: Any, attempts: int) -> Callable[[int, float], None]:
-    """What shows how far a training is."""
-
-    def heard(number: int, loss: float) -> None:
-        if update is not None:
-            update(number + 1, attempts, f"loss {loss:.4f}", "training")
-
-    return heard
-
-
-def _tell_trained(result: dict[str, Any]) -> None:
-    print(
-        f"{result['steps']} steps in {in_bytes(result['bytes'])}; loss on held-out documents "
-        f"{result['loss_before']:.4f} -> {result['loss']:.4f}"
-    )
-    why = _NOT_WRITTEN.get(result["not_written"], "")
-    if why:
-        more = f"more was written after {result['attempts']} attempts"
-        what = more if result["written"] else "was written"
-        print(f"nothing {what}: {why.format(wanted=result.get('loss_wanted'))}")
 
 
 def steps_replay(
     journal: ReadJournal,
-    output: Annotated[Path, "Directory to make; of a journal without a base a .safetensors file."],
+    output: Annotated[
+        Path, "Directory to make; of tensors from a seed that are no model a .safetensors file."
+    ],
     *,
     base: Base = None,
     upto: Upto = None,
@@ -218,6 +56,9 @@ def steps_replay(
         print_json({"output": str(output), **result})
     else:
         print(f"{output}: {result['steps']} steps, {result['perturbations']} perturbations")
+        if result.get("missing"):
+            names = ", ".join(map(shown, result["missing"]))
+            print(f"without {names}: name the folder that has them with --base")
 
 
 def _range(text: str) -> tuple[int, int]:
@@ -306,8 +147,7 @@ def steps_edit(
 
     Example: ternarize steps edit my.steps --mask 1
     """
-    from ternarize.sources.packed import open_packed
-    from ternarize.steps.base import check_base
+    from ternarize.steps.checkpoint import open_base
     from ternarize.steps.journal import Edit, read_journal
     from ternarize.steps.operations import edit
     from ternarize.trits.ternary import check_device
@@ -323,49 +163,21 @@ def steps_edit(
         raise UsageError("--repair", "without --base and --texts", "both", "Name them")
     place = check_device(device)
     if repair and base is not None:  # before the journal is changed
-        check_base(journal, read_journal(journal).header, open_packed(base)[1])
+        open_base(read_journal(journal), base)
     done: dict[str, Any] = {}
     for each, numbers in zip(edits, edit(journal, *edits), strict=True):
         done.setdefault(each.operation, []).extend(numbers)
     if repair:
         assert base is not None and texts
-        done["repair"] = _repaired(journal, base, texts, teacher, repair, place, quiet)
+        done["repair"] = repaired(journal, base, texts, teacher, repair, place, quiet)
     if as_json:
         print_json({"journal": str(journal), **done})
         return
     for operation, found in done.items():
         if operation == "repair":
-            _tell_trained(found)
+            tell_trained(found)
         else:
             print(f"{operation}: {len(found)} steps")
-
-
-def _repaired(
-    journal: Path,
-    base: str,
-    texts: list[str],
-    teacher: str | None,
-    attempts: int,
-    device: str,
-    quiet: bool,
-) -> dict[str, Any]:
-    """Steps behind an edit, which move what the last one moved."""
-    from ternarize.plans.recipe import Train
-    from ternarize.steps.journal import MOVED, read_journal
-    from ternarize.train.journals import train_by_votes
-    from ternarize.train.votes import DENSITIES, Votes, first_attempt
-
-    found = read_journal(journal)
-    last = found.steps[-1]
-    target = MOVED[last.target]
-    objective = "text" if teacher is None else "distill"
-    end = first_attempt(found) + attempts
-    training = Train(texts=tuple(texts), objective=objective, teacher=teacher, steps=end)
-    votes = Votes(target, last.k, DENSITIES[target])
-    with progress_bar(quiet) as update:
-        heard = _heard(update, end)
-        how: dict[str, Any] = {"seed": found.header.seed, "device": device}
-        return train_by_votes(base, journal, training, votes, heard=heard, **how)
 
 
 def steps_fork(
@@ -463,17 +275,21 @@ def steps_verify(
 
     Example: ternarize steps verify my.steps --base packed
     """
-    from ternarize.sources.packed import open_packed
-    from ternarize.steps.checkpoint import open_journal
+    from ternarize.steps.checkpoint import open_base, open_journal
+    from ternarize.steps.journal import Mark
     from ternarize.steps.operations import check_digests
 
     found = open_journal(journal)
-    packed, records = (None, {}) if base is None else open_packed(base)
+    packed, records, _ = open_base(found, base)
     marks = check_digests(found, packed, records)
     if as_json:
         print_json({"journal": journal, "steps": len(found.steps), "digests": marks})
     else:
+        last = max((e.number for e in found.entries if isinstance(e, Mark)), default=0)
+        behind = sum(step.number >= last for step in found.steps)
         checked = f"{marks} digests match" if marks else "no digest to compare"
+        if marks and behind:
+            checked += f", none is of the last {behind} steps"
         print(f"{'ok: ' if marks else ''}{len(found.steps)} steps, {checked}")
         if found.torn:
             print(f"{found.torn} bytes at the end are of a record that was not written whole")

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from ternarize.convert.run import convert
-from ternarize.errors import CheckpointError, OutputError
+from ternarize.errors import OutputError
 from ternarize.files.outputs import partial_of
-from ternarize.models.configuration import class_of, open_config, usable
-from ternarize.models.reads import TOKENIZER_FILES, has_tokenizer, no_tokenizer, open_tokenizer
+from ternarize.models.reads import TOKENIZER_FILES, open_tokenizer
 from ternarize.plans.recipe import Recipe
 from ternarize.progress import Progress
 from ternarize.ranks import World
+from ternarize.train.drawn import drawn_model
 from ternarize.train.run import Log
 
 DRAWN = ".drawn.json"  # in OUTPUT.start: of what it was drawn
@@ -92,20 +92,7 @@ def _draw(folder: Path, start: Path, seed: int) -> None:
                 "Undo the change, or remove it and OUTPUT.partial to begin anew",
             )
         return
-    config = open_config(folder)
-    if not has_tokenizer(folder):
-        raise no_tokenizer(folder)
-    model_class = class_of(config)
-    if model_class is None:
-        raise CheckpointError(
-            folder / "config.json",
-            f"architectures {config.architectures}",
-            "a model class of transformers",
-            'Name one, for instance ["LlamaForCausalLM"]',
-        )
-    with usable(folder / "config.json"), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = model_class(config)
+    model = drawn_model(folder, seed)
     part = start.with_name(start.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)

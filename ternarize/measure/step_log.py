@@ -1,12 +1,13 @@
 """What a journal of steps holds, as `ternarize steps log` tells and draws it."""
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
 from ternarize.measure.report import figure_for
 from ternarize.steps.checkpoint import open_journal
-from ternarize.steps.journal import MOVED, Note, Step, entry_bytes, is_step_number
+from ternarize.steps.journal import MOVED, JournalHeader, Note, Step, entry_bytes, is_step_number
 
 # of steps that gradients have found: the first of them, and losses on held-out documents
 WRITTEN = ("written_from", "loss_before", "loss")
@@ -46,7 +47,7 @@ def log_of(path: str | Path) -> dict[str, Any]:
     return {
         "journal": str(path),
         "seed": f"{header.seed:016x}",
-        "start": "its seed" if header.base is None else f"the base {header.base[:12]}...",
+        "start": _start_of(header),
         "attempts": max([journal.next_number, *(n + 1 for n in losses)]),
         "steps": rows,
         "losses": sorted(losses.items()),
@@ -54,6 +55,18 @@ def log_of(path: str | Path) -> dict[str, Any]:
         "bytes": journal.size,
         "torn_bytes": journal.torn,
     }
+
+
+def _start_of(header: JournalHeader) -> str:
+    """What a journal begins from, in words."""
+    if header.base is not None:
+        return f"the base {header.base[:12]}..."
+    if header.model is None:
+        return "its seed"
+    named = header.model.config.get("architectures")
+    name = named[0] if isinstance(named, list) and named else "model"
+    weights = sum(math.prod(shape) for _, shape, _ in header.tensors)
+    return f"its seed, a whole {name} of {weights:,} weights"
 
 
 def _as_number(value: Any) -> float | None:

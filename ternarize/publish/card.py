@@ -174,6 +174,8 @@ def _how(record: dict[str, Any], hub: dict[str, str], where: str, coded: bool) -
     version = str(_table_of(record, "tool").get("version"))
     if not re.fullmatch(r"\d[\w.+-]*", version):
         version = "(of unknown version)"
+    if _from_seed(record):
+        return [f"With ternarize {version}, from a seed alone.", *_moved_by(record)]
     recipe, here = _with_data(read_recipe(record), record)
     parts = [
         f"With ternarize {version}:",
@@ -225,6 +227,14 @@ def _can_be_had(data: str) -> bool:
     return re.fullmatch(rf"({SELF}|{DEFAULT}|.*@[0-9a-f]{{40}})(=[\d.e+-]+)?", data) is not None
 
 
+def _from_seed(record: dict[str, Any]) -> bool:
+    """Whether its weights were never others than a seed's and what steps have made of them."""
+    said = _table_of(record, "steps")
+    while "before" in said:
+        said = _table_of(said, "before")
+    return "seed" in said
+
+
 def _moved_by(record: dict[str, Any]) -> list[str]:
     """By which journals its trits and scales were moved afterwards, as the record says."""
     parts, said = list[str](), _table_of(record, "steps")
@@ -240,6 +250,12 @@ def _journal_of(said: dict[str, Any]) -> str:
     many = f"{count:,} steps" if isinstance(count, int) else "steps"
     before = f", those below {upto:,}," if isinstance(upto, int) else ""
     of = f"with SHA-256 {sha}" if re.fullmatch(r"[0-9a-f]{64}", sha) else "that is not on record"
+    seed = str(said.get("seed"))
+    if re.fullmatch(r"[0-9a-f]{16}", seed):
+        return (
+            f"Its weights are what {many}{before} of a journal {of} make of the random ones that "
+            f"the seed {seed} gives (`ternarize steps replay`)."
+        )
     return (
         f"Then {many}{before} of a journal {of} were applied (`ternarize steps replay`): the "
         "weights are no longer those that the source gives."

@@ -1,6 +1,7 @@
 """The model card of a journal of steps: what it begins from, what it holds, how to use it."""
 
 import json
+import math
 import shlex
 from typing import Any
 
@@ -8,6 +9,7 @@ from ternarize.errors import UsageError
 from ternarize.files.names import STEPS_FILE
 from ternarize.publish.card import marked
 from ternarize.steps.journal import MOVED, Journal
+from ternarize.steps.start import StartModel
 from ternarize.version import __version__
 
 
@@ -15,7 +17,9 @@ def make_journal_card(journal: Journal, where: str, base_model: str | None) -> s
     """The model card of a journal, as text.
 
     where       what people will load it by: user/name, or user/name@revision
-    base_model  Hub id of the packed checkpoint that it begins from; of a start from the seed None
+    base_model  Hub id of the packed checkpoint that it begins from; of a start from the seed None,
+                of a whole model from the seed a repository with the files beside the weights, or
+                None
 
     Raises UsageError for a base that is missing, or that there is not.
     """
@@ -29,23 +33,25 @@ def make_journal_card(journal: Journal, where: str, base_model: str | None) -> s
             "the packed checkpoint that it begins from, on the Hub",
             "Push that first, then name it: --base-model user/name",
         )
-    if base is None and base_model is not None:
+    if base is None and base_model is not None and journal.header.model is None:
         raise UsageError(
             "--base-model", "of a journal that begins from its seed", "none", "Leave it out"
         )
-    relation = {"base_model": base_model, "base_model_relation": "adapter"} if base_model else {}
+    model = journal.header.model
+    adapts = base_model is not None and model is None
+    relation = {"base_model": base_model, "base_model_relation": "adapter"} if adapts else {}
     tags = ["ternarize", "ternary", "steps"]
     data: dict[str, Any] = {**relation, "library_name": "ternarize", "tags": tags}
     parts = [
         "---\n" + ModelCardData(**data).to_yaml() + "\n---",
         f"# {where.partition('@')[0].rpartition('/')[2]}",
-        _introduction(base_model),
+        _introduction(base_model) if model is None else _introduction_of_model(model),
         _figures(journal),
         "## How to use it",
-        *_use(where, base_model),
+        *(_use(where, base_model) if model is None else _use_of_model(where, model, base_model)),
         "## Licence",
         "Whatever the licence of its base asks for holds for what the journal makes of it."
-        if base_model
+        if adapts
         else "It is not on record.",
     ]
     return marked("\n\n".join(parts) + "\n\n")
@@ -64,6 +70,28 @@ def _introduction(base_model: str | None) -> str:
     )
 
 
+def _introduction_of_model(model: StartModel) -> str:
+    files = [f"- `{name}`, SHA-256 {digest}" for name, digest in model.files.items()]
+    beside = "It needs these files beside it, as they were:" if files else "It needs nothing else."
+    said = (
+        "A whole model as a journal of steps, made with ternarize: its weights follow from a seed, "
+        f"and the few trits that say how it was trained. `{STEPS_FILE}` is it. {beside}"
+    )
+    return "\n\n".join([said, *(["\n".join(files)] if files else [])])
+
+
+def _use_of_model(where: str, model: StartModel, base_model: str | None) -> list[str]:
+    """base_model  a repository with the files beside the weights"""
+    steps, folder = shlex.quote(where), "FOLDER" if base_model is None else shlex.quote(base_model)
+    named = f"; {folder} is the one with the files above" if model.files else ""
+    base = f" --base {folder}" if model.files else ""
+    replay = f"ternarize steps replay {steps} replayed{base}\nternarize steps verify {steps}"
+    return [
+        f"With ternarize {__version__} or newer installed, make a packed checkpoint of it{named}:",
+        _code("console", f'{replay}\nternarize generate replayed --prompt "The"'),
+    ]
+
+
 def _figures(journal: Journal) -> str:
     steps = journal.steps
     counted = journal.effective()
@@ -73,6 +101,8 @@ def _figures(journal: Journal) -> str:
     else:
         names = [name for name, _, _ in journal.header.tensors]
         rows.append(("tensors", f"{len(names):,}"))
+        weights = sum(math.prod(shape) for _, shape, _ in journal.header.tensors)
+        rows.append(("weights", f"{weights:,}"))
     targets = [name for target, name in MOVED.items() if any(s.target == target for s in steps)]
     rows += [
         ("steps", f"{len(steps):,}"),

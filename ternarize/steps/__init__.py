@@ -4,6 +4,7 @@ Integers alone, so that a replay gives the same bytes everywhere.
 
     generator.py   random words with an address, perturbations made of them
     coding.py      which perturbations a step takes, in few bits
+    start.py       tensors that begin from a seed, and the model that they are
     journal.py     the bytes of a journal: header, records
     appender.py    a journal that is written on
     replay.py      steps applied to trits and exponents, any range by itself

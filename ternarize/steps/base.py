@@ -18,7 +18,7 @@ from ternarize.files.container import decode
 from ternarize.files.metadata import SCALE_SUFFIX, Record
 from ternarize.steps.generator import SCALES, TRITS
 from ternarize.steps.journal import JournalHeader, Step
-from ternarize.steps.replay import Moves, Part, Values, parts_in_order, start_of
+from ternarize.steps.replay import Moves, Part, Values, parts_in_order, parts_of_seed, start_of
 from ternarize.trits.base3 import BASE3, pack
 from ternarize.trits.scales import scale_codes, scale_values
 from ternarize.trits.ternary import largest_of_groups, spread_scales
@@ -92,6 +92,15 @@ def factors(exponents: Tensor) -> Tensor:
     return torch.ldexp(table[wide & 31], wide >> 5)
 
 
+def start_scales(part: Part, rows: int | None = None) -> Tensor:
+    """The scales of a tensor that begins from the seed, float32 in the shape of its exponents.
+
+    rows  so many of its rows, (rows, groups); they are all the same
+    """
+    shape = part.scales_shape if rows is None else (rows, part.scales_shape[-1])
+    return factors(torch.full(shape, part.exponent, dtype=torch.int32))
+
+
 def moved_scales(stored: Tensor, exponents: Tensor) -> Tensor:
     """Stored scales after steps, in the dtype that they have: those of exponent 0 as they are."""
     values = scale_values(stored)
@@ -124,19 +133,26 @@ def stored_after(
 
 
 def replayed(
-    packed: Checkpoint, records: Mapping[str, Record], header: JournalHeader, steps: Sequence[Step]
+    packed: Checkpoint | None,
+    records: Mapping[str, Record],
+    header: JournalHeader,
+    steps: Sequence[Step],
 ) -> Iterator[tuple[Part, Tensor, Tensor, Tensor]]:
-    """Tensors of the base after steps, one by one: part, trits, exponents, scales of the base."""
+    """Tensors of a start after steps, one by one: part, trits, exponents, scales of the start.
+
+    packed, records  of the base; None and {} for a start from the seed
+    """
     moves = {target: Moves(steps, target, header.seed) for target in (TRITS, SCALES)}
-    for part in parts_of_base(records):
-        start, stored = read_part(packed, records[part.name], part)
-        trits, exponents = (
-            start.contiguous().clone(),
-            torch.zeros(part.scales_shape, dtype=torch.int8),
-        )
+    for part in parts_of_seed(header) if packed is None else parts_of_base(records):
+        stay = None
+        if packed is None:
+            trits, stored = start_of(part, header), start_scales(part)
+        else:
+            start, stored = read_part(packed, records[part.name], part)
+            trits, stay = start.contiguous().clone(), frozen(stored, part)
+        exponents = torch.zeros(part.scales_shape, dtype=torch.int8)
         moves[TRITS].apply(trits.view(-1), part.trits)
         moves[SCALES].apply(exponents.view(-1), part.scales)
-        stay = frozen(stored, part)
         yield part, trits if stay is None else trits.masked_fill(stay, 0), exponents, stored
 
 
@@ -145,7 +161,7 @@ def opened_state(
 ) -> Values:
     """The values that a journal begins with: of its base, or from its seed (packed None)."""
     if packed is None:
-        parts = parts_in_order(header.tensors)
+        parts = parts_of_seed(header)
         return Values(header.seed, parts, {p.name: start_of(p, header) for p in parts})
     parts, start, stay = parts_of_base(records), dict[str, Tensor](), dict[str, Tensor]()
     for part in parts:

@@ -2,10 +2,11 @@
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +20,29 @@ from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.container import check_data, digest
 from ternarize.files.headers import DTYPE_NAMES, byte_view, file_head, lay_out, read_header
 from ternarize.files.metadata import SCALE_SUFFIX, Record
-from ternarize.files.names import RECORD
-from ternarize.files.outputs import check_free, write_at, write_whole
+from ternarize.files.names import RECORD, SAFETENSORS
+from ternarize.files.outputs import check_free, fresh_output, write_at, write_whole
 from ternarize.files.recoded import head_again, rewritten
-from ternarize.files.sums import sha256
+from ternarize.files.sums import renew_sums, sha256
+from ternarize.plans.recipe import TERNARY, Recipe
+from ternarize.sources.checkpoint import locate
 from ternarize.sources.fetch import fetch_file, split_id
 from ternarize.sources.packed import check_record, check_uncoded, open_packed
 from ternarize.steps.base import (
     check_base,
     moved_scales,
-    opened_state,
     parts_of_base,
     replayed,
+    start_scales,
     stored_after,
 )
 from ternarize.steps.generator import SCALES, TRITS
 from ternarize.steps.journal import SUFFIX, Journal, read_journal
-from ternarize.steps.replay import Moves, parts_in_order, start_of
+from ternarize.steps.replay import Moves, parts_of_seed, start_of
 from ternarize.trits.base3 import unpack
 from ternarize.trits.scales import scale_values
 from ternarize.trits.ternary import largest_of_groups, spread_scales
+from ternarize.version import __version__
 
 _PIECE = 1 << 22  # elements copied at a time
 
@@ -46,32 +50,64 @@ _PIECE = 1 << 22  # elements copied at a time
 def replay(
     path: str | Path, base: str | Path | None, output: str | Path, *, upto: int | None = None
 ) -> dict[str, Any]:
-    """Write what a journal makes of its base: a packed checkpoint like it, or one file.
+    """Write what a journal makes of its start: a packed checkpoint, or one file.
 
     path    of the journal, or the Hub id of a repository that holds it
-    base    packed checkpoint that it begins from; None for one that begins from its seed
-    output  directory to make; for a start from the seed a .safetensors file, in the container
-            format, where the scale of a group is 2^(e / 32)
+    base    what it begins from: a packed checkpoint; of a model from its seed the folder with the
+            files that belong beside the weights, which are left out without it; else None
+    output  directory to make; for tensors from a seed that are no model a .safetensors file, in
+            the container format, where the scale of a group is 2^(e / 32)
     upto    the number of the first step that is left out; None: all
 
-    Returns what the record says of it. Raises UsageError where the base is another, DigestError
-    where it is damaged, OutputError where the output exists.
+    Returns what the record says of it, and of a model the files that are left out ("missing").
+    Raises UsageError where the base is another, DigestError where it is damaged, OutputError where
+    the output exists.
     """
     output = Path(output).expanduser()
     check_free(output)
     journal = open_journal(path)
-    if base is None:
-        _write_from_seed(journal, output, upto)
-        return _about(journal, upto)
-    packed, records = open_packed(base)
-    check_base(path, journal.header, records)
+    packed, records, folder = open_base(journal, base)
+    about = _about(journal, upto)
+    if packed is None and journal.header.model is None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(output, _file_of_seed(journal, upto)[0], f".{os.getpid()}")
+        return about
+    if packed is None:
+        source = Path(journal.path) if folder is None else folder
+        with fresh_output(source, output, folder=True) as partial:
+            return about | {"missing": _write_model(journal, folder, partial, upto, about)}
     check_uncoded(packed, records)
     check_data(packed, records)
-    about = _about(journal, upto)
     with rewritten(packed, output) as partial:
         now = _write_weights(journal, packed, records, partial, upto)
         _renew_record(packed, records, now, partial, about)
     return about
+
+
+def open_base(
+    journal: Journal, base: str | Path | None
+) -> tuple[Checkpoint | None, dict[str, Record], Path | None]:
+    """What a journal begins from: a packed checkpoint and its records, or None and {}.
+
+    And the folder with the files beside a model that begins from its seed, if it is named. Raises
+    UsageError where it is another, and where one is missing, or there is none.
+    """
+    model = journal.header.model
+    if model is not None and base is not None:
+        folder = locate(base, config_only=True)
+        for name, digest_of_file in model.files.items():
+            there = (folder / name).is_file()
+            if not there or sha256(folder / name) != digest_of_file:
+                raise UsageError(
+                    folder / name,
+                    "is another than the model was trained with" if there else "is not there",
+                    f"one with the SHA-256 {digest_of_file[:12]}...",
+                    "Name the folder that it was trained with",
+                )
+        return None, {}, folder
+    packed, records = (None, {}) if base is None else open_packed(base)
+    check_base(journal.path, journal.header, None if packed is None else records)
+    return packed, records, None
 
 
 def open_journal(path: str | Path) -> Journal:
@@ -109,9 +145,8 @@ def replayed_rows(
     or rows that there are not, and where the base is another.
     """
     journal = open_journal(path)
-    packed, records = (None, {}) if base is None else open_packed(base)
-    check_base(path, journal.header, None if packed is None else records)
-    parts = parts_in_order(journal.header.tensors) if packed is None else parts_of_base(records)
+    packed, records, _ = open_base(journal, base)
+    parts = parts_of_seed(journal.header) if packed is None else parts_of_base(records)
     part = next((each for each in parts if each.name == name), None)
     if part is None:
         raise UsageError("--tensor", f"{name!r} is not moved by steps", "one that is ternary")
@@ -126,7 +161,7 @@ def replayed_rows(
     groups = part.scales_shape[-1]
     if packed is None:
         trits = start_of(part, journal.header, (first, stop))
-        stored = torch.ones(of_scales[1] - of_scales[0], groups)
+        stored = start_scales(part, of_scales[1] - of_scales[0])
     else:
         width = records[name].stored_shapes()[0][-1]
         raw = packed.read(name, first * width, stop * width).view(-1, width)
@@ -250,26 +285,83 @@ def _renew_record(
     (output / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
 
 
-def _write_from_seed(journal: Journal, output: Path, upto: int | None) -> None:
-    """One container file with the tensors of a journal that begins from its seed."""
-    check_base(journal.path, journal.header, None)
-    state = opened_state(journal.header, None, {})
-    state.apply(journal.effective(upto))
-    names = {part.name for part in state.parts}
+def _file_of_seed(
+    journal: Journal, upto: int | None, *, recorded: bool = False
+) -> tuple[bytes, dict[str, Record]]:
+    """A container file with the tensors of a journal that begins from its seed; their records.
+
+    recorded  a record beside it lists their digests
+    """
+    header = journal.header
+    constants = () if header.model is None else header.model.constants
+    names = {name for name, _, _ in (*header.tensors, *constants)}
     taken = [n for n in names if n == "__metadata__" or n.removesuffix(SCALE_SUFFIX) in names - {n}]
     if taken:
         found = f"a tensor is called {min(taken)!r:.80}, as another entry of the file would be"
         raise UsageError(journal.path, found, "other names", "Read its rows one by one")
     tensors: dict[str, Tensor] = {}
     records: dict[str, Record] = {}
-    for part in state.parts:
-        ones = torch.ones(part.scales_shape)
-        trits, exponents = state.trits[part.name], state.exponents[part.name]
-        stored, scales = stored_after(trits, exponents, ones, part)
+    for part, trits, exponents, start in replayed(None, {}, header, journal.effective(upto)):
+        stored, scales = stored_after(trits, exponents, start, part)
         tensors |= {part.name: stored, part.name + SCALE_SUFFIX: scales}
         records[part.name] = Record(digest(stored, scales), part.shape, part.group_size)
+    for name, shape, value in constants:
+        tensors[name] = torch.full(shape, float(value))
+        records[name] = Record(digest(tensors[name]))
     entries = lay_out((n, DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in tensors.items())
-    head = file_head(entries, metadata.dump_metadata(records))
+    head = file_head(entries, metadata.dump_metadata(records, recorded=recorded))
     body = b"".join(byte_view(tensors[name]).numpy().tobytes() for name in entries)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(output, head + body, f".{os.getpid()}")
+    return head + body, records
+
+
+def _write_model(
+    journal: Journal, folder: Path | None, output: Path, upto: int | None, about: dict[str, Any]
+) -> list[str]:
+    """A packed checkpoint of a model that begins from its seed, into a directory.
+
+    folder  with the files beside the weights
+
+    Returns those that are left out.
+    """
+    model = journal.header.model
+    assert model is not None
+    data, records = _file_of_seed(journal, upto, recorded=True)
+    (output / SAFETENSORS).write_bytes(data)
+    sizes = {size for _, _, size in journal.header.tensors}
+    quantization: dict[str, Any] = {
+        "quant_method": metadata.KEY,
+        "format_version": metadata.FORMAT_VERSION,
+        "method": "steps",
+        "group_size": sizes.pop() if len(sizes) == 1 else None,
+        "activations": "none",
+    }
+    # by which a training that goes on from here knows what is ternary
+    recipe = Recipe("itf", quantization["group_size"], head=TERNARY, embeddings=TERNARY)
+    values = {name: ("zeros", "ones")[value] for name, _, value in model.constants}
+    rows = {
+        name: {
+            "becomes": record.kind,
+            **({"reason": values[name]} if name in values else {"method": "steps"}),
+            "sha256": record.sha256,
+        }
+        for name, record in records.items()
+    }
+    tables = {
+        "config.json": {**model.config, "quantization_config": quantization},
+        RECORD: {
+            "format_version": metadata.FORMAT_VERSION,
+            "tool": {"name": "ternarize", "version": __version__},
+            "recipe": asdict(recipe),
+            "tensors": rows,
+            "steps": {**about, "seed": f"{journal.header.seed:016x}"},
+        },
+    }
+    for name, table in tables.items():
+        text = json.dumps(table, indent=2, ensure_ascii=False) + "\n"
+        (output / name).write_text(text, "utf-8")
+    for name in model.files if folder is not None else ():
+        assert folder is not None
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, output / name)
+    renew_sums(output)
+    return [] if folder is not None else list(model.files)

@@ -1,6 +1,7 @@
 """The bytes of a journal of steps: a header, and records that are only ever appended.
 
     TRNSTEPS, length, JSON, CRC     the header: the seed, and what the steps begin from
+    length, zlib stream, CRC        the model of a start from the seed, if there is one (start.py)
     length, type, payload, CRC      records: steps, edits of them, digests, notes
 
 formats/steps.md is the definition; here are its shipped reader and writer. A record is whole or it
@@ -9,7 +10,6 @@ is not there: one that was torn off at the end of the file is dropped, damage be
 
 import heapq
 import json
-import math
 import re
 import struct
 import zlib
@@ -23,13 +23,21 @@ from ternarize.errors import FormatError, damaged
 from ternarize.files.json_files import readable, strict_json
 from ternarize.steps.coding import BitReader, Bits, put_choice, set_width, take_choice
 from ternarize.steps.generator import MOST_BITS, SCALES, TRITS
+from ternarize.steps.start import (
+    LONGEST_PART,
+    MODEL,
+    StartModel,
+    TensorShapes,
+    model_bytes,
+    parse_model,
+    parse_tensors,
+    tensors_json,
+)
 
 MAGIC = b"TRNSTEPS"
 SUFFIX = ".steps"
 STEPS_VERSION = 1
-KNOWN: frozenset[str] = frozenset()  # features that this version can read
-_LONGEST_HEADER = 1 << 24
-_LONGEST_RECORD = 1 << 24
+KNOWN = frozenset({MODEL})  # features that this version can read
 _MOST_SEARCHED = 1 << 28  # bytes of possible records behind one that is not whole
 _BEGINNING = re.compile(rb"(?s)(?=...[\x00\x01][\x01-\x06])")  # length up to 2^25, type
 _STEP, _DIGEST, _EDIT, _NOTE, _BLOCK, _FOREIGN = 1, 2, 3, 4, 5, 6
@@ -37,7 +45,6 @@ _FIELDS = struct.Struct("<IBBBHH")  # number, target, bits, amount, k, m
 MOVED = {TRITS: "trits", SCALES: "scales"}
 EDITS = ("mask", "negate", "restore")
 LARGEST = (1 << 32) - 1  # number of a step
-MOST_VALUES = 1 << 58  # trits of all tensors: cells that a word has an address for
 MOST_AMOUNT = 127  # by which a step moves an exponent
 MOST_STEPS = 1 << 20  # of a journal
 
@@ -106,12 +113,14 @@ class JournalHeader:
     zeros    of 2^31: share of zeros of a start from the seed; None for a packed checkpoint
     tensors  of a start from the seed, in order: (name, shape, group size)
     base     of a packed checkpoint: the SHA-256 that `base_digest` gives, in hex
+    model    what the tensors of a start from the seed are a model with; None: tensors alone
     """
 
     seed: int
     zeros: int | None = None
-    tensors: tuple[tuple[str, tuple[int, ...], int], ...] = ()
+    tensors: TensorShapes = ()
     base: str | None = None
+    model: StartModel | None = None
 
 
 @dataclass(frozen=True)
@@ -191,18 +200,16 @@ def journal_header(header: JournalHeader) -> bytes:
         start = {"kind": "seed", "zeros": header.zeros}
     table: dict[str, Any] = {
         "format_version": STEPS_VERSION,
-        "features": [],
+        "features": [] if header.model is None else [MODEL],
         "seed": f"{header.seed:016x}",
         "start": start,
     }
-    if header.base is None:
-        table["tensors"] = [
-            {"name": name, "shape": list(shape), "group_size": group_size}
-            for name, shape, group_size in header.tensors
-        ]
+    if header.base is None and header.model is None:
+        table["tensors"] = tensors_json(header.tensors)
     text = json.dumps(table, separators=(",", ":")).encode()
     head = MAGIC + struct.pack("<I", len(text)) + text
-    return head + struct.pack("<I", zlib.crc32(head))
+    behind = b"" if header.model is None else model_bytes(header.tensors, header.model)
+    return head + struct.pack("<I", zlib.crc32(head)) + behind
 
 
 def entry_bytes(entry: JournalEntry) -> bytes:
@@ -264,7 +271,7 @@ NO_STEP = Step(-1, TRITS, 10, 1, 128, (), ())
 
 
 def _record(kind: int, payload: bytes) -> bytes:
-    assert len(payload) <= _LONGEST_RECORD, "a reader would take it for a torn one"
+    assert len(payload) <= LONGEST_PART, "a reader would take it for a torn one"
     body = struct.pack("<IB", len(payload), kind) + payload
     return body + struct.pack("<I", zlib.crc32(body))
 
@@ -316,7 +323,7 @@ def _end_of(data: bytes, at: int) -> int | None:
         return None
     (length,) = struct.unpack_from("<I", data, at)
     end = at + 9 + length
-    if length > _LONGEST_RECORD or end > len(data):
+    if length > LONGEST_PART or end > len(data):
         return None
     (said,) = struct.unpack_from("<I", data, end - 4)
     return end if zlib.crc32(data[at : end - 4]) == said else None
@@ -330,7 +337,7 @@ def _record_behind(data: bytes, at: int) -> bool:
     searched = 0
     for found in _BEGINNING.finditer(data, at + 1):
         (length,) = struct.unpack_from("<I", data, found.start())
-        if length > _LONGEST_RECORD or found.start() + 9 + length > len(data):
+        if length > LONGEST_PART or found.start() + 9 + length > len(data):
             continue
         searched += 9 + length
         if searched > _MOST_SEARCHED or _end_of(data, found.start()) is not None:
@@ -348,7 +355,7 @@ def _parse_header(data: bytes, where: str) -> tuple[JournalHeader, int]:
         )
     length = int.from_bytes(data[8:12], "little")
     end = 12 + length
-    if length > _LONGEST_HEADER or end + 4 > len(data):
+    if length > LONGEST_PART or end + 4 > len(data):
         raise damaged(where, f"its header of {length} bytes is not there")
     if zlib.crc32(data[:end]) != int.from_bytes(data[end : end + 4], "little"):
         raise damaged(where, "its header does not fit its checksum")
@@ -365,43 +372,33 @@ def _parse_header(data: bytes, where: str) -> tuple[JournalHeader, int]:
         raise damaged(where, f"features is {features!r:.60}", "a list of names")
     if set(features) - KNOWN:
         unknown = ", ".join(sorted(set(features) - KNOWN))
-        raise _newer(where, f"needs the feature {unknown}", "none")
-    return _header_of(where, table), end + 4
+        raise _newer(where, f"needs the feature {unknown}", f"{', '.join(sorted(KNOWN))}, or none")
+    header = _header_of(where, table, with_model=MODEL in features)
+    if MODEL not in features:
+        return header, end + 4
+    tensors, model, end = parse_model(data, end + 4, where)
+    return replace(header, tensors=tensors, model=model), end
 
 
-def _header_of(where: str, table: dict[str, Any]) -> JournalHeader:
+def _header_of(where: str, table: dict[str, Any], *, with_model: bool) -> JournalHeader:
+    """What the JSON of a header says; `tensors` of one with a model stand behind it."""
     seed, start = table.get("seed"), table.get("start")
     if not (isinstance(seed, str) and re.fullmatch("[0-9a-f]{16}", seed)):
         raise damaged(where, f"its seed is {seed!r:.60}", "16 hex digits")
     if not isinstance(start, dict) or start.get("kind") not in ("seed", "packed"):
         raise damaged(where, f"its start is {start!r:.80}", "a seed or a packed checkpoint")
+    if start["kind"] == "packed" and with_model:
+        raise damaged(where, "has a model, and begins from a packed checkpoint", "a seed")
     if start["kind"] == "packed":
         digest = start.get("sha256")
         if not (isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)):
             raise damaged(where, f"the digest of its start is {digest!r:.80}", "64 hex digits")
         return JournalHeader(int(seed, 16), base=digest)
     zeros = start.get("zeros")
-    tensors: Any = table.get("tensors")
     if type(zeros) is not int or not 0 <= zeros <= 1 << 31:
         raise damaged(where, f"the zeros of its start are {zeros!r:.60}", "0 to 2^31")
-    if not isinstance(tensors, list) or not tensors or not all(map(_is_tensor, tensors)):
-        raise damaged(where, "its tensors cannot be read", "names, shapes and group sizes")
-    found = tuple((t["name"], tuple(t["shape"]), t["group_size"]) for t in tensors)
-    if len({name for name, _, _ in found}) < len(found):
-        raise damaged(where, "has a tensor twice")
-    if sum(math.prod(shape) for _, shape, _ in found) > MOST_VALUES:
-        raise damaged(where, "its tensors are too large", "2^58 trits at most")
-    return JournalHeader(int(seed, 16), zeros, found)
-
-
-def _is_tensor(value: Any) -> bool:
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        return False
-    shape: Any = value.get("shape")
-    size = value.get("group_size")
-    good = isinstance(shape, list) and len(shape) in (2, 3)
-    sizes = good and all(type(n) is int and 1 <= n < 1 << 31 for n in shape)
-    return sizes and type(size) is int and -1 <= size < 1 << 31
+    tensors = () if with_model else parse_tensors(table.get("tensors"), where)
+    return JournalHeader(int(seed, 16), zeros, tensors)
 
 
 def _newer(where: str, found: str, expected: str) -> FormatError:

@@ -34,8 +34,7 @@ from ternarize.steps.replay import Values
 
 # bytes of a compact journal around its steps: a digest, the frame of a block; and what each further
 # block takes, of which there is at most one for so many bytes
-_AROUND, _OF_BLOCK = 58, 24
-_IN_BLOCK = 1024  # steps: those of the most perturbations are below the longest record, too
+_AROUND, _OF_BLOCK, _BLOCK = 58, 24, 1 << 14
 
 
 def edit(path: str | Path, *edits: Edit) -> list[list[int]]:
@@ -88,20 +87,31 @@ def _below(entry: JournalEntry, upto: int | None) -> JournalEntry | None:
 def compact(path: str | Path, new: str | Path) -> Journal:
     """The same steps and edits in fewer bytes: steps in blocks, the last digest, no notes."""
     journal = read_journal(path)
+    return _write(new, journal, _compact_records(journal))
+
+
+def compact_size(journal: Journal) -> int:
+    """Bytes of a journal once it is compact."""
+    return len(journal_header(journal.header)) + sum(map(len, _compact_records(journal)))
+
+
+def _compact_records(journal: Journal) -> list[bytes]:
     records: list[bytes] = []
     block: list[Step] = []
+    bits = 0
     for step in [*journal.steps, None]:
-        if block and (step is None or step.seed is not None or len(block) == _IN_BLOCK):
+        if block and (step is None or step.seed is not None or bits >= 8 * _BLOCK):
             records.append(block_bytes(block))
-            block = []
+            block, bits = [], 0
         if step is not None and step.seed is None:
+            bits += bits_in_block(step, block[-1] if block else NO_STEP)
             block.append(step)
         elif step is not None:
             records.append(entry_bytes(step))
     marks = [each for each in journal.entries if isinstance(each, Mark)]
     last = next((m for m in marks[-1:] if m.number >= journal.next_number), None)
     behind = [each for each in journal.entries if isinstance(each, Edit) or each is last]
-    return _write(new, journal, records + [entry_bytes(each) for each in behind])
+    return records + [entry_bytes(each) for each in behind]
 
 
 def bits_left(journal: Journal, nbytes: int) -> int:
@@ -111,7 +121,7 @@ def bits_left(journal: Journal, nbytes: int) -> int:
     used = sum(bits_in_block(b, a) for a, b in itertools.pairwise([NO_STEP, *own]))
     runs = itertools.groupby([*journal.steps, NO_STEP], key=lambda step: step.seed is None)
     blocks = sum(1 for is_own, _ in runs if is_own) - 1  # beside the first
-    around = len(journal_header(journal.header)) + _AROUND + _OF_BLOCK * (nbytes // 2048 + blocks)
+    around = len(journal_header(journal.header)) + _AROUND + _OF_BLOCK * (nbytes // _BLOCK + blocks)
     around += sum(len(entry_bytes(each)) for each in journal.edits)
     around += sum(len(entry_bytes(each)) for each in others)
     return 8 * (nbytes - around) - used
@@ -122,13 +132,13 @@ def merge(path: str | Path, other: str | Path, new: str | Path) -> Journal:
 
     Both must begin alike. The steps of the second keep what they are drawn with; edits are applied
     for good, of the steps that both have those of the first. What comes out is a starting point,
-    not a result.
+    not a result. A digest of all steps of the first stays, if no edit came behind it.
     """
     first, second = read_journal(path), read_journal(other)
     check_same_start(first, second)
     common = common_steps(first, second)
     number = first.next_number
-    entries = first.effective()
+    entries: list[JournalEntry] = [*first.effective(), *_last_digest(first)]
     done = {step.number for step in first.steps[:common]}
     for step in second.effective():
         if step.number in done:
@@ -139,6 +149,16 @@ def merge(path: str | Path, other: str | Path, new: str | Path) -> Journal:
         entries.append(replace(step, number=number, seed=own[0], drawn=own[1]))
         number += 1
     return _write(new, first, [entry_bytes(each) for each in entries])
+
+
+def _last_digest(journal: Journal) -> list[Mark]:
+    """That of all steps as the edits leave them, if there is one."""
+    for entry in reversed(journal.entries):
+        if isinstance(entry, Mark):
+            return [entry] if entry.number >= journal.next_number else []
+        if isinstance(entry, Edit):
+            break
+    return []
 
 
 def difference(path: str | Path, other: str | Path) -> dict[str, int]:

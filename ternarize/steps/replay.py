@@ -32,6 +32,7 @@ class Part:
     shape        (..., rows, cols) of its trits
     group_size   as in trits/ternary.py
     trits, scales   first index of its trits, and of its exponents
+    exponent        of a start from the seed: its scales begin at 2^(exponent / 32)
     """
 
     name: str
@@ -39,6 +40,7 @@ class Part:
     group_size: int
     trits: int
     scales: int
+    exponent: int = 0
 
     @property
     def scales_shape(self) -> tuple[int, ...]:
@@ -51,12 +53,18 @@ class Part:
         return self.trits if target == TRITS else self.scales
 
 
-def parts_in_order(tensors: Sequence[tuple[str, tuple[int, ...], int]]) -> list[Part]:
-    """The tensors of a journal, (name, shape, group size) each, one behind the other."""
+def parts_in_order(
+    tensors: Sequence[tuple[str, tuple[int, ...], int]], exponents: Sequence[int] | None = None
+) -> list[Part]:
+    """The tensors of a journal, (name, shape, group size) each, one behind the other.
+
+    exponents  of their scales at the start; None: 0
+    """
     found: list[Part] = []
     trits = scales = 0
-    for name, shape, group_size in tensors:
-        part = Part(name, tuple(shape), group_size, trits, scales)
+    begun = exponents or [0] * len(tensors)
+    for (name, shape, group_size), exponent in zip(tensors, begun, strict=True):
+        part = Part(name, tuple(shape), group_size, trits, scales, exponent)
         found.append(part)
         trits += torch.Size(part.shape).numel()
         scales += torch.Size(part.scales_shape).numel()
@@ -109,6 +117,11 @@ def _drawn(seed: int, step: Step) -> tuple[int, int]:
     """Seed and number that a step's perturbations are drawn with."""
     own = seed if step.seed is None else step.seed
     return own, step.number if step.drawn is None else step.drawn
+
+
+def parts_of_seed(header: JournalHeader) -> list[Part]:
+    """The tensors of a journal that begins from its seed."""
+    return parts_in_order(header.tensors, header.model and header.model.exponents)
 
 
 def start_of(part: Part, header: JournalHeader, rows: tuple[int, int] | None = None) -> Tensor:

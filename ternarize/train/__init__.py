@@ -21,7 +21,9 @@ conversion writes.
     logs.py        the trackers of accelerate
     moved.py       the values of a journal of steps in a module, and gradients by them
     probes.py      how the loss changes along perturbations, with and without backward
+    drawn.py       models drawn at random from a configuration; journals that are a whole model
+    session.py     what is trained by steps: data, the model, its losses
     votes.py       steps of a journal, found by probing and trying
     pursuit.py     scales or trits trained by gradients, and steps that go there
-    journals.py    a packed model trained by a journal of steps
+    journals.py    a packed model, or one from its seed, trained by a journal of steps
 """

@@ -1,28 +1,18 @@
 """A packed model trained by a journal of steps, on texts."""
 
 import itertools
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from ternarize.calibrate.samples import Sample
 from ternarize.errors import UsageError
-from ternarize.files.metadata import SCALE_SUFFIX
-from ternarize.measure.measured import fast_dtype
-from ternarize.models.places import locate_tensors
 from ternarize.plans.recipe import Train
 from ternarize.ranks import World, ranks_launched
-from ternarize.runtime.load import load
-from ternarize.sources.packed import open_packed
 from ternarize.steps.appender import Appender
-from ternarize.steps.base import base_digest, opened_state, parts_of_base
 from ternarize.steps.journal import (
     NO_STEP,
     Edit,
@@ -33,48 +23,26 @@ from ternarize.steps.journal import (
     Step,
     is_step_number,
     parse_journal,
+    read_journal,
 )
-from ternarize.steps.operations import bits_left
-from ternarize.train.loop import Objective
-from ternarize.train.moved import MovedModule, Placement, target_of
-from ternarize.train.objectives import held_loss, labels_of, objective
+from ternarize.steps.operations import bits_left, compact_size
+from ternarize.train.moved import target_of
 from ternarize.train.pursuit import dense_steps, placed_steps, single_cell, trained_values
-from ternarize.train.sources import Data, data_of
-from ternarize.train.students import Pair, open_model, teacher_folder, widen
-from ternarize.train.texts import IGNORED, batch_of, next_samples
+from ternarize.train.session import Session, open_session
+from ternarize.train.sources import LEFT_OUT, Data
+from ternarize.train.texts import next_samples
 from ternarize.train.votes import Heard, Votes, first_attempt, train_votes
 
 SEED = 0  # of the perturbations, when none is asked for
 GRADIENT_BYTES = 2500  # bytes of a journal by gradients, when none are asked for
+SCRATCH_BYTES = 50_000  # the same of a model from its seed
 DIRECTIONS = 4096  # that a step draws towards what gradients want
 # of what is trained by gradients, at its highest: in 1/32 of an octave, and in trits
 RATES = {"scales": 1.0, "trits": 0.006}
+SCRATCH_TRITS = 0.03  # the same of trits of a start from the seed, which are anywhere
 FASTEST = {"scales": 32.0, "trits": 1.0}  # such a rate
 DENSE_EXPONENTS = 1 << 18  # for more, a step that moves many at once takes seconds to find
-_REMEMBERED = 16  # outputs of the teacher
 _STEP_BITS = 64  # room for one step, which takes some 12 bits beside its choice
-# how far trits and rounded weights agree beyond chance (0: as chance has it, 1: all): the source
-# comes to 0.5 and more, other weights to about 0. A wrong teacher that passes does no harm: latent
-# trits begin within MARGIN of the stored ones, and steps that do not help are not written.
-_AKIN = 0.2
-
-
-@dataclass
-class _Remembering(Pair):
-    """A pair whose teacher's last outputs are kept: what is tried asks for them again."""
-
-    known: dict[bytes, Tensor] = field(default_factory=dict)
-
-    def hidden(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        if model is not self.teacher:
-            return super().hidden(model, batch)
-        inputs = (batch[name] for name in ("input_ids", "attention_mask") if name in batch)
-        key = b"".join(repr(v.shape).encode() + v.cpu().numpy().tobytes() for v in inputs)
-        if key not in self.known:
-            if len(self.known) >= _REMEMBERED:
-                self.known.pop(next(iter(self.known)))
-            self.known[key] = super().hidden(model, batch)
-        return self.known[key]
 
 
 def train_by_votes(
@@ -84,27 +52,30 @@ def train_by_votes(
     votes: Votes,
     *,
     seed: int = SEED,
+    start: JournalHeader | None = None,
     device: str = "cpu",
     heard: Heard | None = None,
     world: World | None = None,
 ) -> dict[str, Any]:
     """Train a packed model by steps, which are appended to a journal; an old one goes on.
 
-    base      packed checkpoint
+    base      packed checkpoint; of a model from its seed the folder with its tokenizer
     journal   file to write
     training  texts, objective, teacher, length and tokens of a batch, steps to try: `Train`
     votes     how steps are found
     seed      of the perturbations
+    start     of a model from its seed: its header, with the same seed (`drawn_header`)
     heard     told of each attempt
     world     processes that train together, each of which calls this, and the first of which writes
 
     Returns plain data: the attempts that were made and the steps that there are ("written": by this
-    run), why there are not more ("not_written": "bytes", the next one does not fit; else None), and
-    the loss on held-out documents before and after. Raises UsageError where texts, teacher, base or
-    bytes cannot be used, OutputError where the journal is another's.
+    run), why there are not more ("not_written": "bytes", the next one does not fit; else None), the
+    loss on held-out documents before and after, and the "bytes" of the file, and once compact
+    ("compact_bytes"). Raises UsageError where texts, teacher, base or bytes cannot be used,
+    OutputError where the journal is another's.
     """
     assert training.steps is not None
-    at = _session(base, training, seed, device, plain=votes.probe == "jvp")
+    at = open_session(base, training, seed, device, plain=votes.probe == "jvp", start=start)
     world = world or World()
     with ExitStack() as stack:
         # one process writes; the others get what is there from it
@@ -135,7 +106,8 @@ def train_by_votes(
         "loss_before": before,
         "loss": at.held(),
         "sent_bytes": sum(world.sent.values()),
-        **({"bytes": Path(journal).stat().st_size} if appender else {}),
+        **_left_out(at.data),
+        **(_sizes(journal) if appender else {}),
     }
 
 
@@ -149,6 +121,7 @@ def train_by_gradient(
     k: int = DIRECTIONS,
     rate: float | None = None,
     seed: int = SEED,
+    start: JournalHeader | None = None,
     device: str = "cpu",
     heard: Heard | None = None,
 ) -> dict[str, Any]:
@@ -173,10 +146,11 @@ def train_by_gradient(
     check_alone()
     Votes(target, k)  # refuses what cannot be written
     if rate is None:
-        rate = RATES[target] if training.lr is None else training.lr
+        usual = SCRATCH_TRITS if start is not None and target == "trits" else RATES[target]
+        rate = usual if training.lr is None else training.lr
     if not 0 < rate <= FASTEST[target]:
         raise UsageError("--lr", f"{rate:g}", f"above 0, and {FASTEST[target]:g} at most")
-    at = _session(base, training, seed, device, plain=False)
+    at = open_session(base, training, seed, device, plain=False, start=start)
     with Appender(journal, at.header) as appender:
         begun = appender.journal
         first = _began(begun, target)
@@ -195,7 +169,7 @@ def train_by_gradient(
             target,
             training.steps,
             rate,
-            begin=at.latent() if target == "trits" else None,
+            begin=at.latent() if target == "trits" and start is None else None,
             heard=heard,
         )
         with wanted.shown(at.moved, target):
@@ -224,8 +198,20 @@ def train_by_gradient(
         "loss_before": before,
         "loss_wanted": best,
         "loss": loss,
-        "bytes": Path(journal).stat().st_size,
+        **_left_out(at.data),
+        **_sizes(journal),
     }
+
+
+def _sizes(journal: str | Path) -> dict[str, int]:
+    """Bytes of a journal, and what they will be once it is compact."""
+    found = read_journal(journal)
+    return {"bytes": found.size, "compact_bytes": compact_size(found)}
+
+
+def _left_out(data: Data) -> dict[str, int]:
+    """How many windows of the data train nothing, if any, by the name that records have for it."""
+    return {LEFT_OUT: data.about[LEFT_OUT]} if LEFT_OUT in data.about else {}
 
 
 def check_alone() -> None:
@@ -250,7 +236,7 @@ def _room(journal: Journal, nbytes: int, *, goes_on: bool) -> int:
 
 
 def _helping(
-    at: "_Session", target: str, offered: Generator[Step, None, bool]
+    at: Session, target: str, offered: Generator[Step, None, bool]
 ) -> tuple[list[Step], str | None]:
     """Of steps the beginning that held-out documents gain most by, which the model then has.
 
@@ -302,159 +288,6 @@ def _began(journal: Journal, target: str) -> int:
         others = [s for s in journal.steps if s.number >= found and s.target != target_of(target)]
         found = None if others else found
     return journal.next_number if found is None else found
-
-
-@dataclass
-class _Session:
-    """A packed model that is trained by steps.
-
-    moved    the model and its values
-    loss     of samples
-    held     the loss of held-out documents
-    choose   that of others, by which is chosen
-    teacher  None where the texts are learnt
-    """
-
-    header: JournalHeader
-    data: Data
-    moved: MovedModule
-    loss: Callable[[nn.Module, list[Sample]], Tensor]
-    held: Callable[[], float]
-    choose: Callable[[], float]
-    teacher: Any
-
-    def latent(self) -> dict[str, Tensor]:
-        """Trits as real numbers, by the weights that they were made of; UsageError without them.
-
-        Weights of another model are known by what they have in common with the trits, beyond
-        chance (Cohen's kappa).
-        """
-        weights = dict[str, Tensor]()
-        if self.teacher is not None:
-            weights |= self.teacher.named_parameters(remove_duplicate=False)
-        found, counts = {}, torch.zeros(9, dtype=torch.int64)
-        for place in self.moved.places:
-            weight, own = weights.get(place.parameter), self.moved.parameters[place.part.name]
-            if weight is None or weight.shape != own.shape:
-                raise UsageError(
-                    "--target trits, by gradient",
-                    f"without the weights that {place.part.name} was made of",
-                    "the source as the teacher: how near a trit is to another follows from it",
-                    "Name it with --teacher, or use --by votes",
-                )
-            real, trits = self.moved.real(place, weight), self.moved.state.trits[place.part.name]
-            rounded = real.nan_to_num().round().clamp(-1, 1)
-            counts += (3 * trits + rounded + 4).flatten().to(torch.int64).bincount(minlength=9)
-            found[place.part.name] = self.moved.latent(place, real)
-        shares = counts.view(3, 3) / counts.sum()  # trits, rounded weights
-        same, chance = float(shares.trace()), float(shares.sum(0) @ shares.sum(1))
-        if same < chance + _AKIN * (1 - chance):
-            raise UsageError(
-                "--teacher",
-                f"its weights, rounded, are {same:.2f} of the trits (chance: {chance:.2f})",
-                "the weights that the trits were made of, as they were rounded (not folded)",
-                "Name the source, or use --by votes",
-            )
-        return found
-
-    def brought_to(self, steps: Sequence[Step]) -> float:
-        """The held-out loss after steps, which are applied to the start."""
-        self.moved.state.apply(steps)
-        self.moved.write()
-        return self.held()
-
-
-def _session(base: str | Path, training: Train, seed: int, device: str, *, plain: bool) -> _Session:
-    packed, records = open_packed(base)
-    header = JournalHeader(seed, base=base_digest(records))
-    data = data_of(packed.directory, training)
-    pair = _pair(packed.directory, training, device, plain=plain)
-    state = opened_state(header, packed, records)
-    moved = MovedModule(pair.student, _places(packed, records, pair.student), state)
-    if plain:
-        once = again = _plain(pair, data)
-    else:
-        how = data.common, data.first, training.seed, data.pad, 1.0
-        # batches with gradients come once: kept, they would push out those that are asked for again
-        once, again = objective(pair, *how), objective(_Remembering(**vars(pair)), *how)
-    return _Session(
-        header,
-        data,
-        moved,
-        lambda _, samples: (once if torch.is_grad_enabled() else again)(samples)[0],
-        lambda: held_loss(again, data.report),
-        lambda: held_loss(again, data.held),
-        pair.teacher,
-    )
-
-
-def _pair(directory: Path, training: Train, device: str, *, plain: bool) -> Pair:
-    """The packed model, dense, and what it learns from.
-
-    plain  in operations that know tangents, which fast attention does not
-    """
-    dtype = fast_dtype(device)
-    how: dict[str, Any] = {"attn_implementation": "eager"} if plain else {}
-    student = load(directory, device=device, dtype=torch.float32, dequantize=True, **how)
-    teacher = None
-    if training.objective == "distill":
-        if training.teacher is None:
-            raise UsageError(
-                "--teacher",
-                "none, and a packed checkpoint does not hold its source",
-                "the model to learn from",
-                "Name the source with --teacher, or learn the text itself: --objective text",
-            )
-        teacher = open_model(teacher_folder(directory, training), device)
-        widen(teacher, dtype)
-    return Pair.of(student, teacher, dtype)
-
-
-def _plain(pair: Pair, data: Data) -> Objective:
-    """The loss of samples in operations that know tangents, over all words."""
-
-    def loss(samples: Sequence[Sample]) -> tuple[Tensor, dict[str, float]]:
-        device = next(pair.student.parameters()).device
-        batch = {n: v.to(device) for n, v in batch_of(samples, data.pad).items()}
-        labels = labels_of(batch, data.first)
-        inputs = {n: v for n, v in batch.items() if n != "labels"}
-        used = labels != IGNORED
-        log_q = pair.student(**inputs).logits[:, :-1][used].log_softmax(-1)
-        if pair.teacher is None:
-            return F.nll_loss(log_q, labels[used]), {}
-        with torch.no_grad():
-            log_p = pair.teacher(**inputs).logits[:, :-1][used].float().log_softmax(-1)
-        return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True), {}
-
-    return loss
-
-
-def _places(packed: Any, records: Mapping[str, Any], model: Any) -> list[Placement]:
-    """Where the tensors that steps move stand in the model; UsageError for one that is fused."""
-    parts = parts_of_base(records)
-    where = locate_tensors(model, [part.name for part in parts])
-    found = []
-    for part in parts:
-        place, record = where[part.name], records[part.name]
-        if place.converter is not None or len(place.parameters) != 1:
-            raise UsageError(
-                part.name,
-                "is fused with others when it is loaded",
-                "a tensor that is a parameter by itself",
-                "Train it with `ternarize train`",
-            )
-        if record.kernel:
-            raise UsageError(
-                part.name,
-                "is a convolution",
-                "linear layers and embeddings alone",
-                "Train it with `ternarize train`",
-            )
-        stored = packed.read(part.name + SCALE_SUFFIX).view(part.scales_shape)
-        found.append(
-            Placement(part, place.parameters[0], stored, record.rotation, record.transposed)
-        )
-    return found
 
 
 def _batches(
