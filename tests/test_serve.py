@@ -42,7 +42,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 VLLM = find_spec("vllm") is not None
-HERE = {"transformers": is_serve_available(), "vllm": VLLM}
+HERE = {"transformers": is_serve_available() and find_spec("accelerate"), "vllm": VLLM}
 SERVERS = [
     pytest.param(name, marks=pytest.mark.skipif(not here, reason=f"{name} cannot serve here"))
     for name, here in HERE.items()
@@ -132,6 +132,9 @@ def test_what_cannot_be_served_is_one_line(packed: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(serve, "find_spec", lambda name: None)
     with pytest.raises(TernarizeError, match="vLLM is not installed. Run: pip install vllm"):
         serve_command(str(packed), engine="vllm")
+    with pytest.raises(TernarizeError, match=r"pip install \"ternarize\[serve\]\""):
+        serve_command(str(packed))  # accelerate is not there, either
+    monkeypatch.setattr(serve, "find_spec", lambda name: name != "vllm")
     used: Any = importlib.import_module("transformers.utils.import_utils")
     monkeypatch.setattr(used, "is_serve_available", lambda: False)
     with pytest.raises(TernarizeError, match=r"pip install \"ternarize\[serve\]\""):

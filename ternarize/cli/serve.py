@@ -78,7 +78,8 @@ def _check_vllm(device: str | None) -> None:
 def _check_transformers() -> None:
     from transformers.utils.import_utils import is_serve_available
 
-    if not is_serve_available():
+    # the models of its server are spread by accelerate, which it does not ask after
+    if not is_serve_available() or find_spec("accelerate") is None:
         raise TernarizeError(
             "serve",
             "what transformers serves with is not installed",
