@@ -1,12 +1,12 @@
 """Journals that are a whole language model, from a seed: loss on other text for bytes.
 
-    python benchmarks/steps_seed.py CONFIG TEXT EVAL [--seed N] [--scales BYTES] [--trits BYTES ...]
-        [--rates R ...] [--steps N] [--votes ATTEMPTS] [--batch N] [--train-len N] [--threads N]
-        [--json OUT.json]
+    python benchmarks/steps_seed.py CONFIG TEXT EVAL [--seed N] [--trits BYTES ...] [--rates R ...]
+        [--steps N] [--scales BYTES] [--scale-steps N] [--votes ATTEMPTS] [--batch N]
+        [--train-len N] [--threads N] [--json OUT.json]
 
-CONFIG is a folder with a config.json and a tokenizer. Scales are trained by gradient on TEXT first,
-then, each time from there, trits for each number of bytes in all (--rates: one for each). "Votes"
-are steps on trits from the seed itself. Each journal is made compact and replayed, and what comes
+CONFIG is a folder with a config.json and a tokenizer. From the seed trits are trained by gradients
+of TEXT for each number of bytes (--rates: one for each; 0: none), then scales, for some more bytes.
+"Votes" are steps on trits from the seed. Each journal is made compact and replayed, and what comes
 out is measured by `ternarize eval` on EVAL, which nothing has used: the mean cross entropy of a
 token. Beside it: that of a guess among all words, and of the words' frequencies in TEXT (one added
 to each). "CPU s" is the training and its writing.
@@ -52,10 +52,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("text", type=Path)
     arguments.add_argument("eval", type=Path)
     arguments.add_argument("--seed", type=int, default=0)
-    arguments.add_argument("--scales", type=int, default=4000)
-    arguments.add_argument("--trits", type=int, nargs="*", default=[20_000, 40_000, 80_000])
-    arguments.add_argument("--rates", type=float, nargs="*", default=[0.03, 0.03, 0.1])
-    arguments.add_argument("--steps", type=int, default=200)
+    arguments.add_argument("--trits", type=int, nargs="*", default=[0, 20_000, 40_000, 80_000])
+    arguments.add_argument("--rates", type=float, nargs="*", default=[0.03, 0.03, 0.06, 0.1])
+    arguments.add_argument("--steps", type=int, default=150)
+    arguments.add_argument("--scales", type=int, default=2500)
+    arguments.add_argument("--scale-steps", type=int, default=60)
     arguments.add_argument("--votes", type=int, default=0)
     arguments.add_argument("--batch", type=int, default=2048)
     arguments.add_argument("--train-len", type=int, default=128)
@@ -67,8 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     assert start.model is not None
     words: int = start.model.config["vocab_size"]
     rows: list[dict[str, Any]] = []
-    texts = {"texts": (str(options.text),), "objective": "text"}
-    sizes = {"batch": options.batch, "train_len": options.train_len, "seed": options.seed}
+    given: Any = {"texts": (str(options.text),), "objective": "text", "seed": options.seed}
+    given |= {"batch": options.batch, "train_len": options.train_len}
     how: Any = {"seed": options.seed, "start": start}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -100,20 +101,23 @@ def main(argv: list[str] | None = None) -> int:
         told("none: the seed", seed, 0.0)
         if options.votes:
             began, journal = time.process_time(), folder / "votes.steps"
-            training = Train(**texts, **sizes, steps=options.votes)
+            training = Train(**given, steps=options.votes)
             votes = Votes("trits", 1024, DENSITIES["trits"])
             train_by_votes(options.config, journal, training, votes, **how)
             told("votes on trits", journal, time.process_time() - began)
-        training = Train(**texts, **sizes, steps=options.steps)
-        began, scales = time.process_time(), folder / "scales.steps"
-        train_by_gradient(options.config, scales, training, options.scales, rate=3.0, **how)
-        told("scales by gradient", scales, time.process_time() - began)
         for size, rate in zip(options.trits, options.rates, strict=True):
-            began, journal = time.process_time(), folder / f"trits{size}.steps"
-            shutil.copyfile(scales, journal)
+            journal, training = folder / f"{size}.steps", Train(**given, steps=options.steps)
             more = {**how, "target": "trits", "rate": rate}
-            train_by_gradient(options.config, journal, training, size, **more)
-            told(f"then trits by gradient, rate {rate:g}", journal, time.process_time() - began)
+            if size:
+                began = time.process_time()
+                train_by_gradient(options.config, journal, training, size, **more)
+                told(f"trits by gradient, rate {rate:g}", journal, time.process_time() - began)
+            began, both = time.process_time(), folder / f"{size}-scales.steps"
+            shutil.copyfile(journal if size else seed, both)
+            room, training = size + options.scales, Train(**given, steps=options.scale_steps)
+            train_by_gradient(options.config, both, training, room, rate=3.0, **how)
+            name = "then scales" if size else "scales alone"
+            told(f"{name} by gradient", both, time.process_time() - began)
     write_figures(options.json, __file__, {"rows": rows, "frequencies": frequencies})
     return 0
 

@@ -42,6 +42,7 @@ from ternarize.steps.coding import set_width
 from ternarize.steps.generator import SCALES, TRITS
 from ternarize.steps.journal import (
     MAGIC,
+    NO_STEP,
     Edit,
     Journal,
     JournalEntry,
@@ -56,6 +57,7 @@ from ternarize.steps.operations import (
     bits_left,
     check_digests,
     compact,
+    compact_size,
     difference,
     edit,
     fork,
@@ -510,11 +512,26 @@ def test_bits_that_are_left_are_those_of_a_compact_journal(tmp_path: Path) -> No
     assert 970 < compact(path, tmp_path / "small.steps").size <= 1000
 
 
-def test_a_block_of_the_largest_steps_fits_a_record() -> None:
-    k = (1 << 16) - 1
+def test_bytes_hold_many_small_steps_and_large_ones_in_blocks_of_their_size(tmp_path: Path) -> None:
+    before, steps = NO_STEP, list[Step]()
+    left = bits_left(Journal("", SEED), 20_000)
+    while True:
+        step = Step(len(steps), TRITS, 10, 1, 128, (len(steps) % 128,), (1,))
+        left -= bits_in_block(step, before)
+        if left < 0:
+            break
+        steps.append(step)
+        before = step
+    path = written(tmp_path / "small.steps", SEED)
+    with Appender(path, SEED) as appender:
+        appender.append(*steps, Mark(len(steps), "0" * 64))
+    made = compact(path, tmp_path / "compact.steps")
+    assert 19_900 < made.size == compact_size(read_journal(path)) <= 20_000
+    assert made.steps == steps, "in more than one block"
+    k = (1 << 16) - 1  # the largest step there can be, at the end of a block, fits a record
     most = max(set_width(k, m) + m for m in range(43_000, 44_400, 200))
     assert most + 4 * 65 + 33 < most * 1.01  # with all that stands before a choice
-    assert (most * 1.01 / 8 + 1) * 1024 < 1 << 24
+    assert most * 1.01 / 8 + (1 << 14) < 1 << 24
 
 
 def test_two_journals_are_joined_behind_what_they_have_in_common(
@@ -532,6 +549,8 @@ def test_two_journals_are_joined_behind_what_they_have_in_common(
     both = merge(walk, new, tmp_path / "both.steps")
     numbers = [(step.number, step.seed, step.drawn) for step in both.steps]
     assert numbers == [(n, None, None) for n in (0, 1, 3, 4, 7)] + [(9, SEED.seed, 5)]
+    said = ok("verify", tmp_path / "both.steps")
+    assert said == "ok: 6 steps, 1 digests match, none is of the last 1 steps\n"
     state = state_of(read_journal(walk))
     state.apply(own[:1])
     assert digest_of(tmp_path / "both.steps") == state.digest()
