@@ -53,3 +53,12 @@ def test_after_a_break_there_are_gradients(
         assert torch.is_grad_enabled()
     finally:
         torch.set_grad_enabled(True)
+
+
+def test_what_short_samples_are_filled_up_with_counts_for_a_part() -> None:
+    lengths = [3, 30, 4, 9, 8, 5]
+    samples = [{"input_ids": torch.zeros(n, dtype=torch.int64)} for n in lengths]
+    parts = [[len(each["input_ids"]) for each in part] for part in loop.in_parts(samples, 16)]
+    assert parts == [[3, 4, 5], [8], [9], [30]]  # 15 positions; 2 of 8 and 9 would be 18
+    alike = [{"input_ids": torch.zeros(8, dtype=torch.int64)} for _ in range(5)]
+    assert [len(part) for part in loop.in_parts(alike, 16)] == [2, 2, 1]

@@ -8,6 +8,7 @@ conversion writes.
     losses.py      losses over large vocabularies, in pieces, with their gradients
     texts.py       documents of any number -> samples without end, and those that are kept apart
     sources.py     the samples of a training, for each kind of model and text
+    attention.py   attention of narrow heads in float32, where that is faster
     students.py    the two models, and how their outputs are compared
     parallel.py    what several processes that train one model tell each other
     divided.py     blocks divided among processes

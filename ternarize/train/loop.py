@@ -289,10 +289,13 @@ def check_rounds(training: Train, usual: int, count: int, samples: Sequence[Samp
 
 
 def in_parts(samples: Sequence[Sample], most: int) -> Iterator[list[Sample]]:
-    """Samples in lists of at most so many tokens, or of one; those of alike lengths together."""
+    """Samples in lists of at most so many tokens, or of one; those of alike lengths together.
+
+    What short ones are filled up with counts as well: the model works on it.
+    """
     part: list[Sample] = []
-    for sample in sorted(samples, key=tokens_in):
-        if part and sum(map(tokens_in, part)) + tokens_in(sample) > most:
+    for sample in sorted(samples, key=tokens_in):  # the longest comes last
+        if part and (len(part) + 1) * tokens_in(sample) > most:
             yield part
             part = []
         part.append(sample)

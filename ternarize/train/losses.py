@@ -18,7 +18,7 @@ https://arxiv.org/abs/1503.02531, at temperature 1.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -159,12 +159,13 @@ class _InPieces(torch.autograd.Function):
         dtype: torch.dtype,
         compiled: bool,
     ) -> tuple[Tensor, Tensor]:
-        student, teacher = heads
+        student, teacher = (replace(head, weight=head.weight.to(dtype)) for head in heads)
         towards = _compiled() if compiled else _piece
         loss = hidden.new_zeros((), dtype=torch.float64)
         same = hidden.new_zeros((), dtype=torch.int64)  # a GPU is not waited for
         piece = _PIECE if hidden.device.type == "cpu" else _ON_A_GPU
-        of_hidden = torch.empty_like(hidden)
+        slopes = any(ctx.needs_input_grad)
+        of_hidden = torch.empty_like(hidden) if slopes else None
         wide = torch.float32  # in which gradients of 16-bit rows are added up, too
         of_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         of_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
@@ -174,18 +175,23 @@ class _InPieces(torch.autograd.Function):
             logits = student.logits(hidden[part], dtype)
             if target is not None:
                 others = teacher.logits(target[part], dtype)
-                found = towards(student, logits, others, words.log_weight, count, dtype)
+                found = towards(student, logits, others, words.log_weight, dtype)
             else:
                 assert following is not None
-                found = _piece_of_text(student, logits, following[part], words, count, dtype)
+                found = _piece_of_text(student, logits, following[part], words, dtype)
             loss += found[0]
             same += found[1]
+            if of_hidden is None:  # nothing is trained: it is looked at
+                continue
             narrow = found[2]
-            of_hidden[part] = (narrow @ weight.to(dtype)).to(hidden.dtype)
+            of_hidden[part] = (narrow @ student.weight).to(hidden.dtype)
             if of_weight is not None:
                 of_weight += narrow.T @ hidden[part].to(dtype)
             if of_bias is not None:
                 of_bias += narrow.sum(0, dtype=of_bias.dtype)
+        for each in (of_hidden, of_weight, of_bias):
+            if each is not None:
+                each /= count
         ctx.save_for_backward(of_hidden, of_weight, of_bias)
         agreement = (same.to(torch.float64) / count).to(torch.float32)
         ctx.mark_non_differentiable(agreement)
@@ -201,21 +207,17 @@ class _InPieces(torch.autograd.Function):
 
 
 def _piece(
-    head: Head,
-    logits: Tensor,
-    others: Tensor,
-    log_weight: Tensor | None,
-    count: int,
-    dtype: torch.dtype,
+    head: Head, logits: Tensor, others: Tensor, log_weight: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of some tokens' logits and the teacher's: the divergence, float64, how often the likeliest
-    word is the same, and the gradient by h W^T + b of the mean over `count` tokens, of `dtype`."""
+    word is the same, and the gradient of the divergence by h W^T + b, of `dtype`."""
     log_q, log_p = _log_softmax(logits, log_weight), _log_softmax(others, log_weight)
+    likeliest = (log_q == log_q.amax(-1, keepdim=True)) & (log_p == log_p.amax(-1, keepdim=True))
+    same = likeliest.any(-1).sum()  # torch finds a place more slowly than a value
     p = log_p.exp()
-    each = torch.where(p > 0, p * (log_p - log_q), 0)  # words that a model rules out
-    same = (log_p.argmax(-1) == log_q.argmax(-1)).sum()
-    slope = head.before(log_q.exp_().sub_(p), logits) / count
-    return each.sum(dtype=torch.float64), same, slope.to(dtype)
+    each = log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0)  # words that a model rules out
+    slope = head.before(log_q.exp_().sub_(p), logits)
+    return each.sum(-1).sum(dtype=torch.float64), same, slope.to(dtype)
 
 
 @cache
@@ -225,15 +227,15 @@ def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
 
 
 def _piece_of_text(
-    head: Head, logits: Tensor, following: Tensor, words: Words, count: int, dtype: torch.dtype
+    head: Head, logits: Tensor, following: Tensor, words: Words, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same towards the next tokens, which are given as places among the words."""
     log_q, right = _log_softmax(logits, words.log_weight), following.unsqueeze(-1)
-    loss = -log_q.gather(-1, right).sum(dtype=torch.float64)
-    same = (log_q.argmax(-1) == following).sum()
+    found = log_q.gather(-1, right)
+    same = (found == log_q.amax(-1, keepdim=True)).sum()
     slope = log_q.exp_()
     slope.scatter_add_(-1, right, -torch.ones_like(right, dtype=slope.dtype))
-    return loss, same, (head.before(slope, logits) / count).to(dtype)
+    return -found.sum(dtype=torch.float64), same, head.before(slope, logits).to(dtype)
 
 
 def _log_softmax(logits: Tensor, log_weight: Tensor | None) -> Tensor:

@@ -35,6 +35,7 @@ from ternarize.qat.modules import Qat, latent_modules
 from ternarize.qat.prepare import begin, begin_numbers, insert
 from ternarize.qat.rounding import Form
 from ternarize.sources.checkpoint import locate
+from ternarize.train.attention import widen_attention
 from ternarize.train.losses import Head, Words
 from ternarize.trits.base3 import BASE3
 from ternarize.trits.rotation import unrotate
@@ -120,6 +121,8 @@ def make_pair(
     for model in (student, teacher):
         if model is not None:
             widen(model, dtype)
+            if dtype != torch.float32 and device == "cpu":
+                widen_attention(model)
     return Pair.of(student, teacher, dtype)
 
 
