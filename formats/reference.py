@@ -186,7 +186,8 @@ def unrotate(stored: NDArray[np.float64], block: int, seed: int) -> NDArray[np.f
 
 
 def parse_object(data: bytes, rule: str, where: str) -> dict[str, Any]:
-    """Read one JSON object in UTF-8, with no key twice, no NaN or Infinity, no half surrogate."""
+    """Read one JSON object in UTF-8, with no key twice, no NaN or Infinity, also by size, no half
+    surrogate."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -196,9 +197,14 @@ def parse_object(data: bytes, rule: str, where: str) -> dict[str, Any]:
     def constant(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
 
+    def finite(number: str) -> float:
+        require(math.isfinite(float(number)), rule, f"{where}: {number:.40} is no double")
+        return float(number)
+
     try:
         text = data.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+        hooks: Any = {"parse_constant": constant, "parse_float": finite}
+        value = json.loads(text, object_pairs_hook=unique, **hooks)
         json.dumps(value, ensure_ascii=False).encode("utf-8")  # fails on a half surrogate
     except (ValueError, RecursionError) as error:
         raise Invalid(f"{rule} {where}: {error}") from None

@@ -333,8 +333,9 @@ def read_tensors(table: dict[str, Any]) -> tuple[Tensor, ...]:
 
 def is_shape(value: object, least: int, most: int) -> bool:
     """True for a list of so many sizes."""
-    good = isinstance(value, list) and least <= len(value) <= most
-    return good and all(type(n) is int and 1 <= n < 2**31 for n in value)  # type: ignore[attr-defined]
+    if not isinstance(value, list) or not least <= len(value) <= most:
+        return False
+    return all(type(n) is int and 1 <= n < 2**31 for n in value)
 
 
 # The model
@@ -358,6 +359,7 @@ def read_model(data: bytes, at: int) -> tuple[tuple[Tensor, ...], Model, int]:
     require(len(set(names)) == len(names), "tensor-twice", f"in {names}")
     config, files = table.get("config"), table.get("files")
     require(isinstance(config, dict), "config-bad", f"config is {config!r}")
+    require(not names_code(config), "config-bad", "it names code")
     require(isinstance(files, dict), "files-bad", f"files is {files!r}")
     for name, digest in dict(files or {}).items():
         require(is_beside(name) and is_hex(digest, 64), "files-bad", f"{name!r}: {digest!r}")
@@ -397,8 +399,16 @@ def is_beside(name: str) -> bool:
     """True for the name of a file that may belong beside the weights."""
     part = "[0-9A-Za-z_-][0-9A-Za-z_.-]*"
     good = len(name) <= 255 and re.fullmatch(f"{part}(/{part})*", name) is not None
-    own = name in ("config.json", "ternarize.json", "SHA256SUMS") or name.endswith(".safetensors")
+    first = name.lower().split("/")[0]
+    own = first in ("config.json", "ternarize.json", "sha256sums") or first.endswith(".safetensors")
     return good and not own
+
+
+def names_code(value: object) -> bool:
+    """True for a value with the member auto_map at any depth."""
+    if isinstance(value, dict):
+        return "auto_map" in value or any(map(names_code, value.values()))
+    return isinstance(value, list) and any(map(names_code, value))
 
 
 # The code of a choice

@@ -523,8 +523,9 @@ def test_another_type_beside_a_modelfile_is_said(
 ) -> None:
     report = export(packed(256), tmp_path / "m.gguf", "gguf", kind="tq2_0", modelfile=True)
     assert "Ollama does not read TQ2_0: use q2_k or q4_0" in report["notes"]
-    with pytest.raises(CheckpointError, match="Use --type q4_0, or convert"):
-        export(packed(128), tmp_path / "n.gguf", "gguf", kind="q2_k", modelfile=True)
+    for kind in ("q2_k", "tq2_0"):
+        with pytest.raises(CheckpointError, match="Use --type q4_0, or convert"):
+            export(packed(128), tmp_path / "n.gguf", "gguf", kind=kind, modelfile=True)
 
 
 def test_groups_of_64_and_128_fit_q2_0(packed: Callable[..., Path], tmp_path: Path) -> None:

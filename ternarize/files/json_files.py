@@ -1,6 +1,7 @@
 """JSON of a checkpoint: config.json, indexes, records. Strictly, where we wrote it."""
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -72,7 +73,8 @@ def _unusable(path: Path, found: str, expected: str = "") -> FormatError:
 
 
 def strict_json(text: str) -> Any:
-    """Parse JSON, refusing what parsers disagree on: repeated keys, NaN, half surrogate pairs.
+    """Parse JSON, refusing what parsers disagree on: repeated keys, NaN, numbers that are too
+    large for a double, half surrogate pairs.
 
     Raises ValueError or RecursionError.
     """
@@ -87,7 +89,14 @@ def strict_json(text: str) -> Any:
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
 
-    value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    def finite(number: str) -> float:
+        value = float(number)
+        if math.isinf(value):
+            raise ValueError(f"{number:.40} is beyond every double")
+        return value
+
+    hooks: dict[str, Any] = {"parse_constant": refuse, "parse_float": finite}
+    value = json.loads(text, object_pairs_hook=unique, **hooks)
     if "\\u" in text:  # only an escape can be half a surrogate pair: it is no UTF-8, a ValueError
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value

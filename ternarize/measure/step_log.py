@@ -64,7 +64,8 @@ def _start_of(header: JournalHeader) -> str:
     if header.model is None:
         return "its seed"
     named = header.model.config.get("architectures")
-    name = named[0] if isinstance(named, list) and named else "model"
+    first = named[0] if isinstance(named, list) and named else None
+    name = first[:80] if isinstance(first, str) else "model"
     weights = sum(math.prod(shape) for _, shape, _ in header.tensors)
     return f"its seed, a whole {name} of {weights:,} weights"
 

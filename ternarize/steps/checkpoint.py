@@ -98,16 +98,21 @@ def open_base(
         for name, digest_of_file in model.files.items():
             there = (folder / name).is_file()
             if not there or sha256(folder / name) != digest_of_file:
-                raise UsageError(
-                    folder / name,
-                    "is another than the model was trained with" if there else "is not there",
-                    f"one with the SHA-256 {digest_of_file[:12]}...",
-                    "Name the folder that it was trained with",
-                )
+                raise _another(folder / name, digest_of_file)
         return None, {}, folder
     packed, records = (None, {}) if base is None else open_packed(base)
     check_base(journal.path, journal.header, None if packed is None else records)
     return packed, records, None
+
+
+def _another(file: Path, digest_of_file: str) -> UsageError:
+    """The error of a file beside a model that is not the one of the journal."""
+    return UsageError(
+        file,
+        "is another than the model was trained with" if file.is_file() else "is not there",
+        f"one with the SHA-256 {digest_of_file[:12]}...",
+        "Name the folder that it was trained with",
+    )
 
 
 def open_journal(path: str | Path) -> Journal:
@@ -359,9 +364,11 @@ def _write_model(
     for name, table in tables.items():
         text = json.dumps(table, indent=2, ensure_ascii=False) + "\n"
         (output / name).write_text(text, "utf-8")
-    for name in model.files if folder is not None else ():
+    for name, digest_of_file in model.files.items() if folder is not None else ():
         assert folder is not None
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, output / name)
+        if sha256(output / name) != digest_of_file:
+            raise _another(folder / name, digest_of_file)
     renew_sums(output)
     return [] if folder is not None else list(model.files)

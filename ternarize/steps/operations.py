@@ -34,7 +34,7 @@ from ternarize.steps.replay import Values
 
 # bytes of a compact journal around its steps: a digest, the frame of a block; and what each further
 # block takes, of which there is at most one for so many bytes
-_AROUND, _OF_BLOCK, _BLOCK = 58, 24, 1 << 14
+_AROUND, _OF_BLOCK, _BLOCK = 58, 32, 1 << 14
 
 
 def edit(path: str | Path, *edits: Edit) -> list[list[int]]:

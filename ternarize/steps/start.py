@@ -15,7 +15,7 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
-from ternarize.errors import damaged
+from ternarize.errors import UsageError, damaged
 from ternarize.files.json_files import strict_json
 
 MODEL = "model"  # the feature
@@ -24,7 +24,8 @@ MOST_EXPONENT = 1024  # of scales at the start, of either sign
 LONGEST_PART = 1 << 24  # bytes of a header, a model, a record
 # files beside the weights: paths that lead nowhere else, and no file that a replay writes
 _BESIDE = re.compile(r"[0-9A-Za-z_-][0-9A-Za-z_.-]*(/[0-9A-Za-z_-][0-9A-Za-z_.-]*)*")
-_OWN = ("config.json", "ternarize.json", "SHA256SUMS")
+_OWN = ("config.json", "ternarize.json", "sha256sums")
+CODE = "auto_map"  # by which a configuration names code: a journal brings none
 
 TensorShapes = tuple[tuple[str, tuple[int, ...], int], ...]  # name, shape, group size
 
@@ -51,7 +52,7 @@ def tensors_json(tensors: TensorShapes) -> list[dict[str, Any]]:
 
 
 def model_bytes(tensors: TensorShapes, model: StartModel) -> bytes:
-    """What stands behind the header of a journal with a model."""
+    """What stands behind the header of a journal with a model; UsageError where it is too large."""
     both = zip(tensors_json(tensors), model.exponents, strict=True)
     table = {
         "tensors": [{**tensor, "exponent": exponent} for tensor, exponent in both],
@@ -61,9 +62,12 @@ def model_bytes(tensors: TensorShapes, model: StartModel) -> bytes:
         "config": model.config,
         "files": model.files,
     }
-    text = json.dumps(table, separators=(",", ":"), allow_nan=False).encode()
+    form: Any = {"separators": (",", ":"), "allow_nan": False, "ensure_ascii": False}
+    text = json.dumps(table, **form).encode()
     stream = zlib.compress(text, 9)
-    assert max(len(text), len(stream)) <= LONGEST_PART, "no reader would take it"
+    if max(len(text), len(stream)) > LONGEST_PART:
+        found, most = f"takes {len(text)} bytes of JSON", f"at most {LONGEST_PART}"
+        raise UsageError("the model of the journal", found, most, "Use `ternarize train`")
     head = struct.pack("<I", len(stream)) + stream
     return head + struct.pack("<I", zlib.crc32(head))
 
@@ -96,8 +100,8 @@ def parse_model(data: bytes, at: int, where: str) -> tuple[TensorShapes, StartMo
     if sum(math.prod(shape) for _, shape, _ in others) > MOST_VALUES:
         raise damaged(where, "its constants are too large", "2^58 values at most")
     config, files = table.get("config"), table.get("files")
-    if not isinstance(config, dict):
-        raise damaged(where, "the configuration of its model is not an object")
+    if not isinstance(config, dict) or _names_code(config):
+        raise damaged(where, "the configuration of its model is no object, or names code to run")
     if not isinstance(files, dict) or not all(map(is_beside, files)):
         raise damaged(where, "the files of its model cannot be read", "names below a folder")
     if not all(isinstance(d, str) and re.fullmatch("[0-9a-f]{64}", d) for d in files.values()):
@@ -151,10 +155,13 @@ def _is_shape(value: Any, least: int, most: int) -> bool:
 
 
 def is_beside(name: str) -> bool:
-    """Whether a name can be that of a file beside the weights."""
-    return (
-        len(name) <= 255
-        and _BESIDE.fullmatch(name) is not None
-        and name not in _OWN
-        and not name.endswith(".safetensors")
-    )
+    """Whether a name can be that of a file beside the weights, whatever the letters' case means."""
+    first = name.lower().partition("/")[0]
+    own = first in _OWN or first.endswith(".safetensors")
+    return len(name) <= 255 and _BESIDE.fullmatch(name) is not None and not own
+
+
+def _names_code(value: Any) -> bool:
+    if isinstance(value, dict):
+        return CODE in value or any(map(_names_code, value.values()))
+    return isinstance(value, list) and any(map(_names_code, value))

@@ -9,6 +9,7 @@ trits from the seed, with one scale by which products keep the variance of their
 afterwards. Of all other tensors the architecture says what they begin with: zeros or ones.
 """
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,33 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from ternarize.errors import CheckpointError, SelectionError, UsageError
+from ternarize.errors import CheckpointError, SelectionError
 from ternarize.files.json_files import read_config
 from ternarize.files.sums import sha256
 from ternarize.models.configuration import class_of, open_config, usable
 from ternarize.models.places import locate_tensors
-from ternarize.models.reads import has_tokenizer, no_tokenizer
+from ternarize.models.reads import TOKENIZER_FILES, has_tokenizer, no_tokenizer
 from ternarize.models.skeleton import Skeleton
-from ternarize.plans.copied import small_files
 from ternarize.sources.checkpoint import locate
 from ternarize.steps.journal import JournalHeader
-from ternarize.steps.start import StartModel, is_beside
+from ternarize.steps.start import CODE, StartModel
 
 START_ZEROS = 1 << 30  # of 2^31: half of the trits of a start
 _OCTAVE = 32  # exponents that double a scale
+# what belongs beside the weights; a folder can hold anything else, texts to train on for one
+_FILES = (
+    *TOKENIZER_FILES,
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "LICENSE",
+    "NOTICE",
+)
 
 
 def drawn_model(folder: Path, seed: int) -> Any:
@@ -60,8 +74,8 @@ def drawn_header(folder: str | Path, seed: int, group_size: int) -> JournalHeade
     folder      with config.json, which names the architecture, and the files of a tokenizer
     group_size  of all its matrices, as in trits/ternary.py
 
-    Raises CheckpointError as `drawn_model`, SelectionError for a tensor that can be neither drawn
-    nor said, UsageError for the name of a file that a journal does not take.
+    Raises CheckpointError as `drawn_model` and for a configuration that JSON cannot say,
+    SelectionError for a tensor that can be neither drawn nor said.
     """
     folder = locate(folder, config_only=True)
     model = drawn_model(folder, 0)
@@ -95,9 +109,18 @@ def drawn_header(folder: str | Path, seed: int, group_size: int) -> JournalHeade
             )
     if not tensors:
         raise SelectionError(folder, "a model without matrices", "some", "Name another")
-    files = {name: sha256(folder / name) for name in _beside(folder)}
-    config = _without_paths(read_config(folder) or {})
+    files = {n: sha256(folder / n) for n in _FILES if (folder / n).is_file()}
+    config = _plain(read_config(folder) or {})
     config.pop("quantization_config", None)
+    try:
+        json.dumps(config, allow_nan=False)
+    except ValueError:
+        raise CheckpointError(
+            folder / "config.json",
+            "has a number that is not finite",
+            "finite numbers, which JSON can say",
+            "Repair it",
+        ) from None
     told = StartModel(tuple(exponents), tuple(constants), config, files)
     return JournalHeader(seed, START_ZEROS, tuple(tensors), model=told)
 
@@ -122,24 +145,10 @@ def _exponent(inputs: int) -> int:
     return round(-_OCTAVE / 2 * math.log2(inputs * (1 - START_ZEROS / 2**31)))
 
 
-def _beside(folder: Path) -> list[str]:
-    """The files that belong beside the weights; UsageError for a name that is refused."""
-    names = small_files(folder, [])[0]
-    for name in names:
-        if not is_beside(name):
-            raise UsageError(
-                folder / name,
-                "has a name that a journal does not take",
-                "letters, digits, -, _ and . alone",
-                "Rename it, or move it away",
-            )
-    return names
-
-
-def _without_paths(value: Any) -> Any:
-    """A configuration without the folders that it was once loaded from."""
+def _plain(value: Any) -> Any:
+    """A configuration without the folders that it was once loaded from, and without code."""
     if isinstance(value, list):
-        return [_without_paths(each) for each in value]
+        return [_plain(each) for each in value]
     if not isinstance(value, dict):
         return value
-    return {key: _without_paths(each) for key, each in value.items() if key != "_name_or_path"}
+    return {k: _plain(each) for k, each in value.items() if k not in ("_name_or_path", CODE)}

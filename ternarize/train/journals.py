@@ -82,6 +82,8 @@ def train_by_votes(
         appender = stack.enter_context(Appender(journal, at.header)) if not world.rank else None
         there = Path(journal).read_bytes() if appender else b""
         begun = parse_journal(world.firsts(there), str(journal))
+        if begun.header != at.header:  # the first has compared: another process has other files
+            raise UsageError(base, "begins otherwise here", "the same folder in every process")
         if votes.nbytes:
             _room(begun, votes.nbytes, goes_on=bool(begun.steps))
         before = at.brought_to(begun.effective())

@@ -176,6 +176,9 @@ def _pair(directory: Path, training: Train, device: str, *, plain: bool) -> Pair
     how: dict[str, Any] = {"attn_implementation": "eager"} if plain else {}
     student = load(directory, device=device, dtype=torch.float32, dequantize=True, **how)
     teacher = None
+    if training.objective == "text" and training.teacher is not None:
+        found = f"{training.teacher}, which --objective text does not ask"
+        raise UsageError("--teacher", found, "one of the two", "Leave one of them out")
     if training.objective == "distill":
         if training.teacher is None:
             raise UsageError(

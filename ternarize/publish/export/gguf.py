@@ -122,7 +122,7 @@ def export_gguf(
     usual = OLLAMA_TYPES if modelfile else DEFAULT_TYPES
     types = usual if asked is None else (asked,)
     kind, losses = _chosen(packed, types, allow_requantize, moved, left)
-    losses.stop_unless_allowed(packed, _advice(packed, asked))
+    losses.stop_unless_allowed(packed, _advice(packed, asked, modelfile))
     writer = gguf.GGUFWriter(None, architecture.name)
     notes: list[str] = []
     if tokenizer:
@@ -232,11 +232,11 @@ def _chosen(
     return tried[0]
 
 
-def _advice(packed: PackedCheckpoint, asked: str | None) -> str:
+def _advice(packed: PackedCheckpoint, asked: str | None, modelfile: bool) -> str:
     """asked  the type of ternary tensors, if one was named"""
     ternary = [r for r in packed.records.values() if r.kind == "ternary"]
     plain = all(r.planes == 1 and not r.rotation[0] for r in ternary)
-    smaller = "q4_0" if asked == "q2_k" else "q2_0"  # blocks
+    smaller = "q4_0" if modelfile or asked == "q2_k" else "q2_0"  # blocks
     several = asked is not None and ggml.TYPES[asked].block > ggml.TYPES[smaller].block
     other = f"Use --type {smaller}, or convert" if plain and several else "Convert"
     return f"{other} the source with --for llama.cpp, which chooses what such a file holds."
