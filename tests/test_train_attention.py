@@ -20,7 +20,8 @@ def model_of(kind: str, width: int) -> Any:
     sizes = {**SIZES, "hidden_size": 2 * width, "intermediate_size": 16}
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **sizes)
-    return transformers.AutoModel.from_config(config, attn_implementation="sdpa").eval()
+    auto: Any = transformers.AutoModel
+    return auto.from_config(config, attn_implementation="sdpa").eval()
 
 
 def outputs(model: Any, mask: Tensor | None) -> Tensor:

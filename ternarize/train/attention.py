@@ -44,11 +44,11 @@ def _attend(
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention as transformers' "sdpa" has it, of (batch, heads, length, n)."""
-    plain: Any = transformers.AttentionInterface()[SDPA]
+    registry: Any = transformers.AttentionInterface  # without annotations
+    plain = registry()[SDPA]
     if query.shape[-1] > NARROW_HEAD:
-        found: tuple[Tensor, Tensor | None] = plain(
-            module, query, key, value, attention_mask, **options
-        )
+        found: tuple[Tensor, Tensor | None]
+        found = plain(module, query, key, value, attention_mask, **options)
         return found
     if attention_mask is not None and attention_mask.is_floating_point():
         attention_mask = attention_mask.float()
