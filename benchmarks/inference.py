@@ -84,10 +84,10 @@ def make_engines(folder: Path, args: argparse.Namespace) -> dict[str, Engine]:
         synthetic.write_llama(folder / "tiny", 1)
     packed = {"rows": -1, "groups of 128": 128}
     for name, group_size in packed.items():
-        for end, head in ((name, "keep"), (f"{name}, int4 head", "int4")):
-            if not (folder / end).exists():
-                recipe = Recipe(method="absmean", group_size=group_size, head=head)
-                convert(source, folder / end, recipe)
+        for path, becomes in ((name, "keep"), (f"{name}, int4 head", "int4")):
+            if not (folder / path).exists():
+                recipe = Recipe(method="absmean", group_size=group_size, head=becomes)
+                convert(source, folder / path, recipe)
     if not (folder / "tiny packed").exists():
         convert(folder / "tiny", folder / "tiny packed", Recipe(method="absmean"))
     engines: dict[str, Engine] = {}
