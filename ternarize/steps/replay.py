@@ -121,7 +121,7 @@ def _drawn(seed: int, step: Step) -> tuple[int, int]:
 
 def parts_of_seed(header: JournalHeader) -> list[Part]:
     """The tensors of a journal that begins from its seed."""
-    return parts_in_order(header.tensors, header.model and header.model.exponents)
+    return parts_in_order(header.tensors, None if header.model is None else header.model.exponents)
 
 
 def start_of(part: Part, header: JournalHeader, rows: tuple[int, int] | None = None) -> Tensor:

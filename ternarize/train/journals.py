@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ternarize.calibrate.samples import Sample
+from ternarize.calibrate.speech import LEFT_OUT
 from ternarize.errors import UsageError
 from ternarize.plans.recipe import Train
 from ternarize.ranks import World, ranks_launched
@@ -29,7 +30,7 @@ from ternarize.steps.operations import bits_left, compact_size
 from ternarize.train.moved import target_of
 from ternarize.train.pursuit import dense_steps, placed_steps, single_cell, trained_values
 from ternarize.train.session import Session, open_session
-from ternarize.train.sources import LEFT_OUT, Data
+from ternarize.train.sources import Data
 from ternarize.train.texts import next_samples
 from ternarize.train.votes import Heard, Votes, first_attempt, train_votes
 
