@@ -1,9 +1,11 @@
 """Journals that are a whole model, from their seed on: drawn, trained, replayed, published."""
 
+import hashlib
 import json
 import math
 import shutil
 import struct
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -203,7 +205,7 @@ def test_cards_say_what_a_model_from_its_seed_needs(
     with Appender(tmp_path / "a.steps", drawn_header(config, 3, 32)) as appender:
         appender.append(Step(0, SCALES, 2, 5, 4, (0,), (1,)))
     card = push(tmp_path / "a.steps", "user/steps", dry_run=True)["card_text"]
-    digest = theirs.hashlib.sha256((config / "tokenizer.json").read_bytes()).hexdigest()
+    digest = hashlib.sha256((config / "tokenizer.json").read_bytes()).hexdigest()
     assert f"- `tokenizer.json`, SHA-256 {digest}" in card and "base_model" not in card
     assert "ternarize steps replay user/steps replayed --base FOLDER" in card
     named = push(tmp_path / "a.steps", "user/steps", base_model="user/words", dry_run=True)
@@ -229,10 +231,10 @@ def test_a_model_that_swells_is_refused(given: tuple[Path, Path]) -> None:
     assert header.model is not None
     plain = model_bytes(header.tensors, header.model)
     whole = journal_header(header)
-    text = theirs.zlib.decompress(plain[4:-4]) + b" " * LONGEST_PART
-    stream = theirs.zlib.compress(text)
+    text = zlib.decompress(plain[4:-4]) + b" " * LONGEST_PART
+    stream = zlib.compress(text)
     head = len(stream).to_bytes(4, "little") + stream
-    data = whole.removesuffix(plain) + head + theirs.zlib.crc32(head).to_bytes(4, "little")
+    data = whole.removesuffix(plain) + head + zlib.crc32(head).to_bytes(4, "little")
     with pytest.raises(reference.Invalid, match="model-not-json"):
         theirs.read_journal(data)
     with pytest.raises(Exception, match="its model cannot be read"):
