@@ -54,6 +54,7 @@ from ternarize.steps.journal import (
     read_journal,
 )
 from ternarize.steps.operations import (
+    BLOCK_BYTES,
     bits_left,
     check_digests,
     compact,
@@ -64,6 +65,7 @@ from ternarize.steps.operations import (
     merge,
 )
 from ternarize.steps.replay import Values
+from ternarize.steps.start import LONGEST_PART
 
 GOLDEN = Path(reference.__file__).parent / "golden"
 # dense, of experts, transposed, rotated, with scales of all types, in shards
@@ -531,7 +533,7 @@ def test_bytes_hold_many_small_steps_and_large_ones_in_blocks_of_their_size(tmp_
     k = (1 << 16) - 1  # the largest step there can be, at the end of a block, fits a record
     most = max(set_width(k, m) + m for m in range(43_000, 44_400, 200))
     assert most + 4 * 65 + 33 < most * 1.01  # with all that stands before a choice
-    assert most * 1.01 / 8 + (1 << 14) < 1 << 24
+    assert most * 1.01 / 8 + BLOCK_BYTES < LONGEST_PART
 
 
 def test_two_journals_are_joined_behind_what_they_have_in_common(

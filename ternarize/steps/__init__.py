@@ -10,5 +10,6 @@ Integers alone, so that a replay gives the same bytes everywhere.
     replay.py      steps applied to trits and exponents, any range by itself
     base.py        the packed checkpoint that a journal begins from
     operations.py  edits, forks, merges, blocks; digests checked
-    checkpoint.py  a journal replayed on its base, as a checkpoint again
+    seeded.py      a start from the seed after steps, as files: a container, a whole model
+    checkpoint.py  a journal replayed on what it begins from, as a checkpoint or rows
 """

@@ -1,12 +1,11 @@
-"""A journal replayed on its base: a packed checkpoint again, or rows of a tensor."""
+"""A journal replayed on what it begins from: a packed checkpoint, a file, or rows of a tensor."""
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ternarize.errors import UsageError
-from ternarize.files import metadata
 from ternarize.files.checkpoint import Checkpoint
 from ternarize.files.container import check_data, digest
-from ternarize.files.headers import DTYPE_NAMES, byte_view, file_head, lay_out, read_header
+from ternarize.files.headers import byte_view, read_header
 from ternarize.files.metadata import SCALE_SUFFIX, Record
-from ternarize.files.names import RECORD, SAFETENSORS
+from ternarize.files.names import RECORD
 from ternarize.files.outputs import check_free, fresh_output, write_at, write_whole
 from ternarize.files.recoded import head_again, rewritten
-from ternarize.files.sums import renew_sums, sha256
-from ternarize.plans.recipe import TERNARY, Recipe
+from ternarize.files.sums import sha256
 from ternarize.sources.checkpoint import locate
 from ternarize.sources.fetch import fetch_file, split_id
 from ternarize.sources.packed import check_record, check_uncoded, open_packed
@@ -39,10 +36,10 @@ from ternarize.steps.base import (
 from ternarize.steps.generator import SCALES, TRITS
 from ternarize.steps.journal import SUFFIX, Journal, read_journal
 from ternarize.steps.replay import Moves, parts_of_seed, start_of
+from ternarize.steps.seeded import another_file, file_of_seed, write_model
 from ternarize.trits.base3 import unpack
 from ternarize.trits.scales import scale_values
 from ternarize.trits.ternary import largest_of_groups, spread_scales
-from ternarize.version import __version__
 
 _PIECE = 1 << 22  # elements copied at a time
 
@@ -70,12 +67,12 @@ def replay(
     about = _about(journal, upto)
     if packed is None and journal.header.model is None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(output, _file_of_seed(journal, upto)[0], f".{os.getpid()}")
+        write_whole(output, file_of_seed(journal, upto)[0], f".{os.getpid()}")
         return about
     if packed is None:
         source = Path(journal.path) if folder is None else folder
         with fresh_output(source, output, folder=True) as partial:
-            return about | {"missing": _write_model(journal, folder, partial, upto, about)}
+            return about | {"missing": write_model(journal, folder, partial, upto, about)}
     check_uncoded(packed, records)
     check_data(packed, records)
     with rewritten(packed, output) as partial:
@@ -98,21 +95,11 @@ def open_base(
         for name, digest_of_file in model.files.items():
             there = (folder / name).is_file()
             if not there or sha256(folder / name) != digest_of_file:
-                raise _another(folder / name, digest_of_file)
+                raise another_file(folder / name, digest_of_file)
         return None, {}, folder
     packed, records = (None, {}) if base is None else open_packed(base)
     check_base(journal.path, journal.header, None if packed is None else records)
     return packed, records, None
-
-
-def _another(file: Path, digest_of_file: str) -> UsageError:
-    """The error of a file beside a model that is not the one of the journal."""
-    return UsageError(
-        file,
-        "is another than the model was trained with" if file.is_file() else "is not there",
-        f"one with the SHA-256 {digest_of_file[:12]}...",
-        "Name the folder that it was trained with",
-    )
 
 
 def open_journal(path: str | Path) -> Journal:
@@ -288,87 +275,3 @@ def _renew_record(
         record.pop(part, None)
     record["steps"] = {**about, "before": record["steps"]} if "steps" in record else about
     (output / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
-
-
-def _file_of_seed(
-    journal: Journal, upto: int | None, *, recorded: bool = False
-) -> tuple[bytes, dict[str, Record]]:
-    """A container file with the tensors of a journal that begins from its seed; their records.
-
-    recorded  a record beside it lists their digests
-    """
-    header = journal.header
-    constants = () if header.model is None else header.model.constants
-    names = {name for name, _, _ in (*header.tensors, *constants)}
-    taken = [n for n in names if n == "__metadata__" or n.removesuffix(SCALE_SUFFIX) in names - {n}]
-    if taken:
-        found = f"a tensor is called {min(taken)!r:.80}, as another entry of the file would be"
-        raise UsageError(journal.path, found, "other names", "Read its rows one by one")
-    tensors: dict[str, Tensor] = {}
-    records: dict[str, Record] = {}
-    for part, trits, exponents, start in replayed(None, {}, header, journal.effective(upto)):
-        stored, scales = stored_after(trits, exponents, start, part)
-        tensors |= {part.name: stored, part.name + SCALE_SUFFIX: scales}
-        records[part.name] = Record(digest(stored, scales), part.shape, part.group_size)
-    for name, shape, value in constants:
-        tensors[name] = torch.full(shape, float(value))
-        records[name] = Record(digest(tensors[name]))
-    entries = lay_out((n, DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in tensors.items())
-    head = file_head(entries, metadata.dump_metadata(records, recorded=recorded))
-    body = b"".join(byte_view(tensors[name]).numpy().tobytes() for name in entries)
-    return head + body, records
-
-
-def _write_model(
-    journal: Journal, folder: Path | None, output: Path, upto: int | None, about: dict[str, Any]
-) -> list[str]:
-    """A packed checkpoint of a model that begins from its seed, into a directory.
-
-    folder  with the files beside the weights
-
-    Returns those that are left out.
-    """
-    model = journal.header.model
-    assert model is not None
-    data, records = _file_of_seed(journal, upto, recorded=True)
-    (output / SAFETENSORS).write_bytes(data)
-    sizes = {size for _, _, size in journal.header.tensors}
-    quantization: dict[str, Any] = {
-        "quant_method": metadata.KEY,
-        "format_version": metadata.FORMAT_VERSION,
-        "method": "steps",
-        "group_size": sizes.pop() if len(sizes) == 1 else None,
-        "activations": "none",
-    }
-    # by which a training that goes on from here knows what is ternary
-    recipe = Recipe("itf", quantization["group_size"], head=TERNARY, embeddings=TERNARY)
-    values = {name: ("zeros", "ones")[value] for name, _, value in model.constants}
-    rows = {
-        name: {
-            "becomes": record.kind,
-            **({"reason": values[name]} if name in values else {"method": "steps"}),
-            "sha256": record.sha256,
-        }
-        for name, record in records.items()
-    }
-    tables = {
-        "config.json": {**model.config, "quantization_config": quantization},
-        RECORD: {
-            "format_version": metadata.FORMAT_VERSION,
-            "tool": {"name": "ternarize", "version": __version__},
-            "recipe": asdict(recipe),
-            "tensors": rows,
-            "steps": {**about, "seed": f"{journal.header.seed:016x}"},
-        },
-    }
-    for name, table in tables.items():
-        text = json.dumps(table, indent=2, ensure_ascii=False) + "\n"
-        (output / name).write_text(text, "utf-8")
-    for name, digest_of_file in model.files.items() if folder is not None else ():
-        assert folder is not None
-        (output / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / name, output / name)
-        if sha256(output / name) != digest_of_file:
-            raise _another(folder / name, digest_of_file)
-    renew_sums(output)
-    return [] if folder is not None else list(model.files)

@@ -32,9 +32,10 @@ from ternarize.steps.journal import (
 )
 from ternarize.steps.replay import Values
 
+BLOCK_BYTES = 1 << 14  # of steps, from which on a block of a compact journal ends
 # bytes of a compact journal around its steps: a digest, the frame of a block; and what each further
-# block takes, of which there is at most one for so many bytes
-_AROUND, _OF_BLOCK, _BLOCK = 58, 32, 1 << 14
+# block takes, of which there is at most one for BLOCK_BYTES
+_AROUND, _OF_BLOCK = 58, 32
 
 
 def edit(path: str | Path, *edits: Edit) -> list[list[int]]:
@@ -100,7 +101,7 @@ def _compact_records(journal: Journal) -> list[bytes]:
     block: list[Step] = []
     bits = 0
     for step in [*journal.steps, None]:
-        if block and (step is None or step.seed is not None or bits >= 8 * _BLOCK):
+        if block and (step is None or step.seed is not None or bits >= 8 * BLOCK_BYTES):
             records.append(block_bytes(block))
             block, bits = [], 0
         if step is not None and step.seed is None:
@@ -121,7 +122,8 @@ def bits_left(journal: Journal, nbytes: int) -> int:
     used = sum(bits_in_block(b, a) for a, b in itertools.pairwise([NO_STEP, *own]))
     runs = itertools.groupby([*journal.steps, NO_STEP], key=lambda step: step.seed is None)
     blocks = sum(1 for is_own, _ in runs if is_own) - 1  # beside the first
-    around = len(journal_header(journal.header)) + _AROUND + _OF_BLOCK * (nbytes // _BLOCK + blocks)
+    around = len(journal_header(journal.header)) + _AROUND
+    around += _OF_BLOCK * (nbytes // BLOCK_BYTES + blocks)
     around += sum(len(entry_bytes(each)) for each in journal.edits)
     around += sum(len(entry_bytes(each)) for each in others)
     return 8 * (nbytes - around) - used
