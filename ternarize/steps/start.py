@@ -28,6 +28,7 @@ _OWN = ("config.json", "ternarize.json", "sha256sums")
 CODE = "auto_map"  # by which a configuration names code: a journal brings none
 
 TensorShapes = tuple[tuple[str, tuple[int, ...], int], ...]  # name, shape, group size
+Constants = tuple[tuple[str, tuple[int, ...], int], ...]  # name, shape, 0 or 1
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,14 @@ class StartModel:
     """
 
     exponents: tuple[int, ...]
-    constants: TensorShapes
+    constants: Constants
     config: dict[str, Any]
     files: dict[str, str]
+
+
+def values_in(tensors: TensorShapes | Constants) -> int:
+    """How many values tensors have in all."""
+    return sum(math.prod(shape) for _, shape, _ in tensors)
 
 
 def tensors_json(tensors: TensorShapes) -> list[dict[str, Any]]:
@@ -97,7 +103,7 @@ def parse_model(data: bytes, at: int, where: str) -> tuple[TensorShapes, StartMo
         raise damaged(where, "the constants of its model cannot be read", expected)
     others = tuple((c["name"], tuple(c["shape"]), c["value"]) for c in constants)
     _check_names([each[0] for each in (*tensors, *others)], where)
-    if sum(math.prod(shape) for _, shape, _ in others) > MOST_VALUES:
+    if values_in(others) > MOST_VALUES:
         raise damaged(where, "its constants are too large", "2^58 values at most")
     config, files = table.get("config"), table.get("files")
     if not isinstance(config, dict) or _names_code(config):
@@ -124,7 +130,7 @@ def parse_tensors(tensors: Any, where: str) -> TensorShapes:
         raise damaged(where, "its tensors cannot be read", "names, shapes and group sizes")
     found = tuple((t["name"], tuple(t["shape"]), t["group_size"]) for t in tensors)
     _check_names([name for name, _, _ in found], where)
-    if sum(math.prod(shape) for _, shape, _ in found) > MOST_VALUES:
+    if values_in(found) > MOST_VALUES:
         raise damaged(where, "its tensors are too large", "2^58 trits at most")
     return found
 
