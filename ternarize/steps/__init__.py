@@ -8,7 +8,7 @@ Integers alone, so that a replay gives the same bytes everywhere.
     journal.py     the bytes of a journal: header, records
     appender.py    a journal that is written on
     replay.py      steps applied to trits and exponents, any range by itself
-    base.py        the packed checkpoint that a journal begins from
+    base.py        what a journal begins from: a packed checkpoint, or its seed
     operations.py  edits, forks, merges, blocks; digests checked
     seeded.py      a start from the seed after steps, as files: a container, a whole model
     checkpoint.py  a journal replayed on what it begins from, as a checkpoint or rows

@@ -1,4 +1,4 @@
-"""The packed checkpoint that a journal begins from, and its stored bytes after steps.
+"""What a journal begins from, a packed checkpoint or its seed, and stored bytes after steps.
 
     scale' = round(scale 2^(e / 32)),    2^(e / 32) = FACTORS[e mod 32] / 4096 2^(e div 32)
 
@@ -110,11 +110,38 @@ def moved_scales(stored: Tensor, exponents: Tensor) -> Tensor:
     return torch.where((exponents == 0) | (values == 0), stored, rounded)
 
 
-def read_part(packed: Checkpoint, record: Record, part: Part) -> tuple[Tensor, Tensor]:
-    """A tensor of the base: trits (..., rows, cols) int8, scales as stored (..., rows, groups)."""
-    bytes_ = packed.read(part.name).view(record.stored_shapes()[0])
-    stored = packed.read(part.name + SCALE_SUFFIX).view(part.scales_shape)
-    return decode(bytes_, stored, record).trits, stored
+def parts_of_start(header: JournalHeader, records: Mapping[str, Record]) -> list[Part]:
+    """The tensors that steps of a journal move, in order.
+
+    records  of its base; not looked at for a start from the seed
+    """
+    return parts_of_seed(header) if header.base is None else parts_of_base(records)
+
+
+def read_start(
+    header: JournalHeader, packed: Checkpoint | None, records: Mapping[str, Record], part: Part
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A tensor as a journal begins with it.
+
+    packed, records  of its base; not looked at for a start from the seed
+
+    Returns trits (..., rows, cols) int8, scales (..., rows or 1, groups), as stored or float32 from
+    the seed, and where trits stay 0 (`frozen`).
+    """
+    stored = read_scales(header, packed, part)
+    if header.base is None:
+        return start_of(part, header), stored, None
+    assert packed is not None, "check_base refuses it"
+    bytes_ = packed.read(part.name).view(records[part.name].stored_shapes()[0])
+    return decode(bytes_, stored, records[part.name]).trits, stored, frozen(stored, part)
+
+
+def read_scales(header: JournalHeader, packed: Checkpoint | None, part: Part) -> Tensor:
+    """The second of what `read_start` returns, without the trits, which cost more."""
+    if header.base is None:
+        return start_scales(part)
+    assert packed is not None, "check_base refuses it"
+    return packed.read(part.name + SCALE_SUFFIX).view(part.scales_shape)
 
 
 def frozen(stored: Tensor, part: Part) -> Tensor | None:
@@ -140,16 +167,12 @@ def replayed(
 ) -> Iterator[tuple[Part, Tensor, Tensor, Tensor]]:
     """Tensors of a start after steps, one by one: part, trits, exponents, scales of the start.
 
-    packed, records  of the base; None and {} for a start from the seed
+    packed, records  as of `read_start`
     """
     moves = {target: Moves(steps, target, header.seed) for target in (TRITS, SCALES)}
-    for part in parts_of_seed(header) if packed is None else parts_of_base(records):
-        stay = None
-        if packed is None:
-            trits, stored = start_of(part, header), start_scales(part)
-        else:
-            start, stored = read_part(packed, records[part.name], part)
-            trits, stay = start.contiguous().clone(), frozen(stored, part)
+    for part in parts_of_start(header, records):
+        start, stored, stay = read_start(header, packed, records, part)
+        trits = start.contiguous()
         exponents = torch.zeros(part.scales_shape, dtype=torch.int8)
         moves[TRITS].apply(trits.view(-1), part.trits)
         moves[SCALES].apply(exponents.view(-1), part.scales)
@@ -159,14 +182,10 @@ def replayed(
 def opened_state(
     header: JournalHeader, packed: Checkpoint | None, records: Mapping[str, Record]
 ) -> Values:
-    """The values that a journal begins with: of its base, or from its seed (packed None)."""
-    if packed is None:
-        parts = parts_of_seed(header)
-        return Values(header.seed, parts, {p.name: start_of(p, header) for p in parts})
-    parts, start, stay = parts_of_base(records), dict[str, Tensor](), dict[str, Tensor]()
+    """The values that a journal begins with; packed, records as of `read_start`."""
+    parts, start, stay = parts_of_start(header, records), dict[str, Tensor](), dict[str, Tensor]()
     for part in parts:
-        start[part.name], stored = read_part(packed, records[part.name], part)
-        mask = frozen(stored, part)
+        start[part.name], _, mask = read_start(header, packed, records, part)
         if mask is not None:
             stay[part.name] = mask
     return Values(header.seed, parts, start, stay)

@@ -29,13 +29,14 @@ from ternarize.steps.base import (
     check_base,
     moved_scales,
     parts_of_base,
+    parts_of_start,
     replayed,
     start_scales,
     stored_after,
 )
 from ternarize.steps.generator import SCALES, TRITS
 from ternarize.steps.journal import SUFFIX, Journal, read_journal
-from ternarize.steps.replay import Moves, parts_of_seed, start_of
+from ternarize.steps.replay import Moves, start_of
 from ternarize.steps.seeded import another_file, file_of_seed, write_model
 from ternarize.trits.base3 import unpack
 from ternarize.trits.scales import scale_values
@@ -138,7 +139,7 @@ def replayed_rows(
     """
     journal = open_journal(path)
     packed, records, _ = open_base(journal, base)
-    parts = parts_of_seed(journal.header) if packed is None else parts_of_base(records)
+    parts = parts_of_start(journal.header, records)
     part = next((each for each in parts if each.name == name), None)
     if part is None:
         raise UsageError("--tensor", f"{name!r} is not moved by steps", "one that is ternary")

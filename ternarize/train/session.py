@@ -19,7 +19,7 @@ from ternarize.models.places import locate_tensors
 from ternarize.plans.recipe import Train
 from ternarize.runtime.load import load
 from ternarize.sources.packed import open_packed
-from ternarize.steps.base import base_digest, opened_state, read_part, start_scales
+from ternarize.steps.base import base_digest, opened_state, read_scales
 from ternarize.steps.checkpoint import replay
 from ternarize.steps.journal import JournalHeader, Step, journal_header
 from ternarize.steps.replay import Part
@@ -142,13 +142,8 @@ def open_session(
         data = data_of(packed.directory, training)
         pair = _pair(packed.directory, training, device, plain=plain)
         header = start or JournalHeader(seed, base=base_digest(records))
-        state = opened_state(header, None if start else packed, records)
-        stored = {
-            part.name: start_scales(part)
-            if start
-            else read_part(packed, records[part.name], part)[1]
-            for part in state.parts
-        }
+        state = opened_state(header, packed, records)
+        stored = {part.name: read_scales(header, packed, part) for part in state.parts}
     moved = MovedModule(pair.student, _places(state.parts, records, stored, pair.student), state)
     if plain:
         once = again = _plain(pair, data)
