@@ -394,7 +394,7 @@ def test_what_a_file_does_not_have_decides_no_type(packed: Path) -> None:
     name = next(n for n, r in opened.records.items() if r.kind == "ternary" and "query" in n)
     moved = {name: gguf_export._Moves(columns=torch.arange(512), run=64)}
     for left, kind in (([], "q2_0"), ([name], "tq2_0")):
-        assert gguf_export._chosen(opened, None, False, moved, left)[0] == kind
+        assert gguf_export._chosen(opened, gguf_export.DEFAULT_TYPES, False, moved, left)[0] == kind
 
 
 def test_without_modules_a_file_leaves_the_pooling_open(packed: Path, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_blocks_are_read_as_gguf_reads_them(kind: str) -> None:
     assert np.array_equal(found.numpy(), gguf.dequantize(data, number))
 
 
-@pytest.mark.parametrize("kind", [name for name, block in ggml.TYPES.items() if block.alone])
+@pytest.mark.parametrize("kind", [name for name, block in ggml.TYPES.items() if block.ternary])
 def test_blocks_come_back(kind: str) -> None:
     block = ggml.TYPES[kind].block
     ternary = exporting.random_ternary(5, 3, block, 0)

@@ -21,15 +21,16 @@ from typer.testing import CliRunner
 from ternarize.cli.app import app
 from ternarize.convert.verify import verify
 from ternarize.errors import CheckpointError, OutputError, SelectionError, UsageError
-from ternarize.files.names import RECORD
 from ternarize.measure.report import inspect
 from ternarize.plans.recipe import Train
 from ternarize.publish.hub import push
 from ternarize.runtime.load import load
+from ternarize.sources.packed import open_packed
 from ternarize.steps.appender import Appender
+from ternarize.steps.base import base_digest
 from ternarize.steps.checkpoint import replay, replayed_rows
 from ternarize.steps.generator import SCALES
-from ternarize.steps.journal import Step, journal_header, parse_journal, read_journal
+from ternarize.steps.journal import JournalHeader, Step, journal_header, parse_journal, read_journal
 from ternarize.steps.operations import compact, compact_size, fork, merge
 from ternarize.steps.start import LONGEST_PART, model_bytes
 from ternarize.train.drawn import drawn_header
@@ -218,16 +219,22 @@ def test_cards_say_what_a_model_from_its_seed_needs(
     card = push(tmp_path / "out", "user/model", dry_run=True)["card_text"]
     assert "the seed 0000000000000003 gives" in card and "from a seed alone" in card
     # a journal that moves it on is told behind that
-    base = json.loads((tmp_path / "out" / RECORD).read_text("utf-8"))["steps"]
+    packed, records = open_packed(tmp_path / "out")
+    with Appender(tmp_path / "b.steps", JournalHeader(0, base=base_digest(records))) as appender:
+        appender.append(Step(0, SCALES, 2, 5, 4, (1,), (1,)))
+    replay(tmp_path / "b.steps", tmp_path / "out", tmp_path / "on")
+    card = push(tmp_path / "on", "user/model", dry_run=True)["card_text"]
+    assert "from a seed alone" in card
+    assert card.index("the seed 0000000000000003 gives") < card.index("Then 1 steps of a journal")
+
+
+def test_tensors_from_a_seed_have_no_base(given: tuple[Path, Path], tmp_path: Path) -> None:
+    header = drawn_header(given[0], 3, 32)
+    (tmp_path / "model.steps").write_bytes(journal_header(header))
+    (tmp_path / "plain.steps").write_bytes(journal_header(replace(header, model=None)))
+    replay(tmp_path / "model.steps", given[0], tmp_path / "out")
     with pytest.raises(UsageError, match="begins from a seed"):
-        replay(written_plain(tmp_path / "plain.steps"), tmp_path / "out", tmp_path / "x")
-    assert base["steps"] == 1 and base["seed"] == "0000000000000003"
-
-
-def written_plain(path: Path) -> Path:
-    header = replace(parse_journal(path.with_name("a.steps").read_bytes()).header, model=None)
-    path.write_bytes(journal_header(header))
-    return path
+        replay(tmp_path / "plain.steps", tmp_path / "out", tmp_path / "x")
 
 
 def test_a_model_that_swells_is_refused(given: tuple[Path, Path]) -> None:

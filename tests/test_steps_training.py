@@ -53,10 +53,10 @@ from ternarize.train.pursuit import Wanted, dense_steps, placed_steps, single_ce
 from ternarize.train.votes import (
     Votes,
     _agreed,
-    _decoded,
-    _in_bits,
     _mark,
     _mean,
+    _pack_alignments,
+    _unpack_alignments,
     best_step,
     candidates,
     first_attempt,
@@ -417,7 +417,7 @@ def test_votes_are_whole_numbers_and_means_are_of_all() -> None:
     changes = torch.tensor([[1.0, -1.0], [-0.6, 0.25]], dtype=torch.float64)
     for exchange in ("alignments", "votes"):
         assert torch.equal(_agreed(changes, exchange, World()), changes)
-    told = _in_bits(torch.tensor([[3.5, 1.0], [-1.0, -0.2]], dtype=torch.float64))
+    told = _pack_alignments(torch.tensor([[3.5, 1.0], [-1.0, -0.2]], dtype=torch.float64))
     assert len(told) == 4 + 2, "four bits each, and a scale"
     # of this process 7, -7, -4.2 and 1.75 sevenths, rounded; of the other one halves
     mine, theirs = [[1, -1], [-4 / 7, 2 / 7]], [[3.5, 1.0], [-1.0, 0.0]]
@@ -425,7 +425,7 @@ def test_votes_are_whole_numbers_and_means_are_of_all() -> None:
     found = _agreed(changes, "alignments", Told(told))
     assert torch.allclose(found, expected.double(), atol=1e-6)
     for none in (torch.zeros(3, 2), torch.tensor([[1.0, torch.nan], [torch.inf, 0.0]])):
-        assert not _decoded(_in_bits(none), len(none)).any()
+        assert not _unpack_alignments(_pack_alignments(none), len(none)).any()
     voted = Told(pack(torch.tensor([[-1, 1]], dtype=torch.int8), -1))
     assert _agreed(changes, "votes", voted).tolist() == [[2, -2], [-1, 1]], "-1 and 0 of its own"
     assert _mean(2.5, World()) == 2.5 and _mean(2.5, Told(torch.tensor(0.5))) == 1.5

@@ -24,7 +24,7 @@ from ternarize.files.llama_cpp import import_gguf
 from ternarize.trits import ggml
 
 _FLOATS = {number: DTYPES[name] for name, number in ggml.FLOATS.items()}
-_TERNARY = {block.id: kind for kind, block in ggml.TYPES.items() if block.alone}
+_TERNARY = {block.id: kind for kind, block in ggml.TYPES.items() if block.ternary}
 _TERNARY[ggml.I2_S_TYPE] = "i2_s"
 PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")  # of a model in several files
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import shlex
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -229,19 +230,21 @@ def _can_be_had(data: str) -> bool:
 
 def _from_seed(record: dict[str, Any]) -> bool:
     """Whether its weights were never others than a seed's and what steps have made of them."""
-    said = _table_of(record, "steps")
-    while "before" in said:
-        said = _table_of(said, "before")
-    return "seed" in said
+    return any("seed" in said for said in _journals(record))
 
 
 def _moved_by(record: dict[str, Any]) -> list[str]:
     """By which journals its trits and scales were moved afterwards, as the record says."""
-    parts, said = list[str](), _table_of(record, "steps")
-    while said:
-        parts.insert(0, _journal_of(said))
-        said = _table_of(said, "before")
+    parts = [_journal_of(said) for said in _journals(record)][::-1]
     return [*parts, f"`{RECORD}` is the record of it, tensor by tensor."]
+
+
+def _journals(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What the record says of journals that were replayed, the last one first."""
+    said = _table_of(record, "steps")
+    while said:
+        yield said
+        said = _table_of(said, "before")
 
 
 def _journal_of(said: dict[str, Any]) -> str:

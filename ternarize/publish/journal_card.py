@@ -38,6 +38,10 @@ def make_journal_card(journal: Journal, where: str, base_model: str | None) -> s
             "--base-model", "of a journal that begins from its seed", "none", "Leave it out"
         )
     model = journal.header.model
+    if model is None:
+        said, use = _introduction(base_model), _use(where, base_model)
+    else:
+        said, use = _introduction_of_model(model), _use_of_model(where, model, base_model)
     adapts = base_model is not None and model is None
     relation = {"base_model": base_model, "base_model_relation": "adapter"} if adapts else {}
     tags = ["ternarize", "ternary", "steps"]
@@ -45,10 +49,10 @@ def make_journal_card(journal: Journal, where: str, base_model: str | None) -> s
     parts = [
         "---\n" + ModelCardData(**data).to_yaml() + "\n---",
         f"# {where.partition('@')[0].rpartition('/')[2]}",
-        _introduction(base_model) if model is None else _introduction_of_model(model),
+        said,
         _figures(journal),
         "## How to use it",
-        *(_use(where, base_model) if model is None else _use_of_model(where, model, base_model)),
+        *use,
         "## Licence",
         "Whatever the licence of its base asks for holds for what the journal makes of it."
         if adapts
@@ -77,7 +81,7 @@ def _introduction_of_model(model: StartModel) -> str:
         "A whole model as a journal of steps, made with ternarize: its weights follow from a seed, "
         f"and the few trits that say how it was trained. `{STEPS_FILE}` is it. {beside}"
     )
-    return "\n\n".join([said, *(["\n".join(files)] if files else [])])
+    return "\n\n".join([said, "\n".join(files)] if files else [said])
 
 
 def _use_of_model(where: str, model: StartModel, base_model: str | None) -> list[str]:

@@ -1,8 +1,8 @@
 """Attention of narrow heads in float32, on a processor whose other products are in 16 bits.
 
-What torch has for 16 bits on CPUs takes long in its backward where heads are narrow: 64 ms for 16
-texts of 128 tokens and 12 heads of 32, which take 29 ms in float32, and 44 in the place of 11 for
-48 texts of 32 tokens. With heads of 64 both are alike, with wider ones 16 bits are faster.
+What torch has for 16 bits on CPUs takes two to four times as long in its backward as float32 where
+heads have 32 numbers; with 64 both are alike, with more 16 bits are faster (figures:
+benchmarks/results/training.md).
 """
 
 import copy

@@ -99,18 +99,27 @@ def drawn_header(folder: str | Path, seed: int, group_size: int) -> JournalHeade
             constants.append((name, tuple(value.shape), numbers[0]))
         else:
             where = place.targets[0].rpartition(".")[0]
-            cls = type(skeleton.modules.get(where)).__name__
-            raise SelectionError(
-                name,
-                f"{list(value.shape)} of a {cls} begins as neither zeros nor ones, and is no "
-                "matrix of a linear layer or an embedding by itself",
-                "nothing else in a model from a seed",
-                "Use `ternarize train --from-scratch`",
-            )
+            raise _unsaid(name, value, skeleton.modules.get(where))
     if not tensors:
         raise SelectionError(folder, "a model without matrices", "some", "Name another")
     files = {n: sha256(folder / n) for n in _FILES if (folder / n).is_file()}
-    config = _plain(read_config(folder) or {})
+    told = StartModel(tuple(exponents), tuple(constants), _config_of(folder), files)
+    return JournalHeader(seed, START_ZEROS, tuple(tensors), model=told)
+
+
+def _unsaid(name: str, value: Tensor, module: object) -> SelectionError:
+    return SelectionError(
+        name,
+        f"{list(value.shape)} of a {type(module).__name__} begins as neither zeros nor ones, and "
+        "is no matrix of a linear layer or an embedding by itself",
+        "nothing else in a model from a seed",
+        "Use `ternarize train --from-scratch`",
+    )
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    """What a journal says of config.json; CheckpointError where JSON cannot say it."""
+    config: dict[str, Any] = _plain(read_config(folder) or {})
     config.pop("quantization_config", None)
     try:
         json.dumps(config, allow_nan=False)
@@ -121,8 +130,7 @@ def drawn_header(folder: str | Path, seed: int, group_size: int) -> JournalHeade
             "finite numbers, which JSON can say",
             "Repair it",
         ) from None
-    told = StartModel(tuple(exponents), tuple(constants), config, files)
-    return JournalHeader(seed, START_ZEROS, tuple(tensors), model=told)
+    return config
 
 
 def _module_of(skeleton: Skeleton, parameter: str) -> nn.Module | None:

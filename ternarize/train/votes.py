@@ -59,7 +59,7 @@ VOTED = 256  # perturbations of a step, when none are asked for
 EXCHANGES = ("alignments", "votes")
 # bits of a cell that are tried when none are asked for
 DENSITIES = {"trits": (8, 10, 12), "scales": (4, 6, 8)}
-_LEVELS, _TINY = 7, 1e-38  # of alignments that are told; the least scale that is divided by
+_LEVELS = 7  # of alignments that are told
 _OVERHEAD = 12  # bits of a step beside its choice, in a block
 MARK_EVERY = 100  # attempts between digests
 
@@ -191,7 +191,10 @@ def _agreed(changes: Tensor, exchange: str, world: World) -> Tensor:
     if world.size == 1:
         return changes
     if exchange == "alignments":
-        each = [_decoded(own, len(changes)) for own in world.gather(_in_bits(changes), exchange)]
+        each = [
+            _unpack_alignments(own, len(changes))
+            for own in world.gather(_pack_alignments(changes), exchange)
+        ]
         return (sum(each[1:], each[0]) / world.size).to(changes)
     falls, side = changes.min(1)
     strong = falls <= falls.median()
@@ -201,21 +204,21 @@ def _agreed(changes: Tensor, exchange: str, world: World) -> Tensor:
     return torch.stack([-votes, votes], 1)
 
 
-def _in_bits(changes: Tensor) -> Tensor:
+def _pack_alignments(changes: Tensor) -> Tensor:
     """Alignments (k, 2) as a process tells them: (4 + k,) uint8, a float32 scale, then 4 bits each.
 
     -7 to 7 times the scale, of which the largest is 7; all 0 where one is not finite.
     """
     wide = changes.to("cpu", torch.float32)
     scale = wide.abs().max() / _LEVELS
-    if not bool(scale > 0) or not bool(scale.isfinite()):
-        scale, wide = torch.zeros(()), torch.zeros_like(wide)
-    numbers = (wide / scale.clamp(min=_TINY)).round().clamp(-_LEVELS, _LEVELS).to(torch.int8)
+    if not 0 < float(scale) < math.inf:
+        return torch.zeros(4 + len(changes), dtype=torch.uint8)
+    numbers = (wide / scale).round().clamp(-_LEVELS, _LEVELS).to(torch.int8)
     return torch.cat([scale.view(1).view(torch.uint8), pack_int4(numbers.view(1, -1), -1)[0]])
 
 
-def _decoded(told: Tensor, k: int) -> Tensor:
-    """What `_in_bits` tells: (k, 2) float64, the same at all processes."""
+def _unpack_alignments(told: Tensor, k: int) -> Tensor:
+    """What `_pack_alignments` tells: (k, 2) float64, the same at all processes."""
     scale = told[:4].clone().view(torch.float32).double()
     return unpack_int4(told[None, 4:], 2 * k, -1).view(k, 2) * scale
 

@@ -49,27 +49,26 @@ class BlockType:
     file_type  general.file_type of a model that is mostly of this type
     block      weights in a block
     nbytes     bytes of a block
-    alone      whether it holds nothing else
+    ternary    whether all that it can hold is trits
     """
 
     id: int
     file_type: int
     block: int
     nbytes: int
-    alone: bool = True
+    ternary: bool = True
 
 
 TYPES = {
     "tq1_0": BlockType(34, 36, 256, 54),
     "tq2_0": BlockType(35, 37, 256, 66),
     "q2_0": BlockType(42, 41, 64, 18),
-    "q2_k": BlockType(10, 10, 256, 84, alone=False),
-    "q4_0": BlockType(2, 2, 32, 18, alone=False),
+    "q2_k": BlockType(10, 10, 256, 84, ternary=False),
+    "q4_0": BlockType(2, 2, 32, 18, ternary=False),
 }
 FLOATS = {"F32": 0, "F16": 1, "BF16": 30}  # ggml's numbers of floating-point types
-Q8_0, Q4_0 = 8, 2
-Q8_0_BLOCK = 32  # weights, of Q4_0 as well
-Q8_0_NBYTES, Q4_0_NBYTES = 34, 18
+Q8_0 = 8
+Q8_0_BLOCK, Q8_0_NBYTES = 32, 34  # weights, of Q4_0 as well; bytes
 
 
 def encode_blocks(ternary: Ternary, kind: str) -> Tensor:
@@ -85,12 +84,15 @@ def encode_blocks(ternary: Ternary, kind: str) -> Tensor:
         return encode_q4_0(ternary.trits, ternary.scales)
     digits = (ternary.trits + 1).to(torch.uint8).reshape(-1, TYPES[kind].block)
     d = _scale_bytes(ternary.scales)
-    parts_of_one = torch.full((len(digits), 16), 0x11, dtype=torch.uint8)
+
+    def halves() -> Tensor:
+        return two_bits(digits.view(-1, 2, 4, 32), 2).flatten(1)
+
     parts = {
         "tq1_0": lambda: [_base3(digits), d],
-        "tq2_0": lambda: [two_bits(digits.view(-1, 2, 4, 32), 2).flatten(1), d],
+        "tq2_0": lambda: [halves(), d],
         "q2_0": lambda: [d, two_bits(digits.view(-1, 16, 4), 2)],
-        "q2_k": lambda: [parts_of_one, two_bits(digits.view(-1, 2, 4, 32), 2).flatten(1), d, d],
+        "q2_k": lambda: [digits.new_full((len(d), 16), 0x11), halves(), d, d],
     }[kind]()
     return torch.cat(parts, 1).view(rows, -1)
 

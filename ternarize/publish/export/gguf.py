@@ -237,8 +237,8 @@ def _advice(packed: PackedCheckpoint, asked: str | None, modelfile: bool) -> str
     ternary = [r for r in packed.records.values() if r.kind == "ternary"]
     plain = all(r.planes == 1 and not r.rotation[0] for r in ternary)
     smaller = "q4_0" if modelfile or asked == "q2_k" else "q2_0"  # blocks
-    several = asked is not None and ggml.TYPES[asked].block > ggml.TYPES[smaller].block
-    other = f"Use --type {smaller}, or convert" if plain and several else "Convert"
+    larger = asked is not None and ggml.TYPES[asked].block > ggml.TYPES[smaller].block
+    other = f"Use --type {smaller}, or convert" if plain and larger else "Convert"
     return f"{other} the source with --for llama.cpp, which chooses what such a file holds."
 
 
@@ -377,7 +377,8 @@ def _item(
         return GgufItem(new, block.id, shape, nbytes, ternary)
     if record.kind not in ("ternary", "kept") and _integers(packed, name) is not None:
         four = record.codec == INT4
-        number, size = (ggml.Q4_0, ggml.Q4_0_NBYTES) if four else (ggml.Q8_0, ggml.Q8_0_NBYTES)
+        q4_0 = ggml.TYPES["q4_0"]
+        number, size = (q4_0.id, q4_0.nbytes) if four else (ggml.Q8_0, ggml.Q8_0_NBYTES)
 
         def integers() -> Tensor:
             found = _integers(packed, name)
