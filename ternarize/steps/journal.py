@@ -28,9 +28,11 @@ from ternarize.steps.start import (
     MODEL,
     StartModel,
     TensorShapes,
+    frame_end,
     model_bytes,
     parse_model,
     parse_tensors,
+    summed,
     tensors_json,
 )
 
@@ -207,9 +209,8 @@ def journal_header(header: JournalHeader) -> bytes:
     if header.base is None and header.model is None:
         table["tensors"] = tensors_json(header.tensors)
     text = json.dumps(table, separators=(",", ":")).encode()
-    head = MAGIC + struct.pack("<I", len(text)) + text
     behind = b"" if header.model is None else model_bytes(header.tensors, header.model)
-    return head + struct.pack("<I", zlib.crc32(head)) + behind
+    return summed(MAGIC + struct.pack("<I", len(text)) + text) + behind
 
 
 def entry_bytes(entry: JournalEntry) -> bytes:
@@ -272,8 +273,7 @@ NO_STEP = Step(-1, TRITS, 10, 1, 128, (), ())
 
 def _record(kind: int, payload: bytes) -> bytes:
     assert len(payload) <= LONGEST_PART, "a reader would take it for a torn one"
-    body = struct.pack("<IB", len(payload), kind) + payload
-    return body + struct.pack("<I", zlib.crc32(body))
+    return summed(struct.pack("<IB", len(payload), kind) + payload)
 
 
 # --- reading ---
@@ -353,12 +353,7 @@ def _parse_header(data: bytes, where: str) -> tuple[JournalHeader, int]:
             f"{MAGIC!r}, as a journal of steps does",
             "Name one that `ternarize steps train` has written",
         )
-    length = int.from_bytes(data[8:12], "little")
-    end = 12 + length
-    if length > LONGEST_PART or end + 4 > len(data):
-        raise damaged(where, f"its header of {length} bytes is not there")
-    if zlib.crc32(data[:end]) != int.from_bytes(data[end : end + 4], "little"):
-        raise damaged(where, "its header does not fit its checksum")
+    end = frame_end(data, 0, len(MAGIC), "header", where)
     try:
         table = strict_json(data[12:end].decode())
     except (ValueError, RecursionError) as error:

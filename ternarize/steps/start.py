@@ -47,6 +47,27 @@ class StartModel:
     files: dict[str, str]
 
 
+def summed(data: bytes) -> bytes:
+    """Bytes of a journal with their CRC-32 behind them."""
+    return data + struct.pack("<I", zlib.crc32(data))
+
+
+def frame_end(data: bytes, begin: int, at: int, name: str, where: str) -> int:
+    """Where what is framed by its length and a CRC-32 ends, in front of the CRC-32.
+
+    begin  first byte that the CRC-32 is of
+    at     of the length
+    name   of what it is, for the FormatError where it is not whole
+    """
+    length = int.from_bytes(data[at : at + 4], "little")
+    end = at + 4 + length
+    if length > LONGEST_PART or end + 4 > len(data):
+        raise damaged(where, f"its {name} of {length} bytes is not there")
+    if zlib.crc32(data[begin:end]) != int.from_bytes(data[end : end + 4], "little"):
+        raise damaged(where, f"its {name} does not fit its checksum")
+    return end
+
+
 def values_in(tensors: TensorShapes | Constants) -> int:
     """How many values tensors have in all."""
     return sum(math.prod(shape) for _, shape, _ in tensors)
@@ -74,18 +95,12 @@ def model_bytes(tensors: TensorShapes, model: StartModel) -> bytes:
     if max(len(text), len(stream)) > LONGEST_PART:
         found, most = f"takes {len(text)} bytes of JSON", f"at most {LONGEST_PART}"
         raise UsageError("the model of the journal", found, most, "Use `ternarize train`")
-    head = struct.pack("<I", len(stream)) + stream
-    return head + struct.pack("<I", zlib.crc32(head))
+    return summed(struct.pack("<I", len(stream)) + stream)
 
 
 def parse_model(data: bytes, at: int, where: str) -> tuple[TensorShapes, StartModel, int]:
     """The tensors and the model that stand at a byte, and where they end; raises FormatError."""
-    length = int.from_bytes(data[at : at + 4], "little")
-    end = at + 4 + length
-    if at + 4 > len(data) or length > LONGEST_PART or end + 4 > len(data):
-        raise damaged(where, f"its model of {length} bytes is not there")
-    if zlib.crc32(data[at:end]) != int.from_bytes(data[end : end + 4], "little"):
-        raise damaged(where, "its model does not fit its checksum")
+    end = frame_end(data, at, at, "model", where)
     try:
         table = strict_json(_inflated(data[at + 4 : end]).decode())
     except (ValueError, RecursionError, zlib.error) as error:
