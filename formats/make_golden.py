@@ -279,14 +279,10 @@ def describe_journal(path: Path, base: Path | None) -> list[Any]:
     journal = reference_steps.read_journal(path.read_bytes())
     state = reference_steps.replay(journal, begun)
     found = {}
-    for at, (name, trits, exponents, size) in enumerate(state.parts()):
+    for name, trits, exponents, size in state.parts():
         parts = [trits.tobytes(), exponents.tobytes()]
-        if begun:
-            scales = reference_steps.moved_scales(begun.tensors[name], exponents, trits)
-            parts.append(reference_steps.pack(trits, size) + scales)
-        elif journal.model:
-            begun_at = journal.model.exponents[at]
-            scales = reference_steps.seed_scales(begun_at, exponents, trits, size)
+        scales = state.scales(name, exponents, trits)
+        if scales is not None:
             parts.append(reference_steps.pack(trits, size) + scales)
         digests: list[str | None] = [hashlib.sha256(part).hexdigest() for part in parts]
         found[name] = [*digests, None][:3]

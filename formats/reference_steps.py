@@ -638,6 +638,15 @@ class State:
             yield name, trits, exponents, size
             at, groups_at = at + count, groups_at + exponents.size
 
+    def scales(self, name: str, exponents: Int8, trits: Int8) -> bytes | None:
+        """The scales of a tensor with such values, as stored; None where the start has none."""
+        if self.base is not None:
+            return moved_scales(self.base.tensors[name], exponents, trits)
+        if self.model is None:
+            return None
+        at, size = next((i, g) for i, (n, _, g) in enumerate(self.tensors) if n == name)
+        return seed_scales(self.model.exponents[at], exponents, trits, size)
+
     def digest(self) -> str:
         """The digest of these values, as a record of type 2 holds it."""
         sha256, exponents = hashlib.sha256(), hashlib.sha256()
@@ -741,14 +750,11 @@ def stored(scales: NDArray[np.float32], dtype: str) -> bytes:
 
 def describe(state: State) -> Iterator[str]:
     """One line per tensor."""
-    for at, (name, trits, exponents, size) in enumerate(state.parts()):
+    for name, trits, exponents, size in state.parts():
         sparsity = 1 - np.count_nonzero(trits) / trits.size if trits.size else 0.0
         digests = [hashlib.sha256(part.tobytes()).hexdigest() for part in (trits, exponents)]
-        if state.base is not None:
-            scales = moved_scales(state.base.tensors[name], exponents, trits)
-            digests.append(hashlib.sha256(pack(trits, size) + scales).hexdigest())
-        elif state.model is not None:
-            scales = seed_scales(state.model.exponents[at], exponents, trits, size)
+        scales = state.scales(name, exponents, trits)
+        if scales is not None:
             digests.append(hashlib.sha256(pack(trits, size) + scales).hexdigest())
         shape = list(trits.shape)
         yield f"{json.dumps(name)[1:-1]} {shape} {size} {sparsity:.4f} {' '.join(digests)} ok"
