@@ -16,6 +16,7 @@ import json
 import math
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -253,12 +254,14 @@ def model_block(stream: bytes) -> bytes:
     return head + struct.pack("<I", zlib.crc32(head))
 
 
-def model_header(model: dict[str, Any] | bytes, **changed: Any) -> bytes:
-    """A header and a model; `changed` members spoil the header."""
+def model_header(
+    model: dict[str, Any] | bytes, stream: Callable[[bytes], bytes] = stored_stream, **changed: Any
+) -> bytes:
+    """A header and a model, as a zlib stream; `changed` members spoil the header."""
     table = {"format_version": 1, "features": ["model"], "seed": f"{SEED:016x}"}
     table |= {"start": {"kind": "seed", "zeros": 2**30}} | changed
     text = model if isinstance(model, bytes) else compact(model)
-    return header(table) + model_block(stored_stream(text))
+    return header(table) + model_block(stream(text))
 
 
 def table_of(tensors: list[tuple[str, Row, int]], zeros: int = 2**30) -> dict[str, Any]:
@@ -355,12 +358,17 @@ def pack(trits: Row, cols: int, size: int) -> bytes:
     return bytes(found)
 
 
+def power(exponent: int) -> Fraction:
+    """2^(exponent / 32) as steps.md has it."""
+    factor = Fraction(round(4096 * 2 ** (exponent % 32 / 32)), 4096)
+    return factor * Fraction(2) ** (exponent // 32)
+
+
 def new_scale(scale: float, exponent: int, dtype: str) -> bytes:
     """A stored scale that has moved, in exact fractions but for the roundings."""
     value = Fraction(scale)
     if exponent and scale:
-        twelve = Fraction(round(4096 * 2 ** (exponent % 32 / 32)), 4096)
-        value *= twelve * Fraction(2) ** (exponent // 32)
+        value *= power(exponent)
         value = nearest(value, 24, -149)  # float32
         low = Fraction(2) ** (-14 if dtype in ("F16", "U8") else -126)
         high = {"F16": Fraction(65504), "U8": Fraction(61440)}.get(
@@ -381,10 +389,10 @@ def new_scale(scale: float, exponent: int, dtype: str) -> bytes:
 
 def nearest(value: Fraction, digits: int, smallest: int) -> Fraction:
     """The nearest multiple of a power of two that leaves so many binary digits, ties to even."""
-    power = smallest
-    while value >= Fraction(2) ** (power + digits):
-        power += 1
-    unit = Fraction(2) ** power
+    last = smallest
+    while value >= Fraction(2) ** (last + digits):
+        last += 1
+    unit = Fraction(2) ** last
     return round(value / unit) * unit  # Python rounds fractions to even
 
 
@@ -514,21 +522,18 @@ def extremes() -> Draft:
 
 
 def of_model(
-    tensors: list[tuple[str, Row, int]], exponents: Row, stream: Any = stored_stream, **changed: Any
+    tensors: list[tuple[str, Row, int]],
+    exponents: Row,
+    stream: Callable[[bytes], bytes] = stored_stream,
+    **changed: Any,
 ) -> Draft:
     """A journal of a model; its scales begin as those of a packed start with scales in F32."""
     count = sum(math.prod(shape) for _, shape, _ in tensors)
     trits = [start_trit(SEED, 2**30, at) for at in range(count)]
     begun = {}
     for (name, shape, size), exponent in zip(tensors, exponents, strict=True):
-        twelve = Fraction(round(4096 * 2 ** (exponent % 32 / 32)), 4096)
-        scale = float(twelve * Fraction(2) ** (exponent // 32))
-        begun[name] = ("F32", [scale] * len(Values.groups(shape, size)))
-    table = model_of(tensors, exponents, **changed)
-    data = model_header(table)
-    if stream is not stored_stream:
-        plain = model_block(stored_stream(compact(table)))
-        data = data.removesuffix(plain) + model_block(stream(compact(table)))
+        begun[name] = ("F32", [float(power(exponent))] * len(Values.groups(shape, size)))
+    data = model_header(model_of(tensors, exponents, **changed), stream)
     return Draft(data, Values(tensors, trits, begun))
 
 
