@@ -30,6 +30,7 @@ from ternarize.plans.recipe import GROUP_SIZE, Train
 from ternarize.steps.appender import Appender
 from ternarize.steps.checkpoint import replay
 from ternarize.steps.operations import compact
+from ternarize.steps.start import values_in
 from ternarize.train.drawn import drawn_header
 from ternarize.train.journals import train_by_gradient, train_by_votes
 from ternarize.train.votes import DENSITIES, Votes
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
             )
 
         frequencies = by_frequency(options.config, options.text, options.eval, words)
-        weights = sum(math.prod(shape) for _, shape, _ in start.tensors)
+        weights = values_in(start.tensors)
         print(
             f"{weights:,} weights; a guess: {math.log(words):.3f}; frequencies: {frequencies:.3f}"
         )

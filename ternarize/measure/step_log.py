@@ -1,13 +1,13 @@
 """What a journal of steps holds, as `ternarize steps log` tells and draws it."""
 
 import itertools
-import math
 from pathlib import Path
 from typing import Any
 
 from ternarize.measure.report import figure_for
 from ternarize.steps.checkpoint import open_journal
 from ternarize.steps.journal import MOVED, JournalHeader, Note, Step, entry_bytes, is_step_number
+from ternarize.steps.start import values_in
 
 # of steps that gradients have found: the first of them, and losses on held-out documents
 WRITTEN = ("written_from", "loss_before", "loss")
@@ -66,7 +66,7 @@ def _start_of(header: JournalHeader) -> str:
     named = header.model.config.get("architectures")
     first = named[0] if isinstance(named, list) and named else None
     name = first[:80] if isinstance(first, str) else "model"
-    weights = sum(math.prod(shape) for _, shape, _ in header.tensors)
+    weights = values_in(header.tensors)
     return f"its seed, a whole {name} of {weights:,} weights"
 
 

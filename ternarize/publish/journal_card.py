@@ -1,7 +1,6 @@
 """The model card of a journal of steps: what it begins from, what it holds, how to use it."""
 
 import json
-import math
 import shlex
 from typing import Any
 
@@ -9,7 +8,7 @@ from ternarize.errors import UsageError
 from ternarize.files.names import STEPS_FILE
 from ternarize.publish.card import marked
 from ternarize.steps.journal import MOVED, Journal
-from ternarize.steps.start import StartModel
+from ternarize.steps.start import StartModel, values_in
 from ternarize.version import __version__
 
 
@@ -105,7 +104,7 @@ def _figures(journal: Journal) -> str:
     else:
         names = [name for name, _, _ in journal.header.tensors]
         rows.append(("tensors", f"{len(names):,}"))
-        weights = sum(math.prod(shape) for _, shape, _ in journal.header.tensors)
+        weights = values_in(journal.header.tensors)
         rows.append(("weights", f"{weights:,}"))
     targets = [name for target, name in MOVED.items() if any(s.target == target for s in steps)]
     rows += [
