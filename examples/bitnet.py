@@ -43,7 +43,7 @@ SIZES = {  # hidden size, layers
     "small": (256, 4),
     "large": (512, 8),
 }
-RATE = {"float": 2e-3, "ternary": 3e-3}  # a ternary model takes, and needs, a higher one
+RATES = 1e-3, 3e-3  # float, ternary, which takes a higher one
 DECAY, WARM = 0.1, 0.03
 BATCH = 16  # rows of CONTEXT tokens
 VOCABULARY = 4096
@@ -67,10 +67,10 @@ def configuration(size: str, vocabulary: int) -> LlamaConfig:
 
 
 def train_for(
-    model: Any, kind: str, documents: list[list[int]], most: int, seed: int
+    model: Any, kind: str, documents: list[list[int]], most: int, highest: float, seed: int
 ) -> dict[str, Any]:
     """Train on so many tokens; rates go up at first, then down as a cosine to a fiftieth."""
-    groups = qat.parameter_groups(model, RATE[kind], weight_decay=DECAY)
+    groups = qat.parameter_groups(model, highest, weight_decay=DECAY)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     steps, tokens, average, started = 0, 0, 0.0, time.monotonic()
     for batch in batches(documents, BATCH, seed):
@@ -79,7 +79,7 @@ def train_for(
             break
         rate = min((done + 1e-4) / WARM, 0.51 + 0.49 * math.cos(math.pi * done))
         for group in optimizer.param_groups:
-            group["lr"] = RATE[kind] * rate
+            group["lr"] = highest * rate
         qat.end_decay(optimizer, done)
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
@@ -113,14 +113,14 @@ def twins(
     """Train both models of a size, pack the ternary one, and measure all three."""
     config = configuration(size, args.vocabulary)
     row: dict[str, Any] = {"size": size}
-    for kind in ("float", "ternary"):
+    for kind, rate in zip(("float", "ternary"), args.rates, strict=True):
         torch.manual_seed(args.seed)
         model: Any = LlamaForCausalLM(config)
         row["parameters"] = model.num_parameters()
         if kind == "ternary":
             qat.prepare(model, group_size=0, scale="absmean", estimator="ste", activations="int8")
         own = [list(document) for document in documents]
-        found = train_for(model, kind, own, args.tokens, args.seed)
+        found = train_for(model, kind, own, args.tokens, rate, args.seed)
         loss = validation_loss(model.eval(), held_out)
         row[kind] = found | {"loss": loss, "perplexity": math.exp(loss)}
         if kind == "float":
@@ -159,6 +159,9 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="documents, apart by lines <|doc|>")
     parser.add_argument("--tokens", type=int, default=16_000_000, help="that each model reads")
     parser.add_argument("--sizes", nargs="*", choices=SIZES, default=list(SIZES))
+    parser.add_argument(
+        "--rates", type=float, nargs=2, default=RATES, help="the highest, of float and ternary"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -180,7 +183,7 @@ def main() -> None:
             f"gap {row['gap']:.4f} nats",
             flush=True,
         )
-    figures = {"tokens": args.tokens, "rows": rows}
+    figures = {"tokens": args.tokens, "rates": args.rates, "rows": rows}
     (args.output / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
 
 
