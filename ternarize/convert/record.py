@@ -4,7 +4,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ternarize.files import metadata
 from ternarize.files.metadata import FORMAT_VERSION
 from ternarize.files.names import INDEX, RECORD, SAFETENSORS
 from ternarize.measure.documents import DEFAULT
+from ternarize.models.configuration import pruned
 from ternarize.plans.copied import BESIDE
 from ternarize.plans.layout import Plan, TensorPlan, recorded_group_size
 from ternarize.plans.recipe import GPTQ, WITHOUT_DATA, Recipe
@@ -87,7 +88,7 @@ def _index(plan: Plan, state: State) -> dict[str, Any]:
 
 def _packed_config(plan: Plan, state: State) -> dict[str, Any]:
     """The configuration of the source, and how its weights are packed."""
-    config: dict[str, Any] = _without_paths(plan.source.config or {})
+    config: dict[str, Any] = pruned(plan.source.config or {}, _is_path)
     recipe = plan.recipe
     if recipe.dtype:
         config["dtype" if "torch_dtype" not in config else "torch_dtype"] = recipe.dtype
@@ -102,17 +103,9 @@ def _packed_config(plan: Plan, state: State) -> dict[str, Any]:
     return config
 
 
-def _without_paths(table: Any) -> Any:
-    """A configuration without the folders that the source was once loaded from."""
-    if isinstance(table, list):
-        return [_without_paths(each) for each in table]
-    if not isinstance(table, Mapping):
-        return table
-    return {
-        key: _without_paths(value)
-        for key, value in table.items()
-        if key != "_name_or_path" or _is_hub_id(value)
-    }
+def _is_path(key: str, value: Any) -> bool:
+    """Whether it is the folder that the source was once loaded from."""
+    return key == "_name_or_path" and not _is_hub_id(value)
 
 
 def _is_hub_id(value: Any) -> bool:

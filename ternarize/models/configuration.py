@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -135,3 +135,12 @@ def config_dtype(config: Mapping[str, Any]) -> torch.dtype:
                 found: torch.dtype = dtype
                 return found
     return torch.float32
+
+
+def pruned(table: Any, drop: Callable[[str, Any], bool]) -> Any:
+    """A configuration without the members, at any depth, of whose key and value `drop` is true."""
+    if isinstance(table, list):
+        return [pruned(each, drop) for each in table]
+    if not isinstance(table, Mapping):
+        return table
+    return {key: pruned(value, drop) for key, value in table.items() if not drop(key, value)}

@@ -21,7 +21,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from ternarize.errors import CheckpointError, SelectionError
 from ternarize.files.json_files import read_config
 from ternarize.files.sums import sha256
-from ternarize.models.configuration import class_of, open_config, usable
+from ternarize.models.configuration import class_of, open_config, pruned, usable
 from ternarize.models.places import locate_tensors
 from ternarize.models.reads import TOKENIZER_FILES, has_tokenizer, no_tokenizer
 from ternarize.models.skeleton import Skeleton
@@ -119,7 +119,9 @@ def _unsaid(name: str, value: Tensor, module: object) -> SelectionError:
 
 def _config_of(folder: Path) -> dict[str, Any]:
     """What a journal says of config.json; CheckpointError where JSON cannot say it."""
-    config: dict[str, Any] = _plain(read_config(folder) or {})
+    config: dict[str, Any] = pruned(
+        read_config(folder) or {}, lambda key, _: key in ("_name_or_path", CODE)
+    )
     config.pop("quantization_config", None)
     try:
         json.dumps(config, allow_nan=False)
@@ -151,12 +153,3 @@ def _multiplied(skeleton: Skeleton) -> bool:
 def _exponent(inputs: int) -> int:
     """That of the scale 1 / sqrt(inputs share)."""
     return round(-_OCTAVE / 2 * math.log2(inputs * (1 - START_ZEROS / 2**31)))
-
-
-def _plain(value: Any) -> Any:
-    """A configuration without the folders that it was once loaded from, and without code."""
-    if isinstance(value, list):
-        return [_plain(each) for each in value]
-    if not isinstance(value, dict):
-        return value
-    return {k: _plain(each) for k, each in value.items() if k not in ("_name_or_path", CODE)}
